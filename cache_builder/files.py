@@ -1,0 +1,90 @@
+"""Files that are whole or absent: temporary name, flush, rename. And canonical JSON, read with bounds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kd.data.errors import CacheDamageError, CacheError
+
+MAX_JSON_BYTES = 64 * 2**20
+"""No JSON file of a cache is larger; checked before reading a stranger's."""
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no NaN, two-space indent, newline at the end."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def digest_of(value: Any) -> str:
+    """blake2b-256 hex of the canonical JSON."""
+    return hashlib.blake2b(canonical_json(value).encode(), digest_size=32).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 hex of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Force a written file to disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's entries (renames) to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Move a finished, synced file to its name; afterwards it is there, whole, even after a power cut."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    sync_file(temporary)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    publish(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CacheDamageError when it is absent, too large, not JSON, or not an object."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CacheDamageError("a JSON file of the cache is too large", where=path, found=f"{size} bytes",
+                                   expected=f"at most {MAX_JSON_BYTES}")  # fmt: skip
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CacheDamageError("a file of the cache is missing", where=path) from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise CacheDamageError("a JSON file of the cache cannot be read", where=path,
+                               found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+    if not isinstance(value, dict):
+        raise CacheDamageError("a JSON file of the cache is not an object", where=path, found=type(value).__name__)
+    return value
+
+
+def write_error(path: Path, error: OSError) -> CacheError:
+    """What to tell the user when writing under `path` failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CacheError("the disk is full", where=path, found=error.strerror,
+                          try_="free some space and run the same command again: it continues from the last whole shard")  # fmt: skip
+    return CacheError("cannot write the cache", where=error.filename or path, found=error.strerror or str(error),
+                      expected="a writable directory",
+                      try_="check permissions, then run the same command again: it continues")  # fmt: skip

@@ -1,0 +1,159 @@
+"""`CacheReader`: stream a finished cache in any order, each shard verified on first touch.
+
+The order of an epoch is a function of (seed, epoch) alone: shards are shuffled, taken `window` at a time, and the
+examples of a window are shuffled together. Random single examples would cost 2-6 ms each in Zarr; a window of
+whole shards costs one read per shard and keeps `window + 1` shards in memory (about 4 MB each at k=64).
+Batch size and world size do not enter, so a run may be resumed or re-split without changing the order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from kd.cache_builder import codecs, store
+from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.targets import SoftTargets
+from kd.data.errors import CacheDamageError, CacheError
+
+
+@dataclass(frozen=True)
+class CachedExample:
+    """One example with its decoded targets."""
+
+    index: int
+    id: str
+    prompt: str
+    target: str
+    context_ids: np.ndarray
+    """[C] int32: tokens before the first target token"""
+    targets: SoftTargets
+    """n rows; row t predicts the token at position C + t"""
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """`[C + n]` context and target tokens."""
+        return np.concatenate([self.context_ids, self.targets.gold_ids.astype(np.int32)])
+
+
+class CacheReader:
+    """Random access to a complete cache by example number; thread-safe."""
+
+    def __init__(self, path: str | Path, *, top_k: int | None = None, window: int = 4) -> None:
+        """`top_k` keeps fewer tokens than stored. Raises CacheError for an incomplete cache or an impossible k."""
+        self.root = Path(path)
+        self.manifest: CacheManifest = load_manifest(self.root)
+        if not self.manifest.complete:
+            done = len(store.committed(self.root, len(self.manifest.shards)))
+            raise CacheError("this cache is not complete", where=self.root,
+                             found=f"{done} of {len(self.manifest.shards)} shards",
+                             try_="run its kd cache build command again: it continues")  # fmt: skip
+        for name, entry in self.manifest.files.items():
+            store.verify_file(self.root, name, entry)
+        self.config = self.manifest.targets
+        if top_k is not None and not 1 <= top_k <= self.config.top_k:
+            raise CacheError("this cache does not hold that many tokens per row", found=f"top-k {top_k}",
+                             expected=f"1..{self.config.top_k}")  # fmt: skip
+        self.top_k = top_k
+        self.window = window
+        self._starts = np.array([first for first, _, _ in self.manifest.shards])
+        self._shards: OrderedDict[int, store.Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.manifest.examples
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(tokens [E], rows [E])` of every example: context + target tokens, and target tokens alone."""
+        tokens: list[int] = []
+        rows: list[int] = []
+        for index in range(len(self.manifest.shards)):
+            table = store.read_example_table(self.root, self.manifest, index, ["n_tokens", "row_start", "row_end"])
+            tokens += table["n_tokens"]
+            rows += [b - a for a, b in zip(table["row_start"], table["row_end"], strict=True)]
+        return np.array(tokens), np.array(rows)
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """`[E]` example numbers in the order of one epoch: a function of (seed, epoch) and the cache's shards."""
+        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        shards = rng.permutation(len(self.manifest.shards))
+        parts = []
+        for start in range(0, len(shards), self.window):
+            ranges = [np.arange(*self.manifest.shards[s][:2]) for s in shards[start : start + self.window]]
+            parts.append(rng.permutation(np.concatenate(ranges)))
+        return np.concatenate(parts)
+
+    def shard(self, index: int) -> store.Shard:
+        """A verified shard, from memory where it was touched lately."""
+        with self._lock:
+            if index in self._shards:
+                self._shards.move_to_end(index)
+                return self._shards[index]
+        loaded = store.read_shard(self.root, self.manifest, index)
+        with self._lock:
+            self._shards[index] = loaded
+            while len(self._shards) > self.window + 1:
+                self._shards.popitem(last=False)
+        return loaded
+
+    def locate(self, example: int) -> tuple[store.Shard, int]:
+        """The shard that holds an example, and its number in that shard."""
+        if not 0 <= example < len(self):
+            raise IndexError(example)
+        index = int(np.searchsorted(self._starts, example, side="right")) - 1
+        shard = self.shard(index)
+        return shard, example - shard.first_example
+
+    def __getitem__(self, example: int) -> CachedExample:
+        return self.read([example])[0]
+
+    def read(self, examples: Sequence[int]) -> list[CachedExample]:
+        """Decode several examples at once. Raises CacheDamageError where rows and tokens do not belong together."""
+        located = [self.locate(int(e)) for e in examples]
+        spans = [(s, slice(s.examples["row_start"][i], s.examples["row_end"][i])) for s, i in located]
+        names = list(located[0][0].arrays) if located else []
+        stored = {name: np.concatenate([s.arrays[name][rows] for s, rows in spans]) for name in names}
+        decoded = codecs.decode(stored, self.config, self.top_k)
+        ends = np.cumsum([0, *(rows.stop - rows.start for _, rows in spans)])
+        result = []
+        for number, (shard, i) in enumerate(located):
+            table = shard.examples
+            targets = take_rows(decoded, slice(int(ends[number]), int(ends[number + 1])))
+            context = np.asarray(table["context_ids"][i], dtype=np.int32)
+            if store.tokens_digest(context, targets.gold_ids) != table["tokens_digest"][i]:
+                raise CacheDamageError("cached rows do not belong to their tokens", where=self.root,
+                                       shard=shard.index, example=table["id"][i],
+                                       rows=f"{spans[number][1].start}:{spans[number][1].stop}")  # fmt: skip
+            result.append(CachedExample(int(examples[number]), table["id"][i], table["prompt"][i], table["target"][i],
+                                        context, targets))  # fmt: skip
+        return result
+
+    def vocabulary(self) -> list[bytes]:
+        """The bytes every teacher id stands for."""
+        return store.read_vocabulary(self.root, self.manifest)
+
+
+def take_rows(targets: SoftTargets, rows: slice) -> SoftTargets:
+    """A range of rows of every array."""
+    values = {f.name: getattr(targets, f.name) for f in fields(targets)}
+    return replace(targets, **{n: v[rows] for n, v in values.items() if isinstance(v, np.ndarray)})
+
+
+def concatenate(parts: Sequence[SoftTargets]) -> SoftTargets:
+    """Rows of several examples of one cache, one after another."""
+    joined: dict[str, np.ndarray] = {}
+    for f in fields(parts[0]):
+        if isinstance(getattr(parts[0], f.name), np.ndarray):
+            joined[f.name] = np.concatenate([getattr(p, f.name) for p in parts])
+    return replace(parts[0], **joined)
+
+
+def quality_means(manifest: CacheManifest) -> Mapping[str, float]:
+    """Per-row means of the quality sums."""
+    rows = manifest.quality.get("rows", 0.0)
+    return {name: value / rows for name, value in manifest.quality.items() if name != "rows" and rows}

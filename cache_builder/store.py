@@ -1,0 +1,279 @@
+"""The one door to Zarr and Parquet: shards of arrays and examples, written whole and read verified.
+
+    manifest.json  building.json     see `manifest`
+    vocabulary.parquet               the bytes every teacher id stands for
+    examples/00000.parquet           id, task, split, prompt, target, context ids, row range, digest of the tokens
+    targets.zarr/                    a plain Zarr v3 group; every array is [slots] or [slots, columns]
+    commits/00000.json               one per shard, written last: row range, bytes and SHA-256 of each file
+
+Shard i owns the row slots [i * shard_rows, (i+1) * shard_rows) of every array, one file per array, and the
+examples in one Parquet file. It is staged under another name, synced, moved, and committed. zarr-python reads a
+missing or emptied file as zeros without a word, so nothing here trusts Zarr to say what exists: commits do.
+
+Codecs are those of the Zarr v3 specification: sharding_indexed, bytes, blosc (zstd, bitshuffle), crc32c.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+
+from kd.cache_builder.codecs import Arrays, ArraySpec
+from kd.cache_builder.files import canonical_json, publish, read_json, sha256_of, sync_folder, write_atomic
+from kd.cache_builder.manifest import CacheManifest, Layout, ShardRecord, shard_record
+from kd.data.errors import CacheDamageError
+
+TARGETS = "targets.zarr"
+VOCABULARY = "vocabulary.parquet"
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("prompt", pa.string()),
+        ("target", pa.string()),
+        ("context_ids", pa.list_(pa.int32())),
+        ("n_tokens", pa.int32()),
+        ("row_start", pa.int64()),
+        ("row_end", pa.int64()),
+        ("tokens_digest", pa.binary(16)),
+    ]
+)
+
+
+def tokens_digest(context_ids: np.ndarray, target_ids: np.ndarray) -> bytes:
+    """16 bytes over context and target ids: how the trainer knows that a row belongs to its tokens."""
+    digest = hashlib.blake2b(len(context_ids).to_bytes(8, "little"), digest_size=16)
+    digest.update(np.ascontiguousarray(context_ids, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(target_ids, dtype="<i4").tobytes())
+    return digest.digest()
+
+
+def commit_path(root: Path, index: int) -> Path:
+    """Where shard `index` is committed."""
+    return root / "commits" / f"{index:05d}.json"
+
+
+def shard_files(arrays: Sequence[ArraySpec], index: int) -> dict[str, str]:
+    """Array name (or `examples`) -> path in the cache of shard `index`'s file."""
+    files = {a.name: f"{TARGETS}/{a.name}/c/{index}" + ("" if a.columns is None else "/0") for a in arrays}
+    return files | {"examples": f"examples/{index:05d}.parquet"}
+
+
+def create_group(path: Path, arrays: Sequence[ArraySpec], layout: Layout, shards: int, attributes: Mapping[str, Any]) -> None:
+    """Write the metadata of the Zarr group and its arrays (no data)."""
+    group = zarr.create_group(path, zarr_format=3, attributes=dict(attributes), overwrite=True)
+    for spec in arrays:
+        columns = () if spec.columns is None else (spec.columns,)
+        group.create_array(
+            spec.name,
+            shape=(shards * layout.shard_rows, *columns),
+            dtype=spec.dtype,
+            chunks=(layout.chunk_rows, *columns),
+            shards=(layout.shard_rows, *columns),
+            serializer=BytesCodec(),
+            compressors=[BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+            fill_value=0,
+            attributes=dict(spec.attributes),
+            dimension_names=("row",) if spec.columns is None else ("row", "column"),
+            config={"write_empty_chunks": True},
+        )
+
+
+def group_files(arrays: Sequence[ArraySpec]) -> list[str]:
+    """Metadata files of the group, as paths in the cache."""
+    return [f"{TARGETS}/zarr.json", *(f"{TARGETS}/{a.name}/zarr.json" for a in arrays)]
+
+
+class ShardWriter:
+    """Writes whole shards of one cache. Any number of writers may work on disjoint shards."""
+
+    def __init__(self, root: Path, manifest: CacheManifest) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.arrays = manifest.arrays
+        self.staging = root / f".staging-{os.getpid()}"
+
+    def create(self, vocabulary: list[bytes]) -> CacheManifest:
+        """Lay out the directory: metadata, vocabulary, `building.json`. Returns the manifest with their digests."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob(".staging-*"):
+            if not _alive(stale.name.rpartition("-")[2]):
+                shutil.rmtree(stale, ignore_errors=True)
+        self._stage()
+        for name in group_files(self.arrays):
+            publish(self.staging / name, self.root / name)
+        table = pa.table({"id": pa.array(range(len(vocabulary)), pa.int32()), "piece": pa.array(vocabulary, pa.binary())})
+        pq.write_table(table, self.staging / VOCABULARY, compression="zstd")
+        publish(self.staging / VOCABULARY, self.root / VOCABULARY)
+        files = {n: file_entry(self.root / n) for n in [*group_files(self.arrays), VOCABULARY]}
+        self.manifest = CacheManifest(**{**_shallow(self.manifest), "files": files})
+        self.manifest.save(self.root, "building.json")
+        self.close()
+        return self.manifest
+
+    def _stage(self) -> None:
+        if not (self.staging / TARGETS / "zarr.json").exists():
+            self.staging.mkdir(parents=True, exist_ok=True)
+            attributes = {"kd_fingerprint": self.manifest.fingerprint}
+            create_group(self.staging / TARGETS, self.arrays, self.manifest.layout, len(self.manifest.shards), attributes)
+
+    def write(self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]], quality: dict[str, float]) -> ShardRecord:
+        """Stage, move and commit one shard. `stored` holds its rows; `examples` its rows of EXAMPLE_SCHEMA."""
+        self._stage()
+        first, stop, rows = self.manifest.shards[index]
+        start = index * self.manifest.layout.shard_rows
+        group = zarr.open_group(self.staging / TARGETS, mode="r+")
+        for spec in self.arrays:
+            values = stored[spec.name]
+            if values.shape != ((rows,) if spec.columns is None else (rows, spec.columns)):
+                raise AssertionError(f"{spec.name}: {values.shape} for {rows} rows")
+            array = group[spec.name]
+            array[start : start + rows] = values.astype(spec.dtype)  # type: ignore[index,union-attr,call-overload,operator]
+        files = shard_files(self.arrays, index)
+        parquet = self.staging / files["examples"]
+        parquet.parent.mkdir(exist_ok=True)
+        columns = {name: [e[name] for e in examples] for name in EXAMPLE_SCHEMA.names}
+        pq.write_table(pa.table(columns, EXAMPLE_SCHEMA), parquet, compression="zstd")
+        for name in files.values():
+            publish(self.staging / name, self.root / name)
+        record = ShardRecord(
+            index=index,
+            examples=(first, stop),
+            row_start=start,
+            rows=rows,
+            files={name: file_entry(self.root / name) for name in files.values()},
+            quality=quality,
+            fingerprint=self.manifest.fingerprint,
+        )
+        write_atomic(commit_path(self.root, index), canonical_json(asdict(record)))
+        return record
+
+    def close(self) -> None:
+        """Remove the staging folder."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def finish(self) -> CacheManifest:
+        """Write `manifest.json` once every shard is committed; the cache is then complete."""
+        records = [read_commit(self.root, self.manifest, i) for i in range(len(self.manifest.shards))]
+        quality: dict[str, float] = {}
+        for record in records:
+            for name, value in record.quality.items():
+                quality[name] = quality.get(name, 0.0) + value
+        commits = tuple(sha256_of(commit_path(self.root, i)) for i in range(len(records)))
+        self.manifest = CacheManifest(**{**_shallow(self.manifest), "quality": quality, "commits": commits})
+        self.manifest.save(self.root, "manifest.json")
+        (self.root / "building.json").unlink(missing_ok=True)
+        sync_folder(self.root)
+        return self.manifest
+
+
+def _shallow(manifest: CacheManifest) -> dict[str, Any]:
+    return {name: getattr(manifest, name) for name in CacheManifest.__dataclass_fields__}
+
+
+def _alive(pid: str) -> bool:
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as a commit records them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def committed(root: Path, shards: int) -> list[int]:
+    """Indices of committed shards, ascending."""
+    return [i for i in range(shards) if commit_path(root, i).is_file()]
+
+
+def read_commit(root: Path, manifest: CacheManifest, index: int) -> ShardRecord:
+    """The record of a committed shard, checked against the manifest. Raises CacheDamageError."""
+    path = commit_path(root, index)
+    document = read_json(path)
+    record = shard_record(document, path)
+    first, stop, rows = manifest.shards[index]
+    expected = (index, (first, stop), index * manifest.layout.shard_rows, rows, manifest.fingerprint)
+    found = (record.index, record.examples, record.row_start, record.rows, record.fingerprint)
+    names = set(shard_files(manifest.arrays, index).values())
+    if found != expected or set(record.files) != names:
+        raise CacheDamageError("a commit does not belong to this shard", where=path, shard=index)
+    if manifest.complete and sha256_of(path) != manifest.commits[index]:
+        raise CacheDamageError("a commit was changed after the cache was finished", where=path, shard=index)
+    return record
+
+
+def verify_file(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> None:
+    """Raise CacheDamageError unless the file's size and SHA-256 are the recorded ones."""
+    path = root / name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise CacheDamageError("a file of the cache is missing", file=path, **where, try_="kd cache verify") from error
+    if size != entry["bytes"]:
+        raise CacheDamageError("a file of the cache has another size", file=path, **where,
+                               found=f"{size} bytes", expected=f"{entry['bytes']} bytes", try_="kd cache verify")  # fmt: skip
+    if sha256_of(path) != entry["sha256"]:
+        raise CacheDamageError("a file of the cache was changed", file=path, **where,
+                               found="another SHA-256 than committed", try_="kd cache verify")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard in memory: stored arrays (still quantised) and the table of its examples."""
+
+    index: int
+    first_example: int
+    arrays: Arrays
+    examples: dict[str, list[Any]]
+    """Columns of EXAMPLE_SCHEMA; `row_start`/`row_end` are made relative to the shard."""
+
+
+def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[str] | None = None) -> Shard:
+    """Read a shard after checking every file it needs against its commit. Raises CacheDamageError."""
+    record = read_commit(root, manifest, index)
+    wanted = [a for a in manifest.arrays if names is None or a.name in names]
+    files = shard_files(manifest.arrays, index)
+    for spec in wanted:
+        verify_file(root, files[spec.name], record.files[files[spec.name]], shard=index, array=spec.name)
+    verify_file(root, files["examples"], record.files[files["examples"]], shard=index, array="examples")
+    try:
+        arrays = {spec.name: read_rows(root, spec.name, record.row_start, record.rows) for spec in wanted}
+        examples = pq.read_table(root / files["examples"], schema=EXAMPLE_SCHEMA).to_pydict()
+    except Exception as error:  # bytes are as committed, so this is a format this library version cannot read
+        raise CacheDamageError("a shard cannot be decoded", where=root, shard=index,
+                               found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+    for name in ("row_start", "row_end"):
+        examples[name] = [row - record.row_start for row in examples[name]]
+    return Shard(index, record.examples[0], arrays, examples)
+
+
+def read_rows(root: Path, array: str, start: int, rows: int) -> np.ndarray:
+    """Rows `[start, start + rows)` of one array, through Zarr."""
+    opened = zarr.open_array(root / TARGETS / array, mode="r")
+    return np.asarray(opened[start : start + rows])
+
+
+def read_example_table(root: Path, manifest: CacheManifest, index: int, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Some columns of a shard's examples, its Parquet file checked against the commit."""
+    record = read_commit(root, manifest, index)
+    name = shard_files(manifest.arrays, index)["examples"]
+    verify_file(root, name, record.files[name], shard=index, array="examples")
+    return pq.read_table(root / name, columns=list(columns)).to_pydict()  # type: ignore[no-any-return]
+
+
+def read_vocabulary(root: Path, manifest: CacheManifest) -> list[bytes]:
+    """The bytes every teacher id stands for."""
+    verify_file(root, VOCABULARY, manifest.files[VOCABULARY])
+    return pq.read_table(root / VOCABULARY)["piece"].to_pylist()  # type: ignore[no-any-return]

@@ -1,0 +1,172 @@
+"""The teacher pass: token rows in, kept targets out, one shard at a time.
+
+Hidden states are computed for whole batches, the output layer only for the scored rows, `head_chunk` rows at a
+time: `[batch, T, V]` never exists (at V=50k and 8,192 tokens that would be 1.6 GB per copy). Batches are made
+inside a shard by length and token budget, so that a resumed build makes the same batches; results go back to
+the original order. Out of memory halves the batch, then the chunk, and carries on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from kd.cache_builder.sparsify import Chunk, NonFiniteRow, Sparsifier, uniforms_for
+from kd.cache_builder.targets import RawTargets
+from kd.data.blocks import TokenRows
+from kd.data.errors import TeacherError
+from kd.data.models import LanguageModelHead
+
+HEAD_CHUNK = 256
+"""Rows of the output layer computed at once; 64 costs 17 %, more than 256 gains nothing (docs/log.md)."""
+
+
+@dataclass
+class PassTimes:
+    """Seconds spent in the parts of the teacher pass (wall clock of the thread that drives the model)."""
+
+    forward: float = 0.0
+    head: float = 0.0
+    select: float = 0.0
+
+
+class Teacher:
+    """A loaded causal model, its output layer apart, and what to keep of its predictions."""
+
+    def __init__(self, head: LanguageModelHead, sparsifier: Sparsifier, *, tokens_per_batch: int = 4096,
+                 head_chunk: int = HEAD_CHUNK) -> None:  # fmt: skip
+        self.head = head
+        self.sparsifier = sparsifier
+        self.tokens_per_batch = tokens_per_batch
+        self.head_chunk = head_chunk
+        self.device = head.weight.device
+        self.times = PassTimes()
+
+    def batches(self, rows: Sequence[TokenRows]) -> list[list[int]]:
+        """Numbers into `rows`, longest first, each batch at most `tokens_per_batch` tokens with its padding."""
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
+        result: list[list[int]] = []
+        width = 0
+        for i in order:
+            if result and (len(result[-1]) + 1) * width <= self.tokens_per_batch:
+                result[-1].append(i)
+            else:
+                result.append([i])
+                width = len(rows[i].input_ids)
+        return result
+
+    def run(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[list[int], list[Chunk]]]:
+        """Score `rows`, which are examples `first_example`, …: yields `(numbers into rows, chunks)` per batch.
+
+        The chunks hold the batch's rows one example after another. Raises TeacherError naming the example
+        when logits are not finite.
+        """
+        pending = self.batches(rows)[::-1]
+        while pending:
+            batch = pending.pop()
+            try:
+                chunks = self._score([rows[i] for i in batch], [first_example + i for i in batch])
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(batch) == 1 and self.head_chunk <= 16:
+                    raise TeacherError("not enough memory for a single example", where=rows[batch[0]].example.id,
+                                       found=str(error).splitlines()[0], try_="a smaller --seq-len") from error  # fmt: skip
+                if len(batch) == 1:
+                    self.head_chunk //= 2
+                    pending.append(batch)
+                else:
+                    self.tokens_per_batch = max(1, self.tokens_per_batch // 2)
+                    pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            yield batch, chunks
+
+    @torch.inference_mode()
+    def _score(self, rows: list[TokenRows], examples: list[int]) -> list[Chunk]:
+        started = time.perf_counter()
+        lengths = [len(r.input_ids) for r in rows]
+        ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+        for number, row in enumerate(rows):
+            ids[number, : lengths[number]] = row.input_ids
+        input_ids = torch.from_numpy(ids).to(self.device)
+        mask = None
+        if min(lengths) != max(lengths):  # right padding: a causal model never looks at it, but positions must be right
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(self.device)
+        hidden = self.head.hidden(input_ids, mask)
+        scored = torch.cat([hidden[b, len(r.context_ids) - 1 : lengths[b] - 1] for b, r in enumerate(rows)])
+        gold = torch.from_numpy(np.concatenate([r.target_ids for r in rows]).astype(np.int64)).to(self.device)
+        config = self.sparsifier.config
+        uniforms = None
+        if config.samples:
+            draws = [uniforms_for(config.seed, e, len(r.target_ids), config.samples)
+                     for e, r in zip(examples, rows, strict=True)]  # fmt: skip
+            uniforms = np.concatenate(draws)
+        self._lap("forward", started)
+        chunks = []
+        for start in range(0, len(scored), self.head_chunk):
+            part = slice(start, start + self.head_chunk)
+            started = time.perf_counter()
+            logits = torch.nn.functional.linear(scored[part], self.head.weight, self.head.bias)
+            started = self._lap("head", started)
+            try:
+                chunk = self.sparsifier(logits, gold[part], None if uniforms is None else uniforms[part])
+            except NonFiniteRow as error:
+                raise self._not_finite(rows, start + error.row) from None
+            chunks.append(Chunk(**{f.name: _to_host(getattr(chunk, f.name)) for f in fields(Chunk)}))
+            self._lap("select", started)
+        return chunks
+
+    def _lap(self, name: str, started: float) -> float:
+        now = time.perf_counter()
+        setattr(self.times, name, getattr(self.times, name) + now - started)
+        return now
+
+    def _not_finite(self, rows: list[TokenRows], position: int) -> TeacherError:
+        for row in rows:
+            if position < len(row.target_ids):
+                return TeacherError("the teacher's logits are not finite", where=f"example {row.example.id}",
+                                    found=f"NaN or infinity at target token {position}",
+                                    try_="--dtype float32 or bfloat16, and check the weights")  # fmt: skip
+            position -= len(row.target_ids)
+        raise AssertionError("position beyond the batch")
+
+
+def collect(rows: Sequence[TokenRows], results: Iterator[tuple[list[int], list[Chunk]]]) -> Iterator[tuple[int, RawTargets | None]]:
+    """Put batches back into the order of `rows`: yields `(rows done so far, None)`, at last `(all, RawTargets)`."""
+    lengths = [len(r.target_ids) for r in rows]
+    starts = np.cumsum([0, *lengths])
+    total = int(starts[-1])
+    arrays: dict[str, np.ndarray] = {}
+    done = 0
+    for batch, chunks in results:
+        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
+        offset = 0
+        for chunk in chunks:
+            n = len(chunk.gold_rank)
+            for f in fields(Chunk):
+                value = getattr(chunk, f.name)
+                if value is not None:
+                    if f.name not in arrays:
+                        arrays[f.name] = np.empty((total, *value.shape[1:]), dtype=value.numpy().dtype)
+                    arrays[f.name][places[offset : offset + n]] = value.numpy()
+            offset += n
+        done += offset
+        yield done, None
+    arrays["gold_ids"] = np.concatenate([r.target_ids for r in rows]).astype(np.int64)
+    arrays["byte_end"] = np.concatenate([r.byte_end for r in rows])
+    yield done, RawTargets(**arrays)
+
+
+def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -1,0 +1,132 @@
+"""Text to token rows: documents are cut into blocks, prompt/target pairs stay whole.
+
+A *row* predicts one target token. A block of L tokens has L-1 rows (the first token is context only);
+consecutive blocks overlap by `L - stride` context tokens, so with any stride every token of a document but
+its first is scored exactly once. The default stride, L-1, wastes nothing; a smaller one gives every token at
+least `L - stride` tokens of context at proportionally more teacher time. Blocks never cross documents. With
+`bos` a document opens with the tokenizer's BOS token, and its first real token is scored too.
+
+Blocks are cut at character boundaries, so each has an exact text of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.data.errors import DataError
+from kd.data.example import Example
+from kd.data.sources import Corpus
+from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """How text becomes rows; part of a cache's identity."""
+
+    seq_len: int = 512
+    """Tokens a model sees at once, context included."""
+    stride: int | None = None
+    """New tokens scored per block, 1..seq_len-1; None = seq_len - 1."""
+    bos: bool = True
+    """Open each document or prompt with the BOS token, where the tokenizer has one."""
+    eos: bool = False
+    """Score an EOS token after each document (targets of pairs always end with EOS where there is one)."""
+    separator: str = "\n"
+    """Text between prompt and target of a pair; tokenised with the prompt."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise DataError("the sequence length is too small", found=self.seq_len, expected="at least 2 tokens",
+                            try_="--seq-len 512")  # fmt: skip
+        if self.stride is not None and not 1 <= self.stride < self.seq_len:
+            raise DataError("the stride does not fit the sequence length", found=self.stride,
+                            expected=f"1..{self.seq_len - 1} tokens", try_="--stride")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """One cached example: `context_ids` are seen, `target_ids` are scored, one row each."""
+
+    example: Example
+    context_ids: np.ndarray
+    """[C] int32, C >= 1."""
+    target_ids: np.ndarray
+    """[n] int32, n >= 1; row t is predicted at position C - 1 + t."""
+    byte_end: np.ndarray
+    """[n] int64: end of each target token in `example.target`'s UTF-8 bytes."""
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """`[C + n]` context then target: what a model is fed (its last position predicts nothing cached)."""
+        return np.concatenate([self.context_ids, self.target_ids])
+
+
+def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig) -> Iterator[TokenRows]:
+    """All rows of `corpus` in order. Raises DataError naming the example that cannot be scored."""
+    pieces = token_bytes(tokenizer)
+    if corpus.kind == "documents":
+        for example in corpus.examples:
+            yield from document_blocks(example, tokenizer, pieces, config)
+    else:
+        for example in corpus.examples:
+            yield _pair(example, tokenizer, pieces, config)
+
+
+def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],
+                    config: BlockConfig) -> Iterator[TokenRows]:  # fmt: skip
+    """Cut one document into blocks of at most `seq_len` tokens."""
+    ids, ends = encode_with_ends(tokenizer, pieces, example.target)
+    data = example.target.encode("utf-8")
+    if config.eos and tokenizer.eos_token_id is not None:
+        ids, ends = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(ends, len(data))
+    if config.bos and tokenizer.bos_token_id is not None:
+        ids, ends = np.insert(ids, 0, tokenizer.bos_token_id), np.insert(ends, 0, 0)
+    ids = ids.astype(np.int32)
+    last = len(ids)
+    whole = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends]  # the token ends on a character boundary
+    start = next((i + 1 for i in range(last) if whole[i]), last)
+    if start >= last:
+        raise DataError("a document yields no scored position", where=f"example {example.id}",
+                        found=f"{last} tokens", expected="at least 2 tokens, the first being context only",
+                        try_="drop the document, or join short documents")  # fmt: skip
+    stride = config.stride or config.seq_len - 1
+    number = 0
+    while start < last:
+        context = max(0, start - (config.seq_len - stride))
+        stop = min(context + config.seq_len, last)
+        while stop > start and not whole[stop - 1]:
+            stop -= 1
+        if stop == start:
+            raise DataError("a character does not fit into a block", where=f"example {example.id} token {start}",
+                            found=f"seq-len {config.seq_len}", try_="a larger --seq-len")  # fmt: skip
+        base = int(ends[start - 1])
+        block = Example(
+            id=f"{example.id}#{number}",
+            prompt=data[int(ends[context - 1]) if context else 0 : base].decode("utf-8", "ignore"),
+            target=data[base : int(ends[stop - 1])].decode("utf-8"),
+            task=example.task,
+            split=example.split,
+        )
+        yield TokenRows(block, ids[context:start], ids[start:stop], ends[start:stop] - base)
+        start, number = stop, number + 1
+
+
+def _pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], config: BlockConfig) -> TokenRows:
+    context, _ = encode_with_ends(tokenizer, pieces, example.prompt + config.separator if example.prompt else "")
+    if config.bos and tokenizer.bos_token_id is not None:
+        context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
+    target, ends = encode_with_ends(tokenizer, pieces, example.target)
+    if tokenizer.eos_token_id is not None:
+        target = np.append(target, np.int32(tokenizer.eos_token_id))
+        ends = np.append(ends, len(example.target.encode("utf-8")))
+    if not len(context):
+        raise DataError("an example has no context to predict from", where=f"example {example.id}",
+                        found="an empty prompt and no BOS token", try_="a prompt, or a tokenizer with BOS")  # fmt: skip
+    if len(context) + len(target) > config.seq_len:
+        raise DataError("an example is longer than the sequence length", where=f"example {example.id}",
+                        found=f"{len(context)} prompt + {len(target)} target tokens",
+                        expected=f"at most {config.seq_len}", try_="a larger --seq-len")  # fmt: skip
+    return TokenRows(example, context, target, ends)

@@ -1,0 +1,65 @@
+"""The one exception tree of `kd`.
+
+    KdError                    anything a user can cause; the CLI prints it and exits 1
+    ├── DataError              text, columns, tokenizer, model files
+    ├── CacheError             a directory that is not a cache, a disk that is full, a locked store
+    │   ├── CacheMismatchError this cache was made from something else (prints the difference)
+    │   └── CacheDamageError   bytes are not what was committed; the CLI exits 3
+    └── TeacherError           the teacher cannot be loaded, or returned NaN
+
+Every message says where, what was found, what was expected, and what to try.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KdError(Exception):
+    """A clear error for the user: one headline, then `name  value` lines in the order given."""
+
+    exit_code = 1
+
+    def __init__(self, headline: str, **details: object) -> None:
+        self.headline = headline
+        self.details = {key.replace("_", " "): value for key, value in details.items() if value is not None}
+        super().__init__(headline)
+
+    def __str__(self) -> str:
+        width = max((len(key) for key in self.details), default=0) + 2
+        return "\n".join([self.headline, *(f"  {key:<{width}}{value}" for key, value in self.details.items())])
+
+
+class DataError(KdError):
+    """Text, columns, tokenizer or model files are not usable."""
+
+
+class CacheError(KdError):
+    """A cache directory cannot be read or written."""
+
+
+class CacheMismatchError(CacheError):
+    """The cache was made from something else than what was asked for."""
+
+
+class CacheDamageError(CacheError):
+    """Bytes on disk differ from what was committed."""
+
+    exit_code = 3
+
+
+class TeacherError(KdError):
+    """The teacher cannot be loaded or gives unusable numbers."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], **details: object) -> DataError:
+    """The error for a name that no registry holds: lists all names and suggests the nearest."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return DataError(
+        f"unknown {kind} {name!r}",
+        known=", ".join(names),
+        **({"did_you_mean": nearest[0]} if nearest else {}),
+        **details,
+    )

@@ -1,0 +1,34 @@
+"""`Example`: a piece of text to learn from, and the digest of an ordered list of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Example:
+    """Text only. Order and ids are stable: the same source gives the same list, always."""
+
+    id: str
+    """Unique within a source, e.g. `train/12` or `module:json.decoder#3`."""
+    target: str
+    """The text whose tokens are scored."""
+    prompt: str = ""
+    """Text before the target: seen by the models, not scored."""
+    task: str = "text"
+    """Name of the source or task."""
+    split: str = "train"
+    """`train`, `heldout`, `validation`, `test`, …"""
+
+
+def text_digest(examples: Iterable[Example]) -> str:
+    """Hex digest of ids, prompts and targets in their order (blake2b, 32 bytes, fields length-prefixed)."""
+    digest = hashlib.blake2b(digest_size=32)
+    for example in examples:
+        for field in (example.id, example.prompt, example.target):
+            data = field.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+    return digest.hexdigest()

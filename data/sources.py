@@ -1,0 +1,267 @@
+"""Where text comes from: a `--data` spec becomes an ordered list of `Example`.
+
+    demo[:heldout]                        the standard library's own English; no network
+    wikitext-2[:validation|test]          hub id Salesforce/wikitext, wikitext-2-raw-v1, pinned revision
+    FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns where names differ
+    hub-id[:config][@revision]            any data set on the hub that loads without code
+
+A *document* source yields whole texts that are later cut into blocks; a *pairs* source (columns prompt and
+target) yields examples that stay whole. Hub data sets load through `datasets`; scripts are never trusted.
+Add a source: one function and one line in `SOURCES`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kd.data import stdlib_text
+from kd.data.errors import DataError, unknown_name
+from kd.data.example import Example, text_digest
+
+WIKITEXT_ID = "Salesforce/wikitext"
+WIKITEXT_CONFIG = "wikitext-2-raw-v1"
+WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
+
+Columns = Mapping[str, str]
+"""Our field (`text`, `prompt`, `target`, `id`) -> the column that holds it."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An ordered list of examples and where it came from."""
+
+    spec: str
+    """As the user wrote it."""
+    split: str
+    kind: str
+    """`documents` (cut into blocks) or `pairs` (prompt and target, kept whole)."""
+    examples: tuple[Example, ...]
+    source: dict[str, str]
+    """What identifies the source besides its text, e.g. hub id, config, revision."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the ordered text."""
+        return text_digest(self.examples)
+
+
+def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None = None,
+                limit: int | None = None) -> Corpus:  # fmt: skip
+    """Load `spec` (see the module's head); `limit` keeps the first examples. Raises DataError on anything unusable."""
+    name, _, suffix = spec.partition(":")
+    path = Path(spec).expanduser()
+    if name in SOURCES:
+        corpus = SOURCES[name](spec, split or suffix or "train")
+    elif path.exists():
+        corpus = _local(spec, path, split or "train", columns or {})
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", spec) and not path.suffix:
+        corpus = _hub(spec, split or "train", columns or {})
+    elif "/" in spec or path.suffix:
+        raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(SOURCES)}, or a hub id")
+    else:
+        raise unknown_name("data source", spec, SOURCES, try_="a local file or folder, or a hub id like owner/name")
+    examples = tuple(e for e in corpus.examples if e.target.strip())
+    if limit is not None:
+        examples = examples[:limit]
+    if not examples:
+        raise DataError("no text found", where=f"{spec} (split {corpus.split})", found="0 non-empty examples",
+                        try_="kd data show SPEC")  # fmt: skip
+    _check_ids(spec, examples)
+    return Corpus(spec, corpus.split, corpus.kind, examples, corpus.source)
+
+
+def _check_ids(spec: str, examples: tuple[Example, ...]) -> None:
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise DataError("two examples have the same id", where=spec, found=example.id,
+                            try_="another column for --columns id=…, or none")  # fmt: skip
+        seen.add(example.id)
+
+
+@lru_cache(maxsize=4)
+def _demo(spec: str, split: str) -> Corpus:
+    split = {"test": "heldout", "validation": "heldout", "dev": "heldout"}.get(split, split)
+    if split not in ("train", "heldout", "all"):
+        raise unknown_name("split", split, ("train", "heldout", "all"), where="the demo source")
+    examples = tuple(
+        Example(name, text, task="demo", split=split) for name, text in stdlib_text.documents(split)
+    )
+    python = ".".join(map(str, sys.version_info[:2]))
+    return Corpus(spec, split, "documents", examples, {"source": "demo", "python": python})
+
+
+def _wikitext(spec: str, split: str) -> Corpus:
+    lines = _load_dataset(WIKITEXT_ID, WIKITEXT_CONFIG, WIKITEXT_REVISION, split)["text"]
+    source = {"source": WIKITEXT_ID, "config": WIKITEXT_CONFIG, "revision": WIKITEXT_REVISION}
+    return Corpus(spec, split, "documents", tuple(wikitext_articles(lines, "wikitext-2", split)), source)
+
+
+def wikitext_articles(lines: Iterator[str] | list[str], task: str, split: str) -> Iterator[Example]:
+    """Join WikiText's lines into articles: a line ` = Title = ` after an empty line opens a new one."""
+    article: list[str] = []
+    count, previous_empty = 0, True
+    for line in lines:
+        line = line.removesuffix("\n")
+        opens = previous_empty and re.fullmatch(r"\s*= [^=].*[^=] =\s*", line) is not None
+        if opens and article:
+            yield Example(f"{split}/{count}", "\n".join(article).strip() + "\n", task=task, split=split)
+            article, count = [], count + 1
+        article.append(line)
+        previous_empty = not line.strip()
+    if article:
+        yield Example(f"{split}/{count}", "\n".join(article).strip() + "\n", task=task, split=split)
+
+
+def _hub(spec: str, split: str, columns: Columns) -> Corpus:
+    name, _, revision = spec.partition("@")
+    name, _, config = name.partition(":")
+    data = _load_dataset(name, config or None, revision or None, split)
+    kind, examples = _rows_to_examples(spec, list(data.column_names), data, columns, name, split)
+    source = {"source": name, "config": config or "default", "revision": revision or "main"}
+    return Corpus(spec, split, kind, tuple(examples), source)
+
+
+def _load_dataset(name: str, config: str | None, revision: str | None, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, revision=revision, split=split)
+    except Exception as error:  # datasets raises a dozen unrelated types; the message is what the user needs
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            "cannot load the data set from the hub",
+            where=f"{name} config {config or 'default'} revision {revision or 'main'} split {split}",
+            found=f"{type(error).__name__}: {reason}",
+            try_="check the id, the split and the network, or give a local file (.jsonl, .parquet, …)",
+        ) from error
+
+
+def _local(spec: str, path: Path, split: str, columns: Columns) -> Corpus:
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in FILE_READERS and p.is_file())
+        if not files:
+            raise DataError("no readable files in the folder", where=str(path), expected=", ".join(FILE_READERS))
+    else:
+        files = [path]
+    kinds, examples = set(), []
+    for file in files:
+        if file.suffix not in FILE_READERS:
+            raise unknown_name("file type", file.suffix or file.name, FILE_READERS, where=str(file))
+        prefix = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        try:
+            kind, found = FILE_READERS[file.suffix](file, prefix, columns, split)
+            examples += found
+        except DataError:
+            raise
+        except (OSError, ValueError, csv.Error) as error:  # truncated Parquet, bad UTF-8, broken JSON
+            raise DataError("cannot read the file", where=str(file), found=f"{type(error).__name__}: {error}",
+                            expected=f"a readable {file.suffix} file") from error  # fmt: skip
+        kinds.add(kind)
+    if len(kinds) > 1:
+        raise DataError("the folder mixes plain text and prompt/target files", where=str(path),
+                        try_="one folder for each, or --columns")  # fmt: skip
+    return Corpus(spec, split, kinds.pop(), tuple(examples), {"source": "local"})
+
+
+def _read_txt(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
+    """One document per file, or several separated by lines that hold only `<|endoftext|>`."""
+    documents = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$\n?|<\|endoftext\|>", file.read_text("utf-8"))
+    texts = [d.strip("\n") for d in documents if d.strip()]
+    ids = [prefix] if len(texts) == 1 else [f"{prefix}:{i}" for i in range(len(texts))]
+    return "documents", [Example(i, t, split=split) for i, t in zip(ids, texts, strict=True)]
+
+
+def _read_tokens(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
+    with file.open(encoding="utf-8") as lines:
+        articles = list(wikitext_articles(lines, "wikitext", split))
+    return "documents", [Example(f"{prefix}:{i}", a.target, task=a.task, split=split) for i, a in enumerate(articles)]
+
+
+def _read_jsonl(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
+    rows = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError("not JSON", where=f"{file} line {number}", found=str(error)) from error
+            if not isinstance(row, dict):
+                raise DataError("a line is not a JSON object", where=f"{file} line {number}", found=type(row).__name__)
+            rows.append(row)
+    names = list(rows[0]) if rows else []
+    kind, examples = _rows_to_examples(str(file), names, rows, columns, prefix, split)
+    return kind, list(examples)
+
+
+def _read_csv(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        rows = list(reader)
+    kind, examples = _rows_to_examples(str(file), list(reader.fieldnames or []), rows, columns, prefix, split)
+    return kind, list(examples)
+
+
+def _read_parquet(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file)
+    kind, examples = _rows_to_examples(str(file), table.column_names, table.to_pylist(), columns, prefix, split)
+    return kind, list(examples)
+
+
+def _rows_to_examples(where: str, names: list[str], rows: Any, columns: Columns, prefix: str,
+                      split: str) -> tuple[str, Iterator[Example]]:  # fmt: skip
+    """Map columns to fields: `text` alone makes documents, `prompt` + `target` make pairs."""
+    allowed = ("text", "prompt", "target", "id")
+    for field in columns:
+        if field not in allowed:
+            raise unknown_name("field in --columns", field, allowed)
+    chosen = {field: columns.get(field, field) for field in allowed}
+    missing = [c for f, c in chosen.items() if f in columns and c not in names]
+    pairs = chosen["prompt"] in names and chosen["target"] in names and "text" not in columns
+    if missing or not (pairs or chosen["text"] in names):
+        raise DataError("columns are missing", where=where, found=", ".join(names) or "none",
+                        expected=", ".join(missing) or "text, or prompt and target",
+                        try_="--columns text=NAME or --columns prompt=NAME,target=NAME")  # fmt: skip
+    fields = {"prompt": chosen["prompt"], "target": chosen["target"]} if pairs else {"target": chosen["text"]}
+    id_column = columns.get("id")
+
+    def examples() -> Iterator[Example]:
+        for number, row in enumerate(rows):
+            values = {field: row[column] if row.get(column) is not None else "" for field, column in fields.items()}
+            for field, value in values.items():
+                if not isinstance(value, str):
+                    raise DataError("a value is not text", where=f"{where} row {number} column {fields[field]}",
+                                    found=type(value).__name__, expected="a string")  # fmt: skip
+            identity = str(row[id_column]) if id_column else f"{prefix}:{number}"
+            yield Example(identity, task=prefix.rpartition("/")[2].partition(".")[0], split=split, **values)
+
+    return ("pairs" if pairs else "documents"), examples()
+
+
+FileReader = Callable[[Path, str, Columns, str], tuple[str, list[Example]]]
+
+FILE_READERS: dict[str, FileReader] = {
+    ".txt": _read_txt,
+    ".tokens": _read_tokens,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+SOURCES: dict[str, Callable[[str, str], Corpus]] = {
+    "demo": _demo,
+    "wikitext-2": _wikitext,
+}
