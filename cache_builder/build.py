@@ -11,6 +11,7 @@ same bytes.
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from typing import Any
 
 from kd.cache_builder import codecs, store
 from kd.cache_builder.files import write_error
-from kd.cache_builder.manifest import CacheManifest, Layout, load_manifest, refuse_mismatch
+from kd.cache_builder.manifest import CacheManifest, Layout, check_bounds, load_manifest, refuse_mismatch
 from kd.cache_builder.targets import PROFILES, RawTargets, TargetConfig
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import CacheError, CacheMismatchError, DataError
@@ -130,6 +131,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         files={},
         provenance=_provenance(request),
     )
+    check_bounds(manifest)
     index, count = request.shard
     if not 1 <= index <= count:
         raise DataError("no such part of the build", found=f"--shard {index}/{count}", expected="I/N with 1 <= I <= N")
@@ -161,7 +163,8 @@ def _existing(out: Path) -> CacheManifest | None:
         raise CacheError("the output is not a directory", where=out, try_="another --out")
     if (out / "manifest.json").exists() or (out / "building.json").exists():
         return load_manifest(out)
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in OWN_NAMES and not p.name.startswith(".staging-"))
+    unfinished = re.compile(r"\.staging-.*|\..*\.json\..*\.tmp")  # of a build killed before its first record
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in OWN_NAMES and not unfinished.fullmatch(p.name))
     if foreign:
         raise CacheError("the output directory is not empty and not a cache", where=out,
                          found=", ".join(foreign[:5]), expected="an empty or new directory")  # fmt: skip
@@ -192,10 +195,12 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
     request, manifest = plan.request, plan.manifest
     writer = store.ShardWriter(request.out, manifest)
     try:
+        writer.sweep()
         if not manifest.files:
             writer.create(plan.vocabulary)
             manifest = writer.manifest
         if manifest.complete:
+            writer.tidy()
             total = len(manifest.shards)
             yield BuildProgress(manifest.rows, manifest.rows, total, total, 0.0, complete=True, reused=True)
             return

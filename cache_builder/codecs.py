@@ -6,6 +6,7 @@ A head row is stored relative to its top value (0 >= r_1 >= ... >= r_k), as one 
     float16    r_j as float16                                             2 bytes, about 1e-7
     float32    r_j as float32                                             4 bytes, exact
 
+float16 ends at -65504 nats; what lies below is stored as that, and its probability, 0, is the same.
 The top value itself is not stored: it is -log_z at temperature 1. After quantising, `log_z` is computed again
 from the *decoded* head and the *exact* tail, so that kept mass plus tail mass is 1 for what a reader decodes,
 at every temperature, and the tail's mass is right whatever the head's codec.
@@ -24,6 +25,8 @@ import numpy as np
 from kd.cache_builder.targets import PROFILES, RawTargets, SoftTargets, TargetConfig, band_edges
 
 Arrays = dict[str, np.ndarray]
+
+FLOAT16_MIN = float(np.finfo(np.float16).min)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Linear8:
         ]
 
     def encode(self, relative: np.ndarray) -> Arrays:
-        span = (-relative[:, -1]).astype(np.float16)
+        span = np.minimum(-relative[:, -1], -FLOAT16_MIN).astype(np.float16)
         step = np.maximum(span.astype(np.float32), 1e-6)[:, None] / 255
         return {"logprobs": np.clip(np.rint(-relative / step), 0, 255).astype(np.uint8), "logprob_span": span}
 
@@ -88,7 +91,7 @@ class Float:
         return [ArraySpec("logprobs", self.dtype, k, {"quantity": _QUANTITY, "codec": self.dtype, "decode": "logprobs"})]
 
     def encode(self, relative: np.ndarray) -> Arrays:
-        return {"logprobs": relative.astype(self.dtype)}
+        return {"logprobs": np.maximum(relative, np.finfo(self.dtype).min).astype(self.dtype)}
 
     def decode(self, stored: Mapping[str, np.ndarray]) -> np.ndarray:
         return stored["logprobs"].astype(np.float32)
@@ -146,7 +149,7 @@ def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, flo
     one = config.temperatures.index(1.0)
     stored: Arrays = {
         "gold_ids": raw.gold_ids,
-        "gold_logprob": raw.gold_logprob,
+        "gold_logprob": np.maximum(raw.gold_logprob, FLOAT16_MIN),
         "gold_rank": raw.gold_rank,
         "byte_end": raw.byte_end,
     }

@@ -6,6 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,27 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def process_tag() -> str:
+    """`host-pid`: what marks this process's unfinished files."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def sweep(folder: Path, *, everything: bool = False) -> None:
+    """Remove what killed processes left in `folder`: `.NAME.json.host-pid.tmp` files, `.staging-host-pid` folders.
+
+    Those of this host's dead processes and of this very process; `everything` takes other hosts' too.
+    """
+    mine = re.compile(rf"\.(?:.+\.json\.|staging-){re.escape(socket.gethostname())}-(\d+)(?:\.tmp)?")
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".staging-*")]:
+        match = mine.fullmatch(path.name)
+        abandoned = match and (match[1] == str(os.getpid()) or not Path(f"/proc/{match[1]}").exists())
+        if everything or abandoned:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Move a finished, synced file to its name; afterwards it is there, whole, even after a power cut."""
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +81,7 @@ def publish(temporary: Path, final: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that it is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     publish(temporary, path)
 

@@ -3,7 +3,7 @@
 The *identity* holds everything that can change a stored value (teacher, tokenizer, text, blocks, targets) and
 nothing else; its digest is the fingerprint. Batch size, device count, paths, shard size and dates are not in it.
 `building.json` holds the same document while a build runs; `manifest.json` replaces it, last of all, with the
-shard table and the quality figures. Dates are nowhere: a resumed build is byte-identical to an unbroken one.
+shard table and the quality figures; a checksum over all else ends the document. Dates are nowhere: a resumed build is byte-identical to an unbroken one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ FORMAT_VERSION = 1
 MANIFEST, BUILDING = "manifest.json", "building.json"
 MAX_ROWS = 2**40
 """Bound on any row count a manifest may claim."""
+MAX_SHARD_ROWS, MAX_ARRAY_BYTES = 2**24, 2**34
+"""Bounds on what reading one shard may allocate per array (the default shard holds 2 MB of ids at k=64)."""
 
 
 @dataclass(frozen=True)
@@ -118,23 +120,22 @@ class CacheManifest:
     def to_json(self) -> str:
         """Canonical JSON text."""
         arrays = [{"name": a.name, "dtype": a.dtype, "columns": a.columns} for a in self.arrays]
-        return canonical_json(
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "fingerprint": self.fingerprint,
-                "identity": self.identity,
-                "layout": asdict(self.layout),
-                "arrays": arrays,
-                "examples": self.examples,
-                "rows": self.rows,
-                "shards": [list(s) for s in self.shards],
-                "files": self.files,
-                "provenance": self.provenance,
-                "quality": self.quality,
-                "commits": list(self.commits),
-            }
-        )
+        document = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "layout": asdict(self.layout),
+            "arrays": arrays,
+            "examples": self.examples,
+            "rows": self.rows,
+            "shards": [list(s) for s in self.shards],
+            "files": self.files,
+            "provenance": self.provenance,
+            "quality": self.quality,
+            "commits": list(self.commits),
+        }
+        return canonical_json(document | {"checksum": digest_of(document)})
 
     def save(self, root: Path, name: str) -> None:
         """Write the document under `root`, whole or not at all."""
@@ -154,10 +155,17 @@ def load_manifest(root: Path) -> CacheManifest:
     root = Path(root)
     path = next((root / name for name in (MANIFEST, BUILDING) if (root / name).is_file()), None)
     if path is None:
+        if (root / "commits").is_dir():
+            raise CacheDamageError("the cache's manifest is missing", where=root / MANIFEST,
+                                   try_="the kd cache build command it was made with")  # fmt: skip
         found = "no such directory" if not root.exists() else f"no {MANIFEST} in it"
         raise CacheError("this is not a cache", where=root, found=found,
                          try_="kd cache build --teacher … --data … --out DIR")  # fmt: skip
     document = read_json(path)
+    checksum = document.pop("checksum", None)
+    if checksum not in (None, digest_of(document)):  # None: another format, or caught below
+        raise CacheDamageError("the manifest was changed", where=path, found=f"content {digest_of(document)}",
+                               expected=f"checksum {checksum}", try_="a fresh copy, or a new --out")  # fmt: skip
     if document.get("format") != FORMAT:
         raise CacheError("this is not a cache", where=path, found=f"format {document.get('format')!r}",
                          expected=repr(FORMAT))  # fmt: skip
@@ -168,7 +176,7 @@ def load_manifest(root: Path) -> CacheManifest:
     try:
         manifest = CacheManifest(
             identity=document["identity"],
-            layout=Layout(**document["layout"]),
+            layout=Layout(**{k: _count(v) for k, v in document["layout"].items()}),
             examples=_count(document["examples"]),
             rows=_count(document["rows"]),
             shards=tuple((_count(a), _count(b), _count(r)) for a, b, r in document["shards"]),
@@ -178,7 +186,7 @@ def load_manifest(root: Path) -> CacheManifest:
             quality={str(k): float(v) for k, v in document["quality"].items()},
             commits=tuple(str(c) for c in document["commits"]),
         )  # fmt: skip
-        _check(manifest, document)
+        _check(manifest, document, checksum)
     except CacheError as error:
         raise CacheDamageError("the manifest contradicts itself", where=path, found=str(error)) from error
     except Exception as error:  # a damaged or hostile document can break any of the above in any way
@@ -193,7 +201,20 @@ def _count(value: Any) -> int:
     return value
 
 
-def _check(manifest: CacheManifest, document: dict[str, Any]) -> None:
+def check_bounds(manifest: CacheManifest) -> None:
+    """Refuse shapes whose arrays no reader should be made to allocate."""
+    if manifest.layout.shard_rows > MAX_SHARD_ROWS:
+        raise CacheError("too many rows per shard", found=manifest.layout.shard_rows, expected=f"at most {MAX_SHARD_ROWS}")
+    largest = max(manifest.arrays, key=lambda a: a.row_bytes)
+    size = largest.row_bytes * manifest.layout.shard_rows
+    if size > MAX_ARRAY_BYTES:
+        raise CacheError("a shard's array is too large", found=f"{largest.name}: {size} bytes",
+                         expected=f"at most {MAX_ARRAY_BYTES}", try_="a smaller --shard-rows")  # fmt: skip
+
+
+def _check(manifest: CacheManifest, document: dict[str, Any], checksum: str | None) -> None:
+    if checksum is None:
+        raise CacheError("it has no checksum")
     if document["fingerprint"] != manifest.fingerprint:
         raise CacheError("fingerprint does not match the identity", found=document["fingerprint"],
                          expected=manifest.fingerprint)  # fmt: skip
@@ -202,6 +223,7 @@ def _check(manifest: CacheManifest, document: dict[str, Any]) -> None:
     if manifest.targets.logprob_codec not in CODECS:
         raise CacheError("unknown log-probability codec", found=manifest.targets.logprob_codec)
     manifest.targets.check_vocabulary(manifest.vocabulary_size)
+    check_bounds(manifest)
     expected = [{"name": a.name, "dtype": a.dtype, "columns": a.columns} for a in manifest.arrays]
     if document["arrays"] != expected:
         raise CacheError("array table does not match the target settings")

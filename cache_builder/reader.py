@@ -114,9 +114,11 @@ class CacheReader:
 
     def read(self, examples: Sequence[int]) -> list[CachedExample]:
         """Decode several examples at once. Raises CacheDamageError where rows and tokens do not belong together."""
+        if not len(examples):
+            return []
         located = [self.locate(int(e)) for e in examples]
         spans = [(s, slice(s.examples["row_start"][i], s.examples["row_end"][i])) for s, i in located]
-        names = list(located[0][0].arrays) if located else []
+        names = list(located[0][0].arrays)
         stored = {name: np.concatenate([s.arrays[name][rows] for s, rows in spans]) for name in names}
         decoded = codecs.decode(stored, self.config, self.top_k)
         ends = np.cumsum([0, *(rows.stop - rows.start for _, rows in spans)])

@@ -72,6 +72,9 @@ class Sparsifier:
             raise NonFiniteRow(int((~finite).nonzero()[0]))
         one = log_z[:, config.temperatures.index(1.0)]
         gold = shifted.gather(1, gold_ids.unsqueeze(1))
+        kept = gold if relative is None else torch.minimum(gold, relative[:, -1:])
+        if not bool(torch.isfinite(kept).all()):  # minus infinity: no stored number can hold it
+            raise NonFiniteRow(int((~torch.isfinite(kept)).nonzero()[0, 0]))
         bands = self._bands(shifted, log_z) if self.edges else None
         sample_ids = counts = None
         if config.samples:
@@ -147,4 +150,4 @@ def uniforms_for(seed: int, example: int, rows: int, samples: int) -> np.ndarray
 def boundary_token_ids(vocabulary: list[bytes], special_ids: set[int], device: torch.device) -> torch.Tensor:
     """Ids whose piece starts a word (white space first) or ends the text (special tokens)."""
     ids = [i for i, piece in enumerate(vocabulary) if i in special_ids or piece[:1].isspace()]
-    return torch.tensor(ids, device=device)
+    return torch.tensor(ids, dtype=torch.long, device=device)

@@ -16,7 +16,6 @@ Codecs are those of the Zarr v3 specification: sharding_indexed, bytes, blosc (z
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,16 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from kd.cache_builder.codecs import Arrays, ArraySpec
-from kd.cache_builder.files import canonical_json, publish, read_json, sha256_of, sync_folder, write_atomic
+from kd.cache_builder.files import (
+    canonical_json,
+    process_tag,
+    publish,
+    read_json,
+    sha256_of,
+    sweep,
+    sync_folder,
+    write_atomic,
+)
 from kd.cache_builder.manifest import CacheManifest, Layout, ShardRecord, shard_record
 from kd.data.errors import CacheDamageError
 
@@ -104,14 +112,25 @@ class ShardWriter:
         self.root = root
         self.manifest = manifest
         self.arrays = manifest.arrays
-        self.staging = root / f".staging-{os.getpid()}"
+        self.staging = root / f".staging-{process_tag()}"
+
+    def sweep(self) -> None:
+        """Remove what killed builds of this host left behind."""
+        for folder in (self.root, self.root / "commits"):
+            sweep(folder)
+
+    def tidy(self) -> None:
+        """Leave nothing but the finished cache: every shard is committed, nobody needs what a killed host left."""
+        self.close()
+        for folder in (self.root, self.root / "commits"):
+            sweep(folder, everything=True)
+        if (self.root / "building.json").exists():  # asked first: a finished cache may be on a read-only disk
+            (self.root / "building.json").unlink(missing_ok=True)
+            sync_folder(self.root)
 
     def create(self, vocabulary: list[bytes]) -> CacheManifest:
         """Lay out the directory: metadata, vocabulary, `building.json`. Returns the manifest with their digests."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob(".staging-*"):
-            if not _alive(stale.name.rpartition("-")[2]):
-                shutil.rmtree(stale, ignore_errors=True)
         self._stage()
         for name in group_files(self.arrays):
             publish(self.staging / name, self.root / name)
@@ -175,17 +194,12 @@ class ShardWriter:
         commits = tuple(sha256_of(commit_path(self.root, i)) for i in range(len(records)))
         self.manifest = CacheManifest(**{**_shallow(self.manifest), "quality": quality, "commits": commits})
         self.manifest.save(self.root, "manifest.json")
-        (self.root / "building.json").unlink(missing_ok=True)
-        sync_folder(self.root)
+        self.tidy()
         return self.manifest
 
 
 def _shallow(manifest: CacheManifest) -> dict[str, Any]:
     return {name: getattr(manifest, name) for name in CacheManifest.__dataclass_fields__}
-
-
-def _alive(pid: str) -> bool:
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
 def file_entry(path: Path) -> dict[str, Any]:

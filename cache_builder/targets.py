@@ -67,6 +67,10 @@ class TargetConfig:
             raise DataError("top-k is too small", found=self.top_k, expected=f"at least 1 for profile {self.profile}")
         if self.profile == "sampled" and self.samples < 1:
             raise DataError("the sampled profile needs draws", found=self.samples, expected="--samples of at least 1")
+        for name, value, most in (("samples", self.samples, 2**16 - 1), ("tail-bands", self.tail_bands, 2**10),
+                                  ("seed", self.seed, 2**63)):  # fmt: skip
+            if not 0 <= value <= most:  # draws are counted in at most 16 bits; Philox takes unsigned keys
+                raise DataError(f"{name} is out of bounds", found=value, expected=f"0..{most}")
         grid = self.temperatures
         if 1.0 not in grid or list(grid) != sorted(set(grid)) or not all(math.isfinite(t) and t > 0 for t in grid):
             raise DataError("the temperature grid is not usable", found=",".join(map(str, grid)),

@@ -23,12 +23,17 @@ class KdError(Exception):
 
     def __init__(self, headline: str, **details: object) -> None:
         self.headline = headline
-        self.details = {key.replace("_", " "): value for key, value in details.items() if value is not None}
+        self.details = {_label(key): value for key, value in details.items() if value is not None}
         super().__init__(headline)
 
     def __str__(self) -> str:
         width = max((len(key) for key in self.details), default=0) + 2
         return "\n".join([self.headline, *(f"  {key:<{width}}{value}" for key, value in self.details.items())])
+
+
+def _label(key: str) -> str:
+    """`try_` -> `try`, `did_you_mean` -> `did you mean`; a dotted key such as `differs blocks.seq_len` stays as it is."""
+    return key.replace("_", " ").strip() if key.isidentifier() else key
 
 
 class DataError(KdError):

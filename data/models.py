@@ -276,7 +276,8 @@ def split_head(model: Model) -> LanguageModelHead:
     """Take a causal model apart, and prove on a few tokens that the parts give the model's own logits.
 
     Raises TeacherError for architectures that do something between the last hidden state and the logits
-    (soft-capping, scaling): chunked heads would be silently wrong for them.
+    (soft-capping, scaling): chunked heads would be silently wrong for them. The proof amplifies the output layer
+    until its largest value is 1000: a soft cap at 30 hardly bends the small logits of a small or untrained model.
     """
     import torch
 
@@ -290,9 +291,15 @@ def split_head(model: Model) -> LanguageModelHead:
     model.eval()
     with torch.no_grad():
         ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-        expected = model(input_ids=ids, use_cache=False).logits.float()
         got = torch.nn.functional.linear(parts.hidden(ids, None), head.weight, head.bias).float()
-    model.train(training)
+        gain = 1000 / max(float(got.abs().max()), 1e-6)
+        got *= gain
+        hook = head.register_forward_hook(lambda module, inputs, output: output * gain)
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            hook.remove()
+            model.train(training)
     # the same product twice; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
     if got.shape != expected.shape or not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
         raise TeacherError("the model changes its logits after the output layer", where=type(model).__name__,

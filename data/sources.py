@@ -34,6 +34,10 @@ Columns = Mapping[str, str]
 """Our field (`text`, `prompt`, `target`, `id`) -> the column that holds it."""
 
 
+ENCODING = "utf-8-sig"
+"""UTF-8; the byte order mark that spreadsheets write first is not text."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """An ordered list of examples and where it came from."""
@@ -62,7 +66,7 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
         corpus = SOURCES[name](spec, split or suffix or "train")
     elif path.exists():
         corpus = _local(spec, path, split or "train", columns or {})
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", spec) and not path.suffix:
+    elif _is_hub_id(spec):
         corpus = _hub(spec, split or "train", columns or {})
     elif "/" in spec or path.suffix:
         raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(SOURCES)}, or a hub id")
@@ -78,9 +82,26 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
     return Corpus(spec, corpus.split, corpus.kind, examples, corpus.source)
 
 
+def _is_hub_id(spec: str) -> bool:
+    """`owner/name[:config][@revision]`; dots are common in hub names, so only suffixes of data files rule it out."""
+    name = re.split("[:@]", spec)[0]
+    files = {*FILE_READERS, ".json", ".gz", ".zip", ".zst", ".arrow", ".md"}
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", spec) is not None
+        and not spec.startswith(".")
+        and Path(name).suffix not in files
+    )
+
+
 def _check_ids(spec: str, examples: tuple[Example, ...]) -> None:
     seen: set[str] = set()
     for example in examples:
+        for text in (example.prompt, example.target):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair; no tokenizer takes it
+                raise DataError("a text is not valid Unicode", where=f"{spec} example {example.id}", found=str(error),
+                                expected="text without lone surrogates") from error  # fmt: skip
         if example.id in seen:
             raise DataError("two examples have the same id", where=spec, found=example.id,
                             try_="another column for --columns id=…, or none")  # fmt: skip
@@ -111,8 +132,8 @@ def wikitext_articles(lines: Iterator[str] | list[str], task: str, split: str) -
     count, previous_empty = 0, True
     for line in lines:
         line = line.removesuffix("\n")
-        opens = previous_empty and re.fullmatch(r"\s*= [^=].*[^=] =\s*", line) is not None
-        if opens and article:
+        opens = previous_empty and re.fullmatch(r"\s*= [^=](.*[^=])? =\s*", line) is not None
+        if opens and any(kept.strip() for kept in article):
             yield Example(f"{split}/{count}", "\n".join(article).strip() + "\n", task=task, split=split)
             article, count = [], count + 1
         article.append(line)
@@ -174,27 +195,27 @@ def _local(spec: str, path: Path, split: str, columns: Columns) -> Corpus:
 
 def _read_txt(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
     """One document per file, or several separated by lines that hold only `<|endoftext|>`."""
-    documents = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$\n?|<\|endoftext\|>", file.read_text("utf-8"))
+    documents = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$\n?|<\|endoftext\|>", file.read_text(ENCODING))
     texts = [d.strip("\n") for d in documents if d.strip()]
     ids = [prefix] if len(texts) == 1 else [f"{prefix}:{i}" for i in range(len(texts))]
     return "documents", [Example(i, t, split=split) for i, t in zip(ids, texts, strict=True)]
 
 
 def _read_tokens(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding=ENCODING) as lines:
         articles = list(wikitext_articles(lines, "wikitext", split))
     return "documents", [Example(f"{prefix}:{i}", a.target, task=a.task, split=split) for i, a in enumerate(articles)]
 
 
 def _read_jsonl(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
     rows = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding=ENCODING) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise DataError("not JSON", where=f"{file} line {number}", found=str(error)) from error
             if not isinstance(row, dict):
                 raise DataError("a line is not a JSON object", where=f"{file} line {number}", found=type(row).__name__)
@@ -205,7 +226,8 @@ def _read_jsonl(file: Path, prefix: str, columns: Columns, split: str) -> tuple[
 
 
 def _read_csv(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than some articles
+    with file.open(encoding=ENCODING, newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         rows = list(reader)
     kind, examples = _rows_to_examples(str(file), list(reader.fieldnames or []), rows, columns, prefix, split)
@@ -244,8 +266,10 @@ def _rows_to_examples(where: str, names: list[str], rows: Any, columns: Columns,
                 if not isinstance(value, str):
                     raise DataError("a value is not text", where=f"{where} row {number} column {fields[field]}",
                                     found=type(value).__name__, expected="a string")  # fmt: skip
-            identity = str(row[id_column]) if id_column else f"{prefix}:{number}"
-            yield Example(identity, task=prefix.rpartition("/")[2].partition(".")[0], split=split, **values)
+            identity = row.get(id_column) if id_column else f"{prefix}:{number}"
+            if identity is None:
+                raise DataError("an id is missing", where=f"{where} row {number} column {id_column}")
+            yield Example(str(identity), task=prefix.rpartition("/")[2].partition(".")[0], split=split, **values)
 
     return ("pairs" if pairs else "documents"), examples()
 

@@ -16,6 +16,7 @@ import hashlib
 import io
 import sysconfig
 import tokenize
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def module_prose(path: Path) -> str:
     """
     try:
         source = path.read_text(encoding="utf-8")
-        tree = ast.parse(source)
+        with warnings.catch_warnings():  # under `-W error` an invalid escape would count as a syntax error
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
         comments = _comment_blocks(source)
     except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
         return ""

@@ -1,0 +1,172 @@
+"""Check a cache to the last byte, and say which shard, array and rows are damaged.
+
+Three layers: every file against its committed SHA-256; the documents against each other; the decoded rows
+against what `SoftTargets` promises (sorted, unique ids within the vocabulary, masses that sum to one, tokens that
+match their digest). A changed file is narrowed down to its inner chunks by decoding each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kd.cache_builder import codecs, store
+from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.targets import SoftTargets
+from kd.data.errors import CacheDamageError, KdError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One piece of damage."""
+
+    where: str
+    """File in the cache."""
+    problem: str
+    shard: int | None = None
+    array: str | None = None
+    rows: str | None = None
+    """`start:stop` addresses in the arrays, as narrow as could be told."""
+
+
+@dataclass(frozen=True)
+class VerifyProgress:
+    """Files checked so far."""
+
+    bytes_done: int
+    bytes_total: int
+    findings: tuple[Finding, ...]
+
+
+def verify(root: str | Path) -> Iterator[VerifyProgress]:
+    """Check the cache under `root`; yields progress, the last one with all findings.
+
+    Raises CacheError when `root` is not a cache at all; CacheDamageError when the manifest is unreadable.
+    """
+    root = Path(root)
+    manifest = load_manifest(root)
+    findings: list[Finding] = []
+    total = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    done = 0
+    known = {"manifest.json", "building.json"}
+    for name, entry in manifest.files.items():
+        known.add(name)
+        findings += _check_file(root, name, entry)
+    present = range(len(manifest.shards)) if manifest.complete else store.committed(root, len(manifest.shards))
+    for index in present:
+        known |= {f"commits/{index:05d}.json", *store.shard_files(manifest.arrays, index).values()}
+        found = list(_check_shard(root, manifest, index))
+        findings += found
+        done += sum(_size(root / n) for n in store.shard_files(manifest.arrays, index).values())
+        yield VerifyProgress(done, total, tuple(findings))
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_file() and name not in known and manifest.complete and not name.startswith(".staging-"):
+            findings.append(Finding(name, "a file that no commit knows"))
+    yield VerifyProgress(total, total, tuple(findings))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _check_file(root: Path, name: str, entry: dict[str, object]) -> list[Finding]:
+    try:
+        store.verify_file(root, name, entry)
+    except CacheDamageError as error:
+        return [Finding(name, error.headline)]
+    return []
+
+
+def _check_shard(root: Path, manifest: CacheManifest, index: int) -> Iterator[Finding]:
+    commit = f"commits/{index:05d}.json"
+    rows = manifest.shards[index][2]
+    start = index * manifest.layout.shard_rows
+    whole = f"{start}:{start + rows}"
+    try:
+        record = store.read_commit(root, manifest, index)
+    except KdError as error:
+        yield Finding(commit, error.headline, index, None, whole)
+        return
+    damaged = False
+    for array, name in store.shard_files(manifest.arrays, index).items():
+        try:
+            store.verify_file(root, name, record.files[name])
+        except CacheDamageError as error:
+            damaged = True
+            narrowed = whole if array == "examples" else _broken_rows(root, manifest, array, start, rows) or whole
+            yield Finding(name, error.headline, index, array, narrowed)
+    if damaged:
+        return
+    try:
+        shard = store.read_shard(root, manifest, index)
+        yield from _check_rows(manifest, shard, commit)
+    except KdError as error:
+        yield Finding(commit, str(error.details.get("found", error.headline)), index, None, whole)
+
+
+def _broken_rows(root: Path, manifest: CacheManifest, array: str, start: int, rows: int) -> str | None:
+    """Row ranges of the inner chunks that Zarr cannot decode (crc32c), joined; None when every chunk decodes."""
+    broken: list[tuple[int, int]] = []
+    step = manifest.layout.chunk_rows
+    for first in range(start, start + rows, step):
+        count = min(step, start + rows - first)
+        try:
+            store.read_rows(root, array, first, count)
+        except Exception:  # zarr raises whatever its codec raises; any of it means "this chunk is broken"
+            if broken and broken[-1][1] == first:
+                broken[-1] = (broken[-1][0], first + count)
+            else:
+                broken.append((first, first + count))
+    return ", ".join(f"{a}:{b}" for a, b in broken) or None
+
+
+def _check_rows(manifest: CacheManifest, shard: store.Shard, commit: str) -> Iterator[Finding]:
+    start = shard.index * manifest.layout.shard_rows
+    targets = codecs.decode(shard.arrays, manifest.targets)
+    for problem, array, bad in broken_promises(targets, manifest.vocabulary_size):
+        places = np.flatnonzero(bad)
+        if len(places):
+            yield Finding(commit, problem, shard.index, array, f"{start + places[0]}:{start + places[-1] + 1}")
+    table = shard.examples
+    expected = 0
+    for i in range(len(table["id"])):
+        first, stop = table["row_start"][i], table["row_end"][i]
+        if first != expected or stop <= first:
+            yield Finding(commit, f"row range of example {table['id'][i]} is not contiguous", shard.index, "examples")
+            return
+        expected = stop
+        context = np.asarray(table["context_ids"][i], dtype=np.int32)
+        if store.tokens_digest(context, targets.gold_ids[first:stop]) != table["tokens_digest"][i]:
+            yield Finding(commit, f"rows of example {table['id'][i]} do not belong to its tokens", shard.index,
+                          "gold_ids", f"{start + first}:{start + stop}")  # fmt: skip
+        if targets.byte_end[stop - 1] != len(table["target"][i].encode("utf-8")):
+            yield Finding(commit, f"byte ends of example {table['id'][i]} do not cover its text", shard.index,
+                          "byte_end", f"{start + first}:{start + stop}")  # fmt: skip
+    if expected != manifest.shards[shard.index][2]:
+        yield Finding(commit, "the examples do not cover the shard's rows", shard.index, "examples")
+
+
+def broken_promises(targets: SoftTargets, vocabulary_size: int) -> Iterator[tuple[str, str, np.ndarray]]:
+    """`(problem, array, mask of rows [N])` for everything `SoftTargets` promises and these rows may break."""
+    yield "an id beyond the vocabulary", "gold_ids", targets.gold_ids >= vocabulary_size
+    yield "a rank beyond the vocabulary", "gold_rank", targets.gold_rank >= vocabulary_size
+    yield "a normaliser that is not finite", "log_z", ~np.isfinite(targets.log_z).all(axis=1)
+    yield "a log-probability that is not finite", "gold_logprob", ~np.isfinite(targets.gold_logprob)
+    if targets.token_ids is not None:
+        ids = np.sort(targets.token_ids, axis=1)
+        yield "an id beyond the vocabulary", "token_ids", ids[:, -1] >= vocabulary_size
+        yield "an id that occurs twice", "token_ids", (ids[:, 1:] == ids[:, :-1]).any(axis=1)
+    if targets.logprobs is not None:
+        yield "log-probabilities out of order", "logprobs", (np.diff(targets.logprobs, axis=1) > 0).any(axis=1)
+        for temperature in targets.temperatures:
+            kept = np.exp(targets.logprobs_at(temperature)).sum(axis=1)
+            # float32 log_z of up to 16 nats carries about 1e-6; sums over 64 values a little more
+            yield f"kept mass above 1 at temperature {temperature:g}", "log_z", ~(kept <= 1 + 1e-4)
+    if targets.sample_counts is not None:
+        drawn = targets.sample_counts.sum(axis=1)
+        yield "a number of draws that differs between rows", "sample_counts", drawn != targets.sample_counts.shape[1]
+

@@ -1,0 +1,159 @@
+"""How closely a model follows the teacher whose soft targets a cache holds, without that teacher.
+
+Per row, over the teacher's kept tokens and everything else as one more outcome (the rest bucket):
+
+    KL(teacher || model) = Σ_k p_k (ln p_k - ln q_k) + p_rest (ln p_rest - ln q_rest)        nats, >= 0
+
+A lower bound of the full divergence (merging outcomes never raises it), tight where little mass is beyond k.
+p_rest comes from the cache's exact normaliser. ln q_rest is a logsumexp over the ids that are not kept, never
+1 - Σ q: with 99.99 % of the mass kept, that difference has lost half of float32's digits. At temperature T both
+sides are softened by T and the figure is not scaled by T².
+
+Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`require_same_tokenizer`).
+The teacher's own figures carry the cache's quantisation: about 1e-5 nats of KL with 8-bit log-probabilities, three
+digits in its gold NLL (float16). Top-1 agreement as in Stanton et al. 2021, arXiv:2106.05945.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kd.data.errors import CacheError, CacheMismatchError
+from kd.data.models import Model, split_head
+from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
+from kd.evaluation.estimates import Documents, Estimate, per_example
+from kd.evaluation.scoring import LogitChunk, Progress, ScoredText, logit_chunks, require_positions
+
+if TYPE_CHECKING:
+    from kd.cache_builder.reader import CacheReader
+    from kd.cache_builder.targets import SoftTargets
+
+
+@dataclass(frozen=True)
+class AgreementResult:
+    """A model against a cache. Standard errors are clustered by document."""
+
+    kl: Estimate
+    """KL(teacher || model) in nats per row, at `temperature`; rest bucket."""
+    top1_agreement: Estimate
+    """Share of rows whose most probable token is the teacher's."""
+    nll_per_token: Estimate
+    """The model's, of the gold token, in nats at temperature 1."""
+    teacher_nll_per_token: Estimate
+    """The teacher's, from the cache (float16)."""
+    rows: int
+    """Scored."""
+    temperature: float
+    documents: Documents
+
+
+def require_same_tokenizer(tokenizer: Tokenizer, reader: CacheReader) -> None:
+    """Raise CacheMismatchError unless every id of the cache stands for the same bytes in `tokenizer`."""
+    made_with = reader.manifest.identity["tokenizer"]["fingerprint"]
+    found = tokenizer_fingerprint(tokenizer)
+    if found != made_with and token_bytes(tokenizer) != reader.vocabulary():
+        raise CacheMismatchError("the model's tokenizer is not the one of this cache", cache=reader.root,
+                                 differs="tokenizer", expected=made_with[:16], found=found[:16],
+                                 try_="--tasks perplexity, whose bits per byte compare any two tokenizers")  # fmt: skip
+
+
+def evaluate_agreement(model: Model, reader: CacheReader, *, temperature: float = 1.0, limit: int | None = None,
+                       tokens_per_batch: int = 4096) -> Iterator[Progress[AgreementResult]]:  # fmt: skip
+    """Score `model` on the rows of a cache; the last record carries the result.
+
+    temperature  one of the cache's grid
+    limit        use the first so many examples (blocks) of the cache
+
+    The caller has checked that the model shares the cache's tokenizer. Raises CacheError for a cache without ids
+    and log-probabilities or without that temperature, DataError when the model has too few positions or logits.
+    """
+    _require_head(reader, temperature)
+    count = len(reader) if limit is None else min(limit, len(reader))
+    if count < 1:
+        raise CacheError("there is nothing to score", found=f"a limit of {limit} examples", expected="at least 1")
+    tokens_E, rows_E = reader.lengths()
+    require_positions(model, int(tokens_E[:count].max()))
+    lengths = [int(n) for n in rows_E[:count]]
+    total, done = sum(lengths), 0
+    figures = np.empty((4, total), dtype=np.float64)
+    head, size = split_head(model), reader.manifest.vocabulary_size
+    ids: list[str] = []
+    yield Progress(0, total)
+    for first, stop, _ in reader.manifest.shards:  # a shard at a time: its decoded targets are what memory must hold
+        if first >= count:
+            break
+        from kd.cache_builder.reader import concatenate
+
+        examples = reader.read(range(first, min(stop, count)))
+        ids += [e.id for e in examples]
+        texts = [ScoredText(e.id, e.context_ids, e.targets.gold_ids) for e in examples]
+        targets = concatenate([e.targets for e in examples])
+        before = done
+        log_p, rest = teacher_outcomes(targets, temperature, size)
+        figures[3, before : before + len(targets)] = -targets.gold_logprob.astype(np.float64)
+        for chunk in logit_chunks(head, texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch):
+            token_ids = targets.token_ids[chunk.rows]  # type: ignore[index]
+            figures[:3, before + chunk.rows] = _compare(
+                chunk, token_ids, log_p[chunk.rows], rest[chunk.rows], temperature
+            )
+            done += len(chunk.rows)
+            yield Progress(done, total)
+    documents = Documents.of_examples(ids, reader.manifest.identity["corpus"]["kind"])
+    kl, same, nll, teacher = (documents.ratio(per_example(f, lengths), np.array(lengths)) for f in figures)
+    yield Progress(total, total, AgreementResult(kl, same, nll, teacher, total, temperature, documents))
+
+
+def teacher_outcomes(targets: SoftTargets, temperature: float, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of the kept tokens `[N, K]` and mass of the rest `[N]` at a temperature, float64.
+
+    The rest is exactly 0 where every id is kept; otherwise rounding of the normaliser would pass for mass.
+    """
+    log_p = targets.logprobs_at(temperature)
+    rest = targets.tail_mass_at(temperature) if log_p.shape[1] < vocabulary_size else np.zeros(len(log_p))
+    return log_p, rest
+
+
+def rest_bucket_kl(log_p: np.ndarray, rest: np.ndarray, log_q: np.ndarray, log_q_rest: np.ndarray) -> np.ndarray:
+    """KL over K kept tokens and the rest as one outcome: `[N, K], [N], [N, K], [N] -> [N]` nats, float64.
+
+    A rest of mass 0 adds nothing, whatever the model puts there. Hinton et al. 2015, arXiv:1503.02531.
+    """
+    head = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    tail = np.zeros_like(rest)
+    held = rest > 0
+    tail[held] = rest[held] * (np.log(rest[held]) - log_q_rest[held])
+    return np.asarray(head + tail)
+
+
+def _compare(chunk: LogitChunk, token_ids: np.ndarray, log_p: np.ndarray, rest: np.ndarray,
+             temperature: float) -> np.ndarray:  # fmt: skip
+    """`[3, m]` float64: KL in nats, 1 where the top tokens agree, NLL of the gold token in nats."""
+    import torch
+
+    ids = torch.from_numpy(token_ids).to(chunk.logits.device)
+    soft = chunk.logits / temperature
+    log_z = soft.logsumexp(dim=1, keepdim=True)
+    log_q = (soft.gather(1, ids) - log_z).cpu().double().numpy()
+    log_q_rest = (soft.scatter(1, ids, -torch.inf).logsumexp(dim=1) - log_z.squeeze(1)).cpu().double().numpy()
+    gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
+    nll = (chunk.logits.logsumexp(dim=1) - gold).cpu().numpy()
+    same = (chunk.logits.argmax(dim=1) == ids[:, 0]).cpu().numpy()
+    return np.stack([rest_bucket_kl(log_p, rest, log_q, log_q_rest), same, nll])
+
+
+def _require_head(reader: CacheReader, temperature: float) -> None:
+    """Refuse a cache whose rows do not say which tokens the teacher preferred, or not at this temperature."""
+    names = {a.name for a in reader.manifest.arrays}
+    if not {"token_ids", "logprobs"} <= names:
+        raise CacheError("this cache cannot be compared with token by token", cache=reader.root,
+                         found=f"profile {reader.config.profile}", expected="ids and log-probabilities of the top k",
+                         try_="a cache built with --profile kl or full")  # fmt: skip
+    grid = reader.config.temperatures
+    if temperature not in grid:
+        raise CacheError("this cache does not hold that temperature", cache=reader.root,
+                         found=f"temperature {temperature:g}",
+                         expected=f"one of {', '.join(f'{t:g}' for t in grid)}")  # fmt: skip

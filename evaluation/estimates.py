@@ -1,0 +1,109 @@
+"""Means over rows that are not independent, and how sure they are.
+
+A score is a ratio over documents d,
+
+    R = Σ_d s_d / Σ_d c_d              s_d: summed nats (or hits) of a document, c_d: its tokens, bytes or rows
+
+Tokens of one document share its topic and its style: counted as independent they make a standard error several
+times too small. So documents are the unit that is drawn, and R is linearised around its value:
+
+    u_d = (s_d - R c_d) / Σ c          se(R)² = G/(G-1) Σ_d u_d²              G documents; unknown for G = 1
+
+Two models scored on the same documents mostly find the same ones hard; the error of their difference is
+
+    se(A - B)² = G/(G-1) Σ_d (u_d^A - u_d^B)²
+
+which is why an `Estimate` keeps its u and not only its standard error. A smooth function f of R has f'(R) u_d.
+
+Cochran, Sampling Techniques (1977), chapter 6; clustered and paired errors for language models: Miller 2024,
+Adding Error Bars to Evals, arXiv:2411.00640.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number measured on documents, and how far each of them moves it."""
+
+    value: float
+    """In the metric's own unit."""
+    influence: np.ndarray
+    """[G] float64: u_d, in the same unit."""
+    n: int
+    """Tokens, bytes or rows averaged over."""
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error clustered by document; None for a single document."""
+        return standard_error(self.influence)
+
+    def exponential(self) -> Estimate:
+        """exp(value) with the delta method's error; infinite where float64 overflows."""
+        value = math.exp(self.value) if self.value < 709 else math.inf
+        return Estimate(value, self.influence * value, self.n)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Which document each example belongs to."""
+
+    names: tuple[str, ...]
+    """[G], in order of first appearance."""
+    numbers: np.ndarray
+    """[examples] int64 into `names`."""
+
+    @classmethod
+    def of_examples(cls, ids: Sequence[str], kind: str) -> Documents:
+        """Group example ids: blocks `name#3` of a `documents` corpus by name, a `pairs` example for itself."""
+        keys = [i.rpartition("#")[0] or i for i in ids] if kind == "documents" else list(ids)
+        places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return cls(tuple(places), np.array([places[key] for key in keys], dtype=np.int64))
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the names in order: equal for two evaluations of the same documents."""
+        return hashlib.blake2b("\0".join(self.names).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+    def ratio(self, sums: np.ndarray, counts: np.ndarray) -> Estimate:
+        """Σ sums / Σ counts with its influences.
+
+        sums    [examples] float64, in the metric's unit times count
+        counts  [examples] tokens, bytes or rows; raises DataError when they add up to 0
+        """
+        size = len(self.names)
+        s_G = np.bincount(self.numbers, weights=sums, minlength=size)
+        c_G = np.bincount(self.numbers, weights=counts, minlength=size)
+        total = float(c_G.sum())
+        if total == 0:
+            raise DataError("there is nothing to average over", found=f"{len(self.numbers)} examples, a count of 0")
+        value = float(s_G.sum()) / total
+        return Estimate(value, (s_G - value * c_G) / total, round(total))
+
+
+def standard_error(influence: np.ndarray) -> float | None:
+    """`[G]` influences -> their standard error; None for fewer than two documents or an infinite estimate."""
+    size = len(influence)
+    if size < 2 or not bool(np.isfinite(influence).all()):
+        return None
+    return math.sqrt(size / (size - 1) * float(np.square(influence).sum()))
+
+
+def difference_stderr(left: np.ndarray, right: np.ndarray) -> float | None:
+    """Standard error of the difference of two estimates over the same documents, `[G]` and `[G]`; None as above."""
+    return standard_error(np.asarray(left) - np.asarray(right))
+
+
+def per_example(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Sum `values [rows]` over consecutive examples of `lengths` rows (each at least 1): `[examples]` float64."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    return np.asarray(np.add.reduceat(values.astype(np.float64), starts))

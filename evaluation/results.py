@@ -1,0 +1,90 @@
+"""`EvalReport`: one model's figures as they lie on disk, written by `kd eval`, read by `kd report`.
+
+    DIR/documents.json   per task and metric, how far each document moves the figure: what a report needs to
+                         give the error of the *difference* of two models, which share their hard documents
+    DIR/eval.json        everything else; written last
+
+A report names model, text or cache, settings and versions, and holds no date: the same evaluation is the same file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kd.cache_builder.files import MAX_JSON_BYTES, canonical_json, write_atomic
+from kd.data.errors import DataError
+
+FORMAT, FORMAT_VERSION = "kd-eval", 1
+EVAL, DOCUMENTS = "eval.json", "documents.json"
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """One model's results; the document in `eval.json`."""
+
+    model: str
+    """As the user wrote it."""
+    parameters: int
+    """Counted; tied weights once."""
+    identity: dict[str, Any]
+    """Class, dtype, quantisation, weight digests: see `kd.data.models.model_identity`."""
+    tokenizer: str
+    """Fingerprint."""
+    tasks: dict[str, dict[str, dict[str, Any]]]
+    """task -> metric -> value, stderr (None for one document), n, over, unit, better, title."""
+    settings: dict[str, dict[str, Any]]
+    """task -> what must be equal for two results to be comparable, text or cache included."""
+    data: dict[str, Any] | None
+    """spec, split, kind, examples, text_digest; None where no task needed a text."""
+    cache: dict[str, Any] | None
+    """path, fingerprint, teacher, examples, rows; None where no task needed a cache."""
+    versions: dict[str, str]
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    """task -> digest of the documents, and metric -> influences; saved beside the report."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `eval.json` holds."""
+        return {
+            "format": FORMAT, "format_version": FORMAT_VERSION, "model": self.model, "parameters": self.parameters,
+            "identity": self.identity, "tokenizer": self.tokenizer, "tasks": self.tasks, "settings": self.settings,
+            "data": self.data, "cache": self.cache, "versions": self.versions,
+        }  # fmt: skip
+
+    def save(self, out_dir: Path) -> Path:
+        """Write `documents.json`, then `eval.json`, each whole or absent; returns the latter's path."""
+        write_atomic(out_dir / DOCUMENTS, json.dumps(self.documents, sort_keys=True, allow_nan=False) + "\n")
+        write_atomic(out_dir / EVAL, canonical_json(self.to_dict()))
+        return out_dir / EVAL
+
+
+def load_report(folder: Path) -> EvalReport:
+    """Read what `save` wrote; `documents` is empty where that file is gone. Raises DataError, naming the file."""
+    path = folder / EVAL
+    document = read_object(path)
+    if (document.get("format"), document.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise DataError("this is not an evaluation that this release reads", where=path,
+                        found=f"format {document.get('format')!r} version {document.get('format_version')!r}",
+                        expected=f"{FORMAT!r} version {FORMAT_VERSION}")  # fmt: skip
+    documents = read_object(folder / DOCUMENTS) if (folder / DOCUMENTS).is_file() else {}
+    names = [n for n in EvalReport.__dataclass_fields__ if n != "documents"]
+    missing = [n for n in names if n not in document]
+    if missing or not isinstance(document["tasks"], dict) or not isinstance(document["settings"], dict):
+        raise DataError("an evaluation is not complete", where=path, found=f"no {', '.join(missing) or 'tasks'}")
+    return EvalReport(**{n: document[n] for n in names}, documents=documents)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 64 MiB. Raises DataError saying which file is absent or damaged."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise DataError("a JSON file is too large", where=path, found=f"{size} bytes", expected=f"{MAX_JSON_BYTES}")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError("a JSON file cannot be read", where=path, found=f"{type(error).__name__}: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError("a JSON file is not an object", where=path, found=type(value).__name__)
+    return value

@@ -1,0 +1,163 @@
+"""Run a causal model over examples and hand out logits for the scored positions, a few hundred rows at a time.
+
+The full logits `[B, T, V]` never exist: at 4096 tokens and 50 257 ids they are 0.8 GB in float32, a chunk of 256
+rows is 51 MB. Examples are batched by length (longest first, so that a batch that is too large fails at once)
+and padded on the right, where a causal model never looks.
+
+Everything that evaluates is a generator of `Progress`; the last one carries the result.
+
+Shapes: N scored rows, V ids the tokenizer or the cache knows, C context tokens, n target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+
+from kd.data.errors import DataError
+from kd.data.models import LanguageModelHead, Model, max_positions
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_ROWS = 256
+"""Rows of the output layer computed at once, as in the teacher pass."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Progress(Generic[Result]):
+    """One step of an evaluation."""
+
+    done: int
+    """Rows (target tokens) scored."""
+    total: int
+    """Rows there are."""
+    result: Result | None = None
+    """On the last record."""
+
+
+def final(steps: Iterator[Progress[Result]]) -> Result:
+    """Run an evaluation to its end in silence and return its result."""
+    result = None
+    for step in steps:
+        result = step.result
+    assert result is not None, "an evaluation ends with its result"
+    return result
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """One example: tokens that are seen, then tokens that are scored."""
+
+    id: str
+    context_ids: np.ndarray
+    """[C] int32, C >= 1"""
+    target_ids: np.ndarray
+    """[n] int32, n >= 1"""
+
+    @property
+    def tokens(self) -> int:
+        """C + n: what the model reads."""
+        return len(self.context_ids) + len(self.target_ids)
+
+
+@dataclass(frozen=True)
+class LogitChunk:
+    """Logits of up to HEAD_ROWS scored positions, on the model's device."""
+
+    rows: np.ndarray
+    """[m] int64: row numbers, counted over all examples in the order they were given"""
+    logits: torch.Tensor
+    """[m, V] float32"""
+    gold_ids: torch.Tensor
+    """[m] int64: the token that was actually there"""
+
+
+def require_positions(model: Model, tokens: int) -> None:
+    """Raise DataError when `tokens` positions are more than the model has."""
+    limit = max_positions(model.config)
+    if limit is not None and tokens > limit:
+        raise DataError("the sequences are longer than the model's positions", found=f"{tokens} tokens",
+                        expected=f"at most {limit}", try_=f"--seq-len {limit}")  # fmt: skip
+
+
+def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Numbers into `lengths`, longest first, each batch at most `tokens_per_batch` tokens with its padding.
+
+    A single example longer than that is a batch of its own.
+    """
+    result: list[list[int]] = []
+    width = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if result and (len(result[-1]) + 1) * width <= tokens_per_batch:
+            result[-1].append(i)
+        else:
+            result.append([i])
+            width = lengths[i]
+    return result
+
+
+def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabulary_size: int,
+                 tokens_per_batch: int = 4096) -> Iterator[LogitChunk]:  # fmt: skip
+    """Logits of every scored position of `texts`, each exactly once, in the order of the batches.
+
+    Columns from `vocabulary_size` on (padding of the output layer: ids no tokenizer emits) are cut off.
+    Raises DataError when the model has fewer columns, needs more memory than there is, or its logits are not finite.
+    """
+    import torch
+
+    width = int(head.weight.shape[0])
+    if width < vocabulary_size:
+        raise DataError("the model has fewer logits than the tokenizer has entries", found=f"{width} logits",
+                        expected=f"at least {vocabulary_size}", try_="--tokenizer PATH")  # fmt: skip
+    starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
+    for batch in batches([t.tokens for t in texts], tokens_per_batch):
+        chosen = [texts[i] for i in batch]
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
+        gold = torch.from_numpy(np.concatenate([t.target_ids for t in chosen]).astype(np.int64)).to(head.weight.device)
+        try:
+            with torch.inference_mode():
+                hidden = _scored_hidden(head, chosen)
+            for start in range(0, len(rows), HEAD_ROWS):
+                part = slice(start, start + HEAD_ROWS)
+                with torch.inference_mode():
+                    logits = torch.nn.functional.linear(hidden[part], head.weight, head.bias)
+                    logits = logits[:, :vocabulary_size].float()
+                    finite = torch.isfinite(logits).all(dim=1)
+                if not bool(finite.all()):
+                    raise _not_finite(chosen, start + int((~finite).nonzero()[0]))
+                yield LogitChunk(rows[part], logits, gold[part])
+        except torch.OutOfMemoryError as error:
+            advice = f"--tokens-per-batch below {tokens_per_batch}, or a smaller --seq-len"
+            raise DataError("not enough memory on the device", found=str(error).splitlines()[0], try_=advice) from error
+
+
+def _scored_hidden(head: LanguageModelHead, texts: Sequence[ScoredText]) -> torch.Tensor:
+    """`[N, d]` hidden states that predict the target tokens of `texts`, one example after another."""
+    import torch
+
+    lengths = [t.tokens for t in texts]
+    ids = np.zeros((len(texts), max(lengths)), dtype=np.int64)
+    for number, text in enumerate(texts):
+        ids[number, : lengths[number]] = np.concatenate([text.context_ids, text.target_ids])
+    device = head.weight.device
+    mask = None
+    if min(lengths) != max(lengths):
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
+    hidden_BTd = head.hidden(torch.from_numpy(ids).to(device), mask)
+    return torch.cat([hidden_BTd[b, len(t.context_ids) - 1 : lengths[b] - 1] for b, t in enumerate(texts)])
+
+
+def _not_finite(texts: Sequence[ScoredText], row: int) -> DataError:
+    for text in texts:
+        if row < len(text.target_ids):
+            return DataError("the model's logits are not finite", where=f"example {text.id}",
+                             found=f"NaN or infinity at target token {row}",
+                             try_="--dtype float32 or bfloat16, and check the weights")  # fmt: skip
+        row -= len(text.target_ids)
+    raise AssertionError("row beyond the batch")

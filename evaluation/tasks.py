@@ -1,0 +1,254 @@
+"""What can be measured, by name: `run_tasks` loads a model once and gives an `EvalReport`.
+
+    perplexity   needs a text         perplexity, bits per byte
+    agreement    needs a cache        KL to its teacher, top-1 agreement
+
+Several tasks share one load of the weights; everything a user can get wrong is checked before that.
+
+Add a task: a function that yields `Progress[TaskResult]`, and an entry in `TASKS`. numpy is the heaviest thing this
+module imports; torch and zarr come when a task runs.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kd.data.errors import DataError, unknown_name
+from kd.data.models import Model, ModelRequest, load_model, load_request_tokenizer, model_identity
+from kd.data.sources import Columns, Corpus, load_corpus
+from kd.data.tokenizer import Tokenizer, tokenizer_fingerprint
+from kd.evaluation.estimates import Documents, Estimate
+from kd.evaluation.results import EvalReport
+from kd.evaluation.scoring import Progress
+
+if TYPE_CHECKING:
+    from kd.cache_builder.reader import CacheReader
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a task."""
+
+    title: str
+    """As a table spells it."""
+    unit: str
+    better: Literal["lower", "higher"] | None
+    """None: not a merit of the model."""
+    over: str
+    """What `n` counts: token, byte or row. Averages over tokens compare only with the same tokenizer."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What tasks are told; each uses its own part."""
+
+    corpus: Corpus | None = None
+    reader: CacheReader | None = None
+    limit: int | None = None
+    """First examples of the text (applied when it was loaded) and of the cache."""
+    limit_tokens: int | None = None
+    """First tokens of the text."""
+    seq_len: int | None = None
+    stride: int | None = None
+    bos: bool = True
+    temperature: float = 1.0
+    tokens_per_batch: int = 4096
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Estimates of one task by metric name, and what two results must share to be compared."""
+
+    estimates: Mapping[str, Estimate]
+    documents: Documents
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A way to measure a model."""
+
+    about: str
+    needs: Literal["data", "cache"]
+    metrics: Mapping[str, Metric]
+    run: Callable[[Model, Tokenizer, Settings], Iterator[Progress[TaskResult]]]
+
+
+@dataclass(frozen=True)
+class EvalProgress:
+    """One step of `run_tasks`."""
+
+    task: str
+    done: int
+    """Rows (target tokens) scored in this task."""
+    total: int
+    report: EvalReport | None = None
+    """On the last record."""
+
+
+def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None, cache: Path | str | None = None,
+              split: str | None = None, columns: Columns | None = None, limit: int | None = None,
+              limit_tokens: int | None = None, seq_len: int | None = None, stride: int | None = None, bos: bool = True,
+              temperature: float = 1.0, tokens_per_batch: int = 4096, device: str = "auto", dtype: str = "auto",
+              revision: str | None = None, tokenizer: str | None = None, load_in_4bit: bool = False,
+              seed: int = 0) -> Iterator[EvalProgress]:  # fmt: skip
+    """Load a model and run the named tasks; the last record carries the report. Nothing is written.
+
+    Everything a user can get wrong is checked before weights are loaded: raises DataError for an unknown task or a
+    missing text or cache, CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
+    """
+    check_tasks(names, data=data, cache=cache)
+    needs = {TASKS[name].needs for name in names}
+    request = ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed)
+    loaded = load_request_tokenizer(request)
+    corpus = reader = None
+    if "data" in needs and data is not None:
+        corpus = load_corpus(data, split=split, columns=columns, limit=limit)
+    if "cache" in needs and cache is not None:
+        from kd.cache_builder.reader import CacheReader
+        from kd.evaluation.agreement import require_same_tokenizer
+
+        reader = CacheReader(cache)
+        require_same_tokenizer(loaded, reader)
+    settings = Settings(corpus, reader, limit, limit_tokens, seq_len, stride, bos, temperature, tokens_per_batch)
+    model = load_model(request)
+    results: dict[str, TaskResult] = {}
+    last = Progress[TaskResult](0, 0)
+    for name in dict.fromkeys(names):
+        for last in TASKS[name].run(model, loaded, settings):
+            yield EvalProgress(name, last.done, last.total)
+        assert last.result is not None
+        results[name] = last.result
+    report = EvalReport(
+        model=model_name,
+        parameters=int(model.num_parameters()),
+        identity=model_identity(request),
+        tokenizer=tokenizer_fingerprint(loaded),
+        tasks={name: _figures(TASKS[name], result) for name, result in results.items()},
+        settings={name: dict(result.settings) for name, result in results.items()},
+        data=None if corpus is None else _describe_corpus(corpus),
+        cache=None if reader is None else _describe_cache(reader),
+        versions={"python": platform.python_version()}
+        | {p: version(p) for p in ("kd-logit-cache", "torch", "transformers")},
+        documents={name: _influences(result) for name, result in results.items()},
+    )
+    yield EvalProgress(list(results)[-1], last.done, last.total, report)
+
+
+def check_tasks(names: Sequence[str], *, data: str | None, cache: Path | str | None) -> None:
+    """Raise DataError for an unknown task, for none at all, or for one whose text or cache was not given."""
+    if not names:
+        raise DataError("no task was named", expected=", ".join(TASKS), try_="--tasks perplexity")
+    for name in names:
+        if name not in TASKS:
+            raise unknown_name("task", name, TASKS)
+        if (data if TASKS[name].needs == "data" else cache) is None:
+            option = "--data SPEC, e.g. demo:heldout" if TASKS[name].needs == "data" else "--cache DIR"
+            raise DataError(f"the task {name} needs a {TASKS[name].needs} that was not given", try_=option)
+
+
+def _figures(task: Task, result: TaskResult) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "value": estimate.value if math.isfinite(estimate.value) else None, "stderr": estimate.stderr,
+            "n": estimate.n, "over": metric.over, "unit": metric.unit, "better": metric.better, "title": metric.title,
+        }
+        for name, metric in task.metrics.items() for estimate in [result.estimates[name]]
+    }  # fmt: skip
+
+
+def _influences(result: TaskResult) -> dict[str, Any]:
+    """Six digits are far below the standard error they add up to."""
+    rounded = {name: [float(f"{u:.6g}") for u in estimate.influence]
+               for name, estimate in result.estimates.items() if math.isfinite(estimate.value)}  # fmt: skip
+    return {"digest": result.documents.digest, "count": len(result.documents.names), "influence": rounded}
+
+
+def _describe_corpus(corpus: Corpus) -> dict[str, Any]:
+    return {"spec": corpus.spec, "split": corpus.split, "kind": corpus.kind, "examples": len(corpus.examples),
+            "text_digest": corpus.digest, "source": corpus.source}  # fmt: skip
+
+
+def _describe_cache(reader: CacheReader) -> dict[str, Any]:
+    manifest = reader.manifest
+    return {"path": str(reader.root), "fingerprint": manifest.fingerprint, "examples": manifest.examples,
+            "rows": manifest.rows, "teacher": manifest.provenance.get("teacher"),
+            "corpus": manifest.provenance.get("corpus"), "split": manifest.provenance.get("split")}  # fmt: skip
+
+
+def _perplexity(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
+    from kd.evaluation.perplexity import evaluate_perplexity
+
+    assert settings.corpus is not None
+    steps = evaluate_perplexity(
+        model, tokenizer, settings.corpus, seq_len=settings.seq_len, stride=settings.stride, bos=settings.bos,
+        tokens_per_batch=settings.tokens_per_batch, limit_tokens=settings.limit_tokens,
+    )  # fmt: skip
+    for step in steps:
+        result = None
+        if step.result is not None:
+            found = step.result
+            estimates = {name: getattr(found, name) for name in TASKS["perplexity"].metrics}
+            used = {
+                "text_digest": settings.corpus.digest,
+                "seq_len": found.blocks.seq_len,
+                "stride": found.blocks.stride,
+                "bos": found.blocks.bos,
+                "limit_tokens": settings.limit_tokens,
+            }
+            result = TaskResult(estimates, found.documents, used)
+        yield Progress(step.done, step.total, result)
+
+
+def _agreement(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
+    from kd.evaluation.agreement import evaluate_agreement
+
+    assert settings.reader is not None
+    reader, temperature = settings.reader, settings.temperature
+    steps = evaluate_agreement(
+        model, reader, temperature=temperature, limit=settings.limit, tokens_per_batch=settings.tokens_per_batch
+    )
+    for step in steps:
+        result = None
+        if step.result is not None:
+            found = step.result
+            estimates = {name: getattr(found, name) for name in TASKS["agreement"].metrics}
+            used = {
+                "cache_fingerprint": reader.manifest.fingerprint,
+                "temperature": temperature,
+                "limit": settings.limit,
+                "top_k": reader.top_k or reader.config.top_k,
+            }
+            result = TaskResult(estimates, found.documents, used)
+        yield Progress(step.done, step.total, result)
+
+
+TASKS: dict[str, Task] = {
+    "perplexity": Task(
+        about="perplexity and bits per byte of a text, sliding window",
+        needs="data",
+        metrics={
+            "perplexity": Metric("perplexity", "exp(nats per token)", "lower", "token"),
+            "bits_per_byte": Metric("bits per byte", "bits per byte", "lower", "byte"),
+            "nll_per_token": Metric("NLL", "nats per token", "lower", "token"),
+        },
+        run=_perplexity,
+    ),
+    "agreement": Task(
+        about="KL to the teacher of a cache and top-1 agreement with it",
+        needs="cache",
+        metrics={
+            "kl": Metric("KL to teacher", "nats per token", "lower", "row"),
+            "top1_agreement": Metric("top-1 agreement", "share of tokens", "higher", "row"),
+            "nll_per_token": Metric("NLL", "nats per token", "lower", "row"),
+            "teacher_nll_per_token": Metric("teacher's NLL", "nats per token", None, "row"),
+        },
+        run=_agreement,
+    ),
+}

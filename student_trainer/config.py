@@ -1,0 +1,120 @@
+"""`TrainConfig`: every setting of a training run, saved beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kd.data.errors import DataError, unknown_name
+
+OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "adamw8bit": "adamw_bnb_8bit"}
+"""Our name -> transformers' name."""
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run. Equal settings, cache and library versions give equal weights on one machine."""
+
+    cache: str
+    """Path of the cache."""
+    student: str
+    """`demo`, `random:NAME`, a folder, or a hub id."""
+    out: str
+    """Folder of the run."""
+    loss: str = "kl"
+    """Key of `losses.LOSSES`."""
+    tail: str = "auto"
+    """Key of `losses.TAILS`, or `auto`."""
+    alpha: float | None = None
+    """Weight of the distillation loss, 1 - alpha of the cross-entropy; None = 1 (0 for `ce`)."""
+    temperature: float = 1.0
+    """Of the softmaxes compared; must be on the cache's grid."""
+    top_k: int | None = None
+    """Tokens per row to use; None = all that are stored."""
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Optimizer steps; overrides `epochs`."""
+    tokens_per_batch: int | None = None
+    """Tokens per micro-batch and device, padding included; None: `batch_size`, or 4096 tokens."""
+    batch_size: int | None = None
+    """Examples per micro-batch and device."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
+    schedule: str = "linear"
+    warmup: float = 0.0
+    """Steps when >= 1, else a share of all steps."""
+    precision: str = "fp32"
+    lora: int | None = None
+    """Rank of LoRA adapters (alpha = 2 x rank, peft's own target modules), merged into the output; None = all weights."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    revision: str | None = None
+    """Of a hub student."""
+    tokenizer: str | None = None
+    """Of a random student."""
+    device: str = "auto"
+    save_every: int = 0
+    """Optimizer steps between checkpoints; 0 = at the end only."""
+    log_every: int = 10
+    report_to: str = "none"
+    """Any tracker transformers knows: tensorboard, wandb, …"""
+    head_chunk: int = 256
+    """Rows of the output layer computed at once."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        if self.tokens_per_batch is not None and self.batch_size is not None:
+            raise DataError("two batch sizes were given", found="--tokens-per-batch and --batch-size", expected="one")
+        for name in ("tokens_per_batch", "batch_size", "accumulate", "max_steps", "lora", "log_every", "head_chunk"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise DataError(f"{name.replace('_', ' ')} must be at least 1", found=number)
+        for name in ("lr", "epochs", "temperature"):
+            if not getattr(self, name) > 0:
+                raise DataError(f"{name} must be positive", found=getattr(self, name))
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued: everything but where and how often to write."""
+        ignored = ("out", "cache", "save_every", "log_every", "report_to", "device")
+        return {k: v for k, v in asdict(self).items() if k not in ignored}
+
+
+def config_from(values: Mapping[str, Any], file: Path | None = None) -> TrainConfig:
+    """Settings from a YAML or JSON file, overridden by `values` that are not None. Unknown keys are refused."""
+    settings: dict[str, Any] = {}
+    if file is not None:
+        import yaml
+
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise DataError("cannot read the configuration file", where=file, found=error) from error
+        if not isinstance(loaded, dict):
+            raise DataError("the configuration file is not a mapping", where=file, found=type(loaded).__name__)
+        settings = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    settings |= {key: value for key, value in values.items() if value is not None}
+    known = {f.name: f for f in fields(TrainConfig)}
+    for key in settings:
+        if key not in known:
+            raise unknown_name("setting", key, known, where=file)
+    missing = [name for name in ("cache", "student", "out") if name not in settings]
+    if missing:
+        raise DataError("settings are missing", where=file, expected=", ".join(f"--{m}" for m in missing))
+    try:
+        return TrainConfig(**settings)
+    except TypeError as error:
+        raise DataError("a setting has the wrong type", where=file, found=error) from error

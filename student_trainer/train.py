@@ -1,0 +1,224 @@
+"""Train a student from a cache, on transformers' Trainer: the teacher is never loaded.
+
+    result = train(TrainConfig(cache="runs/cache", student="openai-community/gpt2", out="runs/student"))
+
+Devices, DDP, FSDP, mixed precision, checkpoints, trackers and LoRA are the Trainer's, accelerate's and peft's.
+Ours are the batches (`stream`), the loss inside the model's forward (`head`), and the checks that refuse a cache
+that does not belong to the student (`compatibility`). The loss runs *inside* `model.forward`, so that DDP and FSDP
+see every parameter where they expect it, and `[B, T, V]` logits never exist.
+
+A run directory holds what `save_pretrained` writes, `run.json`, `metrics.jsonl` (one line per logged step) and
+`checkpoint-*`. Interrupted runs continue exactly with `resume=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import TrainingArguments, set_seed
+
+from kd.cache_builder.files import canonical_json, write_atomic
+from kd.cache_builder.reader import CacheReader
+from kd.data.errors import CacheMismatchError, DataError
+from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, split_head
+from kd.student_trainer.compatibility import refuse_narrow_student, refuse_other_tokenizer, resolve_objective
+from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, TrainConfig
+from kd.student_trainer.head import chunked_head_loss
+from kd.student_trainer.losses import Objective
+from kd.student_trainer.stream import CachedExamples, Collator, loss_targets, plan_batches
+from kd.student_trainer.trainer import DistillationTrainer, StepRecord
+
+RUN, METRICS = "run.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reports."""
+
+    out: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    loss: float
+    kd: float | None
+    ce: float
+    wait_share: float
+    parameters: int
+    cache_fingerprint: str
+
+
+def train(config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepRecord], None] | None = None) -> TrainResult:
+    """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch."""
+    reader = CacheReader(config.cache, top_k=config.top_k)
+    objective = resolve_objective(
+        reader.config, loss=config.loss, tail=config.tail, alpha=config.alpha, temperature=config.temperature
+    )
+    request = ModelRequest(
+        "random:demo-student" if config.student == "demo" else config.student,
+        revision=config.revision, device="cpu", dtype="float32", tokenizer=config.tokenizer, seed=config.seed,
+    )  # fmt: skip
+    tokenizer = load_request_tokenizer(request)
+    refuse_other_tokenizer(reader, tokenizer, config.loss)
+    tokens, rows = reader.lengths()
+    refuse_narrow_student(reader, load_config(request), int(tokens.max()))
+    out = Path(config.out)
+    checkpoint = _prepare_folder(config, reader, out, resume)
+
+    set_seed(config.seed)
+    model = load_model(request)
+    parameters = sum(p.numel() for p in model.parameters())
+    attach_loss(model, objective, reader.manifest.vocabulary_size, config.head_chunk)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trained = _with_lora(model, config.lora) if config.lora else model
+    arguments = _training_arguments(config, out)
+    multiple = config.accumulate * arguments.world_size
+    plan = plan_batches(
+        reader, tokens, seed=config.seed, epochs=config.epochs, multiple_of=multiple,
+        count=None if config.max_steps is None else config.max_steps * multiple,
+        batch_size=config.batch_size,
+        tokens_per_batch=config.tokens_per_batch or (None if config.batch_size else 4096),
+    )  # fmt: skip
+    steps = len(plan) // multiple
+    arguments.max_steps = steps
+    arguments.warmup_steps = int(config.warmup if config.warmup >= 1 else round(config.warmup * steps))
+    trainer = DistillationTrainer(
+        model=trained, args=arguments, train_dataset=CachedExamples(reader), data_collator=Collator(objective),
+        plan=plan, epoch_rows=int(rows.sum()), has_kd=config.loss != "ce", log_path=out / METRICS, on_step=on_step,
+    )  # fmt: skip
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    trainer.close()
+    last = trainer.last_record
+    if last is None:
+        raise DataError("nothing was left to train", where=out, found=f"{trainer.state.global_step} of {steps} steps")
+    detach_loss(model)
+    if trainer.is_world_process_zero():
+        finished = trained.merge_and_unload() if config.lora else model
+        finished.config.use_cache = True
+        finished.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    result = TrainResult(
+        str(out), steps, last.tokens, seconds, trainer.tokens_this_run / seconds, last.loss, last.kd, last.ce,
+        trainer.waited / seconds, parameters, reader.manifest.fingerprint,
+    )  # fmt: skip
+    if trainer.is_world_process_zero():
+        _write_run(config, reader, out, result, objective)
+    return result
+
+
+def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: int) -> None:
+    """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits."""
+    parts = split_head(model)
+    head = model.get_output_embeddings()
+
+    def forward(self: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, **batch: Any) -> dict[str, Tensor]:
+        hidden = parts.hidden(input_ids, attention_mask)
+        rows = hidden.flatten(0, 1).index_select(0, positions)
+        total, kd, ce = chunked_head_loss(
+            rows, head.weight, head.bias, objective, loss_targets(batch), vocabulary_size=vocabulary_size, chunk=chunk
+        )
+        return {"loss": total, "kd": kd, "ce": ce}
+
+    model.forward = MethodType(forward, model)
+
+
+def detach_loss(model: Any) -> None:
+    """Give the model its own forward back."""
+    del model.forward
+
+
+def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out),
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=OPTIMIZERS[config.optimizer],
+        lr_scheduler_type=SCHEDULES[config.schedule],
+        gradient_accumulation_steps=config.accumulate,
+        bf16=config.precision == "bf16",
+        use_cpu=config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()),
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=2,
+        report_to=config.report_to,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        accelerator_config={"even_batches": False, "dispatch_batches": False},
+    )
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise DataError("LoRA needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM"))
+
+
+def _prepare_folder(config: TrainConfig, reader: CacheReader, out: Path, resume: bool) -> str | None:
+    """The checkpoint to continue from, if any. Refuses to overwrite a run, or to continue another one."""
+    description = {"config": config.identity(), "cache_fingerprint": reader.manifest.fingerprint}
+    state = out / "run.json"
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    if state.exists():
+        if not resume:
+            raise DataError("the output folder holds a run already", where=out,
+                            try_="--resume to continue it, or another --out")  # fmt: skip
+        before = json.loads(state.read_text(encoding="utf-8"))
+        old = before["config"] | {"cache": before["cache_fingerprint"]}
+        new = description["config"] | {"cache": description["cache_fingerprint"]}  # type: ignore[operator]
+        differing = {f"differs {k}": f"now {new.get(k)}, before {old.get(k)}" for k in sorted(old.keys() | new.keys())
+                     if old.get(k) != new.get(k)}  # fmt: skip
+        if differing:
+            raise CacheMismatchError("the run to continue has other settings", where=out, **differing,
+                                     try_="the same options, or another --out")  # fmt: skip
+    elif out.exists() and any(out.iterdir()):
+        raise DataError("the output folder is not empty", where=out, try_="another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if not state.exists():
+        write_atomic(state, canonical_json(description | {"complete": False}))
+    step = int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0
+    metrics = out / METRICS
+    if metrics.exists():  # lines logged after the checkpoint are going to be logged again
+        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        write_atomic(metrics, "".join(f"{line}\n" for line in kept))
+    return str(checkpoints[-1]) if checkpoints else None
+
+
+def _write_run(config: TrainConfig, reader: CacheReader, out: Path, result: TrainResult, objective: Objective) -> None:
+    """`run.json` of the finished run: what `kd report` and the model card read."""
+    provenance = reader.manifest.provenance
+    document = {
+        "config": config.identity(),
+        "cache_fingerprint": reader.manifest.fingerprint,
+        "complete": True,
+        "name": out.name,
+        "student": config.student,
+        "loss": config.loss,
+        "teacher": provenance.get("teacher"),
+        "corpus": {k: provenance.get(k) for k in ("corpus", "split")},
+        "settings": asdict(replace(config, cache=config.cache)) | {"objective": asdict(objective)},
+        "result": asdict(result),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    write_atomic(out / RUN, canonical_json(document))
