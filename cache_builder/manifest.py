@@ -3,7 +3,8 @@
 The *identity* holds everything that can change a stored value (teacher, tokenizer, text, blocks, targets) and
 nothing else; its digest is the fingerprint. Batch size, device count, paths, shard size and dates are not in it.
 `building.json` holds the same document while a build runs; `manifest.json` replaces it, last of all, with the
-shard table and the quality figures; a checksum over all else ends the document. Dates are nowhere: a resumed build is byte-identical to an unbroken one.
+shard table and the quality figures. A checksum over all else ends the document. Dates are nowhere: a resumed
+build is byte-identical to an unbroken one.
 """
 
 from __future__ import annotations
@@ -204,7 +205,8 @@ def _count(value: Any) -> int:
 def check_bounds(manifest: CacheManifest) -> None:
     """Refuse shapes whose arrays no reader should be made to allocate."""
     if manifest.layout.shard_rows > MAX_SHARD_ROWS:
-        raise CacheError("too many rows per shard", found=manifest.layout.shard_rows, expected=f"at most {MAX_SHARD_ROWS}")
+        raise CacheError("too many rows per shard", found=manifest.layout.shard_rows,
+                         expected=f"at most {MAX_SHARD_ROWS}", try_="a smaller --shard-rows")  # fmt: skip
     largest = max(manifest.arrays, key=lambda a: a.row_bytes)
     size = largest.row_bytes * manifest.layout.shard_rows
     if size > MAX_ARRAY_BYTES:

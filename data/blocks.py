@@ -6,7 +6,8 @@ its first is scored exactly once. The default stride, L-1, wastes nothing; a sma
 least `L - stride` tokens of context at proportionally more teacher time. Blocks never cross documents. With
 `bos` a document opens with the tokenizer's BOS token, and its first real token is scored too.
 
-Blocks are cut at character boundaries, so each has an exact text of its own.
+Blocks are cut at character boundaries, so each has an exact text of its own. Without BOS, the first token that
+ends on one is context together with those before it; a character of more tokens than the stride stays whole.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],
         stop = min(context + config.seq_len, last)
         while stop > start and not whole[stop - 1]:
             stop -= 1
-        if stop == start:
+        if stop == start:  # the character has more tokens than the stride: it takes the place of some context
+            stop = next(i + 1 for i in range(start, last) if whole[i])
+            context = max(context, stop - config.seq_len)
+        if context >= start:
             raise DataError("a character does not fit into a block", where=f"example {example.id} token {start}",
                             found=f"seq-len {config.seq_len}", try_="a larger --seq-len")  # fmt: skip
         base = int(ends[start - 1])

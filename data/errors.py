@@ -32,7 +32,7 @@ class KdError(Exception):
 
 
 def _label(key: str) -> str:
-    """`try_` -> `try`, `did_you_mean` -> `did you mean`; a dotted key such as `differs blocks.seq_len` stays as it is."""
+    """`try_` -> `try`, `did_you_mean` -> `did you mean`; a dotted key (`differs blocks.seq_len`) stays as it is."""
     return key.replace("_", " ").strip() if key.isidentifier() else key
 
 

@@ -2,8 +2,10 @@
 
 No pyplot, no global state, no display: a `Figure` on the Agg canvas is a value that becomes a PNG file. Colours are
 Okabe and Ito's, told apart by most colour-blind readers; runs beyond eight repeat them with another dash.
-Raw losses are drawn faint, and over them their exponential mean with a half-life of 2 % of the run, bias-corrected
-so that the curve starts at the data and not at zero (Kingma and Ba 2015, arXiv:1412.6980).
+Raw losses are drawn faint, and over them their mean under a two-sided exponential window with a half-life of 1 % of
+the run. A one-sided running mean, as training dashboards draw it, lags: on 2.4 + 5.3 exp(-step/150) over 2000 steps it
+reads up to 0.7 nats too high, the two-sided one 0.06 beyond the first few records. Panels stand one above the other, so
+that a phone's width is enough.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ from kd.cache_builder.files import publish
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 DASHES = ("-", "--", ":", "-.")
-HALF_LIFE = 0.02
-"""Half-life of the smoothing, as a share of the run's records."""
-DPI = 150
-RC = {"font.size": 10.0, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-      "grid.color": "#e3e6ea", "axes.axisbelow": True, "figure.facecolor": "white", "legend.frameon": False}  # fmt: skip
+HALF_LIFE = 0.01
+"""Half-life of the smoothing to either side, as a share of the run's records."""
+DPI, WIDTH = 150, 7.5
+"""Dots per inch, inches."""
 
 
 @dataclass(frozen=True)
@@ -48,37 +49,42 @@ class Bar:
 
 
 def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]]) -> Path:
-    """Write one panel per quantity, side by side: the key is the y axis' label with its unit. Returns `path`."""
+    """Write one panel per quantity: the key is the y axis' label with its unit. Returns `path`."""
     order = list(dict.fromkeys(s.label for series in panels.values() for s in series))
 
     def draw(figure: Any) -> None:
         for number, (title, series) in enumerate(panels.items()):
-            axes = figure.add_subplot(1, len(panels), number + 1)
+            axes = _panel(figure, number, len(panels))
             for one in series:
                 place = order.index(one.label)
-                look = {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // len(COLOURS) % len(DASHES)]}
+                look = {
+                    "color": COLOURS[place % len(COLOURS)],
+                    "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
+                }
                 axes.plot(one.steps, one.values, alpha=0.2, linewidth=0.8, **look)
                 axes.plot(one.steps, smooth(one.values), linewidth=1.8, label=one.label, **look)
             axes.set_xlabel("optimiser step")
             axes.set_ylabel(title)
             axes.set_ylim(*_limits([smooth(s.values) for s in series]))
             if number == 0 or {s.label for s in series} != {s.label for s in next(iter(panels.values()))}:
-                axes.legend(loc="upper right")
+                axes.legend(loc="upper right", frameon=False)
 
-    return _save(path, draw, (6.0 * len(panels), 4.0))
+    return _save(path, draw, 3.8 * len(panels))
 
 
 def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]]) -> Path:
-    """Write one panel of horizontal bars per metric: the key is its title with unit. Bars start at 0. Returns `path`."""
-    tallest = max(len(bars) for bars in panels.values())
+    """Write one panel of horizontal bars per metric, from 0: the key is its title with unit. Returns `path`."""
+    order = list(dict.fromkeys(b.label for bars in panels.values() for b in bars))
+    heights = [0.9 + 0.4 * len(bars) for bars in panels.values()]
 
     def draw(figure: Any) -> None:
         for number, (title, bars) in enumerate(panels.items()):
-            axes = figure.add_subplot(1, len(panels), number + 1)
+            axes = _panel(figure, number, len(panels))
             places = np.arange(len(bars))
             values = np.array([b.value for b in bars])
             errors = np.array([b.stderr or 0.0 for b in bars])
-            axes.barh(places, values, height=0.6, color=[COLOURS[i % len(COLOURS)] for i in places], alpha=0.85)
+            colours = [COLOURS[order.index(b.label) % len(COLOURS)] for b in bars]
+            axes.barh(places, values, height=0.6, color=colours, alpha=0.85)
             known = np.array([b.stderr is not None for b in bars])
             axes.errorbar(values[known], places[known], xerr=errors[known], fmt="none", ecolor="#222222", capsize=3)
             reach = max(float((values + errors).max()), 1e-12)
@@ -88,20 +94,24 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]]) -> Path:
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
             axes.set_xlim(0, 1.15 * reach)
-            axes.set_xlabel(title)
+            axes.set_title(title, loc="left", fontsize="medium")
 
-    return _save(path, draw, (6.0 * len(panels), 1.4 + 0.45 * tallest))
+    return _save(path, draw, sum(heights))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Bias-corrected exponential mean of `values [n]`, half-life max(1, HALF_LIFE * n) records."""
+    """Mean of `values [n]` around each record, weights halving every max(1, HALF_LIFE * n) records to either side."""
     keep = 0.5 ** (1 / max(1.0, HALF_LIFE * len(values)))
-    result = np.empty(len(values), dtype=np.float64)
-    mean = weight = 0.0
-    for i, value in enumerate(values):
-        mean = keep * mean + (1 - keep) * float(value)
-        weight = keep * weight + (1 - keep)
-        result[i] = mean / weight
+    counted = np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))])
+    total, weight = _decaying_sum(counted, keep) + _decaying_sum(counted[:, ::-1], keep)[:, ::-1] - counted
+    return np.asarray(total / weight)
+
+
+def _decaying_sum(values: np.ndarray, keep: float) -> np.ndarray:
+    """`result[:, i] = values[:, i] + keep * result[:, i - 1]`."""
+    result = values.copy()
+    for i in range(1, values.shape[1]):
+        result[:, i] += keep * result[:, i - 1]
     return result
 
 
@@ -114,18 +124,25 @@ def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _save(path: Path, draw: Any, size: tuple[float, float]) -> Path:
-    """Draw on a fresh Agg figure and write it, whole or absent."""
-    import matplotlib
+def _panel(figure: Any, number: int, panels: int) -> Any:
+    """The axes of one panel: no box, a light grid behind the data."""
+    axes = figure.add_subplot(panels, 1, number + 1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e3e6ea")
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _save(path: Path, draw: Any, height: float) -> Path:
+    """Draw on a fresh Agg figure of WIDTH by `height` inches and write it, whole or absent."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with matplotlib.rc_context(RC):  # type: ignore[arg-type]
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure)
-        figure.savefig(temporary, dpi=DPI, format="png")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    figure.savefig(temporary, dpi=DPI, format="png")
     publish(temporary, path)
     return path

@@ -1,6 +1,6 @@
 """Tables in Markdown and one self-contained HTML page: no script, no font, no request; figures are inside as PNG.
 
-    page = render_page("Students", ["Trained on one cache."], [Section("Scores", table=Table(...), image=Path("a.png"))])
+    page = render_page("Students", ["From one cache."], [Section("Scores", table=Table(...), image=Path("a.png"))])
 
 The page follows the reader's colour scheme; figures keep a white card, because a PNG cannot. On a phone tables
 scroll sideways on their own and the page does not. All text is escaped; nothing from a model's name or a run's

@@ -234,7 +234,7 @@ TASKS: dict[str, Task] = {
         about="perplexity and bits per byte of a text, sliding window",
         needs="data",
         metrics={
-            "perplexity": Metric("perplexity", "exp(nats per token)", "lower", "token"),
+            "perplexity": Metric("perplexity", "per token", "lower", "token"),
             "bits_per_byte": Metric("bits per byte", "bits per byte", "lower", "byte"),
             "nll_per_token": Metric("NLL", "nats per token", "lower", "token"),
         },

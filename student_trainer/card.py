@@ -18,11 +18,13 @@ from kd.data.errors import DataError
 
 
 def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
-    """Write `README.md` into a finished run; `scores` are (what, value) lines. Raises DataError without run.json."""
+    """Write `README.md` into a finished run; `scores` are (what, value) lines. Raises DataError for anything else."""
     state = run / "run.json"
     if not state.exists():
         raise DataError("not a training run", where=run, expected="run.json")
     document = json.loads(state.read_text(encoding="utf-8"))
+    if not document["complete"]:
+        raise DataError("this training run is not finished", where=run, try_="its kd train command again, with --resume")
     path = run / "README.md"
     write_atomic(path, render_card(document, scores))
     return path

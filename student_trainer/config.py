@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from kd.data.errors import DataError, unknown_name
 
@@ -70,6 +71,7 @@ class TrainConfig:
     """Rows of the output layer computed at once."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, value, known in (
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),
@@ -83,6 +85,9 @@ class TrainConfig:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise DataError(f"{name.replace('_', ' ')} must be at least 1", found=number)
+        for name in ("weight_decay", "max_grad_norm", "warmup", "save_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise DataError(f"{name.replace('_', ' ')} must not be negative", found=getattr(self, name))
         for name in ("lr", "epochs", "temperature"):
             if not getattr(self, name) > 0:
                 raise DataError(f"{name} must be positive", found=getattr(self, name))
@@ -91,6 +96,16 @@ class TrainConfig:
         """What must be equal for a checkpoint to be continued: everything but where and how often to write."""
         ignored = ("out", "cache", "save_every", "log_every", "report_to", "device")
         return {k: v for k, v in asdict(self).items() if k not in ignored}
+
+
+def _check_types(config: TrainConfig) -> None:
+    """Raise DataError for a value that is not of its field's type; a whole number will do where a fraction is wanted."""
+    for name, expected in get_type_hints(TrainConfig).items():
+        value, kinds = getattr(config, name), get_args(expected) or (expected,)
+        fits = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            raise DataError("a setting has the wrong type", found=f"{name} {value!r}",
+                            expected=" or ".join("none" if k is type(None) else k.__name__ for k in kinds))  # fmt: skip
 
 
 def config_from(values: Mapping[str, Any], file: Path | None = None) -> TrainConfig:
@@ -114,7 +129,8 @@ def config_from(values: Mapping[str, Any], file: Path | None = None) -> TrainCon
     missing = [name for name in ("cache", "student", "out") if name not in settings]
     if missing:
         raise DataError("settings are missing", where=file, expected=", ".join(f"--{m}" for m in missing))
-    try:
-        return TrainConfig(**settings)
-    except TypeError as error:
-        raise DataError("a setting has the wrong type", where=file, found=error) from error
+    for name, expected in get_type_hints(TrainConfig).items():
+        if isinstance(settings.get(name), str) and float in (get_args(expected) or (expected,)):
+            with suppress(ValueError):  # to YAML 1.1, 5e-4 is text: it wants 5.0e-4
+                settings[name] = float(settings[name])
+    return TrainConfig(**settings)

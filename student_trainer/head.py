@@ -33,7 +33,7 @@ def chunked_head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss:
     loss     `(logits [n, V], targets) -> (total, kd, ce)`, each [n]
     returns  three scalars; kd and ce carry no gradient
     """
-    total, parts = _ChunkedHead.apply(hidden, weight, bias, loss, targets, vocabulary_size, chunk)
+    total, parts = _ChunkedHead.apply(hidden, weight, bias, loss, targets, vocabulary_size, chunk)  # type: ignore[no-untyped-call]
     return total, parts[0], parts[1]
 
 
@@ -68,7 +68,7 @@ class _ChunkedHead(torch.autograd.Function):
                     grad_weight[:vocabulary_size] += narrow.T @ h
                 if grad_bias is not None:
                     grad_bias[:vocabulary_size] += grad.sum(dim=0)
-        ctx.gradients = (
+        ctx.save_for_backward(  # freed by the backward pass, unless it is told to retain the graph
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
@@ -78,6 +78,5 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = tuple(None if g is None else g * grad_total.to(g.dtype) for g in ctx.gradients)
-        del ctx.gradients
+        scaled = tuple(None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
         return (*scaled, None, None, None, None)

@@ -38,10 +38,10 @@ class BatchPlan:
         return len(self.batches)
 
 
-def plan_batches(reader: CacheReader, lengths: np.ndarray, *, seed: int, epochs: float | None = None,
+def plan_batches(reader: CacheReader, lengths: np.ndarray, *, seed: int, epochs: float = 1.0,
                  count: int | None = None, tokens_per_batch: int | None = None, batch_size: int | None = None,
                  multiple_of: int = 1) -> BatchPlan:  # fmt: skip
-    """Lay out `epochs` epochs, or exactly `count` micro-batches.
+    """Lay out `epochs` epochs (at least one example), or exactly `count` micro-batches.
 
     `lengths [E]` tokens per example. A batch holds `batch_size` examples, or as many as fit `tokens_per_batch`
     with their padding. The number of batches is rounded down to a multiple of `multiple_of` (accumulation steps
@@ -52,11 +52,11 @@ def plan_batches(reader: CacheReader, lengths: np.ndarray, *, seed: int, epochs:
     epoch = 0
     while True:
         order = reader.epoch_order(seed, epoch)
-        if count is None and epochs is not None:
+        if count is None:
             remaining = epochs - epoch
             if remaining <= 0:
                 break
-            order = order[: round(len(order) * min(1.0, remaining))]
+            order = order[: max(round(len(order) * min(1.0, remaining)), 0 if batches else 1)]
         cut = list(_cut(order, lengths, tokens_per_batch, batch_size))
         batches += cut
         numbers += [epoch] * len(cut)
@@ -145,13 +145,13 @@ class Collator:
         }
         kind, temperature = self.objective.tail, self.objective.temperature
         if kind in ("ghost", "renorm"):
-            batch["token_ids"] = np.concatenate([e.targets.token_ids for e in examples])  # type: ignore[misc]
+            batch["token_ids"] = np.concatenate([e.targets.token_ids for e in examples])
             logprobs = np.concatenate([e.targets.logprobs_at(temperature) for e in examples])
             batch["logprobs"] = logprobs.astype(np.float32)
             batch["tail_mass"] = np.maximum(0.0, 1.0 - np.exp(logprobs).sum(axis=1)).astype(np.float32)
         if kind == "sampled":
-            batch["sample_ids"] = np.concatenate([e.targets.sample_ids for e in examples])  # type: ignore[misc]
-            batch["sample_counts"] = np.concatenate([e.targets.sample_counts for e in examples])  # type: ignore[misc]
+            batch["sample_ids"] = np.concatenate([e.targets.sample_ids for e in examples])
+            batch["sample_counts"] = np.concatenate([e.targets.sample_counts for e in examples])
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
 
 

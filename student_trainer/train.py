@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
 from kd.cache_builder.files import canonical_json, write_atomic
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
-from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, split_head
+from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, resolve_device, split_head
 from kd.student_trainer.compatibility import refuse_narrow_student, refuse_other_tokenizer, resolve_objective
 from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from kd.student_trainer.head import chunked_head_loss
@@ -72,7 +73,11 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepR
     tokens, rows = reader.lengths()
     refuse_narrow_student(reader, load_config(request), int(tokens.max()))
     out = Path(config.out)
-    checkpoint = _prepare_folder(config, reader, out, resume)
+    arguments = _training_arguments(config, out)  # under torchrun, joins the other processes
+    checkpoint = _resume_point(config, reader, out, resume)
+    PartialState().wait_for_everyone()  # each process has looked at the folder before one of them writes
+    if PartialState().is_main_process:
+        _open_folder(config, reader, out, checkpoint)
 
     set_seed(config.seed)
     model = load_model(request)
@@ -81,7 +86,6 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepR
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trained = _with_lora(model, config.lora) if config.lora else model
-    arguments = _training_arguments(config, out)
     multiple = config.accumulate * arguments.world_size
     plan = plan_batches(
         reader, tokens, seed=config.seed, epochs=config.epochs, multiple_of=multiple,
@@ -97,12 +101,12 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepR
         plan=plan, epoch_rows=int(rows.sum()), has_kd=config.loss != "ce", log_path=out / METRICS, on_step=on_step,
     )  # fmt: skip
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.close()
     seconds = time.perf_counter() - started
-    trainer.close()
-    last = trainer.last_record
-    if last is None:
-        raise DataError("nothing was left to train", where=out, found=f"{trainer.state.global_step} of {steps} steps")
+    last = trainer.last_record or read_metrics(out)[-1]  # none, where only the last checkpoint was left to write out
     detach_loss(model)
     if trainer.is_world_process_zero():
         finished = trained.merge_and_unload() if config.lora else model
@@ -140,7 +144,7 @@ def detach_loss(model: Any) -> None:
 
 
 def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out),
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
@@ -149,7 +153,7 @@ def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         lr_scheduler_type=SCHEDULES[config.schedule],
         gradient_accumulation_steps=config.accumulate,
         bf16=config.precision == "bf16",
-        use_cpu=config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()),
+        use_cpu=resolve_device(config.device) == "cpu",
         seed=config.seed,
         data_seed=config.seed,
         logging_strategy="steps",
@@ -165,6 +169,9 @@ def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
         accelerator_config={"even_batches": False, "dispatch_batches": False},
     )
+    if arguments.n_gpu > 1:  # one process uses one device: DataParallel would split positions apart from their rows
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _with_lora(model: Any, rank: int) -> Any:
@@ -175,34 +182,50 @@ def _with_lora(model: Any, rank: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM"))
 
 
-def _prepare_folder(config: TrainConfig, reader: CacheReader, out: Path, resume: bool) -> str | None:
+def read_metrics(run: Path) -> list[StepRecord]:
+    """The lines of `metrics.jsonl`, but for one that was cut short."""
+    path = run / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [StepRecord(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def _resume_point(config: TrainConfig, reader: CacheReader, out: Path, resume: bool) -> Path | None:
     """The checkpoint to continue from, if any. Refuses to overwrite a run, or to continue another one."""
-    description = {"config": config.identity(), "cache_fingerprint": reader.manifest.fingerprint}
-    state = out / "run.json"
-    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    if state.exists():
-        if not resume:
-            raise DataError("the output folder holds a run already", where=out,
-                            try_="--resume to continue it, or another --out")  # fmt: skip
-        before = json.loads(state.read_text(encoding="utf-8"))
-        old = before["config"] | {"cache": before["cache_fingerprint"]}
-        new = description["config"] | {"cache": description["cache_fingerprint"]}  # type: ignore[operator]
-        differing = {f"differs {k}": f"now {new.get(k)}, before {old.get(k)}" for k in sorted(old.keys() | new.keys())
-                     if old.get(k) != new.get(k)}  # fmt: skip
-        if differing:
-            raise CacheMismatchError("the run to continue has other settings", where=out, **differing,
-                                     try_="the same options, or another --out")  # fmt: skip
-    elif out.exists() and any(out.iterdir()):
-        raise DataError("the output folder is not empty", where=out, try_="another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    state = out / RUN
     if not state.exists():
-        write_atomic(state, canonical_json(description | {"complete": False}))
-    step = int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0
-    metrics = out / METRICS
-    if metrics.exists():  # lines logged after the checkpoint are going to be logged again
-        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        write_atomic(metrics, "".join(f"{line}\n" for line in kept))
-    return str(checkpoints[-1]) if checkpoints else None
+        if out.exists() and any(out.iterdir()):
+            raise DataError("the output folder is not empty", where=out, try_="another --out")
+        return None
+    if not resume:
+        raise DataError("the output folder holds a run already", where=out, try_="--resume to continue it, or another --out")
+    before = json.loads(state.read_text(encoding="utf-8"))
+    old = before["config"] | {"cache": before["cache_fingerprint"]}
+    new = config.identity() | {"cache": reader.manifest.fingerprint}
+    differing = {f"differs {k}": f"now {new.get(k)}, before {old.get(k)}" for k in sorted(old.keys() | new.keys())
+                 if old.get(k) != new.get(k)}  # fmt: skip
+    if differing:
+        raise CacheMismatchError("the run to continue has other settings", where=out, **differing,
+                                 try_="the same options, or another --out")  # fmt: skip
+    if before["complete"]:
+        raise DataError("the run to continue is finished", where=out, try_="another --out")
+    # the Trainer writes this file last: without it, the checkpoint was cut short
+    whole = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _open_folder(config: TrainConfig, reader: CacheReader, out: Path, checkpoint: Path | None) -> None:
+    """Say whose folder this is, and drop the lines logged after the checkpoint: they are going to be logged again."""
+    out.mkdir(parents=True, exist_ok=True)
+    description = {"config": config.identity(), "cache_fingerprint": reader.manifest.fingerprint, "complete": False}
+    write_atomic(out / RUN, canonical_json(description))
+    step = _step_of(checkpoint) if checkpoint else 0
+    if (out / METRICS).exists():
+        kept = [json.dumps(asdict(record)) for record in read_metrics(out) if record.step <= step]
+        write_atomic(out / METRICS, "".join(f"{line}\n" for line in kept))
 
 
 def _write_run(config: TrainConfig, reader: CacheReader, out: Path, result: TrainResult, objective: Objective) -> None:

@@ -7,6 +7,7 @@ the step, over accumulation and devices, so that neither changes the result), an
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from kd.data.errors import DataError
 from kd.student_trainer.stream import BatchPlan, PlannedBatches, Prefetcher
 
 
@@ -63,12 +65,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.waited = 0.0
         self._prefetcher: Prefetcher | None = None
         self._iterator: Iterator[Any] | None = None
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        """loss, kd, ce and positions since the last line"""
         self._mark = (0, time.perf_counter(), 0.0)
         self._tokens_before = 0
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.trainer_callback.ProgressCallback)
-        self.add_callback(_KeepTokenCount(self))
+        self.add_callback(_Bookkeeping(self))
 
     def get_train_dataloader(self) -> Any:
         """The plan's batches, each decoded as a whole."""
@@ -96,8 +99,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         outputs = model(**inputs)
         count = len(inputs["gold_ids"])
         with torch.no_grad():
-            sums = torch.stack([outputs["kd"], outputs["ce"]]).double().cpu()
-            self._sums += torch.cat([sums, torch.tensor([float(count)], dtype=torch.float64)])
+            self._sums[:3] += torch.stack([outputs["loss"], outputs["kd"], outputs["ce"]]).double().cpu()
+            self._sums[3] += count
         # DDP averages gradients over devices; the sum is wanted
         loss = outputs["loss"] * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
@@ -113,8 +116,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             sums = self._sums.to(self.args.device) if self.args.world_size > 1 else self._sums
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums.float().clone(), reduction="sum").double().cpu()
-            self._sums = torch.zeros(3, dtype=torch.float64)
-            count = int(sums[2])
+            self._sums = torch.zeros(4, dtype=torch.float64)
+            count = int(sums[3])
+            loss = float(sums[0] / count)
+            if not math.isfinite(loss):
+                raise DataError("training diverged", where=f"step {self.state.global_step}", found=f"loss {loss}",
+                                try_="a smaller --lr, or --warmup")  # fmt: skip
             self.tokens_this_run += count
             now = time.perf_counter()
             waited = self.waited + (self._prefetcher.waited if self._prefetcher else 0.0)
@@ -123,9 +130,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 step=self.state.global_step,
                 steps_total=self.state.max_steps,
                 epoch=self.tokens_seen / self.epoch_rows,
-                loss=float(logs["loss"]),
-                kd=float(sums[0] / count) if self.has_kd else None,
-                ce=float(sums[1] / count),
+                loss=loss,
+                kd=float(sums[1] / count) if self.has_kd else None,
+                ce=float(sums[2] / count),
                 lr=float(logs["learning_rate"]),
                 grad_norm=float(logs.get("grad_norm", 0.0)),
                 tokens=self.tokens_seen,
@@ -134,7 +141,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             )
             self._mark = (self.state.global_step, now, waited)
             self.last_record = record
-            logs |= {"ce": record.ce} | ({"kd": record.kd} if record.kd is not None else {})
+            logs |= {"loss": record.loss, "ce": record.ce} | ({"kd": record.kd} if record.kd is not None else {})
             if self.is_world_process_zero():
                 with self.log_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
@@ -150,8 +157,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self._prefetcher = self._iterator = None
 
 
-class _KeepTokenCount(TrainerCallback):  # type: ignore[misc]
-    """Keeps the count of trained positions in the checkpoint, and starts the clock with the first step."""
+class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
+    """Counts what was trained before a checkpoint, starts the clock with the first step, and logs the last one."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
@@ -163,3 +170,7 @@ class _KeepTokenCount(TrainerCallback):  # type: ignore[misc]
         if rows is not None:
             self.trainer._tokens_before = int(sum(rows[list(batch)].sum() for batch in plan.batches[:done]))
         self.trainer._mark = (state.global_step, time.perf_counter(), 0.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True

@@ -1,0 +1,257 @@
+"""Build and training speed and memory, as ratios to the plain thing, in one run.
+
+    python benchmarks/bench.py                # make bench
+    python benchmarks/bench.py --shape gpt2 --tokens 4096 --repeats 3
+
+Every case runs in a process of its own (peak memory is the process's, above what it held once the model was loaded)
+and the cases take turns, so that a machine that slows down slows them all; ratios are of medians. The model has the
+real GPT-2 vocabulary and random weights; text and tokenizer are the embedded ones. Speeds on a shared machine are noise; read the ratios.
+
+    build   bare      model(ids).logits, materialised, nothing kept
+            naive     the same, then log_softmax and top-k on the full tensor (what most scripts do)
+            kd        the whole `build`: head in chunks, top-k, normalisers, encoding, writing
+    train   plain     transformers' own loss, AdamW
+            ce, kl    the same student through `attach_loss`, batches read from the cache
+    read    rows per second of the reader, checksums verified, to decoded arrays, in shuffled order
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SEQ_LEN = 256
+BATCH = 8
+
+
+def shape_config(name: str) -> Any:
+    """`gpt2`, or `small`: the GPT-2 vocabulary on a body a laptop can run (d=256, 4 layers)."""
+    from kd.data.models import SHAPES
+
+    config = SHAPES["gpt2"]()
+    if name == "small":
+        config.n_embd, config.n_layer, config.n_head = 256, 4, 4
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return config
+
+
+def make_model(folder: Path, shape: str) -> None:
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from kd.data.tokenizer import load_tokenizer
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(shape_config(shape)).save_pretrained(folder)
+    load_tokenizer("demo").save_pretrained(folder)
+    path = folder / "tokenizer.json"  # as many entries as logits, so that top-k ranges over the real vocabulary
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), 50257)}
+    path.write_text(json.dumps(tokenizer))
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def batches(tokens: int) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(max(1, tokens // (BATCH * SEQ_LEN))):
+        yield torch.randint(50257, (BATCH, SEQ_LEN), generator=generator)
+
+
+def case_bare(work: Path, tokens: int, keep: bool = False) -> dict[str, float]:
+    import torch
+
+    model = load(work / "model").eval()
+    seconds, count, base = 0.0, 0, peak_mb()
+    with torch.inference_mode():
+        model(next(batches(0))[:1, :8])
+        for ids in batches(tokens):
+            started = time.perf_counter()
+            logits = model(ids, use_cache=False).logits
+            if keep:
+                logits.float().log_softmax(-1).topk(64)
+            seconds += time.perf_counter() - started
+            count += ids.numel()
+    return {"tokens_per_second": count / seconds, "peak_mb": peak_mb() - base}
+
+
+def case_naive(work: Path, tokens: int) -> dict[str, float]:
+    return case_bare(work, tokens, keep=True)
+
+
+def corpus(tokens: int) -> Any:
+    """Text of the embedded source worth about `tokens` tokens of the embedded tokenizer."""
+    from kd.data.sources import load_corpus
+
+    documents = load_corpus("demo").examples
+    size, count = 0, 0
+    while size < tokens * 3.1 and count < len(documents):
+        size += len(documents[count].target)
+        count += 1
+    return load_corpus("demo", limit=count)
+
+
+def build_cache(work: Path, out: Path, tokens: int) -> Any:
+    from kd.cache_builder.build import BuildRequest, build, plan_build
+    from kd.cache_builder.targets import TargetConfig
+    from kd.data.blocks import BlockConfig
+    from kd.data.models import ModelRequest
+
+    request = ModelRequest(str(work / "model"), device="cpu")
+    plan = plan_build(BuildRequest(out, request, corpus(tokens), BlockConfig(SEQ_LEN), TargetConfig(),
+                                   tokens_per_batch=BATCH * SEQ_LEN))  # fmt: skip
+    return plan, build(plan)
+
+
+def case_kd(work: Path, tokens: int) -> dict[str, float]:
+    out = Path(tempfile.mkdtemp(dir=work)) / "cache"
+    base, last = 0.0, None
+    load(work / "model")  # the same libraries and pages in memory before the base is taken
+    base = peak_mb()
+    plan, steps = build_cache(work, out, tokens)
+    for last in steps:
+        pass
+    shutil.rmtree(out.parent)
+    rate = last.tokens_per_second * plan.tokens / plan.manifest.rows
+    return {"tokens_per_second": rate, "peak_mb": peak_mb() - base, **{f"s_{k}": v for k, v in last.seconds.items()}}
+
+
+def case_plain(work: Path, tokens: int) -> dict[str, float]:
+    import torch
+
+    model = load(work / "model").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    base, seconds, count = peak_mb(), 0.0, 0
+    for number, ids in enumerate(batches(tokens + BATCH * SEQ_LEN)):
+        started = time.perf_counter()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number:  # the first step allocates the optimizer's state
+            seconds += time.perf_counter() - started
+            count += ids.numel()
+    return {"tokens_per_second": count / seconds, "peak_mb": peak_mb() - base}
+
+
+def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
+    import torch
+
+    from kd.cache_builder.reader import CacheReader
+    from kd.student_trainer.compatibility import resolve_objective
+    from kd.student_trainer.stream import CachedExamples, Collator, plan_batches
+    from kd.student_trainer.train import attach_loss
+
+    reader = CacheReader(work / "cache")
+    objective = resolve_objective(reader.config, loss=loss, tail="auto", alpha=None, temperature=1.0)
+    model = load(work / "model")
+    attach_loss(model, objective, reader.manifest.vocabulary_size, 256)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    lengths, _ = reader.lengths()
+    plan = plan_batches(reader, lengths, seed=0, count=1 + max(1, tokens // (BATCH * SEQ_LEN)), tokens_per_batch=BATCH * SEQ_LEN)
+    data, collate = CachedExamples(reader), Collator(objective)
+    base, seconds, count = peak_mb(), 0.0, 0
+    for number, examples in enumerate(plan.batches):
+        started = time.perf_counter()
+        batch = collate(data.__getitems__(list(examples)))
+        outputs = model(**batch)
+        (outputs["loss"] / len(batch["gold_ids"])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number:
+            seconds += time.perf_counter() - started
+            count += batch["input_ids"].numel()
+    return {"tokens_per_second": count / seconds, "peak_mb": peak_mb() - base}
+
+
+def case_student_ce(work: Path, tokens: int) -> dict[str, float]:
+    return case_student(work, tokens, "ce")
+
+
+def case_read(work: Path, tokens: int) -> dict[str, float]:
+    from kd.cache_builder.reader import CacheReader
+
+    rows, started, cpu = 0, time.perf_counter(), time.process_time()
+    reader = CacheReader(work / "cache")
+    for epoch in range(3):
+        order = reader.epoch_order(0, epoch).tolist()
+        for first in range(0, len(order), 32):
+            rows += sum(len(e.targets) for e in reader.read(order[first : first + 32]))
+    return {"tokens_per_second": rows / (time.perf_counter() - started),
+            "tokens_per_cpu_second": rows / (time.process_time() - cpu), "peak_mb": 0.0}  # fmt: skip
+
+
+CASES = {
+    "bare": case_bare, "naive": case_naive, "kd": case_kd, "plain": case_plain, "ce": case_student_ce,
+    "kl": case_student, "read": case_read,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("small", "gpt2"), default="small")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(CASES[args.case](args.work, args.tokens)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        make_model(work / "model", args.shape)
+        for _ in build_cache(work, work / "cache", args.tokens)[1]:
+            pass
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
+        for _ in range(args.repeats):
+            for name in CASES:
+                command = [sys.executable, __file__, "--case", name, "--work", folder, "--tokens", str(args.tokens)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                results[name].append(json.loads(done.stdout.splitlines()[-1]))
+        report(results, work / "cache")
+
+
+def report(results: dict[str, list[dict[str, float]]], cache: Path) -> None:
+    from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.reader import quality_means
+
+    middle = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
+    print(f"{'case':<8}{'tokens/s':>12}{'ratio':>8}{'peak MB above the model':>26}{'ratio':>8}")
+    for name, to in (("bare", "bare"), ("naive", "bare"), ("kd", "bare"), ("plain", "plain"), ("ce", "plain"), ("kl", "plain")):
+        row, base = middle[name], middle[to]
+        speed, memory = row["tokens_per_second"] / base["tokens_per_second"], row["peak_mb"] / base["peak_mb"]
+        print(f"{name:<8}{row['tokens_per_second']:>12,.0f}{speed:>8.2f}{row['peak_mb']:>26,.0f}{memory:>8.2f}")
+    read = middle["read"]
+    print(f"{'read':<8}{read['tokens_per_second']:>12,.0f} ({read['tokens_per_cpu_second']:,.0f} per CPU-second)")
+    seconds = {k[2:]: v for k, v in middle["kd"].items() if k.startswith("s_")}
+    print("build, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
+    manifest = load_manifest(cache)
+    size = sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
+    means = quality_means(manifest)
+    print(f"cache of random weights (incompressible ids): {size / manifest.rows:.1f} B/token at k={manifest.targets.top_k}, "
+          f"head KL {means['head_kl']:.1e}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

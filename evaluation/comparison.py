@@ -1,0 +1,158 @@
+"""Models side by side: which figures may be compared, and which difference is larger than its error.
+
+One table per task and text (or cache). In a table a figure is marked best only when it beats every other by more
+than the standard error of the difference. That error is paired over documents where both evaluations have the
+same ones, which is usual and several times tighter than adding two errors; otherwise the two are added in squares,
+which overstates it. Nothing is marked where the settings differ (window, stride, limit, temperature), where a figure
+per token meets another tokenizer, or where a text is a single document and no error can be given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kd.evaluation.estimates import difference_stderr
+from kd.evaluation.page import Table
+from kd.evaluation.results import EvalReport
+from kd.evaluation.tasks import TASKS
+
+ARROWS = {"lower": " ↓", "higher": " ↑"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluated model under the name a table shows."""
+
+    name: str
+    report: EvalReport
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries of one task on one text or cache."""
+
+    task: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def title(self) -> str:
+        """Task and what it was measured on, in the user's words."""
+        report = self.entries[0].report
+        if "cache_fingerprint" in report.settings[self.task]:
+            cache = report.cache or {}
+            return f"{self.task}: cache {str(cache.get('fingerprint'))[:12]} of {short_name(str(cache.get('teacher')))}"
+        data = report.data or {}
+        return f"{self.task}: {short_name(str(data.get('spec')))} ({data.get('split')})"
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metric names that any entry has, in the task's own order (a file's keys are sorted)."""
+        found = dict.fromkeys(m for e in self.entries for m in e.report.tasks[self.task])
+        known = list(TASKS[self.task].metrics) if self.task in TASKS else []
+        return [m for m in known if m in found] + [m for m in found if m not in known]
+
+    def figure(self, entry: Entry, metric: str) -> dict[str, Any]:
+        """value, stderr, n, over, unit, better, title; empty where the entry lacks the metric."""
+        return dict(entry.report.tasks[self.task].get(metric, {}))
+
+    def best(self, metric: str) -> int | None:
+        """Number of the entry that is better than every other by more than the error of the difference, or None."""
+        figures = [self.figure(e, metric) for e in self.entries]
+        values = [float(f["value"]) for f in figures if f.get("value") is not None]
+        if len(figures) < 2 or len(values) < len(figures) or not self._comparable(figures):
+            return None
+        sign = 1.0 if figures[0]["better"] == "lower" else -1.0
+        winner = min(range(len(values)), key=lambda i: sign * values[i])
+        for other in range(len(values)):
+            if other == winner:
+                continue
+            error = self.difference_error(winner, other, metric)
+            if error is None or abs(values[winner] - values[other]) <= error:
+                return None
+        return winner
+
+    def difference_error(self, left: int, right: int, metric: str) -> float | None:
+        """Standard error of the difference of two entries, in the metric's unit; None where it is unknown."""
+        kept = [self.entries[i].report.documents.get(self.task, {}) for i in (left, right)]
+        influences = [k.get("influence", {}).get(metric) for k in kept]
+        same = kept[0].get("digest") == kept[1].get("digest") and all(i is not None for i in influences)
+        if same and len(influences[0]) == len(influences[1]):
+            return difference_stderr(np.array(influences[0]), np.array(influences[1]))
+        errors = [e for i in (left, right) if (e := self.figure(self.entries[i], metric).get("stderr")) is not None]
+        return math.hypot(*errors) if len(errors) == 2 else None
+
+    def _comparable(self, figures: Sequence[dict[str, Any]]) -> bool:
+        same_settings = all(
+            e.report.settings[self.task] == self.entries[0].report.settings[self.task] for e in self.entries
+        )
+        same_tokenizer = len({e.report.tokenizer for e in self.entries}) == 1
+        return (
+            figures[0].get("better") in ARROWS and same_settings and (same_tokenizer or figures[0]["over"] != "token")
+        )
+
+    def table(self) -> Table:
+        """Models down, metrics across."""
+        first = {m: next(f for e in self.entries if (f := self.figure(e, m))) for m in self.metrics}
+        headers = ["model", "parameters", *(f"{f['title']}{ARROWS.get(f['better'], '')}" for f in first.values())]
+        rows = [[e.name, f"{e.report.parameters:,}", *(with_error(self.figure(e, m)) for m in self.metrics)]
+                for e in self.entries]  # fmt: skip
+        marks = {(self.best(m), column) for column, m in enumerate(self.metrics, 2)}
+        return Table(headers, rows, frozenset((row, column) for row, column in marks if row is not None))
+
+    def note(self) -> str:
+        """What was averaged over, in which units, under which settings."""
+        lines = []
+        for entry in self.entries:
+            figures = [f for m in self.metrics if (f := self.figure(entry, m))]
+            counts = dict.fromkeys(f"{f['n']:,} {f['over']}s" for f in figures)
+            documents = entry.report.documents.get(self.task, {}).get("count")
+            settings = entry.report.settings[self.task]
+            used = [f"{k.replace('_', ' ')} {v}" for k, v in settings.items()
+                    if v is not None and not k.endswith(("_digest", "_fingerprint"))]  # fmt: skip
+            known = [] if documents is None else [f"{documents:,} document{'' if documents == 1 else 's'}"]
+            lines.append(", ".join([*counts, *known, *used]))
+        units = {f["title"]: f["unit"] for e in self.entries for m in self.metrics if (f := self.figure(e, m))}
+        if len(set(lines)) == 1:
+            over = f"Over {lines[0]}."
+        else:
+            over = "Not under equal conditions: " + "; ".join(
+                f"{e.name} over {x}" for e, x in zip(self.entries, lines, strict=True)
+            )
+            over += "."
+        return f"{over} Units: {', '.join(f'{title} [{unit}]' for title, unit in units.items() if title != unit)}."
+
+
+def compare(entries: Sequence[Entry]) -> list[Comparison]:
+    """Group entries by task, in the registry's order, and by the text or cache they were run on, as first met."""
+    known = list(TASKS)
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        for task in entry.report.tasks:
+            settings = entry.report.settings.get(task, {})
+            subject = [str(v) for k, v in sorted(settings.items()) if k.endswith(("_digest", "_fingerprint"))]
+            groups.setdefault((task, *subject), []).append(entry)
+    ordered = sorted(groups, key=lambda key: known.index(key[0]) if key[0] in known else len(known))
+    return [Comparison(key[0], tuple(groups[key])) for key in ordered]
+
+
+def with_error(figure: dict[str, Any]) -> str:
+    """`5.271 ± 0.083`: the error with two significant digits, the value with as many places."""
+    if not figure:
+        return "–"
+    value, error = figure["value"], figure["stderr"]
+    if value is None:
+        return "not finite"
+    if not error:
+        return f"{value:.5g}"
+    places = min(max(0, 1 - math.floor(math.log10(error))), 8)
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def short_name(name: str) -> str:
+    """A path that only means something on one machine is shortened to its last part; other names stay."""
+    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", "~", ".")) else name

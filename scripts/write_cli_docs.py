@@ -1,0 +1,48 @@
+"""Write docs/cli.md from the commands' own --help: `python scripts/write_cli_docs.py`. A test compares the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from kd.cli import cli
+
+HEAD = """# The `kd` command
+
+Written from `--help` by `scripts/write_cli_docs.py`; a test keeps it so.
+
+Results go to stdout (one JSON document with `--json`), progress and messages to stderr.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a clear error: bad input, a mismatch |
+| 2 | wrong usage |
+| 3 | a check found damage |
+| 130 | interrupted; the same command again continues |
+
+`--data SPEC`: `demo[:heldout]`, `wikitext-2[:validation|test]`, a local file or folder (`.txt .tokens .jsonl .csv .tsv
+.parquet`, with `--columns` where names differ), or `hub-id[:config][@revision]`.
+`--teacher` / `--student`: a hub id, a local folder, `demo` (the embedded ones), or `random:NAME` (random weights in the
+real shape of gpt2, gpt2-medium, gpt-neo-2.7B, pythia-410m or SmolLM-360M).
+"""
+
+
+def commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """`(name, help text)` of every command below `command`."""
+    context = click.Context(command, info_name=" ".join(path), max_content_width=110, terminal_width=110)
+    yield " ".join(path), command.get_help(context)
+    if isinstance(command, click.Group):
+        for name in sorted(command.commands):
+            yield from commands(command.commands[name], (*path, name))
+
+
+def render() -> str:
+    """The whole document."""
+    return HEAD + "".join(f"\n## `{name}`\n\n```\n{text}\n```\n" for name, text in commands(cli, ("kd",)))
+
+
+if __name__ == "__main__":
+    (Path(__file__).parents[1] / "docs" / "cli.md").write_text(render(), encoding="utf-8")

@@ -1,0 +1,175 @@
+"""Fixtures shared by all tests: real data where it is there, a tokenizer, a tiny model and a small cache."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client: no test may reach the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kd.cache_builder.build import BuildRequest, build, plan_build
+from kd.cache_builder.manifest import Layout
+from kd.cache_builder.targets import TargetConfig
+from kd.data.blocks import BlockConfig
+from kd.data.models import ModelRequest
+from kd.data.sources import load_corpus
+
+torch.set_num_threads(1)
+
+END = "<|endoftext|>"
+SMALL = Layout(shard_rows=256, chunk_rows=64)
+
+STORIES = [
+    "Once upon a time there was a small fox who lived at the edge of the wood. Every morning the fox went down "
+    "to the river to look at the fish, and every evening it came home with a story to tell.",
+    "The keeper of the lighthouse counted the ships. There were seven ships on Monday, five on Tuesday, and on "
+    "Wednesday there was fog, so he counted the sounds of the bells instead: ding, dong, ding.",
+    "Café crème costs 3 € in the old town — “too much”, said the baker, who sold naïve éclairs for less. 日本語 "
+    "is written without spaces; 😀 and 👩‍👩‍👧 are longer than they look.",
+    "def count(ships):\n\treturn {name: len(name) for name in ships}\n\nThe function above counts letters, not ships.",
+    "A very short one.",
+    "The fox, the keeper and the baker met once, by accident, on a bridge over the river. They talked about the "
+    "weather, about the price of fish, and about bells, and then each of them went home to tell a story about it.",
+    "Numbers such as 1, 2, 4, 8, 16, 32, 64, 128 and 256 double; numbers such as 1, 1.5 and 3 do not.",
+    "It rained. It rained for a day and a night, and the river rose to the foot of the bridge, and then it stopped.",
+]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real tokenizers, weights and texts; tests that need it are skipped where it is absent."""
+    named = os.environ.get("KD_SHARED")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not (folder / "tokenizers").is_dir():
+        pytest.skip(f"no shared data in {folder} (set KD_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 400 ids with `<|endoftext|>` as BOS and EOS, in the layout of the embedded one."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(STORIES * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path):
+    from kd.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(tokenizer_dir))
+
+
+@pytest.fixture(scope="session")
+def save_model():
+    """`save_model(folder, seed=…)`: a GPT-2 of 2 layers, d=32, 64 positions; weights that give peaked predictions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def save(folder: Path, *, seed: int = 0, vocab: int = 400) -> None:
+        config = GPT2Config(
+            vocab_size=vocab, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.4,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            GPT2LMHeadModel(config).save_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, save_model) -> Path:
+    """The tiny GPT-2 beside its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    for file in tokenizer_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight short documents in one file."""
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text(f"\n{END}\n".join(STORIES), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def build_request(model_dir: Path, text_file: Path):
+    """`build_request(out, …)`: a small build of the stories in several shards of at most 256 rows."""
+
+    def make(
+        out: Path,
+        *,
+        model: Path | str = model_dir,
+        text: Path = text_file,
+        profile: str = "kl",
+        seq_len: int = 32,
+        tokens_per_batch: int = 128,
+        layout: Layout | None = SMALL,
+        shard: tuple[int, int] = (1, 1),
+        dtype: str = "auto",
+        **targets: object,
+    ) -> BuildRequest:
+        if profile != "sampled":
+            targets = {"top_k": 8, **targets}
+        return BuildRequest(
+            out=out,
+            teacher=ModelRequest(str(model), device="cpu", dtype=dtype),
+            corpus=load_corpus(str(text)),
+            blocks=BlockConfig(seq_len=seq_len),
+            targets=TargetConfig.of_profile(profile, **targets),
+            layout=layout,
+            tokens_per_batch=tokens_per_batch,
+            shard=shard,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_build():
+    """Plan and build to the end; returns every progress record."""
+
+    def run(request: BuildRequest) -> list:
+        return list(build(plan_build(request)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """Every file under a folder, hidden ones too, with its bytes."""
+
+    def read(root: Path) -> dict[str, bytes]:
+        return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if not p.is_dir()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) -> Path:
+    """A finished `full` cache (top-k, draws, bands, boundaries) of the stories; copy it before damaging it."""
+    out = tmp_path_factory.mktemp("caches") / "full"
+    run_build(build_request(out, profile="full", samples=4, tail_bands=4))
+    return out

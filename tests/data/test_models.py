@@ -1,0 +1,280 @@
+"""Known shapes have the published sizes, random weights are seeded, and identity follows what changes numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kd.cache_builder.build import parameter_count
+from kd.data.errors import DataError, TeacherError
+from kd.data.models import (
+    SHAPES,
+    ModelRequest,
+    file_sha256,
+    load_config,
+    load_model,
+    load_request_tokenizer,
+    max_positions,
+    model_identity,
+    resolve_device,
+    split_head,
+    weight_digests,
+)
+
+PARAMETERS = {  # as published; counted from the real configs
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt-neo-2.7B": 2_651_307_520,
+    "pythia-410m": 405_334_016,
+    "SmolLM-360M": 361_821_120,
+    # by hand: embeddings (2048 + 256) * 96; per layer 12 * 96^2 weights and 13 * 96 biases and norms; last norm 2 * 96
+    "demo-student": (2048 + 256) * 96 + 3 * (12 * 96**2 + 13 * 96) + 2 * 96,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_shapes_have_the_published_parameter_count(shape: str):
+    assert parameter_count(ModelRequest(f"random:{shape}")) == PARAMETERS[shape]
+
+
+def test_random_weights_are_a_function_of_the_seed():
+    first, again, other = (load_model(ModelRequest("random:demo-student", seed=s, device="cpu")) for s in (1, 1, 2))
+    a, b, c = (m.transformer.h[0].attn.c_attn.weight for m in (first, again, other))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert not first.training
+
+
+def test_random_weights_leave_the_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    load_model(ModelRequest("random:demo-student", device="cpu"))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_an_unknown_shape_and_an_unknown_dtype_suggest_the_nearest():
+    with pytest.raises(DataError) as caught:
+        ModelRequest("random:gpt-2")
+    assert caught.value.details["did you mean"] == "gpt2"
+    with pytest.raises(DataError) as caught:
+        ModelRequest("random:gpt2", dtype="bfloat-16")
+    assert caught.value.details["did you mean"] == "bfloat16"
+
+
+def test_positions_are_read_from_every_family():
+    assert {name: max_positions(build()) for name, build in SHAPES.items()} == {
+        "demo-student": 256, "gpt2": 1024, "gpt2-medium": 1024, "gpt-neo-2.7B": 2048, "pythia-410m": 2048,
+        "SmolLM-360M": 2048,
+    }  # fmt: skip
+
+
+# identity
+
+
+def identity(folder: Path | str, **request) -> dict:
+    found = model_identity(ModelRequest(str(folder), device="cpu", **request))
+    return {k: v for k, v in found.items() if k != "model"}  # `model` is the name as asked for
+
+
+def copy_of(model_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(model_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_identity_does_not_depend_on_the_folders_path(model_dir: Path, tmp_path: Path):
+    assert identity(copy_of(model_dir, tmp_path)) == identity(model_dir)
+
+
+def test_identity_changes_with_the_weights(model_dir: Path, tmp_path: Path, save_model):
+    copy = copy_of(model_dir, tmp_path)
+    save_model(copy, seed=1)
+    assert identity(copy)["weights"] != identity(model_dir)["weights"]
+    assert identity(copy)["config"] == identity(model_dir)["config"]
+
+
+def test_identity_changes_with_one_setting_of_the_config(model_dir: Path, tmp_path: Path):
+    copy = copy_of(model_dir, tmp_path)
+    text = (copy / "config.json").read_text()
+    assert '"layer_norm_epsilon": 1e-05' in text
+    (copy / "config.json").write_text(text.replace('"layer_norm_epsilon": 1e-05', '"layer_norm_epsilon": 1e-06'))
+    assert identity(copy)["config"] != identity(model_dir)["config"]
+
+
+def test_identity_changes_with_dtype_quantisation_and_seed(model_dir: Path):
+    assert identity(model_dir, dtype="bfloat16") != identity(model_dir)
+    assert identity(model_dir, dtype="float32") == identity(model_dir)  # what auto means on a CPU
+    assert identity(model_dir, load_in_4bit=True) != identity(model_dir)
+    assert identity("random:gpt2", seed=1) != identity("random:gpt2", seed=2)
+    assert identity("random:gpt2", seed=1) == identity("random:gpt2", seed=1)
+
+
+def test_weight_digests_of_a_folder_are_its_files_sha256(model_dir: Path):
+    digest = hashlib.sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()
+    assert weight_digests(str(model_dir), None) == {"revision": "local", "weights": {"model.safetensors": digest}}
+
+
+def test_a_changed_file_has_a_new_digest_in_the_same_process(tmp_path: Path):
+    path = tmp_path / "f"
+    path.write_bytes(b"one")
+    first = file_sha256(path)
+    path.write_bytes(b"other")
+    assert (first, file_sha256(path)) == tuple(hashlib.sha256(b).hexdigest() for b in (b"one", b"other"))
+
+
+def sibling(name: str, sha256: str | None) -> SimpleNamespace:
+    return SimpleNamespace(rfilename=name, lfs=None if sha256 is None else SimpleNamespace(sha256=sha256))
+
+
+def test_weight_digests_of_a_hub_id_come_from_its_file_list(monkeypatch: pytest.MonkeyPatch):
+    files = [
+        sibling("README.md", None),
+        sibling("pytorch_model.bin", "ff"),
+        sibling("model-00002-of-00002.safetensors", "bb"),
+        sibling("model-00001-of-00002.safetensors", "aa"),
+        sibling("model.safetensors.index.json", None),
+    ]
+
+    class FakeHub:
+        def model_info(self, name: str, *, revision: str | None, files_metadata: bool):
+            assert (name, revision, files_metadata) == ("owner/name", "main", True)
+            return SimpleNamespace(sha="c0ffee", siblings=files)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    expected = {"model-00001-of-00002.safetensors": "aa", "model-00002-of-00002.safetensors": "bb"}
+    assert weight_digests("owner/name", "main") == {"revision": "c0ffee", "weights": expected}
+    files[:] = files[:2]
+    assert weight_digests("owner/name", "main")["weights"] == {"pytorch_model.bin": "ff"}
+    files[:] = files[:1]
+    with pytest.raises(DataError, match="no weight files"):
+        weight_digests("owner/name", "main")
+
+
+def test_offline_weight_digests_come_from_the_local_snapshot(monkeypatch, model_dir: Path, tmp_path: Path):
+    snapshot = tmp_path / "c0ffee"
+    shutil.copytree(model_dir, snapshot)
+
+    class NoHub:
+        def model_info(self, name: str, **options):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", NoHub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(snapshot))
+    found = weight_digests("owner/name", None)
+    assert found == {"revision": "c0ffee", "weights": weight_digests(str(model_dir), None)["weights"]}
+
+
+def test_an_unreachable_model_says_what_could_have_been_given():
+    with pytest.raises(TeacherError, match="cannot load the model") as caught:
+        load_config(ModelRequest("nobody/nothing"))
+    assert "random:NAME" in str(caught.value)
+    with pytest.raises(TeacherError, match="cannot load the model"):
+        weight_digests("nobody/nothing", None)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path, model_dir: Path):
+    (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    with pytest.raises(DataError, match="no weight files"):
+        weight_digests(str(tmp_path), None)
+    with pytest.raises(TeacherError, match="cannot load the model"):
+        load_model(ModelRequest(str(tmp_path), device="cpu"))
+
+
+# loading
+
+
+def test_a_saved_model_loads_in_the_dtype_asked_for(model_dir: Path):
+    assert load_model(ModelRequest(str(model_dir), device="cpu")).dtype == torch.float32
+    assert load_model(ModelRequest(str(model_dir), device="cpu", dtype="bfloat16")).dtype == torch.bfloat16
+
+
+def test_the_tokenizer_is_that_beside_the_model_unless_another_is_named(model_dir: Path, tokenizer_dir: Path):
+    assert len(load_request_tokenizer(ModelRequest(str(model_dir)))) == 400
+    assert len(load_request_tokenizer(ModelRequest("random:gpt2", tokenizer=str(tokenizer_dir)))) == 400
+
+
+def test_4_bit_loading_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(TeacherError, match="needs bitsandbytes") as caught:
+        load_model(ModelRequest("random:demo-student", device="cpu", load_in_4bit=True))
+    assert "pip install" in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_a_clear_error():
+    with pytest.raises(DataError, match="no CUDA device"):
+        resolve_device("cuda")
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path):
+    from transformers import T5Config
+
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match="encoder-decoder") as caught:
+        load_model(ModelRequest(str(tmp_path), device="cpu"))
+    assert "T5ForConditionalGeneration" in str(caught.value)
+
+
+# the output layer apart
+
+
+def tiny(family: str):
+    """Random causal models of a few thousand parameters."""
+    import transformers as t
+
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32, "max_position_embeddings": 32}  # fmt: skip
+    grouped = {**shape, "num_key_value_heads": 1, "head_dim": 8}
+    configs = {
+        "gpt2": lambda: t.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32),
+        "gpt_neox": lambda: t.GPTNeoXConfig(**shape),
+        "gpt_neo": lambda: t.GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2,
+                                          attention_types=[[["global", "local"], 1]], window_size=4),
+        "llama": lambda: t.LlamaConfig(**shape),
+        "gemma2": lambda: t.Gemma2Config(**grouped, final_logit_softcapping=30.0),
+        "granite": lambda: t.GraniteConfig(**shape, logits_scaling=8.0),
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return t.AutoModelForCausalLM.from_config(configs[family]()).eval()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gpt_neo", "llama"])
+def test_hidden_states_times_the_head_are_the_models_logits(family: str):
+    model = tiny(family)
+    head = split_head(model)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = torch.nn.functional.linear(head.hidden(ids, None), head.weight, head.bias)
+        expected = model(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # the same float32 product twice
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(family: str):
+    # random weights give logits far below the cap of 30, where it hardly bends them: they must be amplified to show
+    with pytest.raises(TeacherError, match="changes its logits"):
+        split_head(tiny(family))
+
+
+def test_splitting_leaves_the_model_as_it_was():
+    model = tiny("gpt2").train()
+    ids = torch.arange(5)[None]
+    before = model.eval()(input_ids=ids).logits
+    model.train()
+    split_head(model)
+    assert model.training
+    assert torch.equal(model.eval()(input_ids=ids).logits, before)
+
+
+def test_an_output_layer_that_is_not_linear_is_refused():
+    model = tiny("gpt2")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(TeacherError, match="not a plain linear layer"):
+        split_head(model)

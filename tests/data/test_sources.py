@@ -1,0 +1,383 @@
+"""Every kind of source gives the same ordered list of examples, and every broken one says where and what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kd.data.errors import DataError
+from kd.data.example import Example, text_digest
+from kd.data.sources import WIKITEXT_ID, WIKITEXT_REVISION, load_corpus, wikitext_articles
+
+ROWS = [{"text": "first, with a comma"}, {"text": 'second "quoted"\nand a line'}, {"text": "third é 😀"}]
+PAIRS = [{"prompt": "2+2=", "target": "4"}, {"prompt": "3+3=", "target": "6"}]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """`rows` in the format of the path's suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        import csv
+
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def targets(corpus) -> list[str]:
+    return [e.target for e in corpus.examples]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_table_format_gives_the_same_documents(tmp_path: Path, suffix: str):
+    corpus = load_corpus(str(write(tmp_path / f"t{suffix}", ROWS)))
+    assert corpus.kind == "documents"
+    assert targets(corpus) == [row["text"] for row in ROWS]
+    assert [e.id for e in corpus.examples] == [f"t{suffix}:{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_prompt_and_target_columns_make_pairs(tmp_path: Path, suffix: str):
+    corpus = load_corpus(str(write(tmp_path / f"t{suffix}", PAIRS)))
+    assert corpus.kind == "pairs"
+    assert [(e.prompt, e.target) for e in corpus.examples] == [("2+2=", "4"), ("3+3=", "6")]
+
+
+def test_columns_map_other_names(tmp_path: Path):
+    rows = [{"q": "2+2=", "a": "4", "key": 17, "text": "not this"}]
+    path = write(tmp_path / "t.jsonl", rows)
+    pair = load_corpus(str(path), columns={"prompt": "q", "target": "a", "id": "key"}).examples[0]
+    assert (pair.id, pair.prompt, pair.target) == ("17", "2+2=", "4")
+    document = load_corpus(str(path), columns={"text": "a"})
+    assert (document.kind, targets(document)) == ("documents", ["4"])
+
+
+def test_a_text_column_that_is_asked_for_wins_over_pairs(tmp_path: Path):
+    path = write(tmp_path / "t.jsonl", [{"prompt": "p", "target": "t", "text": "whole"}])
+    assert load_corpus(str(path)).kind == "pairs"
+    assert targets(load_corpus(str(path), columns={"text": "text"})) == ["whole"]
+
+
+def test_a_plain_text_file_is_one_document(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    corpus = load_corpus(str(tmp_path / "a.txt"))
+    assert [(e.id, e.target) for e in corpus.examples] == [("a.txt", "one\n\ntwo")]
+
+
+def test_end_of_text_lines_separate_documents(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo <|endoftext|>three\n<|endoftext|>\n")
+    corpus = load_corpus(str(tmp_path / "a.txt"))
+    assert [(e.id, e.target) for e in corpus.examples] == [
+        ("a.txt:0", "one"),
+        ("a.txt:1", "two "),
+        ("a.txt:2", "three"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_a_byte_order_mark_is_not_text(tmp_path: Path, suffix: str):
+    plain = {".txt": "word", ".jsonl": '{"text": "word"}\n', ".csv": "text\nword\n"}[suffix]
+    path = tmp_path / f"t{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + plain.encode())
+    assert targets(load_corpus(str(path))) == ["word"]
+
+
+def test_a_csv_cell_may_be_longer_than_the_csv_modules_default(tmp_path: Path):
+    text = "word " * 40_000  # 200 kB; the module's limit is 128 KiB
+    assert targets(load_corpus(str(write(tmp_path / "t.csv", [{"text": text}])))) == [text]
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_paths(tmp_path: Path):
+    write(tmp_path / "b.jsonl", [{"text": "B"}])
+    write(tmp_path / "a" / "z.csv", [{"text": "Z"}])
+    (tmp_path / "c.txt").write_text("C")
+    (tmp_path / "notes.md").write_text("not read")
+    corpus = load_corpus(str(tmp_path))
+    assert [(e.id, e.target) for e in corpus.examples] == [("a/z.csv:0", "Z"), ("b.jsonl:0", "B"), ("c.txt", "C")]
+    assert load_corpus(str(tmp_path)) == corpus
+
+
+def test_a_folder_that_mixes_documents_and_pairs_is_refused(tmp_path: Path):
+    write(tmp_path / "a.jsonl", PAIRS)
+    write(tmp_path / "b.jsonl", ROWS)
+    with pytest.raises(DataError, match="mixes plain text and prompt/target"):
+        load_corpus(str(tmp_path))
+
+
+def test_a_folder_without_readable_files_is_refused(tmp_path: Path):
+    (tmp_path / "notes.md").write_text("no")
+    with pytest.raises(DataError, match="no readable files") as caught:
+        load_corpus(str(tmp_path))
+    assert ".parquet" in str(caught.value)
+
+
+def test_missing_columns_are_named_with_those_that_are_there(tmp_path: Path):
+    path = write(tmp_path / "t.jsonl", [{"body": "x", "title": "y"}])
+    with pytest.raises(DataError) as caught:
+        load_corpus(str(path))
+    message = str(caught.value)
+    assert "columns are missing" in message
+    assert "body, title" in message
+    assert "--columns text=NAME" in message
+    with pytest.raises(DataError) as caught:
+        load_corpus(str(path), columns={"text": "boddy"})
+    assert "boddy" in str(caught.value.details["expected"])
+
+
+def test_an_unknown_field_in_columns_suggests_the_nearest(tmp_path: Path):
+    with pytest.raises(DataError) as caught:
+        load_corpus(str(write(tmp_path / "t.jsonl", ROWS)), columns={"targets": "text"})
+    assert caught.value.details["did you mean"] == "target"
+
+
+def test_broken_json_names_the_line(tmp_path: Path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"\n')
+    with pytest.raises(DataError) as caught:
+        load_corpus(str(path))
+    assert str(caught.value.details["where"]).endswith("t.jsonl line 3")
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", '"text"', "[" * 100_000])
+def test_a_line_that_is_no_object_names_the_line(tmp_path: Path, line: str):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' + line + "\n")
+    with pytest.raises(DataError) as caught:
+        load_corpus(str(tmp_path / "t.jsonl"))
+    assert "line 2" in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200])
+def test_truncated_parquet_is_a_clear_error(tmp_path: Path, keep: int):
+    path = write(tmp_path / "t.parquet", ROWS)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match="cannot read the file") as caught:
+        load_corpus(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_text_that_is_not_utf8_is_a_clear_error(tmp_path: Path):
+    (tmp_path / "t.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(DataError, match="cannot read the file"):
+        load_corpus(str(tmp_path / "t.txt"))
+
+
+def test_half_a_surrogate_pair_names_the_example(tmp_path: Path):
+    (tmp_path / "t.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(DataError, match="not valid Unicode") as caught:
+        load_corpus(str(tmp_path / "t.jsonl"))
+    assert "t.jsonl:1" in str(caught.value)
+
+
+def test_a_value_that_is_not_text_names_row_and_column(tmp_path: Path):
+    path = write(tmp_path / "t.jsonl", [{"text": "a"}, {"text": 5}])
+    with pytest.raises(DataError, match="not text") as caught:
+        load_corpus(str(path))
+    assert "row 1 column text" in str(caught.value)
+    assert caught.value.details["found"] == "int"
+
+
+@pytest.mark.parametrize("row", [{"text": "b"}, {"text": "b", "key": None}])
+def test_a_missing_id_names_its_row(tmp_path: Path, row: dict):
+    path = write(tmp_path / "t.jsonl", [{"text": "a", "key": "x"}, row])
+    with pytest.raises(DataError, match="an id is missing") as caught:
+        load_corpus(str(path), columns={"id": "key"})
+    assert "row 1 column key" in str(caught.value)
+
+
+def test_two_examples_of_one_id_are_refused(tmp_path: Path):
+    path = write(tmp_path / "t.jsonl", [{"text": "a", "key": "x"}, {"text": "b", "key": "x"}])
+    with pytest.raises(DataError, match="same id") as caught:
+        load_corpus(str(path), columns={"id": "key"})
+    assert caught.value.details["found"] == "x"
+
+
+def test_empty_examples_are_left_out_and_nothing_else(tmp_path: Path):
+    path = write(tmp_path / "t.jsonl", [{"text": " \n"}, {"text": "a"}, {"text": None}, {"text": ""}, {"text": "b"}])
+    assert [(e.id, e.target) for e in load_corpus(str(path)).examples] == [("t.jsonl:1", "a"), ("t.jsonl:4", "b")]
+
+
+def test_no_text_at_all_is_refused(tmp_path: Path):
+    (tmp_path / "t.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match="no text found"):
+        load_corpus(str(tmp_path / "t.txt"))
+
+
+def test_limit_keeps_the_first_examples(tmp_path: Path):
+    path = write(tmp_path / "t.jsonl", ROWS)
+    assert load_corpus(str(path), limit=2).examples == load_corpus(str(path)).examples[:2]
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("wikitext2", "wikitext-2"), ("demmo", "demo")])
+def test_an_unknown_source_suggests_the_nearest(typo: str, meant: str):
+    with pytest.raises(DataError) as caught:
+        load_corpus(typo)
+    assert caught.value.details["did you mean"] == meant
+
+
+@pytest.mark.parametrize("spec", ["texts/missing.jsonl", "./missing", "../missing", "missing.txt", "a/b/c"])
+def test_a_missing_path_is_not_looked_up_on_the_hub(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kd.data.sources._load_dataset", lambda *a: pytest.fail("asked the hub"))
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_corpus(spec)
+
+
+def test_an_unknown_file_type_lists_those_that_are_read(tmp_path: Path):
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(DataError, match="unknown file type") as caught:
+        load_corpus(str(tmp_path / "t.json"))
+    assert caught.value.details["did you mean"] == ".jsonl"
+
+
+# WikiText
+
+ARTICLES = """\
+
+ = Valkyria Chronicles = \n
+ Text of the first . \n
+ = = Gameplay = = \n
+ = not a title after a full line
+ More text . \n
+ = M = \n
+ A film with a short name . \n
+"""
+
+
+def test_wikitext_lines_join_into_articles_at_level_one_titles():
+    found = list(wikitext_articles(ARTICLES.splitlines(keepends=True), "wikitext-2", "train"))
+    assert [e.id for e in found] == ["train/0", "train/1"]
+    assert found[0].target.startswith("= Valkyria Chronicles =")
+    assert "= = Gameplay = =" in found[0].target
+    assert found[1].target == "= M = \n\n A film with a short name .\n"
+
+
+def test_wikitext_articles_keep_every_line():
+    found = list(wikitext_articles(ARTICLES.splitlines(keepends=True), "wikitext-2", "train"))
+    assert "".join("".join(e.target for e in found).split()) == "".join(ARTICLES.split())
+
+
+def test_a_tokens_file_is_wikitext(tmp_path: Path):
+    (tmp_path / "wiki.tokens").write_text(ARTICLES)
+    corpus = load_corpus(str(tmp_path / "wiki.tokens"))
+    assert [e.id for e in corpus.examples] == ["wiki.tokens:0", "wiki.tokens:1"]
+
+
+def test_real_wikitext_has_sixty_validation_articles(shared: Path):
+    corpus = load_corpus(str(shared / "wikitext-2" / "wiki.valid.tokens"))
+    assert len(corpus.examples) == 60  # the number of articles the data set's own page gives
+    assert all(e.target.startswith("= ") for e in corpus.examples)
+
+
+# the hub, through the real `datasets` on a local folder of the hub's layout
+
+README = """---
+configs:
+- config_name: {config}
+  data_files:
+  - split: train
+    path: {config}/train-*
+  - split: validation
+    path: {config}/validation-*
+---
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`hub(id, config, {split: rows})` writes a data set where `datasets.load_dataset(id)` finds it."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+    def put(name: str, config: str, splits: dict[str, list[dict]]) -> None:
+        for split, rows in splits.items():
+            write(tmp_path / name / config / f"{split}-00000-of-00001.parquet", rows)
+        (tmp_path / name / "README.md").write_text(README.format(config=config))
+
+    return put
+
+
+def test_wikitext_2_loads_through_datasets(hub):
+    lines = [{"text": line} for line in ARTICLES.splitlines(keepends=True)]
+    hub(WIKITEXT_ID, "wikitext-2-raw-v1", {"train": lines, "validation": [{"text": " Only this . \n"}]})
+    train = load_corpus("wikitext-2")
+    assert train.examples == tuple(wikitext_articles(ARTICLES.splitlines(keepends=True), "wikitext-2", "train"))
+    assert train.source == {"source": WIKITEXT_ID, "config": "wikitext-2-raw-v1", "revision": WIKITEXT_REVISION}
+    assert targets(load_corpus("wikitext-2:validation")) == ["Only this .\n"]
+
+
+def test_a_hub_id_with_config_and_revision_loads_through_datasets(hub):
+    hub("owner/set.v1", "plain.en", {"train": PAIRS, "validation": PAIRS[:1]})
+    corpus = load_corpus("owner/set.v1:plain.en@main", split="validation")
+    assert [(e.id, e.prompt, e.target) for e in corpus.examples] == [("owner/set.v1:0", "2+2=", "4")]
+    assert corpus.source == {"source": "owner/set.v1", "config": "plain.en", "revision": "main"}
+
+
+def test_a_split_that_the_hub_does_not_have_is_a_clear_error(hub):
+    hub("owner/name", "plain", {"train": PAIRS, "validation": PAIRS})
+    with pytest.raises(DataError) as caught:
+        load_corpus("owner/name:plain", split="test")
+    assert "split test" in str(caught.value)
+
+
+def test_an_unreachable_hub_says_what_was_asked_for_and_offers_a_local_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:  # HF_HUB_OFFLINE is set for all tests
+        load_corpus("nobody/nothing:config@rev")
+    message = str(caught.value)
+    assert "nobody/nothing config config revision rev split train" in message
+    assert "local file" in message
+
+
+# the demo source and the digest
+
+
+def test_an_unknown_demo_split_suggests_the_nearest():
+    with pytest.raises(DataError) as caught:
+        load_corpus("demo:heldot")
+    assert caught.value.details["did you mean"] == "heldout"
+
+
+def test_the_demo_loads_by_name_with_a_limit(monkeypatch: pytest.MonkeyPatch):
+    from kd.data import sources, stdlib_text
+
+    monkeypatch.setattr(stdlib_text, "documents", lambda split: iter([("topic:a", f"A of {split}"), ("topic:b", "B")]))
+    sources._demo.cache_clear()
+    try:
+        corpus = load_corpus("demo:validation", limit=1)
+    finally:
+        sources._demo.cache_clear()
+    assert [(e.id, e.target, e.split) for e in corpus.examples] == [("topic:a", "A of heldout", "heldout")]
+
+
+A, B = Example("a", "target", prompt="prompt"), Example("b", "other")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [B, A],
+        [A],
+        [Example("c", "target", prompt="prompt"), B],
+        [Example("a", "Target", prompt="prompt"), B],
+        [Example("a", "target", prompt="Prompt"), B],
+        [Example("a", "ttarget", prompt="promp"), B],  # the same bytes, divided elsewhere
+    ],
+)
+def test_the_digest_depends_on_order_ids_prompts_and_targets(other: list[Example]):
+    assert text_digest(other) != text_digest([A, B])
+
+
+def test_the_digest_does_not_depend_on_task_or_split():
+    assert text_digest([Example("a", "target", prompt="prompt", task="x", split="y"), B]) == text_digest([A, B])

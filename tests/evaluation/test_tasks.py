@@ -1,0 +1,129 @@
+"""`run_tasks` end to end on the tiny models, and what a report keeps on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kd.cache_builder.reader import CacheReader
+from kd.data.errors import CacheMismatchError, DataError
+from kd.evaluation.agreement import evaluate_agreement
+from kd.evaluation.estimates import standard_error
+from kd.evaluation.perplexity import evaluate_perplexity
+from kd.evaluation.results import EvalReport, load_report
+from kd.evaluation.scoring import final
+from kd.evaluation.tasks import TASKS, run_tasks
+
+
+@pytest.fixture(scope="module")
+def report(student_dirs: list[Path], prose_file: Path, exact_cache: Path) -> EvalReport:
+    steps = run_tasks(str(student_dirs[0]), ["perplexity", "agreement"], data=str(prose_file), cache=exact_cache,
+                      seq_len=24, device="cpu")  # fmt: skip
+    return list(steps)[-1].report
+
+
+def test_a_report_holds_what_the_tasks_found(report, student, tokenizer, prose, exact_cache):
+    perplexity = final(evaluate_perplexity(student, tokenizer, prose, seq_len=24))
+    agreement = final(evaluate_agreement(student, CacheReader(exact_cache)))
+    found = report.tasks
+    for metric, estimate in [("perplexity", perplexity.perplexity), ("bits_per_byte", perplexity.bits_per_byte)]:
+        assert found["perplexity"][metric]["value"] == estimate.value
+        assert found["perplexity"][metric]["stderr"] == estimate.stderr
+        assert found["perplexity"][metric]["n"] == estimate.n
+    assert found["agreement"]["kl"]["value"] == agreement.kl.value
+    assert found["agreement"]["top1_agreement"]["value"] == agreement.top1_agreement.value
+
+
+def test_a_report_names_model_text_cache_and_versions(report, student, student_dirs, prose, exact_cache):
+    assert report.parameters == sum(p.numel() for p in student.parameters())
+    assert report.model == str(student_dirs[0])
+    assert len(report.identity["weights"]["model.safetensors"]) == 64
+    assert report.data["text_digest"] == prose.digest
+    assert report.cache["fingerprint"] == CacheReader(exact_cache).manifest.fingerprint
+    assert set(report.versions) == {"python", "kd-logit-cache", "torch", "transformers"}
+
+
+def test_every_task_gives_every_metric_it_promises(report):
+    assert {name: set(metrics) for name, metrics in report.tasks.items()} == {
+        name: set(task.metrics) for name, task in TASKS.items()
+    }
+
+
+def test_a_saved_report_is_read_back_equal_and_saved_to_the_same_bytes(report, tmp_path):
+    path = report.save(tmp_path / "a")
+    loaded = load_report(tmp_path / "a")
+    assert loaded == report
+    again = loaded.save(tmp_path / "b")
+    assert path.read_bytes() == again.read_bytes()
+    assert (tmp_path / "a/documents.json").read_bytes() == (tmp_path / "b/documents.json").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["documents.json", "eval.json"]
+
+
+def test_saved_influences_give_the_saved_error(report):
+    for task, metrics in report.tasks.items():
+        for metric, figure in metrics.items():
+            error = standard_error(np.array(report.documents[task]["influence"][metric]))
+            assert error == pytest.approx(figure["stderr"], rel=1e-4, abs=1e-9)  # influences are kept to six digits
+
+
+def test_a_perplexity_that_overflows_is_null_and_not_invalid_json(report, student, tokenizer, prose, tmp_path):
+    import copy
+
+    import torch
+
+    wild = copy.deepcopy(student)
+    with torch.no_grad():
+        wild.transformer.ln_f.weight.mul_(1e4)
+    wild.save_pretrained(tmp_path / "wild")
+    tokenizer.save_pretrained(tmp_path / "wild")
+    steps = run_tasks(str(tmp_path / "wild"), ["perplexity"], data=prose.spec, seq_len=24, device="cpu")
+    found = list(steps)[-1].report
+    assert found.tasks["perplexity"]["nll_per_token"]["value"] > 1000
+    document = json.loads(found.save(tmp_path / "out").read_text("utf-8"))
+    assert document["tasks"]["perplexity"]["perplexity"]["value"] is None
+
+
+def test_an_unknown_task_suggests_the_nearest(prose_file):
+    with pytest.raises(DataError, match="unknown task") as error:
+        next(run_tasks("nowhere", ["perplexty"], data=str(prose_file)))
+    assert error.value.details["did you mean"] == "perplexity"
+
+
+@pytest.mark.parametrize(("task", "option"), [("perplexity", "--data"), ("agreement", "--cache")])
+def test_a_task_without_what_it_needs_says_which_option(task, option):
+    with pytest.raises(DataError, match=f"the task {task} needs") as error:
+        next(run_tasks("nowhere", [task]))
+    assert option in error.value.details["try"]
+
+
+def test_another_tokenizer_than_the_caches_is_refused_before_weights_are_loaded(tmp_path, exact_cache, tokenizer_dir):
+    for file in tokenizer_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    document = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    document["model"]["vocab"]["x"], document["model"]["vocab"]["y"] = (document["model"]["vocab"][c] for c in "yx")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(CacheMismatchError):  # there are no weights in that folder to load
+        next(run_tasks(str(tmp_path), ["agreement"], cache=exact_cache))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"format": "kd-eval", "format_version": 99}', '{"format": "kd-eval"}']
+)
+def test_a_file_that_is_not_an_evaluation_is_refused_by_name(tmp_path, text):
+    (tmp_path / "eval.json").write_text(text)
+    with pytest.raises(DataError) as error:
+        load_report(tmp_path)
+    assert "eval.json" in str(error.value.details["where"])
+
+
+def test_importing_the_registry_loads_no_heavy_library():
+    code = "import sys, kd.evaluation.tasks, kd.evaluation.report; print([m for m in ('torch', 'transformers', " \
+           "'zarr', 'pyarrow', 'matplotlib') if m in sys.modules])"  # fmt: skip
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,0 +1,101 @@
+"""Students of the tiny teacher, caches of its stories, and short runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd.cache_builder.reader import CacheReader
+from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.train import TrainResult, train
+from kd.student_trainer.trainer import StepRecord
+
+
+@pytest.fixture(scope="session")
+def make_student(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[..., Path]:
+    """`make_student(…)`: a folder with a random GPT-2 of 2 layers, d=32, and the teacher's tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make(*, seed: int = 1, dropout: float = 0.0, tied: bool = True, vocab: int = 400, positions: int = 64) -> Path:
+        folder = tmp_path_factory.mktemp("student")
+        config = GPT2Config(
+            vocab_size=vocab, n_positions=positions, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, tie_word_embeddings=tied,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            GPT2LMHeadModel(config).save_pretrained(folder)
+        for file in tokenizer_dir.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def student_dir(make_student: Callable[..., Path]) -> Path:
+    """A student without dropout."""
+    return make_student()
+
+
+@pytest.fixture(scope="session")
+def kl_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) -> Path:
+    """8 tokens a row in the default codec, in several shards."""
+    out = tmp_path_factory.mktemp("caches") / "kl"
+    run_build(build_request(out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def exact_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) -> Path:
+    """8 tokens a row as float32."""
+    out = tmp_path_factory.mktemp("caches") / "exact"
+    run_build(build_request(out, logprob_codec="float32"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def kl_reader(kl_cache: Path) -> CacheReader:
+    return CacheReader(kl_cache)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    out: Path
+    result: TrainResult
+    records: list[StepRecord]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.out / "model.safetensors")
+
+
+@pytest.fixture
+def run(tmp_path: Path, kl_cache: Path, student_dir: Path) -> Callable[..., Run]:
+    """`run(name, …)`: train in `tmp_path / name`, four examples a batch, every step logged."""
+
+    def go(name: str = "run", *, resume: bool = False, stop_after: int | None = None, **settings: Any) -> Run:
+        defaults: dict[str, Any] = {
+            "cache": str(kl_cache), "student": str(student_dir), "out": str(tmp_path / name), "device": "cpu",
+            "max_steps": 3, "batch_size": 4, "log_every": 1, "lr": 1e-3, "head_chunk": 64,
+        }  # fmt: skip
+        records: list[StepRecord] = []
+
+        def on_step(record: StepRecord) -> None:
+            records.append(record)
+            if record.step == stop_after:
+                raise KeyboardInterrupt
+
+        result = train(TrainConfig(**defaults | settings), resume=resume, on_step=on_step)
+        return Run(tmp_path / name, result, records)
+
+    return go

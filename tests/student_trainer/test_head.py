@@ -1,0 +1,190 @@
+"""The chunked output layer against logits made at once; float64, so that 1e-10 leaves only a wrong sum to fail."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.student_trainer.head import CHUNK, chunked_head_loss
+from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+
+N, D, V, PADDED, K = 11, 5, 13, 16, 4
+OBJECTIVES = [
+    pytest.param(Objective(loss, tail, alpha=0.6 if loss != "ce" else 0.0), id=f"{loss}-{tail}")
+    for loss in LOSSES
+    for tail in LOSSES[loss]
+]
+GHOST = Objective("kl", "ghost", 0.6, 2.0)
+
+
+def layer(dtype: torch.dtype = torch.float64, rows: int = PADDED, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """`hidden [N, D]`, `weight [rows, D]`, `bias [rows]`, all leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((N, D), (rows, D), (rows,))
+    return tuple(torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes)  # type: ignore[return-value]
+
+
+def targets(rows: int = N, dtype: torch.dtype = torch.float64, seed: int = 1) -> LossTargets:
+    generator = torch.Generator().manual_seed(seed)
+    log_p, ids = torch.randn(rows, V, generator=generator, dtype=dtype).log_softmax(dim=1).topk(K, dim=1)
+    return LossTargets(
+        gold_ids=torch.randint(V, (rows,), generator=generator),
+        token_ids=ids,
+        logprobs=log_p,
+        tail_mass=1 - log_p.exp().sum(dim=1),
+        sample_ids=ids,
+        sample_counts=torch.randint(1, 5, (rows, K), generator=generator),
+    )
+
+
+def materialised(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss, targets: LossTargets) -> Tensor:
+    """All `[N, V]` logits at once, and torch's own backward pass: the slow twin. Sums of (total, kd, ce)."""
+    logits = F.linear(hidden, weight, bias)[:, :V]
+    return torch.stack([part.sum() for part in loss(logits, targets)])
+
+
+def gradients(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(value, leaves))
+
+
+def assert_same(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, N - 1, N, N + 1, CHUNK])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_values_and_gradients_equal_the_materialised_ones_for_any_chunk(objective, with_bias: bool, chunk: int) -> None:
+    hidden, weight, bias = layer()
+    leaves = [hidden, weight, *([bias] if with_bias else [])]
+    arguments = (hidden, weight, bias if with_bias else None, objective, targets())
+    total, kd, ce = chunked_head_loss(*arguments, vocabulary_size=V, chunk=chunk)
+    expected = materialised(*arguments)
+    assert_same([total, kd, ce], list(expected))
+    assert_same(gradients(total, leaves), gradients(expected[0], leaves))
+
+
+def test_gradients_equal_finite_differences() -> None:
+    hidden, weight, bias = layer()
+    data = targets()
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: chunked_head_loss(h, w, b, GHOST, data, vocabulary_size=V, chunk=4)[0], (hidden, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3))[:-1])
+def test_frozen_tensors_get_no_gradient_and_leave_the_others_theirs(wanted: tuple[bool, bool, bool]) -> None:
+    hidden, weight, bias = layer()
+    expected = gradients(materialised(hidden, weight, bias, GHOST, targets())[0], [hidden, weight, bias])
+    tensors = [t.detach().requires_grad_(w) for t, w in zip((hidden, weight, bias), wanted, strict=True)]
+    chunked_head_loss(*tensors, GHOST, targets(), vocabulary_size=V, chunk=4)[0].backward()
+    for tensor, gradient, wants in zip(tensors, expected, wanted, strict=True):
+        assert (tensor.grad is not None) == wants
+        if wants:
+            assert_same([tensor.grad], [gradient])
+
+
+def test_a_tied_weight_adds_its_gradients_as_embedding_and_as_output_layer() -> None:
+    _, weight, _ = layer()
+    ids = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    mixed = torch.tanh(weight[ids])
+    got = gradients(chunked_head_loss(mixed, weight, None, GHOST, targets(), vocabulary_size=V, chunk=4)[0], [weight])
+    mixed = torch.tanh(weight[ids])
+    assert_same(got, gradients(materialised(mixed, weight, None, GHOST, targets())[0], [weight]))
+
+
+def test_padded_rows_change_no_loss_and_get_zero_gradient() -> None:
+    hidden, weight, bias = layer()
+    outcomes = []
+    for padding in (0.0, 1e6):
+        w, b = weight.detach().clone(), bias.detach().clone()
+        w[V:] += padding
+        b[V:] += padding
+        w.requires_grad_()
+        b.requires_grad_()
+        total = chunked_head_loss(hidden, w, b, GHOST, targets(), vocabulary_size=V, chunk=4)[0]
+        grads = gradients(total, [w, b])
+        assert not grads[0][V:].any()
+        assert not grads[1][V:].any()
+        assert grads[0][:V].abs().min() > 0
+        outcomes.append([total, *grads])
+    for a, b in zip(*outcomes, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [3.0, -0.5, 0.0])
+def test_what_comes_from_above_scales_the_gradients(scale: float) -> None:
+    leaves = layer()
+    total = chunked_head_loss(*leaves, GHOST, targets(), vocabulary_size=V, chunk=4)[0]
+    plain = gradients(materialised(*leaves, GHOST, targets())[0], list(leaves))
+    assert_same(gradients(total * scale, list(leaves)), [scale * g for g in plain])
+
+
+def test_two_halves_accumulate_to_the_whole() -> None:
+    hidden, weight, bias = layer()
+    whole = gradients(materialised(hidden, weight, bias, GHOST, targets())[0], [hidden, weight, bias])
+    for rows in (slice(0, 4), slice(4, N)):
+        half = chunked_head_loss(hidden[rows], weight, bias, GHOST, targets()[rows], vocabulary_size=V, chunk=3)
+        half[0].backward()
+    assert_same([hidden.grad, weight.grad, bias.grad], whole)  # type: ignore[list-item]
+
+
+def test_a_retained_graph_gives_the_same_gradients_again() -> None:
+    leaves = layer()
+    total = chunked_head_loss(*leaves, GHOST, targets(), vocabulary_size=V, chunk=4)[0]
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    second = torch.autograd.grad(total, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_only_the_total_carries_a_gradient() -> None:
+    total, kd, ce = chunked_head_loss(*layer(), GHOST, targets(), vocabulary_size=V, chunk=4)
+    assert total.requires_grad
+    assert not kd.requires_grad
+    assert not ce.requires_grad
+
+
+def test_no_rows_give_zero_and_zero_gradients() -> None:
+    hidden, weight, bias = layer()
+    none = chunked_head_loss(hidden[:0], weight, bias, GHOST, targets()[:0], vocabulary_size=V)
+    assert [float(part) for part in none] == [0.0, 0.0, 0.0]
+    assert not any(g.any() for g in gradients(none[0], [weight, bias]))
+
+
+def test_no_logits_of_all_rows_are_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def spy(logits: Tensor, data: LossTargets) -> tuple[Tensor, Tensor, Tensor]:
+        sizes.append(len(logits))
+        return GHOST(logits, data)
+
+    chunked_head_loss(*layer(), spy, targets(), vocabulary_size=V, chunk=4)
+    assert sizes == [4, 4, 3]
+
+
+def test_under_bfloat16_autocast_values_and_gradients_stay_close_to_float32() -> None:
+    leaves = layer(torch.float32)
+    data = targets(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, kd, ce = chunked_head_loss(*leaves, GHOST, data, vocabulary_size=V, chunk=4)
+    narrow = [total, kd, ce, *gradients(total, list(leaves))]
+    expected = materialised(*leaves, GHOST, data)
+    wide = [*expected, *gradients(expected[0], list(leaves))]
+    for got, exact in zip(narrow, wide, strict=True):
+        assert got.dtype == torch.float32
+        # bfloat16 has 8 significant bits: 0.4 % per rounding of inputs and gradients, a few of them per product
+        assert (got - exact).norm() < 0.02 * exact.norm()
+    assert not torch.equal(total, expected[0])  # the products were made in bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_have_the_dtype_of_what_they_belong_to(dtype: torch.dtype) -> None:
+    leaves = layer(dtype)
+    total = chunked_head_loss(*leaves, GHOST, targets(dtype=torch.float32), vocabulary_size=V, chunk=4)[0]
+    assert total.dtype == torch.float32  # sums over many positions do not fit 8 or 11 bits
+    assert [g.dtype for g in gradients(total, list(leaves))] == [dtype] * 3

@@ -1,0 +1,188 @@
+"""The command line as scripts and people see it: documentation, exit codes, JSON, messages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from kd.cli import cli
+
+ROOT = Path(__file__).parents[1]
+KD = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from kd.cli import main; main()"]
+
+
+def kd(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*KD, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def leaves(command: click.Command = cli, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
+    if isinstance(command, click.Group):
+        return [leaf for name, sub in command.commands.items() for leaf in leaves(sub, (*path, name))]
+    return [(path, command)]
+
+
+def test_reference_equals_the_help_texts() -> None:
+    spec = importlib.util.spec_from_file_location("write_cli_docs", ROOT / "scripts" / "write_cli_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == module.render(), "run scripts/write_cli_docs.py"
+
+
+@pytest.mark.parametrize(("path", "command"), leaves(), ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_every_command_and_option_is_documented(path: tuple[str, ...], command: click.Command) -> None:
+    text = command.help or ""
+    assert re.match(r"[A-Z][a-z]+ ", text), "help begins with a verb"
+    assert f"Example: kd {' '.join(path)}" in text
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            described = parameter.help or parameter.name in ("teacher", "spec", "cache")
+            assert described, f"{' '.join(path)} {parameter.opts}"
+
+
+@pytest.mark.parametrize(
+    ("module", "registry", "command", "option"),
+    [
+        ("kd.student_trainer.losses", "LOSSES", "train", "loss"),
+        ("kd.student_trainer.losses", "TAILS", "train", "tail"),
+        ("kd.student_trainer.config", "OPTIMIZERS", "train", "optimizer"),
+        ("kd.student_trainer.config", "SCHEDULES", "train", "schedule"),
+        ("kd.student_trainer.config", "PRECISIONS", "train", "precision"),
+        ("kd.cache_builder.targets", "PROFILES", "cache build", "profile"),
+        ("kd.cache_builder.codecs", "CODECS", "cache build", "logprob_codec"),
+        ("kd.data.models", "DTYPES", "cache build", "dtype"),
+        ("kd.evaluation.tasks", "TASKS", "eval", "tasks"),
+    ],
+)
+def test_help_names_every_entry_of_the_registry(module: str, registry: str, command: str, option: str) -> None:
+    known = getattr(importlib.import_module(module), registry)
+    parameters = {p.name: p for p in dict((" ".join(p), c) for p, c in leaves())[command].params}
+    text = parameters[option].help or ""  # type: ignore[attr-defined]
+    for name in known:
+        assert re.search(rf"\b{re.escape(name)}\b", text), f"--{option} does not mention {name}"
+
+
+def test_data_ls_is_json() -> None:
+    assert {"demo", "wikitext-2"} <= set(json.loads(kd("data", "ls", "--json").stdout))
+
+
+def test_data_show_prints_size_and_digest(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One document.\n<|endoftext|>\nAnother document.\n", encoding="utf-8")
+    shown = json.loads(kd("data", "show", tmp_path / "a.txt", "--json", "--limit", 1).stdout)
+    assert shown["examples"] == 2
+    assert [e["target"] for e in shown["shown"]] == ["One document."]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A small cache of the embedded teacher, made by the command itself."""
+    out = tmp_path_factory.mktemp("cli") / "cache"
+    done = kd("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", out, "--json")
+    return out, json.loads(done.stdout)
+
+
+def test_build_prints_the_promised_keys(built: tuple[Path, dict[str, Any]]) -> None:
+    promised = {"fingerprint", "complete", "examples", "rows", "bytes", "bytes_per_token", "top_k", "temperatures",
+                "profile", "teacher", "mass_kept_mean", "head_kl_mean"}  # fmt: skip
+    assert promised <= set(built[1])
+    assert built[1]["complete"] is True
+    assert 0.5 < built[1]["mass_kept_mean"] <= 1.0
+
+
+def test_info_agrees_with_build(built: tuple[Path, dict[str, Any]]) -> None:
+    info = json.loads(kd("cache", "info", built[0], "--json").stdout)
+    assert {k: info[k] for k in ("fingerprint", "rows", "bytes")} == {k: built[1][k] for k in ("fingerprint", "rows", "bytes")}
+
+
+def test_plan_predicts_the_rows_and_the_fingerprint_and_writes_nothing(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    plan = json.loads(
+        kd("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", out, "--json").stdout
+    )
+    assert (plan["rows"], plan["fingerprint"]) == (built[1]["rows"], built[1]["fingerprint"])
+    assert built[1]["bytes"] <= plan["bytes_at_most"] * 1.2  # small caches: metadata weighs
+    assert not out.exists()
+
+
+def test_same_build_again_says_complete(built: tuple[Path, dict[str, Any]]) -> None:
+    again = kd("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", built[0])
+    assert "complete (nothing left to do here)" in again.stdout
+
+
+def test_other_settings_are_refused_with_the_difference(built: tuple[Path, dict[str, Any]]) -> None:
+    done = kd("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--top-k", 5,
+              "--out", built[0], code=1)  # fmt: skip
+    assert "targets.top_k" in done.stderr
+    assert "asked for 5, the cache has 64" in done.stderr
+
+
+def test_damage_is_exit_code_3_and_names_the_place(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy)
+    file = copy / "targets.zarr" / "logprobs" / "c" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 4
+    file.write_bytes(bytes(data))
+    assert json.loads(kd("cache", "verify", built[0], "--json").stdout)["sound"] is True
+    findings = json.loads(kd("cache", "verify", copy, "--json", code=3).stdout)["findings"]
+    assert [(f["shard"], f["array"]) for f in findings] == [(0, "logprobs")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("cache", "info", "NOWHERE"), "not a cache"),
+        (("data", "show", "wikitext2"), "did you mean"),
+        (("data", "show", "no/such/file.txt"), "no such file"),
+        (("cache", "plan", "--teacher", "random:gpt-5", "--data", "demo", "--out", "NOWHERE"), "known"),
+        (("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", "1", "--top-k", "5000", "--out", "NOWHERE"), "at most 2048"),
+        (("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", "1", "--seq-len", "999", "--out", "NOWHERE"), "at most 256"),
+        (("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN"), "not a cache"),
+        (("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN", "--optimizer", "adam"), "did you mean"),
+        (("eval", "demo", "--tasks", "perplexity"), "--data"),
+        (("report", "NOWHERE", "--out", "REPORT"), "NOWHERE"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_clear_error(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    places = [str(tmp_path / a) if a.isupper() else a for a in arguments]
+    done = kd(*places, code=1)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert "--shard" in kd("cache", "build", "--shard", "x", code=2).stderr
+
+
+def test_train_eval_and_report_end_to_end(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("The module provides functions that return the name of the file.\n" * 5, encoding="utf-8")
+    run = tmp_path / "run"
+    trained = json.loads(
+        kd("train", "--cache", built[0], "--student", "demo", "--out", run, "--max-steps", 3, "--tokens-per-batch", 512,
+           "--log-every", 1, "--eval-data", tmp_path / "held.txt", "--json").stdout
+    )  # fmt: skip
+    assert trained["cache_fingerprint"] == built[1]["fingerprint"]
+    assert trained["perplexity_after"] < trained["perplexity_before"]
+    assert built[1]["fingerprint"] in (run / "README.md").read_text(encoding="utf-8")
+    scores = json.loads(
+        kd("eval", run, "--tasks", "perplexity,agreement", "--data", tmp_path / "held.txt", "--cache", built[0],
+           "--out", run / "eval", "--json").stdout
+    )  # fmt: skip
+    assert scores[0]["tasks"]["perplexity"]["perplexity"]["value"] == pytest.approx(trained["perplexity_after"], rel=1e-6)
+    assert "kl" in scores[0]["tasks"]["agreement"]
+    report = json.loads(kd("report", run, "--out", tmp_path / "report", "--json").stdout)
+    assert Path(report["loss_png"]).read_bytes().startswith(b"\x89PNG")
