@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,7 @@ import click
 
 if TYPE_CHECKING:
     from kd.cache_builder.build import BuildPlan, BuildProgress
+    from kd.evaluation.results import EvalReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -170,7 +171,9 @@ def corpus_options(function: Function) -> Function:
     """--data and what belongs to it."""
     for option in (
         click.option("--limit", type=click.IntRange(min=1), help="Use the first N documents or pairs."),
-        click.option("--columns", callback=_columns, help="Where names differ: text=…, or prompt=…,target=…, and id=…."),
+        click.option(
+            "--columns", callback=_columns, help="Where names differ: text=…, or prompt=…,target=…, and id=…."
+        ),
         click.option("--split", help="Split of the source; train by default."),
     ):
         function = option(function)
@@ -402,13 +405,19 @@ def cache_verify(path: Path, as_json: bool) -> None:
     assert last is not None
     findings = [asdict(f) for f in last.findings]
     if as_json:
-        click.echo(json.dumps({"path": str(path), "bytes": last.bytes_total, "sound": not findings, "findings": findings}, indent=2))
+        click.echo(
+            json.dumps(
+                {"path": str(path), "bytes": last.bytes_total, "sound": not findings, "findings": findings}, indent=2
+            )
+        )
     else:
         for finding in last.findings:
             place = [f"shard {finding.shard}" if finding.shard is not None else "", finding.array or "",
                      f"rows {finding.rows}" if finding.rows else ""]  # fmt: skip
             click.echo(f"{finding.where}: {finding.problem} ({', '.join(p for p in place if p) or 'whole file'})")
-        click.echo(f"{path}: {'sound' if not findings else f'{len(findings)} findings'}, {last.bytes_total:,} bytes checked")
+        click.echo(
+            f"{path}: {'sound' if not findings else f'{len(findings)} findings'}, {last.bytes_total:,} bytes checked"
+        )
     if findings:
         sys.exit(3)
 
@@ -421,8 +430,14 @@ def cache_verify(path: Path, as_json: bool) -> None:
 @click.option("--student", help="Hub id, folder, demo, or random:NAME.")
 @click.option("--out", help="Folder of the run.")
 @click.option("--loss", help="kl (distil), or ce (fine-tune on the same rows: the baseline). Default: kl.")
-@click.option("--alpha", type=float, help="Weight of the distillation loss; 1 - alpha of the cross-entropy. Default: 1.")
-@click.option("--temperature", type=float, help="Temperature on the cache's grid; the loss is multiplied by its square. Default: 1.")
+@click.option(
+    "--alpha", type=float, help="Weight of the distillation loss; 1 - alpha of the cross-entropy. Default: 1."
+)
+@click.option(
+    "--temperature",
+    type=float,
+    help="Temperature on the cache's grid; the loss is multiplied by its square. Default: 1.",
+)
 @click.option("--tail", help="auto, ghost, sampled or renorm: what makes up for the cut tail. Default: auto.")
 @click.option("--top-k", type=int, help="Use fewer tokens per row than stored.")
 @click.option("--epochs", type=float, help="Passes over the cache. Default: 1.")
@@ -472,7 +487,10 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
         return
     if eval_data:
         result["perplexity_after"] = held_out_perplexity(config.out, eval_data, eval_split)
-        scores = [(f"perplexity on {eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}") for when in ("before", "after")]
+        scores = [
+            (f"perplexity on {eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}")
+            for when in ("before", "after")
+        ]
     from kd.student_trainer.card import write_card
 
     write_card(Path(config.out), scores)
@@ -526,7 +544,9 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> Any:
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--tokenizer", help="Tokenizer of a random model.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random weights.")
-@click.option("--out", type=PATH, help="Folder for eval.json (one sub-folder per model when there are several).")
+@click.option(
+    "--out", type=PATH, help="Folder for eval.json (a sub-folder per model, numbered, when there are several)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path | None, out: Path | None, as_json: bool,
              **options: Any) -> None:  # fmt: skip
@@ -537,11 +557,11 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path 
     quiet_libraries()
     from kd.evaluation.comparison import with_error
 
-    reports = []
+    reports: list[EvalReport] = []
     for model in models:
         report = run_evaluation(model, [t.strip() for t in tasks.split(",")], data=spec, cache=cache, **options)
         if out is not None:
-            report.save(out if len(models) == 1 else out / Path(model).name.replace(":", "-"))
+            report.save(out if len(models) == 1 else out / f"{len(reports)}-{Path(model).name.replace(':', '-')}")
         reports.append(report)
     if as_json:
         click.echo(json.dumps([r.to_dict() for r in reports], indent=2))
@@ -550,7 +570,9 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path 
         click.echo(f"{report.model} ({report.parameters:,} parameters)")
         for task, metrics in report.tasks.items():
             for name, metric in metrics.items():
-                click.echo(f"  {task:<12}{name:<22}{with_error(metric)} {metric['unit']}, {metric['n']:,} {metric['over']}s")
+                click.echo(
+                    f"  {task:<12}{name:<22}{with_error(metric)} {metric['unit']}, {metric['n']:,} {metric['over']}s"
+                )
 
 
 @cli.command()
@@ -574,7 +596,9 @@ def report(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--out", type=PATH, default=Path("demo-out"), show_default=True, help="Folder for cache, runs and report.")
+@click.option(
+    "--out", type=PATH, default=Path("demo-out"), show_default=True, help="Folder for cache, runs and report."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def demo(out: Path, as_json: bool) -> None:
     """Run the whole pipeline on the embedded teacher and text, offline, in minutes.
@@ -594,14 +618,16 @@ def demo(out: Path, as_json: bool) -> None:
     click.echo("3/4  perplexity on modules of the standard library that no model was trained on", err=True)
     reports = {}
     for name, model in settings.models(out).items():
-        reports[name] = run_evaluation(model, ["perplexity"], **settings.evaluation_options())
+        reports[name] = replace(run_evaluation(model, ["perplexity"], **settings.evaluation_options()), model=name)
         reports[name].save(out / name)
         if name in results:
             scores = reports[name].tasks["perplexity"]["perplexity"]
             write_card(out / name, [("perplexity, held-out modules", f"{scores['value']:.2f}")])
     click.echo("4/4  report", err=True)
-    outcome = settings.write_outcome(out, cache_summary(out / "cache"), built.tokens_per_second, results, reports)
-    outcome["seconds"] = time.perf_counter() - started
+    outcome = settings.write_outcome(
+        out, cache_summary(out / "cache"), built.tokens_per_second, results, reports,
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
     if as_json:
         click.echo(json.dumps(outcome, indent=2))
         return

@@ -5,7 +5,8 @@
 
 Every case runs in a process of its own (peak memory is the process's, above what it held once the model was loaded)
 and the cases take turns, so that a machine that slows down slows them all; ratios are of medians. The model has the
-real GPT-2 vocabulary and random weights; text and tokenizer are the embedded ones. Speeds on a shared machine are noise; read the ratios.
+real GPT-2 vocabulary and random weights; text and tokenizer are the embedded ones. Speeds on a shared machine are
+noise; read the ratios.
 
     build   bare      model(ids).logits, materialised, nothing kept
             naive     the same, then log_softmax and top-k on the full tensor (what most scripts do)
@@ -125,12 +126,10 @@ def build_cache(work: Path, out: Path, tokens: int) -> Any:
 
 def case_kd(work: Path, tokens: int) -> dict[str, float]:
     out = Path(tempfile.mkdtemp(dir=work)) / "cache"
-    base, last = 0.0, None
     load(work / "model")  # the same libraries and pages in memory before the base is taken
     base = peak_mb()
     plan, steps = build_cache(work, out, tokens)
-    for last in steps:
-        pass
+    *_, last = steps
     shutil.rmtree(out.parent)
     rate = last.tokens_per_second * plan.tokens / plan.manifest.rows
     return {"tokens_per_second": rate, "peak_mb": peak_mb() - base, **{f"s_{k}": v for k, v in last.seconds.items()}}
@@ -168,7 +167,9 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     lengths, _ = reader.lengths()
-    plan = plan_batches(reader, lengths, seed=0, count=1 + max(1, tokens // (BATCH * SEQ_LEN)), tokens_per_batch=BATCH * SEQ_LEN)
+    plan = plan_batches(
+        reader, lengths, seed=0, count=1 + max(1, tokens // (BATCH * SEQ_LEN)), tokens_per_batch=BATCH * SEQ_LEN
+    )
     data, collate = CachedExamples(reader), Collator(objective)
     base, seconds, count = peak_mb(), 0.0, 0
     for number, examples in enumerate(plan.batches):
@@ -238,7 +239,14 @@ def report(results: dict[str, list[dict[str, float]]], cache: Path) -> None:
 
     middle = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
     print(f"{'case':<8}{'tokens/s':>12}{'ratio':>8}{'peak MB above the model':>26}{'ratio':>8}")
-    for name, to in (("bare", "bare"), ("naive", "bare"), ("kd", "bare"), ("plain", "plain"), ("ce", "plain"), ("kl", "plain")):
+    for name, to in (
+        ("bare", "bare"),
+        ("naive", "bare"),
+        ("kd", "bare"),
+        ("plain", "plain"),
+        ("ce", "plain"),
+        ("kl", "plain"),
+    ):
         row, base = middle[name], middle[to]
         speed, memory = row["tokens_per_second"] / base["tokens_per_second"], row["peak_mb"] / base["peak_mb"]
         print(f"{name:<8}{row['tokens_per_second']:>12,.0f}{speed:>8.2f}{row['peak_mb']:>26,.0f}{memory:>8.2f}")

@@ -26,7 +26,15 @@ from kd.cache_builder.manifest import CacheManifest, Layout, check_bounds, load_
 from kd.cache_builder.targets import PROFILES, RawTargets, TargetConfig
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import CacheError, CacheMismatchError, DataError
-from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, max_positions, model_identity, split_head
+from kd.data.models import (
+    ModelRequest,
+    load_config,
+    load_model,
+    load_request_tokenizer,
+    max_positions,
+    model_identity,
+    split_head,
+)
 from kd.data.sources import Corpus
 from kd.data.tokenizer import token_bytes, tokenizer_fingerprint, vocabulary_size
 
@@ -222,6 +230,8 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
     done_rows, done_shards = sum(manifest.shards[i][2] for i in present), len(present)
     seconds = {"forward": 0.0, "head": 0.0, "select": 0.0, "encode": 0.0, "write": 0.0, "wait": 0.0}
     if todo:
+        from kd.cache_builder.teacher import collect
+
         teacher = load_teacher(plan)
         started, tokens = time.perf_counter(), 0
         with ThreadPoolExecutor(1, thread_name_prefix="kd-writer") as pool:
@@ -230,9 +240,8 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
                 first, stop, _ = manifest.shards[i]
                 rows = plan.rows[first:stop]
                 raw, before = None, done_rows
-                from kd.cache_builder.teacher import collect
-
-                for scored, raw in collect(rows, teacher.run(rows, first)):
+                for scored, finished in collect(rows, teacher.run(rows, first)):
+                    raw = finished
                     if pending is not None and pending.done():
                         pending.result()  # a failed writer stops the build here, with its own message
                     done_rows = before + scored

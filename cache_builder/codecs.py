@@ -88,7 +88,9 @@ class Float:
         self.dtype = dtype
 
     def arrays(self, k: int) -> list[ArraySpec]:
-        return [ArraySpec("logprobs", self.dtype, k, {"quantity": _QUANTITY, "codec": self.dtype, "decode": "logprobs"})]
+        return [
+            ArraySpec("logprobs", self.dtype, k, {"quantity": _QUANTITY, "codec": self.dtype, "decode": "logprobs"})
+        ]
 
     def encode(self, relative: np.ndarray) -> Arrays:
         return {"logprobs": np.maximum(relative, np.finfo(self.dtype).min).astype(self.dtype)}

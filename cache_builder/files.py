@@ -108,7 +108,8 @@ def write_error(path: Path, error: OSError) -> CacheError:
     """What to tell the user when writing under `path` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CacheError("the disk is full", where=path, found=error.strerror,
-                          try_="free some space and run the same command again: it continues from the last whole shard")  # fmt: skip
+                          try_="free some space, then run the same command again: it continues after the last "
+                          "whole shard")  # fmt: skip
     return CacheError("cannot write the cache", where=error.filename or path, found=error.strerror or str(error),
                       expected="a writable directory",
                       try_="check permissions, then run the same command again: it continues")  # fmt: skip

@@ -260,7 +260,9 @@ def identity_difference(expected: dict[str, Any], found: dict[str, Any]) -> list
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def refuse_mismatch(root: Path, wanted: dict[str, Any], existing: CacheManifest) -> None:

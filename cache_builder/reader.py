@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,13 +143,14 @@ class CacheReader:
 
 def take_rows(targets: SoftTargets, rows: slice) -> SoftTargets:
     """A range of rows of every array."""
-    values = {f.name: getattr(targets, f.name) for f in fields(targets)}
-    return replace(targets, **{n: v[rows] for n, v in values.items() if isinstance(v, np.ndarray)})
+    values: dict[str, Any] = {f.name: getattr(targets, f.name) for f in fields(targets)}
+    taken: dict[str, Any] = {n: v[rows] for n, v in values.items() if isinstance(v, np.ndarray)}
+    return replace(targets, **taken)
 
 
 def concatenate(parts: Sequence[SoftTargets]) -> SoftTargets:
     """Rows of several examples of one cache, one after another."""
-    joined: dict[str, np.ndarray] = {}
+    joined: dict[str, Any] = {}
     for f in fields(parts[0]):
         if isinstance(getattr(parts[0], f.name), np.ndarray):
             joined[f.name] = np.concatenate([getattr(p, f.name) for p in parts])

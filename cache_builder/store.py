@@ -80,7 +80,9 @@ def shard_files(arrays: Sequence[ArraySpec], index: int) -> dict[str, str]:
     return files | {"examples": f"examples/{index:05d}.parquet"}
 
 
-def create_group(path: Path, arrays: Sequence[ArraySpec], layout: Layout, shards: int, attributes: Mapping[str, Any]) -> None:
+def create_group(
+    path: Path, arrays: Sequence[ArraySpec], layout: Layout, shards: int, attributes: Mapping[str, Any]
+) -> None:
     """Write the metadata of the Zarr group and its arrays (no data)."""
     group = zarr.create_group(path, zarr_format=3, attributes=dict(attributes), overwrite=True)
     for spec in arrays:
@@ -96,7 +98,6 @@ def create_group(path: Path, arrays: Sequence[ArraySpec], layout: Layout, shards
             fill_value=0,
             attributes=dict(spec.attributes),
             dimension_names=("row",) if spec.columns is None else ("row", "column"),
-            config={"write_empty_chunks": True},
         )
 
 
@@ -134,7 +135,9 @@ class ShardWriter:
         self._stage()
         for name in group_files(self.arrays):
             publish(self.staging / name, self.root / name)
-        table = pa.table({"id": pa.array(range(len(vocabulary)), pa.int32()), "piece": pa.array(vocabulary, pa.binary())})
+        table = pa.table(
+            {"id": pa.array(range(len(vocabulary)), pa.int32()), "piece": pa.array(vocabulary, pa.binary())}
+        )
         pq.write_table(table, self.staging / VOCABULARY, compression="zstd")
         publish(self.staging / VOCABULARY, self.root / VOCABULARY)
         files = {n: file_entry(self.root / n) for n in [*group_files(self.arrays), VOCABULARY]}
@@ -147,20 +150,25 @@ class ShardWriter:
         if not (self.staging / TARGETS / "zarr.json").exists():
             self.staging.mkdir(parents=True, exist_ok=True)
             attributes = {"kd_fingerprint": self.manifest.fingerprint}
-            create_group(self.staging / TARGETS, self.arrays, self.manifest.layout, len(self.manifest.shards), attributes)
+            create_group(
+                self.staging / TARGETS, self.arrays, self.manifest.layout, len(self.manifest.shards), attributes
+            )
 
-    def write(self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]], quality: dict[str, float]) -> ShardRecord:
+    def write(
+        self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]], quality: dict[str, float]
+    ) -> ShardRecord:
         """Stage, move and commit one shard. `stored` holds its rows; `examples` its rows of EXAMPLE_SCHEMA."""
         self._stage()
         first, stop, rows = self.manifest.shards[index]
         start = index * self.manifest.layout.shard_rows
         group = zarr.open_group(self.staging / TARGETS, mode="r+")
+        with zarr.config.set({"array.write_empty_chunks": True}):  # or a shard of zeros would have no file
+            arrays: dict[str, Any] = {spec.name: group[spec.name] for spec in self.arrays}
         for spec in self.arrays:
             values = stored[spec.name]
             if values.shape != ((rows,) if spec.columns is None else (rows, spec.columns)):
                 raise AssertionError(f"{spec.name}: {values.shape} for {rows} rows")
-            array = group[spec.name]
-            array[start : start + rows] = values.astype(spec.dtype)  # type: ignore[index,union-attr,call-overload,operator]
+            arrays[spec.name][start : start + rows] = values.astype(spec.dtype)
         files = shard_files(self.arrays, index)
         parquet = self.staging / files["examples"]
         parquet.parent.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,8 @@ class Teacher:
                 chunk = self.sparsifier(logits, gold[part], None if uniforms is None else uniforms[part])
             except NonFiniteRow as error:
                 raise self._not_finite(rows, start + error.row) from None
-            chunks.append(Chunk(**{f.name: _to_host(getattr(chunk, f.name)) for f in fields(Chunk)}))
+            on_host: dict[str, Any] = {f.name: _to_host(getattr(chunk, f.name)) for f in fields(Chunk)}
+            chunks.append(Chunk(**on_host))
             self._lap("select", started)
         return chunks
 
@@ -137,7 +139,9 @@ class Teacher:
         raise AssertionError("position beyond the batch")
 
 
-def collect(rows: Sequence[TokenRows], results: Iterator[tuple[list[int], list[Chunk]]]) -> Iterator[tuple[int, RawTargets | None]]:
+def collect(
+    rows: Sequence[TokenRows], results: Iterator[tuple[list[int], list[Chunk]]]
+) -> Iterator[tuple[int, RawTargets | None]]:
     """Put batches back into the order of `rows`: yields `(rows done so far, None)`, at last `(all, RawTargets)`."""
     lengths = [len(r.target_ids) for r in rows]
     starts = np.cumsum([0, *lengths])

@@ -158,10 +158,14 @@ def broken_promises(targets: SoftTargets, vocabulary_size: int) -> Iterator[tupl
     yield "a log-probability that is not finite", "gold_logprob", ~np.isfinite(targets.gold_logprob)
     if targets.token_ids is not None:
         ids = np.sort(targets.token_ids, axis=1)
-        yield "an id beyond the vocabulary", "token_ids", ids[:, -1] >= vocabulary_size
-        yield "an id that occurs twice", "token_ids", (ids[:, 1:] == ids[:, :-1]).any(axis=1)
+        yield "an id beyond the vocabulary", "token_ids", np.asarray(ids[:, -1] >= vocabulary_size)
+        yield "an id that occurs twice", "token_ids", np.asarray((ids[:, 1:] == ids[:, :-1]).any(axis=1))
     if targets.logprobs is not None:
-        yield "log-probabilities out of order", "logprobs", (np.diff(targets.logprobs, axis=1) > 0).any(axis=1)
+        yield (
+            "log-probabilities out of order",
+            "logprobs",
+            np.asarray((np.diff(targets.logprobs, axis=1) > 0).any(axis=1)),
+        )
         for temperature in targets.temperatures:
             kept = np.exp(targets.logprobs_at(temperature)).sum(axis=1)
             # float32 log_z of up to 16 nats carries about 1e-6; sums over 64 values a little more
@@ -169,4 +173,3 @@ def broken_promises(targets: SoftTargets, vocabulary_size: int) -> Iterator[tupl
     if targets.sample_counts is not None:
         drawn = targets.sample_counts.sum(axis=1)
         yield "a number of draws that differs between rows", "sample_counts", drawn != targets.sample_counts.shape[1]
-

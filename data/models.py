@@ -300,6 +300,10 @@ def split_head(model: Model) -> LanguageModelHead:
         finally:
             hook.remove()
             model.train(training)
+    if not bool(torch.isfinite(expected).all()):
+        raise TeacherError("the model's logits are not finite", where=type(model).__name__,
+                           found="NaN or infinity on four tokens", try_="--dtype float32 or bfloat16, and check the "
+                           "weights")  # fmt: skip
     # the same product twice; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
     if got.shape != expected.shape or not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
         raise TeacherError("the model changes its logits after the output layer", where=type(model).__name__,

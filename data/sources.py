@@ -113,9 +113,7 @@ def _demo(spec: str, split: str) -> Corpus:
     split = {"test": "heldout", "validation": "heldout", "dev": "heldout"}.get(split, split)
     if split not in ("train", "heldout", "all"):
         raise unknown_name("split", split, ("train", "heldout", "all"), where="the demo source")
-    examples = tuple(
-        Example(name, text, task="demo", split=split) for name, text in stdlib_text.documents(split)
-    )
+    examples = tuple(Example(name, text, task="demo", split=split) for name, text in stdlib_text.documents(split))
     python = ".".join(map(str, sys.version_info[:2]))
     return Corpus(spec, split, "documents", examples, {"source": "demo", "python": python})
 

@@ -51,7 +51,7 @@ def _byte_of_char() -> dict[str, int]:
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id the tokenizer can emit."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:

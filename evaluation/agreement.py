@@ -9,7 +9,7 @@ p_rest comes from the cache's exact normaliser. ln q_rest is a logsumexp over th
 1 - Σ q: with 99.99 % of the mass kept, that difference has lost half of float32's digits. At temperature T both
 sides are softened by T and the figure is not scaled by T².
 
-Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`require_same_tokenizer`).
+Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`run_tasks` refuses another).
 The teacher's own figures carry the cache's quantisation: about 1e-5 nats of KL with 8-bit log-probabilities, three
 digits in its gold NLL (float16). Top-1 agreement as in Stanton et al. 2021, arXiv:2106.05945.
 """
@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kd.data.errors import CacheError, CacheMismatchError
+from kd.data.errors import CacheError
 from kd.data.models import Model, split_head
-from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 from kd.evaluation.estimates import Documents, Estimate, per_example
 from kd.evaluation.scoring import LogitChunk, Progress, ScoredText, logit_chunks, require_positions
 
@@ -49,16 +48,6 @@ class AgreementResult:
     """Scored."""
     temperature: float
     documents: Documents
-
-
-def require_same_tokenizer(tokenizer: Tokenizer, reader: CacheReader) -> None:
-    """Raise CacheMismatchError unless every id of the cache stands for the same bytes in `tokenizer`."""
-    made_with = reader.manifest.identity["tokenizer"]["fingerprint"]
-    found = tokenizer_fingerprint(tokenizer)
-    if found != made_with and token_bytes(tokenizer) != reader.vocabulary():
-        raise CacheMismatchError("the model's tokenizer is not the one of this cache", cache=reader.root,
-                                 differs="tokenizer", expected=made_with[:16], found=found[:16],
-                                 try_="--tasks perplexity, whose bits per byte compare any two tokenizers")  # fmt: skip
 
 
 def evaluate_agreement(model: Model, reader: CacheReader, *, temperature: float = 1.0, limit: int | None = None,
@@ -140,7 +129,7 @@ def _compare(chunk: LogitChunk, token_ids: np.ndarray, log_p: np.ndarray, rest: 
     log_q = (soft.gather(1, ids) - log_z).cpu().double().numpy()
     log_q_rest = (soft.scatter(1, ids, -torch.inf).logsumexp(dim=1) - log_z.squeeze(1)).cpu().double().numpy()
     gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
-    nll = (chunk.logits.logsumexp(dim=1) - gold).cpu().numpy()
+    nll = ((log_z.squeeze(1) if temperature == 1 else chunk.logits.logsumexp(dim=1)) - gold).cpu().numpy()
     same = (chunk.logits.argmax(dim=1) == ids[:, 0]).cpu().numpy()
     return np.stack([rest_bucket_kl(log_p, rest, log_q, log_q_rest), same, nll])
 

@@ -74,7 +74,7 @@ def require_fresh(out: Path) -> None:
 
 
 def write_outcome(out: Path, cache: Mapping[str, Any], build_speed: float, results: Mapping[str, TrainResult],
-                  reports: Mapping[str, EvalReport]) -> dict[str, Any]:  # fmt: skip
+                  reports: Mapping[str, EvalReport], *, seconds: float) -> dict[str, Any]:  # fmt: skip
     """Write `report/` and `outcome.json`; returns the latter's document: all figures of this run."""
     entries = [Entry(name, report) for name, report in reports.items()]
     comparison = compare(entries)[0]
@@ -94,6 +94,7 @@ def write_outcome(out: Path, cache: Mapping[str, Any], build_speed: float, resul
         "build_tokens_per_second": build_speed,
         "train_tokens_per_second": {name: result.tokens_per_second for name, result in results.items()},
         "steps": {name: result.steps for name, result in results.items()},
+        "seconds": seconds,
         "report": str(out / "report" / "report.html"),
     }  # fmt: skip
     lead = Section(
@@ -131,7 +132,7 @@ def outcome_lines(outcome: Mapping[str, Any]) -> list[str]:
         figure = f"{value:.2f} ± {outcome['perplexity_stderr'][name]:.2f}"
         lines.append(f"{name:<12}{outcome['parameters'][name]:>12,}{figure:>24}{outcome['bits_per_byte'][name]:>16.3f}")
     better = "lower" if outcome["gain"] > 0 else "HIGHER"
-    lines += ["", f"distilled is {abs(outcome['gain']):.2f} ± {outcome['gain_stderr']:.2f} {better} than fine-tuned "
-              "on the same rows and steps", ""]  # fmt: skip
+    lines += ["", f"distilled is {abs(outcome['gain']):.2f} ± {outcome['gain_stderr']:.2f} {better} than fine-tuned, "
+              "same start, rows and steps (error: paired over documents)", ""]  # fmt: skip
     lines += [f"{row[0]:<40}{row[1]}" for row in _facts(outcome).rows]
     return [*lines, "", f"report: {outcome['report']}   ({outcome['seconds']:.0f} s in all)"]

@@ -3,7 +3,7 @@
     perplexity   needs a text         perplexity, bits per byte
     agreement    needs a cache        KL to its teacher, top-1 agreement
 
-Several tasks share one load of the weights; everything a user can get wrong is checked before that.
+Several tasks share one load of the weights; names, text, cache and tokenizer are checked before it.
 
 Add a task: a function that yields `Progress[TaskResult]`, and an entry in `TASKS`. numpy is the heaviest thing this
 module imports; torch and zarr come when a task runs.
@@ -100,7 +100,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
               seed: int = 0) -> Iterator[EvalProgress]:  # fmt: skip
     """Load a model and run the named tasks; the last record carries the report. Nothing is written.
 
-    Everything a user can get wrong is checked before weights are loaded: raises DataError for an unknown task or a
+    Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task or a
     missing text or cache, CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
     """
     check_tasks(names, data=data, cache=cache)
@@ -112,10 +112,15 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
         corpus = load_corpus(data, split=split, columns=columns, limit=limit)
     if "cache" in needs and cache is not None:
         from kd.cache_builder.reader import CacheReader
-        from kd.evaluation.agreement import require_same_tokenizer
+        from kd.student_trainer.compatibility import refuse_other_tokenizer
 
         reader = CacheReader(cache)
-        require_same_tokenizer(loaded, reader)
+        refuse_other_tokenizer(
+            reader,
+            loaded,
+            purpose="agreement",
+            advice="--tasks perplexity: its bits per byte compare any two tokenizers",
+        )
     settings = Settings(corpus, reader, limit, limit_tokens, seq_len, stride, bos, temperature, tokens_per_batch)
     model = load_model(request)
     results: dict[str, TaskResult] = {}

@@ -24,7 +24,9 @@ def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
         raise DataError("not a training run", where=run, expected="run.json")
     document = json.loads(state.read_text(encoding="utf-8"))
     if not document["complete"]:
-        raise DataError("this training run is not finished", where=run, try_="its kd train command again, with --resume")
+        raise DataError(
+            "this training run is not finished", where=run, try_="its kd train command again, with --resume"
+        )
     path = run / "README.md"
     write_atomic(path, render_card(document, scores))
     return path
@@ -60,10 +62,22 @@ def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
         ("seed", str(settings["seed"])),
         ("torch / transformers", f"{run['versions']['torch']} / {run['versions']['transformers']}"),
     ]
-    final = [("last training loss (nats)", f"{result['loss']:.4f}"), ("last cross-entropy (nats)", f"{result['ce']:.4f}")]
+    final = [
+        ("last training loss (nats)", f"{result['loss']:.4f}"),
+        ("last cross-entropy (nats)", f"{result['ce']:.4f}"),
+    ]
     if result["kd"] is not None:
         final.append(("last distillation loss (nats)", f"{result['kd']:.4f}"))
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {run['name']}", "", f"{how}, with `kd train`.", ""]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {run['name']}",
+        "",
+        f"{how}, with `kd train`.",
+        "",
+    ]
     for title, table in (("Settings", rows), ("Scores", [*scores, *final])):
         lines += [f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table), ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -17,21 +17,23 @@ from kd.data.tokenizer import Tokenizer, token_bytes
 from kd.student_trainer.losses import LOSSES, Objective
 
 
-def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, loss: str) -> None:
-    """Raise CacheMismatchError unless every id of the cache stands for the same bytes in the student's tokenizer."""
+def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose: str, advice: str) -> None:
+    """Raise CacheMismatchError unless every id of the cache stands for the same bytes in the model's tokenizer.
+
+    `purpose` says what compares token by token, `advice` what to try.
+    """
     teacher, student = reader.vocabulary(), token_bytes(tokenizer)
     differing = [i for i, piece in enumerate(teacher) if i >= len(student) or student[i] != piece]
     if differing:
         first = differing[0]
         other = repr(student[first].decode("utf-8", "replace")) if first < len(student) else "no such id"
         raise CacheMismatchError(
-            f"the student's tokenizer is not the teacher's, and --loss {loss} compares token by token",
+            f"the model's tokenizer is not the teacher's, and {purpose} compares token by token",
             cache=reader.root,
             differs=f"{len(differing)} of {len(teacher)} ids",
-            first=f"id {first}: teacher {teacher[first].decode('utf-8', 'replace')!r}, student {other}",
+            first=f"id {first}: teacher {teacher[first].decode('utf-8', 'replace')!r}, model {other}",
             teacher=reader.manifest.provenance.get("teacher"),
-            try_="a student with the teacher's tokenizer, or --tokenizer for a random student; "
-            "uld, for any tokenizer, is not in this release",
+            try_=advice,
         )
 
 
@@ -47,10 +49,13 @@ def refuse_narrow_student(reader: CacheReader, config: Any, longest: int) -> Non
                         try_=f"a cache built with --seq-len {limit}, or another student")  # fmt: skip
 
 
-def resolve_objective(config: TargetConfig, *, loss: str, tail: str, alpha: float | None, temperature: float) -> Objective:
+def resolve_objective(
+    config: TargetConfig, *, loss: str, tail: str, alpha: float | None, temperature: float
+) -> Objective:
     """Fill in `auto`: ghost where top-k ids are stored, sampled where only draws are.
 
-    `alpha` is the weight of the distillation loss; None = 1 for kl, 0 for ce. Raises DataError where the cache does not hold what the loss needs.
+    `alpha` is the weight of the distillation loss; None = 1 for kl, 0 for ce. Raises DataError where the cache does
+    not hold what the loss needs.
     """
     if loss == "ce":
         return Objective("ce", "none", 0.0, 1.0)
@@ -59,7 +64,7 @@ def resolve_objective(config: TargetConfig, *, loss: str, tail: str, alpha: floa
     has_top_k, has_samples = bool(config.top_k) and config.profile in ("kl", "full"), bool(config.samples)
     if tail == "auto":
         tail = "ghost" if has_top_k or not has_samples else "sampled"
-    if tail == "sampled" and not has_samples or tail != "sampled" and not has_top_k:
+    if (tail == "sampled" and not has_samples) or (tail != "sampled" and not has_top_k):
         raise DataError(f"this cache cannot serve --loss {loss} --tail {tail}", found=f"profile {config.profile}",
                         expected="profile kl or full for ghost and renorm; sampled or full for sampled",
                         try_="kd cache build --profile kl")  # fmt: skip
@@ -73,4 +78,3 @@ def resolve_objective(config: TargetConfig, *, loss: str, tail: str, alpha: floa
     if alpha is not None and not 0.0 <= alpha <= 1.0:
         raise DataError("alpha is a weight", found=f"--alpha {alpha:g}", expected="0..1")
     return Objective(loss, tail, 1.0 if alpha is None else alpha, temperature)
-

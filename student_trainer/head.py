@@ -49,7 +49,11 @@ class _ChunkedHead(torch.autograd.Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros(bias.shape, dtype=wide, device=weight.device) if bias is not None and ctx.needs_input_grad[2] else None
+        grad_bias = (
+            torch.zeros(bias.shape, dtype=wide, device=weight.device)
+            if bias is not None and ctx.needs_input_grad[2]
+            else None
+        )
         sums = torch.zeros(3, dtype=wide, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], chunk):
@@ -73,8 +77,9 @@ class _ChunkedHead(torch.autograd.Function):
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
-        ctx.mark_non_differentiable(sums)
-        return sums[0].clone(), sums[1:]
+        parts = sums[1:].clone()
+        ctx.mark_non_differentiable(parts)
+        return sums[0].clone(), parts
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -26,6 +26,7 @@ import transformers
 from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from kd.cache_builder.files import canonical_json, write_atomic
 from kd.cache_builder.reader import CacheReader
@@ -58,7 +59,9 @@ class TrainResult:
     cache_fingerprint: str
 
 
-def train(config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepRecord], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepRecord], None] | None = None
+) -> TrainResult:
     """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch."""
     reader = CacheReader(config.cache, top_k=config.top_k)
     objective = resolve_objective(
@@ -69,7 +72,11 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepR
         revision=config.revision, device="cpu", dtype="float32", tokenizer=config.tokenizer, seed=config.seed,
     )  # fmt: skip
     tokenizer = load_request_tokenizer(request)
-    refuse_other_tokenizer(reader, tokenizer, config.loss)
+    refuse_other_tokenizer(
+        reader, tokenizer, purpose=f"--loss {config.loss}",
+        advice="a student with the teacher's tokenizer, or --tokenizer for a random student; uld, for any tokenizer, "
+        "is not in this release",
+    )  # fmt: skip
     tokens, rows = reader.lengths()
     refuse_narrow_student(reader, load_config(request), int(tokens.max()))
     out = Path(config.out)
@@ -127,7 +134,9 @@ def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: i
     parts = split_head(model)
     head = model.get_output_embeddings()
 
-    def forward(self: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, **batch: Any) -> dict[str, Tensor]:
+    def forward(
+        self: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, **batch: Any
+    ) -> dict[str, Tensor]:
         hidden = parts.hidden(input_ids, attention_mask)
         rows = hidden.flatten(0, 1).index_select(0, positions)
         total, kd, ce = chunked_head_loss(
@@ -179,7 +188,11 @@ def _with_lora(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise DataError("LoRA needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM"))
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps its weights as [in, out]
+    adapters = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", fan_in_fan_out=transposed
+    )
+    return get_peft_model(model, adapters)
 
 
 def read_metrics(run: Path) -> list[StepRecord]:
@@ -197,7 +210,9 @@ def _resume_point(config: TrainConfig, reader: CacheReader, out: Path, resume: b
             raise DataError("the output folder is not empty", where=out, try_="another --out")
         return None
     if not resume:
-        raise DataError("the output folder holds a run already", where=out, try_="--resume to continue it, or another --out")
+        raise DataError(
+            "the output folder holds a run already", where=out, try_="--resume to continue it, or another --out"
+        )
     before = json.loads(state.read_text(encoding="utf-8"))
     old = before["config"] | {"cache": before["cache_fingerprint"]}
     new = config.identity() | {"cache": reader.manifest.fingerprint}

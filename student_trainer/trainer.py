@@ -81,7 +81,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         )  # fmt: skip
         return self.accelerator.prepare(loader)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
         """The next micro-batches of one step, read ahead on a thread, and the positions they hold over all devices."""
         if self._iterator is not epoch_iterator:
             self.close()

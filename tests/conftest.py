@@ -24,7 +24,7 @@ from kd.data.sources import load_corpus
 torch.set_num_threads(1)
 
 END = "<|endoftext|>"
-SMALL = Layout(shard_rows=256, chunk_rows=64)
+SMALL = Layout(shard_rows=128, chunk_rows=32)
 
 STORIES = [
     "Once upon a time there was a small fox who lived at the edge of the wood. Every morning the fox went down "
@@ -116,7 +116,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def build_request(model_dir: Path, text_file: Path):
-    """`build_request(out, …)`: a small build of the stories in several shards of at most 256 rows."""
+    """`build_request(out, …)`: a small build of the stories in several shards of at most 128 rows."""
 
     def make(
         out: Path,

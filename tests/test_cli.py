@@ -16,6 +16,7 @@ import pytest
 from kd.cli import cli
 
 ROOT = Path(__file__).parents[1]
+PLAN = ("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", "1", "--out", "NOWHERE")
 KD = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from kd.cli import main; main()"]
 
 
@@ -67,7 +68,7 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
 )
 def test_help_names_every_entry_of_the_registry(module: str, registry: str, command: str, option: str) -> None:
     known = getattr(importlib.import_module(module), registry)
-    parameters = {p.name: p for p in dict((" ".join(p), c) for p, c in leaves())[command].params}
+    parameters = {p.name: p for p in {" ".join(p): c for p, c in leaves()}[command].params}
     text = parameters[option].help or ""  # type: ignore[attr-defined]
     for name in known:
         assert re.search(rf"\b{re.escape(name)}\b", text), f"--{option} does not mention {name}"
@@ -88,7 +89,9 @@ def test_data_show_prints_size_and_digest(tmp_path: Path) -> None:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A small cache of the embedded teacher, made by the command itself."""
     out = tmp_path_factory.mktemp("cli") / "cache"
-    done = kd("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", out, "--json")
+    done = kd(
+        "cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", out, "--json"
+    )
     return out, json.loads(done.stdout)
 
 
@@ -102,13 +105,31 @@ def test_build_prints_the_promised_keys(built: tuple[Path, dict[str, Any]]) -> N
 
 def test_info_agrees_with_build(built: tuple[Path, dict[str, Any]]) -> None:
     info = json.loads(kd("cache", "info", built[0], "--json").stdout)
-    assert {k: info[k] for k in ("fingerprint", "rows", "bytes")} == {k: built[1][k] for k in ("fingerprint", "rows", "bytes")}
+    assert {k: info[k] for k in ("fingerprint", "rows", "bytes")} == {
+        k: built[1][k] for k in ("fingerprint", "rows", "bytes")
+    }
 
 
-def test_plan_predicts_the_rows_and_the_fingerprint_and_writes_nothing(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_plan_predicts_the_rows_and_the_fingerprint_and_writes_nothing(
+    built: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     out = tmp_path / "c"
     plan = json.loads(
-        kd("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", out, "--json").stdout
+        kd(
+            "cache",
+            "plan",
+            "--teacher",
+            "demo",
+            "--data",
+            "demo",
+            "--limit",
+            2,
+            "--seq-len",
+            64,
+            "--out",
+            out,
+            "--json",
+        ).stdout
     )
     assert (plan["rows"], plan["fingerprint"]) == (built[1]["rows"], built[1]["fingerprint"])
     assert built[1]["bytes"] <= plan["bytes_at_most"] * 1.2  # small caches: metadata weighs
@@ -116,7 +137,9 @@ def test_plan_predicts_the_rows_and_the_fingerprint_and_writes_nothing(built: tu
 
 
 def test_same_build_again_says_complete(built: tuple[Path, dict[str, Any]]) -> None:
-    again = kd("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", built[0])
+    again = kd(
+        "cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", built[0]
+    )
     assert "complete (nothing left to do here)" in again.stdout
 
 
@@ -148,8 +171,8 @@ def test_damage_is_exit_code_3_and_names_the_place(built: tuple[Path, dict[str, 
         (("data", "show", "wikitext2"), "did you mean"),
         (("data", "show", "no/such/file.txt"), "no such file"),
         (("cache", "plan", "--teacher", "random:gpt-5", "--data", "demo", "--out", "NOWHERE"), "known"),
-        (("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", "1", "--top-k", "5000", "--out", "NOWHERE"), "at most 2048"),
-        (("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", "1", "--seq-len", "999", "--out", "NOWHERE"), "at most 256"),
+        ((*PLAN, "--top-k", "5000"), "at most 2048"),
+        ((*PLAN, "--seq-len", "999"), "at most 256"),
         (("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN"), "not a cache"),
         (("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN", "--optimizer", "adam"), "did you mean"),
         (("eval", "demo", "--tasks", "perplexity"), "--data"),
@@ -169,7 +192,9 @@ def test_wrong_usage_is_exit_code_2() -> None:
 
 
 def test_train_eval_and_report_end_to_end(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    (tmp_path / "held.txt").write_text("The module provides functions that return the name of the file.\n" * 5, encoding="utf-8")
+    (tmp_path / "held.txt").write_text(
+        "The module provides functions that return the name of the file.\n" * 5, encoding="utf-8"
+    )
     run = tmp_path / "run"
     trained = json.loads(
         kd("train", "--cache", built[0], "--student", "demo", "--out", run, "--max-steps", 3, "--tokens-per-batch", 512,
@@ -182,7 +207,9 @@ def test_train_eval_and_report_end_to_end(built: tuple[Path, dict[str, Any]], tm
         kd("eval", run, "--tasks", "perplexity,agreement", "--data", tmp_path / "held.txt", "--cache", built[0],
            "--out", run / "eval", "--json").stdout
     )  # fmt: skip
-    assert scores[0]["tasks"]["perplexity"]["perplexity"]["value"] == pytest.approx(trained["perplexity_after"], rel=1e-6)
+    assert scores[0]["tasks"]["perplexity"]["perplexity"]["value"] == pytest.approx(
+        trained["perplexity_after"], rel=1e-6
+    )
     assert "kl" in scores[0]["tasks"]["agreement"]
     report = json.loads(kd("report", run, "--out", tmp_path / "report", "--json").stdout)
     assert Path(report["loss_png"]).read_bytes().startswith(b"\x89PNG")

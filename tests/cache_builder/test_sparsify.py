@@ -34,7 +34,9 @@ def full(**settings) -> TargetConfig:
     return TargetConfig(**{"profile": "full", "top_k": 10, "samples": 6, "tail_bands": 5, **settings})
 
 
-def sparsify(logits: np.ndarray, config: TargetConfig, gold: np.ndarray | None = None, v: int = V, boundary=None) -> Chunk:
+def sparsify(
+    logits: np.ndarray, config: TargetConfig, gold: np.ndarray | None = None, v: int = V, boundary=None
+) -> Chunk:
     gold = np.arange(len(logits)) * 7 % v if gold is None else gold
     uniforms = uniforms_for(0, 0, len(logits), config.samples) if config.samples else None
     return Sparsifier(config, v, boundary)(torch.from_numpy(logits), torch.from_numpy(gold), uniforms)

@@ -247,7 +247,7 @@ def test_real_models_in_padded_batches_equal_singles(shared: Path):
         for n in (3, 30, 12, 25)
     ]
     config = TargetConfig(top_k=8)
-    results = []
-    for budget in (1, 4096):
-        results.append(score(Teacher(llama, Sparsifier(config, 512), tokens_per_batch=budget), rows))
-    assert_same(*results)
+    alone, padded = (score(Teacher(llama, Sparsifier(config, 512), tokens_per_batch=b), rows) for b in (1, 4096))
+    np.testing.assert_array_equal(alone.token_ids, padded.token_ids)
+    for name in ("log_z", "relative", "gold_logprob"):  # not ranks: at 400 of 512, logits are closer than rounding
+        np.testing.assert_allclose(getattr(alone, name), getattr(padded, name), atol=ROUNDING, err_msg=name)

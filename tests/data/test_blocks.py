@@ -74,7 +74,9 @@ def test_every_token_but_the_first_is_scored_exactly_once(tokenizer, text, seq_l
     for block in blocks:
         assert len(block.input_ids) <= seq_len
         if len(block.context_ids) < min(position, seq_len - stride):
-            assert len(block.example.target) == 1  # one character of more tokens than the stride took their place
+            # more tokens than the stride without a character boundary between them took the place of some context
+            assert len(block.target_ids) > stride
+            assert not any(_is_text(pieces, block.target_ids[:n]) for n in range(1, len(block.target_ids)))
         assert list(block.input_ids) == whole[position - len(block.context_ids) : position + len(block.target_ids)]
         position += len(block.target_ids)
         check_spans(block)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from kd.cache_builder.reader import CacheReader
-from kd.data.errors import CacheError, CacheMismatchError, DataError
-from kd.data.tokenizer import load_tokenizer
-from kd.evaluation.agreement import evaluate_agreement, require_same_tokenizer, rest_bucket_kl
+from kd.data.errors import CacheError, DataError
+from kd.evaluation.agreement import evaluate_agreement, rest_bucket_kl
 from kd.evaluation.scoring import final
 
 VOCAB = 400
@@ -128,15 +125,3 @@ def test_a_model_with_too_few_positions_is_refused(teacher, exact_cache, monkeyp
     monkeypatch.setattr(teacher.config, "n_positions", 16)
     with pytest.raises(DataError, match="positions"):
         final(evaluate_agreement(teacher, CacheReader(exact_cache)))
-
-
-def test_the_same_tokenizer_is_accepted_and_another_refused(tokenizer, exact_cache, tokenizer_dir, tmp_path):
-    reader = CacheReader(exact_cache)
-    require_same_tokenizer(tokenizer, reader)
-    document = json.loads((tokenizer_dir / "tokenizer.json").read_text("utf-8"))
-    vocabulary = document["model"]["vocab"]
-    vocabulary["x"], vocabulary["y"] = vocabulary["y"], vocabulary["x"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
-    (tmp_path / "tokenizer_config.json").write_bytes((tokenizer_dir / "tokenizer_config.json").read_bytes())
-    with pytest.raises(CacheMismatchError, match="tokenizer is not the one"):
-        require_same_tokenizer(load_tokenizer(str(tmp_path)), reader)

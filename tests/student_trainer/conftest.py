@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,24 @@ def exact_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_bui
     out = tmp_path_factory.mktemp("caches") / "exact"
     run_build(build_request(out, logprob_codec="float32"))
     return out
+
+
+@pytest.fixture(scope="session")
+def pairs_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) -> Path:
+    """Prompts and targets of many lengths: contexts of more than one token, whose tokens are not scored."""
+    folder = tmp_path_factory.mktemp("pairs")
+    pairs = [
+        {"prompt": "one two three four five"[:end], "target": "six seven eight nine ten"[: 2 * end]}
+        for end in range(3, 24, 2)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run_build(build_request(folder / "cache", text=folder / "pairs.jsonl", seq_len=64))
+    return folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def pairs_reader(pairs_cache: Path) -> CacheReader:
+    return CacheReader(pairs_cache)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,478 @@
+"""Building: resumable to the byte, identified by what changes values, and refusing what does not belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from kd.cache_builder import store
+from kd.cache_builder.build import build, estimate, plan_build
+from kd.cache_builder.manifest import Layout, load_manifest
+from kd.cache_builder.reader import CacheReader
+from kd.data.blocks import BlockConfig
+from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, TeacherError
+from kd.data.models import ModelRequest
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, build_request, run_build, tree) -> dict[str, bytes]:
+    """Every file of a `kl` cache that was built in one go."""
+    out = tmp_path_factory.mktemp("unbroken") / "c"
+    run_build(build_request(out))
+    return tree(out)
+
+
+def differing(a: dict[str, bytes], b: dict[str, bytes]) -> list[str]:
+    """Names of files that are not the same (shorter to read than two directories of bytes)."""
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+# progress and result
+
+
+def test_progress_ends_complete_with_every_row_and_shard_counted(tmp_path: Path, build_request, run_build):
+    plan = plan_build(build_request(tmp_path / "c"))
+    steps = list(build(plan))
+    assert len(plan.manifest.shards) >= 3
+    assert [s.rows_done for s in steps] == sorted(s.rows_done for s in steps)
+    last = steps[-1]
+    assert last.complete
+    assert not last.reused
+    assert not any(s.complete for s in steps[:-1])
+    assert (last.rows_done, last.shards_done) == (last.rows_total, last.shards_total)
+    assert set(last.seconds) == {"forward", "head", "select", "encode", "write", "wait"}
+    assert len(CacheReader(tmp_path / "c")) == plan.manifest.examples
+
+
+def test_a_second_run_has_nothing_to_do_and_loads_no_teacher(tmp_path, build_request, run_build, tree, monkeypatch):
+    request = build_request(tmp_path / "c")
+    run_build(request)
+    before = tree(tmp_path / "c")
+    monkeypatch.setattr("kd.cache_builder.build.load_teacher", lambda plan: pytest.fail("loaded the teacher"))
+    (step,) = run_build(request)
+    assert step.reused
+    assert step.complete
+    assert differing(tree(tmp_path / "c"), before) == []
+
+
+def test_a_build_leaves_only_what_the_format_names(unbroken):
+    assert {name.split("/")[0] for name in unbroken} == {
+        "manifest.json", "vocabulary.parquet", "examples", "targets.zarr", "commits",
+    }  # fmt: skip
+
+
+def test_the_plan_counts_what_the_build_makes(tmp_path: Path, build_request):
+    plan = plan_build(build_request(tmp_path / "c"))
+    assert plan.manifest.rows == sum(len(r.target_ids) for r in plan.rows)
+    assert plan.tokens == plan.manifest.rows + sum(len(r.context_ids) for r in plan.rows)
+    assert not (tmp_path / "c").exists()
+    for first, stop, rows in plan.manifest.shards:
+        assert rows == sum(len(r.target_ids) for r in plan.rows[first:stop]) <= 128
+    # uint8 x 8 and a float16 span; ids, gold id and rank uint16; 3 float32 normalisers; float16 gold; uint32 end
+    assert plan.raw_bytes_per_token == 8 + 2 + 16 + 2 + 2 + 12 + 2 + 4
+
+
+def test_an_estimate_writes_nothing_and_counts_commits(tmp_path: Path, build_request, run_build):
+    request = build_request(tmp_path / "c")
+    plan = plan_build(request)
+    before = estimate(plan)
+    assert not (tmp_path / "c").exists()
+    assert (before["committed_shards"], before["rows"]) == (0, plan.manifest.rows)
+    run_build(request)
+    assert estimate(plan_build(request))["committed_shards"] == before["shards"]
+    assert before["teacher_parameters"] == (400 + 64) * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
+
+
+# interruption
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
+def test_an_abandoned_build_resumes_to_the_same_bytes(tmp_path, build_request, run_build, tree, unbroken, steps: int):
+    request = build_request(tmp_path / "c")
+    running = build(plan_build(request))
+    for _ in range(steps):
+        next(running)
+    running.close()
+    assert not (tmp_path / "c" / "manifest.json").exists()
+    run_build(request)
+    assert differing(tree(tmp_path / "c"), unbroken) == []
+
+
+def test_only_uncommitted_shards_are_built_again(tmp_path, build_request, run_build):
+    request = build_request(tmp_path / "c")
+    whole = run_build(request)
+    commits = tmp_path / "c" / "commits"
+    (tmp_path / "c" / "manifest.json").rename(tmp_path / "c" / "building.json")
+    # as after a kill: the same document, before its last form
+    building = dataclasses.replace(load_manifest(tmp_path / "c"), commits=(), quality={})
+    building.save(tmp_path / "c", "building.json")
+    (commits / "00001.json").unlink()
+    again = run_build(request)
+    assert again[0].rows_done > whole[0].rows_done
+    assert again[-1].complete
+    assert len(again) < len(whole)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kd.cache_builder import store
+from kd.cache_builder.build import BuildRequest, build, plan_build
+from kd.cache_builder.manifest import Layout
+from kd.cache_builder.targets import TargetConfig
+from kd.data.blocks import BlockConfig
+from kd.data.models import ModelRequest
+from kd.data.sources import load_corpus
+import torch
+torch.set_num_threads(1)
+out, model, text = sys.argv[1:]
+publish, count = store.publish, 0
+def deadly(temporary, final):
+    global count
+    publish(temporary, final)
+    count += "examples" in str(final)
+    if count == 2:  # the second shard's files are there, its commit is not
+        os.kill(os.getpid(), signal.SIGKILL)
+store.publish = deadly
+request = BuildRequest(Path(out), ModelRequest(model, device="cpu"), load_corpus(text), BlockConfig(seq_len=32),
+                       TargetConfig.of_profile("kl", top_k=8), Layout(128, 32), 128)
+for progress in build(plan_build(request)):
+    pass
+"""
+
+
+def test_a_killed_build_resumes_to_the_same_bytes(
+    tmp_path, build_request, run_build, tree, unbroken, model_dir, text_file
+):
+    out = tmp_path / "c"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(out), str(model_dir), str(text_file)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(out.glob(".staging-*"))
+    assert [p.name for p in (out / "commits").iterdir()] == ["00000.json"]
+    run_build(build_request(out))
+    assert differing(tree(out), unbroken) == []
+
+
+def test_a_build_killed_before_its_first_record_starts_again(tmp_path, build_request, run_build, tree, unbroken):
+    out = tmp_path / "c"
+    (out / ".staging-gone-1" / "targets.zarr").mkdir(parents=True)
+    (out / "targets.zarr").mkdir()
+    (out / ".building.json.gone-1.tmp").write_text("{")
+    run_build(build_request(out))
+    assert differing(tree(out), unbroken) == []
+
+
+def test_a_half_made_staging_folder_of_the_same_process_number_is_not_used(
+    tmp_path, build_request, run_build, tree, unbroken
+):
+    request = build_request(tmp_path / "c")
+    running = build(plan_build(request))
+    next(running)
+    running.close()
+    staging = store.ShardWriter(tmp_path / "c", load_manifest(tmp_path / "c")).staging
+    (staging / "targets.zarr").mkdir(parents=True)
+    (staging / "targets.zarr" / "zarr.json").write_text(
+        '{"zarr_format": 3, "node_type": "group"}'
+    )  # arrays are missing
+    run_build(request)
+    assert differing(tree(tmp_path / "c"), unbroken) == []
+
+
+def test_a_kill_between_manifest_and_clean_up_is_cleaned_up_next_time(
+    tmp_path, build_request, run_build, tree, unbroken
+):
+    out = tmp_path / "c"
+    run_build(build_request(out))
+    (out / "building.json").write_text((out / "manifest.json").read_text())
+    (out / ".staging-gone-1").mkdir()
+    run_build(build_request(out))
+    assert differing(tree(out), unbroken) == []
+    assert not (out / ".staging-gone-1").exists()
+
+
+# failing writers
+
+
+def test_a_full_disk_stops_the_build_with_its_message_and_can_be_resumed(
+    tmp_path, build_request, run_build, tree, unbroken, monkeypatch
+):
+    request = build_request(tmp_path / "c")
+    write, written = store.ShardWriter.write, []
+
+    def full(self, index, *rest):
+        if index == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(index)
+        return write(self, index, *rest)
+
+    monkeypatch.setattr(store.ShardWriter, "write", full)
+    with pytest.raises(CacheError, match="disk is full") as caught:
+        run_build(request)
+    assert "run the same command again" in str(caught.value)
+    assert written == [0]  # nothing after the failure
+    assert [t for t in threading.enumerate() if t.name.startswith("kd-writer")] == []
+    monkeypatch.undo()
+    run_build(request)
+    assert differing(tree(tmp_path / "c"), unbroken) == []
+
+
+def test_a_failing_writer_is_noticed_before_the_next_shard_is_scored(tmp_path, build_request, monkeypatch):
+    def fail(self, index, *rest):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(store.ShardWriter, "write", fail)
+    running = build(plan_build(build_request(tmp_path / "c")))
+    last = None
+    with pytest.raises(CacheError, match="cannot write"):
+        for last in running:
+            pass
+    first_two = sum(rows for _, _, rows in load_manifest(tmp_path / "c").shards[:2])
+    assert last.rows_done <= first_two
+    assert last.shards_done == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_write_permission_is_a_clear_error(tmp_path, build_request, run_build):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(CacheError, match="cannot write"):
+        run_build(build_request(tmp_path / "locked" / "c"))
+
+
+def test_an_output_below_a_file_is_a_clear_error(tmp_path, build_request, run_build):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="cannot write"):
+        run_build(build_request(tmp_path / "file" / "c"))
+
+
+# parts
+
+
+def test_parts_built_one_after_another_are_the_whole(tmp_path, build_request, run_build, tree, unbroken):
+    (first, second) = (run_build(build_request(tmp_path / "c", shard=(i, 2))) for i in (1, 2))
+    assert not first[-1].complete
+    assert second[-1].complete
+    assert differing(tree(tmp_path / "c"), unbroken) == []
+
+
+def test_parts_planned_at_the_same_time_are_the_whole(tmp_path, build_request, tree, unbroken):
+    plans = [plan_build(build_request(tmp_path / "c", shard=(i, 2))) for i in (1, 2)]
+    first, second = (list(build(plan)) for plan in plans)  # the second plan saw an empty directory
+    assert not first[-1].complete
+    assert second[-1].complete
+    assert differing(tree(tmp_path / "c"), unbroken) == []
+
+
+@pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
+def test_a_part_that_does_not_exist_is_refused(tmp_path, build_request, shard):
+    with pytest.raises(DataError, match="no such part"):
+        plan_build(build_request(tmp_path / "c", shard=shard))
+
+
+# identity
+
+
+def fingerprint(request) -> str:
+    return plan_build(request).manifest.fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_how_the_build_is_run(tmp_path, build_request, model_dir, text_file):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(model_dir, elsewhere)
+    reference = fingerprint(build_request(tmp_path / "a"))
+    same = [
+        build_request(tmp_path / "b"),
+        build_request(tmp_path / "a", tokens_per_batch=999),
+        build_request(tmp_path / "a", layout=Layout(512, 128)),
+        build_request(tmp_path / "a", shard=(2, 3)),
+        build_request(tmp_path / "a", model=elsewhere),
+        build_request(tmp_path / "a", dtype="float32"),
+    ]
+    assert {fingerprint(request) for request in same} == {reference}
+
+
+def test_the_bytes_of_arrays_do_not_depend_on_the_path_of_the_text(
+    tmp_path, build_request, run_build, tree, unbroken, text_file
+):
+    (tmp_path / "moved").mkdir()
+    shutil.copy(text_file, tmp_path / "moved" / text_file.name)
+    run_build(build_request(tmp_path / "c", text=tmp_path / "moved" / text_file.name))
+    assert differing(tree(tmp_path / "c"), unbroken) == ["manifest.json"]  # its provenance names the path
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory, model_dir: Path, save_model) -> Path:
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(model_dir, folder)
+    save_model(folder, seed=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"top_k": 7}, "targets.top_k"),
+        ({"seed": 1}, "targets.seed"),
+        ({"seq_len": 31}, "blocks.seq_len"),
+        ({"dtype": "bfloat16"}, "teacher.dtype"),
+        ({"temperatures": (1.0, 2.0)}, "targets.temperatures"),
+        ({"logprob_codec": "float16"}, "targets.logprob_codec"),
+        ({"profile": "sampled"}, "targets.profile"),
+    ],
+)
+def test_a_change_of_settings_is_refused_and_named(cache_kl, build_request, tree, change: dict, key: str):
+    before = tree(cache_kl)
+    with pytest.raises(CacheMismatchError) as caught:
+        plan_build(build_request(cache_kl, **change))
+    assert f"differs {key}" in str(caught.value)
+    assert fingerprint(build_request(cache_kl.parent / "new", **change)) != load_manifest(cache_kl).fingerprint
+    assert differing(tree(cache_kl), before) == []
+
+
+@pytest.fixture(scope="module")
+def cache_kl(tmp_path_factory, build_request, run_build) -> Path:
+    out = tmp_path_factory.mktemp("kl") / "c"
+    run_build(build_request(out))
+    return out
+
+
+def test_other_weights_are_refused_and_named(cache_kl, build_request, other_model):
+    with pytest.raises(CacheMismatchError) as caught:
+        plan_build(build_request(cache_kl, model=other_model))
+    message = str(caught.value)
+    assert "differs teacher.weights.model.safetensors" in message
+    assert "tokenizer" not in message
+
+
+def test_other_text_is_refused_and_named(cache_kl, build_request, text_file, tmp_path):
+    (tmp_path / "t.txt").write_text(text_file.read_text(encoding="utf-8").replace("fox", "cat"), encoding="utf-8")
+    with pytest.raises(CacheMismatchError) as caught:
+        plan_build(build_request(cache_kl, text=tmp_path / "t.txt"))
+    assert "differs corpus.text_digest" in str(caught.value)
+
+
+def test_another_tokenizer_is_refused_and_named(cache_kl, build_request, model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    with pytest.raises(CacheMismatchError) as caught:
+        plan_build(build_request(cache_kl, model=tmp_path / "m"))
+    assert "differs tokenizer.fingerprint" in str(caught.value)
+
+
+def test_an_unfinished_build_refuses_other_settings_too(tmp_path, build_request):
+    running = build(plan_build(build_request(tmp_path / "c")))
+    next(running)
+    running.close()
+    with pytest.raises(CacheMismatchError):
+        plan_build(build_request(tmp_path / "c", top_k=7))
+
+
+def test_another_shard_size_is_refused_and_none_takes_that_of_the_cache(cache_kl, build_request):
+    with pytest.raises(CacheMismatchError, match="other shard sizes"):
+        plan_build(build_request(cache_kl, layout=Layout(512, 64)))
+    assert plan_build(build_request(cache_kl, layout=None)).manifest.layout == Layout(128, 32)
+
+
+def test_a_commit_of_another_cache_does_not_count_as_done(tmp_path, build_request, run_build):
+    run_build(build_request(tmp_path / "a", top_k=7))
+    running = build(plan_build(build_request(tmp_path / "b")))
+    next(running)
+    running.close()
+    shutil.copytree(tmp_path / "a" / "commits", tmp_path / "b" / "commits", dirs_exist_ok=True)
+    with pytest.raises(CacheDamageError, match="does not belong"):
+        run_build(build_request(tmp_path / "b"))
+
+
+# refusals
+
+
+def test_a_directory_with_other_things_in_it_is_refused(tmp_path, build_request):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").write_text("precious")
+    with pytest.raises(CacheError, match="not empty and not a cache") as caught:
+        plan_build(build_request(tmp_path / "c"))
+    assert caught.value.details["found"] == "thesis.tex"
+
+
+def test_an_empty_directory_is_fine_and_a_file_is_not(tmp_path, build_request):
+    (tmp_path / "c").mkdir()
+    plan_build(build_request(tmp_path / "c"))
+    (tmp_path / "f").write_text("")
+    with pytest.raises(CacheError, match="not a directory"):
+        plan_build(build_request(tmp_path / "f"))
+
+
+def test_k_beyond_the_vocabulary_is_refused(tmp_path, build_request):
+    plan_build(build_request(tmp_path / "c", top_k=400))
+    with pytest.raises(DataError, match="larger than the vocabulary") as caught:
+        plan_build(build_request(tmp_path / "c", top_k=401))
+    assert caught.value.details["expected"] == "at most 400"
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused(tmp_path, build_request):
+    plan_build(build_request(tmp_path / "c", seq_len=64))
+    with pytest.raises(DataError, match="longer than the teacher's positions") as caught:
+        plan_build(build_request(tmp_path / "c", seq_len=65))
+    assert caught.value.details["try"] == "--seq-len 64"
+
+
+def test_an_example_longer_than_a_shard_is_refused(tmp_path, build_request):
+    with pytest.raises(DataError, match="more rows than a shard holds"):
+        plan_build(build_request(tmp_path / "c", layout=Layout(16, 16)))
+
+
+def test_a_tokenizer_wider_than_the_model_is_refused(tmp_path, build_request, model_dir, save_model):
+    shutil.copytree(model_dir, tmp_path / "m")
+    save_model(tmp_path / "m", vocab=399)
+    with pytest.raises(DataError, match="more entries than the teacher has logits"):
+        plan_build(build_request(tmp_path / "c", model=tmp_path / "m"))
+
+
+def test_padded_logit_columns_are_left_out(tmp_path, build_request, run_build, model_dir, save_model):
+    shutil.copytree(model_dir, tmp_path / "m")
+    save_model(tmp_path / "m", vocab=448)
+    request = build_request(tmp_path / "c", model=tmp_path / "m")
+    run_build(request)
+    reader = CacheReader(tmp_path / "c")
+    assert reader.manifest.vocabulary_size == 400
+    assert max(reader[i].targets.token_ids.max() for i in range(len(reader))) < 400
+
+
+def test_shards_too_large_to_read_back_are_not_built(tmp_path, build_request):
+    with pytest.raises(CacheError, match="too many rows per shard"):
+        plan_build(build_request(tmp_path / "c", layout=Layout(2**25, 64)))
+
+
+def test_nan_logits_stop_the_build_with_the_example(tmp_path, build_request, run_build, model_dir):
+    from transformers import GPT2LMHeadModel
+
+    shutil.copytree(model_dir, tmp_path / "m")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    model.transformer.wpe.weight.data[20] = float("nan")  # position 20 exists in long blocks only
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(TeacherError, match="not finite") as caught:
+        run_build(build_request(tmp_path / "c", model=tmp_path / "m"))
+    assert str(caught.value.details["where"]).startswith("example stories.txt")
+
+
+def test_random_weights_build_without_any_file(tmp_path, build_request, run_build, tokenizer_dir):
+    request = build_request(tmp_path / "c", layout=None)
+    teacher = ModelRequest("random:demo-student", device="cpu", tokenizer=str(tokenizer_dir), seed=3)
+    request = dataclasses.replace(request, teacher=teacher, blocks=BlockConfig(seq_len=64))
+    run_build(request)
+    reader = CacheReader(tmp_path / "c")
+    assert reader.manifest.vocabulary_size == 2048  # the real width, although the tokenizer has 400 entries
+    assert load_manifest(tmp_path / "c").identity["teacher"]["seed"] == 3

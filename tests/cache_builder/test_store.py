@@ -1,0 +1,242 @@
+"""The store is plain Zarr v3 and Parquet; what was committed is what is read, or an error says where it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+
+from kd.cache_builder import store
+from kd.cache_builder.codecs import ArraySpec
+from kd.cache_builder.manifest import Layout, load_manifest
+from kd.cache_builder.reader import CacheReader
+from kd.data.errors import CacheDamageError
+
+
+def read_everything(root: Path) -> None:
+    """What a trainer touches: every shard, every example, the vocabulary."""
+    reader = CacheReader(root)
+    for example in range(len(reader)):
+        reader[example]
+    reader.lengths()
+    reader.vocabulary()
+
+
+@pytest.fixture
+def copy(cache: Path, tmp_path: Path) -> Path:
+    shutil.copytree(cache, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def all_files(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.is_file())
+
+
+def test_the_store_is_plain_zarr_of_registered_codecs(cache: Path):
+    group = zarr.open_group(cache / "targets.zarr", mode="r")
+    assert {name for name, _ in group.arrays()} == {spec.name for spec in load_manifest(cache).arrays}
+    for path in cache.rglob("zarr.json"):
+        document = json.loads(path.read_text())
+        assert document["zarr_format"] == 3
+        names = [c["name"] for c in document.get("codecs", [])]
+        if names:
+            assert names == ["sharding_indexed"]
+            inner = document["codecs"][0]["configuration"]
+            assert [c["name"] for c in inner["codecs"]] == ["bytes", "blosc", "crc32c"]
+            assert inner["index_codecs"][-1]["name"] == "crc32c"
+
+
+def test_attributes_say_how_to_decode_without_this_code(cache: Path):
+    group = zarr.open_group(cache / "targets.zarr", mode="r")
+    assert group.attrs["kd_fingerprint"] == load_manifest(cache).fingerprint
+    assert "logprob_span / 255" in group["logprobs"].attrs["decode"]
+    assert group["log_z"].attrs["temperatures"] == [1.0, 2.0, 4.0]
+    reader = CacheReader(cache)
+    row = reader.manifest.layout.shard_rows  # the first row of the second shard
+    top = -group["log_z"][row, 0]
+    decoded = top - group["logprobs"][row].astype(np.float32) * np.float32(group["logprob_span"][row]) / 255
+    example = int(reader.manifest.shards[1][0])
+    np.testing.assert_allclose(decoded, reader[example].targets.logprobs[0], atol=1e-5)  # float32 products
+
+
+def test_examples_are_plain_parquet_with_their_rows(cache: Path):
+    manifest = load_manifest(cache)
+    for index, (first, stop, rows) in enumerate(manifest.shards):
+        table = pq.read_table(cache / "examples" / f"{index:05d}.parquet")
+        assert table.schema.names == store.EXAMPLE_SCHEMA.names
+        assert len(table) == stop - first
+        starts, ends = table["row_start"].to_pylist(), table["row_end"].to_pylist()
+        assert starts == [index * 128, *ends[:-1]]
+        assert ends[-1] == index * 128 + rows
+
+
+def test_a_commit_lists_size_and_digest_of_each_file(cache: Path):
+    manifest = load_manifest(cache)
+    record = store.read_commit(cache, manifest, 0)
+    assert set(record.files) == set(store.shard_files(manifest.arrays, 0).values())
+    assert record.bytes == sum((cache / name).stat().st_size for name in record.files)
+    for name, entry in record.files.items():
+        assert entry == store.file_entry(cache / name)
+
+
+def test_every_file_is_accounted_for(cache: Path):
+    manifest = load_manifest(cache)
+    known = {"manifest.json", *manifest.files}
+    for index in range(len(manifest.shards)):
+        known |= {f"commits/{index:05d}.json", *store.read_commit(cache, manifest, index).files}
+    assert {p.relative_to(cache).as_posix() for p in all_files(cache)} == known
+
+
+def test_quality_sums_add_up_over_shards(cache: Path):
+    manifest = load_manifest(cache)
+    records = [store.read_commit(cache, manifest, i) for i in range(len(manifest.shards))]
+    assert manifest.quality["rows"] == manifest.rows
+    for name, value in manifest.quality.items():
+        assert value == pytest.approx(sum(r.quality[name] for r in records))
+
+
+def test_a_row_digest_sees_every_token_and_the_border():
+    a, b = np.array([1, 2, 3]), np.array([4, 5])
+    digest = store.tokens_digest(a, b)
+    assert len(digest) == 16
+    assert digest == store.tokens_digest(a.astype(np.int64), b.astype(np.uint16))
+    others = [(a[::-1], b), (a, b[::-1]), (a[:2], np.array([3, 4, 5])), (a, np.array([4, 6])), (np.array([1, 2, 4]), b)]
+    assert all(store.tokens_digest(*o) != digest for o in others)
+
+
+def test_a_shard_of_zeros_is_written_and_read_back(copy: Path):
+    """zarr leaves out chunks of zeros by default, and again whenever a group is reopened; a shard may well be all zero:
+    in a short one every gold token may rank first."""
+    manifest = load_manifest(copy)
+    last = len(manifest.shards) - 1
+    first, stop, rows = manifest.shards[last]
+    zeros = {a.name: np.zeros((rows,) if a.columns is None else (rows, a.columns)) for a in manifest.arrays}
+    table = pq.read_table(copy / "examples" / f"{last:05d}.parquet").to_pylist()
+    writer = store.ShardWriter(copy, dataclasses.replace(manifest, commits=(), quality={}))
+    record = writer.write(last, zeros, table, {})
+    writer.close()
+    assert all(entry["bytes"] > 0 for entry in record.files.values())
+    shard = store.read_shard(copy, writer.manifest, last)
+    assert (shard.first_example, len(shard.examples["id"])) == (first, stop - first)
+    assert all((values == 0).all() and len(values) == rows for values in shard.arrays.values())
+
+
+def test_large_chunks_compress_to_the_same_bytes_each_time(tmp_path: Path):
+    """blosc may order the blocks of a chunk by which thread finishes first; resuming needs equal bytes."""
+    spec = ArraySpec("x", "uint32", 64, {})
+    values = np.random.default_rng(0).integers(0, 50_000, (16_384, 64)).astype(np.uint32)  # 4 MB in one chunk
+    seen = set()
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        store.create_group(folder, [spec], Layout(16_384, 16_384), 1, {})
+        zarr.open_group(folder, mode="r+")["x"][:] = values
+        seen.add((folder / "x" / "c" / "0" / "0").read_bytes())
+    assert len(seen) == 1
+
+
+# damage
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def damages(root: Path):
+    """`(file, what was done)`, every file and every kind in turn; the file is put back afterwards."""
+    for path in all_files(root):
+        whole = path.read_bytes()
+        for name, harm in {
+            "flip first": lambda p: flip(p, 0.0),
+            "flip middle": lambda p: flip(p, 0.5),
+            "flip last": lambda p: flip(p, 1.0),
+            "truncate": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+            "empty": lambda p: p.write_bytes(b""),
+            "remove": lambda p: p.unlink(),
+            "append": lambda p: p.write_bytes(p.read_bytes() + b"\0"),
+        }.items():
+            harm(path)
+            yield path.relative_to(root).as_posix(), name
+            path.write_bytes(whole)
+
+
+def test_every_damage_of_every_file_is_an_error_and_never_a_value(tmp_path: Path, build_request, run_build):
+    root = tmp_path / "c"
+    run_build(build_request(root, layout=Layout(256, 128)))
+    assert len(load_manifest(root).shards) == 2
+    unnoticed = []
+    count = 0
+    for file, name in damages(root):
+        count += 1
+        try:
+            read_everything(root)
+        except CacheDamageError as error:
+            assert error.exit_code == 3
+        else:
+            unnoticed.append((file, name))
+    assert count == 7 * (2 * (8 + 1 + 1) + 9 + 2)  # arrays, examples and commit per shard; metadata; two more
+    assert unnoticed == [("manifest.json", "truncate")]  # the newline at its end
+    read_everything(root)
+
+
+def test_two_shard_files_that_were_swapped_are_noticed(copy: Path):
+    manifest = load_manifest(copy)
+    a, b = store.shard_files(manifest.arrays, 0), store.shard_files(manifest.arrays, 1)
+    for name in a:
+        first, second = (copy / a[name]).read_bytes(), (copy / b[name]).read_bytes()
+        assert first != second, name
+        (copy / a[name]).write_bytes(second)
+        (copy / b[name]).write_bytes(first)
+        with pytest.raises(CacheDamageError, match="another size|was changed") as caught:
+            read_everything(copy)
+        assert caught.value.details["array"] == name
+        (copy / a[name]).write_bytes(first)
+        (copy / b[name]).write_bytes(second)
+
+
+def test_two_whole_shards_that_were_swapped_with_their_commits_are_noticed(copy: Path):
+    manifest = load_manifest(copy)
+    a, b = ({**store.shard_files(manifest.arrays, i), "commit": f"commits/{i:05d}.json"} for i in (0, 1))
+    for name in a:
+        first, second = (copy / a[name]).read_bytes(), (copy / b[name]).read_bytes()
+        (copy / a[name]).write_bytes(second)
+        (copy / b[name]).write_bytes(first)
+    with pytest.raises(CacheDamageError, match="does not belong to this shard"):
+        read_everything(copy)
+
+
+def test_a_commit_rewritten_to_fit_damaged_bytes_is_noticed(copy: Path):
+    name = "targets.zarr/log_z/c/0/0"
+    flip(copy / name, 0.5)
+    path = copy / "commits" / "00000.json"
+    document = json.loads(path.read_text())
+    document["files"][name] = store.file_entry(copy / name)
+    path.write_text(json.dumps(document))
+    with pytest.raises(CacheDamageError, match="changed after the cache was finished"):
+        read_everything(copy)
+
+
+def test_damage_names_shard_array_and_file(copy: Path):
+    flip(copy / "targets.zarr/token_ids/c/1/0", 0.5)
+    manifest = load_manifest(copy)
+    store.read_shard(copy, manifest, 0)
+    store.read_shard(copy, manifest, 1, ["log_z"])  # only what is asked for is read, and checked
+    with pytest.raises(CacheDamageError) as caught:
+        store.read_shard(copy, manifest, 1)
+    assert (caught.value.details["shard"], caught.value.details["array"]) == (1, "token_ids")
+    assert str(caught.value.details["file"]).endswith("targets.zarr/token_ids/c/1/0")
+
+
+def test_a_file_replaced_by_a_folder_is_damage(copy: Path):
+    path = copy / "targets.zarr/log_z/c/0/0"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CacheDamageError):
+        read_everything(copy)
