@@ -454,7 +454,9 @@ def cache_verify(path: Path, as_json: bool) -> None:
 @click.option("--precision", help="bf16 (autocast) or fp32. Default: fp32.")
 @click.option("--lora", type=int, metavar="R", help="Train LoRA adapters of rank R (peft), merged into the output.")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Trade time for memory.")
-@click.option("--head-chunk", type=int, help="Rows of the output layer computed at once. Default: 256.")
+@click.option(
+    "--head-chunk", type=int, help="Rows of the output layer computed at once. Default: by vocabulary and device."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub student.")
 @click.option("--tokenizer", help="Tokenizer of a random student.")
 @click.option("--device", help="auto, cpu or cuda. Default: auto.")

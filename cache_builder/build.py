@@ -26,6 +26,7 @@ from kd.cache_builder.manifest import CacheManifest, Layout, check_bounds, load_
 from kd.cache_builder.targets import PROFILES, RawTargets, TargetConfig
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import CacheError, CacheMismatchError, DataError
+from kd.data.forward import split_head
 from kd.data.models import (
     ModelRequest,
     load_config,
@@ -33,7 +34,6 @@ from kd.data.models import (
     load_request_tokenizer,
     max_positions,
     model_identity,
-    split_head,
 )
 from kd.data.sources import Corpus
 from kd.data.tokenizer import token_bytes, tokenizer_fingerprint, vocabulary_size

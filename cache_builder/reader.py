@@ -2,7 +2,7 @@
 
 The order of an epoch is a function of (seed, epoch) alone: shards are shuffled, taken `window` at a time, and the
 examples of a window are shuffled together. Random single examples would cost 2-6 ms each in Zarr; a window of
-whole shards costs one read per shard and keeps `window + 1` shards in memory (about 4 MB each at k=64).
+whole shards costs one read per shard and keeps `window + 1` shards in memory (about 7 MB each at k=64).
 Batch size and world size do not enter, so a run may be resumed or re-split without changing the order.
 """
 
@@ -45,7 +45,7 @@ class CachedExample:
 class CacheReader:
     """Random access to a complete cache by example number; thread-safe."""
 
-    def __init__(self, path: str | Path, *, top_k: int | None = None, window: int = 4) -> None:
+    def __init__(self, path: str | Path, *, top_k: int | None = None, window: int = 16) -> None:
         """`top_k` keeps fewer tokens than stored. Raises CacheError for an incomplete cache or an impossible k."""
         self.root = Path(path)
         self.manifest: CacheManifest = load_manifest(self.root)

@@ -52,7 +52,16 @@ class Sparsifier:
         self.edges = band_edges(config.top_k, vocabulary_size, config.tail_bands) if config.tail_bands else []
         self.vocabulary_size = vocabulary_size
         self.boundary_ids = boundary_ids
+        self._buffers: list[torch.Tensor] = []
 
+    def _buffer(self, number: int, like: torch.Tensor) -> torch.Tensor:
+        """A reused `[n, V]` float32 scratch tensor: fresh memory of this size costs more than the arithmetic in it."""
+        if not self._buffers or self._buffers[0].shape[0] < like.shape[0] or self._buffers[0].device != like.device:
+            with torch.inference_mode(False):
+                self._buffers = [torch.empty(like.shape, device=like.device) for _ in range(2)]
+        return self._buffers[number][: like.shape[0]]
+
+    @torch.no_grad()
     def __call__(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: np.ndarray | None = None) -> Chunk:
         """`logits [n, V]` (any float dtype; columns beyond the vocabulary are ignored), `gold_ids [n]`,
         `uniforms [n, R]` in [0, 1) for the draws. Raises NonFiniteRow."""
@@ -65,7 +74,7 @@ class Sparsifier:
             relative = values - top
         else:
             top = logits.amax(dim=1, keepdim=True)
-        shifted = logits - top
+        shifted = torch.sub(logits, top, out=self._buffer(0, logits))
         log_z = self._log_normalisers(shifted)
         finite = torch.isfinite(log_z).all(dim=1) & torch.isfinite(top.squeeze(1))
         if not bool(finite.all()):
@@ -87,7 +96,8 @@ class Sparsifier:
         return Chunk(
             log_z=log_z,
             gold_logprob=gold.squeeze(1) - one,
-            gold_rank=(shifted > gold).sum(dim=1),
+            # 0/1 as float32 sum exactly up to 2^24 ids, five times as fast as a sum of booleans
+            gold_rank=torch.gt(shifted, gold, out=self._buffer(1, shifted)).sum(dim=1).long(),
             token_ids=ids if PROFILES[config.profile].ids else None,
             relative=relative,
             tail_bands=bands,
@@ -99,12 +109,12 @@ class Sparsifier:
     def _log_normalisers(self, shifted: torch.Tensor) -> torch.Tensor:
         """`[n, V]` logits with maximum 0 -> `[n, T]`; the sum holds exp(0) = 1, so the logarithm is safe."""
         columns: dict[float, torch.Tensor] = {}
-        previous, powers = 0.0, shifted
+        previous, powers = 0.0, self._buffer(1, shifted)
         for temperature in reversed(self.config.temperatures):
             if previous == 2 * temperature:
                 powers.mul_(powers)
             else:
-                powers = torch.exp(shifted / temperature)
+                torch.div(shifted, temperature, out=powers).exp_()
             columns[temperature] = powers.sum(dim=1).log()
             previous = temperature
         return torch.stack([columns[t] for t in self.config.temperatures], dim=1)

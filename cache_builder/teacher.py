@@ -1,7 +1,7 @@
 """The teacher pass: token rows in, kept targets out, one shard at a time.
 
 Hidden states are computed for whole batches, the output layer only for the scored rows, `head_chunk` rows at a
-time: `[batch, T, V]` never exists (at V=50k and 8,192 tokens that would be 1.6 GB per copy). Batches are made
+time (see `kd.data.forward`). Batches are made
 inside a shard by length and token budget, so that a resumed build makes the same batches; results go back to
 the original order. Out of memory halves the batch, then the chunk, and carries on.
 """
@@ -20,10 +20,7 @@ from kd.cache_builder.sparsify import Chunk, NonFiniteRow, Sparsifier, uniforms_
 from kd.cache_builder.targets import RawTargets
 from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
-from kd.data.models import LanguageModelHead
-
-HEAD_CHUNK = 256
-"""Rows of the output layer computed at once; 64 costs 17 %, more than 256 gains nothing (docs/log.md)."""
+from kd.data.forward import LanguageModelHead, batches_by_length, head_rows
 
 
 @dataclass
@@ -39,26 +36,13 @@ class Teacher:
     """A loaded causal model, its output layer apart, and what to keep of its predictions."""
 
     def __init__(self, head: LanguageModelHead, sparsifier: Sparsifier, *, tokens_per_batch: int = 4096,
-                 head_chunk: int = HEAD_CHUNK) -> None:  # fmt: skip
+                 head_chunk: int | None = None) -> None:  # fmt: skip
         self.head = head
         self.sparsifier = sparsifier
         self.tokens_per_batch = tokens_per_batch
-        self.head_chunk = head_chunk
         self.device = head.weight.device
+        self.head_chunk = head_chunk or head_rows(sparsifier.vocabulary_size, self.device.type)
         self.times = PassTimes()
-
-    def batches(self, rows: Sequence[TokenRows]) -> list[list[int]]:
-        """Numbers into `rows`, longest first, each batch at most `tokens_per_batch` tokens with its padding."""
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
-        result: list[list[int]] = []
-        width = 0
-        for i in order:
-            if result and (len(result[-1]) + 1) * width <= self.tokens_per_batch:
-                result[-1].append(i)
-            else:
-                result.append([i])
-                width = len(rows[i].input_ids)
-        return result
 
     def run(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[list[int], list[Chunk]]]:
         """Score `rows`, which are examples `first_example`, …: yields `(numbers into rows, chunks)` per batch.
@@ -66,7 +50,7 @@ class Teacher:
         The chunks hold the batch's rows one example after another. Raises TeacherError naming the example
         when logits are not finite.
         """
-        pending = self.batches(rows)[::-1]
+        pending = batches_by_length([len(r.input_ids) for r in rows], self.tokens_per_batch)[::-1]
         while pending:
             batch = pending.pop()
             try:
@@ -91,16 +75,7 @@ class Teacher:
     @torch.inference_mode()
     def _score(self, rows: list[TokenRows], examples: list[int]) -> list[Chunk]:
         started = time.perf_counter()
-        lengths = [len(r.input_ids) for r in rows]
-        ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)
-        for number, row in enumerate(rows):
-            ids[number, : lengths[number]] = row.input_ids
-        input_ids = torch.from_numpy(ids).to(self.device)
-        mask = None
-        if min(lengths) != max(lengths):  # right padding: a causal model never looks at it, but positions must be right
-            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(self.device)
-        hidden = self.head.hidden(input_ids, mask)
-        scored = torch.cat([hidden[b, len(r.context_ids) - 1 : lengths[b] - 1] for b, r in enumerate(rows)])
+        scored = self.head.scored_hidden([r.context_ids for r in rows], [r.target_ids for r in rows])
         gold = torch.from_numpy(np.concatenate([r.target_ids for r in rows]).astype(np.int64)).to(self.device)
         config = self.sparsifier.config
         uniforms = None

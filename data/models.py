@@ -255,63 +255,6 @@ def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class LanguageModelHead:
-    """A causal model taken apart: `hidden = backbone(...)`, `logits = hidden @ weight.T + bias`."""
-
-    backbone: Any
-    weight: torch.Tensor
-    """[V, d]"""
-    bias: torch.Tensor | None
-    """[V] or None"""
-
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """`[B, T] -> [B, T, d]` after the final norm."""
-        return self.backbone(  # type: ignore[no-any-return]
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-
-
-def split_head(model: Model) -> LanguageModelHead:
-    """Take a causal model apart, and prove on a few tokens that the parts give the model's own logits.
-
-    Raises TeacherError for architectures that do something between the last hidden state and the logits
-    (soft-capping, scaling): chunked heads would be silently wrong for them. The proof amplifies the output layer
-    until its largest value is 1000: a soft cap at 30 hardly bends the small logits of a small or untrained model.
-    """
-    import torch
-
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or model.base_model is model:
-        raise TeacherError("the model's output layer is not a plain linear layer", where=type(model).__name__,
-                           found=type(head).__name__, expected="torch.nn.Linear",
-                           try_="without adapters or quantisation on lm_head")  # fmt: skip
-    parts = LanguageModelHead(model.base_model, head.weight, head.bias)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-        got = torch.nn.functional.linear(parts.hidden(ids, None), head.weight, head.bias).float()
-        gain = 1000 / max(float(got.abs().max()), 1e-6)
-        got *= gain
-        hook = head.register_forward_hook(lambda module, inputs, output: output * gain)
-        try:
-            expected = model(input_ids=ids, use_cache=False).logits.float()
-        finally:
-            hook.remove()
-            model.train(training)
-    if not bool(torch.isfinite(expected).all()):
-        raise TeacherError("the model's logits are not finite", where=type(model).__name__,
-                           found="NaN or infinity on four tokens", try_="--dtype float32 or bfloat16, and check the "
-                           "weights")  # fmt: skip
-    # the same product twice; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
-    if got.shape != expected.shape or not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
-        raise TeacherError("the model changes its logits after the output layer", where=type(model).__name__,
-                           found=f"largest difference {float((got - expected).abs().max()):.3g}",
-                           expected="logits = lm_head(last hidden state)")  # fmt: skip
-    return parts
-
-
 def max_positions(config: Any) -> int | None:
     """The longest sequence the model's positions allow, or None where nothing limits it."""
     for field in ("max_position_embeddings", "n_positions"):

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kd.data.errors import CacheError
-from kd.data.models import Model, split_head
+from kd.data.forward import split_head
+from kd.data.models import Model
 from kd.evaluation.estimates import Documents, Estimate, per_example
 from kd.evaluation.scoring import LogitChunk, Progress, ScoredText, logit_chunks, require_positions
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SEQ_LEN = 128
 DOCUMENTS = 160
 """Documents of the training split that are cached: about 300,000 tokens."""
-STEPS = 400
+STEPS = 600
 RUNS = {"finetuned": "ce", "distilled": "kl"}
 
 
@@ -48,7 +48,7 @@ def train_configs(out: Path, seed: int = 0) -> list[TrainConfig]:
     return [
         TrainConfig(
             cache=str(out / "cache"), student="demo", out=str(out / name), loss=loss, max_steps=STEPS,
-            tokens_per_batch=2048, lr=3e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, seed=seed, device="cpu",
+            tokens_per_batch=2048, lr=2e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, seed=seed, device="cpu",
         )
         for name, loss in RUNS.items()
     ]  # fmt: skip

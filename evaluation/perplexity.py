@@ -26,7 +26,8 @@ import numpy as np
 
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import DataError
-from kd.data.models import Model, max_positions, split_head
+from kd.data.forward import split_head
+from kd.data.models import Model, max_positions
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, vocabulary_size
 from kd.evaluation.estimates import Documents, Estimate, per_example

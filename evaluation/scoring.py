@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 
 from kd.data.errors import DataError
-from kd.data.models import LanguageModelHead, Model, max_positions
+from kd.data.forward import LanguageModelHead, batches_by_length, head_rows
+from kd.data.models import Model, max_positions
 
 if TYPE_CHECKING:
     import torch
 
-HEAD_ROWS = 256
-"""Rows of the output layer computed at once, as in the teacher pass."""
 
 Result = TypeVar("Result")
 
@@ -68,7 +67,7 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class LogitChunk:
-    """Logits of up to HEAD_ROWS scored positions, on the model's device."""
+    """Logits of a few scored positions, on the model's device."""
 
     rows: np.ndarray
     """[m] int64: row numbers, counted over all examples in the order they were given"""
@@ -86,22 +85,6 @@ def require_positions(model: Model, tokens: int) -> None:
                         expected=f"at most {limit}", try_=f"--seq-len {limit}")  # fmt: skip
 
 
-def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Numbers into `lengths`, longest first, each batch at most `tokens_per_batch` tokens with its padding.
-
-    A single example longer than that is a batch of its own.
-    """
-    result: list[list[int]] = []
-    width = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if result and (len(result[-1]) + 1) * width <= tokens_per_batch:
-            result[-1].append(i)
-        else:
-            result.append([i])
-            width = lengths[i]
-    return result
-
-
 def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabulary_size: int,
                  tokens_per_batch: int = 4096) -> Iterator[LogitChunk]:  # fmt: skip
     """Logits of every scored position of `texts`, each exactly once, in the order of the batches.
@@ -116,15 +99,16 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
         raise DataError("the model has fewer logits than the tokenizer has entries", found=f"{width} logits",
                         expected=f"at least {vocabulary_size}", try_="--tokenizer PATH")  # fmt: skip
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
-    for batch in batches([t.tokens for t in texts], tokens_per_batch):
+    for batch in batches_by_length([t.tokens for t in texts], tokens_per_batch):
         chosen = [texts[i] for i in batch]
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
         gold = torch.from_numpy(np.concatenate([t.target_ids for t in chosen]).astype(np.int64)).to(head.weight.device)
         try:
             with torch.inference_mode():
-                hidden = _scored_hidden(head, chosen)
-            for start in range(0, len(rows), HEAD_ROWS):
-                part = slice(start, start + HEAD_ROWS)
+                hidden = head.scored_hidden([t.context_ids for t in chosen], [t.target_ids for t in chosen])
+            step = head_rows(vocabulary_size, head.weight.device.type)
+            for start in range(0, len(rows), step):
+                part = slice(start, start + step)
                 with torch.inference_mode():
                     logits = torch.nn.functional.linear(hidden[part], head.weight, head.bias)
                     logits = logits[:, :vocabulary_size].float()
@@ -135,22 +119,6 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
         except torch.OutOfMemoryError as error:
             advice = f"--tokens-per-batch below {tokens_per_batch}, or a smaller --seq-len"
             raise DataError("not enough memory on the device", found=str(error).splitlines()[0], try_=advice) from error
-
-
-def _scored_hidden(head: LanguageModelHead, texts: Sequence[ScoredText]) -> torch.Tensor:
-    """`[N, d]` hidden states that predict the target tokens of `texts`, one example after another."""
-    import torch
-
-    lengths = [t.tokens for t in texts]
-    ids = np.zeros((len(texts), max(lengths)), dtype=np.int64)
-    for number, text in enumerate(texts):
-        ids[number, : lengths[number]] = np.concatenate([text.context_ids, text.target_ids])
-    device = head.weight.device
-    mask = None
-    if min(lengths) != max(lengths):
-        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
-    hidden_BTd = head.hidden(torch.from_numpy(ids).to(device), mask)
-    return torch.cat([hidden_BTd[b, len(t.context_ids) - 1 : lengths[b] - 1] for b, t in enumerate(texts)])
 
 
 def _not_finite(texts: Sequence[ScoredText], row: int) -> DataError:

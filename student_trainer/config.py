@@ -67,8 +67,8 @@ class TrainConfig:
     log_every: int = 10
     report_to: str = "none"
     """Any tracker transformers knows: tensorboard, wandb, …"""
-    head_chunk: int = 256
-    """Rows of the output layer computed at once."""
+    head_chunk: int | None = None
+    """Rows of the output layer computed at once; None = what suits vocabulary and device (`kd.data.forward.head_rows`)."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -31,7 +31,8 @@ from transformers.pytorch_utils import Conv1D
 from kd.cache_builder.files import canonical_json, write_atomic
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
-from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, resolve_device, split_head
+from kd.data.forward import head_rows, split_head
+from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, resolve_device
 from kd.student_trainer.compatibility import refuse_narrow_student, refuse_other_tokenizer, resolve_objective
 from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from kd.student_trainer.head import chunked_head_loss
@@ -91,7 +92,9 @@ def train(
     parameters = sum(p.numel() for p in model.parameters())
     attach_loss(model, objective, reader.manifest.vocabulary_size, config.head_chunk)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.23 warns about the name that 5.0 has
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     trained = _with_lora(model, config.lora) if config.lora else model
     multiple = config.accumulate * arguments.world_size
     plan = plan_batches(
@@ -129,8 +132,11 @@ def train(
     return result
 
 
-def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: int) -> None:
-    """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits."""
+def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: int | None = None) -> None:
+    """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits.
+
+    `chunk` rows of the output layer at once; None = `head_rows`.
+    """
     parts = split_head(model)
     head = model.get_output_embeddings()
 
@@ -140,8 +146,9 @@ def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: i
         hidden = parts.hidden(input_ids, attention_mask)
         rows = hidden.flatten(0, 1).index_select(0, positions)
         total, kd, ce = chunked_head_loss(
-            rows, head.weight, head.bias, objective, loss_targets(batch), vocabulary_size=vocabulary_size, chunk=chunk
-        )
+            rows, head.weight, head.bias, objective, loss_targets(batch), vocabulary_size=vocabulary_size,
+            chunk=chunk or head_rows(vocabulary_size, rows.device.type),
+        )  # fmt: skip
         return {"loss": total, "kd": kd, "ce": ce}
 
     model.forward = MethodType(forward, model)

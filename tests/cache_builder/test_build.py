@@ -235,13 +235,12 @@ def test_a_failing_writer_is_noticed_before_the_next_shard_is_scored(tmp_path, b
 
     monkeypatch.setattr(store.ShardWriter, "write", fail)
     running = build(plan_build(build_request(tmp_path / "c")))
-    last = None
+    steps = []
     with pytest.raises(CacheError, match="cannot write"):
-        for last in running:
-            pass
+        steps.extend(running)
     first_two = sum(rows for _, _, rows in load_manifest(tmp_path / "c").shards[:2])
-    assert last.rows_done <= first_two
-    assert last.shards_done == 0
+    assert steps[-1].rows_done <= first_two
+    assert steps[-1].shards_done == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -386,12 +385,14 @@ def test_another_shard_size_is_refused_and_none_takes_that_of_the_cache(cache_kl
     assert plan_build(build_request(cache_kl, layout=None)).manifest.layout == Layout(128, 32)
 
 
-def test_a_commit_of_another_cache_does_not_count_as_done(tmp_path, build_request, run_build):
+def test_a_commit_of_another_cache_does_not_count_as_done(tmp_path, build_request, run_build, monkeypatch):
     run_build(build_request(tmp_path / "a", top_k=7))
     running = build(plan_build(build_request(tmp_path / "b")))
     next(running)
     running.close()
-    shutil.copytree(tmp_path / "a" / "commits", tmp_path / "b" / "commits", dirs_exist_ok=True)
+    (tmp_path / "b" / "commits").mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "a" / "commits" / "00003.json", tmp_path / "b" / "commits")
+    monkeypatch.setattr("kd.cache_builder.build.load_teacher", lambda plan: pytest.fail("scored before it looked"))
     with pytest.raises(CacheDamageError, match="does not belong"):
         run_build(build_request(tmp_path / "b"))
 

@@ -137,6 +137,18 @@ def test_the_order_is_a_function_of_seed_and_epoch(cache: Path, reader: CacheRea
         assert reader.epoch_order(*other).tolist() != order.tolist()
 
 
+def test_examples_of_a_window_are_shuffled_together(reader: CacheReader):
+    starts = [first for first, _, _ in reader.manifest.shards]
+    changes, falls = 0, 0
+    for epoch in range(10):
+        order = reader.epoch_order(0, epoch)
+        shards = np.searchsorted(starts, order, side="right") - 1
+        changes = max(changes, int((np.diff(shards) != 0).sum()))
+        falls += sum(int((np.diff(order[shards == s]) < 0).sum()) for s in range(len(starts)))
+    assert changes > len(starts) - 1  # as many as whole shards one after another would have
+    assert falls > 0  # nor does a shard keep its own order
+
+
 def test_an_epoch_touches_each_shard_in_one_window(cache: Path, monkeypatch: pytest.MonkeyPatch):
     from kd.cache_builder import store
 

@@ -171,17 +171,18 @@ def test_every_damage_of_every_file_is_an_error_and_never_a_value(tmp_path: Path
     root = tmp_path / "c"
     run_build(build_request(root, layout=Layout(256, 128)))
     assert len(load_manifest(root).shards) == 2
-    unnoticed = []
+    unnoticed, codes = [], set()
     count = 0
     for file, name in damages(root):
         count += 1
         try:
             read_everything(root)
         except CacheDamageError as error:
-            assert error.exit_code == 3
+            codes.add(error.exit_code)
         else:
             unnoticed.append((file, name))
     assert count == 7 * (2 * (8 + 1 + 1) + 9 + 2)  # arrays, examples and commit per shard; metadata; two more
+    assert codes == {3}
     assert unnoticed == [("manifest.json", "truncate")]  # the newline at its end
     read_everything(root)
 
@@ -194,7 +195,7 @@ def test_two_shard_files_that_were_swapped_are_noticed(copy: Path):
         assert first != second, name
         (copy / a[name]).write_bytes(second)
         (copy / b[name]).write_bytes(first)
-        with pytest.raises(CacheDamageError, match="another size|was changed") as caught:
+        with pytest.raises(CacheDamageError, match=r"another size|was changed") as caught:
             read_everything(copy)
         assert caught.value.details["array"] == name
         (copy / a[name]).write_bytes(first)

@@ -13,6 +13,7 @@ import torch
 
 from kd.cache_builder.build import parameter_count
 from kd.data.errors import DataError, TeacherError
+from kd.data.forward import split_head
 from kd.data.models import (
     SHAPES,
     ModelRequest,
@@ -23,7 +24,6 @@ from kd.data.models import (
     max_positions,
     model_identity,
     resolve_device,
-    split_head,
     weight_digests,
 )
 

@@ -246,8 +246,8 @@ ARTICLES = """\
  = Valkyria Chronicles = \n
  Text of the first . \n
  = = Gameplay = = \n
- = not a title after a full line
- More text . \n
+ More text .
+ = Not a title after a full line = \n
  = M = \n
  A film with a short name . \n
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,8 @@ from kd.student_trainer.card import render_card, write_card
 def parse(text: str) -> tuple[dict[str, object], dict[str, str], str]:
     """Front matter, the cells of all tables, and the whole text."""
     _, front, body = text.split("---\n", 2)
-    cells = [
-        line.strip("| ").split(" | ", 1) for line in body.splitlines() if line.startswith("| ") and " | " in line[2:]
-    ]
-    return yaml.safe_load(front), {name: value for name, value in cells}, body
+    rows = re.findall(r"^\| (.+?) \| (.*) \|$", body, re.MULTILINE)
+    return yaml.safe_load(front), dict(rows), body
 
 
 def test_a_card_names_cache_teacher_and_scores(run, kl_reader, student_dir) -> None:

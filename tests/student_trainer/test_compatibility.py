@@ -16,6 +16,10 @@ from kd.student_trainer.compatibility import refuse_narrow_student, refuse_other
 from kd.student_trainer.losses import LOSSES, TAILS, Objective
 
 
+def refuse_tokenizer(reader: CacheReader, tokenizer) -> None:
+    refuse_other_tokenizer(reader, tokenizer, purpose="--loss kl", advice="a student of the family")
+
+
 def resolve(
     profile: str, *, loss: str = "kl", tail: str = "auto", alpha: float | None = None, temperature: float = 1.0
 ):

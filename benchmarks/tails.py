@@ -1,0 +1,91 @@
+"""What a truncated teacher costs: relative error of the student's gradient against the full distribution.
+
+    python benchmarks/tails.py --student demo-out/finetuned
+
+Teacher: the embedded one. Student: any model with its tokenizer. For 1,024 held-out positions, the gradient of
+each loss with respect to the student's logits is compared with that of the dense KL in float64, as
+RMS(error) / RMS(dense) over positions | the same for the sum over all positions (bias shows there, variance averages
+out). The rule `rest^(1/T)` treats the left-over mass as one token when it is tempered, as DistillKit does.
+Also printed: the true tail mass at T and what that rule makes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from kd.cache_builder.sparsify import draw
+from kd.data.blocks import BlockConfig, tokenize_corpus
+from kd.data.models import ModelRequest, load_model, load_request_tokenizer
+from kd.data.sources import load_corpus
+from kd.student_trainer.losses import LossTargets, kl_ghost, kl_renorm, kl_sampled
+
+
+def logits_of(name: str, rows: list[Tensor]) -> Tensor:
+    """`[N, V]` float64 logits that predict each token of `rows` but the first."""
+    model = load_model(ModelRequest(name, device="cpu"))
+    with torch.inference_mode():
+        return torch.cat([model(r[None]).logits[0, :-1] for r in rows]).double()
+
+
+def gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    return torch.autograd.grad(loss.sum(), logits)[0]
+
+
+def errors(found: Tensor, dense: Tensor) -> str:
+    rms = (found - dense).norm() / dense.norm()
+    batch = (found - dense).sum(0).norm() / dense.sum(0).norm()
+    return f"{float(rms):.3f} | {float(batch):.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--positions", type=int, default=1024)
+    args = parser.parse_args()
+    tokenizer = load_request_tokenizer(ModelRequest("demo"))
+    rows: list[Tensor] = []
+    for row in tokenize_corpus(load_corpus("demo:heldout"), tokenizer, BlockConfig(129)):
+        if len(row.input_ids) == 129 and len(rows) < args.positions // 128:
+            rows.append(torch.from_numpy(row.input_ids).long())
+    teacher = logits_of("demo", rows)
+    student = logits_of(args.student, rows).clone().requires_grad_()
+    torch.manual_seed(0)
+    print(f"{len(teacher)} positions, vocabulary {teacher.shape[1]}; RMS over positions | sum over the batch")
+    print(f"{'':<24}" + "".join(f"{f'T={t} k={k}':>18}" for t in (1, 2, 4) for k in (16, 64)))
+    lines: dict[str, list[str]] = {
+        n: [] for n in ("renormalised", "rest^(1/T)", "ghost, exact log Z", "k draws from p")
+    }
+    masses: list[str] = []
+    for temperature in (1, 2, 4):
+        p = (teacher / temperature).softmax(1)
+        dense = gradient((p * (p.log() - (student / temperature).log_softmax(1))).sum(1), student)
+        for k in (16, 64):
+            values, ids = p.topk(k)
+            one = teacher.softmax(1).gather(1, ids)
+            left = 1 - one.sum(1)
+            tempered = torch.cat([one, left[:, None]], 1) ** (1 / temperature)
+            tempered /= tempered.sum(1, keepdim=True)
+            gold = torch.zeros(len(ids), dtype=torch.long)
+            exact = LossTargets(gold, ids, values.log(), 1 - values.sum(1))
+            naive = LossTargets(gold, ids, tempered[:, :-1].log(), tempered[:, -1])
+            drawn = draw(teacher - teacher.amax(1, keepdim=True), torch.rand(len(ids), k, dtype=torch.float64).numpy())
+            samples = LossTargets(gold, sample_ids=drawn[0], sample_counts=drawn[1])
+            for name, loss in (
+                ("renormalised", kl_renorm(student, exact, temperature=temperature)),
+                ("rest^(1/T)", kl_ghost(student, naive, temperature=temperature)),
+                ("ghost, exact log Z", kl_ghost(student, exact, temperature=temperature)),
+            ):
+                lines[name].append(errors(gradient(loss, student), dense))
+            drawn_error = errors(gradient(kl_sampled(student, samples), student), dense) if temperature == 1 else "-"
+            lines["k draws from p"].append(drawn_error)
+            masses.append(f"{float((1 - values.sum(1)).mean()):.3f} / {float(tempered[:, -1].mean()):.3f}")
+    for name, cells in lines.items():
+        print(f"{name:<24}" + "".join(f"{c:>18}" for c in cells))
+    print(f"{'tail mass true / rule':<24}" + "".join(f"{c:>18}" for c in masses))
+
+
+if __name__ == "__main__":
+    main()

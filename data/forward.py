@@ -1,0 +1,123 @@
+"""A causal model run over examples: taken apart at the output layer, batches by length, rows of logits in chunks.
+
+Shared by the teacher pass, the student's loss and the evaluation, so that all of them see the same positions.
+`[batch, T, V]` logits are never formed: hidden states come for whole batches, the output layer is applied to a few
+rows at a time (at V = 50k and 8,192 tokens the full tensor would be 1.6 GB per copy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kd.data.errors import TeacherError
+from kd.data.models import Model
+
+if TYPE_CHECKING:
+    import torch
+
+CPU_CHUNK_BYTES = 30 * 2**20
+"""A float32 chunk of logits on a CPU: above 32 MB glibc maps and zeroes fresh pages for every tensor, which costs
+30-80 % of the time of the output layer (benchmarks/chunks.py)."""
+GPU_CHUNK_BYTES = 256 * 2**20
+
+
+def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Numbers into `lengths`, longest first, each batch at most `tokens_per_batch` tokens with its padding.
+
+    A single example longer than that is a batch of its own.
+    """
+    result: list[list[int]] = []
+    width = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if result and (len(result[-1]) + 1) * width <= tokens_per_batch:
+            result[-1].append(i)
+        else:
+            result.append([i])
+            width = lengths[i]
+    return result
+
+
+def head_rows(vocabulary_size: int, device_type: str) -> int:
+    """Rows of the output layer to compute at once: 16 to 1,024, a multiple of 16, whose logits fit the budget."""
+    budget = CPU_CHUNK_BYTES if device_type == "cpu" else GPU_CHUNK_BYTES
+    return min(1024, max(16, budget // (4 * vocabulary_size) // 16 * 16))
+
+
+@dataclass(frozen=True)
+class LanguageModelHead:
+    """A causal model taken apart: `hidden = backbone(...)`, `logits = hidden @ weight.T + bias`."""
+
+    backbone: Any
+    weight: torch.Tensor
+    """[V, d]"""
+    bias: torch.Tensor | None
+    """[V] or None"""
+
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`[B, T] -> [B, T, d]` after the final norm."""
+        return self.backbone(  # type: ignore[no-any-return]
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> torch.Tensor:
+        """`[N, d]` hidden states that predict the tokens of `targets`, one example after another.
+
+        `contexts[b] [C >= 1]` and `targets[b] [n]` are token ids; one forward pass over all examples, padded on
+        the right: a causal model never looks there.
+        """
+        import torch
+
+        lengths = [len(c) + len(t) for c, t in zip(contexts, targets, strict=True)]
+        ids = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+        for b, (context, target) in enumerate(zip(contexts, targets, strict=True)):
+            ids[b, : lengths[b]] = np.concatenate([context, target])
+        device = self.weight.device
+        mask = None
+        if min(lengths) != max(lengths):  # positions are counted from it
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
+        hidden = self.hidden(torch.from_numpy(ids).to(device), mask)
+        return torch.cat([hidden[b, len(c) - 1 : lengths[b] - 1] for b, c in enumerate(contexts)])
+
+
+def split_head(model: Model) -> LanguageModelHead:
+    """Take a causal model apart, and prove on a few tokens that the parts give the model's own logits.
+
+    Raises TeacherError for architectures that do something between the last hidden state and the logits
+    (soft-capping, scaling): chunked heads would be silently wrong for them. The proof amplifies the output layer
+    until its largest value is 1000: a soft cap at 30 hardly bends the small logits of a small or untrained model.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or model.base_model is model:
+        raise TeacherError("the model's output layer is not a plain linear layer", where=type(model).__name__,
+                           found=type(head).__name__, expected="torch.nn.Linear",
+                           try_="without adapters or quantisation on lm_head")  # fmt: skip
+    parts = LanguageModelHead(model.base_model, head.weight, head.bias)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
+        got = torch.nn.functional.linear(parts.hidden(ids, None), head.weight, head.bias).float()
+        gain = 1000 / max(float(got.abs().max()), 1e-6)
+        got *= gain
+        hook = head.register_forward_hook(lambda module, inputs, output: output * gain)
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            hook.remove()
+            model.train(training)
+    if not bool(torch.isfinite(expected).all()):
+        raise TeacherError("the model's logits are not finite", where=type(model).__name__,
+                           found="NaN or infinity on four tokens", try_="--dtype float32 or bfloat16, and check the "
+                           "weights")  # fmt: skip
+    # the same product twice; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
+    if got.shape != expected.shape or not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
+        raise TeacherError("the model changes its logits after the output layer", where=type(model).__name__,
+                           found=f"largest difference {float((got - expected).abs().max()):.3g}",
+                           expected="logits = lm_head(last hidden state)")  # fmt: skip
+    return parts
