@@ -112,9 +112,12 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' and datasets' own progress off stderr; warnings stay."""
+    """Keep the libraries' own progress bars and notices off stderr; errors stay."""
+    import logging
+
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on every import
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

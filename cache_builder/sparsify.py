@@ -1,8 +1,8 @@
 """From a teacher's logits to what is kept of them, chunk by chunk, on the teacher's device.
 
 Everything is taken from one chunk `[n, V]` of float32 logits: top-k on the raw logits, one log-normaliser per
-temperature, gold log-probability and rank, seeded draws, rank bands. log_softmax is never formed: top-k plus
-logsumexp is 10-15 % faster than log_softmax plus top-k on the full tensor (docs/log.md).
+temperature, gold log-probability and rank, seeded draws, rank bands. No log_softmax over the vocabulary is formed, and
+the two scratch tensors of that size are reused.
 
 Where temperatures double (1, 2, 4), exp(x/2) is squared into exp(x): one pass of exp serves the whole grid.
 """

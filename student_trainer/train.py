@@ -183,6 +183,7 @@ def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        ddp_find_unused_parameters=False,  # every parameter takes part in the loss
         accelerator_config={"even_batches": False, "dispatch_batches": False},
     )
     if arguments.n_gpu > 1:  # one process uses one device: DataParallel would split positions apart from their rows

@@ -1,0 +1,48 @@
+"""The documents say what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("data", "cache_builder", "student_trainer", "evaluation", "benchmarks", "scripts")
+
+
+def tree() -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text[text.index("## The tree") :]
+
+
+def test_the_tree_names_every_module() -> None:
+    named = set(re.findall(r"[\w-]+\.py\b", tree()))
+    there = {p.name for package in PACKAGES for p in (ROOT / package).glob("*.py") if p.name != "__init__.py"}
+    assert named == there | {"cli.py"}
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    from kd.cli import cli
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^    kd (.+)$", text, flags=re.MULTILINE):
+        words = line.split()
+        command = cli.commands[words[0]]
+        if words[0] in ("cache", "data"):
+            command = command.commands[words[1]]  # type: ignore[attr-defined]
+        known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        used = {w for w in line.partition("  #")[0].split() if w.startswith("--")}
+        assert used <= known, used - known
+
+
+def test_files_that_documents_point_to_exist() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for path in re.findall(
+            r"`((?:docs|tests|benchmarks|scripts|data|cache_builder|student_trainer|evaluation)/[\w./-]+)`", text
+        ):
+            assert (ROOT / path).exists(), f"{name} points to {path}"
+
+
+def test_no_placeholder_is_left() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"\b[A-Z]+_[A-Z]+\b(?!`)", text.replace("KD_SHARED", "")), "a placeholder in README.md"
