@@ -3,7 +3,7 @@
     python benchmarks/bench.py                # make bench
     python benchmarks/bench.py --shape gpt2 --tokens 4096 --repeats 3
 
-Every case runs in a process of its own (peak memory is the process's, above what it held once the model was loaded)
+Every case runs in a process of its own (peak memory is what is resident above the process with its model loaded)
 and the cases take turns, so that a machine that slows down slows them all; ratios are of medians. The model has the
 real GPT-2 vocabulary and random weights; text and tokenizer are the embedded ones. Speeds on a shared machine are
 noise; read the ratios.
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,28 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Memory:
+    """Highest resident memory while it runs, in MB, above `base` MB (default: what is resident at the start)."""
+
+    def __init__(self, base: float | None = None) -> None:
+        self.base = resident_mb() if base is None else base
+        self.peak = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.peak = max(self.peak, resident_mb())
+
+    def stop(self) -> float:
+        self._done.set()
+        self._thread.join()
+        return self.peak - self.base
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def batches(tokens: int) -> Any:
@@ -83,7 +104,7 @@ def case_bare(work: Path, tokens: int, keep: bool = False) -> dict[str, float]:
     import torch
 
     model = load(work / "model").eval()
-    seconds, count, base = 0.0, 0, peak_mb()
+    seconds, count, memory = 0.0, 0, Memory()
     with torch.inference_mode():
         model(next(batches(0))[:1, :8])
         for ids in batches(tokens):
@@ -93,7 +114,7 @@ def case_bare(work: Path, tokens: int, keep: bool = False) -> dict[str, float]:
                 logits.float().log_softmax(-1).topk(64)
             seconds += time.perf_counter() - started
             count += ids.numel()
-    return {"tokens_per_second": count / seconds, "peak_mb": peak_mb() - base}
+    return {"tokens_per_second": count / seconds, "peak_mb": memory.stop()}
 
 
 def case_naive(work: Path, tokens: int) -> dict[str, float]:
@@ -126,13 +147,16 @@ def build_cache(work: Path, out: Path, tokens: int) -> Any:
 
 def case_kd(work: Path, tokens: int) -> dict[str, float]:
     out = Path(tempfile.mkdtemp(dir=work)) / "cache"
-    load(work / "model")  # the same libraries and pages in memory before the base is taken
-    base = peak_mb()
+    size = (work / "model" / "model.safetensors").stat().st_size / 2**20
     plan, steps = build_cache(work, out, tokens)
+    before = resident_mb()
+    next(steps)  # the model is loaded and the first batch is through
+    memory = Memory(before + size)
     *_, last = steps
+    peak = memory.stop()
     shutil.rmtree(out.parent)
     rate = last.tokens_per_second * plan.tokens / plan.manifest.rows
-    return {"tokens_per_second": rate, "peak_mb": peak_mb() - base, **{f"s_{k}": v for k, v in last.seconds.items()}}
+    return {"tokens_per_second": rate, "peak_mb": peak, **{f"s_{k}": v for k, v in last.seconds.items()}}
 
 
 def case_plain(work: Path, tokens: int) -> dict[str, float]:
@@ -140,7 +164,7 @@ def case_plain(work: Path, tokens: int) -> dict[str, float]:
 
     model = load(work / "model").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    base, seconds, count = peak_mb(), 0.0, 0
+    memory, seconds, count = Memory(), 0.0, 0
     for number, ids in enumerate(batches(tokens + BATCH * SEQ_LEN)):
         started = time.perf_counter()
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -149,7 +173,7 @@ def case_plain(work: Path, tokens: int) -> dict[str, float]:
         if number:  # the first step allocates the optimizer's state
             seconds += time.perf_counter() - started
             count += ids.numel()
-    return {"tokens_per_second": count / seconds, "peak_mb": peak_mb() - base}
+    return {"tokens_per_second": count / seconds, "peak_mb": memory.stop()}
 
 
 def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
@@ -171,7 +195,7 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
         reader, lengths, seed=0, count=1 + max(1, tokens // (BATCH * SEQ_LEN)), tokens_per_batch=BATCH * SEQ_LEN
     )
     data, collate = CachedExamples(reader), Collator(objective)
-    base, seconds, count = peak_mb(), 0.0, 0
+    memory, seconds, count = Memory(), 0.0, 0
     for number, examples in enumerate(plan.batches):
         started = time.perf_counter()
         batch = collate(data.__getitems__(list(examples)))
@@ -182,7 +206,7 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
         if number:
             seconds += time.perf_counter() - started
             count += batch["input_ids"].numel()
-    return {"tokens_per_second": count / seconds, "peak_mb": peak_mb() - base}
+    return {"tokens_per_second": count / seconds, "peak_mb": memory.stop()}
 
 
 def case_student_ce(work: Path, tokens: int) -> dict[str, float]:
