@@ -118,10 +118,13 @@ def train(
     seconds = time.perf_counter() - started
     last = trainer.last_record or read_metrics(out)[-1]  # none, where only the last checkpoint was left to write out
     detach_loss(model)
+    model.config.use_cache = True
+    if not config.lora:
+        trainer.save_model(str(out))  # on every process: FSDP gathers its shards here
     if trainer.is_world_process_zero():
-        finished = trained.merge_and_unload() if config.lora else model
-        finished.config.use_cache = True
-        finished.save_pretrained(out)
+        if config.lora:
+            trained.merge_and_unload().save_pretrained(out)
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says the same
         tokenizer.save_pretrained(out)
     result = TrainResult(
         str(out), steps, last.tokens, seconds, trainer.tokens_this_run / seconds, last.loss, last.kd, last.ce,
