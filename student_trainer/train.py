@@ -124,7 +124,7 @@ def train(
     if trainer.is_world_process_zero():
         if config.lora:
             trained.merge_and_unload().save_pretrained(out)
-        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says the same
+        (out / "training_args.bin").unlink(missing_ok=True)  # written with torch.save; run.json says the same
         tokenizer.save_pretrained(out)
     result = TrainResult(
         str(out), steps, last.tokens, seconds, trainer.tokens_this_run / seconds, last.loss, last.kd, last.ce,
