@@ -279,7 +279,7 @@ def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[s
     )  # fmt: skip
     window = max_positions(load_config(request))
     blocks = BlockConfig(
-        seq_len or min(512, window or 512), stride, bos, eos, separator.encode().decode("unicode_escape")
+        seq_len or min(512, window or 512), stride, bos, eos, separator.replace("\\n", "\n").replace("\\t", "\t")
     )
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
     corpus = load_corpus(spec, split=split, columns=columns, limit=limit)
