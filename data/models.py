@@ -235,6 +235,9 @@ def weight_digests(name: str, revision: str | None) -> dict[str, Any]:
 
 def _weight_files(names: list[str], where: str) -> list[str]:
     """The files `from_pretrained` prefers: safetensors, else PyTorch's."""
+    if {"adapter_config.json", "adapter_model.safetensors"} & set(names):  # loaded silently, and not what is hashed here
+        raise DataError("an adapter lies beside the weights", where=where, found="adapter_config.json or its weights",
+                        expected="a merged model", try_="peft's merge_and_unload, then save_pretrained")  # fmt: skip
     for prefix, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         found = sorted(n for n in names if n.startswith(prefix) and n.endswith(suffix))
         if found:
