@@ -343,7 +343,7 @@ def cache_summary(path: Path) -> dict[str, Any]:
     rows = sum(manifest.shards[i][2] for i in done)
     arrays = {}
     for spec in manifest.arrays:
-        stored = sum((path / store.shard_files([spec], i)[spec.name]).stat().st_size for i in done)
+        stored = sum(store.file_size(path, store.shard_files([spec], i)[spec.name], shard=i) for i in done)
         arrays[spec.name] = round(stored / rows, 2) if rows else None
     return {
         "fingerprint": manifest.fingerprint,
@@ -484,14 +484,17 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     config = config_from(options, config_file)
     scores: list[tuple[str, str]] = []
     result: dict[str, Any] = {}
-    student = "random:demo-student" if config.student == "demo" else config.student
+    alike = {"data": eval_data, "split": eval_split, "device": config.device, "dtype": "float32"}
     if eval_data:
-        result["perplexity_before"] = held_out_perplexity(student, eval_data, eval_split, config.tokenizer, config.seed)
+        student = "random:demo-student" if config.student == "demo" else config.student
+        result["perplexity_before"] = held_out_perplexity(
+            student, revision=config.revision, tokenizer=config.tokenizer, seed=config.seed, **alike
+        )
     result = asdict(run_training(config, resume)) | result
     if int(os.environ.get("RANK", "0")) != 0:
         return
     if eval_data:
-        result["perplexity_after"] = held_out_perplexity(config.out, eval_data, eval_split)
+        result["perplexity_after"] = held_out_perplexity(config.out, **alike)
         scores = [
             (f"perplexity on {eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}")
             for when in ("before", "after")
@@ -511,9 +514,9 @@ def run_training(config: Any, resume: bool = False) -> Any:
             s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"))  # fmt: skip
 
 
-def held_out_perplexity(model: str, spec: str, split: str | None, tokenizer: str | None = None, seed: int = 0) -> float:
-    """Perplexity of a model on a data spec, with a progress bar."""
-    report = run_evaluation(model, ["perplexity"], data=spec, split=split, tokenizer=tokenizer, seed=seed)
+def held_out_perplexity(model: str, **options: Any) -> float:
+    """Perplexity of a model on a data spec, with a progress bar; options of `run_tasks`."""
+    report = run_evaluation(model, ["perplexity"], **options)
     return float(report.tasks["perplexity"]["perplexity"]["value"])
 
 

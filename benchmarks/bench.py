@@ -37,7 +37,7 @@ BATCH = 8
 
 def shape_config(name: str) -> Any:
     """`gpt2`, or `small`: the GPT-2 vocabulary on a body a laptop can run (d=256, 4 layers)."""
-    from kd.data.models import SHAPES
+    from kd.data.shapes import SHAPES
 
     config = SHAPES["gpt2"]()
     if name == "small":

@@ -11,7 +11,6 @@ same bytes.
 from __future__ import annotations
 
 import platform
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,19 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder import codecs, store
-from kd.cache_builder.files import write_error
+from kd.cache_builder.files import unfinished, write_error
 from kd.cache_builder.manifest import CacheManifest, Layout, check_bounds, load_manifest, refuse_mismatch
 from kd.cache_builder.targets import PROFILES, RawTargets, TargetConfig
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import CacheError, CacheMismatchError, DataError
 from kd.data.forward import split_head
+from kd.data.identity import model_identity, pinned
 from kd.data.models import (
     ModelRequest,
     load_config,
     load_model,
     load_request_tokenizer,
     max_positions,
-    model_identity,
+    parameter_count,
+    require_causal,
 )
 from kd.data.sources import Corpus
 from kd.data.tokenizer import token_bytes, tokenizer_fingerprint, vocabulary_size
@@ -98,7 +99,9 @@ class BuildProgress:
 
 def plan_build(request: BuildRequest) -> BuildPlan:
     """Tokenise, cut into shards, work out the identity. Raises KdError on anything that could not be built."""
+    request = replace(request, teacher=pinned(request.teacher), targets=request.targets.normalised())
     config = load_config(request.teacher)
+    require_causal(request.teacher, config)
     limit = max_positions(config)
     if limit is not None and request.blocks.seq_len > limit:
         raise DataError("the sequence length is longer than the teacher's positions",
@@ -112,10 +115,11 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     # Padded logit columns cannot be emitted and are left out of every sum; random weights keep their real width.
     size = width if request.teacher.random_shape is not None else own
     request.targets.check_vocabulary(size)
+    request = replace(request, blocks=request.blocks.normalised(request.corpus.kind, tokenizer))
     vocabulary = token_bytes(tokenizer)
     rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks))
     identity = {
-        "teacher": _portable(model_identity(request.teacher), request.teacher) | {"vocabulary_size": size},
+        "teacher": model_identity(request.teacher) | {"vocabulary_size": size},
         "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer), "entries": own},
         "corpus": {"text_digest": request.corpus.digest, "kind": request.corpus.kind},
         "blocks": asdict(request.blocks),
@@ -146,12 +150,6 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     return BuildPlan(request, manifest, rows, vocabulary, set(tokenizer.all_special_ids))
 
 
-def _portable(identity: dict[str, Any], teacher: ModelRequest) -> dict[str, Any]:
-    """A folder's path is not part of what a model is: its weights and configuration are."""
-    local = teacher.random_shape is None and (teacher.name == "demo" or Path(teacher.name).expanduser().is_dir())
-    return identity | {"model": "local"} if local else identity
-
-
 def _provenance(request: BuildRequest) -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
     return {
@@ -171,8 +169,7 @@ def _existing(out: Path) -> CacheManifest | None:
         raise CacheError("the output is not a directory", where=out, try_="another --out")
     if (out / "manifest.json").exists() or (out / "building.json").exists():
         return load_manifest(out)
-    unfinished = re.compile(r"\.staging-.*|\..*\.json\..*\.tmp")  # of a build killed before its first record
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in OWN_NAMES and not unfinished.fullmatch(p.name))
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in OWN_NAMES and not unfinished(p.name))
     if foreign:
         raise CacheError("the output directory is not empty and not a cache", where=out,
                          found=", ".join(foreign[:5]), expected="an empty or new directory")  # fmt: skip
@@ -204,9 +201,8 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
     writer = store.ShardWriter(request.out, manifest)
     try:
         writer.sweep()
-        if not manifest.files:
-            writer.create(plan.vocabulary)
-            manifest = writer.manifest
+        if not manifest.complete:
+            manifest = writer.create(plan.vocabulary)
         if manifest.complete:
             writer.tidy()
             total = len(manifest.shards)
@@ -237,7 +233,10 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
         with ThreadPoolExecutor(1, thread_name_prefix="kd-writer") as pool:
             pending: Future[None] | None = None
             for i in todo:
-                first, stop, _ = manifest.shards[i]
+                first, stop, size = manifest.shards[i]
+                if store.commit_path(request.out, i).exists():  # another builder was faster
+                    done_rows, done_shards = done_rows + size, done_shards + 1
+                    continue
                 rows = plan.rows[first:stop]
                 raw, before = None, done_rows
                 for scored, finished in collect(rows, teacher.run(rows, first)):
@@ -342,13 +341,3 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "device": device,
         "committed_shards": len(store.committed(plan.request.out, len(plan.manifest.shards))),
     }
-
-
-def parameter_count(request: ModelRequest) -> int:
-    """Parameters of a model, counted on the meta device (no weights are made or read)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(replace(request, load_in_4bit=False)))
-    return sum(p.numel() for p in model.parameters())

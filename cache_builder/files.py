@@ -7,8 +7,11 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +52,68 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+ABANDONED_SECONDS = 24 * 3600
+"""Unfinished files of a host that cannot be asked are given up when nothing touched them for this long."""
+_TOKEN = secrets.token_hex(4)
+"""Tells this process from an earlier one of the same number."""
+
+
+def unfinished(name: str) -> bool:
+    """Is this the name of a file or folder that a build has not published yet?"""
+    return re.fullmatch(r"\.staging-.*|\..*\.json\..*\.tmp", name) is not None
+
+
+def _host() -> str:
+    """Where process numbers mean the same: the host's name, and the pid namespace, for containers that share it."""
+    try:
+        namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:  # not Linux
+        namespace = "0"
+    return f"{socket.gethostname()}-{namespace}"
+
+
 def process_tag() -> str:
-    """`host-pid`: what marks this process's unfinished files."""
-    return f"{socket.gethostname()}-{os.getpid()}"
+    """`host-namespace-pid-token`: what marks this process's unfinished files."""
+    return f"{_host()}-{os.getpid()}-{_TOKEN}"
 
 
-def sweep(folder: Path, *, everything: bool = False) -> None:
-    """Remove what killed processes left in `folder`: `.NAME.json.host-pid.tmp` files, `.staging-host-pid` folders.
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in `folder`: `.NAME.json.TAG.tmp` files, `.staging-TAG` folders.
 
-    Those of this host's dead processes and of this very process; `everything` takes other hosts' too.
+    Those of this host's dead processes, and those of other hosts that nothing touched for `ABANDONED_SECONDS`: what
+    a live process is about to publish stays.
     """
-    mine = re.compile(rf"\.(?:.+\.json\.|staging-){re.escape(socket.gethostname())}-(\d+)(?:\.tmp)?")
+    here = re.compile(rf"\.(?:.+\.json\.|staging-){re.escape(_host())}-(\d+)-([0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
     for path in [*folder.glob(".*.tmp"), *folder.glob(".staging-*")]:
-        match = mine.fullmatch(path.name)
-        abandoned = match and (match[1] == str(os.getpid()) or not Path(f"/proc/{match[1]}").exists())
-        if everything or abandoned:
+        match = here.fullmatch(path.name)
+        if match is None:
+            abandoned = _untouched(path)
+        elif int(match[1]) == os.getpid():
+            abandoned = match[2] != _TOKEN
+        else:
+            abandoned = not _alive(int(match[1]))
+        if abandoned:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _untouched(path: Path) -> bool:
+    with suppress(OSError):  # it may be moved while we look
+        newest = max(p.lstat().st_mtime for p in [path, *path.rglob("*")])
+        return time.time() - newest > ABANDONED_SECONDS
+    return False
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -76,6 +122,24 @@ def publish(temporary: Path, final: Path) -> None:
     sync_file(temporary)
     os.replace(temporary, final)
     sync_folder(final.parent)
+
+
+def publish_first(temporary: Path, final: Path) -> bool:
+    """As `publish`, unless something has that name already: then False, and the temporary file is removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    sync_file(temporary)
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if final.exists():
+            return False
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(final.parent)
+    return True
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,24 @@ from kd.cache_builder.files import (
     canonical_json,
     process_tag,
     publish,
+    publish_first,
     read_json,
     sha256_of,
     sweep,
     sync_folder,
     write_atomic,
 )
-from kd.cache_builder.manifest import CacheManifest, Layout, ShardRecord, shard_record
-from kd.data.errors import CacheDamageError
+from kd.cache_builder.manifest import (
+    BUILDING,
+    MANIFEST,
+    CacheManifest,
+    Layout,
+    ShardRecord,
+    load_manifest,
+    refuse_mismatch,
+    shard_record,
+)
+from kd.data.errors import CacheDamageError, CacheMismatchError
 
 TARGETS = "targets.zarr"
 VOCABULARY = "vocabulary.parquet"
@@ -106,6 +117,9 @@ def group_files(arrays: Sequence[ArraySpec]) -> list[str]:
     return [f"{TARGETS}/zarr.json", *(f"{TARGETS}/{a.name}/zarr.json" for a in arrays)]
 
 
+_WRITERS = count()
+
+
 class ShardWriter:
     """Writes whole shards of one cache. Any number of writers may work on disjoint shards."""
 
@@ -113,7 +127,7 @@ class ShardWriter:
         self.root = root
         self.manifest = manifest
         self.arrays = manifest.arrays
-        self.staging = root / f".staging-{process_tag()}"
+        self.staging = root / f".staging-{process_tag()}.{next(_WRITERS)}"
 
     def sweep(self) -> None:
         """Remove what killed builds of this host left behind."""
@@ -121,28 +135,45 @@ class ShardWriter:
             sweep(folder)
 
     def tidy(self) -> None:
-        """Leave nothing but the finished cache: every shard is committed, nobody needs what a killed host left."""
+        """Leave nothing but the finished cache, and what a live builder of another host has staged."""
         self.close()
-        for folder in (self.root, self.root / "commits"):
-            sweep(folder, everything=True)
-        if (self.root / "building.json").exists():  # asked first: a finished cache may be on a read-only disk
-            (self.root / "building.json").unlink(missing_ok=True)
+        self.sweep()
+        if (self.root / BUILDING).exists():  # asked first: a finished cache may be on a read-only disk
+            (self.root / BUILDING).unlink(missing_ok=True)
             sync_folder(self.root)
 
     def create(self, vocabulary: list[bytes]) -> CacheManifest:
-        """Lay out the directory: metadata, vocabulary, `building.json`. Returns the manifest with their digests."""
+        """Lay out the directory, where that is still to do: `building.json`, metadata, vocabulary.
+
+        `building.json` comes first and holds the digests of the rest: of two builders that start at once, the
+        second continues with the first one's document, or learns here that it describes another cache. Returns the
+        manifest with the digests. Raises CacheMismatchError.
+        """
+        names = [*group_files(self.arrays), VOCABULARY]
+        if self.manifest.files and all((self.root / name).is_file() for name in names):
+            return self.manifest
         self.root.mkdir(parents=True, exist_ok=True)
         self._stage()
-        for name in group_files(self.arrays):
-            publish(self.staging / name, self.root / name)
         table = pa.table(
             {"id": pa.array(range(len(vocabulary)), pa.int32()), "piece": pa.array(vocabulary, pa.binary())}
         )
         pq.write_table(table, self.staging / VOCABULARY, compression="zstd")
-        publish(self.staging / VOCABULARY, self.root / VOCABULARY)
-        files = {n: file_entry(self.root / n) for n in [*group_files(self.arrays), VOCABULARY]}
-        self.manifest = CacheManifest(**{**_shallow(self.manifest), "files": files})
-        self.manifest.save(self.root, "building.json")
+        files = {n: file_entry(self.staging / n) for n in names}
+        mine = CacheManifest(**{**_shallow(self.manifest), "files": files})
+        if not self.manifest.files:
+            (self.staging / BUILDING).write_text(mine.to_json(), encoding="utf-8")
+            publish_first(self.staging / BUILDING, self.root / BUILDING)
+        theirs = load_manifest(self.root)
+        refuse_mismatch(self.root, mine.identity, theirs)
+        if (theirs.layout, theirs.files) != (mine.layout, files):
+            raise CacheMismatchError("another builder laid this directory out differently", cache=self.root,
+                                     found=f"{theirs.layout.shard_rows} rows per shard",
+                                     expected=f"{mine.layout.shard_rows}, and files by the same library versions",
+                                     try_="the same --shard-rows and versions for all builders")  # fmt: skip
+        self.manifest = theirs
+        for name in names:
+            if not (self.root / name).is_file():
+                publish(self.staging / name, self.root / name)
         self.close()
         return self.manifest
 
@@ -157,7 +188,10 @@ class ShardWriter:
     def write(
         self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]], quality: dict[str, float]
     ) -> ShardRecord:
-        """Stage, move and commit one shard. `stored` holds its rows; `examples` its rows of EXAMPLE_SCHEMA."""
+        """Stage, move and commit one shard. `stored` holds its rows; `examples` its rows of EXAMPLE_SCHEMA.
+
+        A shard that another builder has committed meanwhile stays as it is: its commit knows its bytes, not ours.
+        """
         self._stage()
         first, stop, rows = self.manifest.shards[index]
         start = index * self.manifest.layout.shard_rows
@@ -174,6 +208,10 @@ class ShardWriter:
         parquet.parent.mkdir(exist_ok=True)
         columns = {name: [e[name] for e in examples] for name in EXAMPLE_SCHEMA.names}
         pq.write_table(pa.table(columns, EXAMPLE_SCHEMA), parquet, compression="zstd")
+        if commit_path(self.root, index).exists():
+            for name in files.values():
+                (self.staging / name).unlink()
+            return read_commit(self.root, self.manifest, index)
         for name in files.values():
             publish(self.staging / name, self.root / name)
         record = ShardRecord(
@@ -201,7 +239,7 @@ class ShardWriter:
                 quality[name] = quality.get(name, 0.0) + value
         commits = tuple(sha256_of(commit_path(self.root, i)) for i in range(len(records)))
         self.manifest = CacheManifest(**{**_shallow(self.manifest), "quality": quality, "commits": commits})
-        self.manifest.save(self.root, "manifest.json")
+        self.manifest.save(self.root, MANIFEST)
         self.tidy()
         return self.manifest
 
@@ -236,13 +274,18 @@ def read_commit(root: Path, manifest: CacheManifest, index: int) -> ShardRecord:
     return record
 
 
+def file_size(root: Path, name: str, **where: object) -> int:
+    """Bytes of a file of the cache. Raises CacheDamageError when it is missing."""
+    try:
+        return (root / name).stat().st_size
+    except OSError as error:
+        raise CacheDamageError("a file of the cache is missing", file=root / name, **where,
+                               try_="kd cache verify") from error  # fmt: skip
+
+
 def verify_file(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> None:
     """Raise CacheDamageError unless the file's size and SHA-256 are the recorded ones."""
-    path = root / name
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise CacheDamageError("a file of the cache is missing", file=path, **where, try_="kd cache verify") from error
+    path, size = root / name, file_size(root, name, **where)
     if size != entry["bytes"]:
         raise CacheDamageError("a file of the cache has another size", file=path, **where,
                                found=f"{size} bytes", expected=f"{entry['bytes']} bytes", try_="kd cache verify")  # fmt: skip

@@ -10,7 +10,7 @@ the top logit: log Σ_v exp((z_v - max z) / T_t) >= 0. From it every temperature
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -95,6 +95,15 @@ class TargetConfig:
             samples=kept.samples if samples is None else samples,
             tail_bands=kept.tail_bands if tail_bands is None else tail_bands,
             **rest,  # type: ignore[arg-type]
+        )
+
+    def normalised(self) -> TargetConfig:
+        """The same with every setting that changes no stored value at its default."""
+        return replace(
+            self,
+            seed=self.seed if self.samples else 0,
+            band_temperatures=self.band_temperatures if self.tail_bands else (1.0,),
+            logprob_codec=self.logprob_codec if self.top_k else "linear8",
         )
 
     def check_vocabulary(self, size: int) -> None:

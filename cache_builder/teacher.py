@@ -1,9 +1,9 @@
 """The teacher pass: token rows in, kept targets out, one shard at a time.
 
 Hidden states are computed for whole batches, the output layer only for the scored rows, `head_chunk` rows at a
-time (see `kd.data.forward`). Batches are made
-inside a shard by length and token budget, so that a resumed build makes the same batches; results go back to
-the original order. Out of memory halves the batch, then the chunk, and carries on.
+time (see `kd.data.forward`). Batches are made inside a shard by length and token budget, so that a resumed build
+makes the same batches; results go back to the original order. Out of memory halves the batch, then the chunk, and
+carries on; nothing of it is remembered for the next shard, or a resumed build would make other batches.
 """
 
 from __future__ import annotations
@@ -50,30 +50,36 @@ class Teacher:
         The chunks hold the batch's rows one example after another. Raises TeacherError naming the example
         when logits are not finite.
         """
-        pending = batches_by_length([len(r.input_ids) for r in rows], self.tokens_per_batch)[::-1]
+        lengths = [len(r.input_ids) for r in rows]
+        budget, head_chunk = self.tokens_per_batch, self.head_chunk
+        pending = batches_by_length(lengths, budget)
         while pending:
-            batch = pending.pop()
+            batch = pending.pop(0)
+            chunks, full = None, ""
             try:
-                chunks = self._score([rows[i] for i in batch], [first_example + i for i in batch])
+                chunks = self._score([rows[i] for i in batch], [first_example + i for i in batch], head_chunk)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                if len(batch) == 1 and self.head_chunk <= 16:
-                    raise TeacherError("not enough memory for a single example", where=rows[batch[0]].example.id,
-                                       found=str(error).splitlines()[0], try_="a smaller --seq-len") from error  # fmt: skip
-                if len(batch) == 1:
-                    self.head_chunk //= 2
-                    pending.append(batch)
-                else:
-                    self.tokens_per_batch = max(1, self.tokens_per_batch // 2)
-                    pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                full = str(error).splitlines()[0]
+            if chunks is not None:
+                yield batch, chunks
                 continue
-            yield batch, chunks
+            if self.device.type == "cuda":  # here, where no traceback holds the tensors any more
+                torch.cuda.empty_cache()
+            if len(batch) > 1:
+                budget = len(batch) * lengths[batch[0]] // 2
+                left = sorted(i for waiting in [batch, *pending] for i in waiting)
+                pending = [[left[i] for i in b] for b in batches_by_length([lengths[i] for i in left], budget)]
+            elif head_chunk > 16:
+                head_chunk //= 2
+                pending.insert(0, batch)
+            else:
+                raise TeacherError("not enough memory for a single example", where=rows[batch[0]].example.id,
+                                   found=full, try_="a smaller --seq-len")  # fmt: skip
 
     @torch.inference_mode()
-    def _score(self, rows: list[TokenRows], examples: list[int]) -> list[Chunk]:
+    def _score(self, rows: list[TokenRows], examples: list[int], head_chunk: int) -> list[Chunk]:
         started = time.perf_counter()
         scored = self.head.scored_hidden([r.context_ids for r in rows], [r.target_ids for r in rows])
         gold = torch.from_numpy(np.concatenate([r.target_ids for r in rows]).astype(np.int64)).to(self.device)
@@ -85,10 +91,10 @@ class Teacher:
             uniforms = np.concatenate(draws)
         self._lap("forward", started)
         chunks = []
-        for start in range(0, len(scored), self.head_chunk):
-            part = slice(start, start + self.head_chunk)
+        for start in range(0, len(scored), head_chunk):
+            part = slice(start, start + head_chunk)
             started = time.perf_counter()
-            logits = torch.nn.functional.linear(scored[part], self.head.weight, self.head.bias)
+            logits = self.head.logits(scored[part])
             started = self._lap("head", started)
             try:
                 chunk = self.sparsifier(logits, gold[part], None if uniforms is None else uniforms[part])

@@ -13,7 +13,7 @@ ends on one is context together with those before it; a character of more tokens
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,6 +45,21 @@ class BlockConfig:
         if self.stride is not None and not 1 <= self.stride < self.seq_len:
             raise DataError("the stride does not fit the sequence length", found=self.stride,
                             expected=f"1..{self.seq_len - 1} tokens", try_="--stride")  # fmt: skip
+
+    def normalised(self, kind: str, tokenizer: Tokenizer) -> BlockConfig:
+        """The same rows by other words: what `tokenize_corpus` does not look at, for this kind of corpus, is set alike.
+
+        Pairs have no stride and always end with EOS; documents have no separator; BOS and EOS are off where the
+        tokenizer has none.
+        """
+        pairs = kind != "documents"
+        return replace(
+            self,
+            stride=self.seq_len - 1 if pairs or self.stride is None else self.stride,
+            bos=self.bos and tokenizer.bos_token_id is not None,
+            eos=(self.eos or pairs) and tokenizer.eos_token_id is not None,
+            separator=self.separator if pairs else BlockConfig.separator,
+        )
 
 
 @dataclass(frozen=True)

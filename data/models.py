@@ -1,24 +1,21 @@
-"""Where models come from: a name becomes a causal language model, its tokenizer and its identity.
+"""Where models come from: a name becomes a causal language model and its tokenizer (`identity` says what it is).
 
     demo             the embedded teacher (2.7 M parameters); as a student, `random:demo-student`
     random:NAME      random weights in the real shape of a known model; no download
     a folder         anything `save_pretrained` wrote
     a hub id         through transformers, never with remote code
 
-This is the only door to `transformers` models and to bitsandbytes. Add a random shape: one line in `SHAPES`.
-Shapes were read from the models' public configs; parameter counts are checked by a test on the meta device.
+This is the only door to `transformers` models and to bitsandbytes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.data.errors import DataError, TeacherError, unknown_name
+from kd.data.shapes import SHAPES
 from kd.data.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -64,7 +61,14 @@ class ModelRequest:
     @property
     def path(self) -> str:
         """What `from_pretrained` is given."""
-        return str(EMBEDDED) if self.name == "demo" else self.name
+        if self.name == "demo":
+            return str(EMBEDDED)
+        return str(Path(self.name).expanduser()) if self.local else self.name
+
+    @property
+    def local(self) -> bool:
+        """Is it a folder of this machine?"""
+        return self.name == "demo" or (self.random_shape is None and Path(self.name).expanduser().is_dir())
 
 
 def resolve_device(device: str) -> str:
@@ -101,7 +105,7 @@ def load_config(request: ModelRequest) -> Any:
     try:
         return AutoConfig.from_pretrained(request.path, revision=request.revision, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, HTTP errors: one message for all
-        raise _cannot_load(request, error) from error
+        raise cannot_load(request, error) from error
 
 
 def load_request_tokenizer(request: ModelRequest) -> Tokenizer:
@@ -120,10 +124,7 @@ def load_model(request: ModelRequest) -> Model:
 
     device, dtype = resolve_device(request.device), resolve_dtype(request)
     config = load_config(request)
-    if getattr(config, "is_encoder_decoder", False):
-        raise TeacherError("this is an encoder-decoder model", where=request.name,
-                           found=", ".join(config.architectures or [type(config).__name__]),
-                           expected="a causal language model")  # fmt: skip
+    require_causal(request, config)
     if request.load_in_4bit:
         model = _load_4bit(request, device, dtype)
     elif request.random_shape is not None:
@@ -136,7 +137,7 @@ def load_model(request: ModelRequest) -> Model:
                 request.path, revision=request.revision, dtype=dtype, trust_remote_code=False
             )
         except Exception as error:
-            raise _cannot_load(request, error) from error
+            raise cannot_load(request, error) from error
         model.to(device)
     return model.eval()
 
@@ -157,8 +158,6 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         path = request.path
         if request.random_shape is not None:  # bitsandbytes quantises while loading, so there must be a file to load
-            from dataclasses import replace
-
             load_model(replace(request, load_in_4bit=False, device="cpu")).save_pretrained(folder)
             path = folder
         try:
@@ -173,89 +172,29 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
                                f"(device {device})", try_="--dtype bfloat16") from error  # fmt: skip
 
 
-def _cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
+def require_causal(request: ModelRequest, config: Any) -> None:
+    """Raise TeacherError for an encoder-decoder model."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise TeacherError("this is an encoder-decoder model", where=request.name,
+                           found=", ".join(config.architectures or [type(config).__name__]),
+                           expected="a causal language model")  # fmt: skip
+
+
+def parameter_count(request: ModelRequest) -> int:
+    """Parameters of a model, counted on the meta device (no weights are made or read)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(request))
+    return sum(p.numel() for p in model.parameters())
+
+
+def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return TeacherError("cannot load the model", where=request.name, found=f"{type(error).__name__}: {reason}",
                         expected="a folder written by save_pretrained, a hub id, demo, or random:NAME",
                         known_shapes=", ".join(SHAPES))  # fmt: skip
-
-
-def model_identity(request: ModelRequest) -> dict[str, Any]:
-    """Everything about the model that can change its numbers, without loading weights.
-
-    Weight files are named by their SHA-256: read from a local folder, or from the hub's file list.
-    """
-    import torch
-
-    config = load_config(request)
-    identity: dict[str, Any] = {
-        "model": request.name,
-        "model_class": (config.architectures or [type(config).__name__])[0],
-        "dtype": str(resolve_dtype(request)).removeprefix("torch."),
-        "quantization": "bitsandbytes-nf4-double" if request.load_in_4bit else "none",
-        "config": _config_digest(config),
-    }
-    if request.random_shape is not None:  # random numbers depend on the library and the kind of device
-        device = resolve_device(request.device).partition(":")[0]
-        return identity | {"seed": request.seed, "torch": torch.__version__.partition("+")[0], "device": device}
-    return identity | weight_digests(request.path, request.revision)
-
-
-def _config_digest(config: Any) -> str:
-    text = config.to_json_string(use_diff=False)
-    import json
-
-    settings = {k: v for k, v in json.loads(text).items()
-                if k not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype")}  # fmt: skip
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def weight_digests(name: str, revision: str | None) -> dict[str, Any]:
-    """`{"revision": commit or "local", "weights": {file: sha256}}` of the files transformers would load."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        files = _weight_files([p.name for p in folder.iterdir()], name)
-        return {"revision": "local", "weights": {f: file_sha256(folder / f) for f in files}}
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        info = HfApi().model_info(name, revision=revision, files_metadata=True)
-        digests = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs is not None}
-        return {"revision": info.sha, "weights": {f: digests[f] for f in _weight_files(list(digests), name)}}
-    except DataError:
-        raise
-    except Exception as online:  # offline: the same from what is already on disk
-        try:
-            local = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception:
-            raise _cannot_load(ModelRequest(name, revision), online) from online
-        files = _weight_files([p.name for p in local.iterdir()], name)
-        return {"revision": local.name, "weights": {f: file_sha256(local / f) for f in files}}
-
-
-def _weight_files(names: list[str], where: str) -> list[str]:
-    """The files `from_pretrained` prefers: safetensors, else PyTorch's."""
-    if {"adapter_config.json", "adapter_model.safetensors"} & set(names):  # loaded silently, and not what is hashed here
-        raise DataError("an adapter lies beside the weights", where=where, found="adapter_config.json or its weights",
-                        expected="a merged model", try_="peft's merge_and_unload, then save_pretrained")  # fmt: skip
-    for prefix, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        found = sorted(n for n in names if n.startswith(prefix) and n.endswith(suffix))
-        if found:
-            return found
-    raise DataError("no weight files found", where=where, found=", ".join(sorted(names)[:8]) or "an empty folder",
-                    expected="model*.safetensors")  # fmt: skip
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file; remembered for this process while size and time stay the same."""
-    stat = path.resolve().stat()
-    return _file_sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def max_positions(config: Any) -> int | None:
@@ -265,56 +204,3 @@ def max_positions(config: Any) -> int | None:
         if isinstance(value, int):
             return value
     return None
-
-
-def _gpt2(vocab: int = 50257, positions: int = 1024, **shape: Any) -> Callable[[], Any]:
-    def build() -> Any:
-        from transformers import GPT2Config
-
-        end = 50256 if vocab > 50256 else 0
-        return GPT2Config(vocab_size=vocab, n_positions=positions, bos_token_id=end, eos_token_id=end,
-                          architectures=["GPT2LMHeadModel"], **shape)  # fmt: skip
-
-    return build
-
-
-def _gpt_neo_2_7b() -> Any:
-    from transformers import GPTNeoConfig
-
-    return GPTNeoConfig(
-        vocab_size=50257, max_position_embeddings=2048, hidden_size=2560, num_layers=32, num_heads=20,
-        attention_types=[[["global", "local"], 16]], window_size=256, resid_dropout=0.0, embed_dropout=0.0,
-        attention_dropout=0.0, architectures=["GPTNeoForCausalLM"],
-    )  # fmt: skip
-
-
-def _pythia_410m() -> Any:
-    from transformers import GPTNeoXConfig
-
-    return GPTNeoXConfig(
-        vocab_size=50304, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-        architectures=["GPTNeoXForCausalLM"],
-    )  # fmt: skip
-
-
-def _smollm_360m() -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=49152, hidden_size=960, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
-        intermediate_size=2560, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], Any]] = {
-    "demo-student": _gpt2(2048, 256, n_embd=96, n_layer=3, n_head=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "gpt2": _gpt2(),
-    "gpt2-medium": _gpt2(n_embd=1024, n_layer=24, n_head=16),
-    "gpt-neo-2.7B": _gpt_neo_2_7b,
-    "pythia-410m": _pythia_410m,
-    "SmolLM-360M": _smollm_360m,
-}

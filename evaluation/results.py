@@ -30,7 +30,7 @@ class EvalReport:
     parameters: int
     """Counted; tied weights once."""
     identity: dict[str, Any]
-    """Class, dtype, quantisation, weight digests: see `kd.data.models.model_identity`."""
+    """Class, dtype, quantisation, weight digests: see `kd.data.identity.model_identity`."""
     tokenizer: str
     """Fingerprint."""
     tasks: dict[str, dict[str, dict[str, Any]]]

@@ -110,8 +110,7 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
             for start in range(0, len(rows), step):
                 part = slice(start, start + step)
                 with torch.inference_mode():
-                    logits = torch.nn.functional.linear(hidden[part], head.weight, head.bias)
-                    logits = logits[:, :vocabulary_size].float()
+                    logits = head.logits(hidden[part])[:, :vocabulary_size]
                     finite = torch.isfinite(logits.sum(dim=1))  # NaN and infinity survive a sum: one pass, no mask
                 if not bool(finite.all()):
                     raise _not_finite(chosen, start + int((~finite).nonzero()[0]))

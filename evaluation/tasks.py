@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kd.data.errors import DataError, unknown_name
-from kd.data.models import Model, ModelRequest, load_model, load_request_tokenizer, model_identity
+from kd.data.identity import model_identity, pinned
+from kd.data.models import Model, ModelRequest, load_model, load_request_tokenizer
 from kd.data.sources import Columns, Corpus, load_corpus
 from kd.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from kd.evaluation.estimates import Documents, Estimate
@@ -105,7 +106,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
     """
     check_tasks(names, data=data, cache=cache)
     needs = {TASKS[name].needs for name in names}
-    request = ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed)
+    request = pinned(ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed))
     loaded = load_request_tokenizer(request)
     corpus = reader = None
     if "data" in needs and data is not None:

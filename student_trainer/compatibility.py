@@ -58,6 +58,11 @@ def resolve_objective(
     not hold what the loss needs.
     """
     if loss == "ce":
+        unused = {"--alpha": alpha not in (None, 0.0), "--temperature": temperature != 1.0, "--tail": tail != "auto"}
+        if any(unused.values()):
+            raise DataError("cross-entropy has no teacher to weigh or soften", found="--loss ce with "
+                            + ", ".join(k for k, given in unused.items() if given),
+                            try_="--loss kl, or leave them out")  # fmt: skip
         return Objective("ce", "none", 0.0, 1.0)
     if loss not in LOSSES:
         return Objective(loss)  # raises with the list of names

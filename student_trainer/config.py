@@ -79,6 +79,9 @@ class TrainConfig:
         ):
             if value not in known:
                 raise unknown_name(name, value, known)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise DataError("no such kind of device", found=f"--device {self.device}", expected="auto, cpu or cuda",
+                            try_="CUDA_VISIBLE_DEVICES=N chooses one, torchrun or accelerate launch uses several")  # fmt: skip
         if self.tokens_per_batch is not None and self.batch_size is not None:
             raise DataError("two batch sizes were given", found="--tokens-per-batch and --batch-size", expected="one")
         for name in ("tokens_per_batch", "batch_size", "accumulate", "max_steps", "lora", "log_every", "head_chunk"):

@@ -82,10 +82,11 @@ def train(
     refuse_narrow_student(reader, load_config(request), int(tokens.max()))
     out = Path(config.out)
     arguments = _training_arguments(config, out)  # under torchrun, joins the other processes
-    checkpoint = _resume_point(config, reader, out, resume)
+    identity = _identity(config, reader, arguments.world_size)
+    checkpoint = _resume_point(identity, out, resume)
     PartialState().wait_for_everyone()  # each process has looked at the folder before one of them writes
     if PartialState().is_main_process:
-        _open_folder(config, reader, out, checkpoint)
+        _open_folder(identity, reader, out, checkpoint)
 
     set_seed(config.seed)
     model = load_model(request)
@@ -131,7 +132,7 @@ def train(
         trainer.waited / seconds, parameters, reader.manifest.fingerprint,
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        _write_run(config, reader, out, result, objective)
+        _write_run(config, identity, reader, out, result, objective)
     return result
 
 
@@ -213,7 +214,16 @@ def read_metrics(run: Path) -> list[StepRecord]:
     return [StepRecord(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def _resume_point(config: TrainConfig, reader: CacheReader, out: Path, resume: bool) -> Path | None:
+def _identity(config: TrainConfig, reader: CacheReader, world_size: int) -> dict[str, Any]:
+    """What must be equal for a run to be continued: the order of examples also depends on shards and processes."""
+    return config.identity() | {
+        "cache": reader.manifest.fingerprint,
+        "cache_shard_rows": reader.manifest.layout.shard_rows,
+        "world_size": world_size,
+    }
+
+
+def _resume_point(identity: dict[str, Any], out: Path, resume: bool) -> Path | None:
     """The checkpoint to continue from, if any. Refuses to overwrite a run, or to continue another one."""
     state = out / RUN
     if not state.exists():
@@ -225,10 +235,9 @@ def _resume_point(config: TrainConfig, reader: CacheReader, out: Path, resume: b
             "the output folder holds a run already", where=out, try_="--resume to continue it, or another --out"
         )
     before = json.loads(state.read_text(encoding="utf-8"))
-    old = before["config"] | {"cache": before["cache_fingerprint"]}
-    new = config.identity() | {"cache": reader.manifest.fingerprint}
-    differing = {f"differs {k}": f"now {new.get(k)}, before {old.get(k)}" for k in sorted(old.keys() | new.keys())
-                 if old.get(k) != new.get(k)}  # fmt: skip
+    old = before["identity"]
+    differing = {f"differs {k}": f"now {identity.get(k)}, before {old.get(k)}"
+                 for k in sorted(old.keys() | identity.keys()) if old.get(k) != identity.get(k)}  # fmt: skip
     if differing:
         raise CacheMismatchError("the run to continue has other settings", where=out, **differing,
                                  try_="the same options, or another --out")  # fmt: skip
@@ -243,10 +252,10 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _open_folder(config: TrainConfig, reader: CacheReader, out: Path, checkpoint: Path | None) -> None:
+def _open_folder(identity: dict[str, Any], reader: CacheReader, out: Path, checkpoint: Path | None) -> None:
     """Say whose folder this is, and drop the lines logged after the checkpoint: they are going to be logged again."""
     out.mkdir(parents=True, exist_ok=True)
-    description = {"config": config.identity(), "cache_fingerprint": reader.manifest.fingerprint, "complete": False}
+    description = {"identity": identity, "cache_fingerprint": reader.manifest.fingerprint, "complete": False}
     write_atomic(out / RUN, canonical_json(description))
     step = _step_of(checkpoint) if checkpoint else 0
     if (out / METRICS).exists():
@@ -254,11 +263,12 @@ def _open_folder(config: TrainConfig, reader: CacheReader, out: Path, checkpoint
         write_atomic(out / METRICS, "".join(f"{line}\n" for line in kept))
 
 
-def _write_run(config: TrainConfig, reader: CacheReader, out: Path, result: TrainResult, objective: Objective) -> None:
+def _write_run(config: TrainConfig, identity: dict[str, Any], reader: CacheReader, out: Path, result: TrainResult,
+               objective: Objective) -> None:  # fmt: skip
     """`run.json` of the finished run: what `kd report` and the model card read."""
     provenance = reader.manifest.provenance
     document = {
-        "config": config.identity(),
+        "identity": identity,
         "cache_fingerprint": reader.manifest.fingerprint,
         "complete": True,
         "name": out.name,

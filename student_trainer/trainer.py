@@ -175,5 +175,7 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
         self.trainer._mark = (state.global_step, time.perf_counter(), 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or (control.should_save and args.save_strategy != "no"):
+            # a checkpoint ends a line of the log, so that resuming loses no part of one, and divergence, which
+            # logging notices, never gets into a checkpoint
             control.should_log = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import click
 import pytest
 
+from kd.cache_builder.targets import TargetConfig
 from kd.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -151,8 +153,6 @@ def test_other_settings_are_refused_with_the_difference(built: tuple[Path, dict[
 
 
 def test_damage_is_exit_code_3_and_names_the_place(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(built[0], copy)
     file = copy / "targets.zarr" / "logprobs" / "c" / "0" / "0"
@@ -162,6 +162,24 @@ def test_damage_is_exit_code_3_and_names_the_place(built: tuple[Path, dict[str, 
     assert json.loads(kd("cache", "verify", built[0], "--json").stdout)["sound"] is True
     findings = json.loads(kd("cache", "verify", copy, "--json", code=3).stdout)["findings"]
     assert [(f["shard"], f["array"]) for f in findings] == [(0, "logprobs")]
+
+
+def test_info_of_a_cache_with_a_missing_file_names_it(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy)
+    (copy / "targets.zarr" / "token_ids" / "c" / "0" / "0").unlink()
+    stderr = kd("cache", "info", copy, code=3).stderr
+    assert "token_ids/c/0/0" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_an_encoder_decoder_teacher_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+    stderr = kd("cache", "plan", "--teacher", tmp_path / "t5", "--data", "demo", "--out", tmp_path / "c", code=1).stderr
+    assert "encoder-decoder" in stderr
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(
@@ -175,6 +193,7 @@ def test_damage_is_exit_code_3_and_names_the_place(built: tuple[Path, dict[str, 
         ((*PLAN, "--seq-len", "999"), "at most 256"),
         (("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN"), "not a cache"),
         (("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN", "--optimizer", "adam"), "did you mean"),
+        (("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN", "--device", "cuda:1"), "torchrun"),
         (("eval", "demo", "--tasks", "perplexity"), "--data"),
         (("report", "NOWHERE", "--out", "REPORT"), "NOWHERE"),
     ],
@@ -213,3 +232,22 @@ def test_train_eval_and_report_end_to_end(built: tuple[Path, dict[str, Any]], tm
     assert "kl" in scores[0]["tasks"]["agreement"]
     report = json.loads(kd("report", run, "--out", tmp_path / "report", "--json").stdout)
     assert Path(report["loss_png"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from kd import cli as module
+
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(module, "held_out_perplexity", lambda model, **options: asked.append((model, options)) or 9.0)
+    monkeypatch.setattr(module, "run_training", lambda config, resume: TargetConfig())
+    monkeypatch.setattr("kd.student_trainer.card.write_card", lambda out, scores: None)
+    CliRunner().invoke(
+        cli,
+        ["train", "--cache", "c", "--student", "owner/s", "--out", "o", "--revision", "v1", "--device", "cpu",
+         "--seed", "3", "--eval-data", "demo", "--eval-split", "heldout"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    alike = {"data": "demo", "split": "heldout", "device": "cpu", "dtype": "float32"}
+    assert asked == [("owner/s", alike | {"revision": "v1", "tokenizer": None, "seed": 3}), ("o", alike)]

@@ -13,12 +13,17 @@ import textwrap
 import threading
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from kd.cache_builder import store
 from kd.cache_builder.build import build, estimate, plan_build
+from kd.cache_builder.files import process_tag
 from kd.cache_builder.manifest import Layout, load_manifest
 from kd.cache_builder.reader import CacheReader
+from kd.cache_builder.teacher import Teacher
+from kd.cache_builder.verify import verify
 from kd.data.blocks import BlockConfig
 from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, TeacherError
 from kd.data.models import ModelRequest
@@ -168,27 +173,29 @@ def test_a_killed_build_resumes_to_the_same_bytes(
 
 def test_a_build_killed_before_its_first_record_starts_again(tmp_path, build_request, run_build, tree, unbroken):
     out = tmp_path / "c"
-    (out / ".staging-gone-1" / "targets.zarr").mkdir(parents=True)
+    dead = killed_tag()
+    (out / f".staging-{dead}.0" / "targets.zarr").mkdir(parents=True)
     (out / "targets.zarr").mkdir()
-    (out / ".building.json.gone-1.tmp").write_text("{")
+    (out / f".building.json.{dead}.tmp").write_text("{")
     run_build(build_request(out))
     assert differing(tree(out), unbroken) == []
 
 
-def test_a_half_made_staging_folder_of_the_same_process_number_is_not_used(
-    tmp_path, build_request, run_build, tree, unbroken
+@pytest.mark.parametrize("lost", ["vocabulary.parquet", "targets.zarr/zarr.json", "targets.zarr/log_z/zarr.json"])
+def test_a_build_killed_while_it_laid_out_the_directory_continues(
+    tmp_path, build_request, run_build, tree, unbroken, lost: str
 ):
-    request = build_request(tmp_path / "c")
-    running = build(plan_build(request))
+    running = build(plan_build(build_request(tmp_path / "c")))
     next(running)
     running.close()
-    staging = store.ShardWriter(tmp_path / "c", load_manifest(tmp_path / "c")).staging
-    (staging / "targets.zarr").mkdir(parents=True)
-    (staging / "targets.zarr" / "zarr.json").write_text(
-        '{"zarr_format": 3, "node_type": "group"}'
-    )  # arrays are missing
-    run_build(request)
+    (tmp_path / "c" / lost).unlink()  # building.json is there first, the rest follows
+    run_build(build_request(tmp_path / "c"))
     assert differing(tree(tmp_path / "c"), unbroken) == []
+
+
+def killed_tag() -> str:
+    """The mark of an earlier process of this very number."""
+    return process_tag().rpartition("-")[0] + "-0"
 
 
 def test_a_kill_between_manifest_and_clean_up_is_cleaned_up_next_time(
@@ -197,10 +204,70 @@ def test_a_kill_between_manifest_and_clean_up_is_cleaned_up_next_time(
     out = tmp_path / "c"
     run_build(build_request(out))
     (out / "building.json").write_text((out / "manifest.json").read_text())
-    (out / ".staging-gone-1").mkdir()
+    left = out / f".staging-{killed_tag()}.0"
+    left.mkdir()
     run_build(build_request(out))
     assert differing(tree(out), unbroken) == []
-    assert not (out / ".staging-gone-1").exists()
+    assert not left.exists()
+
+
+# several builders
+
+
+def test_a_shard_that_another_builder_committed_meanwhile_is_not_scored_again(
+    tmp_path, build_request, tree, unbroken, monkeypatch
+):
+    plan = plan_build(build_request(tmp_path / "c"))
+    scored, run = [], Teacher.run
+    monkeypatch.setattr(Teacher, "run", lambda self, rows, first: scored.append(first) or run(self, rows, first))
+    mine = build(plan)
+    next(mine)  # scoring shard 0
+    list(build(plan_build(build_request(tmp_path / "c"))))
+    before = len(scored)
+    last = list(mine)[-1]
+    assert scored[before:] == []
+    assert last.complete
+    assert (last.rows_done, last.shards_done) == (plan.manifest.rows, len(plan.manifest.shards))
+    assert differing(tree(tmp_path / "c"), unbroken) == []
+
+
+def test_a_committed_shard_is_never_overwritten(tmp_path, build_request, run_build, tree):
+    """Two machines' bytes differ in the last bits: the commit of one must not stand beside the files of the other."""
+    run_build(build_request(tmp_path / "c"))
+    before, manifest = tree(tmp_path / "c"), load_manifest(tmp_path / "c")
+    shard = store.read_shard(tmp_path / "c", manifest, 0)
+    rows = pq.read_table(tmp_path / "c" / "examples" / "00000.parquet").to_pylist()
+    writer = store.ShardWriter(tmp_path / "c", manifest)
+    record = writer.write(0, {k: np.zeros_like(v) for k, v in shard.arrays.items()}, rows, {})
+    writer.close()
+    assert record == store.read_commit(tmp_path / "c", manifest, 0)
+    assert differing(tree(tmp_path / "c"), before) == []
+
+
+def test_a_build_leaves_alone_what_a_live_builder_of_another_host_has_staged(tmp_path, build_request, run_build):
+    out = tmp_path / "c"
+    names = [".staging-elsewhere-1-77-ab.0/targets.zarr/zarr.json", "commits/.00003.json.elsewhere-1-77-ab.tmp"]
+    running = build(plan_build(build_request(out)))
+    next(running)
+    running.close()
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    run_build(build_request(out))
+    assert all((out / name).exists() for name in names)
+    assert [f for v in verify(out) for f in v.findings] == []
+
+
+def test_of_two_builders_that_start_at_once_the_second_accepts_the_first_ones_shards_or_stops(tmp_path, build_request):
+    plans = [
+        plan_build(build_request(tmp_path / "c", layout=Layout(*rows))) for rows in ((128, 32), (128, 32), (64, 32))
+    ]
+    next(build(plans[0]))  # the others saw an empty directory
+    list(build(plans[1]))
+    with pytest.raises(CacheMismatchError, match="laid this directory out differently") as caught:
+        list(build(plans[2]))
+    assert "--shard-rows" in str(caught.value)
+    assert [f for v in verify(tmp_path / "c") for f in v.findings] == []
 
 
 # failing writers
@@ -302,6 +369,42 @@ def test_the_fingerprint_does_not_depend_on_how_the_build_is_run(tmp_path, build
     assert {fingerprint(request) for request in same} == {reference}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},  # nothing is drawn
+        {"band_temperatures": (2.0,)},  # there are no bands
+        {"blocks": BlockConfig(32, stride=31)},  # what the default stands for
+        {"blocks": BlockConfig(32, separator=" ")},  # documents have none
+        {"teacher": "named by another path"},
+    ],
+)
+def test_settings_that_change_no_value_do_not_change_the_fingerprint(tmp_path, build_request, model_dir, change: dict):
+    reference = build_request(tmp_path / "a")
+    if "teacher" in change:
+        (tmp_path / "link").symlink_to(model_dir)
+        change = {"teacher": ModelRequest(str(tmp_path / "link"), device="cpu")}
+    if set(change) <= {"seed", "band_temperatures"}:
+        change = {"targets": dataclasses.replace(reference.targets, **change)}
+    assert fingerprint(dataclasses.replace(reference, **change)) == fingerprint(reference)
+
+
+def test_pairs_have_no_stride_and_always_an_end(tmp_path, build_request):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "The fox", "target": "jumps over."}\n')
+    reference = build_request(tmp_path / "a", text=tmp_path / "pairs.jsonl")
+    prints = {
+        blocks: fingerprint(dataclasses.replace(reference, blocks=blocks))
+        for blocks in (
+            BlockConfig(32),
+            BlockConfig(32, stride=5),
+            BlockConfig(32, eos=True),
+            BlockConfig(32, separator=" "),
+        )
+    }
+    assert len(set(prints.values())) == 2
+    assert prints[BlockConfig(32, separator=" ")] != prints[BlockConfig(32)]
+
+
 def test_the_bytes_of_arrays_do_not_depend_on_the_path_of_the_text(
     tmp_path, build_request, run_build, tree, unbroken, text_file
 ):
@@ -323,7 +426,7 @@ def other_model(tmp_path_factory, model_dir: Path, save_model) -> Path:
     ("change", "key"),
     [
         ({"top_k": 7}, "targets.top_k"),
-        ({"seed": 1}, "targets.seed"),
+        ({"samples": 4, "seed": 1}, "targets.seed"),
         ({"seq_len": 31}, "blocks.seq_len"),
         ({"dtype": "bfloat16"}, "teacher.dtype"),
         ({"temperatures": (1.0, 2.0)}, "targets.temperatures"),

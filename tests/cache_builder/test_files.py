@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from kd.cache_builder.files import (
     digest_of,
     process_tag,
     publish,
+    publish_first,
     read_json,
     sha256_of,
     sweep,
@@ -112,20 +113,42 @@ def dead_pid() -> int:
     return process.pid
 
 
-def test_a_sweep_removes_what_dead_processes_of_this_host_left(tmp_path: Path):
-    host, dead, alive = socket.gethostname(), dead_pid(), os.getppid()
-    gone = [f".staging-{host}-{dead}", f".manifest.json.{host}-{dead}.tmp", f".staging-{process_tag()}"]
-    kept = [f".staging-{host}-{alive}", f".staging-elsewhere-{dead}", f".00001.json.{host}-{alive}.tmp",
-            f".00001.json.elsewhere-{dead}.tmp", "manifest.json"]  # fmt: skip
+def test_a_sweep_removes_what_dead_processes_left_and_nothing_of_live_ones(tmp_path: Path):
+    here, pid, _ = process_tag().rsplit("-", 2)
+    dead, alive = dead_pid(), os.getppid()
+    gone = [f".staging-{here}-{dead}-ab.0", f".manifest.json.{here}-{dead}-ab.tmp",
+            f".staging-{here}-{pid}-ab.3"]  # an earlier process of this number  # fmt: skip
+    old = [".staging-elsewhere-1-7-ab.0", ".00001.json.elsewhere-1-7-ab.tmp"]
+    kept = [f".staging-{here}-{alive}-ab.0", f".staging-{process_tag()}.0", f".00001.json.{here}-{alive}-ab.tmp",
+            f".00002.json.elsewhere-1-{dead}-ab.tmp", f".staging-elsewhere-1-{dead}-cd.0", "manifest.json"]  # fmt: skip
+    gone += old
     for name in gone + kept:
         if "staging" in name:
             (tmp_path / name / "deep").mkdir(parents=True)
         else:
             (tmp_path / name).write_text("")
+    for name in old:
+        for path in [*(tmp_path / name).rglob("*"), tmp_path / name]:
+            os.utime(path, (0, time.time() - files.ABANDONED_SECONDS - 60))
+    os.utime(tmp_path / kept[-2], (0, 0))  # an old folder, in which something was written just now
     sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
-    sweep(tmp_path, everything=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_only_the_first_to_publish_a_name_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool):
+    def no_links(a, b):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    got = []
+    for text in ("one", "two"):
+        (tmp_path / "t").write_text(text)
+        got.append(publish_first(tmp_path / "t", tmp_path / "f"))
+    assert got == [True, False]
+    assert (tmp_path / "f").read_text() == "one"
+    assert not (tmp_path / "t").exists()
 
 
 def test_sweeping_a_folder_that_is_not_there_is_fine(tmp_path: Path):

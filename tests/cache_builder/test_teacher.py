@@ -149,6 +149,23 @@ def test_gold_ids_and_byte_ends_are_those_of_the_rows(reference):
     np.testing.assert_array_equal(reference.byte_end, np.concatenate([r.byte_end for r in ROWS]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_models_output_layer_is_computed_in_float32(model_dir: Path, dtype: torch.dtype):
+    """Rounding logits near 60 to bfloat16 would move them by up to 0.13, unseen by the measured decoding error."""
+    name = str(dtype).removeprefix("torch.")
+    parts = split_head(load_model(ModelRequest(str(model_dir), device="cpu", dtype=name)))
+    row = make_rows([(2, 30)])[0]
+    got = score(teacher_of(parts, dataclasses.replace(CONFIG, top_k=V, tail_bands=0)), [row])
+    with torch.no_grad():
+        hidden = parts.scored_hidden([row.context_ids], [row.target_ids]).double()
+        exact = (hidden @ parts.weight.double().T).log_softmax(1)
+        rounded = torch.nn.functional.linear(hidden.to(dtype), parts.weight).double().log_softmax(1)
+    expected, found = exact.gather(1, torch.from_numpy(got.token_ids)), got.relative - got.log_z[:, :1]
+    # 32 products of magnitude up to 60 summed in float32
+    np.testing.assert_allclose(found, expected.numpy(), atol=5e-5)
+    assert float((rounded - exact).abs().max()) > 2e-3  # the rounding that is left out would be seen
+
+
 def test_progress_counts_rows_to_the_end(head):
     steps = [done for done, _ in collect(ROWS, teacher_of(head, tokens_per_batch=64).run(ROWS, 0))]
     assert steps == sorted(steps)
@@ -199,8 +216,15 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same_targets(head, referen
     small = OutOfMemory(head.backbone, 60, error)
     teacher = teacher_of(LanguageModelHead(small, head.weight, head.bias), tokens_per_batch=10_000)
     assert_same(score(teacher), reference)
-    assert small.failures > 1
-    assert teacher.tokens_per_batch < 10_000  # later shards make smaller batches at once
+    assert 1 < small.failures < 12  # what is left is batched anew, not halved batch by batch
+
+
+def test_out_of_memory_in_one_shard_leaves_the_batches_of_the_next_alone(head):
+    """Or a build resumed at the second shard would batch it, and round it, another way."""
+    small = OutOfMemory(head.backbone, 60)
+    teacher = teacher_of(LanguageModelHead(small, head.weight, head.bias), tokens_per_batch=10_000)
+    first, second = ([batch for batch, _ in teacher.run(ROWS, 0)] for _ in range(2))
+    assert first == second
 
 
 def test_out_of_memory_in_the_head_halves_its_chunk_and_gives_the_same_targets(head, reference, monkeypatch):
@@ -217,8 +241,8 @@ def test_out_of_memory_in_the_head_halves_its_chunk_and_gives_the_same_targets(h
     monkeypatch.setattr(torch.nn.functional, "linear", bounded)
     teacher = teacher_of(head)
     assert_same(score(teacher), reference)
-    assert teacher.head_chunk == 32
     assert max(calls) > 32
+    assert 32 in calls
 
 
 def test_a_single_example_that_does_not_fit_names_itself(head):

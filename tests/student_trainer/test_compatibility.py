@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
@@ -178,3 +179,12 @@ def test_unknown_losses_and_tails_list_the_known_ones_and_suggest() -> None:
     with pytest.raises(DataError, match="unknown tail mode of kl 'renrom'") as tail:
         resolve("kl", tail="renrom")
     assert tail.value.details["did you mean"] == "renorm"
+
+
+@pytest.mark.parametrize("setting", [{"alpha": 0.5}, {"temperature": 2.0}, {"tail": "ghost"}])
+def test_settings_of_a_teacher_are_refused_for_plain_cross_entropy(setting: dict[str, Any]) -> None:
+    plain = {"loss": "ce", "tail": "auto", "alpha": None, "temperature": 1.0}
+    assert resolve_objective(TargetConfig(), **plain).loss == "ce"
+    with pytest.raises(DataError, match="no teacher") as caught:
+        resolve_objective(TargetConfig(), **plain | setting)
+    assert f"--{next(iter(setting))}" in str(caught.value)

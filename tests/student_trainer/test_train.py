@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kd.cache_builder.manifest import Layout
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.models import ModelRequest, load_model
@@ -259,7 +260,7 @@ def test_a_finished_or_foreign_folder_is_left_alone(run, tmp_path: Path, tree) -
     assert len(tree(tmp_path / "foreign")) == 1
 
 
-def test_resuming_with_other_settings_is_refused_with_the_difference(run, exact_cache) -> None:
+def test_resuming_with_other_settings_is_refused_with_the_difference(run, exact_cache, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(stop_after=2)
     with pytest.raises(CacheMismatchError, match="other settings") as settings:
@@ -270,13 +271,52 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(run, exact_
     with pytest.raises(CacheMismatchError) as other:
         run(resume=True, cache=str(exact_cache))
     assert [k for k in other.value.details if k.startswith("differs")] == ["differs cache"]
+    state = tmp_path / "run" / "run.json"
+    document = json.loads(state.read_text())
+    state.write_text(json.dumps(document | {"identity": document["identity"] | {"world_size": 4}}))
+    with pytest.raises(CacheMismatchError) as processes:
+        run(resume=True)
+    assert processes.value.details["differs world_size"] == "now 1, before 4"
+    state.write_text(json.dumps(document))
     run(resume=True, log_every=2, save_every=1)  # how often to write is nobody's business
+
+
+def test_resuming_with_other_shards_of_the_same_cache_is_refused(run, build_request, run_build, tmp_path: Path) -> None:
+    """Epochs are shuffled shard by shard: with another shard table, step 3 has seen other examples."""
+    caches = [tmp_path / "a", tmp_path / "b"]
+    for cache, layout in zip(caches, (Layout(128, 32), Layout(64, 32)), strict=True):
+        run_build(build_request(cache, layout=layout))
+    assert len({CacheReader(c).manifest.fingerprint for c in caches}) == 1
+    with pytest.raises(KeyboardInterrupt):
+        run(cache=str(caches[0]), stop_after=2)
+    with pytest.raises(CacheMismatchError) as caught:
+        run(cache=str(caches[1]), resume=True)
+    assert caught.value.details["differs cache_shard_rows"] == "now 64, before 128"
 
 
 def test_a_loss_that_is_no_number_stops_the_run(run) -> None:
     with pytest.raises(DataError, match="training diverged") as caught:
         run(lr=1e30, max_grad_norm=0.0, max_steps=20)
     assert str(caught.value.details["where"]).startswith("step ")
+
+
+def test_weights_that_are_no_numbers_get_into_no_checkpoint(run, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="training diverged"):
+        run(lr=1e30, max_grad_norm=0.0, max_steps=20, save_every=1, log_every=20)
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        weights = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+        assert all(bool(torch.isfinite(w).all()) for w in weights.values())
+
+
+def test_a_line_of_the_log_ends_at_each_checkpoint(run) -> None:
+    """So a resumed run logs the same lines as one that was not interrupted."""
+    settings = {"max_steps": 9, "save_every": 4, "log_every": 3}
+    whole = run("whole", **settings)
+    assert [r.step for r in whole.records] == [1, 3, 4, 6, 8, 9]
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop_after=6, **settings)
+    resumed = run("stopped", resume=True, **settings)
+    assert without_times(read_metrics(resumed.out)) == without_times(read_metrics(whole.out))
 
 
 # What comes out
