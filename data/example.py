@@ -21,6 +21,12 @@ class Example:
     """Name of the source or task."""
     split: str = "train"
     """`train`, `heldout`, `validation`, `test`, …"""
+    choices: tuple[str, ...] = ()
+    """Texts to choose the answer from, where the task is a choice; `target` is one of them."""
+    answer: int | None = None
+    """Index of the right one in `choices`."""
+    references: tuple[str, ...] = ()
+    """All acceptable targets, where there are several; empty = `target` alone."""
 
 
 def text_digest(examples: Iterable[Example]) -> str:
