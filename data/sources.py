@@ -267,7 +267,8 @@ def _rows_to_examples(where: str, names: list[str], rows: Any, columns: Columns,
             identity = row.get(id_column) if id_column else f"{prefix}:{number}"
             if identity is None:
                 raise DataError("an id is missing", where=f"{where} row {number} column {id_column}")
-            yield Example(str(identity), task=prefix.rpartition("/")[2].partition(".")[0], split=split, **values)
+            task = prefix.rpartition("/")[2].partition(".")[0]
+            yield Example(str(identity), values["target"], values.get("prompt", ""), task=task, split=split)
 
     return ("pairs" if pairs else "documents"), examples()
 
