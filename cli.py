@@ -235,7 +235,11 @@ def build_options(function: Function) -> Function:
                      help="Temperatures whose exact normaliser is stored."),
         click.option("--band-temperatures", callback=_floats, help="Temperatures whose rank bands are stored; 1 by default."),
         click.option("--logprob-codec", default="linear8", show_default=True, help="linear8, float16 or float32."),
-        click.option("--seq-len", type=int, help="Tokens per block, context included; 512, or the teacher's window if smaller."),
+        click.option("--seq-len", type=int, help="Tokens per block, context included; 512, or the teacher's window if "
+                     "smaller. Of an encoder: 1024."),
+        click.option("--target-len", type=int, help="Most tokens of a target, EOS included; 256 for an encoder-decoder."),
+        click.option("--overlong", default="error", show_default=True,
+                     help="error, drop or truncate: prompt/target pairs that are too long."),
         click.option("--stride", type=int, help="New tokens scored per block; seq-len - 1 by default."),
         click.option("--bos/--no-bos", default=True, show_default=True, help="Open documents and prompts with BOS."),
         click.option("--eos/--no-eos", default=False, show_default=True, help="Score an EOS token after each document."),
@@ -261,7 +265,8 @@ def build_options(function: Function) -> Function:
 def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[str, str], limit: int | None,
           profile: str, top_k: int | None, samples: int | None, tail_bands: int | None,
           temperatures: tuple[float, ...], band_temperatures: tuple[float, ...] | None, logprob_codec: str,
-          seq_len: int | None, stride: int | None, bos: bool, eos: bool, separator: str, load_in_4bit: bool,
+          seq_len: int | None, target_len: int | None, overlong: str, stride: int | None,
+          bos: bool, eos: bool, separator: str, load_in_4bit: bool,
           dtype: str, device: str, revision: str | None, tokenizer: str | None, tokens_per_batch: int,
           shard_rows: int | None, shard: tuple[int, int], seed: int) -> BuildPlan:  # fmt: skip
     quiet_libraries()
@@ -269,7 +274,7 @@ def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[s
     from kd.cache_builder.manifest import Layout
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
-    from kd.data.models import ModelRequest, load_config, max_positions
+    from kd.data.models import ModelRequest, is_encoder_decoder, load_config, max_positions
     from kd.data.sources import load_corpus
 
     request = ModelRequest(teacher, revision, dtype, device, load_in_4bit, tokenizer, seed)
@@ -277,10 +282,13 @@ def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[s
         profile, top_k=top_k, samples=samples, tail_bands=tail_bands, temperatures=temperatures,
         band_temperatures=band_temperatures or (1.0,), logprob_codec=logprob_codec, seed=seed,
     )  # fmt: skip
-    window = max_positions(load_config(request))
+    config = load_config(request)
+    window, encoder = max_positions(config), is_encoder_decoder(config)
+    most = 1024 if encoder else 512
     blocks = BlockConfig(
-        seq_len or min(512, window or 512), stride, bos, eos, separator.replace("\\n", "\n").replace("\\t", "\t")
-    )
+        seq_len or min(most, window or most), stride, bos, eos, separator.replace("\\n", "\n").replace("\\t", "\t"),
+        encoder, target_len or (256 if encoder else None), overlong,
+    )  # fmt: skip
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
     corpus = load_corpus(spec, split=split, columns=columns, limit=limit)
     return plan_build(BuildRequest(out, request, corpus, blocks, targets, layout, tokens_per_batch, shard))
@@ -367,6 +375,7 @@ def cache_summary(path: Path) -> dict[str, Any]:
         "quantization": manifest.identity["teacher"].get("quantization"),
         "vocabulary_size": manifest.vocabulary_size,
         "corpus": manifest.provenance.get("corpus"),
+        "overlong": manifest.provenance.get("overlong"),
         "split": manifest.provenance.get("split"),
         "seq_len": manifest.blocks.seq_len,
         "mass_kept_mean": means.get("mass_kept"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -29,12 +30,12 @@ from kd.data.forward import split_head
 from kd.data.identity import model_identity, pinned
 from kd.data.models import (
     ModelRequest,
+    is_encoder_decoder,
     load_config,
     load_model,
     load_request_tokenizer,
     max_positions,
     parameter_count,
-    require_causal,
 )
 from kd.data.sources import Corpus
 from kd.data.tokenizer import token_bytes, tokenizer_fingerprint, vocabulary_size
@@ -99,28 +100,39 @@ class BuildProgress:
 
 def plan_build(request: BuildRequest) -> BuildPlan:
     """Tokenise, cut into shards, work out the identity. Raises KdError on anything that could not be built."""
-    request = replace(request, teacher=pinned(request.teacher), targets=request.targets.normalised())
     config = load_config(request.teacher)
-    require_causal(request.teacher, config)
+    request = replace(
+        request, teacher=pinned(request.teacher), targets=request.targets.normalised(),
+        blocks=replace(request.blocks, encoder=is_encoder_decoder(config)),
+    )  # fmt: skip
     limit = max_positions(config)
-    if limit is not None and request.blocks.seq_len > limit:
-        raise DataError("the sequence length is longer than the teacher's positions",
-                        found=f"--seq-len {request.blocks.seq_len}", expected=f"at most {limit}",
-                        try_=f"--seq-len {limit}")  # fmt: skip
+    for option, length in (("--seq-len", request.blocks.seq_len), ("--target-len", request.blocks.target_len)):
+        if limit is not None and length is not None and length > limit:
+            raise DataError("the sequence length is longer than the teacher's positions", found=f"{option} {length}",
+                            expected=f"at most {limit}", try_=f"{option} {limit}")  # fmt: skip
     tokenizer = load_request_tokenizer(request.teacher)
     own, width = vocabulary_size(tokenizer), int(config.vocab_size)
     if own > width:
         raise DataError("the tokenizer has more entries than the teacher has logits", found=f"{own} entries",
                         expected=f"at most {width}", try_="--tokenizer PATH of the right tokenizer")  # fmt: skip
-    # Padded logit columns cannot be emitted and are left out of every sum; random weights keep their real width.
-    size = width if request.teacher.random_shape is not None else own
+    # Padded logit columns (T5 28, Pythia 27) cannot be emitted and are left out of every sum; random weights with a
+    # tokenizer of another model keep their real width.
+    size = own if request.teacher.random_shape is None or width - own < 128 else width
     request.targets.check_vocabulary(size)
     request = replace(request, blocks=request.blocks.normalised(request.corpus.kind, tokenizer))
     vocabulary = token_bytes(tokenizer)
-    rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks))
+    counts: Counter[str] = Counter()
+    rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks, counts))
+    if not rows:
+        raise DataError("no example is left", where=request.corpus.spec, found=f"{counts['dropped']} dropped as too long",
+                        try_="--overlong truncate, or a larger --seq-len or --target-len")  # fmt: skip
     identity = {
         "teacher": model_identity(request.teacher) | {"vocabulary_size": size},
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer), "entries": own},
+        "tokenizer": {
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            "entries": own,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
         "corpus": {"text_digest": request.corpus.digest, "kind": request.corpus.kind},
         "blocks": asdict(request.blocks),
         "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(request.targets).items()},
@@ -141,7 +153,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         rows=sum(len(r.target_ids) for r in rows),
         shards=tuple(shards),
         files={},
-        provenance=_provenance(request),
+        provenance=_provenance(request, counts),
     )
     check_bounds(manifest)
     index, count = request.shard
@@ -150,13 +162,14 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     return BuildPlan(request, manifest, rows, vocabulary, set(tokenizer.all_special_ids))
 
 
-def _provenance(request: BuildRequest) -> dict[str, Any]:
+def _provenance(request: BuildRequest, counts: Counter[str]) -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
     return {
         "teacher": request.teacher.name,
         "corpus": request.corpus.spec,
         "split": request.corpus.split,
         "source": request.corpus.source,
+        "overlong": {"dropped": counts["dropped"], "truncated": counts["truncated"]},
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }
 
@@ -339,5 +352,6 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "bytes_at_most": plan.manifest.rows * plan.raw_bytes_per_token + text,
         "seconds_estimated": 2 * parameters * plan.tokens / speed,
         "device": device,
+        "overlong": plan.manifest.provenance["overlong"],
         "committed_shards": len(store.committed(plan.request.out, len(plan.manifest.shards))),
     }

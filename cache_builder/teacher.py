@@ -20,7 +20,7 @@ from kd.cache_builder.sparsify import Chunk, NonFiniteRow, Sparsifier, uniforms_
 from kd.cache_builder.targets import RawTargets
 from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
-from kd.data.forward import LanguageModelHead, batches_by_length, head_rows
+from kd.data.forward import LanguageModelHead, batches_by_length, head_rows, padded_tokens
 
 
 @dataclass
@@ -33,7 +33,7 @@ class PassTimes:
 
 
 class Teacher:
-    """A loaded causal model, its output layer apart, and what to keep of its predictions."""
+    """A loaded model, its output layer apart, and what to keep of its predictions."""
 
     def __init__(self, head: LanguageModelHead, sparsifier: Sparsifier, *, tokens_per_batch: int = 4096,
                  head_chunk: int | None = None) -> None:  # fmt: skip
@@ -50,7 +50,7 @@ class Teacher:
         The chunks hold the batch's rows one example after another. Raises TeacherError naming the example
         when logits are not finite.
         """
-        lengths = [len(r.input_ids) for r in rows]
+        lengths = [self.head.size(len(r.context_ids), len(r.target_ids)) for r in rows]
         budget, head_chunk = self.tokens_per_batch, self.head_chunk
         pending = batches_by_length(lengths, budget)
         while pending:
@@ -68,7 +68,7 @@ class Teacher:
             if self.device.type == "cuda":  # here, where no traceback holds the tensors any more
                 torch.cuda.empty_cache()
             if len(batch) > 1:
-                budget = len(batch) * lengths[batch[0]] // 2
+                budget = padded_tokens([lengths[i] for i in batch]) // 2
                 left = sorted(i for waiting in [batch, *pending] for i in waiting)
                 pending = [[left[i] for i in b] for b in batches_by_length([lengths[i] for i in left], budget)]
             elif head_chunk > 16:

@@ -8,19 +8,26 @@ least `L - stride` tokens of context at proportionally more teacher time. Blocks
 
 Blocks are cut at character boundaries, so each has an exact text of its own. Without BOS, the first token that
 ends on one is context together with those before it; a character of more tokens than the stride stays whole.
+
+Pairs are not cut into blocks. For an encoder-decoder teacher the context is what its encoder reads (the prompt and
+EOS), and row t is predicted at position t of its decoder. A pair that is too long stops the build, is dropped, or
+is truncated: the target at its end (then it has no EOS row), the prompt at its beginning, where there is less to lose.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kd.data.errors import DataError
+from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes
+
+OVERLONG = ("error", "drop", "truncate")
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,19 @@ class BlockConfig:
     eos: bool = False
     """Score an EOS token after each document (targets of pairs always end with EOS where there is one)."""
     separator: str = "\n"
-    """Text between prompt and target of a pair; tokenised with the prompt."""
+    """Text between prompt and target of a pair; tokenised with the prompt. An encoder needs none."""
+    encoder: bool = False
+    """The context goes to an encoder: `seq_len` limits it alone, no BOS, no separator, EOS at its end."""
+    target_len: int | None = None
+    """Most rows of a pair, EOS included; None = what `seq_len` leaves."""
+    overlong: str = "error"
+    """What happens to pairs that are too long: one of OVERLONG."""
 
     def __post_init__(self) -> None:
+        if self.overlong not in OVERLONG:
+            raise unknown_name("policy for pairs that are too long", self.overlong, OVERLONG)
+        if self.target_len is not None and self.target_len < 1:
+            raise DataError("the target length is too small", found=self.target_len, expected="at least 1 token")
         if self.seq_len < 2:
             raise DataError("the sequence length is too small", found=self.seq_len, expected="at least 2 tokens",
                             try_="--seq-len 512")  # fmt: skip
@@ -56,9 +73,11 @@ class BlockConfig:
         return replace(
             self,
             stride=self.seq_len - 1 if pairs or self.stride is None else self.stride,
-            bos=self.bos and tokenizer.bos_token_id is not None,
+            bos=self.bos and tokenizer.bos_token_id is not None and not self.encoder,
             eos=(self.eos or pairs) and tokenizer.eos_token_id is not None,
-            separator=self.separator if pairs else BlockConfig.separator,
+            separator=self.separator if pairs and not self.encoder else BlockConfig.separator,
+            target_len=self.target_len if pairs else None,
+            overlong=self.overlong if pairs else "error",
         )
 
 
@@ -80,15 +99,41 @@ class TokenRows:
         return np.concatenate([self.context_ids, self.target_ids])
 
 
-def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig) -> Iterator[TokenRows]:
-    """All rows of `corpus` in order. Raises DataError naming the example that cannot be scored."""
+def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig,
+                    counts: Counter[str] | None = None) -> Iterator[TokenRows]:  # fmt: skip
+    """All rows of `corpus` in order. Raises DataError naming the example that cannot be scored.
+
+    `counts` receives the number of pairs that were `dropped`, and of those whose prompt or target was `truncated`.
+    """
     pieces = token_bytes(tokenizer)
     if corpus.kind == "documents":
+        if config.encoder:
+            raise DataError("an encoder-decoder teacher needs a prompt for its encoder", where=corpus.spec,
+                            found="documents", expected="prompt and target", try_="--columns prompt=…,target=…, or "
+                            "--data flan:four")  # fmt: skip
         for example in corpus.examples:
             yield from document_blocks(example, tokenizer, pieces, config)
-    else:
-        for example in corpus.examples:
-            yield _pair(example, tokenizer, pieces, config)
+        return
+    counts = Counter() if counts is None else counts
+    refused: list[str] = []
+    for example in corpus.examples:
+        row = tokenize_pair(example, tokenizer, pieces, config)
+        fitted = fit_pair(row, config)
+        if fitted is row:
+            yield row
+        elif config.overlong == "error":
+            refused.append(f"{example.id} ({len(row.context_ids)} context and {len(row.target_ids)} target tokens)")
+        elif config.overlong == "drop" or fitted is None:
+            counts["dropped"] += 1
+        else:
+            counts["truncated"] += 1
+            yield fitted
+    if refused:
+        limits = f"{config.seq_len} " + ("for the prompt" if config.encoder else "in all")
+        raise DataError("examples are longer than the limits", where=corpus.spec,
+                        found=f"{len(refused)} of {len(corpus.examples)}, first {refused[0]}",
+                        expected=limits + (f", {config.target_len} for the target" if config.target_len else ""),
+                        try_="--overlong drop or truncate, or a larger --seq-len or --target-len")  # fmt: skip
 
 
 def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],
@@ -133,10 +178,16 @@ def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],
         start, number = stop, number + 1
 
 
-def _pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], config: BlockConfig) -> TokenRows:
-    context, _ = encode_with_ends(tokenizer, pieces, example.prompt + config.separator if example.prompt else "")
-    if config.bos and tokenizer.bos_token_id is not None:
-        context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
+def tokenize_pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], config: BlockConfig) -> TokenRows:
+    """Context and target of a pair, of whatever length. Raises DataError when there is no context."""
+    if config.encoder:
+        context, _ = encode_with_ends(tokenizer, pieces, example.prompt)
+        if tokenizer.eos_token_id is not None:
+            context = np.append(context, np.int32(tokenizer.eos_token_id))
+    else:
+        context, _ = encode_with_ends(tokenizer, pieces, example.prompt + config.separator if example.prompt else "")
+        if config.bos and tokenizer.bos_token_id is not None:
+            context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
     target, ends = encode_with_ends(tokenizer, pieces, example.target)
     if tokenizer.eos_token_id is not None:
         target = np.append(target, np.int32(tokenizer.eos_token_id))
@@ -144,8 +195,27 @@ def _pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], config: B
     if not len(context):
         raise DataError("an example has no context to predict from", where=f"example {example.id}",
                         found="an empty prompt and no BOS token", try_="a prompt, or a tokenizer with BOS")  # fmt: skip
-    if len(context) + len(target) > config.seq_len:
-        raise DataError("an example is longer than the sequence length", where=f"example {example.id}",
-                        found=f"{len(context)} prompt + {len(target)} target tokens",
-                        expected=f"at most {config.seq_len}", try_="a larger --seq-len")  # fmt: skip
     return TokenRows(example, context, target, ends)
+
+
+def fit_pair(row: TokenRows, config: BlockConfig) -> TokenRows | None:
+    """The row itself where it fits; else cut to the limits, or None where nothing of its target would be left."""
+    keep = min(len(row.target_ids), len(row.target_ids) if config.target_len is None else config.target_len)
+    if not config.encoder:
+        keep = min(keep, config.seq_len - 1)  # a causal model's context has at least one token
+    room = config.seq_len - (0 if config.encoder else keep)
+    if keep == len(row.target_ids) and len(row.context_ids) <= room:
+        return row
+    context, example = row.context_ids, row.example
+    if len(context) > room:
+        first = 1 if config.bos and not config.encoder and room > 1 else 0
+        context = np.concatenate([context[:first], context[len(context) - room + first :]])
+    if keep < len(row.target_ids):
+        data = example.target.encode("utf-8")
+        while keep and row.byte_end[keep - 1] < len(data) and data[row.byte_end[keep - 1]] & 0xC0 == 0x80:
+            keep -= 1
+        text = data[: int(row.byte_end[keep - 1])] if keep else b""
+        if not text:
+            return None
+        example = replace(example, target=text.decode("utf-8"))
+    return TokenRows(example, context, row.target_ids[:keep], row.byte_end[:keep])

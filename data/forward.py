@@ -1,4 +1,4 @@
-"""A causal model run over examples: taken apart at the output layer, batches by length, rows of logits in chunks.
+"""A model run over examples: taken apart at the output layer, batches by length, rows of logits in chunks.
 
 Shared by the teacher pass, the student's loss and the evaluation, so that all of them see the same positions.
 `[batch, T, V]` logits are never formed: hidden states come for whole batches, the output layer is applied to a few
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.data.errors import TeacherError
-from kd.data.models import Model
+from kd.data.models import Model, is_encoder_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -26,20 +26,33 @@ CPU_CHUNK_BYTES = 30 * 2**20
 GPU_CHUNK_BYTES = 256 * 2**20
 
 
-def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+Size = int | tuple[int, int]
+"""Tokens of an example; for an encoder-decoder, (encoder, decoder)."""
+
+
+def batches_by_length(lengths: Sequence[Size], tokens_per_batch: int) -> list[list[int]]:
     """Numbers into `lengths`, longest first, each batch at most `tokens_per_batch` tokens with its padding.
 
-    A single example longer than that is a batch of its own.
+    A single example longer than that is a batch of its own. Both sides of an encoder-decoder are padded on their own.
     """
+    sizes = [size if isinstance(size, tuple) else (size, 0) for size in lengths]
     result: list[list[int]] = []
-    width = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if result and (len(result[-1]) + 1) * width <= tokens_per_batch:
+    width = (0, 0)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), i)):
+        wider = (max(width[0], sizes[i][0]), max(width[1], sizes[i][1]))
+        if result and (len(result[-1]) + 1) * sum(wider) <= tokens_per_batch:
             result[-1].append(i)
+            width = wider
         else:
             result.append([i])
-            width = lengths[i]
+            width = sizes[i]
     return result
+
+
+def padded_tokens(lengths: Sequence[Size]) -> int:
+    """Tokens of one batch, padding included."""
+    sizes = [size if isinstance(size, tuple) else (size, 0) for size in lengths]
+    return len(sizes) * (max(a for a, _ in sizes) + max(b for _, b in sizes))
 
 
 def head_rows(vocabulary_size: int, device_type: str) -> int:
@@ -57,6 +70,10 @@ class LanguageModelHead:
     """[V, d]"""
     bias: torch.Tensor | None
     """[V] or None"""
+
+    def size(self, context: int, target: int) -> Size:
+        """What an example costs a forward pass, for `batches_by_length`."""
+        return context + target
 
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """`[B, T] -> [B, T, d]` after the final norm."""
@@ -92,19 +109,68 @@ class LanguageModelHead:
         import torch
 
         lengths = [len(c) + len(t) for c, t in zip(contexts, targets, strict=True)]
-        ids = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
-        for b, (context, target) in enumerate(zip(contexts, targets, strict=True)):
-            ids[b, : lengths[b]] = np.concatenate([context, target])
-        device = self.weight.device
-        mask = None
-        if min(lengths) != max(lengths):  # positions are counted from it
-            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
-        hidden = self.hidden(torch.from_numpy(ids).to(device), mask)
+        joined = [np.concatenate(pair) for pair in zip(contexts, targets, strict=True)]
+        hidden = self.hidden(*_padded(joined, self.weight.device))
         return torch.cat([hidden[b, len(c) - 1 : lengths[b] - 1] for b, c in enumerate(contexts)])
+
+    def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[1, T] -> [1, T, d]` of a whole sequence: what `split_head` compares with the model's own logits."""
+        return self.hidden(ids, None)
+
+
+def _padded(sequences: Sequence[np.ndarray], device: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`[B, T]` ids padded with 0 on the right and their mask, None where all are of one length."""
+    import torch
+
+    lengths = [len(s) for s in sequences]
+    ids = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+    for b, sequence in enumerate(sequences):
+        ids[b, : lengths[b]] = sequence
+    mask = None
+    if min(lengths) != max(lengths):  # positions are counted from it
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
+    return torch.from_numpy(ids).to(device), mask
+
+
+@dataclass(frozen=True)
+class EncoderDecoderHead(LanguageModelHead):
+    """An encoder-decoder model taken apart; `backbone` is its decoder."""
+
+    encoder: Any
+    start_id: int
+    """Token the decoder starts from; the row of the first target token is predicted there."""
+    scale: float
+    """Of the decoder's output before the output layer: d^-0.5 in T5 with tied embeddings, else 1."""
+
+    def size(self, context: int, target: int) -> Size:
+        """Both sides are padded on their own."""
+        return context, target
+
+    def decode(self, encoder_ids: torch.Tensor, encoder_mask: torch.Tensor | None,
+               decoder_ids: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """`[B, S], [B, T] -> [B, T, d]`: teacher forcing; padding at the end of the decoder's side is not looked at."""
+        memory = self.encoder(input_ids=encoder_ids, attention_mask=encoder_mask).last_hidden_state
+        hidden = self.backbone(
+            input_ids=decoder_ids, encoder_hidden_states=memory, encoder_attention_mask=encoder_mask, use_cache=False
+        ).last_hidden_state
+        return hidden if self.scale == 1.0 else hidden * self.scale  # type: ignore[no-any-return]
+
+    def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> torch.Tensor:
+        """`[N, d]`: the encoder reads `contexts`, the decoder is forced along `targets`, one row per target token."""
+        import torch
+
+        shifted = [np.concatenate([[self.start_id], t[:-1]]) for t in targets]
+        encoder_ids, mask = _padded(contexts, self.weight.device)
+        hidden = self.decode(encoder_ids, mask, _padded(shifted, self.weight.device)[0])
+        return torch.cat([hidden[b, : len(t)] for b, t in enumerate(targets)])
+
+    def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """The same ids on both sides."""
+        return self.decode(ids, None, ids)
 
 
 def split_head(model: Model) -> LanguageModelHead:
-    """Take a causal model apart, and prove on a few tokens that the parts give the model's own logits.
+    """Take a model apart, and prove on a few tokens that the parts give the model's own logits.
 
     Raises TeacherError for architectures that do something between the last hidden state and the logits
     (soft-capping, scaling): chunked heads would be silently wrong for them. The proof amplifies the output layer
@@ -113,21 +179,23 @@ def split_head(model: Model) -> LanguageModelHead:
     import torch
 
     head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or model.base_model is model:
+    whole = model.base_model is model and not is_encoder_decoder(model.config)
+    if not isinstance(head, torch.nn.Linear) or whole:
         raise TeacherError("the model's output layer is not a plain linear layer", where=type(model).__name__,
                            found=type(head).__name__, expected="torch.nn.Linear",
                            try_="without adapters or quantisation on lm_head")  # fmt: skip
-    parts = LanguageModelHead(model.base_model, head.weight, head.bias)
+    parts = _parts(model, head)
     training = model.training
     model.eval()
     with torch.no_grad():
         ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-        got = torch.nn.functional.linear(parts.hidden(ids, None), head.weight, head.bias).float()
+        got = torch.nn.functional.linear(parts.example_hidden(ids), head.weight, head.bias).float()
+        both = {"decoder_input_ids": ids} if isinstance(parts, EncoderDecoderHead) else {}
         gain = 1000 / max(float(got.abs().max()), 1e-6)
         got *= gain
         hook = head.register_forward_hook(lambda module, inputs, output: output * gain)
         try:
-            expected = model(input_ids=ids, use_cache=False).logits.float()
+            expected = model(input_ids=ids, use_cache=False, **both).logits.float()
         finally:
             hook.remove()
             model.train(training)
@@ -141,3 +209,15 @@ def split_head(model: Model) -> LanguageModelHead:
                            found=f"largest difference {float((got - expected).abs().max()):.3g}",
                            expected="logits = lm_head(last hidden state)")  # fmt: skip
     return parts
+
+
+def _parts(model: Model, head: Any) -> LanguageModelHead:
+    if not is_encoder_decoder(model.config):
+        return LanguageModelHead(model.base_model, head.weight, head.bias)
+    config = model.config
+    start = config.decoder_start_token_id
+    if start is None:
+        raise TeacherError("the model does not say what its decoder starts from", where=type(model).__name__,
+                           expected="decoder_start_token_id in its configuration")  # fmt: skip
+    scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
+    return EncoderDecoderHead(model.get_decoder(), head.weight, head.bias, model.get_encoder(), int(start), scale)

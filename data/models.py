@@ -1,4 +1,4 @@
-"""Where models come from: a name becomes a causal language model and its tokenizer (`identity` says what it is).
+"""Where models come from: a name becomes a language model, causal or encoder-decoder, and its tokenizer.
 
     demo             the embedded teacher (2.7 M parameters); as a student, `random:demo-student`
     random:NAME      random weights in the real shape of a known model; no download
@@ -120,26 +120,55 @@ def load_request_tokenizer(request: ModelRequest) -> Tokenizer:
 def load_model(request: ModelRequest) -> Model:
     """Load the model in evaluation mode on its device. Raises TeacherError saying what failed."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     device, dtype = resolve_device(request.device), resolve_dtype(request)
     config = load_config(request)
-    require_causal(request, config)
     if request.load_in_4bit:
         model = _load_4bit(request, device, dtype)
     elif request.random_shape is not None:
         with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.device(device):
             torch.manual_seed(request.seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = random_model(config, dtype)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = _auto_class(config).from_pretrained(
                 request.path, revision=request.revision, dtype=dtype, trust_remote_code=False
             )
         except Exception as error:
             raise cannot_load(request, error) from error
         model.to(device)
     return model.eval()
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Does the model read its prompt with an encoder?"""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _auto_class(config: Any) -> Any:
+    import transformers
+
+    return transformers.AutoModelForSeq2SeqLM if is_encoder_decoder(config) else transformers.AutoModelForCausalLM
+
+
+def random_model(config: Any, dtype: torch.dtype) -> Model:
+    """Random weights; an output layer that the configuration calls untied is untied.
+
+    transformers 5 stores T5Config(tie_word_embeddings=False) as True with `scale_decoder_outputs=False`, and ties
+    a randomly initialised head to the embedding: `flan-t5-small` would have 60.5 M parameters instead of 77.0 M.
+    """
+    import torch
+
+    model = _auto_class(config).from_config(config, dtype=dtype)
+    if config.model_type == "t5" and not getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        embedding = model.get_input_embeddings().weight
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(embedding))
+        torch.nn.init.normal_(model.lm_head.weight, std=config.d_model**-0.5)
+    if dtype == torch.float16:  # as from_pretrained does: T5's feed-forward layers overflow
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in (model._keep_in_fp32_modules or ()):
+                module.float()
+    return model
 
 
 def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
@@ -150,7 +179,7 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
                            try_="pip install 'kd-logit-cache[quantization]', or --dtype bfloat16") from error  # fmt: skip
     import tempfile
 
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -161,7 +190,7 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
             load_model(replace(request, load_in_4bit=False, device="cpu")).save_pretrained(folder)
             path = folder
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            return _auto_class(load_config(request)).from_pretrained(
                 path, revision=request.revision, dtype=dtype, quantization_config=quantization,
                 device_map={"": device}, trust_remote_code=False,
             )  # fmt: skip
@@ -174,7 +203,7 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
 
 def require_causal(request: ModelRequest, config: Any) -> None:
     """Raise TeacherError for an encoder-decoder model."""
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(config):
         raise TeacherError("this is an encoder-decoder model", where=request.name,
                            found=", ".join(config.architectures or [type(config).__name__]),
                            expected="a causal language model")  # fmt: skip
@@ -183,10 +212,9 @@ def require_causal(request: ModelRequest, config: Any) -> None:
 def parameter_count(request: ModelRequest) -> int:
     """Parameters of a model, counted on the meta device (no weights are made or read)."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(request))
+        model = random_model(load_config(request), torch.float32)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -198,7 +226,7 @@ def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
 
 
 def max_positions(config: Any) -> int | None:
-    """The longest sequence the model's positions allow, or None where nothing limits it."""
+    """The longest sequence the model's positions allow, or None where nothing limits it (relative positions)."""
     for field in ("max_position_embeddings", "n_positions"):
         value = getattr(config, field, None)
         if isinstance(value, int):

@@ -53,6 +53,19 @@ def _smollm_360m() -> Any:
     )  # fmt: skip
 
 
+def _flan_t5(d_model: int, d_ff: int, layers: int, heads: int) -> Callable[[], Any]:
+    def build() -> Any:
+        from transformers import T5Config
+
+        return T5Config(
+            vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
+            num_heads=heads, feed_forward_proj="gated-gelu", dropout_rate=0.1, decoder_start_token_id=0,
+            pad_token_id=0, eos_token_id=1, tie_word_embeddings=False, architectures=["T5ForConditionalGeneration"],
+        )  # fmt: skip
+
+    return build
+
+
 SHAPES: dict[str, Callable[[], Any]] = {
     "demo-student": _gpt2(2048, 256, n_embd=96, n_layer=3, n_head=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "gpt2": _gpt2(),
@@ -60,4 +73,9 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "gpt-neo-2.7B": _gpt_neo_2_7b,
     "pythia-410m": _pythia_410m,
     "SmolLM-360M": _smollm_360m,
+    "flan-t5-small": _flan_t5(512, 1024, 8, 6),
+    "flan-t5-base": _flan_t5(768, 2048, 12, 12),
+    "flan-t5-large": _flan_t5(1024, 2816, 24, 16),
+    "flan-t5-xl": _flan_t5(2048, 5120, 24, 32),
+    "flan-t5-xxl": _flan_t5(4096, 10240, 24, 64),
 }

@@ -113,6 +113,9 @@ def encode_with_ends(tokenizer: Tokenizer, pieces: list[bytes], text: str) -> tu
         ends = np.cumsum([len(pieces[i]) for i in ids]) - lead
         return ids, np.maximum(ends, 0).astype(np.int64)
     char_to_byte = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])])
-    ends = np.maximum.accumulate(char_to_byte[[end for _, end in encoding["offset_mapping"]]])
+    # the word mark that sentencepiece puts before a text takes none of it, whatever the offsets say
+    last = [start if pieces[i] == b" " and not text[start:end].isspace() else end
+            for i, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)]  # fmt: skip
+    ends = np.maximum.accumulate(char_to_byte[last])
     ends[-1] = len(data)  # what a normaliser dropped at the end belongs to the last token
     return ids, ends.astype(np.int64)

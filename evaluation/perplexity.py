@@ -27,7 +27,7 @@ import numpy as np
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import DataError
 from kd.data.forward import split_head
-from kd.data.models import Model, max_positions
+from kd.data.models import Model, is_encoder_decoder, max_positions
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, vocabulary_size
 from kd.evaluation.estimates import Documents, Estimate, per_example
@@ -71,7 +71,8 @@ def evaluate_perplexity(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, s
     if seq_len is None:
         seq_len = min(max_positions(model.config) or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
     require_positions(model, seq_len)
-    blocks = BlockConfig(seq_len=seq_len, stride=seq_len - 1 if stride is None else stride, bos=bos)
+    blocks = BlockConfig(seq_len=seq_len, stride=seq_len - 1 if stride is None else stride, bos=bos,
+                         encoder=is_encoder_decoder(model.config))  # fmt: skip
     rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks), limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]

@@ -99,7 +99,7 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
         raise DataError("the model has fewer logits than the tokenizer has entries", found=f"{width} logits",
                         expected=f"at least {vocabulary_size}", try_="--tokenizer PATH")  # fmt: skip
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
-    for batch in batches_by_length([t.tokens for t in texts], tokens_per_batch):
+    for batch in batches_by_length([head.size(len(t.context_ids), len(t.target_ids)) for t in texts], tokens_per_batch):
         chosen = [texts[i] for i in batch]
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
         gold = torch.from_numpy(np.concatenate([t.target_ids for t in chosen]).astype(np.int64)).to(head.weight.device)

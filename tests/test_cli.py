@@ -173,12 +173,9 @@ def test_info_of_a_cache_with_a_missing_file_names_it(built: tuple[Path, dict[st
     assert "Traceback" not in stderr
 
 
-def test_an_encoder_decoder_teacher_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    from transformers import T5Config
-
-    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
-    stderr = kd("cache", "plan", "--teacher", tmp_path / "t5", "--data", "demo", "--out", tmp_path / "c", code=1).stderr
-    assert "encoder-decoder" in stderr
+def test_an_encoder_decoder_teacher_over_documents_is_refused(t5_dir: Path, tmp_path: Path) -> None:
+    stderr = kd("cache", "plan", "--teacher", t5_dir, "--data", "demo", "--out", tmp_path / "c", code=1).stderr
+    assert "needs a prompt for its encoder" in stderr
     assert "Traceback" not in stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from kd.cache_builder.verify import verify
 from kd.data.blocks import BlockConfig
 from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, TeacherError
 from kd.data.models import ModelRequest
+from kd.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -580,3 +582,71 @@ def test_random_weights_build_without_any_file(tmp_path, build_request, run_buil
     reader = CacheReader(tmp_path / "c")
     assert reader.manifest.vocabulary_size == 2048  # the real width, although the tokenizer has 400 entries
     assert load_manifest(tmp_path / "c").identity["teacher"]["seed"] == 3
+
+
+# encoder-decoder teachers
+
+
+@pytest.fixture
+def pairs_request(tmp_path, build_request, t5_dir):
+    """A build over three pairs, one of them with white space that the tokenizer loses."""
+    rows = [{"prompt": "The keeper counted\n\nthe ships.", "target": "seven  ships,\nsix bells"},
+            {"prompt": "It rained.", "target": "It stopped 🦊 then."}, {"prompt": "", "target": "fog"}]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def make(**change):
+        made = build_request(tmp_path / "t5-cache", model=t5_dir, text=tmp_path / "pairs.jsonl", layout=None)
+        return dataclasses.replace(made, **change)
+
+    return make
+
+
+def test_an_encoder_decoder_cache_holds_one_row_per_target_token_and_the_end(pairs_request, run_build, t5_dir):
+    run_build(pairs_request())
+    reader = CacheReader(pairs_request().out)
+    tokenizer = load_tokenizer(str(t5_dir))
+    for number in range(3):
+        example = reader[number]
+        ids = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+        assert list(example.targets.gold_ids) == [*ids, 1]
+        assert list(example.context_ids) == [*tokenizer(example.prompt, add_special_tokens=False)["input_ids"], 1]
+        assert example.targets.token_ids.max() < len(tokenizer)
+    assert reader.manifest.vocabulary_size == len(tokenizer) < 320  # the logits are wider
+    assert reader.manifest.identity["tokenizer"]["eos_token_id"] == 1
+    assert reader.manifest.blocks.encoder
+    assert [f for v in verify(pairs_request().out) for f in v.findings] == []
+
+
+def test_byte_ends_follow_the_text_as_it_was_written(pairs_request, run_build):
+    run_build(pairs_request())
+    example = CacheReader(pairs_request().out)[0]
+    data, ends = example.target.encode(), example.targets.byte_end
+    words = [(0, 5), (7, 13), (14, 17), (18, 23)]  # `seven  ships,\nsix bells`
+    assert {end for _, end in words} <= set(ends.tolist())
+    assert ends[-1] == ends[-2] == len(data)  # the end token takes no bytes
+    assert (np.diff(ends) >= 0).all()
+
+
+def test_an_encoder_decoder_teacher_resumes_to_the_same_bytes(pairs_request, run_build, tree):
+    run_build(pairs_request(layout=Layout(16, 16)))
+    whole = tree(pairs_request().out)
+    shutil.rmtree(pairs_request().out)
+    running = build(plan_build(pairs_request(layout=Layout(16, 16))))
+    next(running)
+    running.close()
+    run_build(pairs_request(layout=Layout(16, 16)))
+    assert differing(tree(pairs_request().out), whole) == []
+
+
+def test_documents_for_an_encoder_decoder_are_refused(tmp_path, build_request, t5_dir):
+    with pytest.raises(DataError, match="needs a prompt"):
+        plan_build(build_request(tmp_path / "c", model=t5_dir))
+
+
+def test_what_was_dropped_as_too_long_is_on_record(pairs_request):
+    request = pairs_request()
+    blocks = dataclasses.replace(request.blocks, target_len=5, overlong="drop")
+    plan = plan_build(dataclasses.replace(request, blocks=blocks))
+    assert plan.manifest.provenance["overlong"] == {"dropped": 2, "truncated": 0}
+    with pytest.raises(DataError, match="no example is left"):
+        plan_build(dataclasses.replace(request, blocks=dataclasses.replace(blocks, target_len=1)))

@@ -275,3 +275,38 @@ def test_real_models_in_padded_batches_equal_singles(shared: Path):
     np.testing.assert_array_equal(alone.token_ids, padded.token_ids)
     for name in ("log_z", "relative", "gold_logprob"):  # not ranks: at 400 of 512, logits are closer than rounding
         np.testing.assert_allclose(getattr(alone, name), getattr(padded, name), atol=ROUNDING, err_msg=name)
+
+
+# encoder-decoder teachers
+
+
+@pytest.fixture(scope="module")
+def t5(t5_dir: Path):
+    return load_model(ModelRequest(str(t5_dir), device="cpu"))
+
+
+def test_an_encoder_decoder_s_rows_are_its_own_teacher_forced_predictions(t5):
+    rows = make_rows([(5, 7), (3, 20), (1, 1), (30, 4)])
+    rows = [dataclasses.replace(r, context_ids=r.context_ids % 300, target_ids=r.target_ids % 300) for r in rows]
+    teacher = Teacher(split_head(t5), Sparsifier(TargetConfig(top_k=20), 300), tokens_per_batch=4096)
+    got = score(teacher, rows)
+    expected = []
+    for row in rows:  # one at a time, unpadded, by the model's own way of shifting labels
+        ids, labels = (torch.from_numpy(x.astype(np.int64))[None] for x in (row.context_ids, row.target_ids))
+        with torch.no_grad():
+            logits = t5(input_ids=ids, labels=labels).logits[0, :, :300]
+        expected.append(logits.log_softmax(1).gather(1, labels[0, :, None])[:, 0])
+    np.testing.assert_allclose(got.gold_logprob, torch.cat(expected).numpy(), atol=ROUNDING)
+    alone = score(Teacher(split_head(t5), Sparsifier(TargetConfig(top_k=20), 300), tokens_per_batch=1), rows)
+    np.testing.assert_allclose(got.log_z, alone.log_z, atol=ROUNDING)
+    assert got.token_ids is not None
+    assert got.token_ids.max() < 300  # the model has 320 logits
+
+
+def test_batches_of_an_encoder_decoder_count_the_padding_of_both_sides():
+    sizes = [(10, 2), (2, 10), (6, 6), (1, 1)]
+    for budget in (12, 24, 40, 80):
+        for batch in batches_by_length(sizes, budget):
+            padded = len(batch) * (max(sizes[i][0] for i in batch) + max(sizes[i][1] for i in batch))
+            assert padded <= budget or len(batch) == 1
+    assert sorted(i for b in batches_by_length(sizes, 24) for i in b) == [0, 1, 2, 3]

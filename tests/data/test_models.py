@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,11 @@ PARAMETERS = {  # as published; counted from the real configs
     "gpt-neo-2.7B": 2_651_307_520,
     "pythia-410m": 405_334_016,
     "SmolLM-360M": 361_821_120,
+    "flan-t5-small": 76_961_152,
+    "flan-t5-base": 247_577_856,
+    "flan-t5-large": 783_150_080,
+    "flan-t5-xl": 2_849_757_184,
+    "flan-t5-xxl": 11_135_332_352,
     # by hand: embeddings (2048 + 256) * 96; per layer 12 * 96^2 weights and 13 * 96 biases and norms; last norm 2 * 96
     "demo-student": (2048 + 256) * 96 + 3 * (12 * 96**2 + 13 * 96) + 2 * 96,
 }
@@ -65,7 +71,8 @@ def test_an_unknown_shape_and_an_unknown_dtype_suggest_the_nearest():
 def test_positions_are_read_from_every_family():
     assert {name: max_positions(build()) for name, build in SHAPES.items()} == {
         "demo-student": 256, "gpt2": 1024, "gpt2-medium": 1024, "gpt-neo-2.7B": 2048, "pythia-410m": 2048,
-        "SmolLM-360M": 2048,
+        "SmolLM-360M": 2048, "flan-t5-small": None, "flan-t5-base": None, "flan-t5-large": None, "flan-t5-xl": None,
+        "flan-t5-xxl": None,
     }  # fmt: skip
 
 
@@ -101,13 +108,18 @@ def test_cuda_without_a_device_is_a_clear_error():
         resolve_device("cuda")
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path):
-    from transformers import T5Config
+def test_an_encoder_decoder_loads_with_its_own_class_and_an_untied_head(t5_dir: Path):
+    for request in (ModelRequest(str(t5_dir), device="cpu"), ModelRequest("random:flan-t5-small", device="cpu")):
+        model = load_model(request)
+        assert type(model).__name__ == "T5ForConditionalGeneration"
+        assert model.lm_head.weight is not model.shared.weight
+        assert not torch.equal(model.lm_head.weight, model.shared.weight)
 
-    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match="encoder-decoder") as caught:
-        load_model(ModelRequest(str(tmp_path), device="cpu"))
-    assert "T5ForConditionalGeneration" in str(caught.value)
+
+def test_feed_forward_outputs_of_t5_stay_in_float32_where_float16_overflows():
+    model = load_model(ModelRequest("random:flan-t5-small", device="cpu", dtype="float16"))
+    layer = model.encoder.block[0].layer[1].DenseReluDense
+    assert (layer.wo.weight.dtype, layer.wi_0.weight.dtype) == (torch.float32, torch.float16)
 
 
 # the output layer apart
@@ -143,6 +155,29 @@ def test_hidden_states_times_the_head_are_the_models_logits(family: str):
         got = torch.nn.functional.linear(head.hidden(ids, None), head.weight, head.bias)
         expected = model(input_ids=ids).logits
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # the same float32 product twice
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_decoder_s_hidden_states_times_the_head_are_the_model_s_logits(t5_dir: Path, tied: bool):
+    """T5 scales the decoder's output where the head is tied to the embedding."""
+    import transformers as t
+
+    if tied:
+        config = t.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                            decoder_start_token_id=0)  # fmt: skip
+        torch.manual_seed(0)
+        model = t.T5ForConditionalGeneration(config).eval()
+        assert model.lm_head.weight is model.shared.weight
+    else:
+        model = load_model(ModelRequest(str(t5_dir), device="cpu"))
+    head = split_head(model)
+    rng = np.random.default_rng(0)
+    contexts, targets = ([rng.integers(3, 50, n) for n in sizes] for sizes in ((7, 3, 1), (2, 5, 1)))
+    with torch.no_grad():
+        got = torch.nn.functional.linear(head.scored_hidden(contexts, targets), head.weight)
+        alone = [model(input_ids=torch.from_numpy(c)[None], labels=torch.from_numpy(y)[None]).logits[0]
+                 for c, y in zip(contexts, targets, strict=True)]  # fmt: skip
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-4, atol=1e-4)  # padded and alone: float32 sums reordered
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -163,3 +164,45 @@ def test_a_folder_without_a_tokenizer_says_what_was_expected(tmp_path: Path):
         load_tokenizer(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
     assert "tokenizer.json" in str(caught.value)
+
+
+LOSSY = [
+    "two  spaces and\na line",
+    " leads and trails ",
+    "tabs\tand\n\n\nlines",
+    "unknown 🦊 sign",
+    "café ﬁne ½",
+    "a\u00a0b",
+    "x",
+]
+
+
+@pytest.mark.parametrize("text", LOSSY)
+def test_byte_ends_are_of_the_text_as_written_through_a_lossy_normaliser(t5_dir, text: str):
+    tokenizer = load_tokenizer(str(t5_dir))
+    check_lossy(tokenizer, text)
+
+
+@pytest.mark.parametrize("text", LOSSY)
+def test_byte_ends_are_right_through_t5_s_own_normaliser(shared, text: str):
+    check_lossy(load_tokenizer(str(shared / "tokenizers" / "t5")), text)
+
+
+def check_lossy(tokenizer, text: str) -> None:
+    """Every word of the text ends where a token ends, and tokens never share a byte out of order."""
+    ids, ends = encode_with_ends(tokenizer, token_bytes(tokenizer), text)
+    data = text.encode("utf-8")
+    assert len(ids) == len(ends)
+    assert (np.diff(ends) >= 0).all()
+    assert ends[-1] == len(data)
+    marks = {len(text[: m.end()].encode()) for m in re.finditer(r"\S+", text)}
+    assert marks - {max(marks)} <= set(ends.tolist())  # the last word also takes what trails it
+    start = 0
+    for number, end in zip(ids, ends, strict=True):  # a piece that is plain text is the text it stands for
+        piece, span = (
+            tokenizer.convert_ids_to_tokens(int(number)).replace("▁", ""),
+            data[start:end].decode("utf-8", "replace"),
+        )
+        if piece.isascii() and piece.isalpha():
+            assert piece in "".join(span.split()) or not span.isascii()
+        start = end
