@@ -136,6 +136,10 @@ def _floats(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
         raise click.BadParameter("expected numbers separated by commas, e.g. 1,2,4") from error
 
 
+def _escaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def _part(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
     index, _sign, count = value.partition("/")
     if not (index.isdigit() and count.isdigit()):
@@ -234,7 +238,7 @@ def build_options(function: Function) -> Function:
         click.option("--temperatures", callback=_floats, default="1,2,4", show_default=True,
                      help="Temperatures whose exact normaliser is stored."),
         click.option("--band-temperatures", callback=_floats, help="Temperatures whose rank bands are stored; 1 by default."),
-        click.option("--logprob-codec", default="linear8", show_default=True, help="linear8, float16 or float32."),
+        click.option("--logprob-codec", help="linear8, float16 or float32; float16 by default for uld and full, else linear8."),
         click.option("--seq-len", type=int, help="Tokens per block, context included; 512, or the teacher's window if "
                      "smaller. Of an encoder: 1024."),
         click.option("--target-len", type=int, help="Most tokens of a target, EOS included; 256 for an encoder-decoder."),
@@ -264,7 +268,7 @@ def build_options(function: Function) -> Function:
 
 def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[str, str], limit: int | None,
           profile: str, top_k: int | None, samples: int | None, tail_bands: int | None,
-          temperatures: tuple[float, ...], band_temperatures: tuple[float, ...] | None, logprob_codec: str,
+          temperatures: tuple[float, ...], band_temperatures: tuple[float, ...] | None, logprob_codec: str | None,
           seq_len: int | None, target_len: int | None, overlong: str, stride: int | None,
           bos: bool, eos: bool, separator: str, load_in_4bit: bool,
           dtype: str, device: str, revision: str | None, tokenizer: str | None, tokens_per_batch: int,
@@ -286,7 +290,7 @@ def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[s
     window, encoder = max_positions(config), is_encoder_decoder(config)
     most = 1024 if encoder else 512
     blocks = BlockConfig(
-        seq_len or min(most, window or most), stride, bos, eos, separator.replace("\\n", "\n").replace("\\t", "\t"),
+        seq_len or min(most, window or most), stride, bos, eos, _escaped(separator),
         encoder, target_len or (256 if encoder else None), overlong,
     )  # fmt: skip
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
@@ -441,16 +445,30 @@ def cache_verify(path: Path, as_json: bool) -> None:
 @click.option("--cache", help="Path of the cache.")
 @click.option("--student", help="Hub id, folder, demo, or random:NAME.")
 @click.option("--out", help="Folder of the run.")
-@click.option("--loss", help="kl (distil), or ce (fine-tune on the same rows: the baseline). Default: kl.")
 @click.option(
-    "--alpha", type=float, help="Weight of the distillation loss; 1 - alpha of the cross-entropy. Default: 1."
+    "--loss",
+    help="With the teacher's tokenizer: kl, reverse-kl, jsd. With any: uld, hybrid, alm. ce fine-tunes on the same text: "
+    "the baseline. Default: kl.",
 )
+@click.option("--alpha", type=float, help="Weight of the distillation loss. Default: 1; 0.5 for uld, hybrid and alm.")
+@click.option("--ce-weight", type=float, help="Weight of the cross-entropy. Default: 1 - alpha.")
 @click.option(
     "--temperature",
     type=float,
-    help="Temperature on the cache's grid; the loss is multiplied by its square. Default: 1.",
+    help="Temperature on the cache's grid; divergences are multiplied by its square. Default: 1.",
 )
-@click.option("--tail", help="auto, ghost, sampled or renorm: what makes up for the cut tail. Default: auto.")
+@click.option("--tail", help="auto, ghost, sampled or renorm: what makes up for the cut tail of kl. Default: auto.")
+@click.option("--beta", type=float, help="Of jsd and hybrid: weight of KL(teacher || mixture). Default: 0.5.")
+@click.option(
+    "--alignment", help="Of uld, hybrid and alm: bytes (the same text), or positional (token by token). Default: bytes."
+)
+@click.option("--align-eos/--no-align-eos", default=None, help="Compare the ends of text too. Default: yes.")
+@click.option(
+    "--ranking", help="How uld orders the student's probabilities: fast, or exact (full sort). Default: fast."
+)
+@click.option("--prompt-loss", is_flag=True, default=None, help="Cross-entropy over the prompt's tokens too.")
+@click.option("--separator", help="Text between prompt and target for the student. Default: as in the cache.")
+@click.option("--seq-len", type=int, help="Most tokens of an example in the student's own cut. Default: its positions.")
 @click.option("--top-k", type=int, help="Use fewer tokens per row than stored.")
 @click.option("--epochs", type=float, help="Passes over the cache. Default: 1.")
 @click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs.")
@@ -465,6 +483,7 @@ def cache_verify(path: Path, as_json: bool) -> None:
 @click.option("--warmup", type=float, help="Steps, or a share of all steps when below 1. Default: 0.")
 @click.option("--precision", help="bf16 (autocast) or fp32. Default: fp32.")
 @click.option("--lora", type=int, metavar="R", help="Train LoRA adapters of rank R (peft), merged into the output.")
+@click.option("--lora-targets", help="Modules to adapt, separated by commas. Default: by the student's family.")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Trade time for memory.")
 @click.option(
     "--head-chunk", type=int, help="Rows of the output layer computed at once. Default: by vocabulary and device."
@@ -490,6 +509,8 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     quiet_libraries()
     from kd.student_trainer.config import config_from
 
+    if options["separator"] is not None:
+        options["separator"] = _escaped(options["separator"])
     config = config_from(options, config_file)
     scores: list[tuple[str, str]] = []
     result: dict[str, Any] = {}

@@ -211,5 +211,6 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
         gold_logprob=stored["gold_logprob"].astype(np.float32),
         gold_rank=stored["gold_rank"].astype(np.int64),
         byte_end=stored["byte_end"].astype(np.int64),
+        band_temperatures=config.band_temperatures if "tail_bands" in stored else (),
         **optional,
     )

@@ -31,13 +31,15 @@ class Profile:
     """Log-spaced rank bands beyond k whose mass is kept."""
     boundary: bool
     """Keep log P(next token starts a word or ends the text)?"""
+    logprob_codec: str = "linear8"
+    """ULD's gradient is a sign: 8 bits turn 5-8 % of it around, float16 0.4 % (docs/log.md)."""
 
 
 PROFILES: dict[str, Profile] = {
     "kl": Profile(top_k=64, ids=True, samples=0, tail_bands=0, boundary=False),
-    "uld": Profile(top_k=16, ids=False, samples=0, tail_bands=16, boundary=False),
+    "uld": Profile(top_k=16, ids=False, samples=0, tail_bands=16, boundary=False, logprob_codec="float16"),
     "sampled": Profile(top_k=0, ids=True, samples=12, tail_bands=0, boundary=False),
-    "full": Profile(top_k=64, ids=True, samples=12, tail_bands=16, boundary=True),
+    "full": Profile(top_k=64, ids=True, samples=12, tail_bands=16, boundary=True, logprob_codec="float16"),
 }
 
 
@@ -81,7 +83,8 @@ class TargetConfig:
 
     @classmethod
     def of_profile(cls, profile: str, *, top_k: int | None = None, samples: int | None = None,
-                   tail_bands: int | None = None, **rest: object) -> TargetConfig:  # fmt: skip
+                   tail_bands: int | None = None, logprob_codec: str | None = None,
+                   **rest: object) -> TargetConfig:  # fmt: skip
         """The profile's own numbers, except where given."""
         if profile not in PROFILES:
             raise unknown_name("profile", profile, PROFILES)
@@ -94,6 +97,7 @@ class TargetConfig:
             top_k=kept.top_k if top_k is None else top_k,
             samples=kept.samples if samples is None else samples,
             tail_bands=kept.tail_bands if tail_bands is None else tail_bands,
+            logprob_codec=logprob_codec or kept.logprob_codec,
             **rest,  # type: ignore[arg-type]
         )
 
@@ -103,7 +107,7 @@ class TargetConfig:
             self,
             seed=self.seed if self.samples else 0,
             band_temperatures=self.band_temperatures if self.tail_bands else (1.0,),
-            logprob_codec=self.logprob_codec if self.top_k else "linear8",
+            logprob_codec=self.logprob_codec if self.top_k else PROFILES[self.profile].logprob_codec,
         )
 
     def check_vocabulary(self, size: int) -> None:
@@ -170,6 +174,8 @@ class SoftTargets:
     """[N] int64"""
     byte_end: np.ndarray
     """[N] int64: end of the gold token in the example's target text, UTF-8 bytes"""
+    band_temperatures: tuple[float, ...] = ()
+    """temperatures of `tail_bands`"""
     token_ids: np.ndarray | None = field(default=None)
     """[N, K] int64, most probable first"""
     logprobs: np.ndarray | None = field(default=None)
@@ -185,6 +191,14 @@ class SoftTargets:
 
     def __len__(self) -> int:
         return len(self.gold_ids)
+
+    def band_index(self, temperature: float) -> int:
+        """Row of `tail_bands` for `temperature`; CacheError when its bands are not stored."""
+        if temperature not in self.band_temperatures:
+            raise CacheError("this cache holds no rank bands at that temperature", found=f"temperature {temperature:g}",
+                             expected=f"one of {', '.join(f'{t:g}' for t in self.band_temperatures)}",
+                             try_="kd cache build --band-temperatures")  # fmt: skip
+        return self.band_temperatures.index(temperature)
 
     def grid_index(self, temperature: float) -> int:
         """Column of `log_z` for `temperature`; CacheError when it is off the stored grid."""

@@ -7,13 +7,18 @@ token, padded logits) do no harm.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.targets import TargetConfig
-from kd.data.errors import CacheMismatchError, DataError
+from kd.cache_builder.targets import PROFILES, TargetConfig
+from kd.data.errors import CacheMismatchError, DataError, unknown_name
 from kd.data.models import max_positions
 from kd.data.tokenizer import Tokenizer, token_bytes
+from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.losses import LOSSES, Objective
 
 
@@ -37,6 +42,19 @@ def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose
         )
 
 
+def refuse_encoder_rows(reader: CacheReader, loss: str) -> None:
+    """Raise CacheMismatchError when a causal student is to learn an encoder-decoder teacher's rows one by one."""
+    if reader.manifest.blocks.encoder:
+        raise CacheMismatchError(f"--loss {loss} compares row by row, and this teacher reads its prompt with an encoder",
+                                 cache=reader.root, teacher=reader.manifest.provenance.get("teacher"),
+                                 try_="--loss uld, hybrid or alm, or --loss ce for the baseline")  # fmt: skip
+
+
+def same_tokenizer(reader: CacheReader, tokenizer: Tokenizer) -> bool:
+    """Does every id of the cache stand for the same bytes in the student's tokenizer?"""
+    return token_bytes(tokenizer)[: reader.manifest.vocabulary_size] == reader.vocabulary()
+
+
 def refuse_narrow_student(reader: CacheReader, config: Any, longest: int) -> None:
     """Raise DataError when the student has fewer logits than the cache has ids, or too few positions."""
     if int(config.vocab_size) < reader.manifest.vocabulary_size:
@@ -50,15 +68,18 @@ def refuse_narrow_student(reader: CacheReader, config: Any, longest: int) -> Non
 
 
 def resolve_objective(
-    config: TargetConfig, *, loss: str, tail: str, alpha: float | None, temperature: float
-) -> Objective:
-    """Fill in `auto`: ghost where top-k ids are stored, sampled where only draws are.
+    config: TargetConfig, *, loss: str, tail: str = "auto", alpha: float | None = None, temperature: float = 1.0,
+    ce_weight: float | None = None, settings: GroupSettings | None = None,
+) -> Objective:  # fmt: skip
+    """Fill in `auto`, and check that a cache of this configuration holds what the loss needs.
 
-    `alpha` is the weight of the distillation loss; None = 1 for kl, 0 for ce. Raises DataError where the cache does
-    not hold what the loss needs.
+    Tail: ghost where top-k ids are stored, sampled where only draws are. Alpha: 1 for losses by row, 0.5 for losses
+    over aligned text (they say nothing about which token is right), 0 for ce. Raises DataError.
     """
+    settings = settings or GroupSettings()
     if loss == "ce":
-        unused = {"--alpha": alpha not in (None, 0.0), "--temperature": temperature != 1.0, "--tail": tail != "auto"}
+        unused = {"--alpha": alpha not in (None, 0.0), "--temperature": temperature != 1.0, "--tail": tail != "auto",
+                  "--ce-weight": ce_weight not in (None, 1.0)}  # fmt: skip
         if any(unused.values()):
             raise DataError("cross-entropy has no teacher to weigh or soften", found="--loss ce with "
                             + ", ".join(k for k, given in unused.items() if given),
@@ -66,13 +87,15 @@ def resolve_objective(
         return Objective("ce", "none", 0.0, 1.0)
     if loss not in LOSSES:
         return Objective(loss)  # raises with the list of names
-    has_top_k, has_samples = bool(config.top_k) and config.profile in ("kl", "full"), bool(config.samples)
-    if tail == "auto":
-        tail = "ghost" if has_top_k or not has_samples else "sampled"
-    if (tail == "sampled" and not has_samples) or (tail != "sampled" and not has_top_k):
-        raise DataError(f"this cache cannot serve --loss {loss} --tail {tail}", found=f"profile {config.profile}",
-                        expected="profile kl or full for ghost and renorm; sampled or full for sampled",
-                        try_="kd cache build --profile kl")  # fmt: skip
+    for name, weight in (("--alpha", alpha), ("--ce-weight", ce_weight)):
+        if weight is not None and not 0.0 <= weight < math.inf:
+            raise DataError("a weight of the loss is not usable", found=f"{name} {weight:g}", expected="0 or more")
+    weight = (0.5 if LOSSES[loss].groups else 1.0) if alpha is None else alpha
+    if weight > 1.0 and ce_weight is None:
+        raise DataError("alpha above 1 leaves no weight for the cross-entropy", found=f"--alpha {weight:g}",
+                        expected="0..1, or --ce-weight beside it", try_="--ce-weight 1")  # fmt: skip
+    tail = _tail(config, loss, tail)
+    _check_holdings(config, loss, temperature)
     if temperature not in config.temperatures:
         raise DataError("this cache does not hold that temperature", found=f"--temperature {temperature:g}",
                         expected=f"one of {', '.join(f'{t:g}' for t in config.temperatures)}",
@@ -80,6 +103,64 @@ def resolve_objective(
     if tail == "sampled" and temperature != 1.0:
         raise DataError("draws serve temperature 1 only", found=f"--temperature {temperature:g}", expected="1",
                         try_="--tail ghost with a cache of profile kl")  # fmt: skip
-    if alpha is not None and not 0.0 <= alpha <= 1.0:
-        raise DataError("alpha is a weight", found=f"--alpha {alpha:g}", expected="0..1")
-    return Objective(loss, tail, 1.0 if alpha is None else alpha, temperature)
+    return Objective(loss, tail, weight, temperature, ce_weight, settings)
+
+
+def _tail(config: TargetConfig, loss: str, tail: str) -> str:
+    """The tail mode of a loss, `auto` filled in; DataError where the cache cannot serve it."""
+    known = LOSSES[loss].variants
+    if "ghost" not in known:
+        if tail not in ("auto", *known):
+            raise unknown_name(f"tail mode of {loss}", tail, known)
+        return next(iter(known))
+    has_top_k, has_samples = _has_ids(config), bool(config.samples)
+    if tail == "auto":
+        tail = "ghost" if has_top_k or not has_samples or "sampled" not in known else "sampled"
+    if tail not in known:
+        raise unknown_name(f"tail mode of {loss}", tail, known)
+    if (tail == "sampled" and not has_samples) or (tail != "sampled" and not has_top_k):
+        raise DataError(f"this cache cannot serve --loss {loss} --tail {tail}", found=f"profile {config.profile}",
+                        expected="profile kl or full for ghost and renorm; sampled or full for sampled",
+                        try_="kd cache build --profile kl")  # fmt: skip
+    return tail
+
+
+def _has_ids(config: TargetConfig) -> bool:
+    return bool(config.top_k) and PROFILES[config.profile].ids and config.profile != "sampled"
+
+
+def _check_holdings(config: TargetConfig, loss: str, temperature: float) -> None:
+    """Raise DataError when an aligned loss needs what the cache's profile left out."""
+    if not LOSSES[loss].groups:
+        return
+    held = {"ids": _has_ids(config), "logprobs": bool(config.top_k), "bands": bool(config.tail_bands)}
+    missing = [need for need in LOSSES[loss].needs if not held[need]]
+    if missing:
+        serving = "full" if "ids" in LOSSES[loss].needs else "uld or full"
+        raise DataError(f"this cache cannot serve --loss {loss}", found=f"profile {config.profile} without "
+                        f"{', '.join(missing)}", expected=f"profile {serving}",
+                        try_=f"kd cache build --profile {serving.partition(' ')[0]}")  # fmt: skip
+    if "bands" in LOSSES[loss].needs and temperature not in config.band_temperatures:
+        raise DataError("this cache holds no rank bands at that temperature", found=f"--temperature {temperature:g}",
+                        expected=f"one of {', '.join(f'{t:g}' for t in config.band_temperatures)}",
+                        try_=f"kd cache build --temperatures 1,{temperature:g} --band-temperatures {temperature:g}")  # fmt: skip
+
+
+def shared_pieces(reader: CacheReader, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
+    """The student's id of every teacher id `[V_t]`, -1 where it has none, and the share of ids that have one.
+
+    Pieces are compared as bytes, so `▁the`, `Ġthe` and ` the` are one; a piece that occurs twice on a side is left
+    out, as special tokens are, but for EOS.
+    """
+    teacher, student = reader.vocabulary(), token_bytes(tokenizer)
+    special = {*tokenizer.all_special_ids}
+    places: dict[bytes, int] = {}
+    for number, piece in enumerate(student):
+        if piece and number not in special:
+            places[piece] = -1 if piece in places else number
+    counts = Counter(teacher)
+    ids = np.array([places.get(piece, -1) if counts[piece] == 1 else -1 for piece in teacher], dtype=np.int64)
+    eos = reader.manifest.identity["tokenizer"].get("eos_token_id")
+    if eos is not None and eos < len(ids):
+        ids[eos] = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return ids, float((ids >= 0).mean())

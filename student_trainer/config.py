@@ -9,6 +9,17 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from kd.data.errors import DataError, unknown_name
+from kd.student_trainer.alignment import ALIGNMENTS
+
+RANKINGS = ("exact", "fast")
+"""How the student's probabilities are brought into order (`groups.uld`)."""
+LORA_TARGETS = {
+    "gpt2": ["c_attn", "c_proj"],
+    "gpt_neox": ["query_key_value"],
+    "llama": ["q_proj", "v_proj"],
+    "gpt_neo": ["q_proj", "v_proj"],
+}
+"""Model type -> modules that LoRA adapts."""
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "adamw8bit": "adamw_bnb_8bit"}
 """Our name -> transformers' name."""
@@ -31,7 +42,23 @@ class TrainConfig:
     tail: str = "auto"
     """Key of `losses.TAILS`, or `auto`."""
     alpha: float | None = None
-    """Weight of the distillation loss, 1 - alpha of the cross-entropy; None = 1 (0 for `ce`)."""
+    """Weight of the distillation loss; None = 1 (0 for `ce`), 0.5 for losses over aligned text."""
+    ce_weight: float | None = None
+    """Weight of the cross-entropy; None = 1 - alpha."""
+    beta: float = 0.5
+    """Of the generalised JSD (`jsd`, `hybrid`): weight of KL(teacher || mixture)."""
+    alignment: str = "bytes"
+    """Of losses over aligned text: one of `alignment.ALIGNMENTS`."""
+    align_eos: bool = True
+    """Compare the ends of text too, where both sides have one."""
+    ranking: str = "fast"
+    """How `uld` orders the student's probabilities: one of RANKINGS."""
+    prompt_loss: bool = False
+    """Cross-entropy over the prompt's tokens too."""
+    seq_len: int | None = None
+    """Most tokens of an example in the student's own cut, for losses over text; None = the student's positions."""
+    separator: str | None = None
+    """Text between prompt and target for the student; None = as in the cache."""
     temperature: float = 1.0
     """Of the softmaxes compared; must be on the cache's grid."""
     top_k: int | None = None
@@ -53,8 +80,10 @@ class TrainConfig:
     warmup: float = 0.0
     """Steps when >= 1, else a share of all steps."""
     precision: str = "fp32"
+    lora_targets: str | None = None
+    """Modules to adapt, separated by commas; None = `LORA_TARGETS` of the student's family, else peft's own."""
     lora: int | None = None
-    """Rank of LoRA adapters (alpha = 2 x rank, peft's own target modules), merged into the output; None = all weights."""
+    """Rank of LoRA adapters (alpha = 2 x rank), merged into the output; None = all weights."""
     gradient_checkpointing: bool = False
     seed: int = 0
     revision: str | None = None
@@ -76,6 +105,8 @@ class TrainConfig:
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),
             ("precision", self.precision, PRECISIONS),
+            ("alignment", self.alignment, ALIGNMENTS),
+            ("ranking", self.ranking, RANKINGS),
         ):
             if value not in known:
                 raise unknown_name(name, value, known)
@@ -84,7 +115,8 @@ class TrainConfig:
                             try_="CUDA_VISIBLE_DEVICES=N chooses one, torchrun or accelerate launch uses several")  # fmt: skip
         if self.tokens_per_batch is not None and self.batch_size is not None:
             raise DataError("two batch sizes were given", found="--tokens-per-batch and --batch-size", expected="one")
-        for name in ("tokens_per_batch", "batch_size", "accumulate", "max_steps", "lora", "log_every", "head_chunk"):
+        for name in ("tokens_per_batch", "batch_size", "accumulate", "max_steps", "lora", "log_every", "head_chunk",
+                     "seq_len"):  # fmt: skip
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise DataError(f"{name.replace('_', ' ')} must be at least 1", found=number)

@@ -23,12 +23,12 @@ ChunkLoss = Callable[[Tensor, LossTargets], tuple[Tensor, Tensor, Tensor]]
 
 def chunked_head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: ChunkLoss, targets: LossTargets, *,
                       vocabulary_size: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sums over positions of `(total, kd, ce)`, nats; gradients flow from `total` to hidden, weight and bias.
+    """Sums of `(total, kd, ce)`, nats; gradients flow from `total` to hidden, weight and bias.
 
     hidden   [N, d]
     weight   [V', d], V' >= vocabulary_size; columns of padding are cut off before the loss
     bias     [V'] or None
-    loss     `(logits [n, V], targets) -> (total, kd, ce)`, each [n]
+    loss     `(logits [n, V], targets) -> (total, kd, ce)`, vectors of which the sums count
     returns  three scalars; kd and ce carry no gradient
     """
     total, parts = _ChunkedHead.apply(hidden, weight, bias, loss, targets, vocabulary_size, chunk)  # type: ignore[no-untyped-call]
@@ -54,8 +54,7 @@ class _ChunkedHead(torch.autograd.Function):
         )
         sums = torch.zeros(3, dtype=wide, device=hidden.device)
         with torch.autocast(device, enabled=False):
-            for start in range(0, hidden.shape[0], chunk):
-                rows = slice(start, start + chunk)
+            for rows in targets.pieces(chunk):
                 h = hidden.detach()[rows].to(dtype)
                 logits = F.linear(h, w, b).to(wide).requires_grad_()
                 with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Distillation losses as pure functions of logits: per position, in nats, no reduction.
+"""Distillation losses as pure functions of logits, in nats, no reduction: those by position, and the registry of all.
 
 Shapes: N positions, V vocabulary, K kept tokens, R draws. Student logits may be wider than the teacher's
 vocabulary (padded columns): callers cut them to V first, so padding never enters a softmax.
@@ -13,15 +13,17 @@ Add a loss: one function and one line in `LOSSES`; the test battery and the CLI 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd.data.errors import unknown_name
+from kd.student_trainer.groups import GroupSettings, GroupTargets, alm, generalised_jsd, hybrid, uld
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,39 @@ class LossTargets:
     sample_counts: Tensor | None = None
     """[N, R] draws of each id, 0 in unused slots"""
 
+    groups: GroupTargets | None = None
+    """Of losses that compare aligned text; their rows count from 0 here"""
+    kd_scale: Tensor | None = None
+    """[] rows of the step / examples of the step: group losses are means over examples, the sum is divided by rows"""
+
     def __getitem__(self, rows: slice) -> LossTargets:
-        """A range of rows of every field."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v[rows] for name, v in values.items() if v is not None})
+        """A range of rows of every field; only groups that lie in it as a whole stay (see `pieces`)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("groups", "kd_scale")}
+        cut = {name: v[rows] for name, v in values.items() if v is not None}
+        if self.groups is not None:
+            stop = len(self.gold_ids) if rows.stop is None else rows.stop
+            chosen = int(torch.searchsorted(self.groups.first, rows.start))
+            last = int(torch.searchsorted(self.groups.stop, stop, right=True))
+            cut["groups"] = self.groups.within(rows, slice(chosen, max(last, chosen)))
+        return replace(self, **cut)
+
+    def pieces(self, size: int) -> list[slice]:
+        """Row ranges of about `size` rows that cut no group in two; a longer group stays whole."""
+        total = len(self.gold_ids)
+        if self.groups is None:
+            return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+        inside = np.zeros(total + 1, dtype=np.int64)  # +1 where a group's second row begins, -1 where it stops
+        first, stop = self.groups.first.cpu().numpy(), self.groups.stop.cpu().numpy()
+        np.add.at(inside, first + 1, 1)
+        np.add.at(inside, stop, -1)
+        allowed = np.flatnonzero(inside.cumsum() == 0)  # borders that no group crosses
+        ranges, start = [], 0
+        while start < total:
+            fitting = allowed[(allowed > start) & (allowed <= start + size)]
+            end = int(fitting[-1]) if len(fitting) else int(allowed[allowed > start][0])
+            ranges.append(slice(start, end))
+            start = end
+        return ranges
 
 
 def cross_entropy(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0) -> Tensor:
@@ -144,49 +175,143 @@ def kl_sampled(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0
     return (torch.xlogy(share, share) - share * log_q).sum(dim=1)
 
 
+def kl_reverse(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0) -> Tensor:
+    """KL(student || teacher) per position, nats, with everything beyond the kept ids as one outcome.
+
+    On the kept ids alone it would reward a student for leaving them. A tail of no mass counts as TAIL_FLOOR.
+
+    logits   [N, V]  unnormalised
+    returns  [N]
+    """
+    log_p, log_q = _outcomes(logits, targets, temperature)
+    return (log_q.exp() * (log_q - log_p)).sum(dim=1)
+
+
+def jsd(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon divergence per position, nats, over the kept ids and everything else as one outcome.
+
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    logits   [N, V]  unnormalised
+    returns  [N]
+
+    Agarwal et al. 2023 (GKD), arXiv:2306.13649, equation 1.
+    """
+    log_p, log_q = _outcomes(logits, targets, temperature)
+    return generalised_jsd(log_p.exp(), log_q.exp(), beta)
+
+
+TAIL_FLOOR = 1e-7
+"""Probability of a teacher's tail that rounding has left without any (float32 sums to 1 no better than this)."""
+
+
+def _outcomes(logits: Tensor, targets: LossTargets, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities `[N, K + 1]` of teacher and student: kept ids, then everything else (`[N, V]` where K = V)."""
+    ids, log_p, mass = _need(targets.token_ids), _need(targets.logprobs), _need(targets.tail_mass)
+    if ids.shape[1] == logits.shape[1]:
+        return log_p, (logits / temperature).log_softmax(dim=1).gather(1, ids)
+    head, tail = kept_and_rest(logits, ids, temperature)
+    log_q = torch.cat([head, tail.unsqueeze(1)], dim=1).log_softmax(dim=1)
+    return torch.cat([log_p, mass.clamp(min=TAIL_FLOOR).log().unsqueeze(1)], dim=1), log_q
+
+
 PositionLoss = Callable[..., Tensor]
 
 TAILS: dict[str, PositionLoss] = {"ghost": kl_ghost, "sampled": kl_sampled, "renorm": kl_renorm}
 """How the truncated part of the teacher enters a KL."""
 
-LOSSES: dict[str, dict[str, PositionLoss]] = {
-    "kl": TAILS,
-    "ce": {"none": cross_entropy},
+
+@dataclass(frozen=True)
+class Loss:
+    """A way of learning from a teacher."""
+
+    variants: Mapping[str, PositionLoss]
+    """Tail mode -> function. Of a row loss: `(logits, targets, temperature=…) -> [N]`; of a group loss:
+    `(logits, groups, settings) -> [G]`."""
+    groups: bool = False
+    """Compared over groups of aligned text (any tokenizer), not row by row (the teacher's)?"""
+    squared: bool = False
+    """Multiplied by T^2, so that gradients keep their size (Hinton et al. 2015)?"""
+    needs: tuple[str, ...] = ()
+    """What the cache must hold: `ids`, `logprobs`, `bands`."""
+
+
+LOSSES: dict[str, Loss] = {
+    "kl": Loss(TAILS, squared=True, needs=("ids",)),
+    "reverse-kl": Loss({"ghost": kl_reverse}, squared=True, needs=("ids",)),
+    "jsd": Loss({"ghost": jsd}, squared=True, needs=("ids",)),
+    "uld": Loss({"bands": uld}, groups=True, needs=("logprobs", "bands")),
+    "hybrid": Loss({"bands": hybrid}, groups=True, needs=("ids", "logprobs", "bands")),
+    "alm": Loss({"none": alm}, groups=True),
+    "ce": Loss({"none": cross_entropy}),
 }
-"""Loss name -> tail mode -> function. `ce` is plain fine-tuning on the same rows: the baseline."""
+"""`ce` is plain fine-tuning on the same text: the baseline."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """alpha * T^2 * KD + (1 - alpha) * CE, per position; alpha = 0 for `ce`."""
+    """alpha * kd + ce_weight * CE; kd times T^2 where the loss asks for it. See `LOSSES`."""
 
     loss: str = "kl"
     tail: str = "ghost"
     alpha: float = 1.0
+    """Weight of the distillation loss."""
     temperature: float = 1.0
+    ce_weight: float | None = None
+    """Of the cross-entropy; None = 1 - alpha."""
+    settings: GroupSettings = field(default_factory=GroupSettings)
+    """Of group losses; its beta is that of `jsd` too."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise unknown_name("loss", self.loss, LOSSES)
-        if self.tail not in LOSSES[self.loss]:
-            raise unknown_name(f"tail mode of {self.loss}", self.tail, LOSSES[self.loss])
-        if not 0.0 <= self.alpha <= 1.0 or not self.temperature > 0.0:
-            raise ValueError(f"alpha {self.alpha} must be in [0, 1] and temperature {self.temperature} positive")
+        if self.tail not in LOSSES[self.loss].variants:
+            raise unknown_name(f"tail mode of {self.loss}", self.tail, LOSSES[self.loss].variants)
+        if not self.alpha >= 0.0 or not self.ce >= 0.0 or not self.temperature > 0.0:
+            raise ValueError(
+                f"weights {self.alpha}, {self.ce} must not be negative, temperature {self.temperature} positive"
+            )
+
+    @property
+    def ce(self) -> float:
+        """Weight of the cross-entropy."""
+        return 1.0 - self.alpha if self.ce_weight is None else self.ce_weight
+
+    @property
+    def groups(self) -> bool:
+        """Does the distillation loss compare groups of aligned text?"""
+        return LOSSES[self.loss].groups
 
     def __call__(self, logits: Tensor, targets: LossTargets) -> tuple[Tensor, Tensor, Tensor]:
-        """`logits [N, V]` -> `(total, kd, ce)`, each `[N]` nats; kd without the factor T^2."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1.0):  # else only reported
+        """`logits [N, V]` -> `(total, kd, ce)` in nats; kd without weights and T^2.
+
+        Row losses: `[N]` each. Group losses: kd `[G]`, each group weighted so that an example's groups weigh 1;
+        total `[G + N]`. What counts is the sum.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.ce > 0.0):  # else only reported
             ce = cross_entropy(logits, targets)
         if self.loss == "ce":
             return ce, torch.zeros_like(ce), ce
-        kd = LOSSES[self.loss][self.tail](logits, targets, temperature=self.temperature)
-        total = self.alpha * self.temperature**2 * kd
-        if self.alpha < 1.0:
-            total = total + (1.0 - self.alpha) * ce
+        loss = LOSSES[self.loss]
+        weight = self.alpha * (self.temperature**2 if loss.squared else 1.0)
+        function = loss.variants[self.tail]
+        if loss.groups:
+            groups = _need(targets.groups)
+            kd = function(logits, groups, replace(self.settings, temperature=self.temperature)) * groups.weight
+            scaled = weight * kd if targets.kd_scale is None else weight * targets.kd_scale * kd
+            return torch.cat([scaled, self.ce * ce]), kd, ce
+        options = {"beta": self.settings.beta} if self.loss == "jsd" else {}
+        kd = function(logits, targets, temperature=self.temperature, **options)
+        total = weight * kd
+        if self.ce > 0.0:
+            total = total + self.ce * ce
         return total, kd, ce
 
 
-def _need(field: Tensor | None) -> Tensor:
-    if field is None:
+Field = TypeVar("Field")
+
+
+def _need(value: Field | None) -> Field:
+    if value is None:
         raise ValueError("the targets hold no such field for this loss")
-    return field
+    return value

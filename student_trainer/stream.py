@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kd.cache_builder.reader import CachedExample, CacheReader
-from kd.student_trainer.losses import LossTargets, Objective
+from kd.cache_builder.targets import SoftTargets
+from kd.student_trainer.alignment import Alignment, Side, align
+from kd.student_trainer.groups import GroupTargets
+from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+from kd.student_trainer.text import StudentExample, StudentText
 
 PREFETCHED_BATCHES = 4
 
@@ -122,28 +126,53 @@ class Collator:
     """Examples -> tensors: padded `input_ids [B, T]`, `attention_mask [B, T]`, `positions [N]` and the targets.
 
     `positions` are flat indices into `[B * T]` of the tokens that *predict* the rows: the row for token t of an
-    example sits at the position before it.
+    example sits at the position before it. The tokens are the teacher's, or, with `text`, the student's own.
     """
 
     objective: Objective
+    text: StudentText | None = None
+    alignment: str = "bytes"
+    """One of `alignment.ALIGNMENTS`"""
+    align_eos: bool = True
+    prompt_loss: bool = False
+    """Score the prompt's tokens too (cross-entropy alone)?"""
+    student_ids: np.ndarray | None = None
+    """[V_t] the student's id of every teacher id, -1 where it has none; for `hybrid`"""
+    coverage: Coverage = field(default_factory=lambda: Coverage())
 
     def __call__(self, examples: Sequence[CachedExample]) -> dict[str, Tensor]:
+        tokens: Sequence[CachedExample | StudentExample] = examples
+        if self.text is not None:
+            tokens = [self.text[e.index] for e in examples]
+        batch = self._tokens(tokens)
+        if self.objective.groups:
+            batch |= self._groups(examples)
+        else:
+            batch |= self._rows(examples)
+        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
+
+    def _first(self, example: CachedExample | StudentExample) -> int:
+        """Number of the first token of an example that is scored."""
+        return 1 if self.prompt_loss else len(example.context_ids)
+
+    def _tokens(self, examples: Sequence[CachedExample | StudentExample]) -> dict[str, np.ndarray]:
         ids = [e.input_ids for e in examples]
         width = max(len(i) for i in ids)
         padded = np.zeros((len(ids), width), dtype=np.int64)
         mask = np.zeros((len(ids), width), dtype=np.int64)
-        positions = []
+        positions, gold = [], []
         for b, (example, row) in enumerate(zip(examples, ids, strict=True)):
             padded[b, : len(row)] = row
             mask[b, : len(row)] = 1
-            positions.append(b * width + np.arange(len(example.context_ids) - 1, len(row) - 1))
-        batch: dict[str, np.ndarray] = {
-            "input_ids": padded,
-            "attention_mask": mask,
-            "positions": np.concatenate(positions),
-            "gold_ids": np.concatenate([e.targets.gold_ids for e in examples]),
-        }
+            first = self._first(example)
+            positions.append(b * width + np.arange(first - 1, len(row) - 1))
+            gold.append(row[first:])
+        return {"input_ids": padded, "attention_mask": mask, "positions": np.concatenate(positions),
+                "gold_ids": np.concatenate(gold).astype(np.int64)}  # fmt: skip
+
+    def _rows(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
         kind, temperature = self.objective.tail, self.objective.temperature
+        batch: dict[str, np.ndarray] = {}
         if kind in ("ghost", "renorm"):
             batch["token_ids"] = np.concatenate([e.targets.token_ids for e in examples])
             logprobs = np.concatenate([e.targets.logprobs_at(temperature) for e in examples])
@@ -152,15 +181,84 @@ class Collator:
         if kind == "sampled":
             batch["sample_ids"] = np.concatenate([e.targets.sample_ids for e in examples])
             batch["sample_counts"] = np.concatenate([e.targets.sample_counts for e in examples])
-        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
+        return batch
+
+    def _groups(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
+        """Fields of `GroupTargets`, named `group_…`; rows count over the whole batch."""
+        assert self.text is not None
+        temperature, needs = self.objective.temperature, LOSSES[self.objective.loss].needs
+        parts: dict[str, list[np.ndarray]] = {}
+        offset = 0
+        for example in examples:
+            student, targets = self.text[example.index], example.targets
+            before = len(student.context_ids) - self._first(student)  # scored tokens of the prompt
+            teacher = Side(targets.byte_end, self.text.teacher_has_eos[example.index])
+            found = align(teacher, student.side, mode=self.alignment, eos=self.align_eos)
+            self.coverage.add(found, len(example.target.encode("utf-8")))
+            groups = teacher_groups(targets, found.teacher, temperature, needs, self.student_ids)
+            values = groups | {
+                "first": found.student[:, 0] + offset + before, "stop": found.student[:, 1] + offset + before,
+                "weight": np.full(len(found), 1.0 / max(len(found), 1), dtype=np.float32),
+            }  # fmt: skip
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value)
+            offset += before + len(student.target_ids)
+        units = sum(len(w) > 0 for w in parts["weight"])
+        return {f"group_{n}": np.concatenate(v) for n, v in parts.items()} | {"units": np.array(units)}
 
 
-TARGET_FIELDS = ("gold_ids", "token_ids", "logprobs", "tail_mass", "sample_ids", "sample_counts")
+def teacher_groups(targets: SoftTargets, ranges: np.ndarray, temperature: float, needs: Sequence[str],
+                   student_ids: np.ndarray | None) -> dict[str, np.ndarray]:  # fmt: skip
+    """Arrays `[G, …]` for groups of rows `ranges [G, 2]`: chain-rule log-probabilities, and the first row's."""
+    gold = targets.gold_logprob.astype(np.float64)
+    at_one, at_t = (targets.log_z[:, targets.grid_index(t)].astype(np.float64) for t in (1.0, temperature))
+    tempered = (gold + at_one) / temperature - at_t if temperature != 1.0 else gold
+    first, stop = ranges[:, 0], ranges[:, 1]
+    totals = [np.concatenate([[0.0], np.cumsum(v)]) for v in (tempered, gold)]
+    arrays = {
+        "log_scale": np.where(stop - first > 1, totals[0][stop] - totals[0][first + 1], 0.0).astype(np.float32),
+        "chunk_logprob": (totals[1][stop] - totals[1][first]).astype(np.float32),
+    }
+    if "logprobs" in needs:
+        arrays["logprobs"] = targets.logprobs_at(temperature)[first].astype(np.float32)
+    if "bands" in needs and targets.tail_bands is not None:
+        arrays["bands"] = targets.tail_bands[first, targets.band_index(temperature)]
+    if student_ids is not None and targets.token_ids is not None:
+        arrays["student_ids"] = student_ids[targets.token_ids[first]]
+    return arrays
+
+
+@dataclass
+class Coverage:
+    """How much of the target text the groups of a run have covered."""
+
+    bytes_aligned: int = 0
+    bytes_total: int = 0
+    groups: int = 0
+
+    def add(self, alignment: Alignment, size: int) -> None:
+        """Count one example of `size` bytes."""
+        self.bytes_aligned += alignment.bytes_aligned
+        self.bytes_total += size
+        self.groups += len(alignment)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the bytes; None where nothing was aligned by text."""
+        return self.bytes_aligned / self.bytes_total if self.bytes_total else None
+
+
+ROW_FIELDS = ("gold_ids", "token_ids", "logprobs", "tail_mass", "sample_ids", "sample_counts")
+GROUP_FIELDS = ("first", "stop", "log_scale", "chunk_logprob", "weight", "logprobs", "bands", "student_ids")
 
 
 def loss_targets(batch: dict[str, Tensor]) -> LossTargets:
     """The target tensors of a collated batch."""
-    return LossTargets(**{name: batch[name] for name in TARGET_FIELDS if name in batch})
+    rows: dict[str, Any] = {name: batch[name] for name in ROW_FIELDS if name in batch}
+    if "group_first" in batch:
+        found = {name: batch[f"group_{name}"] for name in GROUP_FIELDS if f"group_{name}" in batch}
+        rows["groups"] = GroupTargets(gold_ids=batch["gold_ids"], **found)
+    return LossTargets(kd_scale=batch.get("kd_scale"), **rows)
 
 
 class Prefetcher:

@@ -30,14 +30,33 @@ from transformers.pytorch_utils import Conv1D
 
 from kd.cache_builder.files import canonical_json, write_atomic
 from kd.cache_builder.reader import CacheReader
+from kd.cache_builder.targets import band_edges
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.forward import head_rows, split_head
-from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, resolve_device
-from kd.student_trainer.compatibility import refuse_narrow_student, refuse_other_tokenizer, resolve_objective
-from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, TrainConfig
+from kd.data.models import (
+    ModelRequest,
+    load_config,
+    load_model,
+    load_request_tokenizer,
+    max_positions,
+    require_causal,
+    resolve_device,
+)
+from kd.data.tokenizer import Tokenizer, vocabulary_size
+from kd.student_trainer.compatibility import (
+    refuse_encoder_rows,
+    refuse_narrow_student,
+    refuse_other_tokenizer,
+    resolve_objective,
+    same_tokenizer,
+    shared_pieces,
+)
+from kd.student_trainer.config import LORA_TARGETS, OPTIMIZERS, SCHEDULES, TrainConfig
+from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.stream import CachedExamples, Collator, loss_targets, plan_batches
+from kd.student_trainer.text import StudentText
 from kd.student_trainer.trainer import DistillationTrainer, StepRecord
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -58,6 +77,10 @@ class TrainResult:
     wait_share: float
     parameters: int
     cache_fingerprint: str
+    aligned_share: float | None = None
+    """Share of the target's bytes that aligned groups covered; None for losses by row"""
+    truncated: int = 0
+    """Examples that did not fit the student's window"""
 
 
 def train(
@@ -65,21 +88,21 @@ def train(
 ) -> TrainResult:
     """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch."""
     reader = CacheReader(config.cache, top_k=config.top_k)
+    settings = GroupSettings(edges=_edges(reader), ranking=config.ranking, beta=config.beta)
     objective = resolve_objective(
-        reader.config, loss=config.loss, tail=config.tail, alpha=config.alpha, temperature=config.temperature
-    )
+        reader.config, loss=config.loss, tail=config.tail, alpha=config.alpha, temperature=config.temperature,
+        ce_weight=config.ce_weight, settings=settings,
+    )  # fmt: skip
     request = ModelRequest(
         "random:demo-student" if config.student == "demo" else config.student,
         revision=config.revision, device="cpu", dtype="float32", tokenizer=config.tokenizer, seed=config.seed,
     )  # fmt: skip
     tokenizer = load_request_tokenizer(request)
-    refuse_other_tokenizer(
-        reader, tokenizer, purpose=f"--loss {config.loss}",
-        advice="a student with the teacher's tokenizer, or --tokenizer for a random student; uld, for any tokenizer, "
-        "is not in this release",
-    )  # fmt: skip
-    tokens, rows = reader.lengths()
-    refuse_narrow_student(reader, load_config(request), int(tokens.max()))
+    text, collator, width = _prepare(config, reader, objective, request, tokenizer)
+    objective = collator.objective
+    tokens, rows = reader.lengths() if text is None else text.lengths()
+    if config.prompt_loss:
+        rows = tokens - 1
     out = Path(config.out)
     arguments = _training_arguments(config, out)  # under torchrun, joins the other processes
     identity = _identity(config, reader, arguments.world_size)
@@ -91,12 +114,12 @@ def train(
     set_seed(config.seed)
     model = load_model(request)
     parameters = sum(p.numel() for p in model.parameters())
-    attach_loss(model, objective, reader.manifest.vocabulary_size, config.head_chunk)
+    attach_loss(model, objective, width, config.head_chunk)
     if config.gradient_checkpointing:
         # transformers 5.23 warns about the name that 5.0 has
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    trained = _with_lora(model, config.lora) if config.lora else model
+    trained = _with_lora(model, config.lora, config.lora_targets) if config.lora else model
     multiple = config.accumulate * arguments.world_size
     plan = plan_batches(
         reader, tokens, seed=config.seed, epochs=config.epochs, multiple_of=multiple,
@@ -108,8 +131,8 @@ def train(
     arguments.max_steps = steps
     arguments.warmup_steps = int(config.warmup if config.warmup >= 1 else round(config.warmup * steps))
     trainer = DistillationTrainer(
-        model=trained, args=arguments, train_dataset=CachedExamples(reader), data_collator=Collator(objective),
-        plan=plan, epoch_rows=int(rows.sum()), has_kd=config.loss != "ce", log_path=out / METRICS, on_step=on_step,
+        model=trained, args=arguments, train_dataset=CachedExamples(reader), data_collator=collator,
+        plan=plan, example_rows=rows, has_kd=config.loss != "ce", log_path=out / METRICS, on_step=on_step,
     )  # fmt: skip
     started = time.perf_counter()
     try:
@@ -129,11 +152,63 @@ def train(
         tokenizer.save_pretrained(out)
     result = TrainResult(
         str(out), steps, last.tokens, seconds, trainer.tokens_this_run / seconds, last.loss, last.kd, last.ce,
-        trainer.waited / seconds, parameters, reader.manifest.fingerprint,
+        trainer.waited / seconds, parameters, reader.manifest.fingerprint, collator.coverage.share,
+        0 if text is None else text.truncated,
     )  # fmt: skip
     if trainer.is_world_process_zero():
         _write_run(config, identity, reader, out, result, objective)
     return result
+
+
+def _edges(reader: CacheReader) -> tuple[int, ...]:
+    config = reader.config
+    return (
+        tuple(band_edges(config.top_k, reader.manifest.vocabulary_size, config.tail_bands)) if config.tail_bands else ()
+    )
+
+
+def _prepare(
+    config: TrainConfig, reader: CacheReader, objective: Objective, request: ModelRequest, tokenizer: Tokenizer
+) -> tuple[StudentText | None, Collator, int]:
+    """The student's own tokens, where they are needed; what makes batches; how many logits count.
+
+    Raises KdError where cache and student do not belong together.
+    """
+    student = load_config(request)
+    require_causal(request, student)
+    by_text = objective.groups or config.prompt_loss or config.separator is not None
+    if config.loss == "ce" and (reader.manifest.blocks.encoder or not same_tokenizer(reader, tokenizer)):
+        by_text = True
+    if by_text and not (objective.groups or config.loss == "ce"):
+        raise DataError(f"--loss {config.loss} reads the cached tokens as they are",
+                        found="--prompt-loss" if config.prompt_loss else "--separator",
+                        try_="--loss ce, uld, hybrid or alm")  # fmt: skip
+    if not by_text:
+        refuse_encoder_rows(reader, config.loss)
+        refuse_other_tokenizer(
+            reader, tokenizer, purpose=f"--loss {config.loss}",
+            advice="--loss uld, hybrid or alm, for any tokenizer; or --tokenizer for a random student",
+        )  # fmt: skip
+        refuse_narrow_student(reader, student, int(reader.lengths()[0].max()))
+        return None, Collator(objective), reader.manifest.vocabulary_size
+    if config.top_k is not None and objective.groups and reader.config.tail_bands:
+        raise DataError("rank bands begin where the stored top-k ends", found=f"--top-k {config.top_k}",
+                        expected=f"all {reader.config.top_k}", try_="leave --top-k out")  # fmt: skip
+    width = vocabulary_size(tokenizer)
+    if int(student.vocab_size) < width:
+        raise DataError("the student has fewer logits than its tokenizer has entries", found=student.vocab_size,
+                        expected=f"at least {width}", try_="--tokenizer PATH of the right tokenizer")  # fmt: skip
+    limit = max_positions(student)
+    if limit is not None and config.seq_len is not None and config.seq_len > limit:
+        raise DataError("the sequence length is longer than the student's positions", found=f"--seq-len {config.seq_len}",
+                        expected=f"at most {limit}", try_=f"--seq-len {limit}")  # fmt: skip
+    text = StudentText(reader, tokenizer, window=config.seq_len or limit, separator=config.separator)
+    ids, overlap = None, 1.0
+    if objective.loss == "hybrid":
+        ids, overlap = shared_pieces(reader, tokenizer)
+        objective = replace(objective, settings=replace(objective.settings, overlap=overlap))
+    collator = Collator(objective, text, config.alignment, config.align_eos, config.prompt_loss, ids)
+    return text, collator, width
 
 
 def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: int | None = None) -> None:
@@ -195,16 +270,21 @@ def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
     return arguments
 
 
-def _with_lora(model: Any, rank: int) -> Any:
+def _with_lora(model: Any, rank: int, targets: str | None) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise DataError("LoRA needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps its weights as [in, out]
     adapters = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", fan_in_fan_out=transposed
-    )
-    return get_peft_model(model, adapters)
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", fan_in_fan_out=transposed,
+        target_modules=targets.split(",") if targets else LORA_TARGETS.get(model.config.model_type),
+    )  # fmt: skip
+    try:
+        return get_peft_model(model, adapters)
+    except ValueError as error:
+        raise DataError("LoRA cannot adapt this model", found=str(error).splitlines()[0],
+                        try_="--lora-targets with names of its linear layers") from error  # fmt: skip
 
 
 def read_metrics(run: Path) -> list[StepRecord]:

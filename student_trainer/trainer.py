@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -33,9 +34,9 @@ class StepRecord:
     epoch: float
     """Passes over the cache so far."""
     loss: float
-    """alpha * T^2 * kd + (1 - alpha) * ce"""
+    """alpha * kd + ce_weight * ce; kd times T^2 for divergences"""
     kd: float | None
-    """distillation loss without T^2; None for --loss ce"""
+    """distillation loss without T^2: mean over positions, or over groups and then examples; None for --loss ce"""
     ce: float
     lr: float
     grad_norm: float
@@ -47,16 +48,22 @@ class StepRecord:
     """share of the time since the last line that training waited for data"""
 
 
+def _units(batch: Mapping[str, Tensor]) -> int:
+    """What a distillation loss is a mean over: examples with groups, or positions."""
+    return int(batch["units"]) if "units" in batch else len(batch["gold_ids"])
+
+
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer over a batch plan, with per-position normalisation across accumulation and devices."""
 
-    def __init__(self, *, plan: BatchPlan, epoch_rows: int, has_kd: bool, log_path: Path,
+    def __init__(self, *, plan: BatchPlan, example_rows: np.ndarray, has_kd: bool, log_path: Path,
                  on_step: Callable[[StepRecord], None] | None, **rest: Any) -> None:  # fmt: skip
         super().__init__(**rest)
         self.model_accepts_loss_kwargs = True  # losses come normalised by the whole step's positions
         self.loss_is_scaled_for_ga = True
         self.plan = plan
-        self.epoch_rows = epoch_rows
+        self.example_rows = example_rows
+        """[E] positions scored of each example"""
         self.has_kd = has_kd
         self.log_path = log_path
         self.on_step = on_step
@@ -67,7 +74,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._iterator: Iterator[Any] | None = None
         self._sums: list[Tensor] = []
         """`[3]` loss, kd and ce of each micro-batch since the last line, left on the device: no wait per step"""
-        self._positions = 0
+        self._positions = self._units = 0
+        self._kd_scale: Tensor | None = None
         self._mark = (0, time.perf_counter(), 0.0)
         self._tokens_before = 0
         self.remove_callback(transformers.PrinterCallback)
@@ -91,14 +99,22 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self._iterator, self._prefetcher = epoch_iterator, Prefetcher(epoch_iterator)
         assert self._prefetcher is not None
         batches = [batch for _, batch in zip(range(num_batches), self._prefetcher, strict=False)]
-        positions = torch.tensor(sum(len(batch["gold_ids"]) for batch in batches), device=device)
+        counts = torch.tensor(
+            [sum(len(batch["gold_ids"]) for batch in batches), sum(map(_units, batches))], device=device
+        )
         if self.args.world_size > 1:
-            positions = self.accelerator.gather(positions.unsqueeze(0)).sum()
-        return batches, positions
+            counts = self.accelerator.gather(counts.unsqueeze(0)).sum(dim=0)
+        # an all-empty batch of groups must not divide by zero
+        self._kd_scale = counts[0] / counts[1].clamp(min=1) if any("units" in batch for batch in batches) else None
+        return batches, counts[0]
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         """Sum over this micro-batch's positions divided by the positions of the whole step."""
+        self._units += _units(inputs)
+        inputs.pop("units", None)
+        if self._kd_scale is not None:
+            inputs["kd_scale"] = self._kd_scale
         outputs = model(**inputs)
         self._sums.append(torch.stack([outputs["loss"], outputs["kd"], outputs["ce"]]).detach())
         self._positions += len(inputs["gold_ids"])
@@ -115,11 +131,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Turn the Trainer's log into a `StepRecord`; pass both on."""
         if "loss" in logs:
             here = torch.stack(self._sums).double().sum(dim=0)
-            sums = torch.cat([here, torch.tensor([self._positions], dtype=here.dtype, device=here.device)])
+            counts = torch.tensor([self._positions, self._units], dtype=here.dtype, device=here.device)
+            sums = torch.cat([here, counts])
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, reduction="sum")
             sums = sums.cpu()
-            self._sums, self._positions = [], 0
+            self._sums, self._positions, self._units = [], 0, 0
             count = int(sums[3])
             loss = float(sums[0] / count)
             if not math.isfinite(loss):
@@ -132,9 +149,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             record = StepRecord(
                 step=self.state.global_step,
                 steps_total=self.state.max_steps,
-                epoch=self.tokens_seen / self.epoch_rows,
+                epoch=self.tokens_seen / int(self.example_rows.sum()),
                 loss=loss,
-                kd=float(sums[1] / count) if self.has_kd else None,
+                kd=float(sums[1] / max(float(sums[4]), 1.0)) if self.has_kd else None,
                 ce=float(sums[2] / count),
                 lr=float(logs["learning_rate"]),
                 grad_norm=float(logs.get("grad_norm", 0.0)),
@@ -169,9 +186,8 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         done = state.global_step * args.gradient_accumulation_steps * args.world_size
         plan = self.trainer.plan
-        _, rows = self.trainer.train_dataset.reader.lengths() if done else (None, None)
-        if rows is not None:
-            self.trainer._tokens_before = int(sum(rows[list(batch)].sum() for batch in plan.batches[:done]))
+        rows = self.trainer.example_rows
+        self.trainer._tokens_before = int(sum(rows[list(batch)].sum() for batch in plan.batches[:done]))
         self.trainer._mark = (state.global_step, time.perf_counter(), 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

@@ -9,14 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.student_trainer.groups import GroupSettings, GroupTargets
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import LOSSES, LossTargets, Objective
 
 N, D, V, PADDED, K = 11, 5, 13, 16, 4
+EDGES = (K, 6, 9, 17)
+"""Of the teacher's rank bands; it has more ids than the student."""
 OBJECTIVES = [
-    pytest.param(Objective(loss, tail, alpha=0.6 if loss != "ce" else 0.0), id=f"{loss}-{tail}")
+    pytest.param(
+        Objective(loss, tail, alpha=0.6 if loss != "ce" else 0.0, settings=GroupSettings(edges=EDGES, overlap=0.3)),
+        id=f"{loss}-{tail}",
+    )
     for loss in LOSSES
-    for tail in LOSSES[loss]
+    for tail in LOSSES[loss].variants
 ]
 GHOST = Objective("kl", "ghost", 0.6, 2.0)
 
@@ -38,7 +44,27 @@ def targets(rows: int = N, dtype: torch.dtype = torch.float64, seed: int = 1) ->
         tail_mass=1 - log_p.exp().sum(dim=1),
         sample_ids=ids,
         sample_counts=torch.randint(1, 5, (rows, K), generator=generator),
+        groups=groups(rows, dtype, generator),
+        kd_scale=torch.tensor(2.5),
     )
+
+
+def groups(rows: int, dtype: torch.dtype, generator: torch.Generator) -> GroupTargets:
+    """Groups of 1, 3, 1, 2, … rows; row 7 of 11 belongs to none."""
+    first, stop = ([e for e in side if e <= rows] for side in ((0, 1, 4, 5, 8), (1, 4, 5, 7, 11)))
+    first, count = first[: len(stop)], len(stop)
+    mass = torch.rand(count, K + 3, generator=generator, dtype=dtype).sort(dim=1, descending=True).values
+    log_mass = (mass / mass.sum(dim=1, keepdim=True)).log()
+    return GroupTargets(
+        first=torch.tensor(first), stop=torch.tensor(stop), gold_ids=torch.randint(V, (rows,), generator=generator),
+        log_scale=-torch.rand(count, generator=generator, dtype=dtype),
+        chunk_logprob=-3 * torch.rand(count, generator=generator, dtype=dtype),
+        weight=torch.rand(count, generator=generator, dtype=dtype),
+        logprobs=log_mass[:, :K], bands=log_mass[:, K:],
+        student_ids=torch.stack([torch.randperm(V, generator=generator)[:K] for _ in first]).where(
+            torch.rand(count, K, generator=generator) < 0.6, torch.tensor(-1)
+        ),
+    )  # fmt: skip
 
 
 def materialised(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss, targets: LossTargets) -> Tensor:

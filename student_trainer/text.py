@@ -1,0 +1,115 @@
+"""The cached text in the student's own tokens: for losses that do not compare row by row with the teacher's.
+
+An example's prompt and target are tokenised apart, so a target token never reaches back into the prompt: context =
+BOS (where there is one), prompt, separator; then the target, then EOS where the cached target has its end. What does not
+fit the window is cut as `kd.data.blocks.fit_pair` cuts it: the prompt at its beginning, the target at its end.
+No pad token is needed and no embedding is resized: batches are padded with id 0, which nothing attends to or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.cache_builder.reader import CacheReader
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair
+from kd.data.errors import DataError
+from kd.data.example import Example
+from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes
+from kd.student_trainer.alignment import Side
+from kd.student_trainer.compatibility import same_tokenizer
+
+
+@dataclass(frozen=True)
+class StudentExample:
+    """One cached example as the student reads it."""
+
+    context_ids: np.ndarray
+    """[C] int32, C >= 1"""
+    target_ids: np.ndarray
+    """[m] int32"""
+    side: Side
+    """Where the target tokens end in the target's bytes."""
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """`[C + m]` context and target."""
+        return np.concatenate([self.context_ids, self.target_ids])
+
+
+class StudentText:
+    """Every example of a cache in the student's tokens; tokenised once, before the first step."""
+
+    def __init__(
+        self, reader: CacheReader, tokenizer: Tokenizer, *, window: int | None, separator: str | None = None
+    ) -> None:
+        """`window` tokens at most; `separator` between prompt and target, None = as in the cache.
+
+        Raises DataError for a student without EOS where the cache's targets end with one.
+        """
+        blocks = reader.manifest.blocks
+        pairs = reader.manifest.identity["corpus"]["kind"] != "documents"
+        if pairs and tokenizer.eos_token_id is None:
+            raise DataError("the student's tokenizer has no EOS token: it could not learn to stop",
+                            found="eos_token is not set", expected="a tokenizer with eos_token",
+                            try_="set eos_token in its tokenizer_config.json")  # fmt: skip
+        pieces = token_bytes(tokenizer)
+        same = not blocks.encoder and separator is None and same_tokenizer(reader, tokenizer)
+        between = "" if not pairs else blocks.separator if separator is None else separator
+        bos = not same and tokenizer.bos_token_id is not None
+        limits = BlockConfig(seq_len=window or 2**31, bos=bos or blocks.bos, overlong="truncate")
+        self.truncated = 0
+        """Examples that did not fit the window."""
+        self.teacher_has_eos: list[bool] = []
+        self._examples: list[StudentExample] = []
+        for example, cached, ends in _texts(reader):
+            # equal tokenizers read the very same tokens, also where a block begins inside a word
+            row, start = (cached, 0) if same else _tokenize(example, tokenizer, pieces, between, ends)
+            fitted = fit_pair(row, limits)
+            self.truncated += fitted is not row
+            if fitted is None:  # nothing of the target is left to score
+                fitted = TokenRows(example, row.context_ids[:1], row.target_ids[:0], row.byte_end[:0])
+            whole = len(fitted.target_ids) == len(row.target_ids)
+            side = Side(fitted.byte_end, has_eos=ends and whole, start=start)
+            self.teacher_has_eos.append(ends)
+            self._examples.append(StudentExample(fitted.context_ids, fitted.target_ids, side))
+
+    def __getitem__(self, example: int) -> StudentExample:
+        return self._examples[example]
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone."""
+        rows = np.array([len(e.target_ids) for e in self._examples])
+        return rows + np.array([len(e.context_ids) for e in self._examples]), rows
+
+
+def _texts(reader: CacheReader) -> Iterator[tuple[Example, TokenRows, bool]]:
+    """`(text, the teacher's tokens, does the target end with EOS)` of every example, in order."""
+    eos = reader.manifest.identity["tokenizer"].get("eos_token_id")
+    for index in range(len(reader.manifest.shards)):
+        shard = reader.shard(index)
+        table, gold, byte_end = shard.examples, shard.arrays["gold_ids"], shard.arrays["byte_end"]
+        for i, name in enumerate(table["id"]):
+            rows = slice(table["row_start"][i], table["row_end"][i])
+            example = Example(name, table["target"][i], table["prompt"][i])
+            context = np.asarray(table["context_ids"][i], dtype=np.int32)
+            ids = gold[rows].astype(np.int32)
+            yield example, TokenRows(example, context, ids, byte_end[rows].astype(np.int64)), bool(ids[-1] == eos)
+
+
+def _tokenize(example: Example, tokenizer: Tokenizer, pieces: list[bytes], separator: str,
+              ends: bool) -> tuple[TokenRows, int]:  # fmt: skip
+    """The example in the student's tokens, and the byte of the target where they begin."""
+    context, _ = encode_with_ends(tokenizer, pieces, example.prompt + separator if example.prompt else "")
+    if tokenizer.bos_token_id is not None:
+        context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
+    target, byte_end = encode_with_ends(tokenizer, pieces, example.target)
+    if ends:
+        target = np.append(target, np.int32(tokenizer.eos_token_id))
+        byte_end = np.append(byte_end, len(example.target.encode("utf-8")))
+    if len(context):
+        return TokenRows(example, context, target, byte_end), 0
+    # without BOS and without a prompt nothing predicts the first token: it is only seen
+    return TokenRows(example, target[:1], target[1:], byte_end[1:]), int(byte_end[0])
