@@ -12,8 +12,6 @@ Add a source: one function and one line in `SOURCES`.
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,7 @@ from typing import Any
 from kd.data import stdlib_text
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example, text_digest
+from kd.data.tables import ENCODING, TABLE_READERS, read_table, unreadable
 
 WIKITEXT_ID = "Salesforce/wikitext"
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
@@ -32,10 +31,6 @@ WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
 Columns = Mapping[str, str]
 """Our field (`text`, `prompt`, `target`, `id`) -> the column that holds it."""
-
-
-ENCODING = "utf-8-sig"
-"""UTF-8; the byte order mark that spreadsheets write first is not text."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +176,8 @@ def _local(spec: str, path: Path, split: str, columns: Columns) -> Corpus:
             examples += found
         except DataError:
             raise
-        except (OSError, ValueError, csv.Error) as error:  # truncated Parquet, bad UTF-8, broken JSON
-            raise DataError("cannot read the file", where=str(file), found=f"{type(error).__name__}: {error}",
-                            expected=f"a readable {file.suffix} file") from error  # fmt: skip
+        except (OSError, ValueError) as error:  # bad UTF-8
+            raise unreadable(file, error) from error
         kinds.add(kind)
     if len(kinds) > 1:
         raise DataError("the folder mixes plain text and prompt/target files", where=str(path),
@@ -205,38 +199,9 @@ def _read_tokens(file: Path, prefix: str, columns: Columns, split: str) -> tuple
     return "documents", [Example(f"{prefix}:{i}", a.target, task=a.task, split=split) for i, a in enumerate(articles)]
 
 
-def _read_jsonl(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    rows = []
-    with file.open(encoding=ENCODING) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError("not JSON", where=f"{file} line {number}", found=str(error)) from error
-            if not isinstance(row, dict):
-                raise DataError("a line is not a JSON object", where=f"{file} line {number}", found=type(row).__name__)
-            rows.append(row)
-    names = list(rows[0]) if rows else []
+def _read_table(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
+    names, rows = read_table(file)
     kind, examples = _rows_to_examples(str(file), names, rows, columns, prefix, split)
-    return kind, list(examples)
-
-
-def _read_csv(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than some articles
-    with file.open(encoding=ENCODING, newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-        rows = list(reader)
-    kind, examples = _rows_to_examples(str(file), list(reader.fieldnames or []), rows, columns, prefix, split)
-    return kind, list(examples)
-
-
-def _read_parquet(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(file)
-    kind, examples = _rows_to_examples(str(file), table.column_names, table.to_pylist(), columns, prefix, split)
     return kind, list(examples)
 
 
@@ -277,10 +242,7 @@ FileReader = Callable[[Path, str, Columns, str], tuple[str, list[Example]]]
 FILE_READERS: dict[str, FileReader] = {
     ".txt": _read_txt,
     ".tokens": _read_tokens,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
+    **dict.fromkeys(TABLE_READERS, _read_table),
 }
 
 SOURCES: dict[str, Callable[[str, str], Corpus]] = {
