@@ -4,10 +4,12 @@
     wikitext-2[:validation|test]          hub id Salesforce/wikitext, wikitext-2-raw-v1, pinned revision
     FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns where names differ
     hub-id[:config][@revision]            any data set on the hub that loads without code
+    flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
+    FILE.yaml                             a task of your own (kd.data.task_files)
 
 A *document* source yields whole texts that are later cut into blocks; a *pairs* source (columns prompt and
 target) yields examples that stay whole. Hub data sets load through `datasets`; scripts are never trusted.
-Add a source: one function and one line in `SOURCES`.
+Add a source: one function and one line in `SOURCES`; a task: one YAML file (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,11 @@ from typing import Any
 from kd.data import stdlib_text
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example, text_digest
+from kd.data.mixtures import load_mixture, mix, select
+from kd.data.rendering import InstructionConfig
 from kd.data.tables import ENCODING, TABLE_READERS, read_table, unreadable
+from kd.data.task_files import SPLITS, load_task
+from kd.data.task_rows import SAME
 
 WIKITEXT_ID = "Salesforce/wikitext"
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
@@ -52,21 +58,43 @@ class Corpus:
         return text_digest(self.examples)
 
 
-def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None = None,
-                limit: int | None = None) -> Corpus:  # fmt: skip
-    """Load `spec` (see the module's head); `limit` keeps the first examples. Raises DataError on anything unusable."""
+def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None = None, limit: int | None = None,
+                instructions: InstructionConfig | None = None) -> Corpus:  # fmt: skip
+    """Load `spec` (see the module's head); `limit` keeps the first examples. Raises DataError on anything unusable.
+
+    instructions   how tasks become text (flan and .yaml); other sources refuse settings that are not the defaults
+    """
     name, _, suffix = spec.partition(":")
     path = Path(spec).expanduser()
-    if name in SOURCES:
+    instructions = instructions or InstructionConfig()
+    is_task = name in TASK_SOURCES or (path.suffix in TASK_SUFFIXES and path.exists())
+    if is_task and columns:
+        raise DataError("tasks name their columns themselves", where=spec, found="--columns",
+                        try_="a task file of your own: docs/extending.md")  # fmt: skip
+    if not is_task and instructions != InstructionConfig():
+        raise DataError("the source has no templates", where=spec,
+                        found=", ".join(_changed(instructions)) + " given",
+                        expected="flan:… or a task's .yaml file")  # fmt: skip
+    if name in TASK_SOURCES:
+        corpus = TASK_SOURCES[name](spec, split or "train", instructions)
+    elif is_task:
+        corpus = _task_file(spec, split or "train", instructions)
+    elif name in SOURCES:
         corpus = SOURCES[name](spec, split or suffix or "train")
     elif path.exists():
         corpus = _local(spec, path, split or "train", columns or {})
     elif _is_hub_id(spec):
         corpus = _hub(spec, split or "train", columns or {})
     elif "/" in spec or path.suffix:
-        raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(SOURCES)}, or a hub id")
+        raise DataError(
+            "no such file or folder",
+            where=spec,
+            expected=f"a path, {', '.join((*SOURCES, *TASK_SOURCES))}, or a hub id",
+        )
     else:
-        raise unknown_name("data source", spec, SOURCES, try_="a local file or folder, or a hub id like owner/name")
+        raise unknown_name(
+            "data source", spec, (*SOURCES, *TASK_SOURCES), try_="a local file or folder, or a hub id like owner/name"
+        )
     examples = tuple(e for e in corpus.examples if e.target.strip())
     if limit is not None:
         examples = examples[:limit]
@@ -133,6 +161,30 @@ def wikitext_articles(lines: Iterator[str] | list[str], task: str, split: str) -
         previous_empty = not line.strip()
     if article:
         yield Example(f"{split}/{count}", "\n".join(article).strip() + "\n", task=task, split=split)
+
+
+def _changed(instructions: InstructionConfig) -> list[str]:
+    """Names of the settings that differ from the defaults."""
+    return [f.name for f in fields(instructions) if getattr(instructions, f.name) != f.default]
+
+
+def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
+    mixture = spec.partition(":")[2] or "ten"
+    examples, source = load_mixture(select(mixture), _task_split(split), instructions, _load_dataset)
+    return Corpus(spec, _task_split(split), "pairs", examples, source)
+
+
+def _task_file(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
+    examples, source = mix([load_task(spec)], _task_split(split), instructions, _load_dataset)
+    return Corpus(spec, _task_split(split), "pairs", examples, source)
+
+
+def _task_split(split: str) -> str:
+    """Tasks have train, dev and test; other names for dev are understood."""
+    split = "dev" if split in SAME else split
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS, where="tasks")
+    return split
 
 
 def _hub(spec: str, split: str, columns: Columns) -> Corpus:
@@ -219,15 +271,17 @@ def _rows_to_examples(where: str, names: list[str], rows: Any, columns: Columns,
         raise DataError("columns are missing", where=where, found=", ".join(names) or "none",
                         expected=", ".join(missing) or "text, or prompt and target",
                         try_="--columns text=NAME or --columns prompt=NAME,target=NAME")  # fmt: skip
-    fields = {"prompt": chosen["prompt"], "target": chosen["target"]} if pairs else {"target": chosen["text"]}
+    present = {"prompt": chosen["prompt"], "target": chosen["target"]} if pairs else {"target": chosen["text"]}
     id_column = columns.get("id")
 
     def examples() -> Iterator[Example]:
         for number, row in enumerate(rows):
-            values = {field: row[column] if row.get(column) is not None else "" for field, column in fields.items()}
+            values: dict[str, Any] = {
+                field: row[column] if row.get(column) is not None else "" for field, column in present.items()
+            }
             for field, value in values.items():
                 if not isinstance(value, str):
-                    raise DataError("a value is not text", where=f"{where} row {number} column {fields[field]}",
+                    raise DataError("a value is not text", where=f"{where} row {number} column {present[field]}",
                                     found=type(value).__name__, expected="a string")  # fmt: skip
             identity = row.get(id_column) if id_column else f"{prefix}:{number}"
             if identity is None:
@@ -249,3 +303,10 @@ SOURCES: dict[str, Callable[[str, str], Corpus]] = {
     "demo": _demo,
     "wikitext-2": _wikitext,
 }
+
+TASK_SOURCES: dict[str, Callable[[str, str, InstructionConfig], Corpus]] = {
+    "flan": _flan,
+}
+"""Sources that render templates."""
+
+TASK_SUFFIXES = (".yaml", ".yml")
