@@ -160,10 +160,9 @@ def data_ls(as_json: bool) -> None:
 
     Example: kd data ls
     """
-    from kd.data.sources import FILE_READERS, SOURCES, WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
-
     from kd.data.clusters import flan_clusters
     from kd.data.mixtures import PRESETS
+    from kd.data.sources import FILE_READERS, SOURCES, WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
     from kd.data.task_files import load_task, task_names
 
     about = {
@@ -208,9 +207,11 @@ def instruction_options(function: Function) -> Function:
                      help="Tasks: draw in proportion to min(rows, N) (FLAN: 3000), instead of every example once."),
         click.option("--max-per-task", type=click.IntRange(min=1), metavar="N",
                      help="Tasks: first N rows of each; for train the mixture's own number by default."),
-        click.option("--task-root", type=PATH, metavar="DIR", help="Tasks: DIR/TASK/SPLIT.jsonl, .csv, .parquet, instead of the hub."),
+        click.option("--task-root", type=PATH, metavar="DIR",
+                     help="Tasks: DIR/TASK/SPLIT.jsonl, .csv, .parquet, instead of the hub."),
         click.option("--labels", default="original", show_default=True, help="Tasks: wording of fixed labels, original or flan."),
-        click.option("--options/--no-options", default=None, help="Tasks: list the choices after the prompt; by default where there are any."),
+        click.option("--options/--no-options", default=None,
+                     help="Tasks: list the choices after the prompt; by default where there are any."),
         click.option("--template", default="random", show_default=True, callback=_template, metavar="random|round-robin|INDEX",
                      help="Tasks: which wording an example gets."),
     ):  # fmt: skip
@@ -308,7 +309,8 @@ def build_options(function: Function) -> Function:
     """Options that `plan` and `build` share."""
     options = (
         click.option("--teacher", required=True, help="Hub id, folder, demo, or random:NAME."),
-        click.option("--data", "spec", required=True, help="demo, wikitext-2, flan[:MIXTURE], a file or folder, or a hub id[:config][@revision]."),
+        click.option("--data", "spec", required=True,
+                     help="demo, wikitext-2, flan[:MIXTURE], a file or folder, or a hub id[:config][@revision]."),
         click.option("--out", required=True, type=PATH, help="Directory of the cache."),
         corpus_options,
         click.option("--profile", default="kl", show_default=True, help="What is kept: kl, uld, sampled or full."),

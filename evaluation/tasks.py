@@ -96,7 +96,8 @@ class EvalProgress:
 
 def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None, cache: Path | str | None = None,
               split: str | None = None, columns: Columns | None = None, limit: int | None = None,
-              instructions: InstructionConfig | None = None, limit_tokens: int | None = None, seq_len: int | None = None, stride: int | None = None, bos: bool = True,
+              instructions: InstructionConfig | None = None, limit_tokens: int | None = None,
+              seq_len: int | None = None, stride: int | None = None, bos: bool = True,
               temperature: float = 1.0, tokens_per_batch: int = 4096, device: str = "auto", dtype: str = "auto",
               revision: str | None = None, tokenizer: str | None = None, load_in_4bit: bool = False,
               seed: int = 0) -> Iterator[EvalProgress]:  # fmt: skip
