@@ -170,6 +170,7 @@ def data_ls(as_json: bool) -> None:
         "wikitext-2": f"{WIKITEXT_ID}:{WIKITEXT_CONFIG}@{WIKITEXT_REVISION[:8]}; splits train, validation, test",
     }
     result = {name: about.get(name, "") for name in SOURCES}
+    result["flan"] = "flan:ten"
     result |= {f"flan:{name}": ", ".join(preset.tasks) for name, preset in PRESETS.items()}
     result |= {f"flan:{name}": load_task(name).about for name in task_names()}
     result["flan:all"] = "every task above"
@@ -177,7 +178,11 @@ def data_ls(as_json: bool) -> None:
     result["FILE.yaml"] = "a task of your own (docs/extending.md)"
     result["FILE or FOLDER"] = " ".join(FILE_READERS)
     result["hub-id[:config][@revision]"] = "any data set on the hub that loads without code"
-    emit(result, as_json)
+    if as_json:
+        emit(result, as_json)
+        return
+    for name, text in result.items():
+        click.echo(f"  {name:<29}{text}")
 
 
 def _template(_: click.Context, __: click.Parameter, value: str) -> str | int:

@@ -1,7 +1,7 @@
 """Mixtures of tasks: which tasks a name stands for, how many rows of each, in what order.
 
     flan, flan:ten         the ten tasks of systems 001; flan:four are those of 000; flan:eight leave out what FLAN lacks
-    flan:TASK[,TASK…]      one task, or several
+    flan:TASK[,TASK…]      one task, or several; a path of a .yaml file is a task too
     flan:all               every task of the package
     flan:all-but=CLUSTER   every task outside the held-out cluster(s) and those excluded with them (comma-separated)
 
@@ -59,9 +59,9 @@ def select(name: str) -> Selection:
     names = tuple(dict.fromkeys(n.strip() for n in name.split(",")))
     known = (*PRESETS, "all", *task_names())
     for one in names:
-        if one in PRESETS or one not in known or one == "all":
-            if len(names) > 1 and one in known:
-                raise DataError("a preset stands alone", where=name, found=one, expected="tasks between commas")
+        if one in (*PRESETS, "all"):
+            raise DataError("a preset stands alone", where=name, found=one, expected="tasks between commas")
+        if one not in known and not one.endswith((".yaml", ".yml")):
             raise unknown_name("task or mixture", one, known, try_=f"kd data ls, or {ALL_BUT}CLUSTER")
     return Selection(names)
 
@@ -82,6 +82,9 @@ def mix(tasks: Sequence[TaskFile], split: str, config: InstructionConfig, load_h
         cap: int | None = None) -> tuple[tuple[Example, ...], dict[str, str]]:  # fmt: skip
     """Load, render and order tasks. One task keeps its order; several are shuffled or drawn, see the module's head."""
     check_options(tasks, config)
+    if len({task.name for task in tasks}) < len(tasks):
+        raise DataError("two tasks have the same name", found=", ".join(t.name for t in tasks),
+                        try_="another name for one of the files")  # fmt: skip
     for task in tasks:
         check_template_index(task, config)
     parts: dict[str, Rendered] = {}

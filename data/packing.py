@@ -1,14 +1,14 @@
 """Several examples in one sequence: which go together, and what keeps them apart.
 
 FLAN trains on packed sequences (arXiv:2109.01652, section 2.4). An example of input and target is one *segment* and
-stays whole. Packing is first-fit in order: each example goes into the first open sequence that has room, so the
-result depends on the order alone and needs at most 1.7 times the sequences of the best
-packing (Dósa and Sgall 2013). Finding that sequence takes O(log n) steps.
+stays whole. Packing is first-fit in order: each example goes into the first sequence that has room, so the result
+depends on the order alone and needs at most 1.7 times the sequences of the best packing (Dósa and Sgall 2013).
+Finding that sequence takes O(log n) steps.
 
 Packed examples must not see each other: positions start at 0 in every segment, and the attention mask is
 block-diagonal. Padding has segment id 0; segments count from 1.
 
-Shapes: S segments in a sequence, N its length in tokens.
+Shapes: N is the length of a sequence in tokens.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def attention_mask(ids: np.ndarray, *, causal: bool = True) -> np.ndarray:
     mask: np.ndarray = (ids[:, None] == ids[None, :]) & (ids[:, None] != 0)
     if causal:
         mask &= np.tri(len(ids), dtype=np.bool_)
-    return mask | (np.eye(len(ids), dtype=np.bool_) & (ids == 0)[:, None])
+    mask |= np.eye(len(ids), dtype=np.bool_) & (ids == 0)[:, None]
+    return mask
 
 
 def _check_length(segments: Sequence[Segment], length: int) -> None:

@@ -10,9 +10,8 @@ The suffix that lists the choices is FLAN's (Wei et al. 2022, arXiv:2109.01652, 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +99,9 @@ def render_rows(task: TaskFile, rows: Iterable[Mapping[str, Any]], *, split: str
                 where: str, cap: int | None = None, first: int = 0) -> Rendered:  # fmt: skip
     """Examples of `rows` in their order; ids are `task/split/row`, counted from `first`.
 
-    Too long and unlabelled rows are left out, then the first `cap` are kept. Raises DataError where columns are
-    missing, a label is not in the list, the template index does not exist, or no row has an answer.
+    Too long and unlabelled rows are left out, then the first `cap` are kept; `rows` is gone through twice where
+    references are grouped. Raises DataError where columns are missing, a label is not in the list, the template index
+    does not exist, or no row has an answer.
     """
     check_template_index(task, config)
     grouped = _grouped_references(task, rows, where) if task.references is not None and task.references.group else None
@@ -230,17 +230,10 @@ def _render(task: TaskFile, template: Template, row: Mapping[str, Any], answers:
     return Example(identity, target, prompt, task.name, split, choices=texts, answer=answers.index)
 
 
-def template_counts(task: TaskFile) -> Counter[str]:
-    """How many templates are plain and how many inverted."""
-    return Counter("inverted" if t.inverted else "plain" for t in task.templates)
-
-
 def show_templates(task: TaskFile, config: InstructionConfig) -> list[Example]:
     """Every template on the task file's own example row; raises DataError where there is no such row."""
     if not task.example:
         raise DataError("the task file has no example row", where=task.path, expected="example: {column: value, …}")
-    from dataclasses import replace
-
     return [
         example
         for index in range(len(task.templates))

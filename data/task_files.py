@@ -231,12 +231,7 @@ def parse_task(text: str, name: str, where: str) -> TaskFile:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise DataError("the task file is not YAML", where=where, found=" ".join(str(error).split())) from error
-    read = _Reader(data, where)
-    base = read.optional_text("extends")
-    if base is not None:
-        if base not in task_names() or base == name:
-            raise unknown_name("task to extend", base, task_names(), where=where)
-        read = _Reader(yaml.safe_load(_own_text(base)) | data, where)
+    read = _Reader(_extended(data, where), where)
     if re.fullmatch(r"[\w.-]+", name) is None:
         raise DataError("a task's name is its file's name", where=where, expected="letters, digits, _ . -")
     task = TaskFile(
@@ -261,6 +256,16 @@ def parse_task(text: str, name: str, where: str) -> TaskFile:
     )  # fmt: skip
     _check(task)
     return task
+
+
+def _extended(data: Any, where: str) -> dict[Any, Any]:
+    """The keys of the task that `extends` names, ours replacing them one by one."""
+    base = (read := _Reader(data, where)).optional_text("extends")
+    if base is None:
+        return read.data
+    if base not in task_names():
+        raise unknown_name("task to extend", base, task_names(), where=where)
+    return _extended(yaml.safe_load(_own_text(base)), base) | read.data
 
 
 class _Reader:
