@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -71,8 +72,7 @@ def test_every_template_renders_on_real_rows(name: str, shared: Path) -> None:
     rows = read_table(shared / "tasks" / name / f"{REAL[name]}.jsonl")[1][:40]
     for index, template in enumerate(task.templates):
         for example in render(task, rows, replace(PLAIN, template=index)).examples:
-            example = replace(example, prompt=example.prompt.strip(), target=example.target)
-            check(example, task, template.inverted, True)
+            check(replace(example, prompt=example.prompt.strip()), task, template.inverted, True)
 
 
 def test_label_values_become_choices_in_the_documented_order() -> None:
@@ -109,7 +109,7 @@ def test_fields_are_read_as_the_files_say() -> None:
     assert one("python_code").target.startswith("```python\ndef larger(a, b):\n")
     assert one("coqa").target == "1. Inkpot\n2. grey\n3. up the church tower"
     photo = one("samsum", dialogue="A: <file_photo> look!\r\nB: 3 < 4 > 2")
-    assert photo.prompt.startswith("A:  look!\nB: 3 2\n\n") or photo.prompt.startswith("A:  look!\nB: 3 < 4 > 2\n\n")
+    assert photo.prompt.startswith("A:  look!\nB: 3 < 4 > 2\n\n")
 
 
 def test_rows_of_one_concept_set_share_their_references() -> None:
@@ -209,7 +209,7 @@ def test_the_text_is_the_same_in_every_process() -> None:
     )
     runs = {
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                       env={**__import__("os").environ, "PYTHONHASHSEED": seed}).stdout.strip()
+                       env={**os.environ, "PYTHONHASHSEED": seed}).stdout.strip()
         for seed in ("1", "2")
     }  # fmt: skip
     task = load_task("squad")
