@@ -218,7 +218,7 @@ def instruction_options(function: Function) -> Function:
         click.option("--options/--no-options", default=None,
                      help="Tasks: list the choices after the prompt; by default where there are any."),
         click.option("--template", default="random", show_default=True, callback=_template, metavar="random|round-robin|INDEX",
-                     help="Tasks: which wording an example gets."),
+                     help="Tasks: which wording an example gets; random (seeded), round-robin, or one of them."),
     ):  # fmt: skip
         decorated = option(decorated)
     return cast(Function, decorated)
