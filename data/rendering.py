@@ -17,7 +17,7 @@ from typing import Any
 
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example
-from kd.data.task_files import ANSWER, WORDINGS, Field, TaskFile, Template, fill, label_key
+from kd.data.task_files import ANSWER, WORDINGS, Field, TaskFile, Template, column_value, fill, label_key
 
 TEMPLATE_CHOICES = ("random", "round-robin")
 UNLABELLED = ("-1", "none", "")
@@ -116,7 +116,7 @@ def render_rows(task: TaskFile, rows: Iterable[Mapping[str, Any]], *, split: str
             raise DataError("columns are missing", where=place, found=", ".join(map(str, row)) or "none",
                             expected=", ".join(missing),
                             try_="rows in the columns of the task's file: kd data templates TASK")  # fmt: skip
-        if any(isinstance(row[c], str) and len(row[c]) > size for c, size in task.max_chars.items()):
+        if _too_long(task, row, place):
             too_long += 1
             continue
         answers = _answers(task, row, config, place)
@@ -124,7 +124,7 @@ def render_rows(task: TaskFile, rows: Iterable[Mapping[str, Any]], *, split: str
             unlabelled += 1
             continue
         if grouped is not None and task.references is not None:
-            answers = _Answers(answers.texts, None, grouped[str(row[str(task.references.group)])])
+            answers = _Answers(answers.texts, None, grouped[_group(task, row, place)])
         identity = f"{task.name}/{split}/{number}"
         template = task.templates[_template_index(task, config, identity, len(examples))]
         examples.append(_render(task, template, row, answers, config, identity, split, place))
@@ -132,6 +132,11 @@ def render_rows(task: TaskFile, rows: Iterable[Mapping[str, Any]], *, split: str
         raise DataError("no row has an answer", where=where, found=f"{unlabelled} unlabelled rows",
                         expected="labels or references", try_="another --split")  # fmt: skip
     return Rendered(tuple(examples), too_long, unlabelled)
+
+
+def _too_long(task: TaskFile, row: Mapping[str, Any], place: str) -> bool:
+    values = ((column_value(row, column, place), size) for column, size in task.max_chars.items())
+    return any(isinstance(value, str) and len(value) > size for value, size in values)
 
 
 def check_template_index(task: TaskFile, config: InstructionConfig) -> None:
@@ -164,20 +169,20 @@ class _Answers:
 def _answers(task: TaskFile, row: Mapping[str, Any], config: InstructionConfig, place: str) -> _Answers | None:
     """The row's answers; None where it has none."""
     if task.references is not None:
-        value = task.references.read(row, place)
-        texts = tuple(dict.fromkeys(t for t in ([value] if isinstance(value, str) else value) if t.strip()))
+        texts = _reference_texts(task.references, row, place)
         return _Answers(texts, None, texts) if texts else None
     if task.labels is not None:
-        key, pairs = label_key(row[task.labels.column]), task.labels.words[config.labels]
+        key, pairs = label_key(column_value(row, task.labels.column, place)), task.labels.words[config.labels]
         keys, words = [k for k, _ in pairs], tuple(word for _, word in pairs)
         column = task.labels.column
     else:
         assert task.choices is not None
         words = tuple(_choice_texts(task, row, place))
-        key, keys, column = label_key(row[task.choices.label]), [str(i) for i in range(len(words))], task.choices.label
-    if key in UNLABELLED:
-        return None
+        column, keys = task.choices.label, [str(i) for i in range(len(words))]
+        key = label_key(column_value(row, column, place))
     if key not in keys:
+        if key in UNLABELLED:
+            return None
         raise DataError("a label is not in the task's list", where=f"{place} column {column}", found=key,
                         expected=", ".join(keys) + " (-1 or empty: unlabelled)")  # fmt: skip
     return _Answers(words, keys.index(key))
@@ -192,16 +197,28 @@ def _choice_texts(task: TaskFile, row: Mapping[str, Any], place: str) -> list[st
     return texts
 
 
+def _reference_texts(references: Field, row: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """The row's references, each once; none where there is no text."""
+    if all(column_value(row, column, place) is None for column in references.columns):
+        return ()
+    value = references.read(row, place)
+    return tuple(dict.fromkeys(t for t in ([value] if isinstance(value, str) else value) if t.strip()))
+
+
+def _group(task: TaskFile, row: Mapping[str, Any], place: str) -> str:
+    assert task.references is not None
+    assert task.references.group is not None
+    return str(column_value(row, task.references.group, place))
+
+
 def _grouped_references(task: TaskFile, rows: Iterable[Mapping[str, Any]], where: str) -> dict[str, tuple[str, ...]]:
     """Group value -> references of all rows that have it, in the rows' order, each once."""
     assert task.references is not None
     found: dict[str, dict[str, None]] = {}
     for number, row in enumerate(rows):
-        if any(c.partition(".")[0] not in row for c in (*task.references.columns, str(task.references.group))):
-            continue  # the error is raised, with its row, where rows are rendered
-        value = task.references.read(row, f"{where} row {number}")
-        texts = found.setdefault(str(row[str(task.references.group)]), {})
-        texts |= dict.fromkeys(t for t in ([value] if isinstance(value, str) else value) if t.strip())
+        place = f"{where} row {number}"
+        texts = found.setdefault(_group(task, row, place), {})
+        texts |= dict.fromkeys(_reference_texts(task.references, row, place))
     return {key: tuple(texts) for key, texts in found.items()}
 
 

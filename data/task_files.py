@@ -62,7 +62,7 @@ class Field:
 
     def read(self, row: Mapping[str, Any], where: str) -> str | list[str]:
         """The field's text, or texts where the column is a list. Raises DataError for what is neither."""
-        values = [_descend(row, column, where) for column in self.columns]
+        values = [column_value(row, column, where) for column in self.columns]
         value = values[0] if len(values) == 1 else [v for v in values if v not in (None, "")]
         if isinstance(value, list):
             texts = [self._clean(item, where) for item in value]
@@ -481,7 +481,8 @@ def fill(text: str, values: Mapping[str, str]) -> str:
                    for literal, name, _, _ in string.Formatter().parse(text))  # fmt: skip
 
 
-def _descend(row: Mapping[str, Any], column: str, where: str) -> Any:
+def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
+    """The value at a column or dotted path; raises DataError where it is not there."""
     value: Any = row
     for key in column.split("."):
         if not isinstance(value, Mapping) or key not in value:

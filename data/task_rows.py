@@ -87,7 +87,7 @@ def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
         found = [f for f in files if f.stem.startswith("sample")]
     if not found:
         raise DataError("no file of the split", where=str(folder), found=", ".join(f.name for f in files),
-                        expected=f"{split}.jsonl, {part.name}.jsonl, … (.csv, .tsv, .parquet)",
+                        expected=", ".join(f"{n}.jsonl" for n in dict.fromkeys((split, part.name))) + " (or .csv, .tsv, .parquet)",
                         try_="another --split: " + ", ".join(s for s in SPLITS if s != split))  # fmt: skip
     return _from_files(task, found, part)
 

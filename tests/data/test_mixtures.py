@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from kd.data.errors import DataError
 from kd.data.example import Example
-from kd.data.mixtures import mixing_rates, sampled, select, shuffled
+from kd.data.mixtures import mixing_rates, row_cap, sampled, select, shuffled
 from kd.data.rendering import InstructionConfig
 from kd.data.sources import load_corpus
-from kd.data.task_files import task_names
+from kd.data.task_files import load_task, task_names
 
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 10**6), min_size=1).filter(lambda c: any(c.values()))
 MAXIMUM = st.none() | st.integers(1, 10**5)
@@ -153,8 +153,6 @@ def test_a_preset_among_tasks_and_an_empty_hold_out_are_errors() -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A task root of made-up rows: the example row of each task, numbered."""
-    from kd.data.task_files import load_task
-
     for name in ("anli_r1", "boolq", "common_gen", "xsum"):
         task = load_task(name)
         rows = [dict(task.example) for _ in range(12)]
@@ -192,6 +190,14 @@ def test_caps_count_rows_and_the_maximum_counts_draws(root: Path) -> None:
     assert len(load("flan:four", root, mix_maximum=3, mix_draws=100).examples) == 100
     assert len(load("flan:four", root, mix_maximum=3, max_per_task=2).examples) == 8
     assert load("flan:four", root, limit=7).examples == load("flan:four", root).examples[:7]
+
+
+def test_the_default_cap_is_the_mixtures_own_and_for_train_alone() -> None:
+    task, plain = load_task("boolq"), InstructionConfig()
+    assert row_cap(task, "train", plain, select("four").cap) == 10_000
+    assert row_cap(task, "train", plain, select("all").cap) == 30_000
+    assert row_cap(task, "dev", plain, select("all").cap) is None
+    assert {row_cap(task, s, InstructionConfig(max_per_task=7), 30_000) for s in ("train", "dev", "test")} == {7}
 
 
 def test_one_task_keeps_its_order_and_dev_has_other_names(root: Path) -> None:

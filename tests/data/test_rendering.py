@@ -134,6 +134,25 @@ def test_unlabelled_rows_are_left_out_and_counted() -> None:
     assert "1 unlabelled" in str(caught.value)
 
 
+def test_rows_without_a_reference_are_unlabelled_too() -> None:
+    rows = [{"concept_set_idx": 0, "concepts": ["a"], "target": t} for t in ("", None, "x", "  ")]
+    done = render(load_task("common_gen"), rows)
+    assert ([e.target for e in done.examples], done.unlabelled) == (["x"], 3)
+    assert done.examples[0].references == ("x",)
+
+
+def test_dotted_paths_work_wherever_a_column_is_named() -> None:
+    text = """
+        {fields: {x: a.text}, max_chars: {a.text: 3}, labels: {column: a.label, original: {"none": "n", 1: "y"}},
+         templates: [{prompt: "{x}"}]}"""
+    task = parse_task(text, "mine", "mine.yaml")
+    assert task.columns == ("a",)
+    rows = [{"a": {"text": t, "label": v}} for t, v in (("one", 1), ("four", 1), ("two", "none"), ("six", -1))]
+    done = render(task, rows)
+    assert [(e.prompt.split()[0], e.target) for e in done.examples] == [("one", "y"), ("two", "n")]
+    assert (done.too_long, done.unlabelled) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "found"), [("paws", {"label": 2}, "2"), ("boolq", {"answer": "maybe"}, "maybe"),
                                    ("cosmos_qa", {"label": 4}, "4"), ("anli_r1", {"label": "x"}, "x")],
