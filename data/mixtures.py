@@ -26,7 +26,8 @@ from kd.data.clusters import flan_clusters
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example
 from kd.data.rendering import InstructionConfig, Rendered, check_template_index, keyed, render_rows
-from kd.data.task_files import TaskFile, load_task, task_names
+from kd.data.task import TaskFile
+from kd.data.task_files import load_task, task_names
 from kd.data.task_rows import LoadHub, load_task_rows
 
 FLAN_CAP = 30_000

@@ -17,7 +17,7 @@ from typing import Any
 
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example
-from kd.data.task_files import ANSWER, WORDINGS, Field, TaskFile, Template, column_value, fill, label_key
+from kd.data.task import ANSWER, WORDINGS, Field, TaskFile, Template, column_value, fill, label_key
 
 TEMPLATE_CHOICES = ("random", "round-robin")
 UNLABELLED = ("-1", "none", "")

@@ -28,7 +28,8 @@ from kd.data.example import Example, text_digest
 from kd.data.mixtures import load_mixture, mix, select
 from kd.data.rendering import InstructionConfig
 from kd.data.tables import ENCODING, TABLE_READERS, read_table, unreadable
-from kd.data.task_files import SPLITS, load_task
+from kd.data.task import SPLITS
+from kd.data.task_files import load_task
 from kd.data.task_rows import SAME
 
 WIKITEXT_ID = "Salesforce/wikitext"

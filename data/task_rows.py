@@ -20,7 +20,7 @@ from typing import Any
 
 from kd.data.errors import DataError, unknown_name
 from kd.data.tables import TABLE_READERS, Row, read_table
-from kd.data.task_files import SPLITS, SplitPart, TaskFile
+from kd.data.task import SPLITS, SplitPart, TaskFile
 
 SAME = ("dev", "validation", "valid", "val")
 """Names of one split."""

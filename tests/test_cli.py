@@ -66,7 +66,7 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
         ("kd.cache_builder.codecs", "CODECS", "cache build", "logprob_codec"),
         ("kd.data.models", "DTYPES", "cache build", "dtype"),
         ("kd.data.rendering", "TEMPLATE_CHOICES", "cache build", "template"),
-        ("kd.data.task_files", "WORDINGS", "cache build", "labels"),
+        ("kd.data.task", "WORDINGS", "cache build", "labels"),
         ("kd.evaluation.tasks", "TASKS", "eval", "tasks"),
     ],
 )

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from kd.data.errors import DataError
 from kd.data.example import Example, text_digest
 from kd.data.rendering import InstructionConfig, Rendered, keyed, options_text, render_rows, show_templates
-from kd.data.task_files import TaskFile, load_task, parse_task, task_names
+from kd.data.task import TaskFile
+from kd.data.task_files import load_task, parse_task, task_names
 
 PLAIN = InstructionConfig(template=0)
 BOOLQ = load_task("boolq").example

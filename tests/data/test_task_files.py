@@ -6,21 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kd.data.errors import DataError
-from kd.data.task_files import (
-    ANSWER,
-    MAX_INVERTED,
-    SplitPart,
-    TaskFile,
-    fill,
-    load_task,
-    parse_task,
-    task_names,
-    template_fields,
-)
+from kd.data.task import ANSWER, MAX_INVERTED, TaskFile, template_fields
+from kd.data.task_files import load_task, parse_task, task_names
 
 GOOD = {
     "fields": {"passage": "text"},
@@ -160,26 +149,3 @@ def test_what_is_not_yaml_or_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown task") as caught:
         load_task("bool_q")
     assert caught.value.details["did you mean"] == "boolq"
-
-
-@given(st.dictionaries(st.sampled_from("abc"), st.text(), min_size=3))
-def test_values_are_put_in_as_they_are_braces_included(values: dict[str, str]) -> None:
-    assert fill("{a}|{{b}}|{c}{a}", values) == f"{values['a']}|{{b}}|{values['c']}{values['a']}"
-
-
-@given(st.integers(0, 50), st.integers(0, 100))
-def test_a_cut_in_two_loses_no_row(rows: int, percent: int) -> None:
-    (start, middle), (again, stop) = (
-        SplitPart("t", "", f"{percent}%").cut(rows),
-        SplitPart("t", f"{percent}%").cut(rows),
-    )
-    assert (start, middle, stop) == (0, again, rows)
-    assert middle == rows * percent // 100
-
-
-def test_cuts_by_rows_and_from_the_end() -> None:
-    assert SplitPart("t", "-3").cut(10) == (7, 10)
-    assert SplitPart("t", "", "-3").cut(10) == (0, 7)
-    assert SplitPart("t", "2", "99").cut(10) == (2, 10)
-    assert SplitPart("t", "-99").cut(10) == (0, 10)
-    assert SplitPart("t", "-10%").cut(18_612) == (16_750, 18_612)
