@@ -109,7 +109,7 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
 def _is_hub_id(spec: str) -> bool:
     """`owner/name[:config][@revision]`; dots are common in hub names, so only suffixes of data files rule it out."""
     name = re.split("[:@]", spec)[0]
-    files = {*FILE_READERS, ".json", ".gz", ".zip", ".zst", ".arrow", ".md"}
+    files = {*FILE_READERS, *TASK_SUFFIXES, ".json", ".gz", ".zip", ".zst", ".arrow", ".md"}
     return (
         re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", spec) is not None
         and not spec.startswith(".")
