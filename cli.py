@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 if TYPE_CHECKING:
     from kd.cache_builder.build import BuildPlan, BuildProgress
+    from kd.data.rendering import InstructionConfig
     from kd.evaluation.results import EvalReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -158,30 +160,83 @@ def data() -> None:
 @data.command("ls")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def data_ls(as_json: bool) -> None:
-    """List the named sources and the file types.
+    """List the named sources, the instruction tasks and mixtures, and the file types.
 
     Example: kd data ls
     """
+    from kd.data.clusters import flan_clusters
+    from kd.data.mixtures import PRESETS
     from kd.data.sources import FILE_READERS, SOURCES, WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
+    from kd.data.task_files import load_task, task_names
 
     about = {
         "demo": "the standard library's own English; offline; splits train, heldout",
         "wikitext-2": f"{WIKITEXT_ID}:{WIKITEXT_CONFIG}@{WIKITEXT_REVISION[:8]}; splits train, validation, test",
     }
     result = {name: about.get(name, "") for name in SOURCES}
+    result["flan"] = "flan:ten"
+    result |= {f"flan:{name}": ", ".join(preset.tasks) for name, preset in PRESETS.items()}
+    result |= {f"flan:{name}": load_task(name).about for name in task_names()}
+    result["flan:all"] = "every task above"
+    result["flan:all-but=CLUSTER"] = "the tasks of no held-out cluster: " + ", ".join(flan_clusters().clusters)
+    result["FILE.yaml"] = "a task of your own (docs/extending.md)"
     result["FILE or FOLDER"] = " ".join(FILE_READERS)
     result["hub-id[:config][@revision]"] = "any data set on the hub that loads without code"
-    emit(result, as_json)
+    if as_json:
+        emit(result, as_json)
+        return
+    for name, text in result.items():
+        click.echo(f"  {name:<29}{text}")
+
+
+def _template(_: click.Context, __: click.Parameter, value: str) -> str | int:
+    return int(value) if value.lstrip("-").isdigit() else value
+
+
+def instruction_options(function: Function) -> Function:
+    """How tasks become text; the function gets one `instructions`, an `InstructionConfig`."""
+
+    @wraps(function)
+    def gathered(*arguments: Any, template: str | int, options: bool | None, labels: str, task_root: Path | None,
+                 max_per_task: int | None, mix_maximum: int | None, mix_draws: int | None, data_seed: int,
+                 **rest: Any) -> Any:  # fmt: skip
+        from kd.data.rendering import InstructionConfig
+
+        config = InstructionConfig(
+            template, options, labels, task_root, max_per_task, mix_maximum, mix_draws, data_seed
+        )
+        return function(*arguments, instructions=config, **rest)
+
+    decorated: Any = gathered
+    for option in (
+        click.option("--data-seed", type=int, default=0, show_default=True, help="Tasks: of templates, order and draws."),
+        click.option("--mix-draws", type=click.IntRange(min=1), metavar="N",
+                     help="Tasks: draws of a mixture with a maximum; sum of min(rows, maximum) by default."),
+        click.option("--mix-maximum", type=click.IntRange(min=1), metavar="N",
+                     help="Tasks: draw in proportion to min(rows, N) (FLAN: 3000), instead of every example once."),
+        click.option("--max-per-task", type=click.IntRange(min=1), metavar="N",
+                     help="Tasks: first N rows of each; for train the mixture's own number by default."),
+        click.option("--task-root", type=PATH, metavar="DIR",
+                     help="Tasks: DIR/TASK/SPLIT.jsonl, .csv, .parquet, instead of the hub."),
+        click.option("--labels", default="original", show_default=True, help="Tasks: wording of fixed labels, original or flan."),
+        click.option("--options/--no-options", default=None,
+                     help="Tasks: list the choices after the prompt; by default where there are any."),
+        click.option("--template", default="random", show_default=True, callback=_template, metavar="random|round-robin|INDEX",
+                     help="Tasks: which wording an example gets; random (seeded), round-robin, or one of them."),
+    ):  # fmt: skip
+        decorated = option(decorated)
+    return cast(Function, decorated)
 
 
 def corpus_options(function: Function) -> Function:
     """--data and what belongs to it."""
+    function = instruction_options(function)
     for option in (
         click.option("--limit", type=click.IntRange(min=1), help="Use the first N documents or pairs."),
         click.option(
             "--columns", callback=_columns, help="Where names differ: text=…, or prompt=…,target=…, and id=…."
         ),
-        click.option("--split", help="Split of the source; train by default."),
+        click.option("--split", help="Split of the source; train by default. Tasks: train, dev or test."),
     ):
         function = option(function)
     return function
@@ -191,25 +246,60 @@ def corpus_options(function: Function) -> Function:
 @click.argument("spec")
 @corpus_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def data_show(spec: str, split: str | None, columns: dict[str, str], limit: int | None, as_json: bool) -> None:
+def data_show(spec: str, split: str | None, columns: dict[str, str], limit: int | None,
+              instructions: InstructionConfig, as_json: bool) -> None:  # fmt: skip
     """Show the first examples of SPEC, its size and its digest.
 
     Example: kd data show demo --limit 3
     """
     from kd.data.sources import load_corpus
 
-    corpus = load_corpus(spec, split=split, columns=columns)
+    corpus = load_corpus(spec, split=split, columns=columns, instructions=instructions)
     shown = corpus.examples[: limit or 3]
     size = sum(len(e.target.encode()) + len(e.prompt.encode()) for e in corpus.examples)
     result = {"spec": spec, "split": corpus.split, "kind": corpus.kind, "examples": len(corpus.examples),
               "bytes": size, "text_digest": corpus.digest}  # fmt: skip
     if as_json:
+        result["source"] = corpus.source
         click.echo(json.dumps(result | {"shown": [asdict(e) for e in shown]}, indent=2))
         return
     emit(result, False)
     for example in shown:
         prompt = f"{_clip(example.prompt)!r} -> " if example.prompt else ""
         click.echo(f"  [{example.id}] {prompt}{_clip(example.target)!r}")
+
+
+@data.command("templates")
+@click.argument("task")
+@click.option(
+    "--options/--no-options", default=None, help="List the choices after the prompt; by default where there are any."
+)
+@click.option("--labels", default="original", show_default=True, help="Wording of fixed labels, original or flan.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def data_templates(task: str, options: bool | None, labels: str, as_json: bool) -> None:
+    """Show the templates of TASK (a name, or a .yaml file) on an example row; needs no data.
+
+    Example: kd data templates boolq
+    """
+    from kd.data.mixtures import check_options
+    from kd.data.rendering import InstructionConfig, show_templates
+    from kd.data.task_files import load_task
+
+    found = load_task(task.removeprefix("flan:"))
+    config = InstructionConfig(options=options, labels=labels)
+    check_options([found], config)
+    shown = show_templates(found, config)
+    if as_json:
+        settings = {"task": found.name, "about": found.about, "clusters": found.clusters, "metrics": found.metrics,
+                    "hub": None if found.hub is None else asdict(found.hub), "columns": found.columns,
+                    "splits": {name: str(part) for name, part in found.splits.items()},
+                    "example": found.example}  # fmt: skip
+        rendered = [asdict(t) | {"shown": asdict(e)} for t, e in zip(found.templates, shown, strict=True)]
+        click.echo(json.dumps(settings | {"templates": rendered}, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{found.name}: {found.about}")
+    for index, (template, example) in enumerate(zip(found.templates, shown, strict=True)):
+        click.echo(f"\n[{index}]{' inverted' if template.inverted else ''}\n{example.prompt}\n=> {example.target}")
 
 
 def _clip(text: str, width: int = 160) -> str:
@@ -228,7 +318,8 @@ def build_options(function: Function) -> Function:
     """Options that `plan` and `build` share."""
     options = (
         click.option("--teacher", required=True, help="Hub id, folder, demo, or random:NAME."),
-        click.option("--data", "spec", required=True, help="demo, wikitext-2, a file or folder, or a hub id[:config][@revision]."),
+        click.option("--data", "spec", required=True,
+                     help="demo, wikitext-2, flan[:MIXTURE], a file or folder, or a hub id[:config][@revision]."),
         click.option("--out", required=True, type=PATH, help="Directory of the cache."),
         corpus_options,
         click.option("--profile", default="kl", show_default=True, help="What is kept: kl, uld, sampled or full."),
@@ -267,7 +358,8 @@ def build_options(function: Function) -> Function:
 
 
 def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[str, str], limit: int | None,
-          profile: str, top_k: int | None, samples: int | None, tail_bands: int | None,
+          instructions: InstructionConfig | None, profile: str, top_k: int | None, samples: int | None,
+          tail_bands: int | None,
           temperatures: tuple[float, ...], band_temperatures: tuple[float, ...] | None, logprob_codec: str | None,
           seq_len: int | None, target_len: int | None, overlong: str, stride: int | None,
           bos: bool, eos: bool, separator: str, load_in_4bit: bool,
@@ -294,7 +386,7 @@ def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[s
         encoder, target_len or (256 if encoder else None), overlong,
     )  # fmt: skip
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
-    corpus = load_corpus(spec, split=split, columns=columns, limit=limit)
+    corpus = load_corpus(spec, split=split, columns=columns, limit=limit, instructions=instructions)
     return plan_build(BuildRequest(out, request, corpus, blocks, targets, layout, tokens_per_batch, shard))
 
 

@@ -4,20 +4,20 @@
     wikitext-2[:validation|test]          hub id Salesforce/wikitext, wikitext-2-raw-v1, pinned revision
     FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns where names differ
     hub-id[:config][@revision]            any data set on the hub that loads without code
+    flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
+    FILE.yaml                             a task of your own (kd.data.task_files)
 
 A *document* source yields whole texts that are later cut into blocks; a *pairs* source (columns prompt and
 target) yields examples that stay whole. Hub data sets load through `datasets`; scripts are never trusted.
-Add a source: one function and one line in `SOURCES`.
+Add a source: one function and one line in `SOURCES`; a task: one YAML file (docs/extending.md).
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,12 @@ from typing import Any
 from kd.data import stdlib_text
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example, text_digest
+from kd.data.mixtures import load_mixture, mix, select
+from kd.data.rendering import InstructionConfig
+from kd.data.tables import ENCODING, TABLE_READERS, read_table, unreadable
+from kd.data.task import SPLITS
+from kd.data.task_files import load_task
+from kd.data.task_rows import SAME
 
 WIKITEXT_ID = "Salesforce/wikitext"
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
@@ -32,10 +38,6 @@ WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
 Columns = Mapping[str, str]
 """Our field (`text`, `prompt`, `target`, `id`) -> the column that holds it."""
-
-
-ENCODING = "utf-8-sig"
-"""UTF-8; the byte order mark that spreadsheets write first is not text."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,43 @@ class Corpus:
         return text_digest(self.examples)
 
 
-def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None = None,
-                limit: int | None = None) -> Corpus:  # fmt: skip
-    """Load `spec` (see the module's head); `limit` keeps the first examples. Raises DataError on anything unusable."""
+def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None = None, limit: int | None = None,
+                instructions: InstructionConfig | None = None) -> Corpus:  # fmt: skip
+    """Load `spec` (see the module's head); `limit` keeps the first examples. Raises DataError on anything unusable.
+
+    instructions   how tasks become text (flan and .yaml); other sources refuse settings that are not the defaults
+    """
     name, _, suffix = spec.partition(":")
     path = Path(spec).expanduser()
-    if name in SOURCES:
+    instructions = instructions or InstructionConfig()
+    is_task = name in TASK_SOURCES or (path.suffix in TASK_SUFFIXES and path.exists())
+    if is_task and columns:
+        raise DataError("tasks name their columns themselves", where=spec, found="--columns",
+                        try_="a task file of your own: docs/extending.md")  # fmt: skip
+    if not is_task and instructions != InstructionConfig():
+        raise DataError("the source has no templates", where=spec,
+                        found=", ".join(_changed(instructions)) + " given",
+                        expected="flan:… or a task's .yaml file")  # fmt: skip
+    if name in TASK_SOURCES:
+        corpus = TASK_SOURCES[name](spec, split or "train", instructions)
+    elif is_task:
+        corpus = _task_file(spec, split or "train", instructions)
+    elif name in SOURCES:
         corpus = SOURCES[name](spec, split or suffix or "train")
     elif path.exists():
         corpus = _local(spec, path, split or "train", columns or {})
     elif _is_hub_id(spec):
         corpus = _hub(spec, split or "train", columns or {})
     elif "/" in spec or path.suffix:
-        raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(SOURCES)}, or a hub id")
+        raise DataError(
+            "no such file or folder",
+            where=spec,
+            expected=f"a path, {', '.join((*SOURCES, *TASK_SOURCES))}, or a hub id",
+        )
     else:
-        raise unknown_name("data source", spec, SOURCES, try_="a local file or folder, or a hub id like owner/name")
+        raise unknown_name(
+            "data source", spec, (*SOURCES, *TASK_SOURCES), try_="a local file or folder, or a hub id like owner/name"
+        )
     examples = tuple(e for e in corpus.examples if e.target.strip())
     if limit is not None:
         examples = examples[:limit]
@@ -85,7 +109,7 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
 def _is_hub_id(spec: str) -> bool:
     """`owner/name[:config][@revision]`; dots are common in hub names, so only suffixes of data files rule it out."""
     name = re.split("[:@]", spec)[0]
-    files = {*FILE_READERS, ".json", ".gz", ".zip", ".zst", ".arrow", ".md"}
+    files = {*FILE_READERS, *TASK_SUFFIXES, ".json", ".gz", ".zip", ".zst", ".arrow", ".md"}
     return (
         re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", spec) is not None
         and not spec.startswith(".")
@@ -140,6 +164,30 @@ def wikitext_articles(lines: Iterator[str] | list[str], task: str, split: str) -
         yield Example(f"{split}/{count}", "\n".join(article).strip() + "\n", task=task, split=split)
 
 
+def _changed(instructions: InstructionConfig) -> list[str]:
+    """Names of the settings that differ from the defaults."""
+    return [f.name for f in fields(instructions) if getattr(instructions, f.name) != f.default]
+
+
+def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
+    mixture = spec.partition(":")[2] or "ten"
+    examples, source = load_mixture(select(mixture), _task_split(split), instructions, _load_dataset)
+    return Corpus(spec, _task_split(split), "pairs", examples, source)
+
+
+def _task_file(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
+    examples, source = mix([load_task(spec)], _task_split(split), instructions, _load_dataset)
+    return Corpus(spec, _task_split(split), "pairs", examples, source)
+
+
+def _task_split(split: str) -> str:
+    """Tasks have train, dev and test; other names for dev are understood."""
+    split = "dev" if split in SAME else split
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS, where="tasks")
+    return split
+
+
 def _hub(spec: str, split: str, columns: Columns) -> Corpus:
     name, _, revision = spec.partition("@")
     name, _, config = name.partition(":")
@@ -181,9 +229,8 @@ def _local(spec: str, path: Path, split: str, columns: Columns) -> Corpus:
             examples += found
         except DataError:
             raise
-        except (OSError, ValueError, csv.Error) as error:  # truncated Parquet, bad UTF-8, broken JSON
-            raise DataError("cannot read the file", where=str(file), found=f"{type(error).__name__}: {error}",
-                            expected=f"a readable {file.suffix} file") from error  # fmt: skip
+        except (OSError, ValueError) as error:  # bad UTF-8
+            raise unreadable(file, error) from error
         kinds.add(kind)
     if len(kinds) > 1:
         raise DataError("the folder mixes plain text and prompt/target files", where=str(path),
@@ -205,38 +252,9 @@ def _read_tokens(file: Path, prefix: str, columns: Columns, split: str) -> tuple
     return "documents", [Example(f"{prefix}:{i}", a.target, task=a.task, split=split) for i, a in enumerate(articles)]
 
 
-def _read_jsonl(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    rows = []
-    with file.open(encoding=ENCODING) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError("not JSON", where=f"{file} line {number}", found=str(error)) from error
-            if not isinstance(row, dict):
-                raise DataError("a line is not a JSON object", where=f"{file} line {number}", found=type(row).__name__)
-            rows.append(row)
-    names = list(rows[0]) if rows else []
+def _read_table(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
+    names, rows = read_table(file)
     kind, examples = _rows_to_examples(str(file), names, rows, columns, prefix, split)
-    return kind, list(examples)
-
-
-def _read_csv(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than some articles
-    with file.open(encoding=ENCODING, newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-        rows = list(reader)
-    kind, examples = _rows_to_examples(str(file), list(reader.fieldnames or []), rows, columns, prefix, split)
-    return kind, list(examples)
-
-
-def _read_parquet(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(file)
-    kind, examples = _rows_to_examples(str(file), table.column_names, table.to_pylist(), columns, prefix, split)
     return kind, list(examples)
 
 
@@ -254,15 +272,17 @@ def _rows_to_examples(where: str, names: list[str], rows: Any, columns: Columns,
         raise DataError("columns are missing", where=where, found=", ".join(names) or "none",
                         expected=", ".join(missing) or "text, or prompt and target",
                         try_="--columns text=NAME or --columns prompt=NAME,target=NAME")  # fmt: skip
-    fields = {"prompt": chosen["prompt"], "target": chosen["target"]} if pairs else {"target": chosen["text"]}
+    present = {"prompt": chosen["prompt"], "target": chosen["target"]} if pairs else {"target": chosen["text"]}
     id_column = columns.get("id")
 
     def examples() -> Iterator[Example]:
         for number, row in enumerate(rows):
-            values = {field: row[column] if row.get(column) is not None else "" for field, column in fields.items()}
+            values: dict[str, Any] = {
+                field: row[column] if row.get(column) is not None else "" for field, column in present.items()
+            }
             for field, value in values.items():
                 if not isinstance(value, str):
-                    raise DataError("a value is not text", where=f"{where} row {number} column {fields[field]}",
+                    raise DataError("a value is not text", where=f"{where} row {number} column {present[field]}",
                                     found=type(value).__name__, expected="a string")  # fmt: skip
             identity = row.get(id_column) if id_column else f"{prefix}:{number}"
             if identity is None:
@@ -278,13 +298,17 @@ FileReader = Callable[[Path, str, Columns, str], tuple[str, list[Example]]]
 FILE_READERS: dict[str, FileReader] = {
     ".txt": _read_txt,
     ".tokens": _read_tokens,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
+    **dict.fromkeys(TABLE_READERS, _read_table),
 }
 
 SOURCES: dict[str, Callable[[str, str], Corpus]] = {
     "demo": _demo,
     "wikitext-2": _wikitext,
 }
+
+TASK_SOURCES: dict[str, Callable[[str, str, InstructionConfig], Corpus]] = {
+    "flan": _flan,
+}
+"""Sources that render templates."""
+
+TASK_SUFFIXES = (".yaml", ".yml")

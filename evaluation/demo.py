@@ -34,6 +34,7 @@ def build_options(out: Path) -> dict[str, Any]:
     """The options of `kd cache build` that the demo uses."""
     return {
         "teacher": "demo", "spec": "demo", "out": out / "cache", "split": "train", "columns": {}, "limit": DOCUMENTS,
+        "instructions": None,
         "profile": "kl", "top_k": None, "samples": None, "tail_bands": None, "temperatures": (1.0, 2.0, 4.0),
         "band_temperatures": None, "logprob_codec": "linear8", "seq_len": SEQ_LEN, "target_len": None,
         "overlong": "error", "stride": None, "bos": True,

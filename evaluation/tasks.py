@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kd.data.errors import DataError, unknown_name
 from kd.data.identity import model_identity, pinned
 from kd.data.models import Model, ModelRequest, load_model, load_request_tokenizer
+from kd.data.rendering import InstructionConfig
 from kd.data.sources import Columns, Corpus, load_corpus
 from kd.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from kd.evaluation.estimates import Documents, Estimate
@@ -95,7 +96,8 @@ class EvalProgress:
 
 def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None, cache: Path | str | None = None,
               split: str | None = None, columns: Columns | None = None, limit: int | None = None,
-              limit_tokens: int | None = None, seq_len: int | None = None, stride: int | None = None, bos: bool = True,
+              instructions: InstructionConfig | None = None, limit_tokens: int | None = None,
+              seq_len: int | None = None, stride: int | None = None, bos: bool = True,
               temperature: float = 1.0, tokens_per_batch: int = 4096, device: str = "auto", dtype: str = "auto",
               revision: str | None = None, tokenizer: str | None = None, load_in_4bit: bool = False,
               seed: int = 0) -> Iterator[EvalProgress]:  # fmt: skip
@@ -110,7 +112,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
     loaded = load_request_tokenizer(request)
     corpus = reader = None
     if "data" in needs and data is not None:
-        corpus = load_corpus(data, split=split, columns=columns, limit=limit)
+        corpus = load_corpus(data, split=split, columns=columns, limit=limit, instructions=instructions)
     if "cache" in needs and cache is not None:
         from kd.cache_builder.reader import CacheReader
         from kd.student_trainer.compatibility import refuse_other_tokenizer

@@ -24,7 +24,8 @@ Results go to stdout (one JSON document with `--json`), progress and messages to
 | 130 | interrupted; the same command again continues |
 
 `--data SPEC`: `demo[:heldout]`, `wikitext-2[:validation|test]`, a local file or folder (`.txt .tokens .jsonl .csv .tsv
-.parquet`, with `--columns` where names differ), or `hub-id[:config][@revision]`.
+.parquet`, with `--columns` where names differ), `hub-id[:config][@revision]`, or instruction tasks: `flan:four`, `flan:ten`,
+`flan:TASK[,TASK…]`, `flan:all-but=CLUSTER`, or the path of a task's `.yaml` file (`docs/extending.md`).
 `--teacher` / `--student`: a hub id, a local folder, `demo` (the embedded ones), or `random:NAME` (random weights in the
 real shape of gpt2, gpt2-medium, gpt-neo-2.7B, pythia-410m or SmolLM-360M).
 """

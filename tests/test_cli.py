@@ -65,6 +65,8 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
         ("kd.cache_builder.targets", "PROFILES", "cache build", "profile"),
         ("kd.cache_builder.codecs", "CODECS", "cache build", "logprob_codec"),
         ("kd.data.models", "DTYPES", "cache build", "dtype"),
+        ("kd.data.rendering", "TEMPLATE_CHOICES", "cache build", "template"),
+        ("kd.data.task", "WORDINGS", "cache build", "labels"),
         ("kd.evaluation.tasks", "TASKS", "eval", "tasks"),
     ],
 )
@@ -77,7 +79,8 @@ def test_help_names_every_entry_of_the_registry(module: str, registry: str, comm
 
 
 def test_data_ls_is_json() -> None:
-    assert {"demo", "wikitext-2"} <= set(json.loads(kd("data", "ls", "--json").stdout))
+    listed = json.loads(kd("data", "ls", "--json").stdout)
+    assert {"demo", "wikitext-2", "flan:four", "flan:ten", "flan:boolq", "flan:all-but=CLUSTER"} <= set(listed)
 
 
 def test_data_show_prints_size_and_digest(tmp_path: Path) -> None:
@@ -85,6 +88,51 @@ def test_data_show_prints_size_and_digest(tmp_path: Path) -> None:
     shown = json.loads(kd("data", "show", tmp_path / "a.txt", "--json", "--limit", 1).stdout)
     assert shown["examples"] == 2
     assert [e["target"] for e in shown["shown"]] == ["One document."]
+
+
+def test_data_templates_shows_every_template_offline() -> None:
+    shown = json.loads(kd("data", "templates", "anli_r1", "--labels", "flan", "--json").stdout)
+    assert len(shown["templates"]) == 11
+    assert shown["templates"][0]["shown"]["choices"] == ["Yes", "It's impossible to say", "No"]
+    assert shown["hub"]["id"] == "facebook/anli"
+    text = kd("data", "templates", "squad").stdout
+    assert "[10] inverted" in text
+    assert "=> a ferry" in text
+
+
+@pytest.fixture
+def task_root(tmp_path: Path) -> Path:
+    """Made-up rows of two tasks under DIR/TASK/SPLIT.jsonl."""
+    from kd.data.task_files import load_task
+
+    for name in ("boolq", "xsum"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        row = json.dumps(dict(load_task(name).example)) + "\n"
+        (tmp_path / "root" / name / "train.jsonl").write_text(row * 4, encoding="utf-8")
+    return tmp_path / "root"
+
+
+def test_task_options_reach_show_plan_and_eval(task_root: Path, tmp_path: Path) -> None:
+    options = ("--task-root", task_root, "--template", "0", "--no-options", "--labels", "flan", "--max-per-task", "2")
+    shown = json.loads(kd("data", "show", "flan:boolq,xsum", *options, "--limit", 4, "--json").stdout)
+    assert shown["examples"] == 4
+    assert shown["source"]["labels"] == "flan"
+    assert {e["target"] for e in shown["shown"] if e["task"] == "boolq"} == {"no"}
+    assert not any("OPTIONS" in e["prompt"] for e in shown["shown"])
+    plan = json.loads(
+        kd("cache", "plan", "--teacher", "demo", "--data", "flan:boolq,xsum", *options, "--out", tmp_path / "c",
+           "--json").stdout
+    )  # fmt: skip
+    other = json.loads(
+        kd("cache", "plan", "--teacher", "demo", "--data", "flan:boolq,xsum", *options, "--data-seed", "5", "--out",
+           tmp_path / "c", "--json").stdout
+    )  # fmt: skip
+    assert plan["rows"] == other["rows"]
+    assert plan["fingerprint"] != other["fingerprint"], "another order is another corpus"
+    scores = json.loads(
+        kd("eval", "demo", "--tasks", "perplexity", "--data", "flan:boolq", *options, "--json").stdout
+    )  # fmt: skip
+    assert scores[0]["data"]["source"]["template"] == "0"
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +233,15 @@ def test_an_encoder_decoder_teacher_over_documents_is_refused(t5_dir: Path, tmp_
         (("cache", "info", "NOWHERE"), "not a cache"),
         (("data", "show", "wikitext2"), "did you mean"),
         (("data", "show", "no/such/file.txt"), "no such file"),
+        (("data", "show", "no/such/task.yaml"), "no such file"),
+        (("data", "show", "flan:foru"), "did you mean"),
+        (("data", "show", "flan:all-but=nil"), "did you mean"),
+        (("data", "show", "flan:boolq", "--template", "99", "--task-root", "NOWHERE"), "0..10"),
+        (("data", "show", "flan:boolq", "--template", "round"), "did you mean"),
+        (("data", "show", "flan:xsum", "--options"), "no task has choices"),
+        (("data", "show", "flan:cosmos_qa"), "--task-root"),
+        (("data", "show", "demo", "--labels", "flan"), "no templates"),
+        (("data", "templates", "bool_q"), "did you mean"),
         (("cache", "plan", "--teacher", "random:gpt-5", "--data", "demo", "--out", "NOWHERE"), "known"),
         ((*PLAN, "--top-k", "5000"), "at most 2048"),
         ((*PLAN, "--seq-len", "999"), "at most 256"),

@@ -46,3 +46,16 @@ def test_files_that_documents_point_to_exist() -> None:
 def test_no_placeholder_is_left() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not re.search(r"\b[A-Z]+_[A-Z]+\b(?!`)", text.replace("KD_SHARED", "")), "a placeholder in README.md"
+
+
+def test_the_task_file_in_the_documents_is_a_task(tmp_path: Path) -> None:
+    from kd.data.rendering import InstructionConfig, show_templates
+    from kd.data.task_files import load_task
+
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "tickets.yaml").write_text(first, encoding="utf-8")
+    (tmp_path / "pinned.yaml").write_text(second, encoding="utf-8")
+    shown = show_templates(load_task(str(tmp_path / "tickets.yaml")), InstructionConfig())
+    assert [e.target for e in shown] == ["urgent", "urgent", "Login"]
+    assert len(load_task(str(tmp_path / "pinned.yaml")).templates) >= 10

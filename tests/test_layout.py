@@ -50,6 +50,15 @@ def test_every_package_folder_is_listed_for_the_wheel() -> None:
     assert {"kd", *folders} == set(settings["tool"]["setuptools"]["packages"])
 
 
+def test_every_data_file_of_the_package_is_in_the_wheel() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    shipped = {path for package, patterns in settings["package-data"].items() for pattern in patterns
+               for path in (ROOT / package.removeprefix("kd.").replace(".", "/")).glob(pattern)}  # fmt: skip
+    files = {p for package in PACKAGES for suffix in (".yaml", ".json", ".safetensors")
+             for p in (ROOT / package).rglob(f"*{suffix}")}  # fmt: skip
+    assert files == shipped
+
+
 def test_no_module_lies_outside_a_package_folder() -> None:
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):

@@ -224,7 +224,9 @@ def test_an_unknown_source_suggests_the_nearest(typo: str, meant: str):
     assert caught.value.details["did you mean"] == meant
 
 
-@pytest.mark.parametrize("spec", ["texts/missing.jsonl", "./missing", "../missing", "missing.txt", "a/b/c"])
+@pytest.mark.parametrize(
+    "spec", ["texts/missing.jsonl", "./missing", "../missing", "missing.txt", "a/b/c", "my/task.yaml"]
+)
 def test_a_missing_path_is_not_looked_up_on_the_hub(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kd.data.sources._load_dataset", lambda *a: pytest.fail("asked the hub"))
