@@ -53,7 +53,8 @@ class LossTargets:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("groups", "kd_scale")}
         cut = {name: v[rows] for name, v in values.items() if v is not None}
         if self.groups is not None:
-            stop = len(self.gold_ids) if rows.stop is None else rows.stop
+            rows = slice(rows.start or 0, len(self.gold_ids) if rows.stop is None else rows.stop)
+            stop = rows.stop
             chosen = int(torch.searchsorted(self.groups.first, rows.start))
             last = int(torch.searchsorted(self.groups.stop, stop, right=True))
             cut["groups"] = self.groups.within(rows, slice(chosen, max(last, chosen)))
@@ -268,9 +269,8 @@ class Objective:
         if self.tail not in LOSSES[self.loss].variants:
             raise unknown_name(f"tail mode of {self.loss}", self.tail, LOSSES[self.loss].variants)
         if not self.alpha >= 0.0 or not self.ce >= 0.0 or not self.temperature > 0.0:
-            raise ValueError(
-                f"weights {self.alpha}, {self.ce} must not be negative, temperature {self.temperature} positive"
-            )
+            raise ValueError(f"alpha {self.alpha} and the weight {self.ce} of the cross-entropy must not be negative, "
+                             f"temperature {self.temperature} positive")  # fmt: skip
 
     @property
     def ce(self) -> float:

@@ -13,7 +13,12 @@ from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import PROFILES, TargetConfig
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.tokenizer import load_tokenizer, token_bytes, vocabulary_size
-from kd.student_trainer.compatibility import refuse_narrow_student, refuse_other_tokenizer, resolve_objective
+from kd.student_trainer.compatibility import (
+    refuse_narrow_student,
+    refuse_other_tokenizer,
+    resolve_objective,
+    shared_pieces,
+)
 from kd.student_trainer.losses import LOSSES, TAILS, Objective
 
 
@@ -161,10 +166,63 @@ def test_draws_serve_temperature_one_only() -> None:
         resolve("full", tail="sampled", temperature=2.0)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan"), float("inf")])
 def test_an_alpha_that_is_no_weight_is_refused(alpha: float) -> None:
-    with pytest.raises(DataError, match="alpha is a weight"):
+    with pytest.raises(DataError, match="alpha above 1" if alpha == 1.5 else "not usable") as caught:
         resolve("kl", alpha=alpha)
+    assert f"--alpha {alpha:g}" in str(caught.value)
+
+
+def test_two_weights_of_their_own_need_not_sum_to_one() -> None:
+    objective = resolve_objective(TargetConfig.of_profile("uld"), loss="uld", alpha=1.5, ce_weight=1.0)
+    assert (objective.alpha, objective.ce) == (1.5, 1.0)  # the ULD paper's
+    assert resolve_objective(TargetConfig.of_profile("uld"), loss="uld").alpha == 0.5
+
+
+@pytest.mark.parametrize(
+    ("loss", "profile", "serving"),
+    [
+        ("uld", "kl", "uld or full"),
+        ("uld", "sampled", "uld or full"),
+        ("hybrid", "uld", "full"),
+        ("hybrid", "kl", "full"),
+    ],
+)
+def test_a_cache_without_what_an_aligned_loss_needs_names_the_profile_that_has_it(
+    loss: str, profile: str, serving: str
+) -> None:
+    with pytest.raises(DataError, match=f"cannot serve --loss {loss}") as caught:
+        resolve_objective(TargetConfig.of_profile(profile), loss=loss)
+    assert caught.value.details["expected"] == f"profile {serving}"
+
+
+def test_every_profile_serves_alm() -> None:
+    for profile in PROFILES:
+        assert resolve_objective(TargetConfig.of_profile(profile), loss="alm").groups
+
+
+def test_bands_at_another_temperature_are_refused_with_the_build_that_has_them() -> None:
+    with pytest.raises(DataError, match="no rank bands at that temperature") as caught:
+        resolve_objective(TargetConfig.of_profile("uld"), loss="uld", temperature=2.0)
+    assert "--band-temperatures 2" in str(caught.value)
+    bands = TargetConfig.of_profile("uld", temperatures=(1.0, 1.2), band_temperatures=(1.2,))
+    assert resolve_objective(bands, loss="uld", temperature=1.2).temperature == 1.2
+
+
+def test_pieces_are_shared_by_their_bytes_whatever_their_spelling(
+    t5_dir: Path, tokenizer_dir: Path, tmp_path: Path, build_request, run_build
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "The fox", "target": "went home."}\n')
+    run_build(build_request(tmp_path / "c", model=t5_dir, text=tmp_path / "pairs.jsonl", layout=None))
+    reader, student = CacheReader(tmp_path / "c"), load_tokenizer(str(tokenizer_dir))
+    teacher_pieces, student_pieces = reader.vocabulary(), token_bytes(student)
+    ids, overlap = shared_pieces(reader, student)
+    assert 0 < overlap < 1
+    assert ids[1] == student.eos_token_id  # </s> and <|endoftext|> both end a text
+    found = [(teacher_pieces[t], student_pieces[s]) for t, s in enumerate(ids) if s >= 0 and t != 1]
+    assert all(a == b for a, b in found)
+    assert any(a.startswith(b" ") for a, _ in found)  # spelled with ▁ on one side and Ġ on the other
+    assert len({s for s in ids if s >= 0}) == (ids >= 0).sum()
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(None, 1.0), (0.0, 0.0), (0.7, 0.7)])

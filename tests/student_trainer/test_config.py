@@ -133,6 +133,8 @@ def test_everything_else_is_part_of_a_run_s_identity() -> None:
         "max_steps": 5, "tokens_per_batch": 99, "batch_size": 2, "accumulate": 2, "lr": 1.0, "weight_decay": 0.5,
         "max_grad_norm": 2.0, "optimizer": "adafactor", "schedule": "cosine", "warmup": 0.1, "precision": "bf16",
         "lora": 2, "gradient_checkpointing": True, "seed": 1, "revision": "main", "tokenizer": "t", "head_chunk": 7,
+        "ce_weight": 0.2, "beta": 0.1, "alignment": "positional", "align_eos": False, "ranking": "exact",
+        "prompt_loss": True, "separator": " ", "seq_len": 9, "lora_targets": "c_attn",
     }  # fmt: skip
     free = {"out", "cache", "save_every", "log_every", "report_to", "device"}
     assert {f.name for f in fields(TrainConfig)} == changed.keys() | free  # a new setting must be put on one side

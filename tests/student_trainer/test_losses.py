@@ -320,7 +320,7 @@ def test_t_squared_keeps_the_size_of_gradients_as_temperature_grows() -> None:
     assert math.isclose(sizes[0], sizes[1], rel_tol=0.01)
 
 
-@pytest.mark.parametrize("name", ["kll", "uld", ""])
+@pytest.mark.parametrize("name", ["kll", "ULD", ""])
 def test_an_unknown_loss_lists_the_known_ones(name: str) -> None:
     with pytest.raises(DataError) as caught:
         Objective(name)
