@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 if TYPE_CHECKING:
-    from kd.cache_builder.build import BuildPlan, BuildProgress
+    from kd.cache_builder.build import BuildPlan, BuildProgress, BuildRequest
     from kd.data.rendering import InstructionConfig
     from kd.evaluation.results import EvalReport
 
@@ -332,6 +332,10 @@ def build_options(function: Function) -> Function:
         click.option("--logprob-codec", help="linear8, float16 or float32; float16 by default for uld and full, else linear8."),
         click.option("--seq-len", type=int, help="Tokens per block, context included; 512, or the teacher's window if "
                      "smaller. Of an encoder: 1024."),
+        click.option("--targets", "target_source", default="data", show_default=True,
+                     help="data, or teacher: it answers the prompts, and its answers are scored and stored."),
+        click.option("--sample-temperature", type=float, default=0.0, show_default=True,
+                     help="Sample the teacher's answers at this temperature; 0 = greedy."),
         click.option("--target-len", type=int, help="Most tokens of a target, EOS included; 256 for an encoder-decoder."),
         click.option("--overlong", default="error", show_default=True,
                      help="error, drop or truncate: prompt/target pairs that are too long."),
@@ -357,19 +361,22 @@ def build_options(function: Function) -> Function:
     return function
 
 
-def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[str, str], limit: int | None,
+def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dict[str, str], limit: int | None,
           instructions: InstructionConfig | None, profile: str, top_k: int | None, samples: int | None,
           tail_bands: int | None,
           temperatures: tuple[float, ...], band_temperatures: tuple[float, ...] | None, logprob_codec: str | None,
-          seq_len: int | None, target_len: int | None, overlong: str, stride: int | None,
+          seq_len: int | None, target_source: str, sample_temperature: float,
+          target_len: int | None, overlong: str, stride: int | None,
           bos: bool, eos: bool, separator: str, load_in_4bit: bool,
           dtype: str, device: str, revision: str | None, tokenizer: str | None, tokens_per_batch: int,
-          shard_rows: int | None, shard: tuple[int, int], seed: int) -> BuildPlan:  # fmt: skip
+          shard_rows: int | None, shard: tuple[int, int], seed: int) -> BuildRequest:  # fmt: skip
     quiet_libraries()
-    from kd.cache_builder.build import BuildRequest, plan_build
+    from kd.cache_builder.build import BuildRequest
+    from kd.cache_builder.generate import GenerationConfig
     from kd.cache_builder.manifest import Layout
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
+    from kd.data.errors import DataError, unknown_name
     from kd.data.models import ModelRequest, is_encoder_decoder, load_config, max_positions
     from kd.data.sources import load_corpus
 
@@ -387,7 +394,43 @@ def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[s
     )  # fmt: skip
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
     corpus = load_corpus(spec, split=split, columns=columns, limit=limit, instructions=instructions)
-    return plan_build(BuildRequest(out, request, corpus, blocks, targets, layout, tokens_per_batch, shard))
+    if target_source not in ("data", "teacher"):
+        raise unknown_name("source of targets", target_source, ("data", "teacher"))
+    generation = None
+    if target_source == "teacher":
+        generation = GenerationConfig(target_len - 1 if target_len else 255, sample_temperature, seed)
+    elif sample_temperature:
+        raise DataError(
+            "nothing is sampled", found="--sample-temperature with --targets data", try_="--targets teacher"
+        )
+    return BuildRequest(out, request, corpus, blocks, targets, layout, tokens_per_batch, shard, generation)
+
+
+def _plan(**options: Any) -> BuildPlan:
+    """The plan of a build; where the teacher is to write the targets and has not, the data's own stand in for them."""
+    from kd.cache_builder.build import plan_build
+    from kd.cache_builder.generate import answered
+
+    request = _request(**options)
+    if request.generation is not None:
+        if answered(request):
+            return plan_build(_generated(request))
+        click.echo("the teacher has not answered yet: the data's own targets stand in for its answers", err=True)
+        request = replace(request, generation=None)
+    return plan_build(request)
+
+
+def _generated(request: BuildRequest) -> BuildRequest:
+    """Drive the generation of targets and its progress bar to the end."""
+    from kd.cache_builder.generate import generate
+
+    last = None
+    with progress_bar("generating") as advance:
+        for last in generate(request):
+            advance(last.done, last.total, f"{last.done:,} of {last.total:,} answers")
+    assert last is not None
+    assert last.request is not None
+    return last.request
 
 
 @cache.command("plan")
@@ -410,7 +453,10 @@ def cache_build(as_json: bool, profile_build: bool, **options: Any) -> None:
 
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
-    plan = _plan(**options)
+    from kd.cache_builder.build import plan_build
+
+    request = _request(**options)
+    plan = plan_build(request if request.generation is None else _generated(request))
     last = run_build(plan)
     result = cache_summary(options["out"]) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
     if profile_build and last.seconds is not None:

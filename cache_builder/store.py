@@ -39,6 +39,7 @@ from kd.cache_builder.files import (
     sha256_of,
     sweep,
     sync_folder,
+    unfinished,
     write_atomic,
 )
 from kd.cache_builder.manifest import (
@@ -117,6 +118,28 @@ def group_files(arrays: Sequence[ArraySpec]) -> list[str]:
     return [f"{TARGETS}/zarr.json", *(f"{TARGETS}/{a.name}/zarr.json" for a in arrays)]
 
 
+def write_answers(path: Path, ids: Sequence[str], answers: Sequence[tuple[str, bool]]) -> None:
+    """A block of the teacher's answers, text and whether it came to its end, see `generate`."""
+    columns = {"id": pa.array(ids, pa.string()), "target": pa.array([a for a, _ in answers], pa.string()),
+               "complete": pa.array([c for _, c in answers], pa.bool_())}  # fmt: skip
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def read_answers(path: Path, ids: Sequence[str]) -> list[tuple[str, bool]]:
+    """The answers of a block. Raises CacheDamageError when they are not those of `ids`."""
+    try:
+        table = pq.read_table(path)
+        found = table["id"].to_pylist()
+        answers = list(zip(table["target"].to_pylist(), table["complete"].to_pylist(), strict=True))
+    except Exception as error:  # a damaged file can break pyarrow in any way
+        raise CacheDamageError("the teacher's answers cannot be read", file=path,
+                               found=f"{type(error).__name__}: {error}",
+                               try_="remove the file and build again") from error  # fmt: skip
+    if found != list(ids):
+        raise CacheDamageError("the teacher's answers belong to other prompts", file=path)
+    return answers
+
+
 _WRITERS = count()
 
 
@@ -159,6 +182,8 @@ class ShardWriter:
         )
         pq.write_table(table, self.staging / VOCABULARY, compression="zstd")
         files = {n: file_entry(self.staging / n) for n in names}
+        answers = sorted((self.root / "generated").glob("*.*"))
+        files |= {f"generated/{p.name}": file_entry(p) for p in answers if not unfinished(p.name)}
         mine = CacheManifest(**{**_shallow(self.manifest), "files": files})
         if not self.manifest.files:
             (self.staging / BUILDING).write_text(mine.to_json(), encoding="utf-8")

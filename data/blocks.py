@@ -189,7 +189,7 @@ def tokenize_pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], c
         if config.bos and tokenizer.bos_token_id is not None:
             context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
     target, ends = encode_with_ends(tokenizer, pieces, example.target)
-    if tokenizer.eos_token_id is not None:
+    if tokenizer.eos_token_id is not None and example.complete:
         target = np.append(target, np.int32(tokenizer.eos_token_id))
         ends = np.append(ends, len(example.target.encode("utf-8")))
     if not len(context):
@@ -217,5 +217,5 @@ def fit_pair(row: TokenRows, config: BlockConfig) -> TokenRows | None:
         text = data[: int(row.byte_end[keep - 1])] if keep else b""
         if not text:
             return None
-        example = replace(example, target=text.decode("utf-8"))
+        example = replace(example, target=text.decode("utf-8"), complete=False)
     return TokenRows(example, context, row.target_ids[:keep], row.byte_end[:keep])

@@ -25,15 +25,20 @@ class Example:
     """Texts to choose the answer from, where the task is a choice; `target` is one of them."""
     answer: int | None = None
     """Index of the right one in `choices`."""
+    complete: bool = True
+    """Does the target end where it ends? False for an answer that was cut short: no end token is scored."""
     references: tuple[str, ...] = ()
     """All acceptable targets, where there are several; empty = `target` alone."""
 
 
 def text_digest(examples: Iterable[Example]) -> str:
-    """Hex digest of ids, prompts and targets in their order (blake2b, 32 bytes, fields length-prefixed)."""
+    """Hex digest of ids, prompts and targets in their order (blake2b, 32 bytes, fields length-prefixed).
+
+    A target that was cut short is marked by a fourth field.
+    """
     digest = hashlib.blake2b(digest_size=32)
     for example in examples:
-        for field in (example.id, example.prompt, example.target):
+        for field in (example.id, example.prompt, example.target, *(() if example.complete else ("…",))):
             data = field.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)

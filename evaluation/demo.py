@@ -37,6 +37,7 @@ def build_options(out: Path) -> dict[str, Any]:
         "instructions": None,
         "profile": "kl", "top_k": None, "samples": None, "tail_bands": None, "temperatures": (1.0, 2.0, 4.0),
         "band_temperatures": None, "logprob_codec": "linear8", "seq_len": SEQ_LEN, "target_len": None,
+        "target_source": "data", "sample_temperature": 0.0,
         "overlong": "error", "stride": None, "bos": True,
         "eos": False, "separator": "\\n", "load_in_4bit": False, "dtype": "auto", "device": "cpu", "revision": None,
         "tokenizer": None, "tokens_per_batch": 4096, "shard_rows": None, "shard": (1, 1), "seed": 0,

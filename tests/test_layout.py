@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "cache_builder", "student_trainer", "evaluation")
 FORMAT_HALF = {"targets", "codecs", "files", "manifest", "store", "reader", "verify"}
-BUILD_HALF = {"sparsify", "teacher", "build"}
+BUILD_HALF = {"sparsify", "teacher", "generate", "build"}
 LAYERS = {"data": 0, "cache_builder": 1, "student_trainer": 2, "evaluation": 3, "cli": 4}
 DOORS = {
     "zarr": {"cache_builder/store.py"},
