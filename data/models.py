@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Model = Any
 """A `PreTrainedModel` with an output embedding."""
 
+RELATIVE_POSITIONS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+"""Model types that take any length."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -227,6 +229,8 @@ def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
 
 def max_positions(config: Any) -> int | None:
     """The longest sequence the model's positions allow, or None where nothing limits it (relative positions)."""
+    if config.model_type in RELATIVE_POSITIONS:  # whose n_positions is the length they were trained on
+        return None
     for field in ("max_position_embeddings", "n_positions"):
         value = getattr(config, field, None)
         if isinstance(value, int):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("data", "cache_builder", "student_trainer", "evaluation")
+PACKAGES = ("data", "recipes", "cache_builder", "student_trainer", "evaluation")
 FORMAT_HALF = {"targets", "codecs", "files", "manifest", "store", "reader", "verify"}
 BUILD_HALF = {"sparsify", "teacher", "generate", "build"}
-LAYERS = {"data": 0, "cache_builder": 1, "student_trainer": 2, "evaluation": 3, "cli": 4}
+LAYERS = {"data": 0, "recipes": 0, "cache_builder": 1, "student_trainer": 2, "evaluation": 3, "cli": 4}
 DOORS = {
     "zarr": {"cache_builder/store.py"},
     "numcodecs": {"cache_builder/store.py"},
@@ -75,7 +75,7 @@ def test_root_holds_only_known_entries() -> None:
         pytest.skip("not a git checkout")
     top = {line.partition("/")[0] for line in tracked.stdout.splitlines()}
     known = {"pyproject.toml", "README.md", "cli.py", "data", "cache_builder", "student_trainer", "evaluation", "tests",
-             "docs", "benchmarks", "scripts", "Makefile", "constraints.txt", ".ci", ".typing", ".gitignore",
+             "recipes", "docs", "benchmarks", "scripts", "Makefile", "constraints.txt", ".ci", ".typing", ".gitignore",
              "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}  # fmt: skip
     assert top <= known, top - known
 
