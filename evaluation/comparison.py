@@ -4,11 +4,13 @@ One table per task and text (or cache). In a table a figure is marked best only 
 than the standard error of the difference. That error is paired over documents where both evaluations have the
 same ones, which is usual and several times tighter than adding two errors; otherwise the two are added in squares,
 which overstates it. Nothing is marked where the settings differ (window, stride, limit, temperature), where a figure
-per token meets another tokenizer, or where a text is a single document and no error can be given.
+per token meets another tokenizer (a share of examples may), or where a text is a single document and no error can
+be given.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,18 +107,19 @@ class Comparison:
         return Table(headers, rows, frozenset((row, column) for row, column in marks if row is not None))
 
     def note(self) -> str:
-        """What was averaged over, in which units, under which settings."""
+        """What was averaged over, in which units, under which settings; parts (`METRIC/TASK`) are left to the table."""
         lines = []
         for entry in self.entries:
-            figures = [f for m in self.metrics if (f := self.figure(entry, m))]
+            figures = [f for m in self.metrics if "/" not in m and (f := self.figure(entry, m))]
             counts = dict.fromkeys(f"{f['n']:,} {f['over']}s" for f in figures)
             documents = entry.report.documents.get(self.task, {}).get("count")
             settings = entry.report.settings[self.task]
-            used = [f"{k.replace('_', ' ')} {v}" for k, v in settings.items()
+            used = [f"{k.replace('_', ' ')} {json.dumps(v) if isinstance(v, str) else v}" for k, v in settings.items()
                     if v is not None and not k.endswith(("_digest", "_fingerprint"))]  # fmt: skip
             known = [] if documents is None else [f"{documents:,} document{'' if documents == 1 else 's'}"]
             lines.append(", ".join([*counts, *known, *used]))
-        units = {f["title"]: f["unit"] for e in self.entries for m in self.metrics if (f := self.figure(e, m))}
+        units = {f["title"]: f["unit"] for e in self.entries for m in self.metrics
+                 if "/" not in m and (f := self.figure(e, m))}  # fmt: skip
         if len(set(lines)) == 1:
             over = f"Over {lines[0]}."
         else:
