@@ -204,7 +204,7 @@ def test_a_task_of_one_example_has_no_error(case):
 
 
 def test_a_long_prompt_loses_its_beginning_alike_for_all_options(case):
-    model, model64, tokenizer = case
+    model, _, tokenizer = case
     causal = not model.config.is_encoder_decoder
     long = replace(QUIZ[0], prompt="It rained for a day and a night. " * 12 + QUIZ[0].prompt)
     result = final(evaluate_choices(model, tokenizer, quiz(long, *QUIZ[1:]), seq_len=32))
