@@ -18,7 +18,7 @@ from kd.data.example import Example
 from kd.data.forward import EncoderDecoderHead
 from kd.data.sources import Corpus
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
-from kd.evaluation.choices import evaluate_choices, first_best, right_answer
+from kd.evaluation.choices import Question, choices_of, evaluate_choices, first_best, right_answer
 from kd.evaluation.scoring import final
 
 ARCHITECTURES = {"causal": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}
@@ -107,6 +107,18 @@ def test_permuted_options_permute_predictions_and_leave_accuracy(case):
     assert found.predictions.tolist() == ((expected.predictions - 1) % sizes).tolist()
     for name, estimate in expected.estimates.items():
         assert found.estimates[name].value == estimate.value
+
+
+def test_the_three_rules_on_numbers_worked_by_hand():
+    example = Example("h", "cccc", "?", "hand", choices=("aaaaaa", "b", "cccc"), answer=2)
+    options = tuple(np.zeros(n, dtype=np.int32) for n in (3, 1, 4))
+    question = Question(example, np.zeros(1, dtype=np.int32), options, 2)
+    # per token -2, -4, -1.75; sums -6, -4, -7; per character -1, -4, -1.75
+    result = choices_of([question], [np.array([-6.0, -4.0, -7.0])], {})
+    assert [result.estimates[n].value for n in ("accuracy", "accuracy_sum", "accuracy_chars")] == [1, 0, 0]
+    for answer, expected in ((1, [0, 1, 0]), (0, [0, 0, 1])):
+        other = choices_of([replace(question, answer=answer)], [np.array([-6.0, -4.0, -7.0])], {})
+        assert [other.estimates[n].value for n in ("accuracy", "accuracy_sum", "accuracy_chars")] == expected
 
 
 def test_the_encoder_never_reads_an_option(t5_dir, monkeypatch):
@@ -206,11 +218,13 @@ def test_a_task_of_one_example_has_no_error(case):
 def test_a_long_prompt_loses_its_beginning_alike_for_all_options(case):
     model, _, tokenizer = case
     causal = not model.config.is_encoder_decoder
-    long = replace(QUIZ[0], prompt="It rained for a day and a night. " * 12 + QUIZ[0].prompt)
-    result = final(evaluate_choices(model, tokenizer, quiz(long, *QUIZ[1:]), seq_len=32))
+    long = replace(QUIZ[2], prompt="It rained for a day and a night. " * 12 + QUIZ[2].prompt)
+    long = replace(long, choices=("2, 4, 8", "it stopped", "it"))
+    result = final(evaluate_choices(model, tokenizer, quiz(long, *QUIZ[3:]), seq_len=32))
     assert result.prompts_cut == 1
     context = result.questions[0].context_ids
     longest = max(len(ids) for ids in result.questions[0].option_ids)
+    assert longest > len(result.questions[0].option_ids[-1])
     assert len(context) == 32 - longest * causal
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     if causal:

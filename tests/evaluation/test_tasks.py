@@ -154,8 +154,6 @@ def test_saved_influences_give_the_saved_error(report):
 
 
 def test_a_perplexity_that_overflows_is_null_and_not_invalid_json(report, student, tokenizer, prose, tmp_path):
-    import copy
-
     import torch
 
     wild = copy.deepcopy(student)
