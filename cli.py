@@ -136,7 +136,7 @@ def _floats(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
         raise click.BadParameter("expected numbers separated by commas, e.g. 1,2,4") from error
 
 
-def _unescaped(text: str) -> str:
+def _escaped(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -290,7 +290,7 @@ def _plan(teacher: str, spec: str, out: Path, split: str | None, columns: dict[s
     window, encoder = max_positions(config), is_encoder_decoder(config)
     most = 1024 if encoder else 512
     blocks = BlockConfig(
-        seq_len or min(most, window or most), stride, bos, eos, _unescaped(separator),
+        seq_len or min(most, window or most), stride, bos, eos, _escaped(separator),
         encoder, target_len or (256 if encoder else None), overlong,
     )  # fmt: skip
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
@@ -594,7 +594,7 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path 
     quiet_libraries()
     from kd.evaluation.comparison import with_error
 
-    options |= {"separator": _unescaped(separator), "stop": stop and _unescaped(stop)}
+    options |= {"separator": _escaped(separator), "stop": stop and _escaped(stop)}
     reports: list[EvalReport] = []
     for model in models:
         report = run_evaluation(model, [t.strip() for t in tasks.split(",")], data=spec, cache=cache, **options)
