@@ -706,13 +706,29 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> Any:
 
 @cli.command("eval")
 @click.argument("models", nargs=-1, required=True)
-@click.option("--tasks", default="perplexity", show_default=True, help="Comma-separated: perplexity, agreement.")
-@click.option("--data", "spec", help="Data spec for perplexity.")
+@click.option(
+    "--tasks",
+    default="perplexity",
+    show_default=True,
+    help="Comma-separated: perplexity, agreement, choices, generation.",
+)
+@click.option(
+    "--data",
+    "spec",
+    help="Data spec for perplexity, choices (examples with choices) and generation (prompt and target).",
+)
 @click.option("--cache", type=PATH, help="Cache for agreement: KL to the teacher and top-1.")
 @corpus_options
 @click.option("--seq-len", type=int, help="Window in tokens; the model's positions, at most 1024, by default.")
 @click.option("--stride", type=int, help="New tokens scored per window; seq-len - 1 by default.")
 @click.option("--bos/--no-bos", default=True, show_default=True, help="Open documents and prompts with BOS.")
+@click.option("--separator", default="\\n", show_default=True, help="Text between prompt and target of a pair.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Of a generated answer, EOS included; by default as the longest reference needs.",
+)
+@click.option("--stop", help="Cut a generated answer at this text too, e.g. \\n, where no reference holds it.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the agreement's KL.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -725,7 +741,7 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> Any:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path | None, out: Path | None, as_json: bool,
-             **options: Any) -> None:  # fmt: skip
+             separator: str, stop: str | None, **options: Any) -> None:  # fmt: skip
     """Score one or more models.
 
     Example: kd eval demo --tasks perplexity --data demo --split heldout
@@ -733,6 +749,7 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path 
     quiet_libraries()
     from kd.evaluation.comparison import with_error
 
+    options |= {"separator": _escaped(separator), "stop": stop and _escaped(stop)}
     reports: list[EvalReport] = []
     for model in models:
         report = run_evaluation(model, [t.strip() for t in tasks.split(",")], data=spec, cache=cache, **options)
@@ -744,10 +761,11 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path 
         return
     for report in reports:
         click.echo(f"{report.model} ({report.parameters:,} parameters)")
+        width = max(22, *(len(name) + 2 for metrics in report.tasks.values() for name in metrics))
         for task, metrics in report.tasks.items():
             for name, metric in metrics.items():
                 click.echo(
-                    f"  {task:<12}{name:<22}{with_error(metric)} {metric['unit']}, {metric['n']:,} {metric['over']}s"
+                    f"  {task:<12}{name:<{width}}{with_error(metric)} {metric['unit']}, {metric['n']:,} {metric['over']}s"
                 )
 
 

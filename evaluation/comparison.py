@@ -4,11 +4,13 @@ One table per task and text (or cache). In a table a figure is marked best only 
 than the standard error of the difference. That error is paired over documents where both evaluations have the
 same ones, which is usual and several times tighter than adding two errors; otherwise the two are added in squares,
 which overstates it. Nothing is marked where the settings differ (window, stride, limit, temperature), where a figure
-per token meets another tokenizer, or where a text is a single document and no error can be given.
+per token meets another tokenizer (a share of examples may), or where a text is a single document and no error can
+be given.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +58,12 @@ class Comparison:
         known = list(TASKS[self.task].metrics) if self.task in TASKS else []
         return [m for m in known if m in found] + [m for m in found if m not in known]
 
+    @property
+    def shown(self) -> list[str]:
+        """Metrics of the table: in a text of one task, its part and the mean of tasks repeat the whole."""
+        parts = {m.partition("/")[2] for m in self.metrics if "/" in m}
+        return [m for m in self.metrics if len(parts) > 1 or not ("/" in m or m.endswith("_mean_of_tasks"))]
+
     def figure(self, entry: Entry, metric: str) -> dict[str, Any]:
         """value, stderr, n, over, unit, better, title; empty where the entry lacks the metric."""
         return dict(entry.report.tasks[self.task].get(metric, {}))
@@ -97,26 +105,27 @@ class Comparison:
 
     def table(self) -> Table:
         """Models down, metrics across."""
-        first = {m: next(f for e in self.entries if (f := self.figure(e, m))) for m in self.metrics}
+        first = {m: next(f for e in self.entries if (f := self.figure(e, m))) for m in self.shown}
         headers = ["model", "parameters", *(f"{f['title']}{ARROWS.get(f['better'], '')}" for f in first.values())]
-        rows = [[e.name, f"{e.report.parameters:,}", *(with_error(self.figure(e, m)) for m in self.metrics)]
+        rows = [[e.name, f"{e.report.parameters:,}", *(with_error(self.figure(e, m)) for m in self.shown)]
                 for e in self.entries]  # fmt: skip
-        marks = {(self.best(m), column) for column, m in enumerate(self.metrics, 2)}
+        marks = {(self.best(m), column) for column, m in enumerate(self.shown, 2)}
         return Table(headers, rows, frozenset((row, column) for row, column in marks if row is not None))
 
     def note(self) -> str:
-        """What was averaged over, in which units, under which settings."""
+        """What was averaged over, in which units, under which settings; parts (`METRIC/TASK`) are left to the table."""
         lines = []
         for entry in self.entries:
-            figures = [f for m in self.metrics if (f := self.figure(entry, m))]
+            figures = [f for m in self.metrics if "/" not in m and (f := self.figure(entry, m))]
             counts = dict.fromkeys(f"{f['n']:,} {f['over']}s" for f in figures)
             documents = entry.report.documents.get(self.task, {}).get("count")
             settings = entry.report.settings[self.task]
-            used = [f"{k.replace('_', ' ')} {v}" for k, v in settings.items()
+            used = [f"{k.replace('_', ' ')} {json.dumps(v) if isinstance(v, str) else v}" for k, v in settings.items()
                     if v is not None and not k.endswith(("_digest", "_fingerprint"))]  # fmt: skip
             known = [] if documents is None else [f"{documents:,} document{'' if documents == 1 else 's'}"]
             lines.append(", ".join([*counts, *known, *used]))
-        units = {f["title"]: f["unit"] for e in self.entries for m in self.metrics if (f := self.figure(e, m))}
+        units = {f["title"]: f["unit"] for e in self.entries for m in self.shown
+                 if "/" not in m and (f := self.figure(e, m))}  # fmt: skip
         if len(set(lines)) == 1:
             over = f"Over {lines[0]}."
         else:

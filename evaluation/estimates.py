@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,3 +107,37 @@ def per_example(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     """Sum `values [rows]` over consecutive examples of `lengths` rows (each at least 1): `[examples]` float64."""
     starts = np.cumsum([0, *lengths[:-1]])
     return np.asarray(np.add.reduceat(values.astype(np.float64), starts))
+
+
+def figures_by_task(metric: str, documents: Documents, values: np.ndarray, tasks: Sequence[str]) -> dict[str, Estimate]:
+    """`metric_mean_of_tasks`, and `metric/TASK` for every task, by name.
+
+    values  [examples] float64, of examples that are documents of their own
+    tasks   [examples] task of each
+    """
+    found = means_by_task(documents, values, tasks)
+    return {f"{metric}_mean_of_tasks": mean_of(found), **{f"{metric}/{task}": e for task, e in found.items()}}
+
+
+def means_by_task(documents: Documents, values: np.ndarray, tasks: Sequence[str]) -> dict[str, Estimate]:
+    """The mean of `values [examples]` within each task, sorted by name.
+
+    Other tasks' documents have no influence on it, so the G of the standard error is the task's own G_t: influences
+    are scaled by the root of [G_t/(G_t-1)] / [G/(G-1)]. A task of one document has no known error.
+    """
+    size = len(documents.names)
+    found: dict[str, Estimate] = {}
+    for task in sorted(set(tasks)):
+        inside = np.array([name == task for name in tasks], dtype=np.float64)
+        mean = documents.ratio(values * inside, inside)
+        own = len(np.unique(documents.numbers[inside > 0]))
+        scale = math.sqrt(own / (own - 1) * (size - 1) / size) if own > 1 else math.nan
+        found[task] = Estimate(mean.value, mean.influence * scale, mean.n)
+    return found
+
+
+def mean_of(estimates: Mapping[str, Estimate]) -> Estimate:
+    """The unweighted mean: every task counts alike, however many examples it has. Errors add in squares."""
+    parts = list(estimates.values())
+    influence = np.mean([e.influence for e in parts], axis=0)
+    return Estimate(sum(e.value for e in parts) / len(parts), influence, sum(e.n for e in parts))

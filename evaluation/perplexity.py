@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of a causal model on any text.
+"""Perplexity and bits per byte of a causal model on any text, of an encoder-decoder on pairs.
 
 Sliding window: a document is read in windows of at most `seq_len` tokens, each moved on by `stride`; a window
 scores only the tokens no earlier window has scored, so every token counts once (all but the document's first
@@ -27,14 +27,11 @@ import numpy as np
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import DataError
 from kd.data.forward import split_head
-from kd.data.models import Model, is_encoder_decoder, max_positions
+from kd.data.models import Model, is_encoder_decoder
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, vocabulary_size
 from kd.evaluation.estimates import Documents, Estimate, per_example
-from kd.evaluation.scoring import Progress, ScoredText, logit_chunks, require_positions
-
-DEFAULT_SEQ_LEN = 1024
-"""Window of models that allow as much; shorter ones use all their positions."""
+from kd.evaluation.scoring import Progress, ScoredText, logit_chunks, window
 
 
 @dataclass(frozen=True)
@@ -57,22 +54,22 @@ class PerplexityResult:
 
 
 def evaluate_perplexity(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,
-                        stride: int | None = None, bos: bool = True, tokens_per_batch: int = 4096,
+                        stride: int | None = None, bos: bool = True, separator: str = "\n",
+                        tokens_per_batch: int = 4096,
                         limit_tokens: int | None = None) -> Iterator[Progress[PerplexityResult]]:  # fmt: skip
     """Score `corpus`; the last record carries the result.
 
     seq_len       tokens a model sees at once; None = its positions, at most 1024
     stride        new tokens per window, 1..seq_len-1; None = seq_len - 1
+    separator     text between prompt and target of a pair; an encoder-decoder needs none
     limit_tokens  score exactly the first so many tokens of the corpus
 
     Raises DataError when the model has fewer positions than `seq_len` or fewer logits than the tokenizer has
     entries, TeacherError when its output layer cannot be taken apart (see `kd.data.models.split_head`).
     """
-    if seq_len is None:
-        seq_len = min(max_positions(model.config) or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
-    require_positions(model, seq_len)
+    seq_len = window(model, seq_len)
     blocks = BlockConfig(seq_len=seq_len, stride=seq_len - 1 if stride is None else stride, bos=bos,
-                         encoder=is_encoder_decoder(model.config))  # fmt: skip
+                         separator=separator, encoder=is_encoder_decoder(model.config))  # fmt: skip
     rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks), limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]

@@ -1,7 +1,8 @@
 """`EvalReport`: one model's figures as they lie on disk, written by `kd eval`, read by `kd report`.
 
     DIR/documents.json   per task and metric, how far each document moves the figure: what a report needs to
-                         give the error of the *difference* of two models, which share their hard documents
+                         give the error of the *difference* of two models, which share their hard documents; and
+                         for people, of some tasks, `samples`: the first prompts, what was expected, what came
     DIR/eval.json        everything else; written last
 
 A report names model, text or cache, settings and versions, and holds no date: the same evaluation is the same file.
@@ -34,7 +35,9 @@ class EvalReport:
     tokenizer: str
     """Fingerprint."""
     tasks: dict[str, dict[str, dict[str, Any]]]
-    """task -> metric -> value, stderr (None for one document), n, over, unit, better, title."""
+    """task -> metric -> value, stderr (None for one document), n, over, unit, better, title.
+
+    A metric `METRIC/TASK` is that of the examples of one task of the text."""
     settings: dict[str, dict[str, Any]]
     """task -> what must be equal for two results to be comparable, text or cache included."""
     data: dict[str, Any] | None
@@ -43,7 +46,7 @@ class EvalReport:
     """path, fingerprint, teacher, examples, rows; None where no task needed a cache."""
     versions: dict[str, str]
     documents: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
-    """task -> digest of the documents, and metric -> influences; saved beside the report."""
+    """task -> digest of the documents, metric -> influences, and samples; saved beside the report."""
 
     def to_dict(self) -> dict[str, Any]:
         """What `eval.json` holds."""

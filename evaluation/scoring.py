@@ -1,8 +1,8 @@
-"""Run a causal model over examples and hand out logits for the scored positions, a few hundred rows at a time.
+"""Run a model over examples and hand out logits for the scored positions, a few hundred rows at a time.
 
 The full logits `[B, T, V]` never exist: at 4096 tokens and 50 257 ids they are 0.8 GB in float32, a chunk of 256
 rows is 51 MB. Examples are batched by length (longest first, so that a batch that is too large fails at once)
-and padded on the right, where a causal model never looks.
+and padded on the right, where a causal model never looks; an encoder is given a mask.
 
 Everything that evaluates is a generator of `Progress`; the last one carries the result.
 
@@ -33,9 +33,9 @@ class Progress(Generic[Result]):
     """One step of an evaluation."""
 
     done: int
-    """Rows (target tokens) scored."""
+    """Rows (target tokens) scored, or examples answered."""
     total: int
-    """Rows there are."""
+    """Rows or examples there are."""
     result: Result | None = None
     """On the last record."""
 
@@ -85,6 +85,31 @@ def require_positions(model: Model, tokens: int) -> None:
                         expected=f"at most {limit}", try_=f"--seq-len {limit}")  # fmt: skip
 
 
+DEFAULT_SEQ_LEN = 1024
+"""Window of models that allow as much; shorter ones use all their positions."""
+
+
+def window(model: Model, seq_len: int | None) -> int:
+    """`seq_len`, or by default the model's positions, at most 1024. Raises DataError for more than it has."""
+    if seq_len is None:
+        seq_len = min(max_positions(model.config) or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
+    require_positions(model, seq_len)
+    return seq_len
+
+
+def require_vocabulary(width: int, vocabulary_size: int) -> None:
+    """Raise DataError when the output layer has fewer columns than the tokenizer has ids."""
+    if width < vocabulary_size:
+        raise DataError("the model has fewer logits than the tokenizer has entries", found=f"{width} logits",
+                        expected=f"at least {vocabulary_size}", try_="--tokenizer PATH")  # fmt: skip
+
+
+def out_of_memory(error: BaseException, tokens_per_batch: int) -> DataError:
+    """The error to raise when a batch was too large for the device."""
+    return DataError("not enough memory on the device", found=str(error).splitlines()[0],
+                     try_=f"--tokens-per-batch below {tokens_per_batch}, or a smaller --seq-len")  # fmt: skip
+
+
 def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabulary_size: int,
                  tokens_per_batch: int = 4096) -> Iterator[LogitChunk]:  # fmt: skip
     """Logits of every scored position of `texts`, each exactly once, in the order of the batches.
@@ -94,10 +119,7 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
     """
     import torch
 
-    width = int(head.weight.shape[0])
-    if width < vocabulary_size:
-        raise DataError("the model has fewer logits than the tokenizer has entries", found=f"{width} logits",
-                        expected=f"at least {vocabulary_size}", try_="--tokenizer PATH")  # fmt: skip
+    require_vocabulary(int(head.weight.shape[0]), vocabulary_size)
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
     for batch in batches_by_length([head.size(len(t.context_ids), len(t.target_ids)) for t in texts], tokens_per_batch):
         chosen = [texts[i] for i in batch]
@@ -116,8 +138,7 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
                     raise _not_finite(chosen, start + int((~finite).nonzero()[0]))
                 yield LogitChunk(rows[part], logits, gold[part])
         except torch.OutOfMemoryError as error:
-            advice = f"--tokens-per-batch below {tokens_per_batch}, or a smaller --seq-len"
-            raise DataError("not enough memory on the device", found=str(error).splitlines()[0], try_=advice) from error
+            raise out_of_memory(error, tokens_per_batch) from error
 
 
 def _not_finite(texts: Sequence[ScoredText], row: int) -> DataError:

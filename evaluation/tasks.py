@@ -1,20 +1,25 @@
 """What can be measured, by name: `run_tasks` loads a model once and gives an `EvalReport`.
 
-    perplexity   needs a text         perplexity, bits per byte
-    agreement    needs a cache        KL to its teacher, top-1 agreement
+    perplexity   needs a text                             perplexity, bits per byte
+    agreement    needs a cache                            KL to its teacher, top-1 agreement
+    choices      needs a text with choices                accuracy of rank classification
+    generation   needs a text of prompts and targets      exact match and token F1 of greedy answers
 
 Several tasks share one load of the weights; names, text, cache and tokenizer are checked before it.
 
-Add a task: a function that yields `Progress[TaskResult]`, and an entry in `TASKS`. numpy is the heaviest thing this
-module imports; torch and zarr come when a task runs.
+Add a task: a function that yields `Progress[TaskResult]`, and an entry in `TASKS`. A metric `NAME/TASK` is the metric
+NAME over the examples of one task of the text. numpy is the heaviest thing this module imports; torch and zarr come
+when a task runs.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,7 +48,7 @@ class Metric:
     better: Literal["lower", "higher"] | None
     """None: not a merit of the model."""
     over: str
-    """What `n` counts: token, byte or row. Averages over tokens compare only with the same tokenizer."""
+    """What `n` counts: token, byte, row or example. Averages over tokens compare only with the same tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,12 @@ class Settings:
     bos: bool = True
     temperature: float = 1.0
     tokens_per_batch: int = 4096
+    separator: str = "\n"
+    """Between the prompt and what follows it; an encoder-decoder needs none."""
+    max_new_tokens: int | None = None
+    """Of a generated answer, EOS included; None = as the longest reference needs."""
+    stop: str | None = None
+    """Text at which a generated answer is cut as well as at EOS."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,11 @@ class TaskResult:
     """Estimates of one task by metric name, and what two results must share to be compared."""
 
     estimates: Mapping[str, Estimate]
+    """Metric of the task, or `METRIC/TASK` for a part of the text."""
     documents: Documents
     settings: Mapping[str, Any]
+    samples: Sequence[Mapping[str, str]] = ()
+    """What the model did with the first examples, to be read by people."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class EvalProgress:
 
     task: str
     done: int
-    """Rows (target tokens) scored in this task."""
+    """Rows (target tokens) scored, or examples answered, in this task."""
     total: int
     report: EvalReport | None = None
     """On the last record."""
@@ -100,7 +114,8 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
               seq_len: int | None = None, stride: int | None = None, bos: bool = True,
               temperature: float = 1.0, tokens_per_batch: int = 4096, device: str = "auto", dtype: str = "auto",
               revision: str | None = None, tokenizer: str | None = None, load_in_4bit: bool = False,
-              seed: int = 0) -> Iterator[EvalProgress]:  # fmt: skip
+              seed: int = 0, separator: str = "\n", max_new_tokens: int | None = None,
+              stop: str | None = None) -> Iterator[EvalProgress]:  # fmt: skip
     """Load a model and run the named tasks; the last record carries the report. Nothing is written.
 
     Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task or a
@@ -124,7 +139,8 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
             purpose="agreement",
             advice="--tasks perplexity: its bits per byte compare any two tokenizers",
         )
-    settings = Settings(corpus, reader, limit, limit_tokens, seq_len, stride, bos, temperature, tokens_per_batch)
+    settings = Settings(corpus, reader, limit, limit_tokens, seq_len, stride, bos, temperature, tokens_per_batch,
+                        separator, max_new_tokens, stop)  # fmt: skip
     model = load_model(request)
     results: dict[str, TaskResult] = {}
     last = Progress[TaskResult](0, 0)
@@ -162,20 +178,24 @@ def check_tasks(names: Sequence[str], *, data: str | None, cache: Path | str | N
 
 
 def _figures(task: Task, result: TaskResult) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
+    figures: dict[str, dict[str, Any]] = {}
+    for name, estimate in result.estimates.items():
+        base, _, part = name.partition("/")
+        metric = task.metrics[base]
+        figures[name] = {
             "value": estimate.value if math.isfinite(estimate.value) else None, "stderr": estimate.stderr,
-            "n": estimate.n, "over": metric.over, "unit": metric.unit, "better": metric.better, "title": metric.title,
-        }
-        for name, metric in task.metrics.items() for estimate in [result.estimates[name]]
-    }  # fmt: skip
+            "n": estimate.n, "over": metric.over, "unit": metric.unit, "better": metric.better,
+            "title": f"{metric.title}: {part}" if part else metric.title,
+        }  # fmt: skip
+    return figures
 
 
 def _influences(result: TaskResult) -> dict[str, Any]:
     """Six digits are far below the standard error they add up to."""
-    rounded = {name: [float(f"{u:.6g}") for u in estimate.influence]
-               for name, estimate in result.estimates.items() if math.isfinite(estimate.value)}  # fmt: skip
-    return {"digest": result.documents.digest, "count": len(result.documents.names), "influence": rounded}
+    rounded = {name: [float(f"{u:.6g}") for u in e.influence] for name, e in result.estimates.items()
+               if math.isfinite(e.value) and all(map(math.isfinite, e.influence))}  # fmt: skip
+    kept = {"digest": result.documents.digest, "count": len(result.documents.names), "influence": rounded}
+    return kept | ({"samples": [dict(s) for s in result.samples]} if result.samples else {})
 
 
 def _describe_corpus(corpus: Corpus) -> dict[str, Any]:
@@ -196,7 +216,7 @@ def _perplexity(model: Model, tokenizer: Tokenizer, settings: Settings) -> Itera
     assert settings.corpus is not None
     steps = evaluate_perplexity(
         model, tokenizer, settings.corpus, seq_len=settings.seq_len, stride=settings.stride, bos=settings.bos,
-        tokens_per_batch=settings.tokens_per_batch, limit_tokens=settings.limit_tokens,
+        separator=settings.separator, tokens_per_batch=settings.tokens_per_batch, limit_tokens=settings.limit_tokens,
     )  # fmt: skip
     for step in steps:
         result = None
@@ -210,6 +230,8 @@ def _perplexity(model: Model, tokenizer: Tokenizer, settings: Settings) -> Itera
                 "bos": found.blocks.bos,
                 "limit_tokens": settings.limit_tokens,
             }
+            if settings.corpus.kind == "pairs":
+                used["separator"] = settings.separator
             result = TaskResult(estimates, found.documents, used)
         yield Progress(step.done, step.total, result)
 
@@ -237,6 +259,78 @@ def _agreement(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterat
         yield Progress(step.done, step.total, result)
 
 
+SAMPLES = 20
+"""Examples of which a report keeps what the model did."""
+
+
+def _choices(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
+    from kd.evaluation.choices import evaluate_choices
+
+    assert settings.corpus is not None
+    steps = evaluate_choices(
+        model, tokenizer, settings.corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
+        tokens_per_batch=settings.tokens_per_batch,
+    )  # fmt: skip
+    for step in steps:
+        result = None
+        if step.result is not None:
+            found = step.result
+            used = _asked(settings) | {
+                "choices_digest": _digest([e.id, e.choices, e.answer] for e in settings.corpus.examples),
+                "examples_skipped": found.skipped,
+                "prompts_cut": found.prompts_cut,
+            }
+            samples = [
+                {"prompt": q.example.prompt, "expected": q.example.choices[q.answer], "got": q.example.choices[chosen]}
+                for q, chosen in zip(found.questions[:SAMPLES], found.predictions.tolist(), strict=False)
+            ]
+            result = TaskResult(found.estimates, found.documents, used, samples)
+        yield Progress(step.done, step.total, result)
+
+
+def _generation(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
+    from kd.evaluation.generation import evaluate_generation, references
+
+    assert settings.corpus is not None
+    steps = evaluate_generation(
+        model, tokenizer, settings.corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
+        max_new_tokens=settings.max_new_tokens, stop=settings.stop, tokens_per_batch=settings.tokens_per_batch,
+    )  # fmt: skip
+    for step in steps:
+        result = None
+        if step.result is not None:
+            found = step.result
+            used = _asked(settings) | {
+                "references_digest": _digest([e.id, references(e)] for e in settings.corpus.examples),
+                "max_new_tokens": settings.max_new_tokens or "as the longest reference needs",
+                "stop": settings.stop,
+                "prompts_cut": found.prompts_cut,
+            }
+            samples = [
+                {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
+                for e, answer in zip(settings.corpus.examples[:SAMPLES], found.answers, strict=False)
+            ]
+            result = TaskResult(found.estimates, found.documents, used, samples)
+        yield Progress(step.done, step.total, result)
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    """What was asked of every model, whatever window and tokenizer it has; its effect is counted beside it."""
+    assert settings.corpus is not None
+    return {"text_digest": settings.corpus.digest, "seq_len": settings.seq_len, "separator": settings.separator,
+            "bos": settings.bos}  # fmt: skip
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    """Hex digest of what `text_digest` leaves out."""
+    text = json.dumps(list(rows), separators=(",", ":"))
+    return hashlib.blake2b(text.encode("ascii"), digest_size=32).hexdigest()
+
+
+EXACT_MATCH = Metric("exact match", "share of examples", "higher", "example")
+F1 = Metric("token F1", "mean over examples", "higher", "example")
+ACCURACY = Metric("accuracy", "share of examples", "higher", "example")
+
 TASKS: dict[str, Task] = {
     "perplexity": Task(
         about="perplexity and bits per byte of a text, sliding window",
@@ -258,5 +352,30 @@ TASKS: dict[str, Task] = {
             "teacher_nll_per_token": Metric("teacher's NLL", "nats per token", None, "row"),
         },
         run=_agreement,
+    ),
+    "choices": Task(
+        about="rank classification: is the most probable of an example's choices the right one?",
+        needs="data",
+        metrics={
+            "accuracy": ACCURACY,
+            "accuracy_mean_of_tasks": replace(ACCURACY, title="accuracy, mean of tasks", unit="mean of shares"),
+            "accuracy_sum": replace(ACCURACY, title="accuracy by sum"),
+            "accuracy_chars": replace(ACCURACY, title="accuracy by character"),
+        },
+        run=_choices,
+    ),
+    "generation": Task(
+        about="greedy answers compared with the references: exact match and token F1",
+        needs="data",
+        metrics={
+            "exact_match": EXACT_MATCH,
+            "exact_match_mean_of_tasks": replace(
+                EXACT_MATCH, title="exact match, mean of tasks", unit="mean of shares"
+            ),
+            "f1": F1,
+            "f1_mean_of_tasks": replace(F1, title="token F1, mean of tasks", unit="mean of means"),
+            "unfinished": Metric("unfinished", "share of examples", None, "example"),
+        },
+        run=_generation,
     ),
 }

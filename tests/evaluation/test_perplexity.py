@@ -120,6 +120,43 @@ def test_the_prompt_of_a_pair_is_seen_and_not_scored(student, student64, tokeniz
     assert result.nll_per_token.value == pytest.approx(np.mean(nats), rel=2e-5)
 
 
+def test_an_encoder_decoders_nll_is_the_models_own_loss_with_labels(t5_dir, tmp_path):
+    from transformers import AutoModelForSeq2SeqLM
+
+    from kd.data.tokenizer import load_tokenizer, vocabulary_size
+
+    tokenizer = load_tokenizer(str(t5_dir))
+    model = AutoModelForSeq2SeqLM.from_pretrained(t5_dir, dtype=torch.float64).eval()
+    model.resize_token_embeddings(vocabulary_size(tokenizer), mean_resizing=False)  # its loss counts padded columns
+    pairs = [("The fox went down", "to the river"), ("It rained", "for a day and a night"), ("Who?", "The baker.")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "target": t}) + "\n" for p, t in pairs), encoding="utf-8")
+    sums = []
+    for prompt, target in pairs:
+        ids, labels = (tokenizer(text, add_special_tokens=False)["input_ids"] + [1] for text in (prompt, target))
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss  # a mean over the labels
+        sums.append((float(loss) * len(labels), len(labels)))
+    result = final(evaluate_perplexity(model.float(), tokenizer, load_corpus(str(path)), separator=" ignored "))
+    assert result.tokens == sum(n for _, n in sums)
+    assert result.nll_per_token.value == pytest.approx(sum(s for s, _ in sums) / result.tokens, rel=2e-5)
+    assert result.bytes == sum(len(t) for _, t in pairs)
+
+
+def test_the_separator_of_pairs_is_seen(student, tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "The fox went down", "target": "to the river"}) + "\n", encoding="utf-8")
+    joined = tmp_path / "joined.jsonl"
+    joined.write_text(json.dumps({"prompt": "The fox went down: ", "target": "to the river"}) + "\n", encoding="utf-8")
+    found = final(evaluate_perplexity(student, tokenizer, load_corpus(str(path)), separator=": "))
+    expected = final(evaluate_perplexity(student, tokenizer, load_corpus(str(joined)), separator=""))
+    assert found.nll_per_token.value == expected.nll_per_token.value
+    assert (
+        found.nll_per_token.value
+        != final(evaluate_perplexity(student, tokenizer, load_corpus(str(path)))).nll_per_token.value
+    )
+
+
 def test_the_default_window_is_all_the_positions_of_a_short_model(student, tokenizer, prose):
     result = final(evaluate_perplexity(student, tokenizer, prose))
     assert (result.blocks.seq_len, result.blocks.stride) == (64, 63)

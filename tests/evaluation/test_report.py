@@ -97,6 +97,60 @@ def test_a_value_that_is_not_finite_marks_nothing():
     assert comparison.table().rows[1][2] == "not finite"
 
 
+def chooser(model: str, accuracy: float, influences: list[float], tokenizer: str = "t1") -> EvalReport:
+    """A report of `choices` over six examples of two tasks."""
+    figure = {"value": accuracy, "stderr": standard_error(np.array(influences)), "n": 6, "over": "example",
+              "unit": "share of examples", "better": "higher", "title": "accuracy"}  # fmt: skip
+    part = {**figure, "n": 1, "stderr": None, "title": "accuracy: nli"}
+    rest = {**figure, "n": 5, "title": "accuracy: qa"}
+    settings = {"text_digest": "d1", "choices_digest": "c1", "separator": "\n", "prompts_cut": 0}
+    kept = {"digest": "same", "count": 6, "influence": {"accuracy": influences}, "samples": [{"prompt": "<b>"}]}
+    return evaluation(
+        model, [0.0], 1.0, tokenizer=tokenizer, tasks={"choices": {"accuracy": figure, "accuracy/nli": part, "accuracy/qa": rest}},
+        settings={"choices": settings}, documents={"choices": kept},
+    )  # fmt: skip
+
+
+RIGHT, LESS = [1 / 36] * 5 + [-5 / 36], [1 / 12] * 3 + [-1 / 12] * 3
+"""Influences of five right of six, and of three."""
+
+
+def test_the_higher_accuracy_is_best_whatever_the_tokenizer():
+    better, worse = chooser("a", 5 / 6, RIGHT), chooser("b", 1 / 2, LESS, tokenizer="t2")
+    for reports in ((better, worse), (worse, better)):
+        (comparison,) = compare([Entry(r.model, r) for r in reports])
+        winner = comparison.best("accuracy")
+        assert winner is not None
+        assert comparison.entries[winner].name == "a"
+        assert comparison.best("accuracy/nli") is None  # one example has no error
+
+
+def test_parts_stand_in_the_table_and_not_in_the_note(tmp_path):
+    (comparison,) = compare([Entry("a", chooser("a", 5 / 6, RIGHT)), Entry("b", chooser("b", 1 / 2, LESS))])
+    assert comparison.table().headers[2:] == ["accuracy ↑", "accuracy: nli ↑", "accuracy: qa ↑"]
+    assert comparison.note() == (
+        'Over 6 examples, 6 documents, separator "\\n", prompts cut 0. Units: accuracy [share of examples].'
+    )
+    for name, report in (("a", chooser("a", 5 / 6, RIGHT)), ("b", chooser("b", 1 / 2, LESS))):
+        report.save(tmp_path / name)
+    files = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
+    assert files.metrics_png is not None
+    rows = list(csv.DictReader(files.csv.read_text("utf-8").splitlines()))
+    assert [(r["model"], r["metric"], r["better"], r["best"]) for r in rows] == [
+        ("a", "accuracy", "higher", "1"), ("b", "accuracy", "higher", "0"),
+        ("a", "accuracy/nli", "higher", "0"), ("b", "accuracy/nli", "higher", "0"),
+        ("a", "accuracy/qa", "higher", "1"), ("b", "accuracy/qa", "higher", "0"),
+    ]  # fmt: skip
+
+
+def test_parts_of_a_text_of_one_task_are_not_shown_a_second_time():
+    report = chooser("a", 5 / 6, RIGHT)
+    report.tasks["choices"]["accuracy_mean_of_tasks"] = report.tasks["choices"].pop("accuracy/qa")
+    (comparison,) = compare([Entry("a", report)])
+    assert comparison.table().headers[2:] == ["accuracy ↑"]
+    assert comparison.metrics == ["accuracy", "accuracy_mean_of_tasks", "accuracy/nli"]  # CSV and JSON hold all
+
+
 def test_tables_keep_the_order_of_the_registry_whatever_a_file_sorts():
     figure = evaluation("a", HARD, 8.0).tasks["perplexity"]["perplexity"]
     tasks = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
+from kd.data.example import Example
+from kd.data.sources import SOURCES, Corpus
 from kd.evaluation.agreement import evaluate_agreement
 from kd.evaluation.estimates import standard_error
 from kd.evaluation.perplexity import evaluate_perplexity
@@ -48,9 +52,87 @@ def test_a_report_names_model_text_cache_and_versions(report, student, student_d
     assert set(report.versions) == {"python", "kd-logit-cache", "torch", "transformers"}
 
 
+QUIZ = tuple(
+    Example(f"q/{i}", target, prompt, task, choices=("the fox", "a bridge", "bells"), answer=answer, references=(target, "?"))
+    for i, (prompt, target, task, answer) in enumerate([
+        ("Who went down?", "the fox", "who", 0), ("Where did they meet?", "a bridge", "where", 1),
+        ("What did they talk about?", "bells", "what", 2), ("Who came home?", "the fox", "who", 0),
+        ("What did he count?", "bells", "what", 2), ("Where was the fog?", "a bridge", "where", 1),
+    ])
+)  # fmt: skip
+
+
+@pytest.fixture
+def quiz(monkeypatch) -> str:
+    """A source whose examples have choices."""
+    monkeypatch.setitem(SOURCES, "quiz", lambda spec, split: Corpus(spec, split, "pairs", QUIZ, {}))
+    return "quiz"
+
+
+@pytest.mark.parametrize("model", ["model_dir", "t5_dir"])
+def test_choices_and_generation_of_either_architecture_make_a_report(model, quiz, request, tmp_path):
+    folder = str(request.getfixturevalue(model))
+    report = list(run_tasks(folder, ["choices", "generation", "perplexity"], data=quiz, device="cpu"))[-1].report
+    for task in ("choices", "generation"):
+        declared, found = set(TASKS[task].metrics), set(report.tasks[task])
+        assert declared <= found
+        assert {m.partition("/")[0] for m in found - declared} <= declared
+        assert {m.partition("/")[2] for m in found - declared} == {"who", "where", "what"}
+        assert len(report.documents[task]["samples"]) == len(QUIZ)
+        assert set(report.documents[task]["samples"][0]) == {"prompt", "expected", "got"}
+    assert report.tasks["choices"]["accuracy/who"]["title"] == "accuracy: who"
+    assert report.tasks["choices"]["accuracy/who"]["n"] == 2
+    report.save(tmp_path)
+    assert load_report(tmp_path) == report
+
+
+def test_settings_are_what_was_asked_and_tell_other_choices_from_the_same_text(model_dir, t5_dir, quiz, monkeypatch):
+    def settings(folder):
+        return list(run_tasks(str(folder), ["choices", "generation"], data=quiz, device="cpu"))[-1].report.settings
+
+    before = settings(model_dir)
+    assert settings(t5_dir) == before  # other tokenizers and windows do not make it another question
+    other = tuple(replace(e, choices=(*e.choices, "ships"), references=("!",)) for e in QUIZ)
+    monkeypatch.setitem(SOURCES, "quiz", lambda spec, split: Corpus(spec, split, "pairs", other, {}))
+    after = settings(model_dir)
+    for task, digest in (("choices", "choices_digest"), ("generation", "references_digest")):
+        assert after[task]["text_digest"] == before[task]["text_digest"]
+        assert after[task][digest] != before[task][digest]
+
+
+def test_the_command_scores_and_the_report_shows_both_tasks(model_dir, t5_dir, quiz, tmp_path):
+    from click.testing import CliRunner
+
+    from kd import cli as module
+
+    cli = copy.deepcopy(module.cli)  # a command that has run keeps its help option, and with it another help text
+    common = ["--tasks", "choices,generation", "--data", quiz, "--device", "cpu", "--stop", "\\n"]
+    for name, folder, extra in (
+        ("gpt2", model_dir, []),
+        ("t5", t5_dir, []),
+        ("space", model_dir, ["--separator", " "]),
+    ):
+        out = ["--out", str(tmp_path / name)]
+        done = CliRunner().invoke(cli, ["eval", str(folder), *common, *extra, *out], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert "exact_match_mean_of_tasks  " in done.output
+    assert load_report(tmp_path / "gpt2").settings["generation"]["stop"] == "\n"
+    assert load_report(tmp_path / "space").settings["choices"]["separator"] == " "
+    done = CliRunner().invoke(
+        cli, ["report", str(tmp_path / "gpt2"), str(tmp_path / "t5"), "--out", str(tmp_path / "report")]
+    )
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "report/report.md").read_text("utf-8")
+    assert "## choices: quiz (train)" in text
+    assert "## generation: quiz (train)" in text
+    assert "| accuracy ↑ | accuracy, mean of tasks ↑ | accuracy by sum ↑ |" in text
+    assert "| unfinished |" in text
+    assert 'Over 6 examples, 6 documents, bos True, examples skipped 0, prompts cut 0, separator "\\n".' in text
+
+
 def test_every_task_gives_every_metric_it_promises(report):
     assert {name: set(metrics) for name, metrics in report.tasks.items()} == {
-        name: set(task.metrics) for name, task in TASKS.items()
+        name: set(TASKS[name].metrics) for name in ("perplexity", "agreement")
     }
 
 
@@ -72,8 +154,6 @@ def test_saved_influences_give_the_saved_error(report):
 
 
 def test_a_perplexity_that_overflows_is_null_and_not_invalid_json(report, student, tokenizer, prose, tmp_path):
-    import copy
-
     import torch
 
     wild = copy.deepcopy(student)

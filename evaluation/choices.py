@@ -1,0 +1,185 @@
+"""Rank classification: which of an example's choices does the model find most probable after the prompt?
+
+No text is generated and nothing can be misread: a model that answers "It's not possible to say" instead of
+"Neutral" is still measured. Each option is forced as the target, its log-probability is the sum over its tokens,
+
+    l(option) = Σ_t ln q(token_t | prompt, tokens before t)          in nats; EOS after the option is not scored
+
+and the prediction is the option with the largest
+
+    accuracy         l / tokens       the default: long options are not punished; depends on the tokenizer's lengths
+    accuracy_sum     l                the probability of the option itself; favours short ones
+    accuracy_chars   l / characters   the same division for every tokenizer (`acc_norm` of lm-evaluation-harness)
+
+A causal model reads [BOS] prompt separator, then the option's tokens. An encoder-decoder reads prompt EOS with its
+encoder, and the option exists on the decoder's side only: an option among the encoder's input would be copied.
+Prompt and options are tokenised apart, as in training. A prompt that leaves no room for the longest option is cut at
+its beginning, by the same amount for every option of the example, so that all are judged after one context.
+
+Scores closer than float32 can tell apart are a tie, and the first index wins. The cost is one forward pass over
+prompt and option for each option. Brown et al. 2020, arXiv:2005.14165, section 2.4; Wei et al. 2021,
+arXiv:2109.01652 (FLAN), section 2.5; Gao et al., lm-evaluation-harness.
+
+Shapes: E examples, O options of all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
+from kd.data.errors import DataError
+from kd.data.example import Example
+from kd.data.forward import split_head
+from kd.data.models import Model, is_encoder_decoder, max_positions
+from kd.data.sources import Corpus
+from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes, vocabulary_size
+from kd.evaluation.estimates import Documents, Estimate, figures_by_task, per_example
+from kd.evaluation.scoring import Progress, ScoredText, logit_chunks, window
+
+TIE = 1e-6
+"""Relative: float32 forward passes of other batch shapes differ by about as much."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One example as the model meets it."""
+
+    example: Example
+    context_ids: np.ndarray
+    """[C] int32: the same for all its options"""
+    option_ids: tuple[np.ndarray, ...]
+    """Each [n] int32, n >= 1, without EOS"""
+    answer: int
+    """Index of the right option"""
+
+
+@dataclass(frozen=True)
+class ChoicesResult:
+    """What a model chose. Standard errors are those of a share of examples."""
+
+    estimates: Mapping[str, Estimate]
+    """`accuracy`, `accuracy_sum`, `accuracy_chars`, `accuracy_mean_of_tasks`, and `accuracy/TASK` for each task."""
+    questions: tuple[Question, ...]
+    option_nats: tuple[np.ndarray, ...]
+    """Of each question, [options] float64: l, the log-probability of each option."""
+    predictions: np.ndarray
+    """[E] int64: index chosen by the mean per token"""
+    documents: Documents
+    skipped: int
+    """Examples without two choices or without a known answer."""
+    prompts_cut: int
+    """Examples whose prompt lost its beginning."""
+
+
+def evaluate_choices(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,
+                     separator: str = "\n", bos: bool = True,
+                     tokens_per_batch: int = 4096) -> Iterator[Progress[ChoicesResult]]:  # fmt: skip
+    """Score every option of `corpus`; the last record carries the result.
+
+    seq_len     tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024
+    separator   text between prompt and option; an encoder-decoder needs none
+
+    Raises DataError when no example has choices, or an option has no tokens or more than the model has positions.
+    """
+    blocks = BlockConfig(seq_len=window(model, seq_len), separator=separator, bos=bos,
+                         encoder=is_encoder_decoder(model.config)).normalised("pairs", tokenizer)  # fmt: skip
+    limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1
+    counts: Counter[str] = Counter()
+    questions = list(ask(corpus, tokenizer, blocks, limit, counts))
+    if not questions:
+        raise DataError("no example has choices", where=corpus.spec, found=f"{len(corpus.examples)} examples",
+                        expected="at least two choices and an answer among them",
+                        try_="--tasks perplexity or generation")  # fmt: skip
+    texts = [ScoredText(q.example.id, q.context_ids, ids) for q in questions for ids in q.option_ids]
+    lengths = [len(t.target_ids) for t in texts]
+    total, done = sum(lengths), 0
+    nats_N = np.empty(total, dtype=np.float64)
+    yield Progress(0, total)
+    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size(tokenizer),
+                          tokens_per_batch=tokens_per_batch)  # fmt: skip
+    for chunk in chunks:
+        gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
+        nats_N[chunk.rows] = (gold - chunk.logits.logsumexp(dim=1)).cpu().numpy()
+        done += len(chunk.rows)
+        yield Progress(done, total)
+    starts = np.cumsum([0, *(len(q.option_ids) for q in questions)])
+    nats_O = per_example(nats_N, lengths)
+    option_nats = tuple(nats_O[starts[i] : starts[i + 1]] for i in range(len(questions)))
+    yield Progress(total, total, choices_of(questions, option_nats, counts))
+
+
+def ask(corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, limit: int | None,
+        counts: Counter[str]) -> Iterator[Question]:  # fmt: skip
+    """The questions of `corpus` in order; `counts` receives how many were `skipped` and how many prompts `cut`.
+
+    limit   most tokens of an option; None = any number
+    """
+    pieces = token_bytes(tokenizer)
+    for example in corpus.examples:
+        answer = right_answer(example)
+        if answer is None:
+            counts["skipped"] += 1
+            continue
+        encoded = [encode_with_ends(tokenizer, pieces, option) for option in example.choices]
+        for (ids, _), option in zip(encoded, example.choices, strict=True):
+            if not len(ids):
+                raise DataError("an option has no tokens", where=f"example {example.id}", found=repr(option))
+            if limit is not None and len(ids) > limit:
+                raise DataError("an option is longer than the model's window", where=f"example {example.id}",
+                                found=f"{len(ids)} tokens", expected=f"at most {limit}",
+                                try_="a larger --seq-len, where the model has the positions")  # fmt: skip
+        context = tokenize_pair(example, tokenizer, pieces, blocks).context_ids
+        longest, ends = max(encoded, key=lambda found: len(found[0]))
+        fitted = fit_pair(TokenRows(example, context, longest, ends), blocks)
+        assert fitted is not None, "an option within the limit is not cut"
+        counts["cut"] += len(fitted.context_ids) < len(context)
+        yield Question(example, fitted.context_ids, tuple(ids for ids, _ in encoded), answer)
+
+
+def right_answer(example: Example) -> int | None:
+    """Index of the right choice (`answer`, or where the target stands); None where there is nothing to choose.
+
+    Raises DataError when `answer` points beside the choices.
+    """
+    if len(example.choices) < 2:
+        return None
+    if example.answer is None:
+        return example.choices.index(example.target) if example.target in example.choices else None
+    if not 0 <= example.answer < len(example.choices):
+        raise DataError("the answer is not one of the choices", where=f"example {example.id}", found=example.answer,
+                        expected=f"0..{len(example.choices) - 1}")  # fmt: skip
+    return example.answer
+
+
+def choices_of(questions: Sequence[Question], option_nats: Sequence[np.ndarray],
+               counts: Mapping[str, int]) -> ChoicesResult:  # fmt: skip
+    """The figures from the log-probability of every option: `option_nats[e]` [options of e], nats."""
+    chosen = {name: np.zeros(len(questions), dtype=np.int64) for name in ("accuracy", "accuracy_sum", "accuracy_chars")}
+    for number, (question, nats) in enumerate(zip(questions, option_nats, strict=True)):
+        tokens = np.array([len(ids) for ids in question.option_ids])
+        characters = np.array([len(option) for option in question.example.choices])
+        for name, scores in (
+            ("accuracy", nats / tokens),
+            ("accuracy_sum", nats),
+            ("accuracy_chars", nats / characters),
+        ):
+            chosen[name][number] = first_best(scores)
+    answers = np.array([q.answer for q in questions])
+    documents = Documents.of_examples([q.example.id for q in questions], "pairs")
+    ones = np.ones(len(questions))
+    estimates = {name: documents.ratio((found == answers).astype(np.float64), ones) for name, found in chosen.items()}
+    hits = (chosen["accuracy"] == answers).astype(np.float64)
+    estimates |= figures_by_task("accuracy", documents, hits, [q.example.task for q in questions])
+    return ChoicesResult(estimates, tuple(questions), tuple(option_nats), chosen["accuracy"], documents,
+                         counts.get("skipped", 0), counts.get("cut", 0))  # fmt: skip
+
+
+def first_best(scores: np.ndarray) -> int:
+    """`[options]` nats -> index of the largest; of those within TIE of it, the first."""
+    best = float(scores.max())
+    return int(np.argmax(scores >= best - TIE * max(1.0, abs(best))))

@@ -1,0 +1,229 @@
+"""Greedy answers to prompts, compared with the targets: exact match and token F1.
+
+What a user sees, unlike rank classification (`kd.evaluation.choices`): the model must also find the form of an answer
+and its end. Decoding is transformers' own `generate` with the most probable token at every step and nothing else:
+sampling, penalties or forced tokens of the model's `generation_config` are set aside, because two models compare
+only under one rule. Ids that the tokenizer cannot emit (padded columns of the output layer) are never chosen.
+
+    causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
+    encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
+
+Longer prompts lose their beginning and are counted. An answer ends at EOS, or at `stop` where one is given and
+no reference holds it (a model without a trained EOS goes on with the next question: `stop="\\n"`), or after
+`max_new_tokens`; then it counts as unfinished. By default these are the tokens of the longest reference, EOS included,
+and SLACK more; never more than half the window of a causal model. Batches hold prompts of similar length.
+
+Shapes: E examples, B of a batch, C context tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
+from kd.data.errors import DataError
+from kd.data.example import Example
+from kd.data.forward import Size, batches_by_length
+from kd.data.models import Model, is_encoder_decoder, max_positions
+from kd.data.sources import Corpus
+from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes, vocabulary_size
+from kd.evaluation.answers import best_over, exact_match, token_f1
+from kd.evaluation.estimates import Documents, Estimate, figures_by_task
+from kd.evaluation.scoring import Progress, out_of_memory, require_vocabulary, window
+
+if TYPE_CHECKING:
+    import torch
+
+SLACK = 8
+"""Tokens beyond the longest reference: room for an answer in other words, and to see that it did not end."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after one prompt."""
+
+    ids: np.ndarray
+    """[n] int64, EOS left out"""
+    ended: bool
+    """Did EOS come before the limit?"""
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a model wrote, and how well it fits. Standard errors are those of a mean over examples."""
+
+    estimates: Mapping[str, Estimate]
+    """`exact_match`, `f1`, `unfinished`, and of the first two `…_mean_of_tasks` and `…/TASK` for each task."""
+    answers: tuple[str, ...]
+    """[E] texts in the order of the corpus, as compared."""
+    documents: Documents
+    max_new_tokens: int
+    """As used."""
+    prompts_cut: int
+    """Examples whose prompt lost its beginning."""
+
+
+def evaluate_generation(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,
+                        separator: str = "\n", bos: bool = True, max_new_tokens: int | None = None,
+                        stop: str | None = None,
+                        tokens_per_batch: int = 4096) -> Iterator[Progress[GenerationResult]]:  # fmt: skip
+    """Answer every prompt of `corpus`; progress counts examples, the last record carries the result.
+
+    seq_len          tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024
+    separator        text between prompt and answer; an encoder-decoder needs none
+    max_new_tokens   most tokens of an answer, EOS included; None = as the longest reference needs
+    stop             text at which an answer is cut as well, where no reference holds it
+
+    Raises DataError for a text without prompts, and when the answers need more positions than there are.
+    """
+    if corpus.kind != "pairs":
+        raise DataError("there are no prompts to answer", where=corpus.spec, found=corpus.kind,
+                        expected="prompt and target", try_="--columns prompt=…,target=…")  # fmt: skip
+    encoder = is_encoder_decoder(model.config)
+    blocks = BlockConfig(seq_len=window(model, seq_len), separator=separator, bos=bos, encoder=encoder)
+    blocks = blocks.normalised("pairs", tokenizer)
+    size = vocabulary_size(tokenizer)
+    require_vocabulary(int(model.get_output_embeddings().weight.shape[0]), size)
+    room = answer_room(model, tokenizer, corpus, blocks, max_new_tokens)
+    counts: Counter[str] = Counter()
+    contexts = list(prompt_ids(corpus, tokenizer, blocks, room, counts))
+    texts = [""] * len(contexts)
+    unfinished_E = np.zeros(len(contexts))
+    yield Progress(0, len(contexts))
+    done = 0
+    for numbers, answers in greedy_answers(model, contexts, max_new_tokens=room, eos_id=tokenizer.eos_token_id,
+                                           vocabulary_size=size, tokens_per_batch=tokens_per_batch):  # fmt: skip
+        for number, answer in zip(numbers, answers, strict=True):
+            text = tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            cut = cut_at(text, stop, references(corpus.examples[number]))
+            texts[number] = cut
+            unfinished_E[number] = not answer.ended and cut == text
+        done += len(numbers)
+        yield Progress(done, len(contexts))
+    yield Progress(done, done, generation_of(corpus.examples, texts, unfinished_E, room, counts["cut"]))
+
+
+def references(example: Example) -> tuple[str, ...]:
+    """The texts that are accepted."""
+    return example.references or (example.target,)
+
+
+def answer_room(model: Model, tokenizer: Tokenizer, corpus: Corpus, blocks: BlockConfig, wanted: int | None) -> int:
+    """Most tokens of an answer. Raises DataError when `wanted` are too many for the model's positions."""
+    limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1  # a context has at least one token
+    if wanted is not None:
+        if wanted < 1 or (limit is not None and wanted > limit):
+            raise DataError("the answers do not fit the model's positions", found=f"{wanted} new tokens",
+                            expected="at least 1" if limit is None else f"1..{limit}", try_="--max-new-tokens")  # fmt: skip
+        return wanted
+    pieces = token_bytes(tokenizer)
+    longest = max(len(encode_with_ends(tokenizer, pieces, text)[0]) for e in corpus.examples for text in references(e))
+    needed = longest + 1 + SLACK
+    if not blocks.encoder:
+        limit = max(1, blocks.seq_len // 2)
+    return needed if limit is None else min(needed, limit)
+
+
+def prompt_ids(corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, room: int,
+               counts: Counter[str]) -> Iterator[np.ndarray]:  # fmt: skip
+    """`[C]` int32 of each example, with room for the answer; `counts` receives how many prompts were `cut`."""
+    pieces = token_bytes(tokenizer)
+    nothing = np.zeros(room, dtype=np.int32)
+    for example in corpus.examples:
+        context = tokenize_pair(example, tokenizer, pieces, blocks).context_ids
+        fitted = fit_pair(TokenRows(example, context, nothing, nothing.astype(np.int64)), blocks)
+        assert fitted is not None, "the room for an answer is within the window"
+        counts["cut"] += len(fitted.context_ids) < len(context)
+        yield fitted.context_ids
+
+
+def greedy_answers(model: Model, contexts: Sequence[np.ndarray], *, max_new_tokens: int, eos_id: int | None,
+                   vocabulary_size: int,
+                   tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], list[Answer]]]:  # fmt: skip
+    """Numbers into `contexts` and the answers to them, batch by batch, each context exactly once.
+
+    contexts[e]   [C >= 1] token ids, special tokens included
+    """
+    import torch
+
+    encoder = is_encoder_decoder(model.config)
+    device = next(model.parameters()).device
+    pad = 0 if eos_id is None else eos_id  # never looked at: the attention mask says what is padding
+    width = int(model.get_output_embeddings().weight.shape[0])
+    sizes: list[Size] = [(len(c), max_new_tokens) for c in contexts]
+    with greedy_config(model, max_new_tokens, eos_id, pad, suppressed=list(range(vocabulary_size, width))):
+        for batch in batches_by_length(sizes, tokens_per_batch):
+            ids_BC, mask_BC = padded_prompts([contexts[i] for i in batch], pad, left=not encoder)
+            try:
+                with torch.inference_mode():
+                    output = model.generate(input_ids=ids_BC.to(device), attention_mask=mask_BC.to(device))
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(error, tokens_per_batch) from error
+            new = output[:, 1 if encoder else ids_BC.shape[1] :].cpu().numpy()
+            yield batch, [until_eos(row, eos_id) for row in new]
+
+
+@contextmanager
+def greedy_config(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int,
+                  suppressed: list[int]) -> Iterator[None]:  # fmt: skip
+    """Replace the model's own generation settings for a while: `generate` takes from them what a call leaves open."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    start = getattr(model.config, "decoder_start_token_id", None)
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id,
+        decoder_start_token_id=start, suppress_tokens=suppressed or None, use_cache=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def padded_prompts(contexts: Sequence[np.ndarray], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, `[B, C]` int64 tensors. A causal model continues at the right edge: its padding is left."""
+    import torch
+
+    longest = max(len(c) for c in contexts)
+    ids = torch.full((len(contexts), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for b, context in enumerate(contexts):
+        place = slice(longest - len(context), longest) if left else slice(0, len(context))
+        ids[b, place] = torch.from_numpy(context.astype(np.int64))
+        mask[b, place] = 1
+    return ids, mask
+
+
+def until_eos(row: np.ndarray, eos_id: int | None) -> Answer:
+    """`[n]` generated ids, padded after EOS -> the answer before the first EOS."""
+    ends = np.flatnonzero(row == eos_id) if eos_id is not None else np.zeros(0, dtype=np.int64)
+    return Answer(row[: ends[0]], True) if len(ends) else Answer(row, False)
+
+
+def cut_at(text: str, stop: str | None, accepted: Sequence[str]) -> str:
+    """`text` before the first `stop`; whole where there is none, or where an accepted text holds it."""
+    return text.partition(stop)[0] if stop and not any(stop in reference for reference in accepted) else text
+
+
+def generation_of(examples: Sequence[Example], answers: Sequence[str], unfinished_E: np.ndarray, max_new_tokens: int,
+                  prompts_cut: int) -> GenerationResult:  # fmt: skip
+    """The figures from the answers `[E]`, in the order of the examples."""
+    pairs = [(answer, references(example)) for answer, example in zip(answers, examples, strict=True)]
+    documents = Documents.of_examples([e.id for e in examples], "pairs")
+    ones, tasks = np.ones(len(examples)), [e.task for e in examples]
+    match_E, f1_E = (np.array([best_over(metric, *pair) for pair in pairs]) for metric in (exact_match, token_f1))
+    estimates = {
+        "exact_match": documents.ratio(match_E, ones),
+        "f1": documents.ratio(f1_E, ones),
+        "unfinished": documents.ratio(unfinished_E, ones),
+        **figures_by_task("exact_match", documents, match_E, tasks),
+        **figures_by_task("f1", documents, f1_E, tasks),
+    }
+    return GenerationResult(estimates, tuple(answers), documents, max_new_tokens, prompts_cut)
