@@ -66,8 +66,8 @@ class Run:
     """`metrics.jsonl`, ascending steps."""
 
     def fact(self, key: str) -> Any:
-        """A fact of `run.json`, or of its `config` while the run is unfinished; None where it says nothing."""
-        return self.facts.get(key, (self.facts.get("config") or {}).get(key))
+        """A fact of `run.json`, or of its `identity` while the run is unfinished; None where it says nothing."""
+        return self.facts.get(key, (self.facts.get("identity") or {}).get(key))
 
     def series(self, key: str) -> Series | None:
         """Finite values of one key over the steps; None where there are none."""

@@ -342,7 +342,7 @@ def test_equal_names_are_told_apart(tmp_path):
 
 def test_an_unfinished_run_is_reported_from_its_configuration(tmp_path):
     folder = save_run(tmp_path / "r", kd=True)
-    (folder / "run.json").write_text(json.dumps({"config": {"student": "tiny", "loss": "kl"}, "complete": False}))
+    (folder / "run.json").write_text(json.dumps({"identity": {"student": "tiny", "loss": "kl"}, "complete": False}))
     (run,), _ = collect([folder])
     assert (run.name, run.fact("student"), run.fact("loss"), run.fact("teacher")) == ("r", "tiny", "kl", None)
 
