@@ -22,6 +22,7 @@ begins with the shorter one. Labels and the place of the right option are balanc
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -346,6 +347,19 @@ def examples(split: str, count: int | None = None, seed: int = 0) -> Iterator[Ex
         answer = draft.choices.index(draft.target) if draft.choices else None
         identity = f"mini/{name}/{number}" if split == "train" else f"mini/{name}/{split}/{number}"
         yield Example(identity, draft.target, draft.prompt, name, split, draft.choices, answer, draft.references)
+
+
+def is_right(example: Example, answer: str) -> bool:
+    """Is a generated answer one of the references (or the target), apart from white space and NFKC?
+
+    What a lossy tokenizer cannot write is not asked for. For examples with choices the answer is the choice that a
+    model finds most likely per token.
+    """
+    return _plain(answer) in [_plain(text) for text in (example.target, *example.references)]
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _draft(name: str, number: int, split: str, seed: int) -> Draft:
