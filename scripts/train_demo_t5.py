@@ -119,6 +119,7 @@ def new_model(width: int, inner: int, layers: int, decoder_layers: int, heads: i
     model.lm_head.weight = torch.nn.Parameter(torch.randn(LOGITS, width) * width**-0.5)
     torch.nn.init.normal_(model.shared.weight, std=0.3)  # 1.0 moves too slowly under Adam
     start_with_matching(model)
+    start_with_copying(model)
     return model
 
 
@@ -140,6 +141,19 @@ def start_with_matching(model: T5ForConditionalGeneration) -> None:
         near = 1 if (head - matching) % 2 == 0 else after + 1
         bias[near : near + 4, head] += 2.0
     bias[0, :matching] -= 6.0  # bucket 0 is the position itself, which always matches
+
+
+@torch.no_grad()
+def start_with_copying(model: T5ForConditionalGeneration) -> None:
+    """What the decoder looks at in the prompt is at first what it writes: a word goes through unchanged."""
+    model.lm_head.weight.copy_(model.shared.weight / model.shared.weight.std() * model.config.d_model**-0.5)
+    for block in model.encoder.block:  # the word itself outweighs what the layers add to it
+        block.layer[0].SelfAttention.o.weight *= 0.3
+        block.layer[1].DenseReluDense.wo.weight *= 0.3
+    for block in model.decoder.block:
+        attention = block.layer[1].EncDecAttention
+        torch.nn.init.orthogonal_(attention.v.weight)
+        attention.o.weight.copy_(attention.v.weight.t())
 
 
 def padded(rows: Sequence[list[int]], fill: int, width: int = 0) -> torch.Tensor:
