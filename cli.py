@@ -171,6 +171,7 @@ def data_ls(as_json: bool) -> None:
 
     about = {
         "demo": "the standard library's own English; offline; splits train, heldout",
+        "mini": "seven small instruction tasks made up by rule; offline; splits train, heldout",
         "wikitext-2": f"{WIKITEXT_ID}:{WIKITEXT_CONFIG}@{WIKITEXT_REVISION[:8]}; splits train, validation, test",
     }
     result = {name: about.get(name, "") for name in SOURCES}

@@ -25,10 +25,10 @@ class Example:
     """Texts to choose the answer from, where the task is a choice; `target` is one of them."""
     answer: int | None = None
     """Index of the right one in `choices`."""
-    complete: bool = True
-    """Does the target end where it ends? False for an answer that was cut short: no end token is scored."""
     references: tuple[str, ...] = ()
     """All acceptable targets, where there are several; empty = `target` alone."""
+    complete: bool = True
+    """Does the target come to its end? False for an answer that was cut short: no end token is scored."""
 
 
 def text_digest(examples: Iterable[Example]) -> str:

@@ -1,6 +1,7 @@
 """Where text comes from: a `--data` spec becomes an ordered list of `Example`.
 
     demo[:heldout]                        the standard library's own English; no network
+    mini[:heldout]                        seven small instruction tasks made up by rule; no network
     wikitext-2[:validation|test]          hub id Salesforce/wikitext, wikitext-2-raw-v1, pinned revision
     FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns where names differ
     hub-id[:config][@revision]            any data set on the hub that loads without code
@@ -22,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kd.data import stdlib_text
+from kd.data import mini_mixture, stdlib_text
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example, text_digest
 from kd.data.mixtures import load_mixture, mix, select
@@ -140,6 +141,12 @@ def _demo(spec: str, split: str) -> Corpus:
     examples = tuple(Example(name, text, task="demo", split=split) for name, text in stdlib_text.documents(split))
     python = ".".join(map(str, sys.version_info[:2]))
     return Corpus(spec, split, "documents", examples, {"source": "demo", "python": python})
+
+
+@lru_cache(maxsize=4)
+def _mini(spec: str, split: str) -> Corpus:
+    split = {"test": "heldout", "validation": "heldout", "dev": "heldout"}.get(split, split)
+    return Corpus(spec, split, "pairs", tuple(mini_mixture.examples(split)), {"source": "mini"})
 
 
 def _wikitext(spec: str, split: str) -> Corpus:
@@ -303,6 +310,7 @@ FILE_READERS: dict[str, FileReader] = {
 
 SOURCES: dict[str, Callable[[str, str], Corpus]] = {
     "demo": _demo,
+    "mini": _mini,
     "wikitext-2": _wikitext,
 }
 
