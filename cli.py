@@ -318,7 +318,7 @@ def cache() -> None:
 def build_options(function: Function) -> Function:
     """Options that `plan` and `build` share."""
     options = (
-        click.option("--teacher", required=True, help="Hub id, folder, demo, or random:NAME."),
+        click.option("--teacher", required=True, help="Hub id, folder, demo, demo-t5, or random:NAME."),
         click.option("--data", "spec", required=True,
                      help="demo, wikitext-2, flan[:MIXTURE], a file or folder, or a hub id[:config][@revision]."),
         click.option("--out", required=True, type=PATH, help="Directory of the cache."),
@@ -582,7 +582,7 @@ def cache_verify(path: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--cache", help="Path of the cache.")
-@click.option("--student", help="Hub id, folder, demo, or random:NAME.")
+@click.option("--student", help="Hub id, folder, demo, demo-t5, or random:NAME.")
 @click.option("--out", help="Folder of the run.")
 @click.option(
     "--loss",
@@ -887,7 +887,7 @@ def _run_step(command: list[str]) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def demo(out: Path, as_json: bool) -> None:
-    """Run the whole pipeline on the embedded teacher and text, offline, in minutes.
+    """Run the whole pipeline on the embedded teachers and texts, offline, in minutes.
 
     Example: kd demo --out demo-out
     """
@@ -897,27 +897,30 @@ def demo(out: Path, as_json: bool) -> None:
     quiet_libraries()
     settings.require_fresh(out)
     started = time.perf_counter()
-    click.echo("1/4  the teacher runs once over the text; its soft targets go into a cache", err=True)
-    built = run_build(_plan(**settings.build_options(out)))
-    click.echo("2/4  students from one start, on the same rows: with and without the teacher", err=True)
-    results = {Path(config.out).name: run_training(config) for config in settings.train_configs(out)}
-    click.echo("3/4  perplexity on modules of the standard library that no model was trained on", err=True)
-    reports = {}
-    for name, model in settings.models(out).items():
-        reports[name] = replace(run_evaluation(model, ["perplexity"], **settings.evaluation_options()), model=name)
-        reports[name].save(out / name)
-        if name in results:
-            scores = reports[name].tasks["perplexity"]["perplexity"]
-            write_card(out / name, [("perplexity, held-out modules", f"{scores['value']:.2f}")])
-    click.echo("4/4  report", err=True)
-    outcome = settings.write_outcome(
-        out, cache_summary(out / "cache"), built.tokens_per_second, results, reports,
-        seconds=time.perf_counter() - started,
-    )  # fmt: skip
+    measured: list[Any] = []
+    for act in settings.acts():
+        click.echo(f"== {act.title}", err=True)
+        click.echo("1/3  the teacher runs once over the text; its soft targets go into a cache", err=True)
+        built = run_build(_plan(**act.build_options(out)))
+        click.echo("2/3  students from one start, on the same text: without and with the teacher", err=True)
+        results = {Path(config.out).name: run_training(config) for config in act.train_configs(out)}
+        click.echo("3/3  scores on what no model was trained on", err=True)
+        reports = {}
+        for name, model in act.models(out).items():
+            quantised = {"load_in_4bit": act.load_in_4bit and name == act.teacher_name}
+            report = run_evaluation(model, list(act.tasks), **act.evaluation, **quantised)
+            reports[name] = replace(report, model=name)
+            reports[name].save(out / name)
+            if name in results:
+                write_card(out / name, settings.card_scores(reports[name]))
+        measured.append(
+            settings.ActResult(act, cache_summary(out / act.cache), built.tokens_per_second, results, reports)
+        )
+    outcome = settings.write_outcome(out, measured, seconds=time.perf_counter() - started)
     if as_json:
         click.echo(json.dumps(outcome, indent=2))
         return
-    click.echo("\n".join(settings.outcome_lines(outcome)))
+    click.echo("\n".join(settings.outcome_lines(measured, outcome)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where models come from: a name becomes a language model, causal or encoder-decoder, and its tokenizer.
 
-    demo             the embedded teacher (2.7 M parameters); as a student, `random:demo-student`
+    demo, demo-t5    the embedded teachers (2.7 M and 2.1 M parameters); as a student, `demo` is `random:demo-student`
     random:NAME      random weights in the real shape of a known model; no download
     a folder         anything `save_pretrained` wrote
     a hub id         through transformers, never with remote code
@@ -34,7 +34,7 @@ class ModelRequest:
     """What the user asked for, before anything is loaded."""
 
     name: str
-    """`demo`, `random:NAME`, a folder, or a hub id."""
+    """`demo`, `demo-t5`, `random:NAME`, a folder, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: str = "auto"
@@ -63,14 +63,14 @@ class ModelRequest:
     @property
     def path(self) -> str:
         """What `from_pretrained` is given."""
-        if self.name == "demo":
-            return str(EMBEDDED)
+        if self.name in EMBEDDED:
+            return str(EMBEDDED[self.name])
         return str(Path(self.name).expanduser()) if self.local else self.name
 
     @property
     def local(self) -> bool:
         """Is it a folder of this machine?"""
-        return self.name == "demo" or (self.random_shape is None and Path(self.name).expanduser().is_dir())
+        return self.name in EMBEDDED or (self.random_shape is None and Path(self.name).expanduser().is_dir())
 
 
 def resolve_device(device: str) -> str:
@@ -92,7 +92,7 @@ def resolve_dtype(request: ModelRequest) -> torch.dtype:
         return getattr(torch, request.dtype)  # type: ignore[no-any-return]
     if resolve_device(request.device) == "cpu":
         return torch.float32
-    if request.random_shape is not None or request.name == "demo":
+    if request.random_shape is not None or request.name in EMBEDDED:
         return torch.bfloat16
     stored = getattr(load_config(request), "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32

@@ -19,15 +19,15 @@ from kd.data.errors import DataError
 Tokenizer = Any
 """A fast tokenizer of transformers (`PreTrainedTokenizerFast`)."""
 
-EMBEDDED = Path(__file__).parent / "embedded"
-"""Folder of the embedded demo teacher and tokenizer."""
+EMBEDDED = {"demo": Path(__file__).parent / "embedded", "demo-t5": Path(__file__).parent / "embedded_t5"}
+"""Folders of the embedded teachers and their tokenizers: a GPT-2 of the standard library's English, a T5 of `mini`."""
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
-    """A fast tokenizer from a local folder, a hub id, or `demo`. Raises DataError with what was tried."""
+    """A fast tokenizer from a local folder, a hub id, `demo` or `demo-t5`. Raises DataError with what was tried."""
     from transformers import AutoTokenizer
 
-    path = str(EMBEDDED) if name == "demo" else name
+    path = str(EMBEDDED.get(name, name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, …
