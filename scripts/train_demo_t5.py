@@ -75,7 +75,7 @@ def train_tokenizer(path: Path) -> Tokenizer:
         vocab_size=PIECES,
         special_tokens=[PAD, END, UNKNOWN],
         unk_token=UNKNOWN,
-        initial_alphabet=[*(chr(c) for c in range(33, 127) if chr(c) not in "{}~"), *"éëñ"],  # the prose brings what is left out
+        initial_alphabet=[*(chr(c) for c in range(33, 127) if chr(c) not in "{}~"), *"éëñ"],
         show_progress=False,
     )
     prose.train_from_iterator([text for _, text in islice(documents("train"), 120)], trainer)

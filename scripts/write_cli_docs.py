@@ -23,8 +23,8 @@ Results go to stdout (one JSON document with `--json`), progress and messages to
 | 3 | a check found damage |
 | 130 | interrupted; the same command again continues |
 
-`--data SPEC`: `demo[:heldout]`, `wikitext-2[:validation|test]`, a local file or folder (`.txt .tokens .jsonl .csv .tsv
-.parquet`, with `--columns` where names differ), or `hub-id[:config][@revision]`.
+`--data SPEC`: `demo[:heldout]`, `mini[:heldout]`, `wikitext-2[:validation|test]`, a local file or folder (`.txt .tokens .jsonl .csv
+.tsv .parquet`, with `--columns` where names differ), or `hub-id[:config][@revision]`.
 `--teacher` / `--student`: a hub id, a local folder, `demo` (the embedded ones), or `random:NAME` (random weights in the
 real shape of gpt2, gpt2-medium, gpt-neo-2.7B, pythia-410m or SmolLM-360M).
 """
