@@ -359,6 +359,7 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "bytes_at_most": plan.manifest.rows * plan.raw_bytes_per_token + text,
         "seconds_estimated": 2 * parameters * plan.tokens / speed,
         "device": device,
-        "overlong": plan.manifest.provenance["overlong"],
+        "pairs_dropped": plan.manifest.provenance["overlong"]["dropped"],
+        "pairs_truncated": plan.manifest.provenance["overlong"]["truncated"],
         "committed_shards": len(store.committed(plan.request.out, len(plan.manifest.shards))),
     }

@@ -192,7 +192,7 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
             load_model(replace(request, load_in_4bit=False, device="cpu")).save_pretrained(folder)
             path = folder
         try:
-            return _auto_class(load_config(request)).from_pretrained(
+            model = _auto_class(load_config(request)).from_pretrained(
                 path, revision=request.revision, dtype=dtype, quantization_config=quantization,
                 device_map={"": device}, trust_remote_code=False,
             )  # fmt: skip
@@ -201,6 +201,12 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
                                found=f"{type(error).__name__}: {error}",
                                expected=f"a model and a device that bitsandbytes {bitsandbytes.__version__} supports "
                                f"(device {device})", try_="--dtype bfloat16") from error  # fmt: skip
+    odd = [n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit) and m.in_features % 64]
+    if device == "cpu" and odd:  # its kernel for CPUs packs whole blocks; it would fail in the first forward pass
+        raise TeacherError("bitsandbytes cannot run this model in 4 bits on a CPU", where=request.name,
+                           found=f"{len(odd)} layers such as {odd[0]}", expected="input widths that are multiples of 64",
+                           try_="--dtype bfloat16")  # fmt: skip
+    return model
 
 
 def require_causal(request: ModelRequest, config: Any) -> None:

@@ -102,6 +102,13 @@ def test_4_bit_loading_without_bitsandbytes_says_what_to_install(monkeypatch: py
     assert "pip install" in str(caught.value)
 
 
+def test_widths_that_4_bits_on_a_cpu_cannot_take_are_refused_before_the_first_pass(t5_dir: Path):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(TeacherError, match="on a CPU") as caught:
+        load_model(ModelRequest(str(t5_dir), device="cpu", load_in_4bit=True))  # its layers are 32 wide
+    assert "multiples of 64" in str(caught.value)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_a_clear_error():
     with pytest.raises(DataError, match="no CUDA device"):
