@@ -185,7 +185,11 @@ def test_an_empty_target_is_its_eos(mode: str) -> None:
 
 def test_a_student_that_begins_later_is_aligned_from_the_first_byte_both_begin_at() -> None:
     found = align(side(2, 4, 6), side(4, 6, start=2))
-    assert (found.teacher.tolist(), found.student.tolist(), found.bytes_aligned) == ([[1, 2], [2, 3]], [[0, 1], [1, 2]], 4)
+    assert (found.teacher.tolist(), found.student.tolist(), found.bytes_aligned) == (
+        [[1, 2], [2, 3]],
+        [[0, 1], [1, 2]],
+        4,
+    )
     inside = align(side(2, 4, 6), side(4, 6, start=3))  # it begins within a teacher token: from the next border
     assert (inside.teacher.tolist(), inside.student.tolist(), inside.bytes_aligned) == ([[2, 3]], [[1, 2]], 2)
 

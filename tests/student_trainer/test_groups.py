@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,7 @@ def targets_of(teacher: Tensor, ranges: list[tuple[int, int]] | None = None, *, 
     rows = max(stop for _, stop in ranges)
     k = v if k is None else k
     edges = tuple(band_edges(k, v, bands)) if bands else ()
-    mass = [log_p[:, low:high].logsumexp(dim=1) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    mass = [log_p[:, low:high].logsumexp(dim=1) for low, high in itertools.pairwise(edges)]
     fields: dict[str, Any] = {
         "gold_ids": torch.arange(rows) % 7,
         "log_scale": torch.zeros(g, dtype=torch.float64),
@@ -186,13 +187,33 @@ def test_fast_stays_close_to_exact_with_bands(scale: float) -> None:
     assert ((exact - fast).abs() / exact).max() < 5e-3
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_uld_from_sixteen_values_and_sixteen_bands_is_close_to_the_dense_one(temperature: float) -> None:
-    teacher, student = logits_of(1, 2000, rows=20), logits_of(2, 1500, rows=20, scale=1.5)
-    groups, edges = targets_of(teacher, k=16, bands=16, temperature=temperature)
-    value = uld(student, groups, GroupSettings(temperature, edges))
-    # the target of 0.5 % on the value; random rows are no power law, real ones are better (benchmarks/uld.py)
-    assert (value - dense_uld(teacher, student, temperature)).abs().mean() < 0.005 * value.mean()
+def test_uld_from_sixteen_values_and_sixteen_bands_is_close_to_the_dense_one() -> None:
+    teacher, student = logits_of(1, 2000, rows=20, scale=3.0), logits_of(2, 1500, rows=20, scale=1.5)
+    groups, edges = targets_of(teacher, k=16, bands=16)
+    value = uld(student, groups, GroupSettings(edges=edges))
+    # the 0.5 % that is aimed at with k=16 and 16 bands; for real rows see benchmarks/uld.py
+    assert (value - dense_uld(teacher, student)).abs().mean() < 0.005 * value.mean()
+
+
+@pytest.mark.parametrize("ranking", ["exact", "fast"])
+def test_real_rows_from_sixteen_values_and_sixteen_bands_are_close_to_the_dense_ones(shared, ranking: str) -> None:
+    folder, text = (
+        shared / "weights",
+        "Once upon a time there was a fox who had a red ball. The fox liked to play with it all day.",
+    )
+    tokenizer = load_request_tokenizer(ModelRequest(str(folder / "stories260K")))
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        teacher, student = (load_model(ModelRequest(str(folder / name), device="cpu"))(ids).logits[0].double()
+                            for name in ("stories260K", "llama2xs-279K"))  # fmt: skip
+    groups, edges = targets_of(teacher, k=16, bands=16)
+    settings = GroupSettings(edges=edges, ranking=ranking)
+    leaf = student.clone().requires_grad_()
+    dense = dense_uld(teacher, leaf)
+    assert (uld(student, groups, settings) - dense.detach()).abs().mean() < 0.005 * dense.detach().mean()
+    (expected,) = torch.autograd.grad(dense.sum(), leaf)
+    # 2.5 % over all logits of 1,024 positions (docs/log.md): a sign, where both models nearly agree; here are 30
+    assert (gradient(uld, student, groups, settings) - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("ranking", ["exact", "fast"])
@@ -202,7 +223,9 @@ def test_certain_sides_give_finite_values_and_gradients_in_float32(loss, ranking
     peaked[torch.arange(N), torch.arange(N)] = 60.0
     groups, edges = targets_of(2 * peaked.double(), k=8, bands=4,
                                student_ids=torch.arange(8).expand(N, 8), gold_ids=torch.arange(N))  # fmt: skip
-    narrow = replace(groups, **{n: getattr(groups, n).float() for n in ("logprobs", "bands", "log_scale", "chunk_logprob")})
+    narrow = replace(
+        groups, **{n: getattr(groups, n).float() for n in ("logprobs", "bands", "log_scale", "chunk_logprob")}
+    )
     settings = GroupSettings(edges=edges, ranking=ranking, overlap=0.5)
     for student in (peaked, -peaked, torch.zeros(N, V)):
         assert loss(student, narrow, settings).isfinite().all()
@@ -420,7 +443,9 @@ def test_alm_is_nearly_its_limit_at_infinite_temperature(log_p: float, log_q: fl
     assert value == pytest.approx(written_out, rel=1e-9)
 
 
-@pytest.mark.parametrize(("log_p", "log_q"), [(0.0, -1e-300), (0.0, -2.0), (-2.0, -1e-12), (-100.0, -0.1), (-0.1, -700.0)])
+@pytest.mark.parametrize(
+    ("log_p", "log_q"), [(0.0, -1e-300), (0.0, -2.0), (-2.0, -1e-12), (-100.0, -0.1), (-0.1, -700.0)]
+)
 def test_alm_of_certain_and_of_hopeless_texts_is_finite(log_p: float, log_q: float) -> None:
     logits, groups = chunk(log_p, log_q)
     logits = logits.clamp(min=-800)

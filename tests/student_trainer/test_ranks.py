@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -26,7 +27,7 @@ def stored(rows: int, k: int, v: int, b: int, *, scale: float = 3.0, seed: int =
     row = row.sort(dim=1, descending=True).values
     edges = tuple(band_edges(k, v, b))
     bands = torch.stack([row[:, low:high].sum(dim=1).log().clamp(min=LOG_MASS_FLOOR)
-                         for low, high in zip(edges[:-1], edges[1:], strict=True)], dim=1)  # fmt: skip
+                         for low, high in itertools.pairwise(edges)], dim=1)  # fmt: skip
     return row, row[:, :k].log().to(dtype), bands.to(dtype), edges
 
 
@@ -37,7 +38,7 @@ def test_the_head_and_the_mass_of_every_band_are_exact(k: int, v: int, b: int) -
     assert found.shape == row.shape
     # float64, sums of at most 2048 terms
     assert torch.allclose(found[:, :k], row[:, :k], rtol=1e-12, atol=0)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         assert torch.allclose(found[:, low:high].sum(dim=1), row[:, low:high].sum(dim=1), rtol=1e-12, atol=1e-25)
     assert torch.allclose(found.sum(dim=1), torch.ones(7, dtype=torch.float64), rtol=1e-12, atol=0)
 
@@ -71,7 +72,7 @@ def test_a_power_law_is_rebuilt(exponent: float) -> None:
     row = torch.arange(1, v + 1, dtype=torch.float64).pow(-exponent)[None]
     row = row / row.sum()
     edges = tuple(band_edges(k, v, b))
-    bands = torch.stack([row[:, low:high].sum(dim=1).log() for low, high in zip(edges[:-1], edges[1:], strict=True)], 1)
+    bands = torch.stack([row[:, low:high].sum(dim=1).log() for low, high in itertools.pairwise(edges)], 1)
     found = sorted_row(row[:, :k].log(), bands, edges)
     # the band's mean is not quite the value at its geometric middle: a relative error of (width in log rank)² / 8
     # times exponent², with 16 bands over a factor of 128 that is 1.1 % for a cube
@@ -107,7 +108,7 @@ def test_the_mass_of_the_first_ranks_grows_and_is_exact_at_knots(k: int, v: int,
 
 
 def test_a_row_as_float32_holds_it_is_as_good() -> None:
-    row, head, bands, edges = stored(7, 16, 512, 16, dtype=torch.float32)
+    _row, head, bands, edges = stored(7, 16, 512, 16, dtype=torch.float32)
     wide = sorted_row(head.double(), bands.double(), edges)
     narrow = sorted_row(head, bands, edges)
     assert narrow.dtype == torch.float32

@@ -103,7 +103,7 @@ def test_what_does_not_fit_the_window_is_cut_at_the_prompt_s_beginning_and_the_t
         for index in range(len(pairs_reader)):
             mine, full = text[index], whole[index]
             assert len(mine.input_ids) <= window
-            assert 1 <= len(mine.context_ids)
+            assert len(mine.context_ids) >= 1
             n = len(mine.target_ids)
             assert mine.target_ids.tolist() == full.target_ids[:n].tolist()
             assert mine.side.byte_end.tolist() == full.side.byte_end[:n].tolist()
