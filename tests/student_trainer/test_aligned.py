@@ -19,7 +19,7 @@ from kd.data.tokenizer import encode_with_ends, load_tokenizer, token_bytes
 from kd.student_trainer.compatibility import shared_pieces
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.losses import Objective
-from kd.student_trainer.stream import Collator, loss_targets, plan_batches
+from kd.student_trainer.stream import Collator, loss_targets, plan_batches, teacher_groups
 from kd.student_trainer.text import StudentText
 
 ALIGNED = ("uld", "hybrid", "alm")
@@ -109,6 +109,36 @@ def test_the_run_s_first_loss_is_zero_for_the_teacher_itself(run, own_caches, mo
     assert abs(finished.records[0].kd) < 1e-5
     assert finished.records[0].loss == pytest.approx(finished.records[0].kd, abs=1e-6)
     assert finished.result.aligned_share == 1.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_a_group_s_log_probabilities_are_sums_over_the_teacher_s_rows(
+    own_caches, model_dir, temperature: float
+) -> None:
+    example = CacheReader(own_caches["pairs"])[5]
+    context, ids = len(example.context_ids), torch.from_numpy(example.input_ids.astype(np.int64))
+    with torch.no_grad():
+        logits = load_model(ModelRequest(str(model_dir), device="cpu"))(ids[None]).logits[0, context - 1 : -1].double()
+    there = {t: (logits / t).log_softmax(dim=1).gather(1, ids[context:, None]).squeeze(1) for t in (1.0, temperature)}
+    ranges = np.array([[0, 3], [3, 4], [4, 6]])
+    found = teacher_groups(example.targets, ranges, temperature, ("logprobs",), None)
+    for g, (first, stop) in enumerate(ranges.tolist()):
+        # gold log-probabilities are float16: relative 5e-4 each
+        further = float(there[temperature][first + 1 : stop].sum())
+        assert found["log_scale"][g] == pytest.approx(further, rel=1e-3, abs=1e-12)
+        assert found["chunk_logprob"][g] == pytest.approx(float(there[1.0][first:stop].sum()), rel=1e-3)
+        row = (logits[first] / temperature).log_softmax(dim=0).sort(descending=True).values
+        assert torch.allclose(torch.from_numpy(found["logprobs"][g]).double(), row, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_group_s_head_and_bands_are_of_one_temperature(t5_cache, temperature: float) -> None:
+    targets = CacheReader(t5_cache)[7].targets
+    rows = np.arange(len(targets))
+    found = teacher_groups(targets, np.stack([rows, rows + 1], axis=1), temperature, ("logprobs", "bands"), None)
+    mass = np.exp(found["logprobs"]).sum(axis=1) + np.exp(found["bands"]).sum(axis=1)
+    # bands are float16 logarithms of size 1-8: up to 0.4 % of their mass
+    assert np.allclose(mass, 1.0, rtol=0, atol=4e-3)
 
 
 # A teacher with nothing in common
