@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import band_edges
 from kd.data.models import ModelRequest, load_model, load_request_tokenizer
+from kd.student_trainer import compatibility
 from kd.student_trainer.groups import (
     ALM_TEMPERATURE,
     GroupSettings,
@@ -25,7 +27,7 @@ from kd.student_trainer.groups import (
     sorted_distance,
     uld,
 )
-from kd.student_trainer.losses import Objective
+from kd.student_trainer.losses import LossTargets, Objective
 from kd.student_trainer.stream import Collator, loss_targets
 from kd.student_trainer.text import StudentText
 
@@ -482,8 +484,6 @@ def many_groups(seed: int) -> tuple[GroupTargets, int]:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_every_row_is_in_one_piece_and_no_group_in_two(size: int, seed: int) -> None:
-    from kd.student_trainer.losses import LossTargets
-
     groups, rows = many_groups(seed)
     targets = LossTargets(groups.gold_ids, groups=groups)
     pieces = targets.pieces(size)
@@ -496,3 +496,27 @@ def test_every_row_is_in_one_piece_and_no_group_in_two(size: int, seed: int) -> 
         whole = loss(student, groups, GroupSettings(overlap=0.5))
         parts = [loss(student[piece], targets[piece].groups, GroupSettings(overlap=0.5)) for piece in pieces]
         assert torch.allclose(torch.cat(parts), whole, rtol=0, atol=1e-12)
+
+
+def test_a_range_of_rows_keeps_the_groups_that_lie_in_it_as_a_whole() -> None:
+    groups, _ = targets_of(logits_of(1, rows=4), [(0, 2), (2, 5), (6, 7), (7, 9)])
+    found = LossTargets(groups.gold_ids, groups=groups)[1:8].groups
+    assert found is not None
+    assert (found.first.tolist(), found.stop.tolist()) == ([1, 5], [4, 6])
+    assert torch.equal(found.weight, groups.weight[1:3])
+    assert torch.equal(found.gold_ids, groups.gold_ids[1:8])
+
+
+def test_shared_pieces_are_those_that_both_sides_have_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = [b"</s>", b" the", b"x", b"x", b"fox", b"<s>", b"twice"]
+    student = [b"fox", b" the", b"x", b"<end>", b"<s>", b"twice", b"twice", b""]
+    monkeypatch.setattr(compatibility, "token_bytes", lambda _: student)
+    reader: Any = SimpleNamespace(
+        vocabulary=lambda: teacher, manifest=SimpleNamespace(identity={"tokenizer": {"eos_token_id": 0}})
+    )
+    tokenizer = SimpleNamespace(all_special_ids=[3, 4], eos_token_id=3)
+    ids, overlap = compatibility.shared_pieces(reader, tokenizer)
+    assert ids.tolist() == [3, 1, -1, -1, 0, -1, -1]
+    assert overlap == pytest.approx(3 / 7)
+    ids, _ = compatibility.shared_pieces(reader, SimpleNamespace(all_special_ids=[], eos_token_id=None))
+    assert ids[0] == -1
