@@ -1,6 +1,6 @@
 """Where models come from: a name becomes a language model, causal or encoder-decoder, and its tokenizer.
 
-    demo, demo-t5    the embedded teachers (2.7 M and 2.1 M parameters); as a student, `demo` is `random:demo-student`
+    demo, demo-t5    the embedded teachers (2.7 M and 3.0 M parameters); as a student, `demo` is `random:demo-student`
     random:NAME      random weights in the real shape of a known model; no download
     a folder         anything `save_pretrained` wrote
     a hub id         through transformers, never with remote code

@@ -114,8 +114,12 @@ def encode_with_ends(tokenizer: Tokenizer, pieces: list[bytes], text: str) -> tu
         return ids, np.maximum(ends, 0).astype(np.int64)
     char_to_byte = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])])
     # the word mark that sentencepiece puts before a text takes none of it, whatever the offsets say
+    offsets = encoding["offset_mapping"]
     last = [start if pieces[i] == b" " and not text[start:end].isspace() else end
-            for i, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)]  # fmt: skip
+            for i, (start, end) in zip(ids, offsets, strict=True)]  # fmt: skip
+    for token, (following, _) in enumerate(offsets[1:]):
+        while last[token] < following and not text[last[token]].isspace():
+            last[token] += 1  # what a normaliser merged into the character before it, as NFC does with accents
     ends = np.maximum.accumulate(char_to_byte[last])
     ends[-1] = len(data)  # what a normaliser dropped at the end belongs to the last token
     return ids, ends.astype(np.int64)

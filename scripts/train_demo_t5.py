@@ -236,10 +236,10 @@ def batches(tokenizer: Tokenizer, size: int, seed: int) -> Iterator[list[tuple[t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--shape", type=int, nargs=5, default=(160, 320, 4, 2, 4),
+    parser.add_argument("--shape", type=int, nargs=5, default=(192, 384, 4, 2, 4),
                         help="Width, inner width, encoder layers, decoder layers, heads.")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=300)

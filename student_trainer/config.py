@@ -120,6 +120,9 @@ class TrainConfig:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise DataError(f"{name.replace('_', ' ')} must be at least 1", found=number)
+        if not 0 < self.beta < 1:  # at either end the mixture is one of the two sides, and the divergence is 0
+            raise DataError("beta is out of bounds", found=f"--beta {self.beta:g}", expected="between 0 and 1",
+                            try_="--loss kl or reverse-kl for the limits")  # fmt: skip
         for name in ("weight_decay", "max_grad_norm", "warmup", "save_every", "seed"):
             if not getattr(self, name) >= 0:
                 raise DataError(f"{name.replace('_', ' ')} must not be negative", found=getattr(self, name))

@@ -23,7 +23,7 @@ FAST_HEAD = 64
 FAST_BINS = 256
 """Of log-probability beyond them."""
 FAST_RANGE = 16.0
-"""Nats below the last of those ranks that the bins cover; what lies lower shares the last bin."""
+"""Nats below the last of those ranks that the bins cover at most; what lies lower shares the last bin."""
 ALM_TEMPERATURE = 100.0
 
 
@@ -126,10 +126,11 @@ def _binned_uld(z: Tensor, q: Tensor, further: Tensor, groups: GroupTargets, set
     with torch.no_grad():
         head = min(FAST_HEAD, z.shape[1])
         top, ids = z.topk(head, dim=1)
-        bins = (top[:, -1:] - z).mul_(FAST_BINS / FAST_RANGE).clamp_(0, FAST_BINS - 1).long()
+        span = (top[:, -1:] - z.amin(dim=1, keepdim=True)).clamp(min=1e-6, max=FAST_RANGE)  # a flat row: finer bins
+        bins = (top[:, -1:] - z).mul_(FAST_BINS / span).clamp_(0, FAST_BINS - 1).long()
         bins.scatter_(1, ids, FAST_BINS + torch.arange(head, device=z.device).expand_as(ids))  # a bin of its own each
         width = FAST_BINS + head
-        counts = torch.zeros(len(z), width, device=z.device).scatter_add_(1, bins, torch.ones_like(z))
+        counts = torch.zeros(len(z), width, device=z.device, dtype=z.dtype).scatter_add_(1, bins, torch.ones_like(z))
         ends = counts[:, :FAST_BINS].cumsum(dim=1).add_(head)
         ranks = torch.cat([ends, torch.arange(1, head + 1, device=z.device).expand_as(ids)], dim=1)
         curve = cumulative_curve(_need(groups.logprobs), groups.bands, settings.edges)
@@ -161,15 +162,19 @@ def hybrid(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Ten
     safe = ids.clamp(min=0)
     scale_p, scale_q = groups.log_scale.unsqueeze(1), further.unsqueeze(1)
     q = (z - log_z.unsqueeze(1)).exp()
+    keep = torch.ones_like(q).scatter_reduce(1, safe, (~shared).to(q.dtype), "amin")
     matched_q = torch.where(shared, q.gather(1, safe), 0.0) * scale_q.exp()
     matched_p = torch.where(shared, log_p.exp().to(q.dtype), 0.0) * scale_p.exp()
-    p, s = (torch.cat([m, (1 - m.sum(dim=1, keepdim=True)).clamp(min=0)], dim=1) for m in (matched_p, matched_q))
-    matched = generalised_jsd(p, s, settings.beta)
+    # the student's rest is summed: 1 - sum has no digits, and no gradient, where the student is confident
+    rest_q = (q * keep).sum(dim=1, keepdim=True) * scale_q.exp() - torch.expm1(scale_q)
+    rest_p = (1 - matched_p.sum(dim=1, keepdim=True)).clamp(min=0)
+    matched = generalised_jsd(
+        torch.cat([matched_p, rest_p], dim=1), torch.cat([matched_q, rest_q], dim=1), settings.beta
+    )
     head = torch.where(shared, torch.full_like(log_p, -torch.inf), log_p)
     tail = sorted_row(log_p, groups.bands, settings.edges)[:, log_p.shape[1] :]
-    rest_p = torch.cat([head.exp(), tail], dim=1).to(q.dtype).sort(dim=1, descending=True).values
-    keep = torch.ones_like(q).scatter_reduce(1, safe, (~shared).to(q.dtype), "amin")
-    unmatched = sorted_distance(rest_p * scale_p.exp(), q * keep * scale_q.exp())
+    others = torch.cat([head.exp(), tail], dim=1).to(q.dtype).sort(dim=1, descending=True).values
+    unmatched = sorted_distance(others * scale_p.exp(), q * keep * scale_q.exp())
     return settings.overlap * matched + (1 - settings.overlap) * unmatched
 
 

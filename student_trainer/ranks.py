@@ -49,8 +49,8 @@ def cumulative_curve(logprobs: Tensor, bands: Tensor | None, edges: tuple[int, .
     if bands is None:
         return torch.arange(k + 1, device=head.device), head
     steps, owner = _steps(edges)
-    points = torch.tensor(steps, device=head.device)
-    owners = torch.tensor(owner, device=head.device)
+    points = torch.tensor(steps, device=head.device, dtype=torch.int64)  # none, where bands have no ranks
+    owners = torch.tensor(owner, device=head.device, dtype=torch.int64)
     low = torch.cat([points.new_tensor([edges[0]]), points[:-1]])
     middle = ((low + 1).double() * points.double()).sqrt() - 1  # of the ranks [low, point)
     share = _density(logprobs, bands, edges, middle) * (points - low)
@@ -97,7 +97,7 @@ def _density(logprobs: Tensor, bands: Tensor, edges: tuple[int, ...], ranks: Ten
 
 def mass_of_first(ranks: Tensor, knots: Tensor, curve: Tensor) -> Tensor:
     """`[G, R]` mass of the first `ranks [G, R]` ranks, linear between knots; beyond the last knot all of it."""
-    right = torch.bucketize(ranks, knots.to(ranks.dtype)).clamp(1, len(knots) - 1)
+    right = torch.bucketize(ranks.contiguous(), knots.to(ranks.dtype)).clamp(1, len(knots) - 1)
     low, high = knots[right - 1].to(curve.dtype), knots[right].to(curve.dtype)
     weight = ((ranks.to(curve.dtype) - low) / (high - low)).clamp(0, 1)
     left = curve.gather(1, right - 1)

@@ -72,7 +72,7 @@ class StudentText:
             if fitted is None:  # nothing of the target is left to score
                 fitted = TokenRows(example, row.context_ids[:1], row.target_ids[:0], row.byte_end[:0])
             whole = len(fitted.target_ids) == len(row.target_ids)
-            side = Side(fitted.byte_end, has_eos=ends and whole, start=start)
+            side = Side(fitted.byte_end, has_eos=ends and whole and len(fitted.target_ids) > 0, start=start)
             self.teacher_has_eos.append(ends)
             self._examples.append(StudentExample(fitted.context_ids, fitted.target_ids, side))
 
@@ -109,7 +109,7 @@ def _tokenize(example: Example, tokenizer: Tokenizer, pieces: list[bytes], separ
     if ends:
         target = np.append(target, np.int32(tokenizer.eos_token_id))
         byte_end = np.append(byte_end, len(example.target.encode("utf-8")))
-    if len(context):
+    if len(context) or not len(target):
         return TokenRows(example, context, target, byte_end), 0
     # without BOS and without a prompt nothing predicts the first token: it is only seen
     return TokenRows(example, target[:1], target[1:], byte_end[1:]), int(byte_end[0])

@@ -52,7 +52,9 @@ def test_the_store_is_plain_zarr_of_registered_codecs(cache: Path):
             assert inner["index_codecs"][-1]["name"] == "crc32c"
 
 
-def test_attributes_say_how_to_decode_without_this_code(cache: Path):
+def test_attributes_say_how_to_decode_without_this_code(tmp_path: Path, build_request, run_build):
+    cache = tmp_path / "cache"
+    run_build(build_request(cache, logprob_codec="linear8"))
     group = zarr.open_group(cache / "targets.zarr", mode="r")
     assert group.attrs["kd_fingerprint"] == load_manifest(cache).fingerprint
     assert "logprob_span / 255" in group["logprobs"].attrs["decode"]

@@ -30,7 +30,9 @@ def test_every_word_of_a_recipe_is_one_that_its_command_knows(name: str, tmp_pat
         command: click.Command = cli
         while isinstance(command, click.Group):
             command, words = command.commands[words[0]], words[1:]
-        command.make_context("kd", words)  # raises on an unknown option or a value of the wrong type
+        command.make_context(
+            "kd", words, help_option_names=["-h", "--help"]
+        )  # raises on an unknown option or a value of the wrong type
 
 
 def test_variables_are_filled_in_and_an_empty_one_takes_its_option_away(tmp_path: Path):

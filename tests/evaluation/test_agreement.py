@@ -48,9 +48,9 @@ def test_the_teacher_agrees_with_its_own_cache(teacher, exact_cache):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_teacher_differs_from_an_8_bit_cache_by_the_codec_alone(teacher, cache, temperature):
+def test_the_teacher_differs_from_its_own_cache_by_the_codec_alone(teacher, cache, temperature):
     result = final(evaluate_agreement(teacher, CacheReader(cache), temperature=temperature))
-    assert 0 < result.kl.value < 1e-4  # documented error of linear8 is about 1e-5 nats
+    assert abs(result.kl.value) < 1e-6  # float16's error is about 1e-7 nats, as is float32's rounding of two passes
     assert result.top1_agreement.value == 1.0
 
 

@@ -62,16 +62,23 @@ def exact_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_bui
 
 
 @pytest.fixture(scope="session")
-def pairs_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) -> Path:
-    """Prompts and targets of many lengths: contexts of more than one token, whose tokens are not scored."""
-    folder = tmp_path_factory.mktemp("pairs")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts and targets of many lengths."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     pairs = [
         {"prompt": "one two three four five"[:end], "target": "six seven eight nine ten"[: 2 * end]}
         for end in range(3, 24, 2)
     ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    run_build(build_request(folder / "cache", text=folder / "pairs.jsonl", seq_len=64))
-    return folder / "cache"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_build, pairs_file: Path) -> Path:
+    """Contexts of more than one token, whose tokens are not scored."""
+    out = tmp_path_factory.mktemp("caches") / "pairs"
+    run_build(build_request(out, text=pairs_file, seq_len=64))
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,10 @@ from kd.student_trainer.losses import (
     LossTargets,
     Objective,
     cross_entropy,
+    jsd,
     kl_ghost,
     kl_renorm,
+    kl_reverse,
     kl_sampled,
 )
 
@@ -240,6 +242,82 @@ def test_renorm_with_every_token_kept_is_the_dense_kl(temperature: float) -> Non
     teacher, student = random_logits(2), random_logits(1)
     got = kl_renorm(student, targets_of(teacher, k=V, temperature=temperature), temperature=temperature)
     assert torch.allclose(got, dense_kl(teacher, student, temperature), rtol=0, atol=1e-12)
+
+
+# Reverse KL and Jensen-Shannon
+
+
+def dense_jsd(teacher: Tensor, student: Tensor, temperature: float, beta: float) -> Tensor:
+    """Over the whole vocabulary, written out: the slow twin."""
+    p, q = ((z / temperature).softmax(dim=1) for z in (teacher, student))
+    m = beta * p + (1 - beta) * q
+    return beta * (p * (p / m).log()).sum(dim=1) + (1 - beta) * (q * (q / m).log()).sum(dim=1)
+
+
+@pytest.mark.parametrize("temperature", GRID)
+@pytest.mark.parametrize("k", [1, K, V - 1, V])
+@pytest.mark.parametrize("loss", [kl_reverse, jsd])
+def test_divergences_are_zero_when_the_student_is_the_teacher(loss, k: int, temperature: float) -> None:
+    teacher = random_logits(2, 2.0)
+    targets = targets_of(teacher, k=k, temperature=temperature)
+    assert targets.tail_mass is not None
+    assert k == V or targets.tail_mass.min() > 1e-7  # below TAIL_FLOOR the teacher's tail is not its own
+    assert loss(teacher, targets, temperature=temperature).abs().max() < 1e-12
+    assert gradient(loss, teacher, targets, temperature=temperature).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("temperature", GRID)
+def test_with_every_token_kept_divergences_are_the_dense_ones(temperature: float) -> None:
+    teacher, student = random_logits(2), random_logits(1)
+    targets = targets_of(teacher, k=V, temperature=temperature)
+    reverse = kl_reverse(student, targets, temperature=temperature)
+    assert torch.allclose(reverse, dense_kl(student, teacher, temperature), rtol=0, atol=1e-12)
+    for beta in (0.1, 0.5, 0.9):
+        found = jsd(student, targets, temperature=temperature, beta=beta)
+        assert torch.allclose(found, dense_jsd(teacher, student, temperature, beta), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [kl_reverse, jsd])
+def test_divergences_grow_with_k_to_the_dense_ones(loss) -> None:
+    teacher, student = random_logits(2, 2.0), random_logits(1, 2.0)
+    by_k = torch.stack([loss(student, targets_of(teacher, k=k)) for k in range(1, V + 1)])
+    # lumping outcomes together cannot raise an f-divergence; TAIL_FLOOR is not reached
+    assert (by_k.diff(dim=0) >= -1e-12).all()
+
+
+@pytest.mark.parametrize("temperature", [2.0, 4.0])
+@pytest.mark.parametrize("loss", [kl_reverse, jsd])
+def test_divergences_have_the_gradients_of_finite_differences_at_every_temperature(loss, temperature: float) -> None:
+    targets, logits = targets_of(random_logits(2), temperature=temperature), random_logits(1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets, temperature=temperature), (logits,))
+
+
+def test_jsd_is_symmetric_at_one_half_and_at_most_ln_two() -> None:
+    a, b = random_logits(1), random_logits(2)
+    there, back = jsd(a, targets_of(b, k=V)), jsd(b, targets_of(a, k=V))
+    assert torch.allclose(there, back, rtol=0, atol=1e-12)
+    far = torch.full((N, V), -400.0, dtype=torch.float64)
+    far[:, 0] = 0.0
+    other = far.roll(1, dims=1)
+    assert torch.allclose(
+        jsd(other, targets_of(far, k=2)), torch.full((N,), math.log(2.0), dtype=torch.float64), atol=1e-6
+    )
+    assert (jsd(a, targets_of(b)) < math.log(2.0)).all()
+
+
+@pytest.mark.parametrize("loss", [kl_reverse, jsd])
+def test_a_student_that_leaves_the_kept_ids_is_punished(loss) -> None:
+    """On the bare support its q would be small everywhere, and so would a reverse KL over it."""
+    teacher = random_logits(2)
+    targets = targets_of(teacher)
+    assert targets.token_ids is not None
+    gone = teacher.scatter(1, targets.token_ids, -30.0)
+    away = loss(gone, targets)
+    assert (away > 10 * loss(teacher + 0.1 * random_logits(3), targets)).all()
+    assert (away > 0.25).all()  # of a JSD of at most 0.69; rows keep 50-90 % of their mass
+    downhill = gone - gradient(loss, gone, targets)
+    kept = [logits.softmax(dim=1).gather(1, targets.token_ids).sum(dim=1) for logits in (gone, downhill)]
+    assert (kept[1] > kept[0]).all()
 
 
 # Draws

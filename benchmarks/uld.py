@@ -1,0 +1,110 @@
+"""What ULD loses when the teacher is a few values and the mass of rank bands: relative error against full vocabularies.
+
+    python benchmarks/uld.py --teacher demo --student RUN --data demo:heldout
+
+For 1,024 positions of real text, teacher rows go through the cache's own selection and codec; ULD and its gradient
+with respect to the student's logits are compared with those of both whole vocabularies in float64. Per line:
+
+    value     mean |error| / mean value
+    rows      RMS over positions of |error| / |gradient| (positions of tiny gradients count as much as others)
+    logits    |error| / |gradient| over all logits of all positions
+    weight    the same for the gradient of the output layer's weight: what a training step of this batch sees
+
+in per cent, for the exact order and for the fast bins. Without bands the tail is taken to be zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd.cache_builder import codecs
+from kd.cache_builder.sparsify import Sparsifier
+from kd.cache_builder.targets import RawTargets, TargetConfig, band_edges
+from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
+from kd.data.forward import split_head
+from kd.data.models import ModelRequest, load_model, load_request_tokenizer
+from kd.data.sources import load_corpus
+from kd.student_trainer.groups import GroupSettings, GroupTargets, sorted_distance, uld
+
+
+def hidden_and_logits(name: str, rows: list[TokenRows], count: int) -> tuple[Tensor, Tensor]:
+    """`[N, d]` and `[N, V]` of the first `count` scored positions."""
+    head = split_head(load_model(ModelRequest(name, device="cpu")))
+    with torch.no_grad():
+        hidden = head.scored_hidden([r.context_ids for r in rows], [r.target_ids for r in rows])[:count]
+        return hidden, head.logits(hidden).float()
+
+
+def cached(logits: Tensor, gold: Tensor, config: TargetConfig, temperature: float) -> tuple[Tensor, Tensor | None]:
+    """Head and bands at `temperature` as a student reads them from a cache."""
+    chunk = Sparsifier(config, logits.shape[1])(logits, gold)
+    kept = {n: getattr(chunk, n) for n in ("log_z", "gold_logprob", "gold_rank", "relative", "tail_bands")}
+    raw = RawTargets(gold_ids=gold.numpy(), byte_end=np.arange(len(gold)),
+                     **{n: None if v is None else v.numpy() for n, v in kept.items()})  # fmt: skip
+    stored, _ = codecs.encode(raw, config)
+    dtypes = {spec.name: spec.dtype for spec in codecs.array_specs(config, logits.shape[1])}
+    targets = codecs.decode({name: value.astype(dtypes[name]) for name, value in stored.items()}, config)
+    bands = None if targets.tail_bands is None else torch.from_numpy(targets.tail_bands[:, 0])
+    return torch.from_numpy(targets.logprobs_at(temperature)).float(), bands
+
+
+def errors(value: Tensor, grad: Tensor, exact: Tensor, dense: Tensor, hidden: Tensor) -> str:
+    off = grad.double() - dense
+    figures = (
+        (value.double() - exact).abs().mean() / exact.mean(),
+        (off.norm(dim=1) / dense.norm(dim=1)).square().mean().sqrt(),
+        off.norm() / dense.norm(),
+        (off.T @ hidden).norm() / (dense.T @ hidden).norm(),
+    )
+    return " ".join(f"{100 * float(f):7.3f}" for f in figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="demo")
+    parser.add_argument("--student", required=True, help="any model with the teacher's tokenizer")
+    parser.add_argument("--data", default="demo:heldout")
+    parser.add_argument("--positions", type=int, default=1024)
+    args = parser.parse_args()
+    rows: list[TokenRows] = []
+    tokenizer = load_request_tokenizer(ModelRequest(args.teacher))
+    for row in tokenize_corpus(load_corpus(args.data), tokenizer, BlockConfig(129)):
+        rows.append(row)
+        if sum(len(r.target_ids) for r in rows) >= args.positions:
+            break
+    gold = torch.from_numpy(np.concatenate([r.target_ids for r in rows])[: args.positions]).long()
+    n = len(gold)
+    _, teacher = hidden_and_logits(args.teacher, rows, n)
+    hidden, student = hidden_and_logits(args.student, rows, n)
+    hidden = hidden.double()
+    print(f"{n} positions, vocabulary {teacher.shape[1]}; per cent")
+    print(f"{'':<22}{'exact: value  rows  logits  weight':>36}{'fast: value  rows  logits  weight':>40}")
+    for temperature in (1.0, 2.0):
+        leaf = student.double().requires_grad_()
+        whole = torch.softmax(teacher.double() / temperature, dim=1).sort(dim=1, descending=True).values
+        exact = sorted_distance(whole, torch.softmax(leaf / temperature, dim=1))
+        (dense,) = torch.autograd.grad(exact.sum(), leaf)
+        print(f"T={temperature:g}, mean value {float(exact.detach().mean()):.4f}")
+        for k, bands, codec in product((16, 64), (0, 8, 16), ("linear8", "float16")):
+            config = TargetConfig("uld", top_k=k, tail_bands=bands, temperatures=(1.0, 2.0),
+                                  band_temperatures=(temperature,), logprob_codec=codec)  # fmt: skip
+            head, mass = cached(teacher, gold, config, temperature)
+            edges = tuple(band_edges(k, teacher.shape[1], bands)) if bands else ()
+            zeros = torch.zeros(n)
+            groups = GroupTargets(torch.arange(n), torch.arange(n) + 1, gold, zeros, zeros, zeros + 1, head, mass)
+            line = []
+            for ranking in ("exact", "fast"):
+                leaf = student.clone().requires_grad_()
+                value = uld(leaf, groups, GroupSettings(temperature, edges, ranking))
+                (grad,) = torch.autograd.grad(value.sum(), leaf)
+                line.append(errors(value.detach(), grad, exact.detach(), dense, hidden))
+            print(f"  k={k:<3} {bands:>2} bands {codec:<8}" + "    ".join(line))
+
+
+if __name__ == "__main__":
+    main()
