@@ -23,17 +23,20 @@ Results go to stdout (one JSON document with `--json`), progress and messages to
 | 3 | a check found damage |
 | 130 | interrupted; the same command again continues |
 
-`--data SPEC`: `demo[:heldout]`, `wikitext-2[:validation|test]`, a local file or folder (`.txt .tokens .jsonl .csv .tsv
-.parquet`, with `--columns` where names differ), `hub-id[:config][@revision]`, or instruction tasks: `flan:four`, `flan:ten`,
-`flan:TASK[,TASK…]`, `flan:all-but=CLUSTER`, or the path of a task's `.yaml` file (`docs/extending.md`).
-`--teacher` / `--student`: a hub id, a local folder, `demo` (the embedded ones), or `random:NAME` (random weights in the
-real shape of gpt2, gpt2-medium, gpt-neo-2.7B, pythia-410m or SmolLM-360M).
+`--data SPEC`: `demo[:heldout]`, `mini[:heldout]`, `wikitext-2[:validation|test]`, a local file or folder (`.txt .tokens .jsonl
+.csv .tsv .parquet`, with `--columns` where names differ), `hub-id[:config][@revision]`, or instruction tasks: `flan:four`,
+`flan:ten`, `flan:TASK[,TASK…]`, `flan:all-but=CLUSTER`, or the path of a task's `.yaml` file (`docs/extending.md`).
+`--teacher` / `--student`: a hub id, a local folder, `demo` (the embedded ones; `demo-t5` as a teacher), or
+`random:NAME` (random weights in the real shape of gpt2, gpt2-medium, gpt-neo-2.7B, pythia-410m, SmolLM-360M or
+flan-t5-small, -base, -large, -xl, -xxl).
 """
 
 
 def commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """`(name, help text)` of every command below `command`."""
-    context = click.Context(command, info_name=" ".join(path), max_content_width=110, terminal_width=110)
+    # the names that `cli` gives its help: click remembers the first it is asked for
+    context = click.Context(command, info_name=" ".join(path), max_content_width=110, terminal_width=110,
+                            help_option_names=["-h", "--help"])  # fmt: skip
     yield " ".join(path), command.get_help(context)
     if isinstance(command, click.Group):
         for name in sorted(command.commands):
