@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_the_facts_of_the_reference_systems() -> None:
     assert labels["paws"]["original"] == (("0", "No"), ("1", "Yes"))
     assert str(load_task("anli_r3").splits["test"]) == "test_r3"
     assert str(load_task("python_code").splits["dev"]) == "train[90%:]"
+    for name in ("anli_r1", "anli_r2", "anli_r3", "boolq", "paws", "squad", "samsum", "python_code"):
+        found = load_task(name).hub
+        assert found is not None
+        assert re.fullmatch("[0-9a-f]{40}", found.revision), name  # a commit: what a cache was made from stays
     hub = load_task("xsum").hub
     assert hub is not None
     assert hub.revision == "refs/convert/parquet"  # the main branch needs a script

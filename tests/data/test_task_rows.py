@@ -104,10 +104,13 @@ def test_the_hub_is_asked_for_the_pinned_data_set_and_split() -> None:
         asked.append(arguments)
         return Dataset.from_list(CODE)
 
-    rows = load_task_rows(load_task("python_code"), "test", None, hub)
-    assert asked == [("iamtarun/python_code_instructions_18k_alpaca", None, "main", "train")]
+    task = load_task("python_code")
+    rows = load_task_rows(task, "test", None, hub)
+    assert task.hub is not None
+    commit = task.hub.revision
+    assert asked == [("iamtarun/python_code_instructions_18k_alpaca", None, commit, "train")]
     assert ([r["output"] for r in rows.rows], rows.first) == (["o18", "o19"], 18)
-    assert rows.source == "iamtarun/python_code_instructions_18k_alpaca@main train[90%:]"
+    assert rows.source == f"iamtarun/python_code_instructions_18k_alpaca@{commit} train[90%:]"
 
 
 def test_files_that_a_task_names_lie_beside_it(tmp_path: Path) -> None:
