@@ -334,7 +334,7 @@ def build_options(function: Function) -> Function:
         click.option("--seq-len", type=int, help="Tokens per block, context included; 512, or the teacher's window if "
                      "smaller. Of an encoder: 1024."),
         click.option("--targets", "target_source", default="data", show_default=True,
-                     help="data, or teacher: it answers the prompts, and its answers are scored and stored."),
+                     help="data, or teacher: it answers the prompts (--columns prompt=… is enough), and its answers are scored."),
         click.option("--sample-temperature", type=float, default=0.0, show_default=True,
                      help="Sample the teacher's answers at this temperature; 0 = greedy."),
         click.option("--target-len", type=int, help="Most tokens of a target, EOS included; 256 for an encoder-decoder."),
@@ -394,6 +394,8 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
         encoder, target_len or (256 if encoder else None), overlong,
     )  # fmt: skip
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
+    if target_source == "teacher" and "prompt" in columns:  # prompts are enough: the answers become the targets
+        columns = {"target": columns["prompt"], **columns}
     corpus = load_corpus(spec, split=split, columns=columns, limit=limit, instructions=instructions)
     if target_source not in ("data", "teacher"):
         raise unknown_name("source of targets", target_source, ("data", "teacher"))

@@ -193,6 +193,17 @@ def test_same_build_again_says_complete(built: tuple[Path, dict[str, Any]]) -> N
     assert "complete (nothing left to do here)" in again.stdout
 
 
+def test_prompts_are_enough_for_a_teacher_that_answers(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "The file"}\n{"question": "Return"}\n')
+    words = ("--teacher", "demo", "--data", tmp_path / "q.jsonl", "--columns", "prompt=question", "--seq-len", 64,
+             "--target-len", 8, "--targets", "teacher")  # fmt: skip
+    built = json.loads(kd("cache", "build", *words, "--out", tmp_path / "c", "--json").stdout)
+    assert (built["complete"], built["examples"]) == (True, 2)
+    again = json.loads(kd("cache", "build", *words, "--out", tmp_path / "c", "--json").stdout)
+    assert (again["reused"], again["fingerprint"]) == (True, built["fingerprint"])
+    assert "columns are missing" in kd("cache", "build", *words[:-2], "--out", tmp_path / "d", code=1).stderr
+
+
 def test_other_settings_are_refused_with_the_difference(built: tuple[Path, dict[str, Any]]) -> None:
     done = kd("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--top-k", 5,
               "--out", built[0], code=1)  # fmt: skip
