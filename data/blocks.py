@@ -133,7 +133,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig,
         raise DataError("examples are longer than the limits", where=corpus.spec,
                         found=f"{len(refused)} of {len(corpus.examples)}, first {refused[0]}",
                         expected=limits + (f", {config.target_len} for the target" if config.target_len else ""),
-                        try_="a larger --seq-len or --target-len; kd cache build also has --overlong drop and truncate")  # fmt: skip
+                        try_="a larger --seq-len or --target-len; cache build also has --overlong drop and truncate")  # fmt: skip
 
 
 def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],
