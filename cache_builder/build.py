@@ -23,7 +23,15 @@ from typing import Any
 from kd.cache_builder import codecs, store
 from kd.cache_builder.files import unfinished, write_error
 from kd.cache_builder.generate import GenerationConfig
-from kd.cache_builder.manifest import CacheManifest, Layout, check_bounds, load_manifest, refuse_mismatch
+from kd.cache_builder.manifest import (
+    BUILDING,
+    MANIFEST,
+    CacheManifest,
+    Layout,
+    check_bounds,
+    load_manifest,
+    refuse_mismatch,
+)
 from kd.cache_builder.targets import PROFILES, RawTargets, TargetConfig
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import CacheError, CacheMismatchError, DataError
@@ -41,7 +49,7 @@ from kd.data.models import (
 from kd.data.sources import Corpus
 from kd.data.tokenizer import token_bytes, tokenizer_fingerprint, vocabulary_size
 
-OWN_NAMES = {"manifest.json", "building.json", "vocabulary.parquet", "examples", "targets.zarr", "commits", "generated"}
+OWN_NAMES = {MANIFEST, BUILDING, store.VOCABULARY, "examples", store.TARGETS, "commits", store.ANSWERS}
 
 
 @dataclass(frozen=True)

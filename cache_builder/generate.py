@@ -19,7 +19,7 @@ import numpy as np
 
 from kd.cache_builder.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
 from kd.cache_builder.manifest import identity_difference
-from kd.cache_builder.store import read_answers, write_answers
+from kd.cache_builder.store import ANSWERS, read_answers, write_answers
 from kd.data.blocks import fit_pair, tokenize_pair
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.example import Example
@@ -30,7 +30,6 @@ from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 if TYPE_CHECKING:
     from kd.cache_builder.build import BuildRequest
 
-FOLDER = "generated"
 BLOCK = 256
 """Examples per file: the unit of resuming."""
 BATCH = 16
@@ -79,10 +78,11 @@ def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
                         expected="prompts", try_="--columns prompt=…,target=…, or --targets data")  # fmt: skip
     tokenizer = load_request_tokenizer(request.teacher)
     prompts = list(_prompts(request, tokenizer, generation.max_new_tokens))
-    folder = request.out / FOLDER
+    folder = request.out / ANSWERS
     identity = {
         "teacher": model_identity(request.teacher), "tokenizer": tokenizer_fingerprint(tokenizer),
-        "prompts": request.corpus.digest, "blocks": asdict(request.blocks), "generation": generation.identity(),
+        "prompts": request.corpus.digest, "answers": len(prompts), "blocks": asdict(request.blocks),
+        "generation": generation.identity(),
     }  # fmt: skip
     try:
         _claim(folder, identity)
@@ -112,8 +112,11 @@ def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
 
 def answered(request: BuildRequest) -> bool:
     """Are the answers of a build under `request.out` complete?"""
-    count = -(-len(request.corpus.examples) // BLOCK)
-    return all((request.out / FOLDER / f"{n:05d}.parquet").exists() for n in range(count))
+    folder = request.out / ANSWERS
+    if not (folder / "request.json").exists():
+        return False
+    answers = int(read_json(folder / "request.json").get("answers", 0))  # fewer than examples where some were dropped
+    return all((folder / f"{n:05d}.parquet").exists() for n in range(-(-answers // BLOCK)))
 
 
 def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int) -> Iterator[tuple[Example, np.ndarray]]:

@@ -56,6 +56,8 @@ from kd.data.errors import CacheDamageError, CacheMismatchError
 
 TARGETS = "targets.zarr"
 VOCABULARY = "vocabulary.parquet"
+ANSWERS = "generated"
+"""Folder of the teacher's answers, where it wrote the targets; see `generate`."""
 
 EXAMPLE_SCHEMA = pa.schema(
     [
@@ -182,8 +184,8 @@ class ShardWriter:
         )
         pq.write_table(table, self.staging / VOCABULARY, compression="zstd")
         files = {n: file_entry(self.staging / n) for n in names}
-        answers = sorted((self.root / "generated").glob("*.*"))
-        files |= {f"generated/{p.name}": file_entry(p) for p in answers if not unfinished(p.name)}
+        answers = sorted((self.root / ANSWERS).glob("*.*"))
+        files |= {f"{ANSWERS}/{p.name}": file_entry(p) for p in answers if not unfinished(p.name)}
         mine = CacheManifest(**{**_shallow(self.manifest), "files": files})
         if not self.manifest.files:
             (self.staging / BUILDING).write_text(mine.to_json(), encoding="utf-8")

@@ -25,16 +25,23 @@ def pinned(request: ModelRequest) -> ModelRequest:
     """The request with a hub id's branch or tag replaced by its commit, so that all that is loaded is of one commit."""
     if request.local or request.random_shape is not None:
         return request
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     try:
         commit = HfApi().model_info(request.name, revision=request.revision).sha
-    except Exception as online:  # offline: the commit on this disk
-        try:
-            commit = Path(snapshot_download(request.name, revision=request.revision, local_files_only=True)).name
-        except Exception:
-            raise cannot_load(request, online) from online
+    except Exception as online:  # the hub's client raises many unrelated types
+        commit = _snapshot(request, online).name
     return replace(request, revision=commit)
+
+
+def _snapshot(request: ModelRequest, online: Exception) -> Path:
+    """The folder of a hub id on this disk, named by its commit. Raises TeacherError for what went wrong `online`."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(request.name, revision=request.revision, local_files_only=True))
+    except Exception:  # not on this disk either: why the hub did not answer is what the user needs
+        raise cannot_load(request, online) from online
 
 
 def model_identity(request: ModelRequest) -> dict[str, Any]:
@@ -69,15 +76,12 @@ def weight_digests(request: ModelRequest) -> dict[str, Any]:
     """`{"revision": commit or "local", "weights": {file: sha256}}` of the files transformers would load."""
     if request.local:
         return {"revision": "local", "weights": _folder_digests(Path(request.path), request.name)}
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     try:
         info = HfApi().model_info(request.name, revision=request.revision, files_metadata=True)
-    except Exception as online:  # offline: the same from what is already on disk
-        try:
-            folder = Path(snapshot_download(request.name, revision=request.revision, local_files_only=True))
-        except Exception:
-            raise cannot_load(request, online) from online
+    except Exception as online:  # as in `pinned`
+        folder = _snapshot(request, online)
         return {"revision": folder.name, "weights": _folder_digests(folder, request.name)}
     files = {s.rfilename: s for s in info.siblings or []}
     names = weight_files(

@@ -58,8 +58,8 @@ class StudentText:
         pieces = token_bytes(tokenizer)
         same = not blocks.encoder and separator is None and same_tokenizer(reader, tokenizer)
         between = "" if not pairs else blocks.separator if separator is None else separator
-        bos = not same and tokenizer.bos_token_id is not None
-        limits = BlockConfig(seq_len=window or 2**31, bos=bos or blocks.bos, overlong="truncate")
+        bos = blocks.bos if same else tokenizer.bos_token_id is not None  # a cut prompt keeps it, and nothing else
+        limits = BlockConfig(seq_len=window or 2**31, bos=bos, overlong="truncate")
         self.truncated = 0
         """Examples that did not fit the window."""
         self.teacher_has_eos: list[bool] = []

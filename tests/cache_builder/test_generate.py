@@ -157,11 +157,13 @@ def test_answers_that_were_damaged_or_belong_to_others_are_noticed(make, model_d
         list(generate(make(model_dir)))
 
 
-def test_prompts_that_are_too_long_are_refused_dropped_or_cut_at_their_beginning(make, model_dir: Path):
+def test_prompts_that_are_too_long_are_refused_dropped_or_cut_at_their_beginning(make, model_dir: Path, monkeypatch):
     with pytest.raises(DataError, match="prompts are longer") as caught:
         list(generate(make(model_dir, seq_len=14)))
     assert "first p.jsonl:1" in str(caught.value)
+    monkeypatch.setattr("kd.cache_builder.generate.BLOCK", 4)  # five prompts would be two files, four are one
     *_, dropped = generate(make(model_dir, "d", seq_len=14, overlong="drop"))
+    assert answered(make(model_dir, "d", seq_len=14, overlong="drop"))
     assert "p.jsonl:1" not in [e.id for e in dropped.request.corpus.examples]
     reader = run(make(model_dir, "t", seq_len=14, overlong="truncate"))
     assert all(len(e.context_ids) + len(e.targets) <= 14 for e in reader.read(range(len(reader))))

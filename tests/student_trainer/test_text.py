@@ -176,3 +176,15 @@ def test_a_target_that_leaves_no_token_is_an_example_without_rows(tmp_path, buil
     text = StudentText(reader, other_tokenizer(eos_token="</s>"), window=64)
     sides = [text[i].side for i in range(len(reader))]
     assert [side.text_tokens >= 0 for side in sides] == [True] * len(reader)
+
+
+def test_a_cut_prompt_keeps_no_first_token_for_a_student_without_bos(pairs_reader, other_tokenizer) -> None:
+    """The cache opens prompts with BOS; the student has none, and the first token of a prompt is like any other."""
+    tokenizer = other_tokenizer(eos_token="</s>")
+    assert pairs_reader.manifest.blocks.bos
+    whole = StudentText(pairs_reader, tokenizer, window=None)
+    for window in range(3, 40):
+        cut = StudentText(pairs_reader, tokenizer, window=window)
+        for number in range(len(pairs_reader)):
+            context = cut[number].context_ids
+            assert np.array_equal(context, whole[number].context_ids[len(whole[number].context_ids) - len(context) :])
