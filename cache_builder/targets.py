@@ -32,7 +32,7 @@ class Profile:
     boundary: bool
     """Keep log P(next token starts a word or ends the text)?"""
     logprob_codec: str = "linear8"
-    """ULD's gradient is a sign: 8 bits turn 5-8 % of it around, float16 0.4 % (docs/log.md)."""
+    """ULD's gradient is a sign, which 8 bits turn around where the two curves are close (benchmarks/uld.py)."""
 
 
 PROFILES: dict[str, Profile] = {

@@ -84,8 +84,8 @@ class LanguageModelHead:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, d] -> [N, V]` float32, whatever the model's dtype.
 
-        A product of 16-bit numbers is exact in float32 and is summed there; only its rounding back to 16 bits, which
-        costs up to 1e-4 nats of KL, is left out. No gradients: the training loss has its own output layer.
+        A product of 16-bit numbers is exact in float32 and is summed there; only its rounding back to 16 bits, a loss
+        that nothing measured later could see, is left out. No gradients: the training loss has its own output layer.
         """
         import torch
 

@@ -11,6 +11,7 @@ Add a loss: one function `(logits, groups, settings) -> [G]` and one line in `kd
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ def uld(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor
     q = (z - log_z.unsqueeze(1)).exp()
     if settings.ranking == "fast":
         return _binned_uld(z, q, further, groups, settings)
-    p = sorted_row(_need(groups.logprobs), groups.bands, settings.edges).to(q.dtype)
+    p = sorted_row(need(groups.logprobs), groups.bands, settings.edges).to(q.dtype)
     p = p * groups.log_scale.exp().unsqueeze(1)
     return sorted_distance(p, q * further.exp().unsqueeze(1))
 
@@ -133,7 +134,7 @@ def _binned_uld(z: Tensor, q: Tensor, further: Tensor, groups: GroupTargets, set
         counts = torch.zeros(len(z), width, device=z.device, dtype=z.dtype).scatter_add_(1, bins, torch.ones_like(z))
         ends = counts[:, :FAST_BINS].cumsum(dim=1).add_(head)
         ranks = torch.cat([ends, torch.arange(1, head + 1, device=z.device).expand_as(ids)], dim=1)
-        curve = cumulative_curve(_need(groups.logprobs), groups.bands, settings.edges)
+        curve = cumulative_curve(need(groups.logprobs), groups.bands, settings.edges)
         first = mass_of_first(ranks, *curve)
         tail, top_mass = first[:, :FAST_BINS], first[:, FAST_BINS:]
         p = torch.cat(
@@ -157,7 +158,7 @@ def hybrid(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Ten
     TRL's GOLD (hybrid ULD), with pieces compared as bytes and the cut tail accounted for.
     """
     z, log_z, further = _student(logits, groups, settings.temperature)
-    ids, log_p = _need(groups.student_ids), _need(groups.logprobs)
+    ids, log_p = need(groups.student_ids), need(groups.logprobs)
     shared = ids >= 0
     safe = ids.clamp(min=0)
     scale_p, scale_q = groups.log_scale.unsqueeze(1), further.unsqueeze(1)
@@ -209,7 +210,11 @@ def alm(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor
     return ALM_TEMPERATURE * (x.exp() * (x - y) + other_x.exp() * (other_x - other_y))
 
 
-def _need(field: Tensor | None) -> Tensor:
+Field = TypeVar("Field")
+
+
+def need(field: Field | None) -> Field:
+    """A field of the targets; ValueError where the cache's profile left out what a loss compares."""
     if field is None:
         raise ValueError("the targets hold no such field for this loss")
     return field

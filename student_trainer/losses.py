@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.data.errors import unknown_name
-from kd.student_trainer.groups import GroupSettings, GroupTargets, alm, generalised_jsd, hybrid, uld
+from kd.student_trainer.groups import GroupSettings, GroupTargets, alm, generalised_jsd, hybrid, need, uld
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def kl_ghost(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0) 
 
     Hinton et al. 2015, arXiv:1503.02531; the rest bucket with the exact normaliser is ours (docs/log.md).
     """
-    ids, log_p, mass = _need(targets.token_ids), _need(targets.logprobs), _need(targets.tail_mass)
+    ids, log_p, mass = need(targets.token_ids), need(targets.logprobs), need(targets.tail_mass)
     if ids.shape[1] == logits.shape[1]:
         log_q = (logits / temperature).log_softmax(dim=1).gather(1, ids)
         return (log_p.exp() * (log_p - log_q)).sum(dim=1)
@@ -149,7 +149,7 @@ def kl_renorm(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0)
     logits   [N, V]  unnormalised
     returns  [N]
     """
-    ids, log_p = _need(targets.token_ids), _need(targets.logprobs)
+    ids, log_p = need(targets.token_ids), need(targets.logprobs)
     log_p = log_p - log_p.logsumexp(dim=1, keepdim=True)
     scaled = logits / temperature
     log_q = scaled.gather(1, ids) - scaled.logsumexp(dim=1, keepdim=True)
@@ -170,7 +170,7 @@ def kl_sampled(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0
     """
     if temperature != 1.0:
         raise ValueError(f"draws were made at temperature 1, not {temperature}")
-    ids, counts = _need(targets.sample_ids), _need(targets.sample_counts).to(logits.dtype)
+    ids, counts = need(targets.sample_ids), need(targets.sample_counts).to(logits.dtype)
     share = counts / counts.sum(dim=1, keepdim=True)
     log_q = logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True)
     return (torch.xlogy(share, share) - share * log_q).sum(dim=1)
@@ -208,7 +208,7 @@ TAIL_FLOOR = 1e-7
 
 def _outcomes(logits: Tensor, targets: LossTargets, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities `[N, K + 1]` of teacher and student: kept ids, then everything else (`[N, V]` where K = V)."""
-    ids, log_p, mass = _need(targets.token_ids), _need(targets.logprobs), _need(targets.tail_mass)
+    ids, log_p, mass = need(targets.token_ids), need(targets.logprobs), need(targets.tail_mass)
     if ids.shape[1] == logits.shape[1]:
         return log_p, (logits / temperature).log_softmax(dim=1).gather(1, ids)
     head, tail = kept_and_rest(logits, ids, temperature)
@@ -296,7 +296,7 @@ class Objective:
         weight = self.alpha * (self.temperature**2 if loss.squared else 1.0)
         function = loss.variants[self.tail]
         if loss.groups:
-            groups = _need(targets.groups)
+            groups = need(targets.groups)
             kd = function(logits, groups, replace(self.settings, temperature=self.temperature)) * groups.weight
             scaled = weight * kd if targets.kd_scale is None else weight * targets.kd_scale * kd
             return torch.cat([scaled, self.ce * ce]), kd, ce
@@ -306,12 +306,3 @@ class Objective:
         if self.ce > 0.0:
             total = total + self.ce * ce
         return total, kd, ce
-
-
-Field = TypeVar("Field")
-
-
-def _need(value: Field | None) -> Field:
-    if value is None:
-        raise ValueError("the targets hold no such field for this loss")
-    return value

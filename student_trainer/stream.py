@@ -234,13 +234,11 @@ class Coverage:
 
     bytes_aligned: int = 0
     bytes_total: int = 0
-    groups: int = 0
 
     def add(self, alignment: Alignment, size: int) -> None:
         """Count one example of `size` bytes."""
         self.bytes_aligned += alignment.bytes_aligned
         self.bytes_total += size
-        self.groups += len(alignment)
 
     @property
     def share(self) -> float | None:
