@@ -34,12 +34,11 @@ import numpy as np
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
 from kd.data.errors import DataError
 from kd.data.example import Example
-from kd.data.forward import split_head
 from kd.data.models import Model, is_encoder_decoder, max_positions
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes, vocabulary_size
 from kd.evaluation.estimates import Documents, Estimate, figures_by_task, per_example
-from kd.evaluation.scoring import Progress, ScoredText, logit_chunks, window
+from kd.evaluation.scoring import Progress, ScoredText, gold_nll, window
 
 TIE = 1e-6
 """Relative: float32 forward passes of other batch shapes differ by about as much."""
@@ -97,20 +96,13 @@ def evaluate_choices(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_
                         try_="--tasks perplexity or generation")  # fmt: skip
     texts = [ScoredText(q.example.id, q.context_ids, ids) for q in questions for ids in q.option_ids]
     lengths = [len(t.target_ids) for t in texts]
-    total, done = sum(lengths), 0
-    nats_N = np.empty(total, dtype=np.float64)
-    yield Progress(0, total)
-    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size(tokenizer),
-                          tokens_per_batch=tokens_per_batch)  # fmt: skip
-    for chunk in chunks:
-        gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
-        nats_N[chunk.rows] = (gold - chunk.logits.logsumexp(dim=1)).cpu().numpy()
-        done += len(chunk.rows)
-        yield Progress(done, total)
+    nll_N = yield from gold_nll(
+        model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=tokens_per_batch
+    )
     starts = np.cumsum([0, *(len(q.option_ids) for q in questions)])
-    nats_O = per_example(nats_N, lengths)
+    nats_O = per_example(-nll_N, lengths)
     option_nats = tuple(nats_O[starts[i] : starts[i + 1]] for i in range(len(questions)))
-    yield Progress(total, total, choices_of(questions, option_nats, counts))
+    yield Progress(len(nll_N), len(nll_N), choices_of(questions, option_nats, counts))
 
 
 def ask(corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, limit: int | None,

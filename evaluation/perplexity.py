@@ -26,12 +26,11 @@ import numpy as np
 
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import DataError
-from kd.data.forward import split_head
 from kd.data.models import Model, is_encoder_decoder
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, vocabulary_size
 from kd.evaluation.estimates import Documents, Estimate, per_example
-from kd.evaluation.scoring import Progress, ScoredText, logit_chunks, window
+from kd.evaluation.scoring import Progress, ScoredText, gold_nll, window
 
 
 @dataclass(frozen=True)
@@ -73,19 +72,12 @@ def evaluate_perplexity(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, s
     rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks), limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
-    total, done = sum(lengths), 0
-    nll_N = np.empty(total, dtype=np.float64)
-    yield Progress(0, total)
-    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size(tokenizer),
-                          tokens_per_batch=tokens_per_batch)  # fmt: skip
-    for chunk in chunks:
-        gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
-        nll_N[chunk.rows] = (chunk.logits.logsumexp(dim=1) - gold).cpu().numpy()
-        done += len(chunk.rows)
-        yield Progress(done, total)
+    nll_N = yield from gold_nll(
+        model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=tokens_per_batch
+    )
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
     byte_counts = np.array([int(r.byte_end[-1]) for r in rows])
-    yield Progress(total, total, perplexity_of(nll_N, lengths, byte_counts, documents, blocks))
+    yield Progress(len(nll_N), len(nll_N), perplexity_of(nll_N, lengths, byte_counts, documents, blocks))
 
 
 def perplexity_of(nll_N: np.ndarray, lengths: list[int], byte_counts: np.ndarray, documents: Documents,

@@ -11,14 +11,14 @@ Shapes: N scored rows, V ids the tokenizer or the cache knows, C context tokens,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from kd.data.errors import DataError
-from kd.data.forward import LanguageModelHead, batches_by_length, head_rows
+from kd.data.forward import LanguageModelHead, batches_by_length, head_rows, split_head
 from kd.data.models import Model, max_positions
 
 if TYPE_CHECKING:
@@ -139,6 +139,24 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
                 yield LogitChunk(rows[part], logits, gold[part])
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, tokens_per_batch) from error
+
+
+def gold_nll(model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int,
+             tokens_per_batch: int = 4096) -> Generator[Progress[Any], None, np.ndarray]:  # fmt: skip
+    """Negative log-probability of every scored token: yields progress, returns `[N]` float64 nats in the texts' order.
+
+    Raises as `logit_chunks`, and TeacherError when the model's output layer cannot be taken apart.
+    """
+    total, done = sum(len(t.target_ids) for t in texts), 0
+    nll_N = np.empty(total, dtype=np.float64)
+    yield Progress(0, total)
+    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
+    for chunk in chunks:
+        gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
+        nll_N[chunk.rows] = (chunk.logits.logsumexp(dim=1) - gold).cpu().numpy()
+        done += len(chunk.rows)
+        yield Progress(done, total)
+    return nll_N
 
 
 def _not_finite(texts: Sequence[ScoredText], row: int) -> DataError:
