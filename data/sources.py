@@ -26,6 +26,7 @@ from typing import Any
 from kd.data import mini_mixture, stdlib_text
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example, text_digest
+from kd.data.hub import load_hub
 from kd.data.mixtures import load_mixture, mix, select
 from kd.data.rendering import InstructionConfig
 from kd.data.tables import ENCODING, TABLE_READERS, read_table, unreadable
@@ -150,7 +151,7 @@ def _mini(spec: str, split: str) -> Corpus:
 
 
 def _wikitext(spec: str, split: str) -> Corpus:
-    lines = _load_dataset(WIKITEXT_ID, WIKITEXT_CONFIG, WIKITEXT_REVISION, split)["text"]
+    lines = load_hub(WIKITEXT_ID, WIKITEXT_CONFIG, WIKITEXT_REVISION, split).data["text"]
     source = {"source": WIKITEXT_ID, "config": WIKITEXT_CONFIG, "revision": WIKITEXT_REVISION}
     return Corpus(spec, split, "documents", tuple(wikitext_articles(lines, "wikitext-2", split)), source)
 
@@ -178,12 +179,12 @@ def _changed(instructions: InstructionConfig) -> list[str]:
 
 def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
     mixture = spec.partition(":")[2] or "ten"
-    examples, source = load_mixture(select(mixture), _task_split(split), instructions, _load_dataset)
+    examples, source = load_mixture(select(mixture), _task_split(split), instructions, load_hub)
     return Corpus(spec, _task_split(split), "pairs", examples, source)
 
 
 def _task_file(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
-    examples, source = mix([load_task(spec)], _task_split(split), instructions, _load_dataset)
+    examples, source = mix([load_task(spec)], _task_split(split), instructions, load_hub)
     return Corpus(spec, _task_split(split), "pairs", examples, source)
 
 
@@ -198,25 +199,10 @@ def _task_split(split: str) -> str:
 def _hub(spec: str, split: str, columns: Columns) -> Corpus:
     name, _, revision = spec.partition("@")
     name, _, config = name.partition(":")
-    data = _load_dataset(name, config or None, revision or None, split)
-    kind, examples = _rows_to_examples(spec, list(data.column_names), data, columns, name, split)
-    source = {"source": name, "config": config or "default", "revision": revision or "main"}
+    found = load_hub(name, config or None, revision or None, split)
+    kind, examples = _rows_to_examples(spec, list(found.data.column_names), found.data, columns, name, split)
+    source = {"source": name, "config": config or "default", "revision": found.revision}
     return Corpus(spec, split, kind, tuple(examples), source)
-
-
-def _load_dataset(name: str, config: str | None, revision: str | None, split: str) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, config, revision=revision, split=split)
-    except Exception as error:  # datasets raises a dozen unrelated types; the message is what the user needs
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            "cannot load the data set from the hub",
-            where=f"{name} config {config or 'default'} revision {revision or 'main'} split {split}",
-            found=f"{type(error).__name__}: {reason}",
-            try_="check the id, the split and the network, or give a local file (.jsonl, .parquet, …)",
-        ) from error
 
 
 def _local(spec: str, path: Path, split: str, columns: Columns) -> Corpus:

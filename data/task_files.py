@@ -5,7 +5,7 @@ when the file is read, so that a misspelt field is an error that names the file 
 
     extends                    name of one of our tasks, whose keys are taken where this file has none
     about, clusters, flan      what it is; clusters and name in the FLAN registry (kd.data.clusters)
-    hub, files, url            where rows come from: hub id, local files beside the YAML, a page to get them from
+    hub, files, url            where rows come from: hub id, files beside the YAML or at an address, a page to get them from
     splits                     train, dev, test -> split at the source, with an optional slice `train[:90%]`
     fields                     name in templates -> column, `dotted.path`, or {column: …, join/numbered/replace/drop/wrap}
     labels | choices           the answer is one of fixed words | of texts in columns

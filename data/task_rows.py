@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from kd.data.errors import DataError, unknown_name
+from kd.data.hub import HubRows, is_url, load_url
 from kd.data.tables import TABLE_READERS, Row, read_table
 from kd.data.task import SPLITS, SplitPart, TaskFile
 
 SAME = ("dev", "validation", "valid", "val")
 """Names of one split."""
 
-LoadHub = Callable[[str, str | None, str | None, str], Any]
-"""(id, config, revision, split) -> a data set of the `datasets` library: rows in order, with `column_names`."""
+LoadHub = Callable[[str, str | None, str | None, str], HubRows]
+"""(id, config, revision, split) -> rows in order; see `kd.data.hub.load_hub`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
         if split not in task.files:
             raise DataError("the task names no file for this split", where=task.path, found=split,
                             expected=", ".join(task.files))  # fmt: skip
+        if is_url(task.files[split]):
+            return _from_url(task, task.files[split])
         file = Path(task.path).parent / Path(task.files[split]).expanduser()
         if not file.is_file():
             raise DataError("a task's file is missing", where=f"{task.path} files.{split}", expected=str(file))
@@ -64,13 +67,20 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
         raise DataError("the task has no data set on the hub that loads without code", where=task.name,
                         try_=f"--task-root DIR with DIR/{task.name}/{split}.jsonl (or .csv, .parquet){get}")  # fmt: skip
     part = task.splits[split]
-    data = load_hub(task.hub.id, task.hub.config, task.hub.revision, part.name)
+    found = load_hub(task.hub.id, task.hub.config, task.hub.revision, part.name)
+    data = found.data
     _check_columns(task, list(data.column_names), f"{task.hub.id} split {part.name}")
     start, stop = part.cut(len(data))
     rows = data if part.whole else data.select(range(start, stop))
     config = f":{task.hub.config}" if task.hub.config else ""
-    source = f"{task.hub.id}{config}@{task.hub.revision or 'main'} {part}"
+    source = f"{task.hub.id}{config}@{found.revision} {part}"
     return TaskRows(rows, start, f"{task.hub.id} split {part.name}", source)
+
+
+def _from_url(task: TaskFile, url: str) -> TaskRows:
+    data = load_url(url)
+    _check_columns(task, list(data.column_names), url)
+    return TaskRows(data, 0, url, url)
 
 
 def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:

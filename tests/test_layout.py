@@ -19,7 +19,7 @@ LAYERS = {"data": 0, "recipes": 0, "cache_builder": 1, "student_trainer": 2, "ev
 DOORS = {
     "zarr": {"cache_builder/store.py"},
     "numcodecs": {"cache_builder/store.py"},
-    "datasets": {"data/sources.py"},
+    "datasets": {"data/hub.py"},
     "bitsandbytes": {"data/models.py"},
     "click": {"cli.py"},
     "rich": {"cli.py"},

@@ -229,7 +229,7 @@ def test_an_unknown_source_suggests_the_nearest(typo: str, meant: str):
 )
 def test_a_missing_path_is_not_looked_up_on_the_hub(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kd.data.sources._load_dataset", lambda *a: pytest.fail("asked the hub"))
+    monkeypatch.setattr("kd.data.sources.load_hub", lambda *a: pytest.fail("asked the hub"))
     with pytest.raises(DataError, match="no such file or folder"):
         load_corpus(spec)
 
@@ -324,6 +324,27 @@ def test_a_hub_id_with_config_and_revision_loads_through_datasets(hub):
     corpus = load_corpus("owner/set.v1:plain.en@main", split="validation")
     assert [(e.id, e.prompt, e.target) for e in corpus.examples] == [("owner/set.v1:0", "2+2=", "4")]
     assert corpus.source == {"source": "owner/set.v1", "config": "plain.en", "revision": "main"}
+
+
+def test_a_branch_of_the_hub_is_recorded_as_its_commit(hub, monkeypatch):
+    """All splits of one commit, and a name under which the same rows can be asked for again."""
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    commit, asked = "c0ffee" * 6 + "c0ff", []
+
+    class Api(huggingface_hub.HfApi):
+        def dataset_info(self, repo_id, *, revision=None, **rest):
+            asked.append((repo_id, revision))
+            return SimpleNamespace(sha=commit)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    hub("owner/name", "plain", {"train": PAIRS, "validation": PAIRS})
+    assert load_corpus("owner/name:plain@v2").source["revision"] == commit
+    assert load_corpus("owner/name:plain").source["revision"] == commit
+    assert load_corpus(f"owner/name:plain@{'a' * 40}").source["revision"] == "a" * 40
+    assert asked == [("owner/name", "v2"), ("owner/name", None)]
 
 
 def test_a_split_that_the_hub_does_not_have_is_a_clear_error(hub):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd.data.errors import DataError
+from kd.data.hub import HubRows
 from kd.data.task_files import load_task
 from kd.data.task_rows import load_task_rows
 
@@ -100,9 +105,9 @@ def test_the_hub_is_asked_for_the_pinned_data_set_and_split() -> None:
 
     asked = []
 
-    def hub(*arguments: Any) -> Any:
+    def hub(*arguments: Any) -> HubRows:
         asked.append(arguments)
-        return Dataset.from_list(CODE)
+        return HubRows(Dataset.from_list(CODE), str(arguments[2]))
 
     task = load_task("python_code")
     rows = load_task_rows(task, "test", None, hub)
@@ -111,6 +116,52 @@ def test_the_hub_is_asked_for_the_pinned_data_set_and_split() -> None:
     assert asked == [("iamtarun/python_code_instructions_18k_alpaca", None, commit, "train")]
     assert ([r["output"] for r in rows.rows], rows.first) == (["o18", "o19"], 18)
     assert rows.source == f"iamtarun/python_code_instructions_18k_alpaca@{commit} train[90%:]"
+
+
+def test_a_task_without_any_source_says_where_files_go(tmp_path: Path) -> None:
+    path = tmp_path / "talks.yaml"
+    path.write_text("extends: cosmos_qa\nfiles: {}\n")
+    with pytest.raises(DataError, match="no data set on the hub that loads without code") as caught:
+        load_task_rows(load_task(str(path)), "train", None, no_hub)
+    assert "--task-root DIR" in str(caught.value)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a real HTTP server over `tmp_path/www`."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
+    (tmp_path / "www").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+COSMOS = 'id,context,question,answer0,answer1,answer2,answer3,label\nx,It rained .,Why wet ?,a,b,"c, d",e,2\n'
+
+
+def test_files_at_an_address_are_read_where_they_lie(tmp_path: Path, server: str) -> None:
+    (tmp_path / "www" / "valid.csv").write_text(COSMOS)
+    path = tmp_path / "cosmos.yaml"
+    path.write_text(
+        f"extends: cosmos_qa\nfiles: {{dev: {server}/valid.csv, test: {server}/none.csv, train: {server}/x.zip}}\n"
+    )
+    task = load_task(str(path))
+    found = load_task_rows(task, "dev", None, no_hub)
+    assert [r["answer2"] for r in found.rows] == ["c, d"]
+    assert found.source == f"{server}/valid.csv"
+    with pytest.raises(DataError, match="cannot load the file") as caught:
+        load_task_rows(task, "test", None, no_hub)
+    assert caught.value.details["where"] == f"{server}/none.csv"
+    with pytest.raises(DataError, match="no known kind"):
+        load_task_rows(task, "train", None, no_hub)
 
 
 def test_files_that_a_task_names_lie_beside_it(tmp_path: Path) -> None:
@@ -130,7 +181,6 @@ def test_files_that_a_task_names_lie_beside_it(tmp_path: Path) -> None:
     [
         ("paws", "dve", None, "unknown split"),
         ("paws", "train", "nowhere", "no files of the task"),
-        ("cosmos_qa", "train", None, "no data set on the hub that loads without code"),
     ],
 )
 def test_what_is_not_there_is_one_clear_error(name: str, split: str, root: str | None, words: str) -> None:
