@@ -54,6 +54,11 @@ class GroupTargets:
     def __len__(self) -> int:
         return len(self.first)
 
+    def __getitem__(self, groups: Tensor) -> GroupTargets:
+        """Some of the groups, by number `[g]`; rows stay as they are."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
+        return replace(self, **{name: v[groups] for name, v in values.items() if v is not None})
+
     def within(self, rows: slice, groups: slice) -> GroupTargets:
         """A range of groups, whose rows are all in `rows`."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
@@ -82,12 +87,12 @@ def _student(logits: Tensor, groups: GroupTargets, temperature: float) -> tuple[
     scaled = logits / temperature
     log_z = scaled.logsumexp(dim=1)
     gold = scaled.gather(1, groups.gold_ids.unsqueeze(1)).squeeze(1) - log_z
-    further = _sums(gold, groups.first + 1, groups.stop)
+    further = row_sums(gold, groups.first + 1, groups.stop)
     further = torch.where(groups.stop - groups.first > 1, further, torch.zeros_like(further))  # exactly, for one token
     return scaled[groups.first], log_z[groups.first], further
 
 
-def _sums(values: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+def row_sums(values: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """`[G]` sums of `values[start:stop]`; in float64, for they are differences of long sums."""
     total = F.pad(values.double().cumsum(0), (1, 0))
     return (total[stop] - total[start]).to(values.dtype)
@@ -125,25 +130,31 @@ def sorted_distance(p: Tensor, q: Tensor) -> Tensor:
 def _binned_uld(z: Tensor, q: Tensor, further: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor:
     """Masses of the student's value bins against the teacher's mass in the same ranks."""
     with torch.no_grad():
-        head = min(FAST_HEAD, z.shape[1])
-        top, ids = z.topk(head, dim=1)
-        span = (top[:, -1:] - z.amin(dim=1, keepdim=True)).clamp(min=1e-6, max=FAST_RANGE)  # a flat row: finer bins
-        bins = (top[:, -1:] - z).mul_(FAST_BINS / span).clamp_(0, FAST_BINS - 1).long()
-        bins.scatter_(1, ids, FAST_BINS + torch.arange(head, device=z.device).expand_as(ids))  # a bin of its own each
-        width = FAST_BINS + head
-        counts = torch.zeros(len(z), width, device=z.device, dtype=z.dtype).scatter_add_(1, bins, torch.ones_like(z))
-        ends = counts[:, :FAST_BINS].cumsum(dim=1).add_(head)
-        ranks = torch.cat([ends, torch.arange(1, head + 1, device=z.device).expand_as(ids)], dim=1)
-        curve = cumulative_curve(need(groups.logprobs), groups.bands, settings.edges)
-        first = mass_of_first(ranks, *curve)
-        tail, top_mass = first[:, :FAST_BINS], first[:, FAST_BINS:]
-        p = torch.cat(
-            [torch.cat([top_mass[:, -1:], tail], dim=1).diff(dim=1), F.pad(top_mass, (1, 0)).diff(dim=1)], dim=1
-        )
-        beyond = (curve[1][:, -1] - tail[:, -1]).clamp(min=0).to(q.dtype)  # ranks the student does not have
-    mass = torch.zeros(len(z), width, device=z.device, dtype=q.dtype).scatter_add(1, bins, q)
-    a, b = groups.log_scale.exp().unsqueeze(1), further.exp().unsqueeze(1)
-    return (a * p.to(q.dtype) - b * mass).abs().sum(dim=1) + a.squeeze(1) * beyond
+        bins, p, beyond = uld_bins(z, groups, settings)
+    mass = torch.zeros_like(p).scatter_add(1, bins, q)
+    a, b = groups.log_scale.exp().unsqueeze(1).to(q.dtype), further.exp().unsqueeze(1)
+    return (a * p - b * mass).abs().sum(dim=1) + a.squeeze(1) * beyond
+
+
+def uld_bins(z: Tensor, groups: GroupTargets, settings: GroupSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Each logit's bin `[G, V]`, the teacher's mass in the ranks of each bin `[G, bins]`, and beyond the student's
+    ranks `[G]`. The first FAST_HEAD ranks have a bin each, the last bins; all others share FAST_BINS by value.
+    """
+    head = min(FAST_HEAD, z.shape[1])
+    top, ids = z.topk(head, dim=1)
+    span = (top[:, -1:] - z.amin(dim=1, keepdim=True)).clamp(min=1e-6, max=FAST_RANGE)  # a flat row: finer bins
+    bins = (top[:, -1:] - z).mul_(FAST_BINS / span).clamp_(0, FAST_BINS - 1).long()
+    bins.scatter_(1, ids, FAST_BINS + torch.arange(head, device=z.device).expand_as(ids))
+    counts = torch.zeros(len(z), FAST_BINS + head, device=z.device, dtype=z.dtype)
+    counts.scatter_add_(1, bins, torch.ones_like(z))
+    ends = counts[:, :FAST_BINS].cumsum(dim=1).add_(head)
+    ranks = torch.cat([ends, torch.arange(1, head + 1, device=z.device).expand_as(ids)], dim=1)
+    curve = cumulative_curve(need(groups.logprobs), groups.bands, settings.edges)
+    first = mass_of_first(ranks, *curve)
+    tail, top_mass = first[:, :FAST_BINS], first[:, FAST_BINS:]
+    p = torch.cat([torch.cat([top_mass[:, -1:], tail], dim=1).diff(dim=1), F.pad(top_mass, (1, 0)).diff(dim=1)], dim=1)
+    beyond = (curve[1][:, -1] - tail[:, -1]).clamp(min=0)
+    return bins, p.to(z.dtype), beyond.to(z.dtype)
 
 
 def hybrid(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor:
@@ -203,7 +214,11 @@ def alm(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor
     Minixhofer et al. 2025, arXiv:2503.20083 (without its correction for biased chunk ends).
     """
     gold = logits.log_softmax(dim=1).gather(1, groups.gold_ids.unsqueeze(1)).squeeze(1)
-    log_q = _sums(gold, groups.first, groups.stop)
+    return alm_of(row_sums(gold, groups.first, groups.stop), groups)
+
+
+def alm_of(log_q: Tensor, groups: GroupTargets) -> Tensor:
+    """`alm` from the student's log-probability of each group's text `[G]`."""
     # a certain token has log-probability 0, where log(1 - p) has no value
     x, y = (v.clamp(max=-1e-6) / ALM_TEMPERATURE for v in (groups.chunk_logprob.to(log_q.dtype), log_q))
     other_x, other_y = torch.log(-torch.expm1(x)), torch.log(-torch.expm1(y))

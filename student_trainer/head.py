@@ -9,8 +9,7 @@ How many rows: `kd.data.forward.head_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,12 @@ from torch import Tensor
 
 from kd.student_trainer.losses import LossTargets
 
-ChunkLoss = Callable[[Tensor, LossTargets], tuple[Tensor, Tensor, Tensor]]
+
+class ChunkLoss(Protocol):
+    """A loss over a chunk of logits."""
+
+    def gradient_(self, logits: Tensor, targets: LossTargets, /) -> Tensor:
+        """`logits [n, V]` -> the sums `[3]` of (total, kd, ce); `logits` become d total / d logits."""
 
 
 def chunked_head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: ChunkLoss, targets: LossTargets, *,
@@ -28,7 +32,7 @@ def chunked_head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss:
     hidden   [N, d]
     weight   [V', d], V' >= vocabulary_size; columns of padding are cut off before the loss
     bias     [V'] or None
-    loss     `(logits [n, V], targets) -> (total, kd, ce)`, vectors of which the sums count
+    loss     as `kd.student_trainer.losses.Objective`
     returns  three scalars; kd and ce carry no gradient
     """
     total, parts = _ChunkedHead.apply(hidden, weight, bias, loss, targets, vocabulary_size, chunk)  # type: ignore[no-untyped-call]
@@ -53,19 +57,25 @@ class _ChunkedHead(torch.autograd.Function):
             else None
         )
         sums = torch.zeros(3, dtype=wide, device=hidden.device)
+        pieces = targets.pieces(chunk)
+        buffer = None  # one for all chunks: fresh pages of this size cost more than the arithmetic in them
+        if dtype == wide:
+            buffer = w.new_empty(max((p.stop - p.start for p in pieces), default=0), vocabulary_size)
         with torch.autocast(device, enabled=False):
-            for rows in targets.pieces(chunk):
+            for rows in pieces:
                 h = hidden.detach()[rows].to(dtype)
-                logits = F.linear(h, w, b).to(wide).requires_grad_()
-                with torch.enable_grad():
-                    total, kd, ce = loss(logits, targets[rows])
-                    value = total.sum()
-                    (grad,) = torch.autograd.grad(value, logits)
-                sums += torch.stack([value.detach(), kd.detach().sum(), ce.detach().sum()])
+                if buffer is None:
+                    grad = F.linear(h, w, b).to(wide)
+                else:
+                    grad = buffer[: len(h)]
+                    torch.mm(h, w.T, out=grad) if b is None else torch.addmm(b, h, w.T, out=grad)
+                sums += loss.gradient_(grad, targets[rows]).to(wide)
                 narrow = grad.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (narrow @ w).to(hidden.dtype)
-                if grad_weight is not None:
+                if grad_weight is not None and dtype == wide:
+                    grad_weight[:vocabulary_size].addmm_(narrow.T, h)
+                elif grad_weight is not None:
                     grad_weight[:vocabulary_size] += narrow.T @ h
                 if grad_bias is not None:
                     grad_bias[:vocabulary_size] += grad.sum(dim=0)

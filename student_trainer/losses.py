@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.data.errors import unknown_name
+from kd.student_trainer.gradients import TAIL_FLOOR, Kernel, cross_entropy_kernel, divergence_kernel, sampled_kernel
+from kd.student_trainer.group_gradients import alm_kernel, group_kernel
 from kd.student_trainer.groups import GroupSettings, GroupTargets, alm, generalised_jsd, hybrid, need, uld
 
 
@@ -111,33 +112,9 @@ def kl_ghost(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0) 
 
 
 def kept_and_rest(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Tempered logits of the kept ids `[N, K]`, and the logsumexp of all others `[N]`; needs K < V.
-
-    The same as `(logits / T).gather(1, ids)` and `(logits / T).scatter(1, ids, -inf).logsumexp(1)`, with one tensor of
-    size [N, V] each for the way forward and back instead of about ten.
-    """
-    head, tail = _KeptAndRest.apply(logits, ids, temperature)  # type: ignore[no-untyped-call]
-    return head, tail
-
-
-class _KeptAndRest(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        scaled = logits / temperature
-        head = scaled.gather(1, ids)
-        scaled.scatter_(1, ids, -torch.inf)
-        top = scaled.amax(dim=1, keepdim=True)
-        weights = scaled.sub_(top).exp_()
-        total = weights.sum(dim=1)
-        ctx.save_for_backward(weights, total, ids)
-        ctx.temperature = temperature
-        return head, top.squeeze(1) + total.log()
-
-    @staticmethod
-    def backward(ctx: Any, grad_head: Tensor, grad_tail: Tensor) -> tuple[Tensor, None, None]:
-        weights, total, ids = ctx.saved_tensors
-        grad = weights * (grad_tail / (total * ctx.temperature)).unsqueeze(1)
-        return grad.scatter_(1, ids, grad_head / ctx.temperature), None, None
+    """Tempered logits of the kept ids `[N, K]`, and the logsumexp of all others `[N]`; needs K < V."""
+    scaled = logits / temperature
+    return scaled.gather(1, ids), scaled.scatter(1, ids, -torch.inf).logsumexp(dim=1)
 
 
 def kl_renorm(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0) -> Tensor:
@@ -202,10 +179,6 @@ def jsd(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0, beta:
     return generalised_jsd(log_p.exp(), log_q.exp(), beta)
 
 
-TAIL_FLOOR = 1e-7
-"""Probability of a teacher's tail that rounding has left without any (float32 sums to 1 no better than this)."""
-
-
 def _outcomes(logits: Tensor, targets: LossTargets, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities `[N, K + 1]` of teacher and student: kept ids, then everything else (`[N, V]` where K = V)."""
     ids, log_p, mass = need(targets.token_ids), need(targets.logprobs), need(targets.tail_mass)
@@ -235,17 +208,20 @@ class Loss:
     """Multiplied by T^2, so that gradients keep their size (Hinton et al. 2015)?"""
     needs: tuple[str, ...] = ()
     """What the cache must hold: `ids`, `logprobs`, `bands`."""
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    """Tail mode -> the same with its gradient worked out; without one, autograd runs on the chunk."""
 
 
 LOSSES: dict[str, Loss] = {
-    "kl": Loss(TAILS, squared=True, needs=("ids",)),
-    "reverse-kl": Loss({"ghost": kl_reverse}, squared=True, needs=("ids",)),
-    "jsd": Loss({"ghost": jsd}, squared=True, needs=("ids",)),
-    "uld": Loss({"bands": uld}, groups=True, needs=("logprobs", "bands")),
-    "hybrid": Loss({"bands": hybrid}, groups=True, needs=("ids", "logprobs", "bands")),
-    "alm": Loss({"none": alm}, groups=True),
-    "ce": Loss({"none": cross_entropy}),
-}
+    "kl": Loss(TAILS, squared=True, needs=("ids",),
+               kernels={"ghost": divergence_kernel, "renorm": divergence_kernel, "sampled": sampled_kernel}),
+    "reverse-kl": Loss({"ghost": kl_reverse}, squared=True, needs=("ids",), kernels={"ghost": divergence_kernel}),
+    "jsd": Loss({"ghost": jsd}, squared=True, needs=("ids",), kernels={"ghost": divergence_kernel}),
+    "uld": Loss({"bands": uld}, groups=True, needs=("logprobs", "bands"), kernels={"bands": group_kernel}),
+    "hybrid": Loss({"bands": hybrid}, groups=True, needs=("ids", "logprobs", "bands"), kernels={"bands": group_kernel}),
+    "alm": Loss({"none": alm}, groups=True, kernels={"none": alm_kernel}),
+    "ce": Loss({"none": cross_entropy}, kernels={"none": cross_entropy_kernel}),
+}  # fmt: skip
 """`ce` is plain fine-tuning on the same text: the baseline."""
 
 
@@ -282,8 +258,25 @@ class Objective:
         """Does the distillation loss compare groups of aligned text?"""
         return LOSSES[self.loss].groups
 
+    @property
+    def kd_weight(self) -> float:
+        """Weight of the distillation loss in the total."""
+        return self.alpha * (self.temperature**2 if LOSSES[self.loss].squared else 1.0)
+
+    def gradient_(self, logits: Tensor, targets: LossTargets) -> Tensor:
+        """`logits [N, V]` -> the sums `[3]` of (total, kd, ce), nats; `logits` become d total / d logits."""
+        kernel = LOSSES[self.loss].kernels.get(self.tail)
+        if kernel is not None:
+            return kernel(logits, targets, self)
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            sums = torch.stack([part.sum() for part in self(leaf, targets)])
+            (grad,) = torch.autograd.grad(sums[0], leaf)
+        logits.copy_(grad)
+        return sums.detach()
+
     def __call__(self, logits: Tensor, targets: LossTargets) -> tuple[Tensor, Tensor, Tensor]:
-        """`logits [N, V]` -> `(total, kd, ce)` in nats; kd without weights and T^2.
+        """`logits [N, V]` -> `(total, kd, ce)` in nats, by autograd's rules; kd without weights and T^2.
 
         Row losses: `[N]` each. Group losses: kd `[G]`, each group weighted so that an example's groups weigh 1;
         total `[G + N]`. What counts is the sum.
@@ -293,7 +286,7 @@ class Objective:
         if self.loss == "ce":
             return ce, torch.zeros_like(ce), ce
         loss = LOSSES[self.loss]
-        weight = self.alpha * (self.temperature**2 if loss.squared else 1.0)
+        weight = self.kd_weight
         function = loss.variants[self.tail]
         if loss.groups:
             groups = need(targets.groups)

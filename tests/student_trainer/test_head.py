@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.student_trainer import gradients as gradients_module
 from kd.student_trainer.groups import GroupSettings, GroupTargets
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import LOSSES, LossTargets, Objective
@@ -18,11 +21,16 @@ EDGES = (K, 6, 9, 17)
 """Of the teacher's rank bands; it has more ids than the student."""
 OBJECTIVES = [
     pytest.param(
-        Objective(loss, tail, alpha=0.6 if loss != "ce" else 0.0, settings=GroupSettings(edges=EDGES, overlap=0.3)),
-        id=f"{loss}-{tail}",
+        Objective(
+            loss, tail, alpha, temperature, settings=GroupSettings(edges=EDGES, overlap=0.3, beta=0.4, ranking=ranking)
+        ),
+        id=f"{loss}-{tail}-{ranking}-alpha{alpha:g}-T{temperature:g}",
     )
     for loss in LOSSES
     for tail in LOSSES[loss].variants
+    for ranking in (("exact", "fast") if loss == "uld" else ("exact",))
+    for alpha in ((0.0,) if loss == "ce" else (0.6, 1.0))
+    for temperature in ((1.0,) if loss in ("ce", "alm") or tail == "sampled" else (1.0, 2.0))
 ]
 GHOST = Objective("kl", "ghost", 0.6, 2.0)
 
@@ -37,26 +45,36 @@ def layer(dtype: torch.dtype = torch.float64, rows: int = PADDED, seed: int = 0)
 def targets(rows: int = N, dtype: torch.dtype = torch.float64, seed: int = 1) -> LossTargets:
     generator = torch.Generator().manual_seed(seed)
     log_p, ids = torch.randn(rows, V, generator=generator, dtype=dtype).log_softmax(dim=1).topk(K, dim=1)
+    gold = torch.randint(V, (rows,), generator=generator)
     return LossTargets(
-        gold_ids=torch.randint(V, (rows,), generator=generator),
+        gold_ids=gold,
         token_ids=ids,
         logprobs=log_p,
         tail_mass=1 - log_p.exp().sum(dim=1),
         sample_ids=ids,
         sample_counts=torch.randint(1, 5, (rows, K), generator=generator),
-        groups=groups(rows, dtype, generator),
+        groups=groups(gold, dtype, generator),
         kd_scale=torch.tensor(2.5),
     )
 
 
-def groups(rows: int, dtype: torch.dtype, generator: torch.Generator) -> GroupTargets:
+def narrowed(data: Any) -> Any:
+    """The same targets in float32."""
+    values = {f.name: getattr(data, f.name) for f in fields(data)}
+    return replace(data, **{name: narrowed(v) if isinstance(v, GroupTargets) else v.float()
+                            for name, v in values.items()
+                            if isinstance(v, GroupTargets) or (v is not None and v.is_floating_point())})  # fmt: skip
+
+
+def groups(gold: Tensor, dtype: torch.dtype, generator: torch.Generator) -> GroupTargets:
     """Groups of 1, 3, 1, 2, … rows; row 7 of 11 belongs to none."""
+    rows = len(gold)
     first, stop = ([e for e in side if e <= rows] for side in ((0, 1, 4, 5, 8), (1, 4, 5, 7, 11)))
     first, count = first[: len(stop)], len(stop)
     mass = torch.rand(count, K + 3, generator=generator, dtype=dtype).sort(dim=1, descending=True).values
     log_mass = (mass / mass.sum(dim=1, keepdim=True)).log()
     return GroupTargets(
-        first=torch.tensor(first), stop=torch.tensor(stop), gold_ids=torch.randint(V, (rows,), generator=generator),
+        first=torch.tensor(first), stop=torch.tensor(stop), gold_ids=gold,
         log_scale=-torch.rand(count, generator=generator, dtype=dtype),
         chunk_logprob=-3 * torch.rand(count, generator=generator, dtype=dtype),
         weight=torch.rand(count, generator=generator, dtype=dtype),
@@ -93,6 +111,43 @@ def test_values_and_gradients_equal_the_materialised_ones_for_any_chunk(objectiv
     expected = materialised(*arguments)
     assert_same([total, kd, ce], list(expected))
     assert_same(gradients(total, leaves), gradients(expected[0], leaves))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_tiles_of_any_size_change_nothing(objective, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups reach across them."""
+    hidden, weight, _ = layer()
+    with torch.no_grad():
+        logits = F.linear(hidden, weight)[:, :V]
+    whole, cut = logits.clone(), logits.clone()
+    expected = objective.gradient_(whole, targets())
+    monkeypatch.setattr(gradients_module, "TILE_BYTES", rows * V * logits.element_size())
+    assert [s.stop - s.start for s in gradients_module.tiles(logits)][:2] == [rows, rows]
+    assert_same([objective.gradient_(cut, targets()), cut], [expected, whole], 1e-12)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_kernels_in_float32_and_on_extreme_logits_agree_with_autograd_in_float64(objective) -> None:
+    hidden, weight, _ = layer()
+    with torch.no_grad():
+        logits = F.linear(hidden, weight)[:, :V]
+        logits[0], logits[1] = 0.0, torch.linspace(-70, 70, V)  # knows nothing; is certain
+    leaf = logits.clone().requires_grad_()
+    sums = torch.stack([part.sum() for part in objective(leaf, targets())])
+    (expected,) = torch.autograd.grad(sums[0], leaf)
+    narrow = logits.float()
+    got = objective.gradient_(narrow, narrowed(targets()))
+    # float32 carries 1e-7 of values up to 140; the equal values of row 0 have no order, so that signs may be dealt otherwise
+    assert torch.allclose(got.double(), sums.detach(), rtol=1e-5, atol=1e-4)
+    assert narrow.isfinite().all()
+    assert torch.allclose(narrow[1:].double(), expected[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_without_a_kernel_runs_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_kernel = chunked_head_loss(*layer(), GHOST, targets(), vocabulary_size=V, chunk=4)
+    monkeypatch.setitem(LOSSES, "kl", replace(LOSSES["kl"], kernels={}))
+    assert_same(list(chunked_head_loss(*layer(), GHOST, targets(), vocabulary_size=V, chunk=4)), list(with_kernel))
 
 
 def test_gradients_equal_finite_differences() -> None:
@@ -185,11 +240,12 @@ def test_no_rows_give_zero_and_zero_gradients() -> None:
 def test_the_loss_never_sees_more_rows_than_a_chunk() -> None:
     sizes: list[int] = []
 
-    def spy(logits: Tensor, data: LossTargets) -> tuple[Tensor, Tensor, Tensor]:
-        sizes.append(len(logits))
-        return GHOST(logits, data)
+    class Spy:
+        def gradient_(self, logits: Tensor, data: LossTargets) -> Tensor:
+            sizes.append(len(logits))
+            return GHOST.gradient_(logits, data)
 
-    chunked_head_loss(*layer(), spy, targets(), vocabulary_size=V, chunk=4)
+    chunked_head_loss(*layer(), Spy(), targets(), vocabulary_size=V, chunk=4)
     assert sizes == [4, 4, 3]
 
 
