@@ -8,7 +8,8 @@ with respect to the student's logits are compared with those of both whole vocab
     value     mean |error| / mean value
     rows      RMS over positions of |error| / |gradient| (positions of tiny gradients count as much as others)
     logits    |error| / |gradient| over all logits of all positions
-    weight    the same for the gradient of the output layer's weight: what a training step of this batch sees
+    hidden    the same for the gradient of the hidden states: what flows into the student's body
+    weight    the same for the gradient of the output layer's weight
 
 in per cent, for the exact order and for the fast bins. Without bands the tail is taken to be zero.
 """
@@ -31,13 +32,17 @@ from kd.data.models import ModelRequest, load_model, load_request_tokenizer
 from kd.data.sources import load_corpus
 from kd.student_trainer.groups import GroupSettings, GroupTargets, sorted_distance, uld
 
+SPLITS = ((16, 0), (16, 8), (16, 16), (20, 12), (24, 8), (64, 0), (64, 8), (64, 16))
+"""Values and bands of a row; the third to fifth cost the same."""
 
-def hidden_and_logits(name: str, rows: list[TokenRows], count: int) -> tuple[Tensor, Tensor]:
-    """`[N, d]` and `[N, V]` of the first `count` scored positions."""
+
+def hidden_and_logits(name: str, rows: list[TokenRows], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`[N, d]` and `[N, V]` of the first `count` scored positions, and the output layer's weight `[V, d]`."""
     head = split_head(load_model(ModelRequest(name, device="cpu")))
     with torch.no_grad():
         hidden = head.scored_hidden([r.context_ids for r in rows], [r.target_ids for r in rows])[:count]
-        return hidden, head.logits(hidden).float()
+        logits = head.logits(hidden).float()
+        return hidden, logits, head.weight[: logits.shape[1]].double()
 
 
 def cached(logits: Tensor, gold: Tensor, config: TargetConfig, temperature: float) -> tuple[Tensor, Tensor | None]:
@@ -53,12 +58,13 @@ def cached(logits: Tensor, gold: Tensor, config: TargetConfig, temperature: floa
     return torch.from_numpy(targets.logprobs_at(temperature)).float(), bands
 
 
-def errors(value: Tensor, grad: Tensor, exact: Tensor, dense: Tensor, hidden: Tensor) -> str:
+def errors(value: Tensor, grad: Tensor, exact: Tensor, dense: Tensor, hidden: Tensor, weight: Tensor) -> str:
     off = grad.double() - dense
     figures = (
         (value.double() - exact).abs().mean() / exact.mean(),
         (off.norm(dim=1) / dense.norm(dim=1)).square().mean().sqrt(),
         off.norm() / dense.norm(),
+        (off @ weight).norm() / (dense @ weight).norm(),
         (off.T @ hidden).norm() / (dense.T @ hidden).norm(),
     )
     return " ".join(f"{100 * float(f):7.3f}" for f in figures)
@@ -79,18 +85,20 @@ def main() -> None:
             break
     gold = torch.from_numpy(np.concatenate([r.target_ids for r in rows])[: args.positions]).long()
     n = len(gold)
-    _, teacher = hidden_and_logits(args.teacher, rows, n)
-    hidden, student = hidden_and_logits(args.student, rows, n)
+    _, teacher, _ = hidden_and_logits(args.teacher, rows, n)
+    hidden, student, weight = hidden_and_logits(args.student, rows, n)
     hidden = hidden.double()
     print(f"{n} positions, vocabulary {teacher.shape[1]}; per cent")
-    print(f"{'':<22}{'exact: value  rows  logits  weight':>36}{'fast: value  rows  logits  weight':>40}")
+    print(
+        f"{'':<22}{'exact: value  rows  logits  hidden  weight':>44}{'fast: value  rows  logits  hidden  weight':>48}"
+    )
     for temperature in (1.0, 2.0):
         leaf = student.double().requires_grad_()
         whole = torch.softmax(teacher.double() / temperature, dim=1).sort(dim=1, descending=True).values
         exact = sorted_distance(whole, torch.softmax(leaf / temperature, dim=1))
         (dense,) = torch.autograd.grad(exact.sum(), leaf)
         print(f"T={temperature:g}, mean value {float(exact.detach().mean()):.4f}")
-        for k, bands, codec in product((16, 64), (0, 8, 16), ("linear8", "float16")):
+        for (k, bands), codec in product(SPLITS, ("linear8", "float16")):
             config = TargetConfig("uld", top_k=k, tail_bands=bands, temperatures=(1.0, 2.0),
                                   band_temperatures=(temperature,), logprob_codec=codec)  # fmt: skip
             head, mass = cached(teacher, gold, config, temperature)
@@ -102,7 +110,7 @@ def main() -> None:
                 leaf = student.clone().requires_grad_()
                 value = uld(leaf, groups, GroupSettings(temperature, edges, ranking))
                 (grad,) = torch.autograd.grad(value.sum(), leaf)
-                line.append(errors(value.detach(), grad, exact.detach(), dense, hidden))
+                line.append(errors(value.detach(), grad, exact.detach(), dense, hidden, weight))
             print(f"  k={k:<3} {bands:>2} bands {codec:<8}" + "    ".join(line))
 
 
