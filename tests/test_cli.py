@@ -302,7 +302,7 @@ def test_train_eval_and_report_end_to_end(built: tuple[Path, dict[str, Any]], tm
 def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
 
-    from kd import cli as module
+    from kd.commands import train as module
 
     asked: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(module, "held_out_perplexity", lambda model, **options: asked.append((model, options)) or 9.0)
