@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,17 +70,12 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
 
 
 def plan_of(**options: Any) -> BuildPlan:
-    """The plan of a build; where the teacher is to write the targets and has not, the data's own stand in for them."""
+    """The plan of a build; an upper bound where the teacher is to write the targets and has not."""
     from kd.cache_builder.build import plan_build
     from kd.cache_builder.generate import answered
 
     request = _request(**options)
-    if request.generation is not None:
-        if answered(request):
-            return plan_build(_generated(request))
-        click.echo("the teacher has not answered yet: the data's own targets stand in for its answers", err=True)
-        request = replace(request, generation=None)
-    return plan_build(request)
+    return plan_build(_generated(request) if request.generation is not None and answered(request) else request)
 
 
 def _generated(request: BuildRequest) -> BuildRequest:
@@ -97,11 +92,15 @@ def _generated(request: BuildRequest) -> BuildRequest:
 def cache_plan(as_json: bool, **options: Any) -> None:
     """Say what a build would cost: rows, bytes, time. Loads no model weights, writes nothing.
 
+    With --targets teacher: an upper bound, from the longest answers there may be, until the teacher has answered.
+
     Example: kd cache plan --teacher demo --data demo --out runs/cache
     """
     from kd.cache_builder.build import estimate
 
-    emit(estimate(plan_of(**options)), as_json, "This build would make")
+    cost = estimate(plan_of(**options))
+    bound = "" if cost["targets_known"] else " at most (the teacher has not answered yet: this is an upper bound)"
+    emit(cost, as_json, f"This build would make{bound}")
 
 
 @cache.command("build")
