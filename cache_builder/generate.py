@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.cache_builder.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
-from kd.cache_builder.manifest import identity_difference
+from kd.cache_builder.manifest import Layout, identity_difference
 from kd.cache_builder.store import ANSWERS, read_answers, write_answers
-from kd.data.blocks import fit_pair, tokenize_pair
+from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.example import Example
 from kd.data.identity import model_identity, pinned
@@ -73,9 +73,6 @@ def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
     request = replace(
         request, teacher=pinned(request.teacher), blocks=replace(request.blocks, encoder=is_encoder_decoder(config))
     )
-    if request.corpus.kind == "documents":
-        raise DataError("there is nothing to answer", where=request.corpus.spec, found="documents",
-                        expected="prompts", try_="--columns prompt=…,target=…, or --targets data")  # fmt: skip
     tokenizer = load_request_tokenizer(request.teacher)
     prompts = list(_prompts(request, tokenizer, generation.max_new_tokens))
     folder = request.out / ANSWERS
@@ -107,7 +104,7 @@ def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
     # an answer that is empty and cut short has nothing to score
     examples = tuple(e for e in examples if e.target or e.complete)
     corpus = replace(request.corpus, examples=examples)
-    yield GenerationProgress(len(answers), len(prompts), replace(request, corpus=corpus, model=model))
+    yield GenerationProgress(len(answers), len(prompts), replace(request, corpus=corpus, answered=True, model=model))
 
 
 def answered(request: BuildRequest) -> bool:
@@ -119,16 +116,33 @@ def answered(request: BuildRequest) -> bool:
     return all((folder / f"{n:05d}.parquet").exists() for n in range(-(-answers // BLOCK)))
 
 
+def longest_answers(request: BuildRequest, tokenizer: Tokenizer) -> Iterator[TokenRows]:
+    """Every prompt with as many rows as its answer may have: what a plan counts while there are no answers.
+
+    With a target length near the generation limit or below, that length: the build lets nothing longer through. Else
+    `max_new_tokens`, EOS included, as generated; tokenised again, a text may have a few more (random weights, which write
+    halves of characters: 43 for 40). Never more than a shard holds. The ids are zeros.
+    """
+    generation = request.generation or GenerationConfig()
+    length, limit = request.blocks.target_len, generation.max_new_tokens
+    most = min(length if length is not None and length <= limit + 1 else limit, (request.layout or Layout()).shard_rows)
+    nothing = np.zeros(most, dtype=np.int32)
+    for example, ids in _prompts(request, tokenizer, generation.max_new_tokens):
+        yield TokenRows(replace(example, target=""), ids, nothing, nothing.astype(np.int64))
+
+
 def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int) -> Iterator[tuple[Example, np.ndarray]]:
     """Examples with the ids the teacher is given to answer in `most` tokens; `overlong` treats those too long."""
+    if request.corpus.kind == "documents":
+        raise DataError("there is nothing to answer", where=request.corpus.spec, found="documents",
+                        expected="prompts", try_="--columns prompt=…,target=…, or --targets data")  # fmt: skip
     pieces = token_bytes(tokenizer)
     room = request.blocks.seq_len - (0 if request.blocks.encoder else most)
     if room < 1:
         raise DataError("the answers leave no room for a prompt", found=f"--seq-len {request.blocks.seq_len}",
                         expected=f"more than --target-len {most}")  # fmt: skip
-    limits = replace(
-        request.blocks, seq_len=room + (0 if request.blocks.encoder else 1), target_len=None, overlong="truncate"
-    )
+    limits = replace(request.blocks, seq_len=room + (0 if request.blocks.encoder else 1), stride=None,
+                     target_len=None, overlong="truncate")  # fmt: skip
     refused: list[str] = []
     for example in request.corpus.examples:
         row = tokenize_pair(replace(example, target=""), tokenizer, pieces, request.blocks)

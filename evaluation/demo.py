@@ -5,7 +5,7 @@ text in the same order for the same number of steps; one learns from the text al
 predictions too. Act one: English prose, a student with the teacher's tokenizer, KL. Act two: instructions, an
 encoder-decoder teacher (in 4 bits where bitsandbytes is installed), a student with another tokenizer, ULD.
 Both are scored on what neither students nor teachers were trained on. Every number in the outcome is measured in
-that run. The composition itself (build, train, evaluate) is `kd.cli.demo`.
+that run. The composition itself (build, train, evaluate) is `commands/demo.py`.
 """
 
 from __future__ import annotations

@@ -197,8 +197,20 @@ def test_prompts_are_enough_for_a_teacher_that_answers(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question": "The file"}\n{"question": "Return"}\n')
     words = ("--teacher", "demo", "--data", tmp_path / "q.jsonl", "--columns", "prompt=question", "--seq-len", 64,
              "--target-len", 8, "--targets", "teacher")  # fmt: skip
+    out = ("--out", tmp_path / "c")
+    before = json.loads(kd("cache", "plan", *words, *out, "--json").stdout)
+    assert (before["targets_known"], before["fingerprint"], before["rows_at_most"]) == (False, None, 2 * 8)
+    text = kd("cache", "plan", *words, *out).stdout
+    assert "at most (the teacher has not answered yet: this is an upper bound)" in text
+    assert re.search(r"^  targets known +no$", text, flags=re.MULTILINE)
+    assert "target length: 8 tokens per answer" in text
+    assert re.search(r"^  rows at most +16$", text, flags=re.MULTILINE)
+    assert not (tmp_path / "c").exists()
     built = json.loads(kd("cache", "build", *words, "--out", tmp_path / "c", "--json").stdout)
     assert (built["complete"], built["examples"]) == (True, 2)
+    after = json.loads(kd("cache", "plan", *words, *out, "--json").stdout)
+    assert (after["targets_known"], after["fingerprint"]) == (True, built["fingerprint"])
+    assert after["rows"] == built["rows"] <= before["rows_at_most"]
     again = json.loads(kd("cache", "build", *words, "--out", tmp_path / "c", "--json").stdout)
     assert (again["reused"], again["fingerprint"]) == (True, built["fingerprint"])
     assert "columns are missing" in kd("cache", "build", *words[:-2], "--out", tmp_path / "d", code=1).stderr
@@ -302,7 +314,7 @@ def test_train_eval_and_report_end_to_end(built: tuple[Path, dict[str, Any]], tm
 def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
 
-    from kd import cli as module
+    from kd.commands import train as module
 
     asked: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(module, "held_out_perplexity", lambda model, **options: asked.append((model, options)) or 9.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("data", "cache_builder", "student_trainer", "evaluation", "benchmarks", "scripts")
+PACKAGES = ("data", "cache_builder", "student_trainer", "evaluation", "commands", "benchmarks", "scripts")
 
 
 def tree() -> str:
@@ -40,7 +40,8 @@ def test_files_that_documents_point_to_exist() -> None:
     for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / name).read_text(encoding="utf-8")
         for path in re.findall(
-            r"`((?:docs|tests|benchmarks|scripts|data|cache_builder|student_trainer|evaluation)/[\w./-]+)`", text
+            r"`((?:docs|tests|benchmarks|scripts|data|cache_builder|student_trainer|evaluation|commands)/[\w./-]+)`",
+            text,
         ):
             assert (ROOT / path).exists(), f"{name} points to {path}"
 

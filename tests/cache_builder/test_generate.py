@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd.cache_builder.build import BuildRequest, build, plan_build
+from kd.cache_builder.build import BuildRequest, build, estimate, plan_build
 from kd.cache_builder.generate import GenerationConfig, answer, answered, generate
-from kd.cache_builder.manifest import load_manifest
+from kd.cache_builder.manifest import Layout, load_manifest
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.verify import verify
 from kd.data.errors import CacheDamageError, CacheMismatchError, DataError
@@ -171,10 +171,82 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_at_their_beginning
         list(generate(make(model_dir, "n", seq_len=8)))
 
 
+def cost(request: BuildRequest) -> dict:
+    """What a plan says, without what was measured."""
+    return {k: v for k, v in estimate(plan_build(request)).items() if "seconds" not in k}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "blocks", "most", "bound"),
+    [
+        ("demo", {}, 8, "generation limit: 8 new tokens"),
+        # random weights write what is tokenised again into more: only a target length bounds them
+        ("model_dir", {"target_len": 9, "overlong": "truncate"}, 9, "target length: 9 tokens"),
+        ("t5_dir", {"target_len": 9, "overlong": "truncate"}, 9, "target length: 9 tokens"),
+    ],
+)
+def test_a_plan_before_the_answers_bounds_the_build_and_says_so(make, request, teacher, blocks, most, bound):
+    request = make(teacher if teacher == "demo" else request.getfixturevalue(teacher), **blocks)
+    before = cost(request)
+    assert not request.out.exists()
+    assert (before["targets_known"], before["fingerprint"]) == (False, None)
+    assert before["bound"].startswith(bound)
+    assert (before["examples_at_most"], before["rows_at_most"]) == (5, 5 * most)
+    assert not {"examples", "rows", "shards", "teacher_tokens"} & set(before)
+    *_, last = generate(request)
+    after = cost(last.request)
+    assert after["targets_known"] is True
+    assert after["bytes_at_most"] <= before["bytes_at_most"]
+    for name in ("examples", "rows", "shards", "teacher_tokens"):
+        assert 0 < after[name] <= before[f"{name}_at_most"]
+    list(build(plan_build(last.request)))
+    manifest = load_manifest(request.out)
+    assert (manifest.fingerprint, manifest.rows) == (after["fingerprint"], after["rows"])
+
+
+def test_a_plan_before_the_answers_does_not_look_at_the_data_s_targets(make, model_dir: Path):
+    request = make(model_dir)
+    longer = tuple(dataclasses.replace(e, target="a much longer target " * 40) for e in request.corpus.examples)
+    other = dataclasses.replace(request, corpus=dataclasses.replace(request.corpus, examples=longer))
+    assert cost(other) == cost(request)
+
+
+def test_the_bound_is_the_smallest_of_the_limits_and_shards_hold_it(make, model_dir: Path):
+    request = make(model_dir)
+    assert cost(dataclasses.replace(request, generation=GenerationConfig(3)))["rows_at_most"] == 5 * 3
+    assert cost(make(model_dir, target_len=5))["rows_at_most"] == 5 * 5
+    small = cost(dataclasses.replace(request, layout=Layout(6, 6)))
+    assert (small["rows_at_most"], small["shards_at_most"]) == (5 * 6, 5)
+
+
+def test_a_plan_before_the_answers_treats_prompts_as_answering_does(make, model_dir: Path):
+    with pytest.raises(DataError, match="prompts are longer"):
+        plan_build(make(model_dir, seq_len=14))
+    dropped = cost(make(model_dir, seq_len=14, overlong="drop"))
+    *_, last = generate(make(model_dir, seq_len=14, overlong="drop"))
+    assert dropped["examples_at_most"] == last.total < 5
+    assert cost(make(model_dir, "t", seq_len=14, overlong="truncate"))["teacher_tokens_at_most"] <= 5 * 14
+
+
+def test_an_upper_bound_cannot_be_built(make, model_dir: Path):
+    request = make(model_dir)
+    with pytest.raises(DataError, match="has not answered"):
+        list(build(plan_build(request)))
+    assert not request.out.exists()
+
+
+def test_a_plan_before_the_answers_refuses_the_directory_of_another_cache(make, model_dir: Path):
+    list(build(plan_build(dataclasses.replace(make(model_dir), generation=None))))
+    with pytest.raises(CacheMismatchError, match="made from something else"):
+        plan_build(make(model_dir))
+
+
 def test_documents_have_nothing_to_answer(make, model_dir: Path, text_file: Path, build_request, tmp_path: Path):
     request = dataclasses.replace(build_request(tmp_path / "c"), generation=GenerationConfig())
     with pytest.raises(DataError, match="nothing to answer"):
         list(generate(request))
+    with pytest.raises(DataError, match="nothing to answer"):
+        plan_build(request)
 
 
 def test_data_s_own_targets_and_the_teacher_s_have_different_fingerprints(make, model_dir: Path):

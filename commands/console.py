@@ -1,0 +1,97 @@
+"""What commands print, and where.
+
+A result goes to stdout: one JSON document with --json, else aligned lines under a title (thousands separated, four
+digits of a fraction, yes and no, "-" for what is unknown). Progress and messages go to stderr: a bar where that is a
+terminal, elsewhere a plain line about every ten per cent, without control characters. rich comes when a bar is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+Step = TypeVar("Step")
+
+
+def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
+    """Print one result: a JSON document, or aligned lines."""
+    if as_json:
+        emit_json(result)
+        return
+    if title:
+        click.echo(title)
+    width = max((len(k) for k in result), default=0) + 2
+    for key, value in result.items():
+        click.echo(f"  {key.replace('_', ' '):<{width}}{readable(value)}")
+
+
+def emit_json(document: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def readable(value: Any) -> str:
+    """A value as a line of a result shows it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(readable(v) for v in value)
+    return str(value)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A rich bar on stderr where that is a terminal; elsewhere a plain line about every ten per cent."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        shown = -1
+
+        def plain(done: int, total: int, note: str) -> None:
+            nonlocal shown
+            tenth = 10 * done // max(total, 1)
+            if tenth > shown:
+                shown = tenth
+                click.echo(f"{label} {10 * tenth}%  {note}", err=True)
+
+        yield plain
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+               TextColumn("{task.fields[note]}"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=None, note="")
+        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+
+
+def follow(label: str, steps: Iterable[Step], show: Callable[[Step], tuple[int, int, str]]) -> Step:
+    """Drive a generator of progress records to its end behind a bar; returns the last record.
+
+    `show` says of a record how much is done, of how much, and a note.
+    """
+    last: Step | None = None
+    with progress_bar(label) as advance:
+        for last in steps:
+            advance(*show(last))
+    assert last is not None
+    return last
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices off stderr; errors stay."""
+    import logging
+
+    import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on every import
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

@@ -1,0 +1,123 @@
+"""kd train: a student from a cache."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kd.commands.console import emit, progress_bar, quiet_libraries
+from kd.commands.evaluate import run_evaluation
+from kd.commands.options import PATH, json_option, unescaped
+
+
+@click.command()
+@click.option("--cache", help="Path of the cache.")
+@click.option("--student", help="Hub id, folder, demo, demo-t5, or random:NAME.")
+@click.option("--out", help="Folder of the run.")
+@click.option(
+    "--loss",
+    help="With the teacher's tokenizer: kl, reverse-kl, jsd. With any: uld, hybrid, alm. ce fine-tunes on the same text: "
+    "the baseline. Default: kl.",
+)
+@click.option("--alpha", type=float, help="Weight of the distillation loss. Default: 1; 0.5 for uld, hybrid and alm.")
+@click.option("--ce-weight", type=float, help="Weight of the cross-entropy. Default: 1 - alpha.")
+@click.option(
+    "--temperature",
+    type=float,
+    help="Temperature on the cache's grid; divergences are multiplied by its square. Default: 1.",
+)
+@click.option("--tail", help="auto, ghost, sampled or renorm: what makes up for the cut tail of kl. Default: auto.")
+@click.option("--beta", type=float, help="Of jsd and hybrid: weight of KL(teacher || mixture). Default: 0.5.")
+@click.option(
+    "--alignment", help="Of uld, hybrid and alm: bytes (the same text), or positional (token by token). Default: bytes."
+)
+@click.option("--align-eos/--no-align-eos", default=None, help="Compare the ends of text too. Default: yes.")
+@click.option(
+    "--ranking", help="How uld orders the student's probabilities: fast, or exact (full sort). Default: fast."
+)
+@click.option("--prompt-loss", is_flag=True, default=None, help="Cross-entropy over the prompt's tokens too.")
+@click.option("--separator", help="Text between prompt and target for the student. Default: as in the cache.")
+@click.option("--seq-len", type=int, help="Most tokens of an example in the student's own cut. Default: its positions.")
+@click.option("--top-k", type=int, help="Use fewer tokens per row than stored.")
+@click.option("--epochs", type=float, help="Passes over the cache. Default: 1.")
+@click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs.")
+@click.option("--tokens-per-batch", type=int, help="Tokens per micro-batch and device. Default: 4096.")
+@click.option("--batch-size", type=int, help="Examples per micro-batch and device, instead of a token budget.")
+@click.option("--accumulate", type=int, help="Micro-batches per optimizer step. Default: 1.")
+@click.option("--lr", type=float, help="Peak learning rate. Default: 5e-4.")
+@click.option("--weight-decay", type=float, help="Default: 0.01.")
+@click.option("--max-grad-norm", type=float, help="Gradient clipping. Default: 1.")
+@click.option("--optimizer", help="adamw, adafactor or adamw8bit. Default: adamw.")
+@click.option("--schedule", help="linear, cosine or constant. Default: linear.")
+@click.option("--warmup", type=float, help="Steps, or a share of all steps when below 1. Default: 0.")
+@click.option("--precision", help="bf16 (autocast) or fp32. Default: fp32.")
+@click.option("--lora", type=int, metavar="R", help="Train LoRA adapters of rank R (peft), merged into the output.")
+@click.option("--lora-targets", help="Modules to adapt, separated by commas. Default: by the student's family.")
+@click.option("--gradient-checkpointing", is_flag=True, default=None, help="Trade time for memory.")
+@click.option(
+    "--head-chunk", type=int, help="Rows of the output layer computed at once. Default: by vocabulary and device."
+)
+@click.option("--revision", help="Branch, tag or commit of a hub student.")
+@click.option("--tokenizer", help="Tokenizer of a random student.")
+@click.option("--device", help="auto, cpu or cuda. Default: auto.")
+@click.option("--seed", type=int, help="Of order, dropout and random weights. Default: 0.")
+@click.option("--save-every", type=int, help="Steps between checkpoints; 0 = at the end only. Default: 0.")
+@click.option("--log-every", type=int, help="Steps between lines of metrics.jsonl. Default: 10.")
+@click.option("--report-to", help="A tracker transformers knows: tensorboard, wandb, …. Default: none.")
+@click.option("--config", "config_file", type=PATH, help="YAML or JSON file with these settings; options override it.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --out.")
+@click.option("--eval-data", help="Held-out data spec: perplexity before and after, in the result and the model card.")
+@click.option("--eval-split", help="Split of --eval-data.")
+@json_option
+def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_split: str | None, as_json: bool,
+          **options: Any) -> None:  # fmt: skip
+    """Train a student from a cache; the teacher is never loaded. Runs as is under accelerate launch or torchrun.
+
+    Example: kd train --cache runs/cache --student demo --out runs/student --max-steps 20
+    """
+    quiet_libraries()
+    from kd.student_trainer.config import config_from
+
+    if options["separator"] is not None:
+        options["separator"] = unescaped(options["separator"])
+    config = config_from(options, config_file)
+    scores: list[tuple[str, str]] = []
+    result: dict[str, Any] = {}
+    alike = {"data": eval_data, "split": eval_split, "device": config.device, "dtype": "float32"}
+    if eval_data:
+        student = "random:demo-student" if config.student == "demo" else config.student
+        result["perplexity_before"] = held_out_perplexity(
+            student, revision=config.revision, tokenizer=config.tokenizer, seed=config.seed, **alike
+        )
+    result = asdict(run_training(config, resume)) | result
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if eval_data:
+        result["perplexity_after"] = held_out_perplexity(config.out, **alike)
+        scores = [
+            (f"perplexity on {eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}")
+            for when in ("before", "after")
+        ]
+    from kd.student_trainer.card import write_card
+
+    write_card(Path(config.out), scores)
+    emit(result, as_json, f"{config.out}: trained")
+
+
+def run_training(config: Any, resume: bool = False) -> Any:
+    """Drive a training run and its progress bar to the end."""
+    from kd.student_trainer.train import train as run
+
+    with progress_bar(f"training ({config.loss})") as advance:
+        return run(config, resume=resume, on_step=lambda s: advance(
+            s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"))  # fmt: skip
+
+
+def held_out_perplexity(model: str, **options: Any) -> float:
+    """Perplexity of a model on a data spec, with a progress bar; options of `run_tasks`."""
+    report = run_evaluation(model, ["perplexity"], **options)
+    return float(report.tasks["perplexity"]["perplexity"]["value"])
