@@ -116,7 +116,8 @@ class LanguageModelHead:
         allowed = allowed.unsqueeze(1)
         if self.backbone.config._attn_implementation == "sdpa":
             return allowed
-        return torch.where(allowed, 0.0, torch.finfo(self.weight.dtype).min).to(self.weight.dtype)
+        nothing = torch.zeros(allowed.shape, dtype=self.weight.dtype, device=allowed.device)
+        return nothing.masked_fill_(~allowed, torch.finfo(self.weight.dtype).min)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, d] -> [N, V]` float32, whatever the model's dtype.

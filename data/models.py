@@ -1,7 +1,8 @@
 """Where models come from: a name becomes a language model, causal or encoder-decoder, and its tokenizer.
 
     demo, demo-t5    the embedded teachers (2.7 M and 3.0 M parameters); as a student, `demo` is `random:demo-student`
-    random:NAME      random weights in the real shape of a known model; no download
+    random:NAME      random weights in the real shape of a known model; no download (`--tokenizer demo-t5` with
+                     `random:demo-t5-student`)
     a folder         anything `save_pretrained` wrote
     a hub id         through transformers, never with remote code
 

@@ -42,17 +42,17 @@ def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose
         )
 
 
-def refuse_other_layout(reader: CacheReader, loss: str, *, encoder: bool) -> None:
-    """Raise CacheMismatchError when a loss by row meets a teacher whose rows are not laid out as the student's.
+def refuse_other_layout(reader: CacheReader, purpose: str, *, encoder: bool) -> None:
+    """Raise CacheMismatchError when a comparison by row meets a teacher whose rows are not laid out as the model's.
 
-    `encoder`: does the student read its prompt with one?
+    `purpose` says what compares by row; `encoder`: does the model read its prompt with one?
     """
     if reader.manifest.blocks.encoder != encoder:
-        there, here = ("with an encoder", "does not") if not encoder else ("without an encoder", "has one")
-        raise CacheMismatchError(f"--loss {loss} compares row by row, and this teacher reads its prompt {there}",
+        there, here = ("with", "has none") if not encoder else ("without", "has one")
+        raise CacheMismatchError(f"{purpose} compares row by row, and this teacher reads its prompt {there} an encoder",
                                  cache=reader.root, teacher=reader.manifest.provenance.get("teacher"),
-                                 found=f"a student that {here}",
-                                 try_="--loss uld, hybrid or alm, or --loss ce for the baseline")  # fmt: skip
+                                 found=f"a model that {here}", try_="a model laid out as the teacher; in training --loss "
+                                 "uld, hybrid or alm, or --loss ce for the baseline")  # fmt: skip
 
 
 def refuse_without_prompts(reader: CacheReader) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -161,7 +162,9 @@ def train(
         trainer.save_model(str(out))  # on every process: FSDP gathers its shards here
     if trainer.is_world_process_zero():
         if config.lora:
-            trained.merge_and_unload().save_pretrained(out)
+            with warnings.catch_warnings():  # peft 0.21 believes T5's configuration, which calls every head tied
+                warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+                trained.merge_and_unload().save_pretrained(out)
         (out / "training_args.bin").unlink(missing_ok=True)  # written with torch.save; run.json says the same
         tokenizer.save_pretrained(out)
     result = TrainResult(
@@ -206,7 +209,7 @@ def _prepare(
                         try_="--loss ce, uld, hybrid or alm")  # fmt: skip
     start = decoder_start(student) if encoder else None
     if not by_text:
-        refuse_other_layout(reader, config.loss, encoder=encoder)
+        refuse_other_layout(reader, f"--loss {config.loss}", encoder=encoder)
         refuse_other_tokenizer(
             reader, tokenizer, purpose=f"--loss {config.loss}",
             advice="--loss uld, hybrid or alm, for any tokenizer; or --tokenizer for a random student",
