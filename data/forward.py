@@ -92,10 +92,13 @@ class LanguageModelHead:
         segments = batch.get("segment_ids")
         if segments is None:
             return self.hidden(batch["input_ids"], batch["attention_mask"])
-        mask = None
+        ids, positions = batch["input_ids"], batch["position_ids"]
         if self._takes_masks:
-            mask = self._mask(segment_mask(segments, segments, causal=True))
-        return self.hidden(batch["input_ids"], mask, position_ids=batch["position_ids"])
+            return self.hidden(ids, self._mask(segment_mask(segments, segments, causal=True)), position_ids=positions)
+        if self.backbone.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+            # flash attention looks for segments in one row alone; every row begins with position 0
+            return self.hidden(ids.view(1, -1), None, position_ids=positions.view(1, -1)).view(*ids.shape, -1)
+        return self.hidden(ids, None, position_ids=positions)
 
     @cached_property
     def _takes_masks(self) -> bool:
@@ -310,14 +313,17 @@ def require_packable(model: Model) -> None:
         raise DataError("this attention takes no mask, and packed examples need one on either side",
                         where=type(model).__name__, found=model.config._attn_implementation, expected="sdpa or eager",
                         try_=advice)  # fmt: skip
-    examples = [np.arange(1, 6) % len(parts.weight), np.arange(7, 3, -1) % len(parts.weight)]
-    batch = {name: torch.from_numpy(v).to(parts.weight.device) for name, v in lay_out(examples, [[0, 1]]).items()}
+    ids = np.arange(1, 15) % len(parts.weight)
+    examples = [ids[:5], ids[5:9][::-1], ids[9:]]
+    batch = {name: torch.from_numpy(v).to(parts.weight.device) for name, v in lay_out(examples, [[0, 1], [2]]).items()}
     batch |= {f"decoder_{name}": batch[name] for name in ("input_ids", "segment_ids")}
+    places = [(0, slice(5)), (0, slice(5, 9)), (1, slice(5))]
     training = model.training
     model.eval()
     with torch.no_grad():
-        together = parts.batch_hidden(batch)[0].float()
-        alone = torch.cat([parts.example_hidden(batch["input_ids"][:, part])[0] for part in (slice(5), slice(5, 9))])
+        packed = parts.batch_hidden(batch)
+        together = torch.cat([packed[place] for place in places]).float()
+        alone = torch.cat([parts.example_hidden(batch["input_ids"][b : b + 1, part])[0] for b, part in places]).float()
     model.train(training)
     # rounding of float32 sums; one token that sees its neighbour moves by a share of its own size
     difference = float((together - alone).abs().max())

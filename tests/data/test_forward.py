@@ -107,6 +107,28 @@ def test_other_neighbours_change_nothing(name: str, kind: str) -> None:
     assert not torch.allclose(a[0], b[0])
 
 
+def test_a_kernel_that_finds_segments_in_one_row_alone_is_given_one_row() -> None:
+    """transformers' flash attention packs batches of one by their positions, and ignores them in larger ones."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    def one_row_mask(batch_size: int, *rest: Any, **more: Any) -> Any:
+        if batch_size > 1:
+            more["mask_function"] = causal_mask_function
+        return sdpa_mask(batch_size, *rest, **more)
+
+    AttentionInterface.register("one_row", sdpa_attention_forward)
+    AttentionMaskInterface.register("one_row", one_row_mask)
+    examples = examples_of(7, 1, 9, 4, 5)
+    model = model_of("llama", "one_row")
+    require_packable(model)
+    packed = states(model, batch_of([[0, 1, 2], [3, 4]], examples, two_sides=False), examples)
+    for found, example in zip(packed, examples, strict=True):
+        alone = split_head(model).hidden(torch.from_numpy(example)[None], None)
+        assert relative_error(found, alone[0]) < ROUNDING["llama"]
+
+
 def test_the_mask_lets_nothing_cross_a_border() -> None:
     queries, keys = torch.tensor([[1, 1, 2, 0, 0]]), torch.tensor([[1, 2, 2, 2, 0]])
     found = segment_mask(queries, keys)[0]
