@@ -41,12 +41,21 @@ from kd.commands.options import PATH, json_option, unescaped
 )
 @click.option("--prompt-loss", is_flag=True, default=None, help="Cross-entropy over the prompt's tokens too.")
 @click.option("--separator", help="Text between prompt and target for the student. Default: as in the cache.")
-@click.option("--seq-len", type=int, help="Most tokens of an example in the student's own cut. Default: its positions.")
+@click.option(
+    "--seq-len",
+    type=int,
+    help="Most tokens of an example in the student's own cut (of an encoder: of the prompt), and of a packed sequence. "
+    "Default: the student's positions.",
+)
+@click.option("--target-len", type=int, help="Most tokens of a target in the student's own cut, EOS included.")
+@click.option("--packing", is_flag=True, default=None, help="Several examples in one sequence; none sees another.")
 @click.option("--top-k", type=int, help="Use fewer tokens per row than stored.")
 @click.option("--epochs", type=float, help="Passes over the cache. Default: 1.")
 @click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs.")
 @click.option("--tokens-per-batch", type=int, help="Tokens per micro-batch and device. Default: 4096.")
-@click.option("--batch-size", type=int, help="Examples per micro-batch and device, instead of a token budget.")
+@click.option(
+    "--batch-size", type=int, help="Examples or packed sequences per micro-batch and device, instead of a token budget."
+)
 @click.option("--accumulate", type=int, help="Micro-batches per optimizer step. Default: 1.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 5e-4.")
 @click.option("--weight-decay", type=float, help="Default: 0.01.")

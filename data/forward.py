@@ -7,15 +7,16 @@ rows at a time (at V = 50k and 8,192 tokens the full tensor would be 1.6 GB per 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.data.errors import TeacherError
-from kd.data.models import Model, is_encoder_decoder
+from kd.data.errors import DataError, TeacherError
+from kd.data.models import RELATIVE_POSITIONS, Model, decoder_start, is_encoder_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -75,11 +76,51 @@ class LanguageModelHead:
         """What an example costs a forward pass, for `batches_by_length`."""
         return context + target
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """`[B, T] -> [B, T, d]` after the final norm."""
+    def hidden(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **positions: torch.Tensor
+    ) -> torch.Tensor:
+        """`[B, T] -> [B, T, d]` after the final norm; `position_ids` where they are not counted from the mask."""
         return self.backbone(  # type: ignore[no-any-return]
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
         ).last_hidden_state
+
+    def batch_hidden(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """`[B, T, d]` of a collated batch, with gradients.
+
+        `input_ids` and `attention_mask [B, T]`; where examples are packed, `segment_ids` and `position_ids` instead.
+        """
+        segments = batch.get("segment_ids")
+        if segments is None:
+            return self.hidden(batch["input_ids"], batch["attention_mask"])
+        ids, positions = batch["input_ids"], batch["position_ids"]
+        if self._takes_masks:
+            return self.hidden(ids, self._mask(segment_mask(segments, segments, causal=True)), position_ids=positions)
+        if self.backbone.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+            # flash attention looks for segments in one row alone; every row begins with position 0
+            return self.hidden(ids.view(1, -1), None, position_ids=positions.view(1, -1)).view(*ids.shape, -1)
+        return self.hidden(ids, None, position_ids=positions)
+
+    @cached_property
+    def _takes_masks(self) -> bool:
+        """Is a mask of our own the whole truth? Else transformers finds the segments by their positions.
+
+        Kernels such as flash attention take no mask, and where some layers look at a window alone, one mask for all
+        layers would widen it.
+        """
+        config = self.backbone.config
+        kinds = getattr(config, "layer_types", None) or ()
+        windows = getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in kinds)
+        return config._attn_implementation in ("sdpa", "eager") and not windows
+
+    def _mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        """`[B, Q, K] -> [B, 1, Q, K]` as attention wants it: bool for sdpa, numbers to add for eager."""
+        import torch
+
+        allowed = allowed.unsqueeze(1)
+        if self.backbone.config._attn_implementation == "sdpa":
+            return allowed
+        nothing = torch.zeros(allowed.shape, dtype=self.weight.dtype, device=allowed.device)
+        return nothing.masked_fill_(~allowed, torch.finfo(self.weight.dtype).min)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, d] -> [N, V]` float32, whatever the model's dtype.
@@ -146,13 +187,17 @@ class EncoderDecoderHead(LanguageModelHead):
         """Both sides are padded on their own."""
         return context, target
 
-    def decode(self, encoder_ids: torch.Tensor, encoder_mask: torch.Tensor | None,
-               decoder_ids: torch.Tensor) -> torch.Tensor:  # fmt: skip
-        """`[B, S], [B, T] -> [B, T, d]`: teacher forcing; padding at the end of the decoder's side is not looked at."""
+    def decode(self, encoder_ids: torch.Tensor, encoder_mask: torch.Tensor | None, decoder_ids: torch.Tensor,
+               decoder_mask: torch.Tensor | None = None, cross_mask: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """`[B, S], [B, T] -> [B, T, d]`: teacher forcing; padding at the end of the decoder's side is not looked at.
+
+        `cross_mask` says what the decoder sees of the encoder's side; None = `encoder_mask`.
+        """
         memory = self.encoder(input_ids=encoder_ids, attention_mask=encoder_mask).last_hidden_state
         hidden = self.backbone(
-            input_ids=decoder_ids, encoder_hidden_states=memory, encoder_attention_mask=encoder_mask, use_cache=False
-        ).last_hidden_state
+            input_ids=decoder_ids, attention_mask=decoder_mask, encoder_hidden_states=memory,
+            encoder_attention_mask=encoder_mask if cross_mask is None else cross_mask, use_cache=False,
+        ).last_hidden_state  # fmt: skip
         return hidden if self.scale == 1.0 else hidden * self.scale  # type: ignore[no-any-return]
 
     def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> torch.Tensor:
@@ -163,6 +208,20 @@ class EncoderDecoderHead(LanguageModelHead):
         encoder_ids, mask = _padded(contexts, self.weight.device)
         hidden = self.decode(encoder_ids, mask, _padded(shifted, self.weight.device)[0])
         return torch.cat([hidden[b, : len(t)] for b, t in enumerate(targets)])
+
+    def batch_hidden(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """`[B, T, d]` of the decoder's side of a collated batch, with gradients.
+
+        As above for the encoder, and `decoder_input_ids [B, T]`; where examples are packed, `decoder_segment_ids` too.
+        """
+        segments, own = batch.get("segment_ids"), batch.get("decoder_segment_ids")
+        if segments is None or own is None:
+            return self.decode(batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"])
+        both = segment_mask(own, segments) | (own == 0).unsqueeze(2)  # padding looks anywhere: nothing at all is NaN
+        return self.decode(
+            batch["input_ids"], self._mask(segment_mask(segments, segments)), batch["decoder_input_ids"],
+            self._mask(segment_mask(own, own, causal=True)), self._mask(both),
+        )  # fmt: skip
 
     def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """The same ids on both sides."""
@@ -215,9 +274,60 @@ def _parts(model: Model, head: Any) -> LanguageModelHead:
     if not is_encoder_decoder(model.config):
         return LanguageModelHead(model.base_model, head.weight, head.bias)
     config = model.config
-    start = config.decoder_start_token_id
-    if start is None:
-        raise TeacherError("the model does not say what its decoder starts from", where=type(model).__name__,
-                           expected="decoder_start_token_id in its configuration")  # fmt: skip
     scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
-    return EncoderDecoderHead(model.get_decoder(), head.weight, head.bias, model.get_encoder(), int(start), scale)
+    return EncoderDecoderHead(
+        model.get_decoder(), head.weight, head.bias, model.get_encoder(), decoder_start(config), scale
+    )
+
+
+def segment_mask(queries: torch.Tensor, keys: torch.Tensor, *, causal: bool = False) -> torch.Tensor:
+    """`[B, Q], [B, K] -> [B, Q, K]` bool: may a token look there? Only within its segment, backwards alone if `causal`.
+
+    Segment ids as `kd.data.packing.lay_out` gives them; padding is a segment like any other, so on one side no token
+    looks at nothing.
+    """
+    mask = queries.unsqueeze(2) == keys.unsqueeze(1)
+    return mask.tril() if causal else mask
+
+
+def require_packable(model: Model) -> None:
+    """Prove on a few tokens that a model keeps packed examples apart. Raises DataError naming its class.
+
+    Positions must be given (they restart in every segment) or be relative, and nothing but attention under the mask
+    may carry one token's state to another: recurrent layers do.
+    """
+    import torch
+
+    from kd.data.packing import lay_out
+
+    parts = split_head(model)
+    two_sides = isinstance(parts, EncoderDecoderHead)
+    advice = "without --packing"
+    takes = "position_ids" in inspect.signature(parts.backbone.forward).parameters
+    if not (model.config.model_type in RELATIVE_POSITIONS if two_sides else takes):
+        raise DataError("the model's positions cannot be passed, and packed examples need their own",
+                        where=type(model).__name__, found=f"model type {model.config.model_type}",
+                        expected="relative positions" if two_sides else "a forward that takes position_ids",
+                        try_=advice)  # fmt: skip
+    if two_sides and not parts._takes_masks:
+        raise DataError("this attention takes no mask, and packed examples need one on either side",
+                        where=type(model).__name__, found=model.config._attn_implementation, expected="sdpa or eager",
+                        try_=advice)  # fmt: skip
+    ids = np.arange(1, 15) % len(parts.weight)
+    examples = [ids[:5], ids[5:9][::-1], ids[9:]]
+    batch = {name: torch.from_numpy(v).to(parts.weight.device) for name, v in lay_out(examples, [[0, 1], [2]]).items()}
+    batch |= {f"decoder_{name}": batch[name] for name in ("input_ids", "segment_ids")}
+    places = [(0, slice(5)), (0, slice(5, 9)), (1, slice(5))]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        packed = parts.batch_hidden(batch)
+        together = torch.cat([packed[place] for place in places]).float()
+        alone = torch.cat([parts.example_hidden(batch["input_ids"][b : b + 1, part])[0] for b, part in places]).float()
+    model.train(training)
+    # rounding of float32 sums; one token that sees its neighbour moves by a share of its own size
+    difference = float((together - alone).abs().max())
+    if difference > 1e-3 * float(alone.abs().max()):
+        raise DataError("packed examples see each other in this model", where=type(model).__name__,
+                        found=f"largest difference {difference:.3g}",
+                        expected="attention alone between tokens", try_=advice)  # fmt: skip

@@ -1,7 +1,8 @@
 """Where models come from: a name becomes a language model, causal or encoder-decoder, and its tokenizer.
 
     demo, demo-t5    the embedded teachers (2.7 M and 3.0 M parameters); as a student, `demo` is `random:demo-student`
-    random:NAME      random weights in the real shape of a known model; no download
+    random:NAME      random weights in the real shape of a known model; no download (`--tokenizer demo-t5` with
+                     `random:demo-t5-student`)
     a folder         anything `save_pretrained` wrote
     a hub id         through transformers, never with remote code
 
@@ -147,6 +148,14 @@ def is_encoder_decoder(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+def decoder_start(config: Any) -> int:
+    """The token an encoder-decoder's decoder starts from. Raises TeacherError where its configuration says none."""
+    if config.decoder_start_token_id is None:
+        raise TeacherError("the model does not say what its decoder starts from", where=config.model_type,
+                           expected="decoder_start_token_id in its configuration")  # fmt: skip
+    return int(config.decoder_start_token_id)
+
+
 def _auto_class(config: Any) -> Any:
     import transformers
 
@@ -207,14 +216,6 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
                            found=f"{len(odd)} layers such as {odd[0]}", expected="input widths that are multiples of 64",
                            try_="--dtype bfloat16")  # fmt: skip
     return model
-
-
-def require_causal(request: ModelRequest, config: Any) -> None:
-    """Raise TeacherError for an encoder-decoder model."""
-    if is_encoder_decoder(config):
-        raise TeacherError("this is an encoder-decoder model", where=request.name,
-                           found=", ".join(config.architectures or [type(config).__name__]),
-                           expected="a causal language model")  # fmt: skip
 
 
 def parameter_count(request: ModelRequest) -> int:

@@ -1,139 +1,103 @@
-"""Several examples in one sequence: which go together, and what keeps them apart.
+"""Several examples in one sequence: which go together, and where each of them lies.
 
-FLAN trains on packed sequences (arXiv:2109.01652, section 2.4). An example of input and target is one *segment* and
-stays whole. Packing is first-fit in order: each example goes into the first sequence that has room, so the result
-depends on the order alone and needs at most 1.7 times the sequences of the best packing (Dósa and Sgall 2013).
-Finding that sequence takes O(log n) steps.
+FLAN trains on packed sequences (arXiv:2109.01652, section 2.4). An example stays whole. Packing is first-fit in order:
+each example goes into the first sequence that has room, so the result depends on the order alone and needs at most 1.7
+times the sequences of the best packing (Dósa and Sgall 2013). A batch is packed by itself: sequences are few, and
+packing changes neither the order of examples nor what an epoch is.
 
-Packed examples must not see each other: positions start at 0 in every segment, and the attention mask is
-block-diagonal. Padding has segment id 0; segments count from 1.
-
-Shapes: N is the length of a sequence in tokens.
+A *side* is what a model reads as one sequence. A causal model has one, of prompt and target; an encoder-decoder has
+two, each with its own room. Packed examples must not see each other: positions start at 0 in every segment, and
+attention stays within it (`kd.data.forward.segment_mask`). Padding has segment id 0; segments count from 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from kd.data.errors import DataError
 
+Size = tuple[int, ...]
+"""Tokens of an example on each side."""
 
-@dataclass(frozen=True)
-class Segment:
-    """One example's place in a packed sequence."""
 
-    example: int
-    """Index in the lengths given."""
-    start: int
-    """First token in the sequence; the input comes first."""
-    inputs: int
-    """Tokens of the input."""
-    targets: int
-    """Tokens of the target."""
+class Packer:
+    """Sequences that are being filled, first-fit."""
+
+    def __init__(self, capacity: Size | None) -> None:
+        """`capacity` tokens per side of a sequence; None = every example is a sequence of its own."""
+        self.capacity = capacity
+        self.examples: list[int] = []
+        """In the order they were added."""
+        self.sequences: list[list[int]] = []
+        self.tokens = 0
+        """Without padding."""
+        self._used: list[Size] = []
+        self._widths: Size = ()
+
+    def with_one_more(self, size: Size) -> tuple[int, int]:
+        """`(sequences, tokens with their padding)` if an example of this size were added."""
+        place, used = self._place(size)
+        widths = map(max, self._widths or used, used)
+        count = max(len(self.sequences), place + 1)
+        return count, count * sum(widths)
+
+    def add(self, example: int, size: Size) -> None:
+        """Put an example where it fits first. Raises DataError for one that is larger than a sequence."""
+        if self.capacity is not None and any(n > most for n, most in zip(size, self.capacity, strict=True)):
+            raise DataError("an example is longer than a packed sequence", where=f"example {example}",
+                            found=f"{' + '.join(map(str, size))} tokens",
+                            expected=f"at most {' + '.join(map(str, self.capacity))}",
+                            try_="a larger --seq-len")  # fmt: skip
+        place, used = self._place(size)
+        if place == len(self.sequences):
+            self.sequences.append([])
+            self._used.append(used)
+        self.sequences[place].append(example)
+        self._used[place] = used
+        self._widths = tuple(map(max, self._widths or used, used))
+        self.examples.append(example)
+        self.tokens += sum(size)
 
     @property
-    def stop(self) -> int:
-        return self.start + self.inputs + self.targets
+    def padded(self) -> int:
+        """Tokens with their padding: every sequence is as wide as the widest, on each side."""
+        return len(self.sequences) * sum(self._widths)
+
+    def _place(self, size: Size) -> tuple[int, Size]:
+        """The sequence an example goes into, the next new one where none has room, and what is used there then."""
+        if self.capacity is not None:
+            for place, before in enumerate(self._used):
+                used = tuple(a + b for a, b in zip(before, size, strict=True))
+                if all(a <= most for a, most in zip(used, self.capacity, strict=True)):
+                    return place, used
+        return len(self.sequences), size
 
 
-def pack(lengths: Sequence[tuple[int, int]], *, max_tokens: int) -> list[list[Segment]]:
-    """Sequences of at most `max_tokens` tokens, first-fit in order; every example is in exactly one, whole.
+def pack(sizes: Sequence[Size], capacity: Size | None) -> list[list[int]]:
+    """Sequences of numbers into `sizes`, first-fit in order; every example is in exactly one. Raises as `Packer.add`."""
+    packer = Packer(capacity)
+    for example, size in enumerate(sizes):
+        packer.add(example, size)
+    return packer.sequences
 
-    lengths   (input, target) tokens per example, specials included
-    Raises DataError for an example that is empty or longer than a sequence: cut it first.
+
+def lay_out(ids: Sequence[np.ndarray], sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """One side of a batch: `input_ids`, `segment_ids`, `position_ids` `[B, T]` int64, and `starts [E]`.
+
+    ids        token ids of every example
+    sequences  numbers into `ids`, as `pack` gives them
+    starts     flat index into `[B * T]` of each example's first token
     """
-    if max_tokens < 1:
-        raise DataError("a packed sequence is too small", found=max_tokens, expected="at least 1 token")
-    sequences: list[list[Segment]] = []
-    room = _Room(len(lengths))
-    for example, (inputs, targets) in enumerate(lengths):
-        size = inputs + targets
-        if min(inputs, targets) < 0 or size == 0:
-            raise DataError("an example has no tokens", where=f"example {example}", found=f"{inputs} + {targets}",
-                            expected="at least one token")  # fmt: skip
-        if size > max_tokens:
-            raise DataError("an example is longer than a packed sequence", where=f"example {example}",
-                            found=f"{inputs} + {targets} tokens", expected=f"at most {max_tokens}",
-                            try_="cut or leave out long examples first")  # fmt: skip
-        place = room.first(size)
-        if place is None:
-            place = len(sequences)
-            sequences.append([])
-            room.set(place, max_tokens)
-        start = sequences[place][-1].stop if sequences[place] else 0
-        sequences[place].append(Segment(example, start, inputs, targets))
-        room.set(place, max_tokens - start - size)
-    return sequences
-
-
-class _Room:
-    """Free tokens per sequence in a tree of maxima: the first sequence with room in O(log n) steps."""
-
-    def __init__(self, sequences: int) -> None:
-        self.leaves = 1 << max(sequences - 1, 0).bit_length()
-        self.most = [0] * (2 * self.leaves)
-
-    def set(self, index: int, free: int) -> None:
-        node = index + self.leaves
-        self.most[node] = free
-        while node > 1:
-            node //= 2
-            self.most[node] = max(self.most[2 * node], self.most[2 * node + 1])
-
-    def first(self, size: int) -> int | None:
-        if self.most[1] < size:
-            return None
-        node = 1
-        while node < self.leaves:
-            node = 2 * node + (self.most[2 * node] < size)
-        return node - self.leaves
-
-
-def segment_ids(segments: Sequence[Segment], length: int) -> np.ndarray:
-    """[N] int32: 1, 2, … per segment in order, 0 for padding. Raises DataError where `length` is too short."""
-    _check_length(segments, length)
-    ids = np.zeros(length, np.int32)
-    for number, segment in enumerate(segments, 1):
-        ids[segment.start : segment.stop] = number
-    return ids
-
-
-def positions(segments: Sequence[Segment], length: int) -> np.ndarray:
-    """[N] int32: 0, 1, … from the start of each segment; 0 for padding."""
-    _check_length(segments, length)
-    found = np.zeros(length, np.int32)
-    for segment in segments:
-        found[segment.start : segment.stop] = np.arange(segment.stop - segment.start)
-    return found
-
-
-def target_mask(segments: Sequence[Segment], length: int) -> np.ndarray:
-    """[N] bool: True on target tokens."""
-    _check_length(segments, length)
-    mask = np.zeros(length, np.bool_)
-    for segment in segments:
-        mask[segment.start + segment.inputs : segment.stop] = True
-    return mask
-
-
-def attention_mask(ids: np.ndarray, *, causal: bool = True) -> np.ndarray:
-    """[N, N] bool, row = the token that looks: True within one segment, and backwards alone if `causal`.
-
-    ids   [N] segment ids; 0 is padding, which sees itself alone (a softmax over nothing is NaN)
-    """
-    mask: np.ndarray = (ids[:, None] == ids[None, :]) & (ids[:, None] != 0)
-    if causal:
-        mask &= np.tri(len(ids), dtype=np.bool_)
-    mask |= np.eye(len(ids), dtype=np.bool_) & (ids == 0)[:, None]
-    return mask
-
-
-def _check_length(segments: Sequence[Segment], length: int) -> None:
-    end = max((s.stop for s in segments), default=0)
-    if length < end:
-        raise DataError(
-            "a packed sequence does not fit its length", found=f"{end} tokens", expected=f"at most {length}"
-        )
+    width = max(1, *(sum(len(ids[i]) for i in sequence) for sequence in sequences))
+    tokens, segments, positions = (np.zeros((len(sequences), width), dtype=np.int64) for _ in range(3))
+    starts = np.zeros(len(ids), dtype=np.int64)
+    for b, sequence in enumerate(sequences):
+        start = 0
+        for number, i in enumerate(sequence, 1):
+            place = slice(start, start + len(ids[i]))
+            tokens[b, place], segments[b, place], positions[b, place] = ids[i], number, np.arange(len(ids[i]))
+            starts[i] = b * width + start
+            start = place.stop
+    return {"input_ids": tokens, "segment_ids": segments, "position_ids": positions, "starts": starts}

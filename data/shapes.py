@@ -53,13 +53,14 @@ def _smollm_360m() -> Any:
     )  # fmt: skip
 
 
-def _flan_t5(d_model: int, d_ff: int, layers: int, heads: int) -> Callable[[], Any]:
+def _flan_t5(d_model: int, d_ff: int, layers: int, heads: int, *, vocab: int = 32128, d_kv: int = 64,
+             dropout: float = 0.1) -> Callable[[], Any]:  # fmt: skip
     def build() -> Any:
         from transformers import T5Config
 
         return T5Config(
-            vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
-            num_heads=heads, feed_forward_proj="gated-gelu", dropout_rate=0.1, decoder_start_token_id=0,
+            vocab_size=vocab, d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
+            num_heads=heads, feed_forward_proj="gated-gelu", dropout_rate=dropout, decoder_start_token_id=0,
             pad_token_id=0, eos_token_id=1, tie_word_embeddings=False, architectures=["T5ForConditionalGeneration"],
         )  # fmt: skip
 
@@ -73,6 +74,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "gpt-neo-2.7B": _gpt_neo_2_7b,
     "pythia-410m": _pythia_410m,
     "SmolLM-360M": _smollm_360m,
+    "demo-t5-student": _flan_t5(128, 256, 2, 4, vocab=1216, d_kv=32, dropout=0.0),
     "flan-t5-small": _flan_t5(512, 1024, 8, 6),
     "flan-t5-base": _flan_t5(768, 2048, 12, 12),
     "flan-t5-large": _flan_t5(1024, 2816, 24, 16),

@@ -24,7 +24,7 @@ import numpy as np
 
 from kd.data.errors import CacheError
 from kd.data.forward import split_head
-from kd.data.models import Model
+from kd.data.models import Model, is_encoder_decoder
 from kd.evaluation.estimates import Documents, Estimate, per_example
 from kd.evaluation.scoring import LogitChunk, Progress, ScoredText, logit_chunks, require_positions
 
@@ -59,14 +59,19 @@ def evaluate_agreement(model: Model, reader: CacheReader, *, temperature: float 
     limit        use the first so many examples (blocks) of the cache
 
     The caller has checked that the model shares the cache's tokenizer. Raises CacheError for a cache without ids
-    and log-probabilities or without that temperature, DataError when the model has too few positions or logits.
+    and log-probabilities or without that temperature, CacheMismatchError when one of teacher and model has an encoder,
+    DataError when the model has too few positions or logits.
     """
+    from kd.student_trainer.compatibility import refuse_other_layout
+
     _require_head(reader, temperature)
+    refuse_other_layout(reader, "agreement", encoder=is_encoder_decoder(model.config))
     count = len(reader) if limit is None else min(limit, len(reader))
     if count < 1:
         raise CacheError("there is nothing to score", found=f"a limit of {limit} examples", expected="at least 1")
     tokens_E, rows_E = reader.lengths()
-    require_positions(model, int(tokens_E[:count].max()))
+    sides = np.maximum(tokens_E - rows_E, rows_E) if reader.manifest.blocks.encoder else tokens_E
+    require_positions(model, int(sides[:count].max()))
     lengths = [int(n) for n in rows_E[:count]]
     total, done = sum(lengths), 0
     figures = np.empty((4, total), dtype=np.float64)

@@ -36,9 +36,11 @@ def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
     """The card's text, from a run's `run.json`."""
     result, settings = run["result"], run["settings"]
     objective = settings["objective"]
+    two_sides = run["encoder_decoder"]
+    auto_class = "AutoModelForSeq2SeqLM" if two_sides else "AutoModelForCausalLM"
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text2text-generation" if two_sides else "text-generation",
         "tags": ["knowledge-distillation" if run["loss"] != "ce" else "fine-tuned", "kd"],
         **({"base_model": run["student"]} if "/" in str(run["student"]) and not Path(run["student"]).exists() else {}),
     }
@@ -80,7 +82,7 @@ def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
     ]
     for title, table in (("Settings", rows), ("Scores", [*scores, *final])):
         lines += [f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table), ""]
-    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
-              'model = AutoModelForCausalLM.from_pretrained("PATH")',
+    lines += ["```python", f"from transformers import {auto_class}, AutoTokenizer",
+              f'model = {auto_class}.from_pretrained("PATH")',
               'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", ""]  # fmt: skip
     return "\n".join(lines)

@@ -42,12 +42,26 @@ def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose
         )
 
 
-def refuse_encoder_rows(reader: CacheReader, loss: str) -> None:
-    """Raise CacheMismatchError when a causal student is to learn an encoder-decoder teacher's rows one by one."""
-    if reader.manifest.blocks.encoder:
-        raise CacheMismatchError(f"--loss {loss} compares row by row, and this teacher reads its prompt with an encoder",
+def refuse_other_layout(reader: CacheReader, purpose: str, *, encoder: bool) -> None:
+    """Raise CacheMismatchError when a comparison by row meets a teacher whose rows are not laid out as the model's.
+
+    `purpose` says what compares by row; `encoder`: does the model read its prompt with one?
+    """
+    if reader.manifest.blocks.encoder != encoder:
+        there, here = ("with", "has none") if not encoder else ("without", "has one")
+        raise CacheMismatchError(f"{purpose} compares row by row, and this teacher reads its prompt {there} an encoder",
                                  cache=reader.root, teacher=reader.manifest.provenance.get("teacher"),
-                                 try_="--loss uld, hybrid or alm, or --loss ce for the baseline")  # fmt: skip
+                                 found=f"a model that {here}", try_="a model laid out as the teacher; in training --loss "
+                                 "uld, hybrid or alm, or --loss ce for the baseline")  # fmt: skip
+
+
+def refuse_without_prompts(reader: CacheReader) -> None:
+    """Raise DataError when a student's encoder would have nothing to read."""
+    if reader.manifest.identity["corpus"]["kind"] == "documents":
+        raise DataError("an encoder-decoder student needs prompts for its encoder", cache=reader.root,
+                        found="a cache of documents", expected="a cache of prompts and targets",
+                        try_="a causal student, or a cache of --data flan:four, mini, or files with --columns "
+                        "prompt=…,target=…")  # fmt: skip
 
 
 def same_tokenizer(reader: CacheReader, tokenizer: Tokenizer) -> bool:
@@ -56,7 +70,10 @@ def same_tokenizer(reader: CacheReader, tokenizer: Tokenizer) -> bool:
 
 
 def refuse_narrow_student(reader: CacheReader, config: Any, longest: int) -> None:
-    """Raise DataError when the student has fewer logits than the cache has ids, or too few positions."""
+    """Raise DataError when the student has fewer logits than the cache has ids, or too few positions.
+
+    `longest` tokens that the student reads as one sequence: of an encoder-decoder, on the longer side.
+    """
     if int(config.vocab_size) < reader.manifest.vocabulary_size:
         raise CacheMismatchError("the student has fewer logits than the cache has ids", cache=reader.root,
                                  found=config.vocab_size, expected=f"at least {reader.manifest.vocabulary_size}")  # fmt: skip

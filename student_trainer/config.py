@@ -18,6 +18,7 @@ LORA_TARGETS = {
     "gpt_neox": ["query_key_value"],
     "llama": ["q_proj", "v_proj"],
     "gpt_neo": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
 }
 """Model type -> modules that LoRA adapts."""
 
@@ -56,7 +57,11 @@ class TrainConfig:
     prompt_loss: bool = False
     """Cross-entropy over the prompt's tokens too."""
     seq_len: int | None = None
-    """Most tokens of an example in the student's own cut, for losses over text; None = the student's positions."""
+    """Most tokens of an example in the student's own cut, for losses over text (of an encoder: of the prompt), and of a
+    packed sequence; None = the student's positions."""
+    target_len: int | None = None
+    """Most tokens of a target in the student's own cut, EOS included, for losses over text; None = what `seq_len`
+    leaves, of a decoder its positions."""
     separator: str | None = None
     """Text between prompt and target for the student; None = as in the cache."""
     temperature: float = 1.0
@@ -69,7 +74,9 @@ class TrainConfig:
     tokens_per_batch: int | None = None
     """Tokens per micro-batch and device, padding included; None: `batch_size`, or 4096 tokens."""
     batch_size: int | None = None
-    """Examples per micro-batch and device."""
+    """Examples, or packed sequences, per micro-batch and device."""
+    packing: bool = False
+    """Put several examples into one sequence of at most `seq_len` tokens; none of them sees another."""
     accumulate: int = 1
     """Micro-batches per optimizer step."""
     lr: float = 5e-4
@@ -116,7 +123,7 @@ class TrainConfig:
         if self.tokens_per_batch is not None and self.batch_size is not None:
             raise DataError("two batch sizes were given", found="--tokens-per-batch and --batch-size", expected="one")
         for name in ("tokens_per_batch", "batch_size", "accumulate", "max_steps", "lora", "log_every", "head_chunk",
-                     "seq_len"):  # fmt: skip
+                     "seq_len", "target_len"):  # fmt: skip
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise DataError(f"{name.replace('_', ' ')} must be at least 1", found=number)

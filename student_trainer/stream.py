@@ -1,8 +1,8 @@
 """From a cache to batches: which examples, in which order, as which tensors.
 
 All batches of a run are laid out before the first step: epoch after epoch in the reader's (seed, epoch) order,
-cut by token budget or by count. So the number of steps is known, resuming means skipping, and neither batch size
-nor world size changes the order. Reading and decoding run on a thread beside the training step.
+cut by token budget or by count. So the number of steps is known, resuming means skipping, and neither batch size,
+packing nor world size changes the order. Reading and decoding run on a thread beside the training step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from kd.cache_builder.reader import CachedExample, CacheReader
 from kd.cache_builder.targets import SoftTargets
+from kd.data.packing import Packer, Size, lay_out, pack
 from kd.student_trainer.alignment import Alignment, Side, align
 from kd.student_trainer.groups import GroupTargets
 from kd.student_trainer.losses import LOSSES, LossTargets, Objective
@@ -37,21 +38,32 @@ class BatchPlan:
     """Example numbers."""
     epochs: tuple[int, ...]
     """Epoch of each batch."""
+    tokens: tuple[int, ...]
+    """Of each batch, without padding."""
+    padded: tuple[int, ...]
+    """Of each batch, with padding."""
 
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def padding_share(self) -> float:
+        """Share of the tokens a model reads that are padding."""
+        return 1 - sum(self.tokens) / sum(self.padded)
+
 
 def plan_batches(reader: CacheReader, lengths: np.ndarray, *, seed: int, epochs: float = 1.0,
                  count: int | None = None, tokens_per_batch: int | None = None, batch_size: int | None = None,
-                 multiple_of: int = 1) -> BatchPlan:  # fmt: skip
+                 capacity: Size | None = None, multiple_of: int = 1) -> BatchPlan:  # fmt: skip
     """Lay out `epochs` epochs (at least one example), or exactly `count` micro-batches.
 
-    `lengths [E]` tokens per example. A batch holds `batch_size` examples, or as many as fit `tokens_per_batch`
-    with their padding. The number of batches is rounded down to a multiple of `multiple_of` (accumulation steps
-    times world size), so that every step is whole.
+    `lengths [E, sides]` tokens per example, `[E]` where there is one side. A batch holds `batch_size` sequences, or as
+    many as fit `tokens_per_batch` with their padding; a sequence is one example, or, with a `capacity`, what
+    `kd.data.packing` puts into so many tokens. The number of batches is rounded down to a multiple of `multiple_of`
+    (accumulation steps times world size), so that every step is whole.
     """
-    batches: list[tuple[int, ...]] = []
+    sizes = [tuple(size) for size in lengths.reshape(len(lengths), -1).tolist()]
+    batches: list[Packer] = []
     numbers: list[int] = []
     epoch = 0
     while True:
@@ -61,7 +73,7 @@ def plan_batches(reader: CacheReader, lengths: np.ndarray, *, seed: int, epochs:
             if remaining <= 0:
                 break
             order = order[: max(round(len(order) * min(1.0, remaining)), 0 if batches else 1)]
-        cut = list(_cut(order, lengths, tokens_per_batch, batch_size))
+        cut = list(_cut(order, sizes, tokens_per_batch, batch_size, capacity))
         batches += cut
         numbers += [epoch] * len(cut)
         epoch += 1
@@ -72,21 +84,23 @@ def plan_batches(reader: CacheReader, lengths: np.ndarray, *, seed: int, epochs:
     missing = max(0, whole - len(batches))  # fewer batches than one step needs: repeat from the start
     batches += [batches[i % len(batches)] for i in range(missing)]
     numbers += [numbers[-1]] * missing
-    return BatchPlan(tuple(batches[:whole]), tuple(numbers[:whole]))
+    kept = batches[:whole]
+    return BatchPlan(tuple(tuple(b.examples) for b in kept), tuple(numbers[:whole]), tuple(b.tokens for b in kept),
+                     tuple(b.padded for b in kept))  # fmt: skip
 
 
-def _cut(order: np.ndarray, lengths: np.ndarray, tokens: int | None, size: int | None) -> Iterator[tuple[int, ...]]:
-    batch: list[int] = []
-    longest = 0
+def _cut(order: np.ndarray, sizes: Sequence[Size], tokens: int | None, count: int | None,
+         capacity: Size | None) -> Iterator[Packer]:  # fmt: skip
+    batch = Packer(capacity)
     for example in order.tolist():
-        longest = max(longest, int(lengths[example]))
-        full = len(batch) == size if size is not None else bool(batch) and (len(batch) + 1) * longest > (tokens or 0)
+        sequences, padded = batch.with_one_more(sizes[example])
+        full = sequences > count if count is not None else bool(batch.examples) and padded > (tokens or 0)
         if full:
-            yield tuple(batch)
-            batch, longest = [], int(lengths[example])
-        batch.append(example)
-    if batch:
-        yield tuple(batch)
+            yield batch
+            batch = Packer(capacity)
+        batch.add(example, sizes[example])
+    if batch.examples:
+        yield batch
 
 
 class PlannedBatches:
@@ -127,6 +141,10 @@ class Collator:
 
     `positions` are flat indices into `[B * T]` of the tokens that *predict* the rows: the row for token t of an
     example sits at the position before it. The tokens are the teacher's, or, with `text`, the student's own.
+
+    Of a student with an encoder these are what that reads; its decoder reads `decoder_input_ids [B, T]`, of every
+    example `start_id` and all target tokens but the last, and `positions` count there. Where examples are packed,
+    `segment_ids` and `position_ids [B, T]` stand for the mask, as `kd.data.packing` makes them.
     """
 
     objective: Objective
@@ -138,6 +156,10 @@ class Collator:
     """Score the prompt's tokens too (cross-entropy alone)?"""
     student_ids: np.ndarray | None = None
     """[V_t] the student's id of every teacher id, -1 where it has none; for `hybrid`"""
+    start_id: int | None = None
+    """Token the student's decoder starts from; None = a causal student"""
+    capacity: Size | None = None
+    """Tokens of a packed sequence on each side; None = one example per sequence"""
     coverage: Coverage = field(default_factory=lambda: Coverage())
 
     def __call__(self, examples: Sequence[CachedExample]) -> dict[str, Tensor]:
@@ -157,18 +179,25 @@ class Collator:
 
     def _tokens(self, examples: Sequence[CachedExample | StudentExample]) -> dict[str, np.ndarray]:
         ids = [e.input_ids for e in examples]
-        width = max(len(i) for i in ids)
-        padded = np.zeros((len(ids), width), dtype=np.int64)
-        mask = np.zeros((len(ids), width), dtype=np.int64)
-        positions, gold = [], []
-        for b, (example, row) in enumerate(zip(examples, ids, strict=True)):
-            padded[b, : len(row)] = row
-            mask[b, : len(row)] = 1
-            first = self._first(example)
-            positions.append(b * width + np.arange(first - 1, len(row) - 1))
-            gold.append(row[first:])
-        return {"input_ids": padded, "attention_mask": mask, "positions": np.concatenate(positions),
-                "gold_ids": np.concatenate(gold).astype(np.int64)}  # fmt: skip
+        first = [self._first(e) for e in examples]
+        gold = [i[start:] for i, start in zip(ids, first, strict=True)]
+        sides, ahead = [ids], [start - 1 for start in first]
+        if self.start_id is not None:
+            shifted = [np.concatenate([[self.start_id], g])[: len(g)] for g in gold]
+            sides, ahead = [[e.context_ids for e in examples], shifted], [0] * len(gold)
+        sequences = pack([tuple(len(side[e]) for side in sides) for e in range(len(ids))], self.capacity)
+        found = [lay_out(side, sequences) for side in sides]
+        starts = found[-1]["starts"] + np.array(ahead)
+        batch = {"input_ids": found[0]["input_ids"],
+                 "positions": np.concatenate([s + np.arange(len(g)) for s, g in zip(starts, gold, strict=True)]),
+                 "gold_ids": np.concatenate(gold).astype(np.int64)}  # fmt: skip
+        if self.start_id is not None:
+            batch["decoder_input_ids"] = found[1]["input_ids"]
+        if self.capacity is None:
+            return batch | {"attention_mask": (found[0]["segment_ids"] > 0).astype(np.int64)}
+        if self.start_id is not None:
+            return batch | {"segment_ids": found[0]["segment_ids"], "decoder_segment_ids": found[1]["segment_ids"]}
+        return batch | {name: found[0][name] for name in ("segment_ids", "position_ids")}
 
     def _rows(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
         kind, temperature = self.objective.tail, self.objective.temperature

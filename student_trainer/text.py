@@ -2,19 +2,20 @@
 
 An example's prompt and target are tokenised apart, so a target token never reaches back into the prompt: context =
 BOS (where there is one), prompt, separator; then the target, then EOS where the cached target has its end. What does not
-fit the window is cut as `kd.data.blocks.fit_pair` cuts it: the prompt at its beginning, the target at its end.
+fit the window is cut as `kd.data.blocks.fit_pair` cuts it: the prompt at its beginning, the target at its end. A student
+with an encoder reads what such a teacher would: prompt and EOS there, the target and EOS at its decoder.
 No pad token is needed and no embedding is resized: batches are padded with id 0, which nothing attends to or scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kd.cache_builder.reader import CacheReader
-from kd.data.blocks import BlockConfig, TokenRows, fit_pair
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
 from kd.data.errors import DataError
 from kd.data.example import Example
 from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes
@@ -43,9 +44,12 @@ class StudentText:
     """Every example of a cache in the student's tokens; tokenised once, before the first step."""
 
     def __init__(
-        self, reader: CacheReader, tokenizer: Tokenizer, *, window: int | None, separator: str | None = None
-    ) -> None:
-        """`window` tokens at most; `separator` between prompt and target, None = as in the cache.
+        self, reader: CacheReader, tokenizer: Tokenizer, *, window: int | None, separator: str | None = None,
+        encoder: bool = False, target_len: int | None = None,
+    ) -> None:  # fmt: skip
+        """`window` tokens at most, of an encoder's the prompt alone; `target_len` of the target.
+
+        `separator` between prompt and target, None = as in the cache; a student with an `encoder` reads none.
 
         Raises DataError for a student without EOS where the cache's targets end with one.
         """
@@ -56,17 +60,19 @@ class StudentText:
                             found="eos_token is not set", expected="a tokenizer with eos_token",
                             try_="set eos_token in its tokenizer_config.json")  # fmt: skip
         pieces = token_bytes(tokenizer)
-        same = not blocks.encoder and separator is None and same_tokenizer(reader, tokenizer)
+        same = blocks.encoder == encoder and separator is None and same_tokenizer(reader, tokenizer)
         between = "" if not pairs else blocks.separator if separator is None else separator
         bos = blocks.bos if same else tokenizer.bos_token_id is not None  # a cut prompt keeps it, and nothing else
-        limits = BlockConfig(seq_len=window or 2**31, bos=bos, overlong="truncate")
+        limits = BlockConfig(
+            seq_len=window or 2**31, bos=bos, separator=between, encoder=encoder, target_len=target_len
+        )
         self.truncated = 0
         """Examples that did not fit the window."""
         self.teacher_has_eos: list[bool] = []
         self._examples: list[StudentExample] = []
         for example, cached, ends in _texts(reader):
             # equal tokenizers read the very same tokens, also where a block begins inside a word
-            row, start = (cached, 0) if same else _tokenize(example, tokenizer, pieces, between, ends)
+            row, start = (cached, 0) if same else _tokenize(example, tokenizer, pieces, limits, ends)
             fitted = fit_pair(row, limits)
             self.truncated += fitted is not row
             if fitted is None:  # nothing of the target is left to score
@@ -99,10 +105,12 @@ def _texts(reader: CacheReader) -> Iterator[tuple[Example, TokenRows, bool]]:
             yield example, TokenRows(example, context, ids, byte_end[rows].astype(np.int64)), bool(ids[-1] == eos)
 
 
-def _tokenize(example: Example, tokenizer: Tokenizer, pieces: list[bytes], separator: str,
+def _tokenize(example: Example, tokenizer: Tokenizer, pieces: list[bytes], blocks: BlockConfig,
               ends: bool) -> tuple[TokenRows, int]:  # fmt: skip
     """The example in the student's tokens, and the byte of the target where they begin."""
-    context, _ = encode_with_ends(tokenizer, pieces, example.prompt + separator if example.prompt else "")
+    if blocks.encoder:
+        return tokenize_pair(replace(example, complete=ends), tokenizer, pieces, blocks), 0
+    context, _ = encode_with_ends(tokenizer, pieces, example.prompt + blocks.separator if example.prompt else "")
     if tokenizer.bos_token_id is not None:
         context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
     target, byte_end = encode_with_ends(tokenizer, pieces, example.target)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -32,21 +34,24 @@ from kd.cache_builder.files import canonical_json, write_atomic
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import band_edges
 from kd.data.errors import CacheMismatchError, DataError
-from kd.data.forward import head_rows, split_head
+from kd.data.forward import head_rows, require_packable, split_head
 from kd.data.models import (
     ModelRequest,
+    decoder_start,
+    is_encoder_decoder,
     load_config,
     load_model,
     load_request_tokenizer,
     max_positions,
-    require_causal,
     resolve_device,
 )
+from kd.data.packing import Size
 from kd.data.tokenizer import Tokenizer, vocabulary_size
 from kd.student_trainer.compatibility import (
-    refuse_encoder_rows,
     refuse_narrow_student,
+    refuse_other_layout,
     refuse_other_tokenizer,
+    refuse_without_prompts,
     resolve_objective,
     same_tokenizer,
     shared_pieces,
@@ -60,6 +65,8 @@ from kd.student_trainer.text import StudentText
 from kd.student_trainer.trainer import DistillationTrainer, StepRecord
 
 RUN, METRICS = "run.json", "metrics.jsonl"
+PACKED_TOKENS = 1024
+"""Of a packed sequence, where neither --seq-len nor the student's positions say more or less."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class TrainResult:
     """Share of the target's bytes that aligned groups covered; None for losses by row"""
     truncated: int = 0
     """Examples that did not fit the student's window"""
+    padding_share: float = 0.0
+    """Share of the tokens the student read that were padding"""
 
 
 def train(
@@ -98,11 +107,15 @@ def train(
         revision=config.revision, device="cpu", dtype="float32", tokenizer=config.tokenizer, seed=config.seed,
     )  # fmt: skip
     tokenizer = load_request_tokenizer(request)
-    text, collator, width = _prepare(config, reader, objective, request, tokenizer)
+    student = load_config(request)
+    text, collator, width = _prepare(config, reader, objective, student, tokenizer)
     objective = collator.objective
     tokens, rows = reader.lengths() if text is None else text.lengths()
+    sizes = tokens[:, None] if collator.start_id is None else np.stack([tokens - rows, rows], axis=1)
     if config.prompt_loss:
         rows = tokens - 1
+    if config.packing:
+        collator = replace(collator, capacity=_capacity(config, sizes, max_positions(student)))
     out = Path(config.out)
     arguments = _training_arguments(config, out)  # under torchrun, joins the other processes
     identity = _identity(config, reader, arguments.world_size)
@@ -114,6 +127,8 @@ def train(
     set_seed(config.seed)
     model = load_model(request)
     parameters = sum(p.numel() for p in model.parameters())
+    if config.packing:
+        require_packable(model)
     attach_loss(model, objective, width, config.head_chunk)
     if config.gradient_checkpointing:
         # transformers 5.23 warns about the name that 5.0 has
@@ -122,7 +137,7 @@ def train(
     trained = _with_lora(model, config.lora, config.lora_targets) if config.lora else model
     multiple = config.accumulate * arguments.world_size
     plan = plan_batches(
-        reader, tokens, seed=config.seed, epochs=config.epochs, multiple_of=multiple,
+        reader, sizes, seed=config.seed, epochs=config.epochs, multiple_of=multiple, capacity=collator.capacity,
         count=None if config.max_steps is None else config.max_steps * multiple,
         batch_size=config.batch_size,
         tokens_per_batch=config.tokens_per_batch or (None if config.batch_size else 4096),
@@ -147,16 +162,18 @@ def train(
         trainer.save_model(str(out))  # on every process: FSDP gathers its shards here
     if trainer.is_world_process_zero():
         if config.lora:
-            trained.merge_and_unload().save_pretrained(out)
+            with warnings.catch_warnings():  # peft 0.21 believes T5's configuration, which calls every head tied
+                warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+                trained.merge_and_unload().save_pretrained(out)
         (out / "training_args.bin").unlink(missing_ok=True)  # written with torch.save; run.json says the same
         tokenizer.save_pretrained(out)
     result = TrainResult(
         str(out), steps, last.tokens, seconds, trainer.tokens_this_run / seconds, last.loss, last.kd, last.ce,
         trainer.waited / seconds, parameters, reader.manifest.fingerprint, collator.coverage.share,
-        0 if text is None else text.truncated,
+        0 if text is None else text.truncated, plan.padding_share,
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        _write_run(config, identity, reader, out, result, objective)
+        _write_run(config, identity, reader, out, result, objective, encoder_decoder=is_encoder_decoder(student))
     return result
 
 
@@ -168,29 +185,38 @@ def _edges(reader: CacheReader) -> tuple[int, ...]:
 
 
 def _prepare(
-    config: TrainConfig, reader: CacheReader, objective: Objective, request: ModelRequest, tokenizer: Tokenizer
+    config: TrainConfig, reader: CacheReader, objective: Objective, student: Any, tokenizer: Tokenizer
 ) -> tuple[StudentText | None, Collator, int]:
     """The student's own tokens, where they are needed; what makes batches; how many logits count.
 
     Raises KdError where cache and student do not belong together.
     """
-    student = load_config(request)
-    require_causal(request, student)
-    by_text = objective.groups or config.prompt_loss or config.separator is not None
-    if config.loss == "ce" and (reader.manifest.blocks.encoder or not same_tokenizer(reader, tokenizer)):
+    encoder = is_encoder_decoder(student)
+    if encoder:
+        refuse_without_prompts(reader)
+    own_cut = {"--prompt-loss": config.prompt_loss, "--separator": config.separator is not None,
+               "--target-len": config.target_len is not None}  # fmt: skip
+    asked = [name for name, given in own_cut.items() if given]
+    between = [name for name in asked if name != "--target-len"]
+    if encoder and between:
+        raise DataError("an encoder reads the prompt by itself, and nothing predicts its tokens",
+                        found=", ".join(between), try_="leave them out, or a causal student")  # fmt: skip
+    by_text = objective.groups or bool(asked)
+    if config.loss == "ce" and (reader.manifest.blocks.encoder != encoder or not same_tokenizer(reader, tokenizer)):
         by_text = True
     if by_text and not (objective.groups or config.loss == "ce"):
-        raise DataError(f"--loss {config.loss} reads the cached tokens as they are",
-                        found="--prompt-loss" if config.prompt_loss else "--separator",
+        raise DataError(f"--loss {config.loss} reads the cached tokens as they are", found=", ".join(asked),
                         try_="--loss ce, uld, hybrid or alm")  # fmt: skip
+    start = decoder_start(student) if encoder else None
     if not by_text:
-        refuse_encoder_rows(reader, config.loss)
+        refuse_other_layout(reader, f"--loss {config.loss}", encoder=encoder)
         refuse_other_tokenizer(
             reader, tokenizer, purpose=f"--loss {config.loss}",
             advice="--loss uld, hybrid or alm, for any tokenizer; or --tokenizer for a random student",
         )  # fmt: skip
-        refuse_narrow_student(reader, student, int(reader.lengths()[0].max()))
-        return None, Collator(objective), reader.manifest.vocabulary_size
+        tokens, rows = reader.lengths()
+        refuse_narrow_student(reader, student, int((np.maximum(tokens - rows, rows) if encoder else tokens).max()))
+        return None, Collator(objective, start_id=start), reader.manifest.vocabulary_size
     if config.top_k is not None and objective.groups and reader.config.tail_bands:
         raise DataError("rank bands begin where the stored top-k ends", found=f"--top-k {config.top_k}",
                         expected=f"all {reader.config.top_k}", try_="leave --top-k out")  # fmt: skip
@@ -199,16 +225,38 @@ def _prepare(
         raise DataError("the student has fewer logits than its tokenizer has entries", found=student.vocab_size,
                         expected=f"at least {width}", try_="--tokenizer PATH of the right tokenizer")  # fmt: skip
     limit = max_positions(student)
-    if limit is not None and config.seq_len is not None and config.seq_len > limit:
-        raise DataError("the sequence length is longer than the student's positions", found=f"--seq-len {config.seq_len}",
-                        expected=f"at most {limit}", try_=f"--seq-len {limit}")  # fmt: skip
-    text = StudentText(reader, tokenizer, window=config.seq_len or limit, separator=config.separator)
+    _check_limit("--seq-len", config.seq_len, limit)
+    _check_limit("--target-len", config.target_len, limit)
+    text = StudentText(
+        reader, tokenizer, window=config.seq_len or limit, separator=config.separator, encoder=encoder,
+        target_len=config.target_len or (limit if encoder else None),
+    )  # fmt: skip
     ids, overlap = None, 1.0
     if objective.loss == "hybrid":
         ids, overlap = shared_pieces(reader, tokenizer)
         objective = replace(objective, settings=replace(objective.settings, overlap=overlap))
-    collator = Collator(objective, text, config.alignment, config.align_eos, config.prompt_loss, ids)
+    collator = Collator(objective, text, config.alignment, config.align_eos, config.prompt_loss, ids, start)
     return text, collator, width
+
+
+def _check_limit(option: str, wanted: int | None, limit: int | None) -> None:
+    if limit is not None and wanted is not None and wanted > limit:
+        raise DataError("the sequence length is longer than the student's positions", found=f"{option} {wanted}",
+                        expected=f"at most {limit}", try_=f"{option} {limit}")  # fmt: skip
+
+
+def _capacity(config: TrainConfig, sizes: np.ndarray, limit: int | None) -> Size:
+    """Tokens of a packed sequence on each side; a decoder's side is as long as the encoder's.
+
+    `sizes [E, sides]`, `limit` the student's positions. Raises DataError where an example does not fit.
+    """
+    _check_limit("--seq-len", config.seq_len, limit)
+    longest = sizes.max(axis=0).tolist()
+    room = config.seq_len or limit or max(longest[0], PACKED_TOKENS)
+    if longest[0] > room:
+        raise DataError("an example is longer than a packed sequence", found=f"{longest[0]} tokens",
+                        expected=f"at most --seq-len {room}", try_=f"--seq-len {longest[0]}")  # fmt: skip
+    return (room, *(max(room, n) for n in longest[1:]))
 
 
 def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: int | None = None) -> None:
@@ -219,11 +267,8 @@ def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: i
     parts = split_head(model)
     head = model.get_output_embeddings()
 
-    def forward(
-        self: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, **batch: Any
-    ) -> dict[str, Tensor]:
-        hidden = parts.hidden(input_ids, attention_mask)
-        rows = hidden.flatten(0, 1).index_select(0, positions)
+    def forward(self: Any, positions: Tensor, **batch: Any) -> dict[str, Tensor]:
+        rows = parts.batch_hidden(batch).flatten(0, 1).index_select(0, positions)
         total, kd, ce = chunked_head_loss(
             rows, head.weight, head.bias, objective, loss_targets(batch), vocabulary_size=vocabulary_size,
             chunk=chunk or head_rows(vocabulary_size, rows.device.type),
@@ -277,7 +322,8 @@ def _with_lora(model: Any, rank: int, targets: str | None) -> Any:
         raise DataError("LoRA needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps its weights as [in, out]
     adapters = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", fan_in_fan_out=transposed,
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, fan_in_fan_out=transposed,
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model.config) else "CAUSAL_LM",
         target_modules=targets.split(",") if targets else LORA_TARGETS.get(model.config.model_type),
     )  # fmt: skip
     try:
@@ -344,7 +390,7 @@ def _open_folder(identity: dict[str, Any], reader: CacheReader, out: Path, check
 
 
 def _write_run(config: TrainConfig, identity: dict[str, Any], reader: CacheReader, out: Path, result: TrainResult,
-               objective: Objective) -> None:  # fmt: skip
+               objective: Objective, *, encoder_decoder: bool) -> None:  # fmt: skip
     """`run.json` of the finished run: what `kd report` and the model card read."""
     provenance = reader.manifest.provenance
     document = {
@@ -353,6 +399,7 @@ def _write_run(config: TrainConfig, identity: dict[str, Any], reader: CacheReade
         "complete": True,
         "name": out.name,
         "student": config.student,
+        "encoder_decoder": encoder_decoder,
         "loss": config.loss,
         "teacher": provenance.get("teacher"),
         "corpus": {k: provenance.get(k) for k in ("corpus", "split")},

@@ -1,8 +1,6 @@
-"""Packing loses nothing, overfills nothing, and keeps examples from seeing each other."""
+"""Packing loses nothing, overfills nothing, and says where each example lies."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,17 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.data.errors import DataError
-from kd.data.packing import attention_mask, pack, positions, segment_ids, target_mask
+from kd.data.packing import Packer, Size, lay_out, pack
 
-LENGTHS = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 8)), max_size=40)
+ONE_SIDE = st.lists(st.tuples(st.integers(1, 20)), max_size=40)
+TWO_SIDES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), max_size=40)
+CAPACITY = (20, 9)
 
 
-def first_fit(lengths: list[tuple[int, int]], most: int) -> list[list[int]]:
-    """The slow twin: look at every sequence in turn."""
+def first_fit(sizes: list[Size], capacity: Size) -> list[list[int]]:
+    """The slow twin: look at every sequence in turn, and count anew."""
     packed: list[list[int]] = []
-    for example, size in enumerate(map(sum, lengths)):
+    for example, size in enumerate(sizes):
         for sequence in packed:
-            if sum(sum(lengths[i]) for i in sequence) + size <= most:
+            if all(sum(sizes[i][side] for i in sequence) + size[side] <= capacity[side] for side in range(len(size))):
                 sequence.append(example)
                 break
         else:
@@ -28,93 +28,66 @@ def first_fit(lengths: list[tuple[int, int]], most: int) -> list[list[int]]:
     return packed
 
 
-@given(LENGTHS)
-def test_packing_is_first_fit_in_order(lengths: list[tuple[int, int]]) -> None:
-    assert [[s.example for s in sequence] for sequence in pack(lengths, max_tokens=20)] == first_fit(lengths, 20)
+@given(ONE_SIDE | TWO_SIDES)
+def test_packing_is_first_fit_in_order(sizes: list[Size]) -> None:
+    capacity = CAPACITY[: len(sizes[0]) if sizes else 1]
+    assert pack(sizes, capacity) == first_fit(sizes, capacity)
 
 
-@given(LENGTHS)
-def test_every_example_is_packed_once_and_whole_and_nothing_overflows(lengths: list[tuple[int, int]]) -> None:
-    packed = pack(lengths, max_tokens=20)
-    assert sorted(s.example for sequence in packed for s in sequence) == list(range(len(lengths)))
+@given(ONE_SIDE | TWO_SIDES)
+def test_every_example_is_packed_once_and_nothing_overflows(sizes: list[Size]) -> None:
+    packed = pack(sizes, CAPACITY[: len(sizes[0]) if sizes else 1])
+    assert sorted(i for sequence in packed for i in sequence) == list(range(len(sizes)))
     for sequence in packed:
-        assert sequence[0].start == 0
-        assert sequence[-1].stop <= 20
-        assert all(a.stop == b.start for a, b in pairwise(sequence))
-        assert all((s.inputs, s.targets) == lengths[s.example] for s in sequence)
+        for side in range(len(sizes[0])):
+            assert sum(sizes[i][side] for i in sequence) <= CAPACITY[side]
 
 
-@given(LENGTHS)
-def test_no_two_neighbours_would_fit_into_one_sequence(lengths: list[tuple[int, int]]) -> None:
-    sizes = [sequence[-1].stop for sequence in pack(lengths, max_tokens=20)]
-    firsts = [sum(lengths[sequence[0].example]) for sequence in pack(lengths, max_tokens=20)]
-    assert all(earlier + first > 20 for earlier, first in zip(sizes[:-1], firsts[1:], strict=True))
+@given(ONE_SIDE | TWO_SIDES)
+def test_without_a_capacity_every_example_is_alone(sizes: list[Size]) -> None:
+    assert pack(sizes, None) == [[i] for i in range(len(sizes))]
 
 
-@given(LENGTHS.filter(bool))
-def test_positions_restart_and_padding_is_zero(lengths: list[tuple[int, int]]) -> None:
-    for sequence in pack(lengths, max_tokens=20):
-        ids, places, targets = segment_ids(sequence, 22), positions(sequence, 22), target_mask(sequence, 22)
-        for number, segment in enumerate(sequence, 1):
-            inside = ids == number
-            assert list(places[inside]) == list(range(inside.sum()))
-            assert list(np.flatnonzero(targets & inside)) == list(range(segment.start + segment.inputs, segment.stop))
-        assert not places[ids == 0].any()
-        assert not targets[ids == 0].any()
+@given(ONE_SIDE.filter(bool) | TWO_SIDES.filter(bool), st.booleans())
+def test_a_packer_foresees_its_sequences_and_counts_its_padding(sizes: list[Size], alone: bool) -> None:
+    packer = Packer(None if alone else CAPACITY[: len(sizes[0])])
+    for number, size in enumerate(sizes):
+        foreseen = packer.with_one_more(size)
+        packer.add(number, size)
+        assert foreseen == (len(packer.sequences), packer.padded)
+        widths = [max(sum(sizes[i][side] for i in s) for s in packer.sequences) for side in range(len(size))]
+        assert packer.padded == len(packer.sequences) * sum(widths)
+        assert packer.tokens == sum(map(sum, sizes[: number + 1]))
+    assert packer.examples == list(range(len(sizes)))
 
 
-@given(LENGTHS.filter(bool), st.booleans())
-def test_the_mask_lets_nothing_cross_a_border(lengths: list[tuple[int, int]], causal: bool) -> None:
-    for sequence in pack(lengths, max_tokens=20):
-        ids = segment_ids(sequence, 22)
-        mask = attention_mask(ids, causal=causal)
-        looks, seen = np.nonzero(mask)
-        assert (ids[looks] == ids[seen]).all()
-        assert mask.diagonal().all()  # nobody attends to nothing
-        if causal:
-            assert (seen <= looks).all()
-        for number in range(1, len(sequence) + 1):
-            size = int((ids == number).sum())
-            block = mask[np.ix_(ids == number, ids == number)]
-            assert block.sum() == (size * (size + 1) // 2 if causal else size**2)
+@given(TWO_SIDES.filter(bool), st.integers(0, 1))
+def test_examples_lie_where_starts_says_with_positions_of_their_own(sizes: list[Size], side: int) -> None:
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, 100, size[side]) for size in sizes]
+    sequences = pack(sizes, CAPACITY)
+    found = lay_out(ids, sequences)
+    tokens, segments, positions = (found[n].flatten() for n in ("input_ids", "segment_ids", "position_ids"))
+    width = found["input_ids"].shape[1]
+    assert width == max(1, *(sum(len(ids[i]) for i in s) for s in sequences))
+    for b, sequence in enumerate(sequences):
+        for number, i in enumerate(sequence, 1):
+            place = slice(found["starts"][i], found["starts"][i] + len(ids[i]))
+            assert tokens[place].tolist() == ids[i].tolist()
+            assert positions[place].tolist() == list(range(len(ids[i])))
+            inside = segments[b * width : (b + 1) * width] == number  # of this length, and nothing else bears it
+            assert inside.sum() == len(ids[i])
+            assert (segments[place] == number).all()
+    padding = segments == 0
+    assert padding.sum() == segments.size - sum(map(len, ids))
+    assert not tokens[padding].any()
+    assert not positions[padding].any()
 
 
-def attend(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Plain self-attention of x [N, d] under mask [N, N]."""
-    scores = np.where(mask, x @ x.T, -np.inf)
-    weights = np.exp(scores - scores.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True) @ x
-
-
-def test_attention_over_a_packed_sequence_equals_attention_over_each_example() -> None:
-    [sequence] = pack([(3, 2), (1, 4), (2, 2)], max_tokens=16)
-    tokens = np.random.default_rng(0).normal(size=(16, 5))
-    together = attend(tokens, attention_mask(segment_ids(sequence, 16)))
-    for s in sequence:
-        alone = attend(tokens[s.start : s.stop], np.tri(s.stop - s.start, dtype=bool))
-        np.testing.assert_allclose(together[s.start : s.stop], alone, rtol=1e-12)  # the order of float64 sums differs
-
-
-def test_another_neighbour_changes_no_output() -> None:
-    rng = np.random.default_rng(1)
-    [sequence] = pack([(3, 2), (1, 4)], max_tokens=10)
-    mask = attention_mask(segment_ids(sequence, 10), causal=False)
-    one, two = rng.normal(size=(10, 3)), rng.normal(size=(10, 3))
-    two[:5] = one[:5]
-    np.testing.assert_allclose(attend(one, mask)[:5], attend(two, mask)[:5], rtol=1e-12)
-    assert not np.allclose(attend(one, mask)[5:], attend(two, mask)[5:])
-
-
-@pytest.mark.parametrize(
-    ("lengths", "most", "words"),
-    [([(3, 9)], 10, "longer"), ([(0, 0)], 10, "no tokens"), ([(-1, 4)], 10, "no tokens"), ([], 0, "too small")],
-)
-def test_what_cannot_be_packed_is_an_error(lengths: list[tuple[int, int]], most: int, words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        pack(lengths, max_tokens=most)
-
-
-def test_a_length_that_is_too_short_is_an_error() -> None:
-    [sequence] = pack([(3, 2)], max_tokens=10)
-    with pytest.raises(DataError, match="does not fit"):
-        segment_ids(sequence, 4)
+@pytest.mark.parametrize("size", [(21, 1), (1, 10)])
+def test_an_example_larger_than_a_sequence_is_an_error_that_says_how_large(size: Size) -> None:
+    with pytest.raises(DataError, match="longer than a packed sequence") as caught:
+        pack([(1, 1), size], CAPACITY)
+    assert caught.value.details["found"] == f"{size[0]} + {size[1]} tokens"
+    assert caught.value.details["expected"] == "at most 20 + 9"
+    assert caught.value.details["where"] == "example 1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kd.cache_builder.reader import CacheReader
+from kd.data.blocks import BlockConfig
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.train import TrainResult, train
 from kd.student_trainer.trainer import StepRecord
@@ -84,6 +85,43 @@ def pairs_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_bui
 @pytest.fixture(scope="session")
 def pairs_reader(pairs_cache: Path) -> CacheReader:
     return CacheReader(pairs_cache)
+
+
+@pytest.fixture(scope="session")
+def story_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts and targets of 1 to 20 words, one of them in characters that no tokenizer here has pieces for."""
+    path = tmp_path_factory.mktemp("story") / "pairs.jsonl"
+    story = "the fox met the keeper at the bridge and told him a long story about seven ships in the fog"
+    words = story.split(" ")
+    pairs = [{"prompt": "Tell the story of " + " ".join(words[:n]), "target": " ".join(words[: n + 1]) + ("\n" * (n % 3))}
+             for n in range(1, 19)]  # fmt: skip
+    pairs[3]["target"] = "Café crème — “too much” 日本語 😀"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+@pytest.fixture(scope="session")
+def t5_cache(
+    tmp_path_factory: pytest.TempPathFactory, build_request, run_build, t5_dir: Path, story_pairs: Path
+) -> Path:
+    """A teacher with an encoder and another tokenizer."""
+    out = tmp_path_factory.mktemp("t5-cache") / "cache"
+    request = build_request(out, model=t5_dir, text=story_pairs, profile="full", top_k=16,
+                            samples=0, tail_bands=8, temperatures=(1.0, 2.0), band_temperatures=(1.0, 2.0))  # fmt: skip
+    run_build(replace(request, blocks=BlockConfig(seq_len=64, encoder=True)))
+    return out
+
+
+@pytest.fixture(scope="session")
+def t5_exact_cache(
+    tmp_path_factory: pytest.TempPathFactory, build_request, run_build, t5_dir: Path, story_pairs: Path
+) -> Path:
+    """Every probability of the teacher with an encoder, in float32."""
+    out = tmp_path_factory.mktemp("t5-exact") / "cache"
+    request = build_request(out, model=t5_dir, text=story_pairs, profile="full", top_k=180, samples=4, tail_bands=1,
+                            logprob_codec="float32")  # fmt: skip
+    run_build(replace(request, blocks=BlockConfig(seq_len=64, encoder=True)))
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,6 @@ import torch
 
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import band_edges
-from kd.data.blocks import BlockConfig
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.models import ModelRequest, load_model
 from kd.data.tokenizer import encode_with_ends, load_tokenizer, token_bytes
@@ -34,22 +31,6 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, build_request, run_buil
     run_build(build_request(folder / "pairs", text=pairs_file, seq_len=64, **EVERY_RANK))
     run_build(build_request(folder / "bands", **EVERY_RANK | {"top_k": 16, "tail_bands": 16}))
     return {path.name: path for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="session")
-def t5_cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_build, t5_dir: Path) -> Path:
-    """A teacher with an encoder and another tokenizer, over prompts and targets of 1 to 20 words."""
-    folder = tmp_path_factory.mktemp("t5-cache")
-    story = "the fox met the keeper at the bridge and told him a long story about seven ships in the fog"
-    words = story.split(" ")
-    pairs = [{"prompt": "Tell the story of " + " ".join(words[:n]), "target": " ".join(words[: n + 1]) + ("\n" * (n % 3))}
-             for n in range(1, 19)]  # fmt: skip
-    pairs[3]["target"] = "Café crème — “too much” 日本語 😀"
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    request = build_request(folder / "cache", model=t5_dir, text=folder / "pairs.jsonl", profile="full", top_k=16,
-                            samples=0, tail_bands=8, temperatures=(1.0, 2.0), band_temperatures=(1.0, 2.0))  # fmt: skip
-    run_build(replace(request, blocks=BlockConfig(seq_len=64, encoder=True)))
-    return folder / "cache"
 
 
 def values_of_own_cache(

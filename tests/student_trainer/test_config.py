@@ -135,6 +135,7 @@ def test_everything_else_is_part_of_a_run_s_identity() -> None:
         "lora": 2, "gradient_checkpointing": True, "seed": 1, "revision": "main", "tokenizer": "t", "head_chunk": 7,
         "ce_weight": 0.2, "beta": 0.1, "alignment": "positional", "align_eos": False, "ranking": "exact",
         "prompt_loss": True, "separator": " ", "seq_len": 9, "lora_targets": "c_attn",
+            "target_len": 3, "packing": True,
     }  # fmt: skip
     free = {"out", "cache", "save_every", "log_every", "report_to", "device"}
     assert {f.name for f in fields(TrainConfig)} == changed.keys() | free  # a new setting must be put on one side

@@ -1,0 +1,173 @@
+"""Packed examples do not see each other, in any layout and attention; models that cannot keep them apart are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from kd.data.errors import DataError
+from kd.data.forward import require_packable, segment_mask, split_head
+from kd.data.packing import lay_out
+
+V = 50
+ROPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64}  # fmt: skip
+LAYOUTS: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**ROPE)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**ROPE, num_key_value_heads=2)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**ROPE, num_key_value_heads=2, sliding_window=3)),
+    "gpt_neo": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(vocab_size=V, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4, window_size=3,
+                     attention_types=[[["global", "local"], 1]])),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)),
+}  # fmt: skip
+EVERY = [(name, kind) for name in LAYOUTS for kind in ("sdpa", "eager") if (name, kind) != ("gpt_neo", "sdpa")]
+# layers that compute in float32 whatever the model's dtype: RMS norms, rotary positions, GPT-Neo's scores
+ROUNDING = {"gpt2": 1e-12, "gpt_neox": 1e-6, "llama": 1e-6, "mistral": 1e-6, "gpt_neo": 1e-6, "t5": 1e-6}
+
+
+def model_of(name: str, kind: str = "eager") -> Any:
+    """A random model in float64, without dropout."""
+    torch.manual_seed(0)
+    model = LAYOUTS[name]().double().eval()
+    model.set_attn_implementation(kind)
+    with torch.no_grad():  # predictions that depend on what is looked at
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+def batch_of(sequences: list[list[int]], examples: list[np.ndarray], *, two_sides: bool) -> dict[str, torch.Tensor]:
+    found = {name: torch.from_numpy(value) for name, value in lay_out(examples, sequences).items()}
+    if two_sides:  # the decoder reads the same backwards
+        other = lay_out([e[::-1] for e in examples], sequences)
+        found |= {f"decoder_{n}": torch.from_numpy(other[n]) for n in ("input_ids", "segment_ids")}
+    return found
+
+
+def states(model: Any, batch: dict[str, torch.Tensor], examples: list[np.ndarray]) -> list[torch.Tensor]:
+    """Hidden states of each example."""
+    flat = split_head(model).batch_hidden(batch).flatten(0, 1)
+    return [flat[s : s + len(e)] for s, e in zip(batch["starts"].tolist(), examples, strict=True)]
+
+
+def examples_of(*sizes: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, V, n) for n in sizes]
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach(), b.detach()
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_a_packed_example_is_what_it_is_alone(name: str, kind: str) -> None:
+    model, examples = model_of(name, kind), examples_of(7, 1, 9, 4, 5)
+    parts = split_head(model)
+    packed = states(model, batch_of([[0, 1, 2], [3, 4]], examples, two_sides=name == "t5"), examples)
+    for found, example in zip(packed, examples, strict=True):
+        ids = torch.from_numpy(example)[None]
+        alone = parts.decode(ids, None, ids.flip(1)) if name == "t5" else parts.hidden(ids, None)  # type: ignore[attr-defined]
+        assert relative_error(found, alone[0]) < ROUNDING[name]
+
+
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_other_neighbours_change_nothing(name: str, kind: str) -> None:
+    model, two_sides = model_of(name, kind), name == "t5"
+    one, other = examples_of(5, 6, 4), examples_of(5, 6, 4, seed=1)
+    other[1] = one[1]
+    a, b = (states(model, batch_of([[0, 1, 2]], e, two_sides=two_sides), e) for e in (one, other))
+    assert torch.equal(a[1], b[1])
+    assert not torch.allclose(a[0], b[0])
+
+
+def test_a_kernel_that_finds_segments_in_one_row_alone_is_given_one_row() -> None:
+    """transformers' flash attention packs batches of one by their positions, and ignores them in larger ones."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    def one_row_mask(batch_size: int, *rest: Any, **more: Any) -> Any:
+        if batch_size > 1:
+            more["mask_function"] = causal_mask_function
+        return sdpa_mask(batch_size, *rest, **more)
+
+    AttentionInterface.register("one_row", sdpa_attention_forward)
+    AttentionMaskInterface.register("one_row", one_row_mask)
+    examples = examples_of(7, 1, 9, 4, 5)
+    model = model_of("llama", "one_row")
+    require_packable(model)
+    packed = states(model, batch_of([[0, 1, 2], [3, 4]], examples, two_sides=False), examples)
+    for found, example in zip(packed, examples, strict=True):
+        alone = split_head(model).hidden(torch.from_numpy(example)[None], None)
+        assert relative_error(found, alone[0]) < ROUNDING["llama"]
+
+
+def test_the_mask_lets_nothing_cross_a_border() -> None:
+    queries, keys = torch.tensor([[1, 1, 2, 0, 0]]), torch.tensor([[1, 2, 2, 2, 0]])
+    found = segment_mask(queries, keys)[0]
+    assert found.tolist() == [[q == k for k in keys[0].tolist()] for q in queries[0].tolist()]
+    causal = segment_mask(queries, queries, causal=True)[0]
+    assert causal.tolist() == [[bool(queries[0, q] == queries[0, k]) and k <= q for k in range(5)] for q in range(5)]
+    assert causal.diagonal().all()  # nobody looks at nothing
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_that_keep_examples_apart_are_taken(name: str) -> None:
+    model = model_of(name).float().train()
+    require_packable(model)
+    assert model.training
+
+
+def test_positions_that_cannot_be_passed_are_refused_by_the_class_s_name() -> None:
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=1, n_head=2))
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        max_position_embeddings=32))  # fmt: skip
+    for model in (bloom, bart):
+        with pytest.raises(DataError, match="positions cannot be passed") as caught:
+            require_packable(model)
+        assert caught.value.details["where"] == type(model).__name__
+
+
+def test_a_model_whose_tokens_leak_past_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a recurrent layer would: the state before a token is carried on."""
+    model = model_of("gpt2").float()
+    own = type(model.transformer).forward
+
+    @wraps(own)  # with its signature
+    def leaking(self: Any, *rest: Any, **more: Any) -> Any:
+        output = own(self, *rest, **more)
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.cumsum(dim=1) / 10
+        return output
+
+    monkeypatch.setattr(type(model.transformer), "forward", leaking)
+    with pytest.raises(DataError, match="see each other") as caught:
+        require_packable(model)
+    assert caught.value.details["where"] == "GPT2LMHeadModel"
