@@ -8,10 +8,7 @@ token, padded logits) do no harm.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
-
-import numpy as np
 
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import PROFILES, TargetConfig
@@ -161,23 +158,3 @@ def _check_holdings(config: TargetConfig, loss: str, temperature: float) -> None
         raise DataError("this cache holds no rank bands at that temperature", found=f"--temperature {temperature:g}",
                         expected=f"one of {', '.join(f'{t:g}' for t in config.band_temperatures)}",
                         try_=f"kd cache build --temperatures 1,{temperature:g} --band-temperatures {temperature:g}")  # fmt: skip
-
-
-def shared_pieces(reader: CacheReader, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
-    """The student's id of every teacher id `[V_t]`, -1 where it has none, and the share of ids that have one.
-
-    Pieces are compared as bytes, so `▁the`, `Ġthe` and ` the` are one; a piece that occurs twice on a side is left
-    out, as special tokens are, but for EOS.
-    """
-    teacher, student = reader.vocabulary(), token_bytes(tokenizer)
-    special = {*tokenizer.all_special_ids}
-    places: dict[bytes, int] = {}
-    for number, piece in enumerate(student):
-        if piece and number not in special:
-            places[piece] = -1 if piece in places else number
-    counts = Counter(teacher)
-    ids = np.array([places.get(piece, -1) if counts[piece] == 1 else -1 for piece in teacher], dtype=np.int64)
-    eos = reader.manifest.identity["tokenizer"].get("eos_token_id")
-    if eos is not None and eos < len(ids):
-        ids[eos] = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    return ids, float((ids >= 0).mean())

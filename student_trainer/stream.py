@@ -25,6 +25,7 @@ from kd.data.packing import Packer, Size, lay_out, pack
 from kd.student_trainer.alignment import Alignment, Side, align
 from kd.student_trainer.groups import GroupTargets
 from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+from kd.student_trainer.pieces import SharedPieces
 from kd.student_trainer.text import StudentExample, StudentText
 
 PREFETCHED_BATCHES = 4
@@ -154,8 +155,8 @@ class Collator:
     align_eos: bool = True
     prompt_loss: bool = False
     """Score the prompt's tokens too (cross-entropy alone)?"""
-    student_ids: np.ndarray | None = None
-    """[V_t] the student's id of every teacher id, -1 where it has none; for `hybrid`"""
+    pieces: SharedPieces | None = None
+    """For `hybrid`"""
     start_id: int | None = None
     """Token the student's decoder starts from; None = a causal student"""
     capacity: Size | None = None
@@ -224,7 +225,9 @@ class Collator:
             teacher = Side(targets.byte_end, self.text.teacher_has_eos[example.index])
             found = align(teacher, student.side, mode=self.alignment, eos=self.align_eos)
             self.coverage.add(found, len(example.target.encode("utf-8")))
-            groups = teacher_groups(targets, found.teacher, temperature, needs, self.student_ids)
+            groups = teacher_groups(targets, found.teacher, temperature, needs)
+            if self.pieces is not None and targets.token_ids is not None:
+                groups["student_ids"] = _matched(self.pieces, targets, student, found.teacher[:, 0])
             values = groups | {
                 "first": found.student[:, 0] + offset + before, "stop": found.student[:, 1] + offset + before,
                 "weight": np.full(len(found), 1.0 / max(len(found), 1), dtype=np.float32),
@@ -236,8 +239,21 @@ class Collator:
         return {f"group_{n}": np.concatenate(v) for n, v in parts.items()} | {"units": np.array(units)}
 
 
-def teacher_groups(targets: SoftTargets, ranges: np.ndarray, temperature: float, needs: Sequence[str],
-                   student_ids: np.ndarray | None) -> dict[str, np.ndarray]:  # fmt: skip
+def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample, rows: np.ndarray) -> np.ndarray:
+    """`[G, K]` the student's ids of the teacher's kept pieces at `rows [G]`."""
+    assert targets.token_ids is not None
+    kept = targets.token_ids[rows]
+    found: np.ndarray = pieces.ids[kept]
+    if len(rows) and rows[0] == 0 and student.side.start == 0:
+        first = pieces.at_start(int(targets.gold_ids[0]), int(targets.byte_end[0]),
+                                int(student.target_ids[0]), int(student.side.byte_end[0]))  # fmt: skip
+        found[0] = first[kept[0]]
+    return found
+
+
+def teacher_groups(
+    targets: SoftTargets, ranges: np.ndarray, temperature: float, needs: Sequence[str]
+) -> dict[str, np.ndarray]:
     """Arrays `[G, …]` for groups of rows `ranges [G, 2]`: chain-rule log-probabilities, and the first row's."""
     gold = targets.gold_logprob.astype(np.float64)
     at_one, at_t = (targets.log_z[:, targets.grid_index(t)].astype(np.float64) for t in (1.0, temperature))
@@ -252,8 +268,6 @@ def teacher_groups(targets: SoftTargets, ranges: np.ndarray, temperature: float,
         arrays["logprobs"] = targets.logprobs_at(temperature)[first].astype(np.float32)
     if "bands" in needs and targets.tail_bands is not None:
         arrays["bands"] = targets.tail_bands[first, targets.band_index(temperature)]
-    if student_ids is not None and targets.token_ids is not None:
-        arrays["student_ids"] = student_ids[targets.token_ids[first]]
     return arrays
 
 

@@ -54,12 +54,12 @@ from kd.student_trainer.compatibility import (
     refuse_without_prompts,
     resolve_objective,
     same_tokenizer,
-    shared_pieces,
 )
 from kd.student_trainer.config import LORA_TARGETS, OPTIMIZERS, SCHEDULES, TrainConfig
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import Objective
+from kd.student_trainer.pieces import shared_pieces
 from kd.student_trainer.stream import CachedExamples, Collator, loss_targets, plan_batches
 from kd.student_trainer.text import StudentText
 from kd.student_trainer.trainer import DistillationTrainer, StepRecord
@@ -231,11 +231,11 @@ def _prepare(
         reader, tokenizer, window=config.seq_len or limit, separator=config.separator, encoder=encoder,
         target_len=config.target_len or (limit if encoder else None),
     )  # fmt: skip
-    ids, overlap = None, 1.0
+    pieces = None
     if objective.loss == "hybrid":
-        ids, overlap = shared_pieces(reader, tokenizer)
-        objective = replace(objective, settings=replace(objective.settings, overlap=overlap))
-    collator = Collator(objective, text, config.alignment, config.align_eos, config.prompt_loss, ids, start)
+        pieces = shared_pieces(reader, tokenizer)
+        objective = replace(objective, settings=replace(objective.settings, overlap=pieces.overlap))
+    collator = Collator(objective, text, config.alignment, config.align_eos, config.prompt_loss, pieces, start)
     return text, collator, width
 
 
@@ -265,17 +265,27 @@ def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: i
     `chunk` rows of the output layer at once; None = `head_rows`.
     """
     parts = split_head(model)
-    head = model.get_output_embeddings()
 
     def forward(self: Any, positions: Tensor, **batch: Any) -> dict[str, Tensor]:
         rows = parts.batch_hidden(batch).flatten(0, 1).index_select(0, positions)
         total, kd, ce = chunked_head_loss(
-            rows, head.weight, head.bias, objective, loss_targets(batch), vocabulary_size=vocabulary_size,
-            chunk=chunk or head_rows(vocabulary_size, rows.device.type),
+            rows, *output_layer(model), objective, loss_targets(batch), vocabulary_size=vocabulary_size,
+            chunk=chunk or head_rows(vocabulary_size, rows.device.type, reused=True),
         )  # fmt: skip
         return {"loss": total, "kd": kd, "ce": ce}
 
     model.forward = MethodType(forward, model)
+
+
+def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight `[V, d]` and bias `[V]` of the output layer as they count now: LoRA adapters on it are added, with gradients."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "base_layer"):
+        return head.weight, head.bias
+    weight = head.base_layer.weight
+    for name in head.active_adapters:
+        weight = weight + head.get_delta_weight(name)
+    return weight, head.base_layer.bias
 
 
 def detach_loss(model: Any) -> None:
@@ -320,6 +330,12 @@ def _with_lora(model: Any, rank: int, targets: str | None) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise DataError("LoRA needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    tied = head.weight is model.get_input_embeddings().weight
+    if tied and targets and any(f".{name}".endswith(f".{target}") for target in targets.split(",")):
+        raise DataError("an adapter on the output layer cannot be merged where the embedding is the same tensor",
+                        where=type(model).__name__, found=f"--lora-targets {targets}", try_=f"leave {name} out")  # fmt: skip
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps its weights as [in, out]
     adapters = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, fan_in_fan_out=transposed,

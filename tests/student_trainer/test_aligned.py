@@ -13,9 +13,9 @@ from kd.cache_builder.targets import band_edges
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.models import ModelRequest, load_model
 from kd.data.tokenizer import encode_with_ends, load_tokenizer, token_bytes
-from kd.student_trainer.compatibility import shared_pieces
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.losses import Objective
+from kd.student_trainer.pieces import shared_pieces
 from kd.student_trainer.stream import Collator, loss_targets, plan_batches, teacher_groups
 from kd.student_trainer.text import StudentText
 
@@ -38,12 +38,12 @@ def values_of_own_cache(
 ) -> torch.Tensor:
     """The loss of the teacher against its own cache, per group, by the plain forward pass."""
     reader, tokenizer = CacheReader(cache), load_tokenizer(str(model_dir))
-    ids, overlap = shared_pieces(reader, tokenizer)
+    pieces = shared_pieces(reader, tokenizer)
     edges = tuple(band_edges(reader.config.top_k, 400, reader.config.tail_bands))
     objective = Objective(loss, "none" if loss == "alm" else "bands", 1.0,
-                          settings=GroupSettings(edges=edges, ranking=ranking, overlap=overlap))  # fmt: skip
+                          settings=GroupSettings(edges=edges, ranking=ranking, overlap=pieces.overlap))  # fmt: skip
     collator = Collator(
-        objective, StudentText(reader, tokenizer, window=64), student_ids=ids if loss == "hybrid" else None
+        objective, StudentText(reader, tokenizer, window=64), pieces=pieces if loss == "hybrid" else None
     )
     batch = collator(reader.read(range(len(reader))))
     assert collator.coverage.share == 1.0
@@ -102,7 +102,7 @@ def test_a_group_s_log_probabilities_are_sums_over_the_teacher_s_rows(
         logits = load_model(ModelRequest(str(model_dir), device="cpu"))(ids[None]).logits[0, context - 1 : -1].double()
     there = {t: (logits / t).log_softmax(dim=1).gather(1, ids[context:, None]).squeeze(1) for t in (1.0, temperature)}
     ranges = np.array([[0, 3], [3, 4], [4, 6]])
-    found = teacher_groups(example.targets, ranges, temperature, ("logprobs",), None)
+    found = teacher_groups(example.targets, ranges, temperature, ("logprobs",))
     for g, (first, stop) in enumerate(ranges.tolist()):
         # gold log-probabilities are float16: relative 5e-4 each
         further = float(there[temperature][first + 1 : stop].sum())
@@ -116,7 +116,7 @@ def test_a_group_s_log_probabilities_are_sums_over_the_teacher_s_rows(
 def test_a_group_s_head_and_bands_are_of_one_temperature(t5_cache, temperature: float) -> None:
     targets = CacheReader(t5_cache)[7].targets
     rows = np.arange(len(targets))
-    found = teacher_groups(targets, np.stack([rows, rows + 1], axis=1), temperature, ("logprobs", "bands"), None)
+    found = teacher_groups(targets, np.stack([rows, rows + 1], axis=1), temperature, ("logprobs", "bands"))
     mass = np.exp(found["logprobs"]).sum(axis=1) + np.exp(found["bands"]).sum(axis=1)
     # bands are float16 logarithms of size 1-8: up to 0.4 % of their mass
     assert np.allclose(mass, 1.0, rtol=0, atol=4e-3)

@@ -17,7 +17,6 @@ from kd.student_trainer.compatibility import (
     refuse_narrow_student,
     refuse_other_tokenizer,
     resolve_objective,
-    shared_pieces,
 )
 from kd.student_trainer.losses import LOSSES, TAILS, Objective
 
@@ -207,22 +206,6 @@ def test_bands_at_another_temperature_are_refused_with_the_build_that_has_them()
     assert "--band-temperatures 2" in str(caught.value)
     bands = TargetConfig.of_profile("uld", temperatures=(1.0, 1.2), band_temperatures=(1.2,))
     assert resolve_objective(bands, loss="uld", temperature=1.2).temperature == 1.2
-
-
-def test_pieces_are_shared_by_their_bytes_whatever_their_spelling(
-    t5_dir: Path, tokenizer_dir: Path, tmp_path: Path, build_request, run_build
-) -> None:
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "The fox", "target": "went home."}\n')
-    run_build(build_request(tmp_path / "c", model=t5_dir, text=tmp_path / "pairs.jsonl", layout=None))
-    reader, student = CacheReader(tmp_path / "c"), load_tokenizer(str(tokenizer_dir))
-    teacher_pieces, student_pieces = reader.vocabulary(), token_bytes(student)
-    ids, overlap = shared_pieces(reader, student)
-    assert 0 < overlap < 1
-    assert ids[1] == student.eos_token_id  # </s> and <|endoftext|> both end a text
-    found = [(teacher_pieces[t], student_pieces[s]) for t, s in enumerate(ids) if s >= 0 and t != 1]
-    assert all(a == b for a, b in found)
-    assert any(a.startswith(b" ") for a, _ in found)  # spelled with ▁ on one side and Ġ on the other
-    assert len({s for s in ids if s >= 0}) == (ids >= 0).sum()
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(None, 1.0), (0.0, 0.0), (0.7, 0.7)])

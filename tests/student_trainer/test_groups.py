@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import Tensor
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import band_edges
 from kd.data.models import ModelRequest, load_model, load_request_tokenizer
-from kd.student_trainer import compatibility
 from kd.student_trainer.groups import (
     ALM_TEMPERATURE,
     GroupSettings,
@@ -505,18 +503,3 @@ def test_a_range_of_rows_keeps_the_groups_that_lie_in_it_as_a_whole() -> None:
     assert (found.first.tolist(), found.stop.tolist()) == ([1, 5], [4, 6])
     assert torch.equal(found.weight, groups.weight[1:3])
     assert torch.equal(found.gold_ids, groups.gold_ids[1:8])
-
-
-def test_shared_pieces_are_those_that_both_sides_have_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = [b"</s>", b" the", b"x", b"x", b"fox", b"<s>", b"twice"]
-    student = [b"fox", b" the", b"x", b"<end>", b"<s>", b"twice", b"twice", b""]
-    monkeypatch.setattr(compatibility, "token_bytes", lambda _: student)
-    reader: Any = SimpleNamespace(
-        vocabulary=lambda: teacher, manifest=SimpleNamespace(identity={"tokenizer": {"eos_token_id": 0}})
-    )
-    tokenizer = SimpleNamespace(all_special_ids=[3, 4], eos_token_id=3)
-    ids, overlap = compatibility.shared_pieces(reader, tokenizer)
-    assert ids.tolist() == [3, 1, -1, -1, 0, -1, -1]
-    assert overlap == pytest.approx(3 / 7)
-    ids, _ = compatibility.shared_pieces(reader, SimpleNamespace(all_special_ids=[], eos_token_id=None))
-    assert ids[0] == -1

@@ -29,6 +29,7 @@ from kd.evaluation.tasks import run_tasks
 from kd.student_trainer.card import write_card
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.losses import Objective
+from kd.student_trainer.pieces import shared_pieces
 from kd.student_trainer.stream import Collator
 from kd.student_trainer.text import StudentText
 from kd.student_trainer.train import attach_loss, read_metrics
@@ -143,14 +144,14 @@ def test_gradients_are_those_of_transformers_own_forward(seq2seq_dir, examples, 
 @pytest.mark.parametrize("loss", ["kl", "ce", "uld", "hybrid", "alm"])
 def test_a_batch_costs_what_its_examples_cost_one_by_one(seq2seq_dir, t5_exact_cache, examples, loss: str) -> None:
     objective = {"kl": Objective(), "ce": Objective("ce", "none", 0.0, 1.0)}.get(loss)
-    text = ids = None
+    text = pieces = None
     if objective is None:
         edges = tuple(band_edges(V, V, 1))  # every rank was kept
         objective = Objective(loss, "none" if loss == "alm" else "bands", 0.5, settings=GroupSettings(edges=edges))
         tokenizer = load_tokenizer(str(seq2seq_dir(own=True)))
         text = StudentText(CacheReader(t5_exact_cache), tokenizer, window=None, encoder=True)
-        ids = np.full(V, -1) if loss == "hybrid" else None
-    collator = Collator(objective, text, student_ids=ids, start_id=0)
+        pieces = shared_pieces(CacheReader(t5_exact_cache), tokenizer) if loss == "hybrid" else None
+    collator = Collator(objective, text, pieces=pieces, start_id=0)
     model = attached(seq2seq_dir(own=text is not None), objective, vocabulary=V if text is None else 400)
     together = sums(model, examples, collator)
     alone = torch.stack([sums(model, [e], collator) for e in examples]).sum(dim=0)

@@ -361,6 +361,29 @@ def test_lora_trains_adapters_and_merges_them_into_a_plain_model(run, student_di
     assert finished.records[-1].loss < finished.records[0].loss
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but")  # peft puts it right for this one layer
+def test_lora_on_the_output_layer_takes_part_in_the_loss(run, make_student, kl_reader) -> None:
+    student = make_student(tied=False)
+    finished = run(
+        student=str(student), lora=4, lora_targets="lm_head", max_steps=10, lr=2e-2, batch_size=len(kl_reader)
+    )
+    start = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(finished.out).state_dict()
+    assert {name for name in start if not torch.equal(start[name], merged[name])} == {"lm_head.weight"}
+    assert torch.linalg.matrix_rank(merged["lm_head.weight"] - start["lm_head.weight"], rtol=1e-3) <= 4
+    losses = [r.loss for r in finished.records]
+    assert losses == sorted(losses, reverse=True)
+    # the merged model scores what the last step left behind: lower than that step's own loss
+    again = run("again", student=str(finished.out), max_steps=1, lr=1e-9, batch_size=len(kl_reader))
+    assert again.records[0].loss < losses[-1]
+
+
+def test_lora_on_a_tied_output_layer_is_refused(run, student_dir) -> None:
+    with pytest.raises(DataError, match="cannot be merged where the embedding is the same tensor") as caught:
+        run(lora=4, lora_targets="lm_head,c_attn")
+    assert caught.value.details["found"] == "--lora-targets lm_head,c_attn"
+
+
 def test_padded_logits_of_an_untied_head_are_never_touched(run, make_student) -> None:
     student = make_student(tied=False, vocab=416)
     finished = run(student=str(student), weight_decay=0.0, max_steps=5)
