@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from kd.cache_builder.reader import CachedExample, CacheReader
 from kd.cache_builder.targets import SoftTargets
 from kd.data.packing import Packer, Size, lay_out, pack
-from kd.student_trainer.alignment import Alignment, Side, align
+from kd.student_trainer.alignment import Side, align
 from kd.student_trainer.groups import GroupTargets
 from kd.student_trainer.losses import LOSSES, LossTargets, Objective
 from kd.student_trainer.pieces import SharedPieces
@@ -161,7 +161,6 @@ class Collator:
     """Token the student's decoder starts from; None = a causal student"""
     capacity: Size | None = None
     """Tokens of a packed sequence on each side; None = one example per sequence"""
-    coverage: Coverage = field(default_factory=lambda: Coverage())
 
     def __call__(self, examples: Sequence[CachedExample]) -> dict[str, Tensor]:
         tokens: Sequence[CachedExample | StudentExample] = examples
@@ -214,17 +213,19 @@ class Collator:
         return batch
 
     def _groups(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
-        """Fields of `GroupTargets`, named `group_…`; rows count over the whole batch."""
+        """Fields of `GroupTargets`, named `group_…`, whose rows count over the whole batch; `units` examples with groups;
+        `aligned_bytes [2]` bytes of targets in groups, and in all.
+        """
         assert self.text is not None
         temperature, needs = self.objective.temperature, LOSSES[self.objective.loss].needs
         parts: dict[str, list[np.ndarray]] = {}
-        offset = 0
+        offset, aligned = 0, np.zeros(2, dtype=np.int64)
         for example in examples:
             student, targets = self.text[example.index], example.targets
             before = len(student.context_ids) - self._first(student)  # scored tokens of the prompt
             teacher = Side(targets.byte_end, self.text.teacher_has_eos[example.index])
             found = align(teacher, student.side, mode=self.alignment, eos=self.align_eos)
-            self.coverage.add(found, len(example.target.encode("utf-8")))
+            aligned += found.bytes_aligned, len(example.target.encode("utf-8"))
             groups = teacher_groups(targets, found.teacher, temperature, needs)
             if self.pieces is not None and targets.token_ids is not None:
                 groups["student_ids"] = _matched(self.pieces, targets, student, found.teacher[:, 0])
@@ -236,7 +237,8 @@ class Collator:
                 parts.setdefault(name, []).append(value)
             offset += before + len(student.target_ids)
         units = sum(len(w) > 0 for w in parts["weight"])
-        return {f"group_{n}": np.concatenate(v) for n, v in parts.items()} | {"units": np.array(units)}
+        counts = {"units": np.array(units), "aligned_bytes": aligned}
+        return {f"group_{n}": np.concatenate(v) for n, v in parts.items()} | counts
 
 
 def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample, rows: np.ndarray) -> np.ndarray:
@@ -269,24 +271,6 @@ def teacher_groups(
     if "bands" in needs and targets.tail_bands is not None:
         arrays["bands"] = targets.tail_bands[first, targets.band_index(temperature)]
     return arrays
-
-
-@dataclass
-class Coverage:
-    """How much of the target text the groups of a run have covered."""
-
-    bytes_aligned: int = 0
-    bytes_total: int = 0
-
-    def add(self, alignment: Alignment, size: int) -> None:
-        """Count one example of `size` bytes."""
-        self.bytes_aligned += alignment.bytes_aligned
-        self.bytes_total += size
-
-    @property
-    def share(self) -> float | None:
-        """Share of the bytes; None where nothing was aligned by text."""
-        return self.bytes_aligned / self.bytes_total if self.bytes_total else None
 
 
 ROW_FIELDS = ("gold_ids", "token_ids", "logprobs", "tail_mass", "sample_ids", "sample_counts")

@@ -169,7 +169,7 @@ def train(
         tokenizer.save_pretrained(out)
     result = TrainResult(
         str(out), steps, last.tokens, seconds, trainer.tokens_this_run / seconds, last.loss, last.kd, last.ce,
-        trainer.waited / seconds, parameters, reader.manifest.fingerprint, collator.coverage.share,
+        trainer.waited / seconds, parameters, reader.manifest.fingerprint, trainer.aligned_share,
         0 if text is None else text.truncated, plan.padding_share,
     )  # fmt: skip
     if trainer.is_world_process_zero():
@@ -208,6 +208,9 @@ def _prepare(
         raise DataError(f"--loss {config.loss} reads the cached tokens as they are", found=", ".join(asked),
                         try_="--loss ce, uld, hybrid or alm")  # fmt: skip
     start = decoder_start(student) if encoder else None
+    if not by_text and config.seq_len is not None and not config.packing:
+        raise DataError(f"--loss {config.loss} reads the cached tokens as they are, whatever their length",
+                        found=f"--seq-len {config.seq_len}", try_="leave it out, or build the cache with that length")  # fmt: skip
     if not by_text:
         refuse_other_layout(reader, f"--loss {config.loss}", encoder=encoder)
         refuse_other_tokenizer(

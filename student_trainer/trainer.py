@@ -75,6 +75,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._sums: list[Tensor] = []
         """`[3]` loss, kd and ce of each micro-batch since the last line, left on the device: no wait per step"""
         self._positions = self._units = 0
+        self._aligned = torch.zeros(2, dtype=torch.int64)
         self._kd_scale: Tensor | None = None
         self._mark = (0, time.perf_counter(), 0.0)
         self._tokens_before = 0
@@ -113,6 +114,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Sum over this micro-batch's positions divided by the positions of the whole step."""
         self._units += _units(inputs)
         inputs.pop("units", None)
+        if (aligned := inputs.pop("aligned_bytes", None)) is not None:
+            self._aligned = self._aligned.to(aligned.device) + aligned  # moved once, then no wait per step
         if self._kd_scale is not None:
             inputs["kd_scale"] = self._kd_scale
         outputs = model(**inputs)
@@ -126,6 +129,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def tokens_seen(self) -> int:
         """Positions trained on since step 0, all devices."""
         return self._tokens_before + self.tokens_this_run
+
+    @property
+    def aligned_share(self) -> float | None:
+        """Share of the targets' bytes that this process trained on in aligned groups; None where nothing was aligned."""
+        aligned, total = self._aligned.tolist()
+        return aligned / total if total else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Turn the Trainer's log into a `StepRecord`; pass both on."""

@@ -516,3 +516,9 @@ def test_two_processes_resume_to_the_same_bytes(kl_cache, student_dir, tmp_path:
     refused = torchrun(tmp_path, *arguments, str(stopped), "whole")
     assert refused.returncode != 0
     assert "holds a run already" in refused.stderr
+
+
+def test_a_sequence_length_that_would_change_nothing_is_refused(run) -> None:
+    with pytest.raises(DataError, match="reads the cached tokens as they are, whatever their length") as caught:
+        run(seq_len=32)
+    assert caught.value.details["found"] == "--seq-len 32"
