@@ -10,7 +10,7 @@ Shard i owns the row slots [i * shard_rows, (i+1) * shard_rows) of every array, 
 examples in one Parquet file. It is staged under another name, synced, moved, and committed. zarr-python reads a
 missing or emptied file as zeros without a word, so nothing here trusts Zarr to say what exists: commits do.
 
-Codecs are those of the Zarr v3 specification: sharding_indexed, transpose, bytes, blosc (zstd, bitshuffle), crc32c.
+Codecs are those of the Zarr v3 specification: sharding_indexed, transpose, bytes, blosc (zstd, shuffle or bitshuffle), crc32c.
 
 Three things are stored in another form than they are handed out in, none of which loses anything: ids as codes (the
 most frequent token of the corpus is 0, so that the high bits of most are zero), `byte_end` as lengths, and columns one
@@ -116,7 +116,7 @@ def create_group(
             shards=(layout.shard_rows, *columns),
             filters=order,
             serializer=BytesCodec(),
-            compressors=[BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+            compressors=[BloscCodec(cname="zstd", clevel=5, shuffle=spec.shuffle), Crc32cCodec()],
             fill_value=0,
             attributes=dict(spec.attributes),
             dimension_names=("row",) if spec.columns is None else ("row", "column"),
@@ -367,7 +367,8 @@ def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[
     data = {n: verified_bytes(root, f, record.files[f], shard=index, array=n) for n, f in files.items()}
     ids = code_table(root, manifest)[1] if any(spec.ids for spec in wanted) else None
     try:
-        examples = _example_columns(pq.read_table(pa.BufferReader(data["examples"]), schema=EXAMPLE_SCHEMA))
+        table = pq.ParquetFile(pa.BufferReader(data["examples"])).read(use_threads=False)
+        examples = _example_columns(table.cast(EXAMPLE_SCHEMA))
         starts = np.array(examples["row_start"], dtype=np.int64) - record.row_start
         stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in wanted}
         arrays = unpack(stored, wanted, starts, ids)
@@ -454,7 +455,7 @@ def pack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes:
 
 def unpack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
     """The inverse of `pack`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
-    unpacked = {a.name: ids[stored[a.name]] if a.ids and ids is not None else stored[a.name] for a in arrays}
+    unpacked = {a.name: ids.take(stored[a.name]) if a.ids and ids is not None else stored[a.name] for a in arrays}
     if "byte_length" in unpacked:
         ends = np.cumsum(unpacked.pop("byte_length"), dtype=np.uint32)
         before = ends[starts - 1]
