@@ -120,7 +120,8 @@ def line(name: str, root: Path, seconds: float) -> str:
 def references(plan: BuildPlan, shards: list[RawTargets]) -> None:
     """Bytes per token of one shard's ids and values elsewhere."""
     raw = shards[0]
-    assert raw.token_ids is not None and raw.relative is not None
+    assert raw.token_ids is not None
+    assert raw.relative is not None
     ids, values = raw.token_ids.astype(np.uint16), (raw.relative - raw.log_z[:, :1]).astype(np.float16)
     by_heads = store.codes_by_count(plan.manifest.vocabulary_size, [raw.token_ids.ravel()]).astype(np.uint16)
 

@@ -234,9 +234,9 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) ->
             "quantity": "log P(next token starts a word or ends the text), nats"}))  # fmt: skip
     if not coded:
         return specs
-    # Measured (docs/log.md): of ids zstd also finds sequences that occurred before, which other orders tear apart
-    return [replace(s, by_column=s.columns is not None and not s.ids,
-                    shuffle="shuffle" if s.ids or s.columns is None else "bitshuffle") for s in specs]  # fmt: skip
+    # Measured (docs/log.md): small numbers want their bits by column; in rows of ids zstd finds what occurred before
+    by_column = ("logprobs", "tail_odds", "sample_counts")
+    return [replace(s, by_column=True) if s.name in by_column else replace(s, shuffle="shuffle") for s in specs]
 
 
 def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
