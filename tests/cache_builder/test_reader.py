@@ -244,3 +244,10 @@ def test_quality_means_are_per_row(reader: CacheReader):
     assert means["gold_nll"] == pytest.approx(nll, rel=2**-10)  # gold_logprob is stored as float16
     assert means["mass_kept"] == pytest.approx(kept, abs=2e-3)  # linear8
     assert 0 <= means["head_kl"] < 1e-3
+
+
+def test_rows_alone_are_those_of_the_examples_one_after_another(reader: CacheReader):
+    numbers = [3, 0, len(reader) - 1, 1]
+    assert_equal(reader.read_rows(numbers), concatenate([e.targets for e in reader.read(numbers)]))
+    sliced = CacheReader(reader.root, top_k=3)
+    assert_equal(sliced.read_rows(numbers), concatenate([sliced[n].targets for n in numbers]))
