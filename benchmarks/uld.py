@@ -53,7 +53,8 @@ def cached(logits: Tensor, gold: Tensor, config: TargetConfig, temperature: floa
                      **{n: None if v is None else v.numpy() for n, v in kept.items()})  # fmt: skip
     stored, _ = codecs.encode(raw, config)
     dtypes = {spec.name: spec.dtype for spec in codecs.array_specs(config, logits.shape[1])}
-    targets = codecs.decode({name: value.astype(dtypes[name]) for name, value in stored.items()}, config)
+    packed = {name: value.astype(dtypes.get(name, value.dtype)) for name, value in stored.items()}
+    targets = codecs.decode(packed, config)
     bands = None if targets.tail_bands is None else torch.from_numpy(targets.tail_bands[:, 0])
     return torch.from_numpy(targets.logprobs_at(temperature)).float(), bands
 
@@ -98,7 +99,7 @@ def main() -> None:
         exact = sorted_distance(whole, torch.softmax(leaf / temperature, dim=1))
         (dense,) = torch.autograd.grad(exact.sum(), leaf)
         print(f"T={temperature:g}, mean value {float(exact.detach().mean()):.4f}")
-        for (k, bands), codec in product(SPLITS, ("linear8", "float16")):
+        for (k, bands), codec in product(SPLITS, ("linear8", "graded", "graded-fine", "float16")):
             config = TargetConfig("uld", top_k=k, tail_bands=bands, temperatures=(1.0, 2.0),
                                   band_temperatures=(temperature,), logprob_codec=codec)  # fmt: skip
             head, mass = cached(teacher, gold, config, temperature)
@@ -111,7 +112,7 @@ def main() -> None:
                 value = uld(leaf, groups, GroupSettings(temperature, edges, ranking))
                 (grad,) = torch.autograd.grad(value.sum(), leaf)
                 line.append(errors(value.detach(), grad, exact.detach(), dense, hidden, weight))
-            print(f"  k={k:<3} {bands:>2} bands {codec:<8}" + "    ".join(line))
+            print(f"  k={k:<3} {bands:>2} bands {codec:<12}" + "    ".join(line))
 
 
 if __name__ == "__main__":

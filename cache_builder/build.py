@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kd.cache_builder import codecs, store
 from kd.cache_builder.files import unfinished, write_error
 from kd.cache_builder.generate import GenerationConfig, longest_answers
@@ -82,6 +84,8 @@ class BuildPlan:
     manifest: CacheManifest
     rows: list[TokenRows]
     vocabulary: list[bytes]
+    codes: np.ndarray
+    """[V] what ids are stored as, see `store.codes_by_count`"""
     special_ids: set[int]
 
     @property
@@ -187,7 +191,8 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     index, count = request.shard
     if not 1 <= index <= count:
         raise DataError("no such part of the build", found=f"--shard {index}/{count}", expected="I/N with 1 <= I <= N")
-    return BuildPlan(request, manifest, rows, vocabulary, set(tokenizer.all_special_ids))
+    codes = store.codes_by_count(len(vocabulary), (r.input_ids for r in rows))
+    return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids))
 
 
 def _provenance(request: BuildRequest, counts: Counter[str]) -> dict[str, Any]:
@@ -246,7 +251,7 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
     try:
         writer.sweep()
         if not manifest.complete:
-            manifest = writer.create(plan.vocabulary)
+            manifest = writer.create(plan.vocabulary, plan.codes)
         if manifest.complete:
             writer.tidy()
             total = len(manifest.shards)

@@ -20,7 +20,9 @@ from kd.data.blocks import BlockConfig
 from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError
 
 FORMAT = "kd-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""1 stored raw ids, normalisers and byte ends row by row; see docs/cache-format.md."""
 MANIFEST, BUILDING = "manifest.json", "building.json"
 MAX_ROWS = 2**40
 """Bound on any row count a manifest may claim."""
@@ -84,11 +86,12 @@ class CacheManifest:
     """Sums over all rows; empty while building."""
     commits: tuple[str, ...] = ()
     """SHA-256 of each commit file; empty while building."""
+    format_version: int = FORMAT_VERSION
 
     @property
     def fingerprint(self) -> str:
         """Digest of format version and identity."""
-        return fingerprint_of(self.identity)
+        return fingerprint_of(self.identity, self.format_version)
 
     @property
     def complete(self) -> bool:
@@ -116,14 +119,14 @@ class CacheManifest:
     @property
     def arrays(self) -> list[ArraySpec]:
         """Every array of `targets.zarr`."""
-        return array_specs(self.targets, self.vocabulary_size)
+        return array_specs(self.targets, self.vocabulary_size, self.format_version)
 
     def to_json(self) -> str:
         """Canonical JSON text."""
         arrays = [{"name": a.name, "dtype": a.dtype, "columns": a.columns} for a in self.arrays]
         document = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
             "layout": asdict(self.layout),
@@ -143,9 +146,9 @@ class CacheManifest:
         write_atomic(root / name, self.to_json())
 
 
-def fingerprint_of(identity: dict[str, Any]) -> str:
+def fingerprint_of(identity: dict[str, Any], version: int = FORMAT_VERSION) -> str:
     """Hex digest of the format version and an identity."""
-    return digest_of({"format_version": FORMAT_VERSION, "identity": identity})
+    return digest_of({"format_version": version, "identity": identity})
 
 
 def load_manifest(root: Path) -> CacheManifest:
@@ -170,9 +173,9 @@ def load_manifest(root: Path) -> CacheManifest:
     if document.get("format") != FORMAT:
         raise CacheError("this is not a cache", where=path, found=f"format {document.get('format')!r}",
                          expected=repr(FORMAT))  # fmt: skip
-    if document.get("format_version") != FORMAT_VERSION:
+    if document.get("format_version") not in READABLE_VERSIONS:
         raise CacheMismatchError("this cache has another format version", where=path,
-                                 found=document.get("format_version"), expected=FORMAT_VERSION,
+                                 found=document.get("format_version"), expected=f"one of {READABLE_VERSIONS}",
                                  try_="a kd release that reads it")  # fmt: skip
     try:
         manifest = CacheManifest(
@@ -186,6 +189,7 @@ def load_manifest(root: Path) -> CacheManifest:
             provenance=dict(document["provenance"]),
             quality={str(k): float(v) for k, v in document["quality"].items()},
             commits=tuple(str(c) for c in document["commits"]),
+            format_version=int(document["format_version"]),
         )  # fmt: skip
         _check(manifest, document, checksum)
     except CacheError as error:
@@ -267,6 +271,10 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def refuse_mismatch(root: Path, wanted: dict[str, Any], existing: CacheManifest) -> None:
     """Raise CacheMismatchError with the difference, unless `existing` was made from exactly `wanted`."""
+    if existing.format_version != FORMAT_VERSION:
+        raise CacheMismatchError("the directory holds a cache of an older format", cache=root,
+                                 found=f"format version {existing.format_version}", expected=FORMAT_VERSION,
+                                 try_="another --out; the old cache can still be read and trained from")  # fmt: skip
     differences = identity_difference(wanted, existing.identity)
     if differences:
         details = {f"differs {key}": f"asked for {_short(a)}, the cache has {_short(b)}" for key, a, b in differences}

@@ -117,24 +117,36 @@ class CacheReader:
         """Decode several examples at once. Raises CacheDamageError where rows and tokens do not belong together."""
         if not len(examples):
             return []
+        located, decoded = self._decode(examples)
+        result = []
+        start = 0
+        for number, (shard, i) in zip(examples, located, strict=True):
+            table = shard.examples
+            stop = start + table["row_end"][i] - table["row_start"][i]
+            result.append(CachedExample(int(number), table["id"][i], table["prompt"][i], table["target"][i],
+                                        table["context_ids"][i], take_rows(decoded, slice(start, stop))))  # fmt: skip
+            start = stop
+        return result
+
+    def read_rows(self, examples: Sequence[int]) -> SoftTargets:
+        """The rows of several examples, one after another, without their texts: half the work of `read`."""
+        return self._decode(examples)[1]
+
+    def _decode(self, examples: Sequence[int]) -> tuple[list[tuple[store.Shard, int]], SoftTargets]:
         located = [self.locate(int(e)) for e in examples]
         spans = [(s, slice(s.examples["row_start"][i], s.examples["row_end"][i])) for s, i in located]
         names = list(located[0][0].arrays)
         stored = {name: np.concatenate([s.arrays[name][rows] for s, rows in spans]) for name in names}
         decoded = codecs.decode(stored, self.config, self.top_k)
-        ends = np.cumsum([0, *(rows.stop - rows.start for _, rows in spans)])
-        result = []
-        for number, (shard, i) in enumerate(located):
-            table = shard.examples
-            targets = take_rows(decoded, slice(int(ends[number]), int(ends[number + 1])))
-            context = np.asarray(table["context_ids"][i], dtype=np.int32)
-            if store.tokens_digest(context, targets.gold_ids) != table["tokens_digest"][i]:
+        start = 0
+        for (shard, i), (_, rows) in zip(located, spans, strict=True):
+            table, stop = shard.examples, start + rows.stop - rows.start
+            if store.tokens_digest(table["context_ids"][i], decoded.gold_ids[start:stop]) != table["tokens_digest"][i]:
                 raise CacheDamageError("cached rows do not belong to their tokens", where=self.root,
                                        shard=shard.index, example=table["id"][i],
-                                       rows=f"{spans[number][1].start}:{spans[number][1].stop}")  # fmt: skip
-            result.append(CachedExample(int(examples[number]), table["id"][i], table["prompt"][i], table["target"][i],
-                                        context, targets))  # fmt: skip
-        return result
+                                       rows=f"{rows.start}:{rows.stop}")  # fmt: skip
+            start = stop
+        return located, decoded
 
     def vocabulary(self) -> list[bytes]:
         """The bytes every teacher id stands for."""

@@ -10,15 +10,20 @@ Shard i owns the row slots [i * shard_rows, (i+1) * shard_rows) of every array, 
 examples in one Parquet file. It is staged under another name, synced, moved, and committed. zarr-python reads a
 missing or emptied file as zeros without a word, so nothing here trusts Zarr to say what exists: commits do.
 
-Codecs are those of the Zarr v3 specification: sharding_indexed, bytes, blosc (zstd, bitshuffle), crc32c.
+Codecs are those of the Zarr v3 specification: sharding_indexed, transpose, bytes, blosc (zstd, shuffle or bitshuffle), crc32c.
+
+Three things are stored in another form than they are handed out in, none of which loses anything: ids as codes (the
+most frequent token of the corpus is 0, so that the high bits of most are zero), `byte_end` as lengths, and columns one
+after another. `pack` and `unpack` translate.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,9 +32,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
-from kd.cache_builder.codecs import Arrays, ArraySpec
+from kd.cache_builder.chunks import decode_shard
+from kd.cache_builder.codecs import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.files import (
     canonical_json,
     process_tag,
@@ -101,14 +107,16 @@ def create_group(
     group = zarr.create_group(path, zarr_format=3, attributes=dict(attributes), overwrite=True)
     for spec in arrays:
         columns = () if spec.columns is None else (spec.columns,)
+        order = [TransposeCodec(order=(1, 0))] if spec.by_column else []
         group.create_array(
             spec.name,
             shape=(shards * layout.shard_rows, *columns),
             dtype=spec.dtype,
             chunks=(layout.chunk_rows, *columns),
             shards=(layout.shard_rows, *columns),
+            filters=order,
             serializer=BytesCodec(),
-            compressors=[BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+            compressors=[BloscCodec(cname="zstd", clevel=5, shuffle=spec.shuffle), Crc32cCodec()],
             fill_value=0,
             attributes=dict(spec.attributes),
             dimension_names=("row",) if spec.columns is None else ("row", "column"),
@@ -167,22 +175,23 @@ class ShardWriter:
             (self.root / BUILDING).unlink(missing_ok=True)
             sync_folder(self.root)
 
-    def create(self, vocabulary: list[bytes]) -> CacheManifest:
+    def create(self, vocabulary: list[bytes], codes: np.ndarray) -> CacheManifest:
         """Lay out the directory, where that is still to do: `building.json`, metadata, vocabulary.
 
         `building.json` comes first and holds the digests of the rest: of two builders that start at once, the
-        second continues with the first one's document, or learns here that it describes another cache. Returns the
-        manifest with the digests. Raises CacheMismatchError.
+        second continues with the first one's document, or learns here that it describes another cache. `codes [V]` are
+        those of `codes_by_count`. Returns the manifest with the digests. Raises CacheMismatchError.
         """
         names = [*group_files(self.arrays), VOCABULARY]
         if self.manifest.files and all((self.root / name).is_file() for name in names):
             return self.manifest
         self.root.mkdir(parents=True, exist_ok=True)
         self._stage()
-        table = pa.table(
-            {"id": pa.array(range(len(vocabulary)), pa.int32()), "piece": pa.array(vocabulary, pa.binary())}
-        )
-        pq.write_table(table, self.staging / VOCABULARY, compression="zstd")
+        table = pa.table({"id": pa.array(range(len(vocabulary)), pa.int32()), "piece": pa.array(vocabulary, pa.binary()),
+                          "code": pa.array(codes, pa.int32())})  # fmt: skip
+        encodings = {"id": "DELTA_BINARY_PACKED", "piece": "DELTA_LENGTH_BYTE_ARRAY", "code": "BYTE_STREAM_SPLIT"}
+        pq.write_table(table, self.staging / VOCABULARY, compression="zstd", compression_level=9, use_dictionary=False,
+                       column_encoding=encodings, write_statistics=False)  # fmt: skip
         files = {n: file_entry(self.staging / n) for n in names}
         answers = sorted((self.root / ANSWERS).glob("*.*"))
         files |= {f"{ANSWERS}/{p.name}": file_entry(p) for p in answers if not unfinished(p.name)}
@@ -215,7 +224,7 @@ class ShardWriter:
     def write(
         self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]], quality: dict[str, float]
     ) -> ShardRecord:
-        """Stage, move and commit one shard. `stored` holds its rows; `examples` its rows of EXAMPLE_SCHEMA.
+        """Stage, move and commit one shard. `stored` holds its rows, not packed; `examples` its rows of EXAMPLE_SCHEMA.
 
         A shard that another builder has committed meanwhile stays as it is: its commit knows its bytes, not ours.
         """
@@ -225,6 +234,8 @@ class ShardWriter:
         group = zarr.open_group(self.staging / TARGETS, mode="r+")
         with zarr.config.set({"array.write_empty_chunks": True}):  # or a shard of zeros would have no file
             arrays: dict[str, Any] = {spec.name: group[spec.name] for spec in self.arrays}
+        starts = np.array([e["row_start"] for e in examples]) - start
+        stored = pack(stored, self.arrays, starts, code_table(self.root, self.manifest)[0])
         for spec in self.arrays:
             values = stored[spec.name]
             if values.shape != ((rows,) if spec.columns is None else (rows, spec.columns)):
@@ -310,6 +321,19 @@ def file_size(root: Path, name: str, **where: object) -> int:
                                try_="kd cache verify") from error  # fmt: skip
 
 
+def verified_bytes(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
+    """The bytes of a file of the cache. Raises CacheDamageError unless size and SHA-256 are the recorded ones."""
+    path, size = root / name, file_size(root, name, **where)
+    data = path.read_bytes() if size == entry["bytes"] else b""
+    if len(data) != entry["bytes"]:
+        raise CacheDamageError("a file of the cache has another size", file=path, **where,
+                               found=f"{size} bytes", expected=f"{entry['bytes']} bytes", try_="kd cache verify")  # fmt: skip
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise CacheDamageError("a file of the cache was changed", file=path, **where,
+                               found="another SHA-256 than committed", try_="kd cache verify")  # fmt: skip
+    return data
+
+
 def verify_file(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> None:
     """Raise CacheDamageError unless the file's size and SHA-256 are the recorded ones."""
     path, size = root / name, file_size(root, name, **where)
@@ -333,22 +357,36 @@ class Shard:
 
 
 def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[str] | None = None) -> Shard:
-    """Read a shard after checking every file it needs against its commit. Raises CacheDamageError."""
+    """Read a shard after checking every file it needs against its commit. Raises CacheDamageError.
+
+    `names` are of stored arrays (`manifest.arrays`); what comes back is unpacked.
+    """
     record = read_commit(root, manifest, index)
     wanted = [a for a in manifest.arrays if names is None or a.name in names]
-    files = shard_files(manifest.arrays, index)
-    for spec in wanted:
-        verify_file(root, files[spec.name], record.files[files[spec.name]], shard=index, array=spec.name)
-    verify_file(root, files["examples"], record.files[files["examples"]], shard=index, array="examples")
+    files = shard_files(wanted, index)
+    data = {n: verified_bytes(root, f, record.files[f], shard=index, array=n) for n, f in files.items()}
+    ids = code_table(root, manifest)[1] if any(spec.ids for spec in wanted) else None
     try:
-        arrays = {spec.name: read_rows(root, spec.name, record.row_start, record.rows) for spec in wanted}
-        examples = pq.read_table(root / files["examples"], schema=EXAMPLE_SCHEMA).to_pydict()
+        table = pq.ParquetFile(pa.BufferReader(data["examples"])).read(use_threads=False)
+        examples = _example_columns(table.cast(EXAMPLE_SCHEMA))
+        starts = np.array(examples["row_start"], dtype=np.int64) - record.row_start
+        stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in wanted}
+        arrays = unpack(stored, wanted, starts, ids)
     except Exception as error:  # bytes are as committed, so this is a format this library version cannot read
         raise CacheDamageError("a shard cannot be decoded", where=root, shard=index,
                                found=f"{type(error).__name__}: {error}") from error  # fmt: skip
     for name in ("row_start", "row_end"):
         examples[name] = [row - record.row_start for row in examples[name]]
     return Shard(index, record.examples[0], arrays, examples)
+
+
+def _example_columns(table: pa.Table) -> dict[str, list[Any]]:
+    """Columns as lists; context ids as arrays, which a long context makes a hundred times smaller and faster."""
+    columns = {name: table[name].to_pylist() for name in table.schema.names if name != "context_ids"}
+    contexts = table["context_ids"].combine_chunks()
+    values = np.asarray(contexts.flatten(), dtype=np.int32)
+    columns["context_ids"] = np.split(values, np.cumsum(contexts.value_lengths().to_numpy())[:-1])
+    return columns
 
 
 def read_rows(root: Path, array: str, start: int, rows: int) -> np.ndarray:
@@ -367,5 +405,60 @@ def read_example_table(root: Path, manifest: CacheManifest, index: int, columns:
 
 def read_vocabulary(root: Path, manifest: CacheManifest) -> list[bytes]:
     """The bytes every teacher id stands for."""
-    verify_file(root, VOCABULARY, manifest.files[VOCABULARY])
-    return pq.read_table(root / VOCABULARY)["piece"].to_pylist()  # type: ignore[no-any-return]
+    data = verified_bytes(root, VOCABULARY, manifest.files[VOCABULARY])
+    return pq.read_table(pa.BufferReader(data))["piece"].to_pylist()  # type: ignore[no-any-return]
+
+
+def codes_by_count(vocabulary_size: int, sequences: Iterable[np.ndarray]) -> np.ndarray:
+    """`[V]` int32 code of every id: its place when ids are ordered by how often they occur, the most frequent first.
+
+    Ties, and ids that never occur, are in the order of their numbers; it is the same table for every builder of
+    one corpus. Tokens a teacher thinks of are much like tokens that occur, so most codes are small numbers.
+    """
+    counts = np.zeros(vocabulary_size, dtype=np.int64)
+    for ids in sequences:
+        np.add.at(counts, ids[ids < vocabulary_size], 1)
+    codes = np.empty(vocabulary_size, dtype=np.int32)
+    codes[np.argsort(-counts, kind="stable")] = np.arange(vocabulary_size, dtype=np.int32)
+    return codes
+
+
+def code_table(root: Path, manifest: CacheManifest) -> tuple[np.ndarray, np.ndarray]:
+    """`(code of every id, id of every code)`, each `[V]` in the ids' dtype. Raises CacheDamageError.
+
+    An id beyond `vocabulary.parquet` (a logit that no token stands for) is its own code.
+    """
+    entry = manifest.files[VOCABULARY]
+    return _code_table(root, int(entry["bytes"]), str(entry["sha256"]), manifest.vocabulary_size)
+
+
+@lru_cache(maxsize=4)
+def _code_table(root: Path, size: int, sha256: str, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
+    data = verified_bytes(root, VOCABULARY, {"bytes": size, "sha256": sha256})
+    stored = pq.read_table(pa.BufferReader(data), columns=["code"])["code"].to_numpy()
+    codes = np.concatenate([stored, np.arange(len(stored), vocabulary_size)])
+    if not np.array_equal(np.sort(codes), np.arange(len(codes))):
+        raise CacheDamageError("the codes of the vocabulary are not a permutation", where=root / VOCABULARY)
+    codes = codes.astype(id_dtype(len(codes)))
+    return codes, np.argsort(codes).astype(codes.dtype)
+
+
+def pack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes: np.ndarray) -> Arrays:
+    """Rows of whole examples, beginning at `starts [E]`, in the form the arrays hold."""
+    packed = {a.name: codes[stored[a.name]] if a.ids else stored[a.name] for a in arrays if a.name in stored}
+    if any(a.name == "byte_length" for a in arrays):
+        lengths = np.diff(stored["byte_end"], prepend=0)
+        lengths[starts] = stored["byte_end"][starts]
+        packed["byte_length"] = lengths
+    return packed
+
+
+def unpack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
+    """The inverse of `pack`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
+    unpacked = {a.name: ids.take(stored[a.name]) if a.ids and ids is not None else stored[a.name] for a in arrays}
+    if "byte_length" in unpacked:
+        ends = np.cumsum(unpacked.pop("byte_length"), dtype=np.uint32)
+        before = ends[starts - 1]
+        before[starts == 0] = 0
+        unpacked["byte_end"] = ends - np.repeat(before, np.diff(starts, append=len(ends)))
+    return unpacked

@@ -31,15 +31,16 @@ class Profile:
     """Log-spaced rank bands beyond k whose mass is kept."""
     boundary: bool
     """Keep log P(next token starts a word or ends the text)?"""
-    logprob_codec: str = "linear8"
-    """ULD's gradient is a sign, which 8 bits turn around where the two curves are close (benchmarks/uld.py)."""
+    logprob_codec: str = "graded"
+    """ULD's gradient is a sign, which a coarse scale turns around where the two curves are close (benchmarks/uld.py)."""
 
 
 PROFILES: dict[str, Profile] = {
     "kl": Profile(top_k=64, ids=True, samples=0, tail_bands=0, boundary=False),
-    "uld": Profile(top_k=16, ids=False, samples=0, tail_bands=16, boundary=False, logprob_codec="float16"),
+    "compact": Profile(top_k=64, ids=True, samples=0, tail_bands=0, boundary=False, logprob_codec="graded-coarse"),
+    "uld": Profile(top_k=16, ids=False, samples=0, tail_bands=16, boundary=False, logprob_codec="graded-fine"),
     "sampled": Profile(top_k=0, ids=True, samples=12, tail_bands=0, boundary=False),
-    "full": Profile(top_k=64, ids=True, samples=12, tail_bands=16, boundary=True, logprob_codec="float16"),
+    "full": Profile(top_k=64, ids=True, samples=12, tail_bands=16, boundary=True, logprob_codec="graded-fine"),
 }
 
 
@@ -56,7 +57,7 @@ class TargetConfig:
     """Temperatures whose normaliser is stored; holds 1, ascending."""
     band_temperatures: tuple[float, ...] = (1.0,)
     """Temperatures whose rank bands are stored."""
-    logprob_codec: str = "linear8"
+    logprob_codec: str = "graded"
     """One of `codecs.CODECS`."""
     seed: int = 0
     """Of the draws."""

@@ -85,8 +85,8 @@ def test_the_plan_counts_what_the_build_makes(tmp_path: Path, build_request):
     assert not (tmp_path / "c").exists()
     for first, stop, rows in plan.manifest.shards:
         assert rows == sum(len(r.target_ids) for r in plan.rows[first:stop]) <= 128
-    # uint8 x 8 and a float16 span; ids, gold id and rank uint16; 3 float32 normalisers; float16 gold; uint32 end
-    assert plan.raw_bytes_per_token == 8 + 2 + 16 + 2 + 2 + 12 + 2 + 4
+    # uint8 x 8; ids, gold id and rank uint16; 3 float16 odds; float16 gold; uint32 length
+    assert plan.raw_bytes_per_token == 8 + 16 + 2 + 2 + 6 + 2 + 4
 
 
 def test_an_estimate_writes_nothing_and_counts_commits(tmp_path: Path, build_request, run_build):
@@ -183,7 +183,7 @@ def test_a_build_killed_before_its_first_record_starts_again(tmp_path, build_req
     assert differing(tree(out), unbroken) == []
 
 
-@pytest.mark.parametrize("lost", ["vocabulary.parquet", "targets.zarr/zarr.json", "targets.zarr/log_z/zarr.json"])
+@pytest.mark.parametrize("lost", ["vocabulary.parquet", "targets.zarr/zarr.json", "targets.zarr/tail_odds/zarr.json"])
 def test_a_build_killed_while_it_laid_out_the_directory_continues(
     tmp_path, build_request, run_build, tree, unbroken, lost: str
 ):

@@ -5,18 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kd.cache_builder import store
-from kd.cache_builder.codecs import ArraySpec
-from kd.cache_builder.manifest import Layout, load_manifest
+from kd.cache_builder.chunks import decode_shard
+from kd.cache_builder.codecs import CODECS, ArraySpec, array_specs
+from kd.cache_builder.manifest import Layout, load_manifest, refuse_mismatch
 from kd.cache_builder.reader import CacheReader
-from kd.data.errors import CacheDamageError
+from kd.cache_builder.store import pack, unpack
+from kd.cache_builder.targets import TargetConfig
+from kd.cache_builder.verify import verify
+from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError
 
 
 def read_everything(root: Path) -> None:
@@ -48,7 +57,8 @@ def test_the_store_is_plain_zarr_of_registered_codecs(cache: Path):
         if names:
             assert names == ["sharding_indexed"]
             inner = document["codecs"][0]["configuration"]
-            assert [c["name"] for c in inner["codecs"]] == ["bytes", "blosc", "crc32c"]
+            order = ["transpose"] if path.parent.name in ("tail_odds", "logprobs", "sample_counts") else []
+            assert [c["name"] for c in inner["codecs"]] == [*order, "bytes", "blosc", "crc32c"]
             assert inner["index_codecs"][-1]["name"] == "crc32c"
 
 
@@ -58,13 +68,143 @@ def test_attributes_say_how_to_decode_without_this_code(tmp_path: Path, build_re
     group = zarr.open_group(cache / "targets.zarr", mode="r")
     assert group.attrs["kd_fingerprint"] == load_manifest(cache).fingerprint
     assert "logprob_span / 255" in group["logprobs"].attrs["decode"]
-    assert group["log_z"].attrs["temperatures"] == [1.0, 2.0, 4.0]
+    assert group["tail_odds"].attrs["temperatures"] == [1.0, 2.0, 4.0]
+    assert "log(1 + exp(tail_odds))" in group["tail_odds"].attrs["decode"]
     reader = CacheReader(cache)
     row = reader.manifest.layout.shard_rows  # the first row of the second shard
-    top = -group["log_z"][row, 0]
-    decoded = top - group["logprobs"][row].astype(np.float32) * np.float32(group["logprob_span"][row]) / 255
-    example = int(reader.manifest.shards[1][0])
-    np.testing.assert_allclose(decoded, reader[example].targets.logprobs[0], atol=1e-5)  # float32 products
+    relative = -group["logprobs"][row].astype(np.float32) * np.float32(group["logprob_span"][row]) / 255
+    odds = float(group["tail_odds"][row, 0])
+    decoded = relative - np.log(np.exp(relative).sum()) - np.log(1 + np.exp(odds))
+    targets = reader[int(reader.manifest.shards[1][0])].targets
+    np.testing.assert_allclose(decoded, targets.logprobs[0], atol=1e-5)  # float32 products
+    table = pq.read_table(cache / "vocabulary.parquet").to_pydict()
+    id_of = dict(zip(table["code"], table["id"], strict=True))
+    for name in ("gold_ids", "token_ids"):
+        assert "`code` in vocabulary.parquet" in group[name].attrs["decode"]
+    assert [id_of[c] for c in group["token_ids"][row].tolist()] == targets.token_ids[0].tolist()
+    stop = row + len(targets)
+    assert [id_of[c] for c in group["gold_ids"][row:stop].tolist()] == targets.gold_ids.tolist()
+    assert np.cumsum(group["byte_length"][row:stop]).tolist() == targets.byte_end.tolist()
+
+
+def test_a_graded_scale_is_all_a_stranger_needs(cache: Path):
+    logprobs = zarr.open_group(cache / "targets.zarr", mode="r")["logprobs"]
+    scale = np.array(logprobs.attrs["scale"])
+    manifest = load_manifest(cache)
+    shard = store.read_shard(cache, manifest, 0)
+    places = logprobs[: len(shard.arrays["gold_ids"])].astype(int).cumsum(axis=1)
+    found = CODECS[manifest.targets.logprob_codec].decode(shard.arrays)
+    np.testing.assert_array_equal(-scale[places].astype(np.float32), found)
+
+
+def test_verified_bytes_decode_to_what_zarr_reads(cache: Path, tmp_path: Path, build_request, run_build):
+    """The slow twin of `decode_shard` is zarr-python, for every dtype, one and two columns, short and long shards."""
+    full = tmp_path / "full"
+    run_build(build_request(full, profile="full", samples=3, tail_bands=2))
+    for root in (cache, full):
+        manifest = load_manifest(root)
+        for index, (_, _, rows) in enumerate(manifest.shards):
+            for spec in manifest.arrays:
+                data = (root / store.shard_files([spec], index)[spec.name]).read_bytes()
+                slow = store.read_rows(root, spec.name, index * manifest.layout.shard_rows, rows)
+                fast = decode_shard(data, spec, manifest.layout, rows)
+                assert fast.dtype == slow.dtype
+                np.testing.assert_array_equal(fast, slow, err_msg=spec.name)
+
+
+def test_a_chunk_that_was_never_written_is_zeros_and_one_of_another_size_an_error(tmp_path: Path):
+    spec, layout = ArraySpec("x", "uint32", 3, {}, by_column=True), Layout(32, 8)
+    store.create_group(tmp_path / "z", [spec], layout, 1, {})
+    zarr.open_group(tmp_path / "z", mode="r+")["x"][8:16] = np.arange(24).reshape(8, 3)
+    data = (tmp_path / "z/x/c/0/0").read_bytes()
+    expected = np.zeros((20, 3))
+    expected[8:16] = np.arange(24).reshape(8, 3)
+    np.testing.assert_array_equal(decode_shard(data, spec, layout, 20), expected)
+    for other in (Layout(32, 16), Layout(32, 4)):
+        with pytest.raises(CacheError, match="another size"):
+            decode_shard(data[:-68] + data[-68:][: 16 * (32 // other.chunk_rows)] * 2, spec, other, 20)
+    with pytest.raises(CacheError, match="cut off"):
+        decode_shard(data[-40:], spec, layout, 20)
+
+
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 300), examples=st.integers(1, 9))
+@settings(max_examples=50, deadline=None)
+def test_packing_loses_nothing_for_any_permutation_and_any_examples(seed: int, size: int, examples: int):
+    rng = np.random.default_rng(seed)
+    specs = array_specs(TargetConfig.of_profile("full", samples=2), size)
+    starts = np.cumsum([0, *rng.integers(1, 20, examples)])
+    n, starts = int(starts[-1]), starts[:-1]
+    stored = {
+        "gold_ids": rng.integers(0, size, n), "token_ids": rng.integers(0, size, (n, 4)),
+        "sample_ids": rng.integers(0, size, (n, 2)), "byte_end": rng.integers(0, 2**32, n),
+        "gold_rank": rng.integers(0, size, n),
+    }  # fmt: skip
+    ids = rng.permutation(size)
+    packed = pack(stored, specs, starts, np.argsort(ids))
+    dtypes = {s.name: s.dtype for s in specs}
+    packed = {name: value.astype(dtypes[name]) for name, value in packed.items()}
+    assert "byte_end" not in packed
+    unpacked = unpack(packed, [s for s in specs if s.name in packed], starts, ids)
+    assert unpacked.keys() == stored.keys()
+    for name, value in stored.items():
+        np.testing.assert_array_equal(unpacked[name], value, err_msg=name)
+    for first, stop in zip(starts, [*starts[1:], n], strict=True):  # the slow twin, an example at a time
+        np.testing.assert_array_equal(
+            np.cumsum(packed["byte_length"][first:stop], dtype=np.uint32), stored["byte_end"][first:stop]
+        )
+
+
+@given(st.lists(st.lists(st.integers(0, 30), max_size=30), max_size=6))
+def test_codes_are_places_by_count_then_by_id(sequences: list[list[int]]):
+    found = store.codes_by_count(31, [np.array(s, dtype=np.int32) for s in sequences])
+    counts = Counter(i for s in sequences for i in s)
+    assert sorted(range(31), key=lambda i: (-counts[i], i)) == np.argsort(found).tolist()
+    parts = [np.array(s, dtype=np.int32) for s in reversed(sequences)]
+    assert (store.codes_by_count(31, parts) == found).all()
+
+
+def test_the_code_column_is_a_permutation_by_the_corpus_tokens(cache: Path):
+    reader = CacheReader(cache)
+    counts = Counter(i for n in range(len(reader)) for i in reader[n].input_ids.tolist())
+    table = pq.read_table(cache / "vocabulary.parquet").to_pydict()
+    assert table["id"] == list(range(400))
+    assert table["piece"] == reader.vocabulary()
+    order = sorted(range(400), key=lambda i: (-counts[i], i))
+    assert [order[c] for c in table["code"]] == list(range(400))
+
+
+def test_a_vocabulary_whose_codes_are_no_permutation_is_damage(copy: Path):
+    table = pq.read_table(copy / "vocabulary.parquet")
+    codes = table["code"].to_pylist()
+    pq.write_table(
+        table.set_column(2, "code", pa.array([codes[1], *codes[1:]], pa.int32())), copy / "vocabulary.parquet"
+    )
+    manifest = load_manifest(copy)
+    files = manifest.files | {"vocabulary.parquet": store.file_entry(copy / "vocabulary.parquet")}
+    with pytest.raises(CacheDamageError, match="not a permutation"):
+        store.code_table(copy, dataclasses.replace(manifest, files=files))
+
+
+def test_a_cache_of_format_version_1_reads_as_it_was_written(tmp_path: Path):
+    """Made by the last commit that wrote version 1 (raw ids, normalisers and byte ends, row by row), with its reader's values."""
+    zipfile.ZipFile(Path(__file__).parent / "golden_v1.zip").extractall(tmp_path)
+    reader = CacheReader(tmp_path / "v1")
+    assert reader.manifest.format_version == 1
+    assert reader.manifest.targets.logprob_codec == "linear8"
+    expected = json.loads((tmp_path / "v1.json").read_text())
+    assert [e["number"] for e in expected] == [0, len(reader) - 1]
+    for values in expected:
+        example = reader[values.pop("number")]
+        assert example.id == values.pop("id")
+        assert example.target == values.pop("target")
+        assert example.context_ids.tolist() == values.pop("context_ids")
+        for name, value in values.items():
+            found = getattr(example.targets, name)
+            np.testing.assert_array_equal(found, np.array(value, dtype=found.dtype), err_msg=name)
+    *_, last = verify(tmp_path / "v1")
+    assert last.findings == ()
+    with pytest.raises(CacheMismatchError, match="older format"):
+        refuse_mismatch(tmp_path / "v1", reader.manifest.identity, reader.manifest)
 
 
 def test_examples_are_plain_parquet_with_their_rows(cache: Path):
@@ -118,7 +258,9 @@ def test_a_shard_of_zeros_is_written_and_read_back(copy: Path):
     manifest = load_manifest(copy)
     last = len(manifest.shards) - 1
     first, stop, rows = manifest.shards[last]
-    zeros = {a.name: np.zeros((rows,) if a.columns is None else (rows, a.columns)) for a in manifest.arrays}
+    before = store.read_shard(copy, manifest, last).arrays
+    zeros = {name: np.zeros_like(values) for name, values in before.items()}
+    assert {len(values) for values in zeros.values()} == {rows}
     table = pq.read_table(copy / "examples" / f"{last:05d}.parquet").to_pylist()
     store.commit_path(copy, last).unlink()
     writer = store.ShardWriter(copy, dataclasses.replace(manifest, commits=(), quality={}))
@@ -184,7 +326,7 @@ def test_every_damage_of_every_file_is_an_error_and_never_a_value(tmp_path: Path
             codes.add(error.exit_code)
         else:
             unnoticed.append((file, name))
-    assert count == 7 * (2 * (8 + 1 + 1) + 9 + 2)  # arrays, examples and commit per shard; metadata; two more
+    assert count == 7 * (2 * (7 + 1 + 1) + 8 + 2)  # arrays, examples and commit per shard; metadata; two more
     assert codes == {3}
     assert unnoticed == [("manifest.json", "truncate")]  # the newline at its end
     read_everything(root)
@@ -217,7 +359,7 @@ def test_two_whole_shards_that_were_swapped_with_their_commits_are_noticed(copy:
 
 
 def test_a_commit_rewritten_to_fit_damaged_bytes_is_noticed(copy: Path):
-    name = "targets.zarr/log_z/c/0/0"
+    name = "targets.zarr/tail_odds/c/0/0"
     flip(copy / name, 0.5)
     path = copy / "commits" / "00000.json"
     document = json.loads(path.read_text())
@@ -231,7 +373,7 @@ def test_damage_names_shard_array_and_file(copy: Path):
     flip(copy / "targets.zarr/token_ids/c/1/0", 0.5)
     manifest = load_manifest(copy)
     store.read_shard(copy, manifest, 0)
-    store.read_shard(copy, manifest, 1, ["log_z"])  # only what is asked for is read, and checked
+    store.read_shard(copy, manifest, 1, ["tail_odds"])  # only what is asked for is read, and checked
     with pytest.raises(CacheDamageError) as caught:
         store.read_shard(copy, manifest, 1)
     assert (caught.value.details["shard"], caught.value.details["array"]) == (1, "token_ids")
@@ -239,7 +381,7 @@ def test_damage_names_shard_array_and_file(copy: Path):
 
 
 def test_a_file_replaced_by_a_folder_is_damage(copy: Path):
-    path = copy / "targets.zarr/log_z/c/0/0"
+    path = copy / "targets.zarr/tail_odds/c/0/0"
     path.unlink()
     path.mkdir()
     with pytest.raises(CacheDamageError):

@@ -128,7 +128,10 @@ def test_plain_fine_tuning_runs_on_any_cache(profile: str) -> None:
     assert resolve(profile, loss="ce") == Objective("ce", "none", 0.0, 1.0)
 
 
-SERVED = {"kl": {"ghost", "renorm"}, "full": {"ghost", "renorm", "sampled"}, "sampled": {"sampled"}, "uld": set()}
+SERVED = {
+    "kl": {"ghost", "renorm"}, "compact": {"ghost", "renorm"}, "full": {"ghost", "renorm", "sampled"},
+    "sampled": {"sampled"}, "uld": set(),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("tail", TAILS)
