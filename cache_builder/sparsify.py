@@ -11,6 +11,7 @@ Where temperatures double (1, 2, 4), exp(x/2) is squared into exp(x): one pass o
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from kd.cache_builder.targets import PROFILES, TargetConfig, band_edges
 
 LOG_MASS_FLOOR = -60.0
 """Log-mass of an empty rank band: e^-60 is below anything float32 can sum."""
-BLOCK_BYTES = 2**21
-"""Logits worked through at once on a CPU: with two scratch tensors of that size, what a core's caches hold; below it the
-calls cost more than the passes."""
+BLOCK_BYTES = 3 * 2**20
+"""Logits worked through at once on a CPU: larger blocks leave the caches between passes, below half of it the calls cost
+more than the passes (benchmarks/chunks.py)."""
 BLOCK_COLUMNS = 64
 """Columns per block of the vocabulary, see `top_k_by_threshold`."""
 
@@ -61,13 +62,16 @@ class Sparsifier:
         self.vocabulary_size = vocabulary_size
         self.boundary_ids = boundary_ids
         self.block_rows = block_rows
+        later = bool(self.edges or config.samples or PROFILES[config.profile].boundary)
+        doubling = all(high == 2 * low for low, high in pairwise(config.temperatures))
+        self._in_place = doubling and not later  # nothing looks at the logits again once they are powers
         self._buffers: list[torch.Tensor] = []
 
     def _buffer(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """A reused `[n, V]` float32 scratch tensor: fresh memory of this size costs more than the arithmetic in it."""
         if not self._buffers or self._buffers[0].shape[0] < like.shape[0] or self._buffers[0].device != like.device:
             with torch.inference_mode(False):
-                self._buffers = [torch.empty(like.shape, device=like.device) for _ in range(2)]
+                self._buffers = [torch.empty(like.shape, device=like.device) for _ in range(1 if self._in_place else 2)]
         return self._buffers[number][: like.shape[0]]
 
     @torch.no_grad()
@@ -101,12 +105,13 @@ class Sparsifier:
         else:
             top = logits.amax(dim=1, keepdim=True)
         shifted = torch.sub(logits, top, out=self._buffer(0, logits))
+        gold = shifted.gather(1, gold_ids.unsqueeze(1))
+        ranks = self._ranks(shifted, gold, relative)
         log_z = self._log_normalisers(shifted)
         finite = torch.isfinite(log_z).all(dim=1) & torch.isfinite(top.squeeze(1))
         if not bool(finite.all()):
             raise NonFiniteRow(int((~finite).nonzero()[0]))
         one = log_z[:, config.temperatures.index(1.0)]
-        gold = shifted.gather(1, gold_ids.unsqueeze(1))
         kept = gold if relative is None else torch.minimum(gold, relative[:, -1:])
         if not bool(torch.isfinite(kept).all()):  # minus infinity: no stored number can hold it
             raise NonFiniteRow(int((~torch.isfinite(kept)).nonzero()[0, 0]))
@@ -122,7 +127,7 @@ class Sparsifier:
         return Chunk(
             log_z=log_z,
             gold_logprob=gold.squeeze(1) - one,
-            gold_rank=self._ranks(shifted, gold, relative),
+            gold_rank=ranks,
             token_ids=ids if PROFILES[config.profile].ids else None,
             relative=relative,
             tail_bands=bands,
@@ -137,8 +142,7 @@ class Sparsifier:
         Where gold is no smaller than the last of the kept logits `relative [r, K]`, those alone have to be looked at.
         """
         if shifted.device.type != "cpu":
-            # 0/1 as float32 sum exactly up to 2^24 ids, five times as fast as a sum of booleans
-            return torch.gt(shifted, gold, out=self._buffer(1, shifted)).sum(dim=1).long()
+            return torch.gt(shifted, gold).sum(dim=1)
         if relative is None:
             ranks, beyond = torch.zeros(len(gold), dtype=torch.long), range(len(gold))
         else:
@@ -150,9 +154,12 @@ class Sparsifier:
         return ranks
 
     def _log_normalisers(self, shifted: torch.Tensor) -> torch.Tensor:
-        """`[n, V]` logits with maximum 0 -> `[n, T]`; the sum holds exp(0) = 1, so the logarithm is safe."""
+        """`[n, V]` logits with maximum 0 -> `[n, T]`; the sum holds exp(0) = 1, so the logarithm is safe.
+
+        Overwrites the logits where nothing else needs them.
+        """
         columns: dict[float, torch.Tensor] = {}
-        previous, powers = 0.0, self._buffer(1, shifted)
+        previous, powers = 0.0, shifted if self._in_place else self._buffer(1, shifted)
         for temperature in reversed(self.config.temperatures):
             if previous == 2 * temperature:
                 powers.mul_(powers)
