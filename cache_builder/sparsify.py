@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ BLOCK_BYTES = 3 * 2**20
 """Logits worked through at once on a CPU: larger blocks leave the caches between passes, below half of it the calls cost
 more than the passes (benchmarks/chunks.py)."""
 BLOCK_COLUMNS = 64
-"""Columns per block of the vocabulary, see `top_k_by_threshold`."""
+"""Most columns per block of the vocabulary; fewer where k is large, so that there are 8 k blocks, see `top_k_by_threshold`."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class Sparsifier:
                 raise NonFiniteRow(start + error.row) from None
         if len(blocks) == 1:
             return blocks[0]
-        columns = {f.name: [getattr(block, f.name) for block in blocks] for f in fields(Chunk)}
-        return Chunk(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()})
+        columns: dict[str, list[Any]] = {f.name: [getattr(block, f.name) for block in blocks] for f in fields(Chunk)}
+        merged: dict[str, Any] = {n: None if parts[0] is None else torch.cat(parts) for n, parts in columns.items()}
+        return Chunk(**merged)
 
     def _block(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: np.ndarray | None) -> Chunk:
         """`logits [r, V]` float32, `gold_ids [r]`, `uniforms [r, R]`."""
@@ -144,13 +146,13 @@ class Sparsifier:
         if shifted.device.type != "cpu":
             return torch.gt(shifted, gold).sum(dim=1)
         if relative is None:
-            ranks, beyond = torch.zeros(len(gold), dtype=torch.long), range(len(gold))
+            ranks, beyond = torch.zeros(len(gold), dtype=torch.long), list(range(len(gold)))
         else:
             ranks = (relative > gold).sum(dim=1)
             beyond = (gold < relative[:, -1:]).squeeze(1).nonzero().squeeze(1).tolist()
         rows, values = shifted.numpy(), gold.numpy()
         for row in beyond:  # numpy counts a row of booleans ten times as fast as torch sums it
-            ranks[row] = np.count_nonzero(rows[row] > values[row])
+            ranks[row] = int(np.count_nonzero(rows[row] > values[row]))
         return ranks
 
     def _log_normalisers(self, shifted: torch.Tensor) -> torch.Tensor:
@@ -206,11 +208,11 @@ def top_k_by_threshold(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torc
     after another over neighbouring columns; blocks of neighbouring columns were slower than `topk` itself.
     """
     n, size = logits.shape
-    blocks = size // BLOCK_COLUMNS
-    if blocks <= 4 * k:
+    columns = min(BLOCK_COLUMNS, size // (8 * k))
+    if columns < 4:
         return top_k_by_topk(logits, k)
-    rows = logits.numpy()
-    maxima = rows[:, : blocks * BLOCK_COLUMNS].reshape(n, BLOCK_COLUMNS, blocks).max(axis=1)
+    rows, blocks = logits.numpy(), size // columns
+    maxima = rows[:, : blocks * columns].reshape(n, columns, blocks).max(axis=1)
     threshold = torch.from_numpy(maxima).topk(k, dim=1).values[:, -1:].numpy()
     row, ids = np.divmod(np.flatnonzero(rows >= threshold), size)
     counts = np.bincount(row, minlength=n)
