@@ -56,7 +56,6 @@ class Teacher:
         self.times = PassTimes()
         self.tokens = self.padded = 0
         """Tokens the model has read, without and with padding."""
-        self._logits: torch.Tensor | None = None
 
     def run(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[list[int], list[Chunk]]]:
         """Score `rows`, which are examples `first_example`, …: yields `(numbers into rows, chunks)` per batch.
@@ -112,11 +111,13 @@ class Teacher:
                      for e, r in zip(examples, rows, strict=True)]  # fmt: skip
             uniforms = np.concatenate(draws)
         self._lap("forward", started)
-        chunks = []
+        chunks, memory = [], None
+        if self.device.type == "cpu":  # the same for every chunk of the batch, gone before the next forward pass
+            memory = torch.empty(min(head_chunk, len(scored)), self.head.weight.shape[0])
         for start in range(0, len(scored), head_chunk):
             part = slice(start, start + head_chunk)
             started = time.perf_counter()
-            logits = self.head.logits(scored[part], self._logits_buffer(len(scored[part]), head_chunk))
+            logits = self.head.logits(scored[part], None if memory is None else memory[: len(scored[part])])
             started = self._lap("head", started)
             try:
                 chunk = self.sparsifier(logits, gold[part], None if uniforms is None else uniforms[part])
@@ -126,14 +127,6 @@ class Teacher:
             chunks.append(Chunk(**on_host))
             self._lap("select", started)
         return chunks
-
-    def _logits_buffer(self, rows: int, head_chunk: int) -> torch.Tensor | None:
-        """`[rows, V]` float32, the same memory for every chunk; None on accelerators, whose allocators keep theirs."""
-        if self.device.type != "cpu":
-            return None
-        if self._logits is None or len(self._logits) < rows:
-            self._logits = torch.empty(head_chunk, self.head.weight.shape[0])
-        return self._logits[:rows]
 
     def _lap(self, name: str, started: float) -> float:
         now = time.perf_counter()
