@@ -6,11 +6,14 @@
 Every case runs in a process of its own (peak memory is what is resident above the process with its model loaded)
 and the cases take turns, so that a machine that slows down slows them all; ratios are of medians. The model has the
 real GPT-2 vocabulary and random weights; text and tokenizer are the embedded ones. Speeds on a shared machine are
-noise; read the ratios.
+noise; read the ratios. On a machine with other work to do read the ratios of CPU time, with `OMP_NUM_THREADS=1`.
 
     build   bare      model(ids).logits, materialised, nothing kept
             naive     the same, then log_softmax and top-k on the full tensor (what most scripts do)
             kd        the whole `build`: head in chunks, top-k, normalisers, encoding, writing
+            t5-bare   an encoder-decoder (flan-t5-small's shape, 32,128 logits, random weights) over the embedded
+                      mixture: model(...).logits on the batches of `t5-kd`
+            t5-kd     the whole `build` of the same; both count unpadded tokens
     train   plain     transformers' own loss, AdamW
             ce, kl    the same student through `attach_loss`, batches read from the cache
     read    rows per second of an epoch over a cache of READ_ROWS made-up rows at k=64: opening, checksums, decoding,
@@ -67,7 +70,14 @@ def make_model(folder: Path, shape: str) -> None:
 def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return resident(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def resident(model: Any) -> Any:
+    """The same, every weight read once: memory-mapped weights are not resident, and so not the model's own, until then."""
+    for parameter in model.parameters():
+        float(parameter.detach().sum())
+    return model
 
 
 class Memory:
@@ -90,6 +100,17 @@ class Memory:
         return self.peak - self.base
 
 
+class Clock:
+    """Wall-clock and CPU seconds of this process, all threads, since it was made."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def rates(self, tokens: float) -> dict[str, float]:
+        return {"tokens_per_second": tokens / (time.perf_counter() - self.wall),
+                "tokens_per_cpu_second": tokens / (time.process_time() - self.cpu)}  # fmt: skip
+
+
 def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
@@ -106,17 +127,16 @@ def case_bare(work: Path, tokens: int, keep: bool = False) -> dict[str, float]:
     import torch
 
     model = load(work / "model").eval()
-    seconds, count, memory = 0.0, 0, Memory()
+    count, memory = 0, Memory()
     with torch.inference_mode():
         model(next(batches(0))[:1, :8])
+        clock = Clock()
         for ids in batches(tokens):
-            started = time.perf_counter()
             logits = model(ids, use_cache=False).logits
             if keep:
                 logits.float().log_softmax(-1).topk(64)
-            seconds += time.perf_counter() - started
             count += ids.numel()
-    return {"tokens_per_second": count / seconds, "peak_mb": memory.stop()}
+    return clock.rates(count) | {"peak_mb": memory.stop()}
 
 
 def case_naive(work: Path, tokens: int) -> dict[str, float]:
@@ -135,7 +155,7 @@ def corpus(tokens: int) -> Any:
     return load_corpus("demo", limit=count)
 
 
-def build_cache(work: Path, out: Path, tokens: int) -> Any:
+def build_cache(work: Path, out: Path, tokens: int, model: Any = None) -> Any:
     from kd.cache_builder.build import BuildRequest, build, plan_build
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
@@ -143,22 +163,77 @@ def build_cache(work: Path, out: Path, tokens: int) -> Any:
 
     request = ModelRequest(str(work / "model"), device="cpu")
     plan = plan_build(BuildRequest(out, request, corpus(tokens), BlockConfig(SEQ_LEN), TargetConfig(),
-                                   tokens_per_batch=BATCH * SEQ_LEN))  # fmt: skip
+                                   tokens_per_batch=BATCH * SEQ_LEN, model=model))  # fmt: skip
     return plan, build(plan)
 
 
 def case_kd(work: Path, tokens: int) -> dict[str, float]:
     out = Path(tempfile.mkdtemp(dir=work)) / "cache"
-    size = (work / "model" / "model.safetensors").stat().st_size / 2**20
-    plan, steps = build_cache(work, out, tokens)
-    before = resident_mb()
-    next(steps)  # the model is loaded and the first batch is through
-    memory = Memory(before + size)
+    plan, steps = build_cache(work, out, tokens, load(work / "model").eval())
+    return drive(plan, steps, build_cache(work, out.parent / "warm", 64, plan.request.model)[1])
+
+
+def drive(plan: Any, steps: Any, warm: Any) -> dict[str, float]:
+    """Run a build to its end and delete it; `warm` is a tiny one, for imports and first calls, which memory does count."""
+    memory = Memory()  # above the loaded model, as in the other cases
+    for _ in warm:
+        pass
+    first = next(steps)  # the store is created, the output layer checked: costs that do not grow with the text
+    clock = Clock()
     *_, last = steps
-    peak = memory.stop()
-    shutil.rmtree(out.parent)
-    rate = last.tokens_per_second * plan.tokens / plan.manifest.rows
-    return {"tokens_per_second": rate, "peak_mb": peak, **{f"s_{k}": v for k, v in last.seconds.items()}}
+    left = 1 - first.rows_done / first.rows_total
+    result = clock.rates(plan.tokens * left) | {"peak_mb": memory.stop(), "padding_share": last.padding_share}
+    shutil.rmtree(plan.request.out.parent)
+    return result | {f"s_{k}": v for k, v in last.seconds.items()}
+
+
+def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
+    """About `tokens` tokens of the mixture's examples, some 35 each; the model is `plan.request.model`."""
+    from kd.cache_builder.build import BuildRequest, plan_build
+    from kd.cache_builder.targets import TargetConfig
+    from kd.data.blocks import BlockConfig
+    from kd.data.models import ModelRequest, load_model
+    from kd.data.sources import load_corpus
+
+    request = ModelRequest("random:flan-t5-small", tokenizer="demo-t5", device="cpu")
+    model = model or resident(load_model(request).eval())
+    corpus = load_corpus("mini", limit=tokens // 35)
+    return plan_build(BuildRequest(out, request, corpus, BlockConfig(SEQ_LEN), TargetConfig(),
+                                   tokens_per_batch=BATCH * SEQ_LEN, model=model))  # fmt: skip
+
+
+def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
+    import torch
+
+    from kd.data.forward import batches_by_length
+
+    plan = t5_plan(work / "none", tokens)
+    model = plan.request.model
+    sizes = [(len(r.context_ids), len(r.target_ids)) for r in plan.rows]
+    memory, ids = Memory(), torch.ones(1, 8, dtype=torch.long)
+    with torch.inference_mode():
+        model(input_ids=ids, decoder_input_ids=ids)
+        clock = Clock()
+        for batch in batches_by_length(sizes, BATCH * SEQ_LEN):
+            pad = torch.nn.utils.rnn.pad_sequence
+            contexts, targets = (
+                pad(
+                    [torch.from_numpy(getattr(plan.rows[i], name)).long() for i in batch],
+                    True,
+                    model.config.pad_token_id,
+                )
+                for name in ("context_ids", "target_ids")
+            )
+            model(input_ids=contexts, attention_mask=(contexts != 0).long(), decoder_input_ids=targets, use_cache=False)
+    return clock.rates(plan.tokens) | {"peak_mb": memory.stop()}
+
+
+def case_t5_kd(work: Path, tokens: int) -> dict[str, float]:
+    from kd.cache_builder.build import build
+
+    out = Path(tempfile.mkdtemp(dir=work)) / "cache"
+    plan = t5_plan(out, tokens)
+    return drive(plan, build(plan), build(t5_plan(out.parent / "warm", 70, plan.request.model)))
 
 
 def case_plain(work: Path, tokens: int) -> dict[str, float]:
@@ -262,8 +337,14 @@ def case_read(work: Path, tokens: int) -> dict[str, float]:
 
 CASES = {
     "bare": case_bare, "naive": case_naive, "kd": case_kd, "plain": case_plain, "ce": case_student_ce,
-    "kl": case_student, "read": case_read,
+    "kl": case_student, "read": case_read, "t5-bare": case_t5_bare, "t5-kd": case_t5_kd,
 }  # fmt: skip
+
+BASES = {
+    "bare": "bare", "naive": "bare", "kd": "bare", "plain": "plain", "ce": "plain", "kl": "plain",
+    "t5-bare": "t5-bare", "t5-kd": "t5-bare",
+}  # fmt: skip
+"""What each case's ratios are to."""
 
 
 def main() -> None:
@@ -271,6 +352,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=("small", "gpt2"), default="small")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", help="Some of the cases, comma-separated; with the case each is compared to.")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -283,9 +365,9 @@ def main() -> None:
         for _ in build_cache(work, work / "cache", args.tokens)[1]:
             pass
         make_read_cache(work)
-        results: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
+        results: dict[str, list[dict[str, float]]] = {n: [] for n in (args.only.split(",") if args.only else CASES)}
         for _ in range(args.repeats):
-            for name in CASES:
+            for name in results:
                 command = [sys.executable, __file__, "--case", name, "--work", folder, "--tokens", str(args.tokens)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 results[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -297,22 +379,23 @@ def report(results: dict[str, list[dict[str, float]]], cache: Path) -> None:
     from kd.cache_builder.reader import quality_means
 
     middle = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
-    print(f"{'case':<8}{'tokens/s':>12}{'ratio':>8}{'peak MB above the model':>26}{'ratio':>8}")
-    for name, to in (
-        ("bare", "bare"),
-        ("naive", "bare"),
-        ("kd", "bare"),
-        ("plain", "plain"),
-        ("ce", "plain"),
-        ("kl", "plain"),
-    ):
+    print(f"{'case':<8}{'tokens/s':>12}{'ratio':>8}{'by CPU time':>14}{'peak MB above the model':>26}{'ratio':>8}")
+    for name, to in BASES.items():
+        if name not in middle or to not in middle:
+            continue
         row, base = middle[name], middle[to]
         speed, memory = row["tokens_per_second"] / base["tokens_per_second"], row["peak_mb"] / base["peak_mb"]
-        print(f"{name:<8}{row['tokens_per_second']:>12,.0f}{speed:>8.2f}{row['peak_mb']:>26,.0f}{memory:>8.2f}")
-    read = middle["read"]
-    print(f"{'read':<8}{read['tokens_per_second']:>12,.0f} ({read['tokens_per_cpu_second']:,.0f} per CPU-second)")
-    seconds = {k[2:]: v for k, v in middle["kd"].items() if k.startswith("s_")}
-    print("build, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
+        cpu = row.get("tokens_per_cpu_second", 0) / base.get("tokens_per_cpu_second", 1)
+        print(
+            f"{name:<8}{row['tokens_per_second']:>12,.0f}{speed:>8.2f}{cpu:>14.2f}{row['peak_mb']:>26,.0f}{memory:>8.2f}"
+        )
+    if "read" in middle:
+        read = middle["read"]
+        print(f"{'read':<8}{read['tokens_per_second']:>12,.0f} ({read['tokens_per_cpu_second']:,.0f} per CPU-second)")
+    for name in ("kd", "t5-kd"):
+        if name in middle:
+            seconds = ", ".join(f"{k[2:]} {v:.2f}" for k, v in middle[name].items() if k.startswith("s_"))
+            print(f"{name}, seconds: {seconds}; padding {middle[name]['padding_share']:.3f}")
     manifest = load_manifest(cache)
     size = sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
     means = quality_means(manifest)

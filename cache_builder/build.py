@@ -120,6 +120,8 @@ class BuildProgress:
     """True when there was nothing left to do."""
     seconds: dict[str, float] | None = None
     """Where time went: forward, head, select, encode, write, wait; on the last record."""
+    padding_share: float | None = None
+    """Share of the positions the teacher computed that was padding; on the last record, None where nothing was scored."""
 
 
 def plan_build(request: BuildRequest) -> BuildPlan:
@@ -310,12 +312,13 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
                 seconds["wait"] += time.perf_counter() - waiting
         rate = tokens / (time.perf_counter() - started)
         seconds |= asdict(teacher.times)
+        padding_share = teacher.padding_share
     else:
-        rate = 0.0
+        rate, padding_share = 0.0, None
     complete = len(store.committed(request.out, total)) == total
     if complete:
         writer.finish()
-    yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate, complete, not todo, seconds)
+    yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate, complete, not todo, seconds, padding_share)
 
 
 def load_teacher(plan: BuildPlan) -> Any:

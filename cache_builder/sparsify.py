@@ -1,15 +1,18 @@
-"""From a teacher's logits to what is kept of them, chunk by chunk, on the teacher's device.
+"""From a teacher's logits to what is kept of them, a few rows at a time, on the teacher's device.
 
 Everything is taken from one chunk `[n, V]` of float32 logits: top-k on the raw logits, one log-normaliser per
-temperature, gold log-probability and rank, seeded draws, rank bands. No log_softmax over the vocabulary is formed, and
-the two scratch tensors of that size are reused.
+temperature, gold log-probability and rank, seeded draws, rank bands. No log_softmax over the vocabulary is formed. On a
+CPU the chunk is worked through in blocks of rows that stay in the cache from the first pass to the last, and the top-k
+are found by a threshold: half the time of whole-chunk passes and `torch.topk` (docs/log.md).
 
 Where temperatures double (1, 2, 4), exp(x/2) is squared into exp(x): one pass of exp serves the whole grid.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,11 @@ from kd.cache_builder.targets import PROFILES, TargetConfig, band_edges
 
 LOG_MASS_FLOOR = -60.0
 """Log-mass of an empty rank band: e^-60 is below anything float32 can sum."""
+BLOCK_BYTES = 3 * 2**20
+"""Logits worked through at once on a CPU: larger blocks leave the caches between passes, below half of it the calls cost
+more than the passes (benchmarks/chunks.py)."""
+BLOCK_COLUMNS = 64
+"""Most columns per block of the vocabulary; fewer where k is large, so that there are 8 k blocks, see `top_k_by_threshold`."""
 
 
 @dataclass(frozen=True)
@@ -46,41 +54,66 @@ class NonFiniteRow(Exception):
 class Sparsifier:
     """Applies one `TargetConfig` to chunks of logits over `vocabulary_size` ids."""
 
-    def __init__(self, config: TargetConfig, vocabulary_size: int, boundary_ids: torch.Tensor | None = None) -> None:
+    def __init__(self, config: TargetConfig, vocabulary_size: int, boundary_ids: torch.Tensor | None = None, *,
+                 block_rows: int | None = None) -> None:  # fmt: skip
+        """`block_rows`: rows worked through at once; None: what stays in a CPU's cache, whole chunks elsewhere."""
         config.check_vocabulary(vocabulary_size)
         self.config = config
         self.edges = band_edges(config.top_k, vocabulary_size, config.tail_bands) if config.tail_bands else []
         self.vocabulary_size = vocabulary_size
         self.boundary_ids = boundary_ids
+        self.block_rows = block_rows
+        later = bool(self.edges or config.samples or PROFILES[config.profile].boundary)
+        doubling = all(high == 2 * low for low, high in pairwise(config.temperatures))
+        self._in_place = doubling and not later  # nothing looks at the logits again once they are powers
         self._buffers: list[torch.Tensor] = []
 
     def _buffer(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """A reused `[n, V]` float32 scratch tensor: fresh memory of this size costs more than the arithmetic in it."""
         if not self._buffers or self._buffers[0].shape[0] < like.shape[0] or self._buffers[0].device != like.device:
             with torch.inference_mode(False):
-                self._buffers = [torch.empty(like.shape, device=like.device) for _ in range(2)]
+                self._buffers = [torch.empty(like.shape, device=like.device) for _ in range(1 if self._in_place else 2)]
         return self._buffers[number][: like.shape[0]]
 
     @torch.no_grad()
     def __call__(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: np.ndarray | None = None) -> Chunk:
         """`logits [n, V]` (any float dtype; columns beyond the vocabulary are ignored), `gold_ids [n]`,
         `uniforms [n, R]` in [0, 1) for the draws. Raises NonFiniteRow."""
+        logits = logits[:, : self.vocabulary_size]
+        whole = len(logits) if logits.device.type != "cpu" else max(1, BLOCK_BYTES // (4 * self.vocabulary_size))
+        step = self.block_rows or whole
+        blocks = []
+        for start in range(0, len(logits), step):
+            part = slice(start, start + step)
+            try:
+                blocks.append(self._block(logits[part].float(), gold_ids[part],
+                                          None if uniforms is None else uniforms[part]))  # fmt: skip
+            except NonFiniteRow as error:
+                raise NonFiniteRow(start + error.row) from None
+        if len(blocks) == 1:
+            return blocks[0]
+        columns: dict[str, list[Any]] = {f.name: [getattr(block, f.name) for block in blocks] for f in fields(Chunk)}
+        merged: dict[str, Any] = {n: None if parts[0] is None else torch.cat(parts) for n, parts in columns.items()}
+        return Chunk(**merged)
+
+    def _block(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: np.ndarray | None) -> Chunk:
+        """`logits [r, V]` float32, `gold_ids [r]`, `uniforms [r, R]`."""
         config = self.config
-        logits = logits[:, : self.vocabulary_size].float()
         ids = relative = None
         if config.top_k:
-            values, ids = logits.topk(config.top_k, dim=1)
+            values, ids = (top_k_by_threshold if logits.device.type == "cpu" else top_k_by_topk)(logits, config.top_k)
             top = values[:, :1]
             relative = values - top
         else:
             top = logits.amax(dim=1, keepdim=True)
         shifted = torch.sub(logits, top, out=self._buffer(0, logits))
+        gold = shifted.gather(1, gold_ids.unsqueeze(1))
+        ranks = self._ranks(shifted, gold, relative)
         log_z = self._log_normalisers(shifted)
         finite = torch.isfinite(log_z).all(dim=1) & torch.isfinite(top.squeeze(1))
         if not bool(finite.all()):
             raise NonFiniteRow(int((~finite).nonzero()[0]))
         one = log_z[:, config.temperatures.index(1.0)]
-        gold = shifted.gather(1, gold_ids.unsqueeze(1))
         kept = gold if relative is None else torch.minimum(gold, relative[:, -1:])
         if not bool(torch.isfinite(kept).all()):  # minus infinity: no stored number can hold it
             raise NonFiniteRow(int((~torch.isfinite(kept)).nonzero()[0, 0]))
@@ -96,8 +129,7 @@ class Sparsifier:
         return Chunk(
             log_z=log_z,
             gold_logprob=gold.squeeze(1) - one,
-            # 0/1 as float32 sum exactly up to 2^24 ids, five times as fast as a sum of booleans
-            gold_rank=torch.gt(shifted, gold, out=self._buffer(1, shifted)).sum(dim=1).long(),
+            gold_rank=ranks,
             token_ids=ids if PROFILES[config.profile].ids else None,
             relative=relative,
             tail_bands=bands,
@@ -106,10 +138,30 @@ class Sparsifier:
             boundary_logprob=boundary,
         )
 
+    def _ranks(self, shifted: torch.Tensor, gold: torch.Tensor, relative: torch.Tensor | None) -> torch.Tensor:
+        """`[r]` int64: how many of `shifted [r, V]` are larger than `gold [r, 1]`.
+
+        Where gold is no smaller than the last of the kept logits `relative [r, K]`, those alone have to be looked at.
+        """
+        if shifted.device.type != "cpu":
+            return torch.gt(shifted, gold).sum(dim=1)
+        if relative is None:
+            ranks, beyond = torch.zeros(len(gold), dtype=torch.long), list(range(len(gold)))
+        else:
+            ranks = (relative > gold).sum(dim=1)
+            beyond = (gold < relative[:, -1:]).squeeze(1).nonzero().squeeze(1).tolist()
+        rows, values = shifted.numpy(), gold.numpy()
+        for row in beyond:  # numpy counts a row of booleans ten times as fast as torch sums it
+            ranks[row] = int(np.count_nonzero(rows[row] > values[row]))
+        return ranks
+
     def _log_normalisers(self, shifted: torch.Tensor) -> torch.Tensor:
-        """`[n, V]` logits with maximum 0 -> `[n, T]`; the sum holds exp(0) = 1, so the logarithm is safe."""
+        """`[n, V]` logits with maximum 0 -> `[n, T]`; the sum holds exp(0) = 1, so the logarithm is safe.
+
+        Overwrites the logits where nothing else needs them.
+        """
         columns: dict[float, torch.Tensor] = {}
-        previous, powers = 0.0, self._buffer(1, shifted)
+        previous, powers = 0.0, shifted if self._in_place else self._buffer(1, shifted)
         for temperature in reversed(self.config.temperatures):
             if previous == 2 * temperature:
                 powers.mul_(powers)
@@ -131,6 +183,46 @@ class Sparsifier:
                 else:
                     columns.append((ordered[:, low:high] / temperature).logsumexp(dim=1) - norm)
         return torch.stack(columns, dim=1).clamp(min=LOG_MASS_FLOOR)
+
+
+def top_k_by_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and ids `[n, k]` of the largest of `logits [n, V]`, descending, the lowest id first where logits are equal.
+
+    `torch.topk` leaves the order of equal logits open: rows where one of the first k + 1 equals the next are sorted.
+    """
+    values, ids = logits.topk(min(k + 1, logits.shape[1]), dim=1)
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=1).nonzero().squeeze(1)
+    values, ids = values[:, :k], ids[:, :k]
+    if len(tied):
+        ordered = logits[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], ids[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+    return values, ids
+
+
+def top_k_by_threshold(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same on a CPU, three times as fast: `logits [n, V]` float32 with contiguous rows -> values, ids `[n, k]`.
+
+    The columns are dealt out to B blocks, column v to block v mod B. The k largest of the B block maxima are k logits of
+    the row, so that the k-th of them is at most the row's k-th largest logit; what reaches it (about k * (1 + k / 2B)
+    columns) holds the top-k and everything equal to the last of them, and is sorted. Block maxima are one elementwise maximum
+    after another over neighbouring columns; blocks of neighbouring columns were slower than `topk` itself.
+    """
+    n, size = logits.shape
+    columns = min(BLOCK_COLUMNS, size // (8 * k))
+    if columns < 4:
+        return top_k_by_topk(logits, k)
+    rows, blocks = logits.numpy(), size // columns
+    maxima = rows[:, : blocks * columns].reshape(n, columns, blocks).max(axis=1)
+    threshold = torch.from_numpy(maxima).topk(k, dim=1).values[:, -1:].numpy()
+    row, ids = np.divmod(np.flatnonzero(rows >= threshold), size)
+    counts = np.bincount(row, minlength=n)
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    # rows with NaN may fill fewer than k slots: the sparsifier refuses them when it sees their normalisers
+    values = np.full((n, max(k, int(counts.max()))), -np.inf, dtype=np.float32)
+    places = np.zeros(values.shape, dtype=np.int64)
+    values[row, slot], places[row, slot] = rows[row, ids], ids
+    ordered = torch.from_numpy(values).sort(dim=1, descending=True, stable=True)
+    return ordered.values[:, :k], torch.from_numpy(places).gather(1, ordered.indices[:, :k])
 
 
 def draw(shifted: torch.Tensor, uniforms: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

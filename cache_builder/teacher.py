@@ -22,6 +22,17 @@ from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
 from kd.data.forward import LanguageModelHead, batches_by_length, head_rows, padded_tokens
 
+CPU_LOGITS_BYTES = 32 * 2**20
+"""The chunk of float32 logits a CPU writes over and over. Twice as many rows make the product 4 % faster and cost more memory
+than the rest of the pass (benchmarks/chunks.py)."""
+
+
+def teacher_rows(vocabulary_size: int, device_type: str) -> int:
+    """Rows of the output layer to compute at once."""
+    if device_type != "cpu":
+        return head_rows(vocabulary_size, device_type)
+    return min(1024, max(64, CPU_LOGITS_BYTES // (4 * vocabulary_size) // 16 * 16))
+
 
 @dataclass
 class PassTimes:
@@ -41,8 +52,10 @@ class Teacher:
         self.sparsifier = sparsifier
         self.tokens_per_batch = tokens_per_batch
         self.device = head.weight.device
-        self.head_chunk = head_chunk or head_rows(sparsifier.vocabulary_size, self.device.type)
+        self.head_chunk = head_chunk or teacher_rows(sparsifier.vocabulary_size, self.device.type)
         self.times = PassTimes()
+        self.tokens = self.padded = 0
+        """Tokens the model has read, without and with padding."""
 
     def run(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[list[int], list[Chunk]]]:
         """Score `rows`, which are examples `first_example`, …: yields `(numbers into rows, chunks)` per batch.
@@ -63,6 +76,9 @@ class Teacher:
                     raise
                 full = str(error).splitlines()[0]
             if chunks is not None:
+                sizes = [lengths[i] for i in batch]
+                self.tokens += sum(sum(size) if isinstance(size, tuple) else size for size in sizes)
+                self.padded += padded_tokens(sizes)
                 yield batch, chunks
                 continue
             if self.device.type == "cuda":  # here, where no traceback holds the tensors any more
@@ -78,6 +94,11 @@ class Teacher:
                 raise TeacherError("not enough memory for a single example", where=rows[batch[0]].example.id,
                                    found=full, try_="a smaller --seq-len")  # fmt: skip
 
+    @property
+    def padding_share(self) -> float:
+        """Of the positions the model has computed, the share that was padding."""
+        return 1 - self.tokens / self.padded if self.padded else 0.0
+
     @torch.inference_mode()
     def _score(self, rows: list[TokenRows], examples: list[int], head_chunk: int) -> list[Chunk]:
         started = time.perf_counter()
@@ -90,11 +111,13 @@ class Teacher:
                      for e, r in zip(examples, rows, strict=True)]  # fmt: skip
             uniforms = np.concatenate(draws)
         self._lap("forward", started)
-        chunks = []
+        chunks, memory = [], None
+        if self.device.type == "cpu":  # the same for every chunk of the batch, gone before the next forward pass
+            memory = torch.empty(min(head_chunk, len(scored)), self.head.weight.shape[0])
         for start in range(0, len(scored), head_chunk):
             part = slice(start, start + head_chunk)
             started = time.perf_counter()
-            logits = self.head.logits(scored[part])
+            logits = self.head.logits(scored[part], None if memory is None else memory[: len(scored[part])])
             started = self._lap("head", started)
             try:
                 chunk = self.sparsifier(logits, gold[part], None if uniforms is None else uniforms[part])

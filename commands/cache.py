@@ -119,7 +119,7 @@ def cache_build(as_json: bool, profile_build: bool, **options: Any) -> None:
     last = run_build(plan)
     result = cache_summary(options["out"]) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
     if profile_build and last.seconds is not None:
-        result["seconds"] = last.seconds
+        result |= {"seconds": last.seconds, "padding_share": last.padding_share}
     heading = "nothing left to do here" if last.reused else "built"
     if not as_json:
         click.echo(f"{options['out']}: " + ("complete" if last.complete else "not complete") + f" ({heading})")

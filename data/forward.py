@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 CPU_CHUNK_BYTES = 30 * 2**20
-"""A float32 chunk of logits on a CPU: above 32 MB glibc maps and zeroes fresh pages for every tensor, which costs
+"""A fresh float32 chunk of logits on a CPU: above 32 MB glibc maps and zeroes fresh pages for every tensor, which costs
 30-80 % of the time of the output layer (benchmarks/chunks.py)."""
 CPU_BUFFER_BYTES = 64 * 2**20
 """The same where one buffer serves all chunks: the weight's gradient is read and written once per chunk."""
@@ -33,17 +33,28 @@ Size = int | tuple[int, int]
 """Tokens of an example; for an encoder-decoder, (encoder, decoder)."""
 
 
+BATCH_TOKENS = 16
+"""What starting a batch is worth, in tokens of padding: an encoder-decoder's batch ends where one more example would
+pad it by more than that (docs/log.md)."""
+
+
 def batches_by_length(lengths: Sequence[Size], tokens_per_batch: int) -> list[list[int]]:
     """Numbers into `lengths`, longest first, each batch at most `tokens_per_batch` tokens with its padding.
 
-    A single example longer than that is a batch of its own. Both sides of an encoder-decoder are padded on their own.
+    A single example longer than that is a batch of its own. Both sides of an encoder-decoder are padded on their own, and
+    neither follows from the other: examples are bucketed by the decoder's length (1, 2-3, 4-7, ...), sorted by the
+    encoder's within, and a batch ends early where filling it up would mostly add padding.
     """
     sizes = [size if isinstance(size, tuple) else (size, 0) for size in lengths]
+    two_sides = any(isinstance(size, tuple) for size in lengths)
     result: list[list[int]] = []
     width = (0, 0)
-    for i in sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), i)):
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][1].bit_length(), -sizes[i][0], -sizes[i][1], i)):
         wider = (max(width[0], sizes[i][0]), max(width[1], sizes[i][1]))
-        if result and (len(result[-1]) + 1) * sum(wider) <= tokens_per_batch:
+        count = len(result[-1]) if result else 0
+        joined = (count + 1) * sum(wider)
+        wasted = joined - count * sum(width) - sum(sizes[i])
+        if result and joined <= tokens_per_batch and not (two_sides and wasted > BATCH_TOKENS):
             result[-1].append(i)
             width = wider
         else:
@@ -127,8 +138,8 @@ class LanguageModelHead:
         nothing = torch.zeros(allowed.shape, dtype=self.weight.dtype, device=allowed.device)
         return nothing.masked_fill_(~allowed, torch.finfo(self.weight.dtype).min)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[N, d] -> [N, V]` float32, whatever the model's dtype.
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`[N, d] -> [N, V]` float32, whatever the model's dtype; into `out [N, V]` where one is given on a CPU.
 
         A product of 16-bit numbers is exact in float32 and is summed there; only its rounding back to 16 bits, a loss
         that nothing measured later could see, is left out. No gradients: the training loss has its own output layer.
@@ -138,9 +149,9 @@ class LanguageModelHead:
         if hidden.dtype != torch.float32 and hidden.device.type == "cuda":  # tensor cores, float32 out
             product = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
             return product if self.bias is None else product.add_(self.bias)
-        return torch.nn.functional.linear(
-            hidden.float(), self._weight32, None if self.bias is None else self.bias.float()
-        )
+        if self.bias is None:
+            return torch.mm(hidden.float(), self._weight32.t(), out=out)
+        return torch.addmm(self.bias.float(), hidden.float(), self._weight32.t(), out=out)
 
     @cached_property
     def _weight32(self) -> torch.Tensor:

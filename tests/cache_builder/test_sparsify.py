@@ -8,6 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kd.cache_builder.sparsify import (
     LOG_MASS_FLOOR,
@@ -16,6 +18,8 @@ from kd.cache_builder.sparsify import (
     Sparsifier,
     boundary_token_ids,
     draw,
+    top_k_by_threshold,
+    top_k_by_topk,
     uniforms_for,
 )
 from kd.cache_builder.targets import TargetConfig, band_edges
@@ -73,6 +77,76 @@ def test_the_top_k_are_the_most_probable_tokens_in_order():
     expected = np.take_along_axis(logits.astype(np.float64), order, 1) - logits.max(1, keepdims=True)
     np.testing.assert_allclose(chunk.relative.numpy(), expected, atol=TOLERANCE)
     assert (chunk.relative.numpy()[:, 0] == 0).all()
+
+
+def by_sorting(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The twin: a stable sort of whole rows in float64, the lowest id first where logits are equal."""
+    order = np.argsort(-logits.astype(np.float64), axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(logits, order, 1), order
+
+
+@st.composite
+def rows_and_k(draw_from) -> tuple[np.ndarray, int]:
+    """Few different logits (ties everywhere, some at minus infinity) or all different, any k up to V."""
+    v = draw_from(st.integers(1, 700))
+    rng = np.random.default_rng(draw_from(st.integers(0, 2**32)))
+    n, different = draw_from(st.integers(1, 5)), draw_from(st.sampled_from([1, 2, 5, 40, 10**9]))
+    logits = (rng.integers(0, different, (n, v)) * 4.0 / different).astype(np.float32)
+    logits[rng.random((n, v)) < draw_from(st.sampled_from([0.0, 0.1, 0.99]))] = -np.inf
+    return logits, draw_from(st.integers(1, min(v, 20)) | st.integers(1, v))
+
+
+@pytest.mark.parametrize("top_k", [top_k_by_threshold, top_k_by_topk])
+@settings(max_examples=300, deadline=None)
+@given(case=rows_and_k())
+def test_the_top_k_are_those_of_a_full_sort_and_ties_go_to_the_lowest_id(top_k, case):
+    logits, k = case
+    values, ids = top_k(torch.from_numpy(logits), k)
+    expected, order = by_sorting(logits, k)
+    np.testing.assert_array_equal(values.numpy(), expected)
+    np.testing.assert_array_equal(ids.numpy(), order)
+    np.testing.assert_array_equal(values.numpy(), torch.from_numpy(logits).topk(k, dim=1).values.numpy())
+
+
+@pytest.mark.parametrize("k", [1, 64, 256, 3000])
+def test_the_top_k_of_a_real_vocabulary_are_those_of_a_full_sort(k: int):
+    logits = logits_of(n=3, v=50257)[:, :-7]  # rows with a stride of their own, as padded columns leave them
+    values, ids = top_k_by_threshold(torch.from_numpy(logits), k)
+    expected, order = by_sorting(logits, k)
+    np.testing.assert_array_equal(values.numpy(), expected)
+    np.testing.assert_array_equal(ids.numpy(), order)
+
+
+@pytest.mark.parametrize("block_rows", [1, 5, N])
+@pytest.mark.parametrize("config", [full(), TargetConfig(top_k=10), TargetConfig.of_profile("sampled", samples=4)])
+def test_the_blocks_of_rows_change_nothing(config: TargetConfig, block_rows: int):
+    logits = torch.from_numpy(np.round(logits_of(v=999)))  # ties in every row
+    gold, uniforms = torch.arange(N) * 40, uniforms_for(0, 0, N, config.samples)
+    a = Sparsifier(config, 999)(logits, gold, uniforms)
+    b = Sparsifier(config, 999, block_rows=block_rows)(logits, gold, uniforms)
+    for name in Chunk.__dataclass_fields__:
+        x, y = getattr(a, name), getattr(b, name)
+        # a sum may be taken in another order for another shape
+        assert (x is None) == (y is None), name
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-6 if x.is_floating_point() else 0, msg=name)
+
+
+def test_the_logits_are_left_as_they_were():
+    logits = logits_of(v=999)
+    before = logits.copy()
+    sparsify(logits, TargetConfig(top_k=10), v=999)
+    assert (logits == before).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 20.0])
+def test_ranks_within_and_beyond_the_kept_tokens_count_the_larger_logits(scale: float):
+    logits = np.round(logits_of(v=999) * 8) / 8 * np.float32(scale)
+    order = np.argsort(-logits, axis=1)
+    for place in (0, 9, 10, 500, 998):
+        gold = order[:, place]
+        ranks = sparsify(logits, TargetConfig(top_k=10), gold, v=999).gold_rank.numpy()
+        assert (ranks == (logits > logits[np.arange(N), gold][:, None]).sum(1)).all()
 
 
 def test_gold_logprob_and_rank_are_those_of_the_full_softmax():
@@ -167,6 +241,22 @@ def test_nan_and_infinity_are_reported_with_their_row(bad: float, column: int):
     with pytest.raises(NonFiniteRow) as caught:
         sparsify(logits, full())
     assert caught.value.row == 5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("columns", [slice(0, 1), slice(996, 999), slice(None)])
+def test_bad_rows_of_a_large_vocabulary_are_reported_whatever_their_block(bad: float, columns: slice):
+    logits = logits_of(v=999)
+    logits[[13, 20], columns] = bad
+    for block_rows in (None, 1, 4):
+        sparsifier = Sparsifier(TargetConfig(top_k=10), 999, block_rows=block_rows)
+        gold = torch.full((N,), 500)
+        if bad == -math.inf and columns != slice(None):  # padding that a model masks is no error
+            sparsifier(torch.from_numpy(logits), gold)
+            continue
+        with pytest.raises(NonFiniteRow) as caught:
+            sparsifier(torch.from_numpy(logits), gold)
+        assert caught.value.row == 13
 
 
 def test_a_kept_or_gold_token_at_minus_infinity_is_reported_and_others_are_not():

@@ -16,7 +16,7 @@ from kd.cache_builder.teacher import Teacher, collect
 from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
 from kd.data.example import Example
-from kd.data.forward import LanguageModelHead, batches_by_length, split_head
+from kd.data.forward import LanguageModelHead, batches_by_length, padded_tokens, split_head
 from kd.data.models import ModelRequest, load_model
 
 V = 400
@@ -228,17 +228,17 @@ def test_out_of_memory_in_one_shard_leaves_the_batches_of_the_next_alone(head):
 
 
 def test_out_of_memory_in_the_head_halves_its_chunk_and_gives_the_same_targets(head, reference, monkeypatch):
-    linear = torch.nn.functional.linear
+    product = torch.mm
     calls = []
 
-    def bounded(hidden, weight, bias=None):
-        if weight.shape[0] == V:
+    def bounded(hidden, weight, *, out=None):
+        if weight.shape[1] == V:
             calls.append(len(hidden))
             if len(hidden) > 32:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        return linear(hidden, weight, bias)
+        return product(hidden, weight, out=out)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", bounded)
+    monkeypatch.setattr(torch, "mm", bounded)
     teacher = teacher_of(head)
     assert_same(score(teacher), reference)
     assert max(calls) > 32
@@ -301,6 +301,50 @@ def test_an_encoder_decoder_s_rows_are_its_own_teacher_forced_predictions(t5):
     np.testing.assert_allclose(got.log_z, alone.log_z, atol=ROUNDING)
     assert got.token_ids is not None
     assert got.token_ids.max() < 300  # the model has 320 logits
+
+
+def two_sided(seed: int, n: int = 400) -> list[tuple[int, int]]:
+    rng = np.random.default_rng(seed)
+    return [(int(s), int(t)) for s, t in zip(rng.integers(1, 60, n), rng.geometric(0.2, n), strict=True)]
+
+
+@pytest.mark.parametrize("budget", [64, 512, 2048])
+def test_both_sides_of_an_encoder_decoder_are_bucketed(budget: int):
+    sizes = two_sided(0)
+    batches = batches_by_length(sizes, budget)
+    assert sorted(i for b in batches for i in b) == list(range(len(sizes)))
+    tokens = sum(map(sum, sizes))
+    padded = sum(padded_tokens([sizes[i] for i in b]) for b in batches)
+    # what filling batches from examples sorted by their whole length pads
+    filled, width = [[]], (0, 0)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), i)):
+        width = (max(width[0], sizes[i][0]), max(width[1], sizes[i][1]))
+        if (len(filled[-1]) + 1) * sum(width) > budget:
+            filled, width = [*filled, []], sizes[i]
+        filled[-1].append(i)
+    naive = sum(padded_tokens([sizes[i] for i in b]) for b in filled if b)
+    assert padded - tokens < (naive - tokens) / 2
+
+
+def test_batches_of_one_side_are_filled_to_the_budget_from_the_longest_down():
+    """Stored bytes follow from them: this rule must not change."""
+    lengths = [s for s, _ in two_sided(1)]
+    expected: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if expected and (len(expected[-1]) + 1) * lengths[expected[-1][0]] <= 512:
+            expected[-1].append(i)
+        else:
+            expected.append([i])
+    assert batches_by_length(lengths, 512) == expected
+
+
+def test_the_share_of_padding_is_counted_on_both_sides(t5):
+    rows = [dataclasses.replace(r, context_ids=r.context_ids % 300, target_ids=r.target_ids % 300)
+            for r in make_rows([(10, 3), (10, 2), (8, 3)])]  # fmt: skip
+    teacher = Teacher(split_head(t5), Sparsifier(TargetConfig(top_k=20), 300), tokens_per_batch=4096)
+    assert teacher.padding_share == 0.0
+    score(teacher, rows)
+    assert teacher.padding_share == pytest.approx(1 - 36 / 39)  # 3 * (10 + 3) positions, one batch
 
 
 def test_batches_of_an_encoder_decoder_count_the_padding_of_both_sides():
