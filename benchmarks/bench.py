@@ -16,6 +16,8 @@ noise; read the ratios. On a machine with other work to do read the ratios of CP
             t5-kd     the whole `build` of the same; both count unpadded tokens
     train   plain     transformers' own loss, AdamW
             ce, kl    the same student through `attach_loss`, batches read from the cache
+            uld       the same from a cache of profile `uld`, text tokenised again and aligned beforehand
+            loop      the whole of `kd train` over the batches of `kl`; its ratios are to `kl`
     read    rows per second of an epoch over a cache of READ_ROWS made-up rows at k=64: opening, checksums, decoding,
             to tensors of 32 examples at a time, shuffled by window
 """
@@ -155,14 +157,14 @@ def corpus(tokens: int) -> Any:
     return load_corpus("demo", limit=count)
 
 
-def build_cache(work: Path, out: Path, tokens: int, model: Any = None) -> Any:
+def build_cache(work: Path, out: Path, tokens: int, model: Any = None, profile: str = "kl") -> Any:
     from kd.cache_builder.build import BuildRequest, build, plan_build
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
     from kd.data.models import ModelRequest
 
     request = ModelRequest(str(work / "model"), device="cpu")
-    plan = plan_build(BuildRequest(out, request, corpus(tokens), BlockConfig(SEQ_LEN), TargetConfig(),
+    plan = plan_build(BuildRequest(out, request, corpus(tokens), BlockConfig(SEQ_LEN), TargetConfig.of_profile(profile),
                                    tokens_per_batch=BATCH * SEQ_LEN, model=model))  # fmt: skip
     return plan, build(plan)
 
@@ -241,53 +243,92 @@ def case_plain(work: Path, tokens: int) -> dict[str, float]:
 
     model = load(work / "model").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    memory, seconds, count = Memory(), 0.0, 0
+    memory, clock, count = Memory(), None, 0
     for number, ids in enumerate(batches(tokens + BATCH * SEQ_LEN)):
-        started = time.perf_counter()
+        if number == 1:  # the first step allocates the optimizer's state
+            clock = Clock()
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if number:  # the first step allocates the optimizer's state
-            seconds += time.perf_counter() - started
-            count += ids.numel()
-    return {"tokens_per_second": count / seconds, "peak_mb": memory.stop()}
+        count += ids[:, 1:].numel() if number else 0  # positions that are scored
+    assert clock is not None
+    return clock.rates(count) | {"peak_mb": memory.stop()}
 
 
 def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
+    """Reading, decoding, collating and a step, one after another."""
     import torch
 
     from kd.cache_builder.reader import CacheReader
+    from kd.data.models import ModelRequest, load_config, load_request_tokenizer
     from kd.student_trainer.compatibility import resolve_objective
-    from kd.student_trainer.stream import CachedExamples, Collator, plan_batches
-    from kd.student_trainer.train import attach_loss
+    from kd.student_trainer.config import TrainConfig
+    from kd.student_trainer.groups import GroupSettings
+    from kd.student_trainer.stream import CachedExamples, plan_batches
+    from kd.student_trainer.train import _edges, _prepare, attach_loss
 
-    reader = CacheReader(work / "cache")
-    objective = resolve_objective(reader.config, loss=loss, tail="auto", alpha=None, temperature=1.0)
+    folder = work / ("cache-uld" if loss == "uld" else "cache")
+    reader = CacheReader(folder)
+    config = TrainConfig(cache=str(folder), student=str(work / "model"), out="unused", loss=loss)
+    settings = GroupSettings(edges=_edges(reader), ranking=config.ranking)
+    objective = resolve_objective(reader.config, loss=loss, tail="auto", alpha=None, temperature=1.0, settings=settings)
+    request = ModelRequest(str(work / "model"), device="cpu")
+    _, collate, width = _prepare(config, reader, objective, load_config(request), load_request_tokenizer(request))
     model = load(work / "model")
-    attach_loss(model, objective, reader.manifest.vocabulary_size, 256)
+    attach_loss(model, objective, width)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     lengths, _ = reader.lengths()
     plan = plan_batches(
         reader, lengths, seed=0, count=1 + max(1, tokens // (BATCH * SEQ_LEN)), tokens_per_batch=BATCH * SEQ_LEN
     )
-    data, collate = CachedExamples(reader), Collator(objective)
-    memory, seconds, count = Memory(), 0.0, 0
+    data = CachedExamples(reader)
+    memory, clock, count = Memory(), None, 0
     for number, examples in enumerate(plan.batches):
-        started = time.perf_counter()
+        if number == 1:
+            clock = Clock()
         batch = collate(data.__getitems__(list(examples)))
+        for name in ("units", "aligned_bytes"):
+            batch.pop(name, None)
         outputs = model(**batch)
         (outputs["loss"] / len(batch["gold_ids"])).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if number:
-            seconds += time.perf_counter() - started
-            count += batch["input_ids"].numel()
-    return {"tokens_per_second": count / seconds, "peak_mb": memory.stop()}
+        count += len(batch["gold_ids"]) if number else 0
+    assert clock is not None
+    return clock.rates(count) | {"peak_mb": memory.stop()}
 
 
 def case_student_ce(work: Path, tokens: int) -> dict[str, float]:
     return case_student(work, tokens, "ce")
+
+
+def case_student_uld(work: Path, tokens: int) -> dict[str, float]:
+    return case_student(work, tokens, "uld")
+
+
+def case_loop(work: Path, tokens: int) -> dict[str, float]:
+    """The whole of `kd train` over the batches of `kl`, from the end of its first step to that of its last."""
+    from kd.student_trainer.config import TrainConfig
+    from kd.student_trainer.train import train
+
+    marks: list[tuple[Clock, int]] = []
+    found: dict[str, float] = {}
+
+    def on_step(record: Any) -> None:
+        marks.append((Clock(), record.tokens))
+        if len(marks) > 1:
+            found.update(marks[0][0].rates(record.tokens - marks[0][1]))
+            found["wait_share"] = record.wait_share
+
+    steps = 1 + max(1, tokens // (BATCH * SEQ_LEN))
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        memory = Memory()
+        train(TrainConfig(cache=str(work / "cache"), student=str(work / "model"), out=str(Path(folder) / "run"), loss="kl",
+                          max_steps=steps, lr=1e-5, tokens_per_batch=BATCH * SEQ_LEN, device="cpu", log_every=steps),
+              on_step=on_step)  # fmt: skip
+        size = (work / "model" / "model.safetensors").stat().st_size / 2**20
+        return found | {"peak_mb": memory.stop() - size}
 
 
 def make_read_cache(work: Path) -> None:
@@ -337,12 +378,12 @@ def case_read(work: Path, tokens: int) -> dict[str, float]:
 
 CASES = {
     "bare": case_bare, "naive": case_naive, "kd": case_kd, "plain": case_plain, "ce": case_student_ce,
-    "kl": case_student, "read": case_read, "t5-bare": case_t5_bare, "t5-kd": case_t5_kd,
+    "kl": case_student, "uld": case_student_uld, "loop": case_loop, "read": case_read, "t5-bare": case_t5_bare, "t5-kd": case_t5_kd,
 }  # fmt: skip
 
 BASES = {
     "bare": "bare", "naive": "bare", "kd": "bare", "plain": "plain", "ce": "plain", "kl": "plain",
-    "t5-bare": "t5-bare", "t5-kd": "t5-bare",
+    "uld": "plain", "loop": "kl", "t5-bare": "t5-bare", "t5-kd": "t5-bare",
 }  # fmt: skip
 """What each case's ratios are to."""
 
@@ -364,12 +405,16 @@ def main() -> None:
         make_model(work / "model", args.shape)
         for _ in build_cache(work, work / "cache", args.tokens)[1]:
             pass
+        for _ in build_cache(work, work / "cache-uld", args.tokens, profile="uld")[1]:
+            pass
         make_read_cache(work)
         results: dict[str, list[dict[str, float]]] = {n: [] for n in (args.only.split(",") if args.only else CASES)}
         for _ in range(args.repeats):
             for name in results:
                 command = [sys.executable, __file__, "--case", name, "--work", folder, "--tokens", str(args.tokens)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    sys.exit(f"case {name} failed:\n{done.stderr[-3000:]}")
                 results[name].append(json.loads(done.stdout.splitlines()[-1]))
         report(results, work / "cache")
 
@@ -392,6 +437,8 @@ def report(results: dict[str, list[dict[str, float]]], cache: Path) -> None:
     if "read" in middle:
         read = middle["read"]
         print(f"{'read':<8}{read['tokens_per_second']:>12,.0f} ({read['tokens_per_cpu_second']:,.0f} per CPU-second)")
+    if "loop" in middle:
+        print(f"loop waited for data {100 * middle['loop']['wait_share']:.2f} % of its time")
     for name in ("kd", "t5-kd"):
         if name in middle:
             seconds = ", ".join(f"{k[2:]} {v:.2f}" for k, v in middle[name].items() if k.startswith("s_"))

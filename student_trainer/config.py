@@ -22,7 +22,7 @@ LORA_TARGETS = {
 }
 """Model type -> modules that LoRA adapts."""
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "adamw8bit": "adamw_bnb_8bit"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "adamw8bit": "adamw_bnb_8bit"}
 """Our name -> transformers' name."""
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 PRECISIONS = ("fp32", "bf16")
