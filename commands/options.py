@@ -108,7 +108,8 @@ def build_options(function: Function) -> Function:
         click.option("--temperatures", callback=parse_floats, default="1,2,4", show_default=True,
                      help="Temperatures whose exact normaliser is stored."),
         click.option("--band-temperatures", callback=parse_floats, help="Temperatures whose rank bands are stored; 1 by default."),
-        click.option("--logprob-codec", help="graded[-fine|-coarse], linear8, float16 or float32; by default the profile's own."),
+        click.option("--logprob-codec", help="graded, graded-fine, graded-coarse, linear8, float16 or float32; "
+                     "the profile's own by default."),
         click.option("--seq-len", type=int, help="Tokens per block, context included; 512, or the teacher's window if "
                      "smaller. Of an encoder: 1024."),
         click.option("--targets", "target_source", default="data", show_default=True,
