@@ -43,7 +43,7 @@ from kd.data.models import Model, is_encoder_decoder, max_positions
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes
 from kd.evaluation.estimates import Documents, Estimate, figures_by_task, per_example
-from kd.evaluation.harness import cut_context, encode_pair
+from kd.evaluation.harness import cut_context, encode_pair, harness_window
 from kd.evaluation.scoring import Progress, ScoredText, window
 from kd.evaluation.shared_context import shared_nll
 
@@ -87,7 +87,7 @@ def evaluate_choices(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_
                      tokens_per_batch: int = 4096) -> Iterator[Progress[ChoicesResult]]:  # fmt: skip
     """Score every option of `corpus`; the last record carries the result.
 
-    seq_len     tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024
+    seq_len     tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024 (`together`: lm-eval's)
     separator   text between prompt and option; an encoder-decoder needs none
     bos         open a causal model's prompt with BOS; `together` does what the tokenizer does
 
@@ -96,6 +96,8 @@ def evaluate_choices(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_
     """
     if encoding not in ENCODINGS:
         raise unknown_name("encoding", encoding, ENCODINGS)
+    if encoding == "together" and seq_len is None:
+        seq_len = harness_window(model.config, tokenizer)
     blocks = BlockConfig(seq_len=window(model, seq_len), separator=separator, bos=bos,
                          encoder=is_encoder_decoder(model.config)).normalised("pairs", tokenizer)  # fmt: skip
     limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1

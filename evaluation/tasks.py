@@ -204,12 +204,12 @@ def _both_wordings(data: str, split: str | None, columns: Columns | None, limit:
     first = replace(instructions, labels="original") if both else instructions
     if own_rows and not takes_instructions(data):  # --task-root was meant for the rows
         first = replace(first, task_root=None)
+    if both and not takes_instructions(data):
+        raise DataError("the source has no templates", where=data, found="--labels both",
+                        expected="flan:… or a task's .yaml file")  # fmt: skip
     corpus = load_corpus(data, split=split, columns=columns, limit=limit, instructions=first)
     if not both:
         return corpus, None
-    if not takes_instructions(data):
-        raise DataError("the source has no label wordings", where=data, found="--labels both",
-                        expected="flan:… or a task's .yaml file")  # fmt: skip
     other = load_corpus(data, split=split, limit=limit, instructions=replace(first, labels="flan"))
     same = [e.choices for e in other.examples] == [e.choices for e in corpus.examples]
     return corpus, None if same else other
@@ -472,6 +472,8 @@ TASKS: dict[str, Task] = {
             ),
             "f1": F1,
             "f1_mean_of_tasks": replace(F1, title="token F1, mean of tasks", unit="mean of means"),
+            "choice_match": Metric("right choice named", "share of examples", "higher", "example"),
+            "choice_none": Metric("no choice named", "share of examples", None, "example"),
             "unfinished": Metric("unfinished", "share of examples", None, "example"),
         },
         run=_generation,
