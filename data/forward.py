@@ -150,13 +150,14 @@ class LanguageModelHead:
         """`[N, d]` hidden states that predict the tokens of `targets`, one example after another.
 
         `contexts[b] [C >= 1]` and `targets[b] [n]` are token ids; one forward pass over all examples, padded on
-        the right: a causal model never looks there. The last token predicts nothing and is not fed.
+        the right: a causal model never looks there.
         """
         import torch
 
-        joined = [np.concatenate([c, t[:-1]]) for c, t in zip(contexts, targets, strict=True)]
+        lengths = [len(c) + len(t) for c, t in zip(contexts, targets, strict=True)]
+        joined = [np.concatenate(pair) for pair in zip(contexts, targets, strict=True)]
         hidden = self.hidden(*_padded(joined, self.weight.device))
-        return torch.cat([hidden[b, len(c) - 1 : len(joined[b])] for b, c in enumerate(contexts)])
+        return torch.cat([hidden[b, len(c) - 1 : lengths[b] - 1] for b, c in enumerate(contexts)])
 
     def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """`[1, T] -> [1, T, d]` of a whole sequence: what `split_head` compares with the model's own logits."""

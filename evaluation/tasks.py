@@ -136,6 +136,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
     missing text or cache, CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
     """
     check_tasks(names, data=data, cache=cache)
+    _check_ways(names, encoding, protocol)
     needs = {TASKS[name].needs for name in names}
     request = pinned(ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed))
     loaded = load_request_tokenizer(request)
@@ -194,6 +195,19 @@ def check_tasks(names: Sequence[str], *, data: str | None, cache: Path | str | N
         if TASKS[name].needs != "rows" and (data if TASKS[name].needs == "data" else cache) is None:
             option = "--data SPEC, e.g. demo:heldout" if TASKS[name].needs == "data" else "--cache DIR"
             raise DataError(f"the task {name} needs a {TASKS[name].needs} that was not given", try_=option)
+
+
+def _check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:
+    """Raise DataError for an unknown encoding or protocol of a task that is to run."""
+    from kd.evaluation.choices import ENCODINGS
+    from kd.evaluation.hellaswag import PROTOCOLS
+
+    for task, kind, name, known in (
+        ("choices", "encoding", encoding, ENCODINGS),
+        ("hellaswag", "protocol", protocol, PROTOCOLS),
+    ):
+        if task in names and name not in known:
+            raise unknown_name(kind, name, known)
 
 
 def _both_wordings(data: str, split: str | None, columns: Columns | None, limit: int | None,

@@ -139,6 +139,15 @@ def test_two_wordings_need_a_source_that_has_them(model_dir, quiz, anli_root):
         load_corpus("flan:anli_r1", split="test", instructions=both)
 
 
+@pytest.mark.parametrize(
+    ("task", "way"), [("choices", {"encoding": "togehter"}), ("hellaswag", {"protocol": "harnes"})]
+)
+def test_an_unknown_way_to_ask_is_refused_before_weights_are_loaded(quiz, task, way):
+    with pytest.raises(DataError, match=f"unknown {next(iter(way))}") as error:
+        list(run_tasks("no/such/model", [task], data=quiz, **way))
+    assert error.value.details["did you mean"] in ("together", "harness")
+
+
 def test_hellaswag_takes_its_rows_and_leaves_the_text_to_the_others(model_dir, prose_file, tmp_path):
     (tmp_path / "hellaswag").mkdir()
     row = {"activity_label": "Fog", "ctx": "It rained.", "endings": ["It stopped.", "the fox"], "label": 0}
