@@ -30,7 +30,7 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     "--tasks",
     default="perplexity",
     show_default=True,
-    help="Comma-separated: perplexity, agreement, choices, generation.",
+    help="Comma-separated: perplexity, agreement, choices, generation, hellaswag.",
 )
 @click.option(
     "--data",
@@ -49,6 +49,15 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     help="Of a generated answer, EOS included; by default as the longest reference needs.",
 )
 @click.option("--stop", help="Cut a generated answer at this text too, e.g. \\n, where no reference holds it.")
+@click.option(
+    "--encoding",
+    default="apart",
+    show_default=True,
+    help="Of choices: prompt and option tokenised apart (as in training) or together (as lm-eval).",
+)
+@click.option(
+    "--protocol", default="nanogpt", show_default=True, help="Of hellaswag: nanogpt (0.2955) or harness (lm-eval)."
+)
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the agreement's KL.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")

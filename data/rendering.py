@@ -20,6 +20,8 @@ from kd.data.example import Example
 from kd.data.task import ANSWER, WORDINGS, Field, TaskFile, Template, column_value, fill, label_key
 
 TEMPLATE_CHOICES = ("random", "round-robin")
+BOTH = "both"
+"""Every wording, one after the other: for evaluations, which ask once in each."""
 UNLABELLED = ("-1", "none", "")
 """Label values that say: nobody labelled this row."""
 
@@ -33,7 +35,7 @@ class InstructionConfig:
     options: bool | None = None
     """List the choices after the prompt; None = where the task has any, True = an error where no task has."""
     labels: str = "original"
-    """Wording of fixed labels: `original` (the reference systems') or `flan`."""
+    """Wording of fixed labels: `original` (the reference systems') or `flan`; an evaluation takes `both`."""
     task_root: Path | None = None
     """Folder with TASK/SPLIT.jsonl|.csv|.tsv|.parquet, instead of the hub."""
     max_per_task: int | None = None
@@ -48,7 +50,7 @@ class InstructionConfig:
     def __post_init__(self) -> None:
         if isinstance(self.template, str) and self.template not in TEMPLATE_CHOICES:
             raise unknown_name("template choice", self.template, TEMPLATE_CHOICES, try_="an index from 0")
-        if self.labels not in WORDINGS:
+        if self.labels not in (*WORDINGS, BOTH):
             raise unknown_name("label wording", self.labels, WORDINGS)
         for name in ("max_per_task", "mix_maximum", "mix_draws"):
             value = getattr(self, name)
@@ -104,6 +106,9 @@ def render_rows(task: TaskFile, rows: Iterable[Mapping[str, Any]], *, split: str
     does not exist, or no row has an answer.
     """
     check_template_index(task, config)
+    if config.labels == BOTH:
+        raise DataError("examples are worded one way at a time", where=task.name, found="--labels both",
+                        expected="original or flan; both is for kd eval --tasks choices")  # fmt: skip
     grouped = _grouped_references(task, rows, where) if task.references is not None and task.references.group else None
     examples: list[Example] = []
     too_long = unlabelled = 0

@@ -70,7 +70,7 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
     name, _, suffix = spec.partition(":")
     path = Path(spec).expanduser()
     instructions = instructions or InstructionConfig()
-    is_task = name in TASK_SOURCES or (path.suffix in TASK_SUFFIXES and path.exists())
+    is_task = takes_instructions(spec)
     if is_task and columns:
         raise DataError("tasks name their columns themselves", where=spec, found="--columns",
                         try_="a task file of your own: docs/extending.md")  # fmt: skip
@@ -106,6 +106,12 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
                         try_="kd data show SPEC")  # fmt: skip
     _check_ids(spec, examples)
     return Corpus(spec, corpus.split, corpus.kind, examples, corpus.source)
+
+
+def takes_instructions(spec: str) -> bool:
+    """Are its examples made by templates, so that an `InstructionConfig` says how?"""
+    path = Path(spec).expanduser()
+    return spec.partition(":")[0] in TASK_SOURCES or (path.suffix in TASK_SUFFIXES and path.exists())
 
 
 def _is_hub_id(spec: str) -> bool:

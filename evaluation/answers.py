@@ -6,6 +6,8 @@ Both forgive what no reader would call a different answer, and say exactly what 
     token F1      bag of words after SQuAD's own normalisation: lower case, ASCII punctuation and the articles
                   a, an, the removed, white space collapsed
 
+A generated answer also stands for a choice where it is one, or begins with one (`named_choice`).
+
 An example may have several references; its score is the best over them. Rajpurkar et al. 2016, arXiv:1606.05250;
 `evaluate-v1.1.py` and, for answers without words, `evaluate-v2.0.py` of SQuAD.
 """
@@ -53,3 +55,16 @@ def token_f1(got: str, expected: str) -> float:
 def best_over(metric: Callable[[str, str], float], got: str, references: Sequence[str]) -> float:
     """The metric against the reference that suits the answer best."""
     return max(metric(got, expected) for expected in references)
+
+
+def named_choice(got: str, choices: Sequence[str]) -> int | None:
+    """Index of the choice that a generated answer names; None where it names none.
+
+    The choice it equals after `normalise_answer`, else the longest one it begins with, as whole words: "Yes, because …"
+    is yes, "Yesterday" is not, "no" and "not sure" differ. Of equal choices the first.
+    """
+    answer, texts = normalise_answer(got), [normalise_answer(choice) for choice in choices]
+    if answer in texts:
+        return texts.index(answer)
+    begun = [text for text in texts if text and re.match(rf"{re.escape(text)}(?!\w)", answer)]
+    return texts.index(max(begun, key=len)) if begun else None

@@ -11,13 +11,18 @@ and the prediction is the option with the largest
     accuracy_sum     l                the probability of the option itself; favours short ones
     accuracy_chars   l / characters   the same division for every tokenizer (`acc_norm` of lm-evaluation-harness)
 
-A causal model reads [BOS] prompt separator, then the option's tokens. An encoder-decoder reads prompt EOS with its
-encoder, and the option exists on the decoder's side only: an option among the encoder's input would be copied.
-Prompt and options are tokenised apart, as in training. A prompt that leaves no room for the longest option is cut at
-its beginning, by the same amount for every option of the example, so that all are judged after one context.
+How prompt and option become tokens is `encoding`:
 
-Scores closer than float32 can tell apart are a tie, and the first index wins. The cost is one forward pass over
-prompt and option for each option. Brown et al. 2020, arXiv:2005.14165, section 2.4; Wei et al. 2021,
+    apart      as in training: a causal model reads [BOS] prompt separator, then the option's tokens; a prompt that leaves
+               no room for the longest option is cut at its beginning, alike for every option of the example
+    together   as lm-evaluation-harness: prompt + separator + option are one string (see `kd.evaluation.harness`)
+
+An encoder-decoder reads the prompt with its encoder, and the option exists on the decoder's side only: an option among
+the encoder's input would be copied. All columns of the output layer count, ids that no tokenizer emits too: mass that
+a model puts there is missing from its options. Given the same tokens the log-probabilities are lm-eval's own.
+
+Scores closer than float32 can tell apart are a tie, and the first index wins. The context passes through the model once
+for all options (`kd.evaluation.shared_context`). Brown et al. 2020, arXiv:2005.14165, section 2.4; Wei et al. 2021,
 arXiv:2109.01652 (FLAN), section 2.5; Gao et al., lm-evaluation-harness.
 
 Shapes: E examples, O options of all of them.
@@ -32,13 +37,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
-from kd.data.errors import DataError
+from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example
 from kd.data.models import Model, is_encoder_decoder, max_positions
 from kd.data.sources import Corpus
-from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes, vocabulary_size
+from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes
 from kd.evaluation.estimates import Documents, Estimate, figures_by_task, per_example
-from kd.evaluation.scoring import Progress, ScoredText, gold_nll, window
+from kd.evaluation.harness import cut_context, encode_pair, harness_window
+from kd.evaluation.scoring import Progress, ScoredText, window
+from kd.evaluation.shared_context import shared_nll
 
 TIE = 1e-6
 """Relative: float32 forward passes of other batch shapes differ by about as much."""
@@ -76,29 +83,33 @@ class ChoicesResult:
 
 
 def evaluate_choices(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,
-                     separator: str = "\n", bos: bool = True,
+                     separator: str = "\n", bos: bool = True, encoding: str = "apart",
                      tokens_per_batch: int = 4096) -> Iterator[Progress[ChoicesResult]]:  # fmt: skip
     """Score every option of `corpus`; the last record carries the result.
 
-    seq_len     tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024
+    seq_len     tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024 (`together`: lm-eval's)
     separator   text between prompt and option; an encoder-decoder needs none
+    bos         open a causal model's prompt with BOS; `together` does what the tokenizer does
 
-    Raises DataError when no example has choices, or an option has no tokens or more than the model has positions.
+    Raises DataError for an unknown encoding, when no example has choices, or an option has no tokens or more than the
+    model has positions.
     """
+    if encoding not in ENCODINGS:
+        raise unknown_name("encoding", encoding, ENCODINGS)
+    if encoding == "together" and seq_len is None:
+        seq_len = harness_window(model.config, tokenizer)
     blocks = BlockConfig(seq_len=window(model, seq_len), separator=separator, bos=bos,
                          encoder=is_encoder_decoder(model.config)).normalised("pairs", tokenizer)  # fmt: skip
     limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1
     counts: Counter[str] = Counter()
-    questions = list(ask(corpus, tokenizer, blocks, limit, counts))
+    questions = list(ENCODINGS[encoding](corpus, tokenizer, blocks, limit, counts))
     if not questions:
         raise DataError("no example has choices", where=corpus.spec, found=f"{len(corpus.examples)} examples",
                         expected="at least two choices and an answer among them",
                         try_="--tasks perplexity or generation")  # fmt: skip
     texts = [ScoredText(q.example.id, q.context_ids, ids) for q in questions for ids in q.option_ids]
     lengths = [len(t.target_ids) for t in texts]
-    nll_N = yield from gold_nll(
-        model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=tokens_per_batch
-    )
+    nll_N = yield from shared_nll(model, texts, tokens_per_batch=tokens_per_batch)
     starts = np.cumsum([0, *(len(q.option_ids) for q in questions)])
     nats_O = per_example(-nll_N, lengths)
     option_nats = tuple(nats_O[starts[i] : starts[i + 1]] for i in range(len(questions)))
@@ -131,6 +142,34 @@ def ask(corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, limit: int | 
         assert fitted is not None, "an option within the limit is not cut"
         counts["cut"] += len(fitted.context_ids) < len(context)
         yield Question(example, fitted.context_ids, tuple(ids for ids, _ in encoded), answer)
+
+
+def ask_together(corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, limit: int | None,
+                 counts: Counter[str]) -> Iterator[Question]:  # fmt: skip
+    """As `ask`, tokenised as lm-eval does; white space at the end of a prompt counts as part of every option.
+
+    A prompt is cut as the longest option needs, so that all are judged after one context (lm-eval cuts for each alone).
+    """
+    for example in corpus.examples:
+        answer = right_answer(example)
+        if answer is None:
+            counts["skipped"] += 1
+            continue
+        separator = "" if blocks.encoder else blocks.separator
+        if not (example.prompt + separator).strip():
+            raise DataError("an example has no context to predict from", where=f"example {example.id}",
+                            found="an empty prompt", try_="--encoding apart, with BOS")  # fmt: skip
+        pairs = [encode_pair(tokenizer, example.prompt + separator, option, encoder=blocks.encoder)
+                 for option in example.choices]  # fmt: skip
+        sizes = [len(ids) for _, ids in pairs]
+        if min(sizes) == 0 or (limit is not None and max(sizes) > limit):
+            raise DataError("an option cannot be scored", where=f"example {example.id}",
+                            found=f"{sizes} tokens", expected="at least 1" if limit is None else f"1..{limit}",
+                            try_="a larger --seq-len, where the model has the positions")  # fmt: skip
+        context = pairs[0][0]
+        kept = cut_context(context, max(sizes), blocks.seq_len, encoder=blocks.encoder)
+        counts["cut"] += len(kept) < len(context)
+        yield Question(example, kept, tuple(ids for _, ids in pairs), answer)
 
 
 def right_answer(example: Example) -> int | None:
@@ -175,3 +214,7 @@ def first_best(scores: np.ndarray) -> int:
     """`[options]` nats -> index of the largest; of those within TIE of it, the first."""
     best = float(scores.max())
     return int(np.argmax(scores >= best - TIE * max(1.0, abs(best))))
+
+
+ENCODINGS = {"apart": ask, "together": ask_together}
+"""How prompt and options become tokens."""

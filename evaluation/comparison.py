@@ -48,6 +48,9 @@ class Comparison:
         if "cache_fingerprint" in report.settings[self.task]:
             cache = report.cache or {}
             return f"{self.task}: cache {str(cache.get('fingerprint'))[:12]} of {short_name(str(cache.get('teacher')))}"
+        if "protocol" in report.settings[self.task]:
+            settings = report.settings[self.task]
+            return f"{self.task}, {settings['protocol']} protocol: {settings.get('source')}"
         data = report.data or {}
         return f"{self.task}: {short_name(str(data.get('spec')))} ({data.get('split')})"
 
@@ -62,7 +65,7 @@ class Comparison:
     def shown(self) -> list[str]:
         """Metrics of the table: in a text of one task, its part and the mean of tasks repeat the whole."""
         parts = {m.partition("/")[2] for m in self.metrics if "/" in m}
-        return [m for m in self.metrics if len(parts) > 1 or not ("/" in m or m.endswith("_mean_of_tasks"))]
+        return [m for m in self.metrics if len(parts) > 1 or not ("/" in m or "_mean_of_tasks" in m)]
 
     def figure(self, entry: Entry, metric: str) -> dict[str, Any]:
         """value, stderr, n, over, unit, better, title; empty where the entry lacks the metric."""

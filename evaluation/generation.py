@@ -1,5 +1,8 @@
 """Greedy answers to prompts, compared with the targets: exact match and token F1.
 
+Where examples have choices, an answer is also matched with them: `choice_match` is the share of those that name the right
+one (generate-and-match, the other way to classify), `choice_none` of those that name none (`answers.named_choice`).
+
 What a user sees, unlike rank classification (`kd.evaluation.choices`): the model must also find the form of an answer
 and its end. Decoding is transformers' own `generate` with the most probable token at every step and nothing else:
 sampling, penalties or forced tokens of the model's `generation_config` are set aside, because two models compare
@@ -33,7 +36,8 @@ from kd.data.forward import Size, batches_by_length
 from kd.data.models import Model, is_encoder_decoder, max_positions
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes, vocabulary_size
-from kd.evaluation.answers import best_over, exact_match, token_f1
+from kd.evaluation.answers import best_over, exact_match, named_choice, token_f1
+from kd.evaluation.choices import right_answer
 from kd.evaluation.estimates import Documents, Estimate, figures_by_task
 from kd.evaluation.scoring import Progress, out_of_memory, require_vocabulary, window
 
@@ -59,7 +63,9 @@ class GenerationResult:
     """What a model wrote, and how well it fits. Standard errors are those of a mean over examples."""
 
     estimates: Mapping[str, Estimate]
-    """`exact_match`, `f1`, `unfinished`, and of the first two `…_mean_of_tasks` and `…/TASK` for each task."""
+    """`exact_match`, `f1`, `unfinished`, and of the first two `…_mean_of_tasks` and `…/TASK` for each task.
+
+    Where examples have choices, `choice_match` and `choice_none` over these."""
     answers: tuple[str, ...]
     """[E] texts in the order of the corpus, as compared."""
     documents: Documents
@@ -226,4 +232,12 @@ def generation_of(examples: Sequence[Example], answers: Sequence[str], unfinishe
         **figures_by_task("exact_match", documents, match_E, tasks),
         **figures_by_task("f1", documents, f1_E, tasks),
     }
+    right = [right_answer(example) for example in examples]
+    if any(index is not None for index in right):
+        named = [named_choice(answer, example.choices) for answer, example in zip(answers, examples, strict=True)]
+        asked = np.array([index is not None for index in right], dtype=np.float64)
+        hits = np.array([index is not None and index == found for index, found in zip(right, named, strict=True)])
+        none = np.array([index is not None and found is None for index, found in zip(right, named, strict=True)])
+        estimates["choice_match"] = documents.ratio(hits.astype(np.float64), asked)
+        estimates["choice_none"] = documents.ratio(none.astype(np.float64), asked)
     return GenerationResult(estimates, tuple(answers), documents, max_new_tokens, prompts_cut)

@@ -33,7 +33,7 @@ from kd.evaluation.results import EVAL, load_report, read_object
 RUN, METRICS = "run.json", "metrics.jsonl"
 LOSSES = {"ce": "cross-entropy (nats per token)", "kd": "distillation loss (nats per token)"}
 """Key of a step record -> label of its axis; `loss` is drawn only where a run has neither."""
-BARS = ("perplexity", "kl", "top1_agreement", "accuracy", "exact_match")
+BARS = ("perplexity", "kl", "top1_agreement", "accuracy", "exact_match", "acc_norm_nanogpt", "acc_norm_harness")
 """Metrics that get a panel of bars."""
 MARK = (
     "A figure is marked best only when it beats every other by more than the standard error of the difference, "

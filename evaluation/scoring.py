@@ -135,7 +135,7 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
                     logits = head.logits(hidden[part])[:, :vocabulary_size]
                     finite = torch.isfinite(logits.sum(dim=1))  # NaN and infinity survive a sum: one pass, no mask
                 if not bool(finite.all()):
-                    raise _not_finite(chosen, start + int((~finite).nonzero()[0]))
+                    raise not_finite(*_at_row(chosen, start + int((~finite).nonzero()[0])))
                 yield LogitChunk(rows[part], logits, gold[part])
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, tokens_per_batch) from error
@@ -159,11 +159,17 @@ def gold_nll(model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int,
     return nll_N
 
 
-def _not_finite(texts: Sequence[ScoredText], row: int) -> DataError:
+def not_finite(example: str, token: int) -> DataError:
+    """The error to raise when the model gave NaN or infinity at a target token of an example."""
+    return DataError("the model's logits are not finite", where=f"example {example}",
+                     found=f"NaN or infinity at target token {token}",
+                     try_="--dtype float32 or bfloat16, and check the weights")  # fmt: skip
+
+
+def _at_row(texts: Sequence[ScoredText], row: int) -> tuple[str, int]:
+    """The example and the target token of a scored row."""
     for text in texts:
         if row < len(text.target_ids):
-            return DataError("the model's logits are not finite", where=f"example {text.id}",
-                             found=f"NaN or infinity at target token {row}",
-                             try_="--dtype float32 or bfloat16, and check the weights")  # fmt: skip
+            return text.id, row
         row -= len(text.target_ids)
     raise AssertionError("row beyond the batch")

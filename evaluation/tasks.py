@@ -4,6 +4,7 @@
     agreement    needs a cache                            KL to its teacher, top-1 agreement
     choices      needs a text with choices                accuracy of rank classification
     generation   needs a text of prompts and targets      exact match and token F1 of greedy answers
+    hellaswag    has rows of its own                      accuracy under one of two protocols
 
 Several tasks share one load of the weights; names, text, cache and tokenizer are checked before it.
 
@@ -28,7 +29,8 @@ from kd.data.errors import DataError, unknown_name
 from kd.data.identity import model_identity, pinned
 from kd.data.models import Model, ModelRequest, load_model, load_request_tokenizer
 from kd.data.rendering import InstructionConfig
-from kd.data.sources import Columns, Corpus, load_corpus
+from kd.data.sources import Columns, Corpus, load_corpus, takes_instructions
+from kd.data.task import WORDINGS
 from kd.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from kd.evaluation.estimates import Documents, Estimate
 from kd.evaluation.results import EvalReport
@@ -36,6 +38,8 @@ from kd.evaluation.scoring import Progress
 
 if TYPE_CHECKING:
     from kd.cache_builder.reader import CacheReader
+    from kd.evaluation.choices import ChoicesResult
+    from kd.evaluation.hellaswag import Scenes
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ class Settings:
     """Of a generated answer, EOS included; None = as the longest reference needs."""
     stop: str | None = None
     """Text at which a generated answer is cut as well as at EOS."""
+    encoding: str = "apart"
+    """Of choices: `apart` as in training, `together` as lm-eval."""
+    other_wording: Corpus | None = None
+    """Of choices: the same examples with the other wording of fixed labels."""
+    protocol: str = "nanogpt"
+    """Of hellaswag: `nanogpt` or `harness`."""
+    scenes: Scenes | None = None
+    """Of hellaswag: its rows."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,8 @@ class Task:
     """A way to measure a model."""
 
     about: str
-    needs: Literal["data", "cache"]
+    needs: Literal["data", "cache", "rows"]
+    """`rows`: its own, from the hub or from files under `--task-root`."""
     metrics: Mapping[str, Metric]
     run: Callable[[Model, Tokenizer, Settings], Iterator[Progress[TaskResult]]]
 
@@ -115,19 +128,26 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
               temperature: float = 1.0, tokens_per_batch: int = 4096, device: str = "auto", dtype: str = "auto",
               revision: str | None = None, tokenizer: str | None = None, load_in_4bit: bool = False,
               seed: int = 0, separator: str = "\n", max_new_tokens: int | None = None,
-              stop: str | None = None) -> Iterator[EvalProgress]:  # fmt: skip
+              stop: str | None = None, encoding: str = "apart",
+              protocol: str = "nanogpt") -> Iterator[EvalProgress]:  # fmt: skip
     """Load a model and run the named tasks; the last record carries the report. Nothing is written.
 
     Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task or a
     missing text or cache, CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
     """
     check_tasks(names, data=data, cache=cache)
+    _check_ways(names, encoding, protocol)
     needs = {TASKS[name].needs for name in names}
     request = pinned(ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed))
     loaded = load_request_tokenizer(request)
     corpus = reader = None
+    scenes = other = None
+    if "rows" in needs:
+        from kd.evaluation.hellaswag import load_scenes
+
+        scenes = load_scenes(None if instructions is None else instructions.task_root, limit)
     if "data" in needs and data is not None:
-        corpus = load_corpus(data, split=split, columns=columns, limit=limit, instructions=instructions)
+        corpus, other = _both_wordings(data, split, columns, limit, instructions, own_rows="rows" in needs)
     if "cache" in needs and cache is not None:
         from kd.cache_builder.reader import CacheReader
         from kd.student_trainer.compatibility import refuse_other_tokenizer
@@ -140,7 +160,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
             advice="--tasks perplexity: its bits per byte compare any two tokenizers",
         )
     settings = Settings(corpus, reader, limit, limit_tokens, seq_len, stride, bos, temperature, tokens_per_batch,
-                        separator, max_new_tokens, stop)  # fmt: skip
+                        separator, max_new_tokens, stop, encoding, other, protocol, scenes)  # fmt: skip
     model = load_model(request)
     results: dict[str, TaskResult] = {}
     last = Progress[TaskResult](0, 0)
@@ -172,9 +192,41 @@ def check_tasks(names: Sequence[str], *, data: str | None, cache: Path | str | N
     for name in names:
         if name not in TASKS:
             raise unknown_name("task", name, TASKS)
-        if (data if TASKS[name].needs == "data" else cache) is None:
+        if TASKS[name].needs != "rows" and (data if TASKS[name].needs == "data" else cache) is None:
             option = "--data SPEC, e.g. demo:heldout" if TASKS[name].needs == "data" else "--cache DIR"
             raise DataError(f"the task {name} needs a {TASKS[name].needs} that was not given", try_=option)
+
+
+def _check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:
+    """Raise DataError for an unknown encoding or protocol of a task that is to run."""
+    from kd.evaluation.choices import ENCODINGS
+    from kd.evaluation.hellaswag import PROTOCOLS
+
+    for task, kind, name, known in (
+        ("choices", "encoding", encoding, ENCODINGS),
+        ("hellaswag", "protocol", protocol, PROTOCOLS),
+    ):
+        if task in names and name not in known:
+            raise unknown_name(kind, name, known)
+
+
+def _both_wordings(data: str, split: str | None, columns: Columns | None, limit: int | None,
+                   instructions: InstructionConfig | None, *, own_rows: bool) -> tuple[Corpus, Corpus | None]:  # fmt: skip
+    """The text, and under `labels="both"` its twin in FLAN's wording where that is another one."""
+    instructions = instructions or InstructionConfig()
+    both = instructions.labels == "both"
+    first = replace(instructions, labels="original") if both else instructions
+    if own_rows and not takes_instructions(data):  # --task-root was meant for the rows
+        first = replace(first, task_root=None)
+    if both and not takes_instructions(data):
+        raise DataError("the source has no templates", where=data, found="--labels both",
+                        expected="flan:… or a task's .yaml file")  # fmt: skip
+    corpus = load_corpus(data, split=split, columns=columns, limit=limit, instructions=first)
+    if not both:
+        return corpus, None
+    other = load_corpus(data, split=split, limit=limit, instructions=replace(first, labels="flan"))
+    same = [e.choices for e in other.examples] == [e.choices for e in corpus.examples]
+    return corpus, None if same else other
 
 
 def _figures(task: Task, result: TaskResult) -> dict[str, dict[str, Any]]:
@@ -264,28 +316,52 @@ SAMPLES = 20
 
 
 def _choices(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.choices import evaluate_choices
-
-    assert settings.corpus is not None
-    steps = evaluate_choices(
-        model, tokenizer, settings.corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
-        tokens_per_batch=settings.tokens_per_batch,
-    )  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
+    """One wording under the plain names; both under `METRIC_original` and `METRIC_flan`."""
+    corpora = {"": settings.corpus}
+    if settings.other_wording is not None:
+        corpora = {"_original": settings.corpus, "_flan": settings.other_wording}
+    estimates: dict[str, Estimate] = {}
+    used: dict[str, Any] = _asked(settings) | {"encoding": settings.encoding}
+    samples: list[dict[str, str]] = []
+    documents: Documents | None = None
+    done = total = 0
+    for name, corpus in corpora.items():
+        assert corpus is not None
+        found: ChoicesResult | None = None
+        for step in _one_wording(model, tokenizer, corpus, settings):
+            yield Progress(done + step.done, max(total, done + step.total))
             found = step.result
-            used = _asked(settings) | {
-                "choices_digest": _digest([e.id, e.choices, e.answer] for e in settings.corpus.examples),
-                "examples_skipped": found.skipped,
-                "prompts_cut": found.prompts_cut,
-            }
+        assert found is not None
+        done = total = done + step.total
+        for metric, estimate in found.estimates.items():
+            base, slash, part = metric.partition("/")
+            estimates[f"{base}{name}{slash}{part}"] = estimate
+        if corpus.source.get("labels"):
+            used["labels"] = "both" if name else corpus.source["labels"]
+        used |= {
+            f"choices{name}_digest": _digest([e.id, e.choices, e.answer] for e in corpus.examples),
+            f"examples_skipped{name}": found.skipped,
+            f"prompts_cut{name}": found.prompts_cut,
+        }
+        if documents is None:
+            documents = found.documents
             samples = [
                 {"prompt": q.example.prompt, "expected": q.example.choices[q.answer], "got": q.example.choices[chosen]}
                 for q, chosen in zip(found.questions[:SAMPLES], found.predictions.tolist(), strict=False)
             ]
-            result = TaskResult(found.estimates, found.documents, used, samples)
-        yield Progress(step.done, step.total, result)
+    assert documents is not None
+    yield Progress(done, done, TaskResult(estimates, documents, used, samples))
+
+
+def _one_wording(
+    model: Model, tokenizer: Tokenizer, corpus: Corpus, settings: Settings
+) -> Iterator[Progress[ChoicesResult]]:
+    from kd.evaluation.choices import evaluate_choices
+
+    return evaluate_choices(
+        model, tokenizer, corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
+        encoding=settings.encoding, tokens_per_batch=settings.tokens_per_batch,
+    )  # fmt: skip
 
 
 def _generation(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
@@ -314,6 +390,36 @@ def _generation(model: Model, tokenizer: Tokenizer, settings: Settings) -> Itera
         yield Progress(step.done, step.total, result)
 
 
+def _hellaswag(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
+    from kd.evaluation.hellaswag import evaluate_hellaswag
+
+    assert settings.scenes is not None
+    scenes = settings.scenes
+    steps = evaluate_hellaswag(model, tokenizer, scenes, protocol=settings.protocol, seq_len=settings.seq_len,
+                               tokens_per_batch=settings.tokens_per_batch)  # fmt: skip
+    for step in steps:
+        result = None
+        if step.result is not None:
+            found = step.result
+            used = {
+                "protocol": settings.protocol,
+                "protocol_digest": _digest([settings.protocol]),
+                "source": scenes.source,
+                "rows_digest": _digest([s.activity, s.context, s.parts, s.endings, s.answer] for s in scenes.rows),
+                "seq_len": settings.seq_len,
+                "contexts_cut": found.contexts_cut,
+                "rows_joined": found.rows_joined or None,
+                "rows_unlabelled": scenes.unlabelled or None,
+            }
+            chosen = found.chosen[f"acc_norm_{settings.protocol}"].tolist()
+            samples = [
+                {"prompt": a.context, "expected": a.endings[a.scene.answer], "got": a.endings[c]}
+                for a, c in zip(found.asked[:SAMPLES], chosen, strict=False)
+            ]
+            result = TaskResult(found.estimates, found.documents, used, samples)
+        yield Progress(step.done, step.total, result)
+
+
 def _asked(settings: Settings) -> dict[str, Any]:
     """What was asked of every model, whatever window and tokenizer it has; its effect is counted beside it."""
     assert settings.corpus is not None
@@ -330,6 +436,12 @@ def _digest(rows: Iterable[Any]) -> str:
 EXACT_MATCH = Metric("exact match", "share of examples", "higher", "example")
 F1 = Metric("token F1", "mean over examples", "higher", "example")
 ACCURACY = Metric("accuracy", "share of examples", "higher", "example")
+RANKED = {
+    "accuracy": ACCURACY,
+    "accuracy_mean_of_tasks": replace(ACCURACY, title="accuracy, mean of tasks", unit="mean of shares"),
+    "accuracy_sum": replace(ACCURACY, title="accuracy by sum"),
+    "accuracy_chars": replace(ACCURACY, title="accuracy by character"),
+}
 
 TASKS: dict[str, Task] = {
     "perplexity": Task(
@@ -356,11 +468,11 @@ TASKS: dict[str, Task] = {
     "choices": Task(
         about="rank classification: is the most probable of an example's choices the right one?",
         needs="data",
-        metrics={
-            "accuracy": ACCURACY,
-            "accuracy_mean_of_tasks": replace(ACCURACY, title="accuracy, mean of tasks", unit="mean of shares"),
-            "accuracy_sum": replace(ACCURACY, title="accuracy by sum"),
-            "accuracy_chars": replace(ACCURACY, title="accuracy by character"),
+        metrics=RANKED
+        | {
+            f"{name}_{wording}": replace(metric, title=f"{metric.title}, {wording} labels")
+            for wording in WORDINGS
+            for name, metric in RANKED.items()
         },
         run=_choices,
     ),
@@ -374,8 +486,22 @@ TASKS: dict[str, Task] = {
             ),
             "f1": F1,
             "f1_mean_of_tasks": replace(F1, title="token F1, mean of tasks", unit="mean of means"),
+            "choice_match": Metric("right choice named", "share of examples", "higher", "example"),
+            "choice_none": Metric("no choice named", "share of examples", None, "example"),
             "unfinished": Metric("unfinished", "share of examples", None, "example"),
         },
         run=_generation,
+    ),
+    "hellaswag": Task(
+        about="HellaSwag's validation rows; nanogpt is the protocol in which GPT-2 (124M) reaches 0.2955",
+        needs="rows",
+        metrics={
+            "acc_nanogpt": replace(ACCURACY, title="acc (nanogpt)"),
+            "acc_norm_nanogpt": replace(ACCURACY, title="acc_norm (nanogpt)"),
+            "acc_harness": replace(ACCURACY, title="acc (harness)"),
+            "acc_norm_harness": replace(ACCURACY, title="acc_norm (harness)"),
+            "acc_bytes_harness": replace(ACCURACY, title="acc_bytes (harness)"),
+        },
+        run=_hellaswag,
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd.evaluation.answers import best_over, exact_match, normalise_answer, squad_words, token_f1
+from kd.evaluation.answers import best_over, exact_match, named_choice, normalise_answer, squad_words, token_f1
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,23 @@ def test_token_f1(got, expected, value):
 def test_the_best_reference_counts():
     assert best_over(exact_match, "four", ("4", "Four.")) == 1
     assert best_over(token_f1, "a red fox", ("ships", "red fox", "fox")) == 1
+
+
+@pytest.mark.parametrize(
+    ("got", "choices", "index"),
+    [
+        ("Yes.", ("no", "yes"), 1),
+        ("Yes, because it rained", ("no", "yes"), 1),
+        ("Yesterday", ("no", "yes"), None),
+        ("not sure", ("no", "not sure"), 1),
+        ("no, not sure", ("no", "not sure"), 0),
+        ("not sure at all", ("not", "not sure"), 1),
+        ("It's impossible to say, no", ("Yes", "It's impossible to say", "No"), 1),
+        ("The answer is yes", ("no", "yes"), None),
+        ("", ("no", "yes"), None),
+        ("C++ it is", ("C", "C++"), 1),
+        ("same", ("Same", "same."), 0),
+    ],
+)
+def test_an_answer_names_the_choice_it_begins_with(got, choices, index):
+    assert named_choice(got, choices) == index

@@ -171,6 +171,16 @@ def test_figures_and_errors_equal_the_formulas():
     assert result.estimates["f1/weather"].stderr == 0
 
 
+def test_generate_and_match_counts_examples_with_choices_alone():
+    choices = tuple(replace(e, choices=("home", "to the river"), answer=1) for e in PAIRS[:4])
+    answers = ["To the river.", "home, I think", "to the river bank", "no idea", "to the river", "home"]
+    result = generation_of((*choices, *PAIRS[4:]), answers, np.zeros(6), 8, 0)
+    match, none = result.estimates["choice_match"], result.estimates["choice_none"]
+    assert (match.value, match.n) == (2 / 4, 4)
+    assert (none.value, none.n) == (1 / 4, 4)
+    assert "choice_match" not in generation_of(PAIRS, answers, np.zeros(6), 8, 0).estimates
+
+
 def test_the_limit_of_an_answer_covers_the_longest_reference(case):
     model, tokenizer = case
     long = "the weather, the price of fish, and bells"

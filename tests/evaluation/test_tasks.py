@@ -15,13 +15,14 @@ import pytest
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.example import Example
-from kd.data.sources import SOURCES, Corpus
+from kd.data.rendering import InstructionConfig
+from kd.data.sources import SOURCES, Corpus, load_corpus
 from kd.evaluation.agreement import evaluate_agreement
 from kd.evaluation.estimates import standard_error
 from kd.evaluation.perplexity import evaluate_perplexity
 from kd.evaluation.results import EvalReport, load_report
 from kd.evaluation.scoring import final
-from kd.evaluation.tasks import TASKS, run_tasks
+from kd.evaluation.tasks import RANKED, TASKS, run_tasks
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_choices_and_generation_of_either_architecture_make_a_report(model, quiz
     folder = str(request.getfixturevalue(model))
     report = list(run_tasks(folder, ["choices", "generation", "perplexity"], data=quiz, device="cpu"))[-1].report
     for task in ("choices", "generation"):
-        declared, found = set(TASKS[task].metrics), set(report.tasks[task])
+        declared, found = set(RANKED if task == "choices" else TASKS[task].metrics), set(report.tasks[task])
         assert declared <= found
         assert {m.partition("/")[0] for m in found - declared} <= declared
         assert {m.partition("/")[2] for m in found - declared} == {"who", "where", "what"}
@@ -98,6 +99,70 @@ def test_settings_are_what_was_asked_and_tell_other_choices_from_the_same_text(m
     for task, digest in (("choices", "choices_digest"), ("generation", "references_digest")):
         assert after[task]["text_digest"] == before[task]["text_digest"]
         assert after[task][digest] != before[task][digest]
+
+
+@pytest.fixture
+def anli_root(tmp_path: Path) -> Path:
+    """Rows whose labels have two wordings."""
+    (tmp_path / "anli_r1").mkdir()
+    rows = [{"premise": e.prompt, "hypothesis": e.target, "label": i % 3} for i, e in enumerate(QUIZ)]
+    (tmp_path / "anli_r1" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("model", ["model_dir", "t5_dir"])
+def test_both_wordings_are_scored_and_named(model, anli_root, request):
+    folder = str(request.getfixturevalue(model))
+
+    def run(labels: str) -> EvalReport:
+        instructions = InstructionConfig(0, labels=labels, task_root=anli_root)
+        return list(run_tasks(folder, ["choices"], data="flan:anli_r1", split="test", instructions=instructions,
+                              separator=" ", seq_len=60 if model == "model_dir" else None, device="cpu"))[-1].report  # fmt: skip
+
+    both, single = run("both"), {wording: run(wording) for wording in ("original", "flan")}
+    assert both.settings["choices"]["labels"] == "both"
+    assert len(both.tasks["choices"]) == sum(len(r.tasks["choices"]) for r in single.values())
+    for wording, report in single.items():
+        assert report.settings["choices"]["labels"] == wording
+        for name, figure in report.tasks["choices"].items():
+            base, slash, part = name.partition("/")
+            found = both.tasks["choices"][f"{base}_{wording}{slash}{part}"]
+            assert found | {"title": ""} == figure | {"title": ""}
+            assert f"{wording} labels" in found["title"]
+
+
+def test_two_wordings_need_a_source_that_has_them(model_dir, quiz, anli_root):
+    both = InstructionConfig(labels="both", task_root=anli_root)
+    with pytest.raises(DataError, match="no templates"):
+        list(run_tasks(str(model_dir), ["choices"], data=quiz, instructions=both, device="cpu"))
+    with pytest.raises(DataError, match="one way at a time"):
+        load_corpus("flan:anli_r1", split="test", instructions=both)
+
+
+@pytest.mark.parametrize(
+    ("task", "way"), [("choices", {"encoding": "togehter"}), ("hellaswag", {"protocol": "harnes"})]
+)
+def test_an_unknown_way_to_ask_is_refused_before_weights_are_loaded(quiz, task, way):
+    with pytest.raises(DataError, match=f"unknown {next(iter(way))}") as error:
+        list(run_tasks("no/such/model", [task], data=quiz, **way))
+    assert error.value.details["did you mean"] in ("together", "harness")
+
+
+def test_hellaswag_takes_its_rows_and_leaves_the_text_to_the_others(model_dir, prose_file, tmp_path):
+    (tmp_path / "hellaswag").mkdir()
+    row = {"activity_label": "Fog", "ctx": "It rained.", "endings": ["It stopped.", "the fox"], "label": 0}
+    (tmp_path / "hellaswag" / "dev.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    root = InstructionConfig(task_root=tmp_path)
+    report = list(run_tasks(str(model_dir), ["perplexity", "hellaswag"], data=str(prose_file), limit=2,
+                            instructions=root, device="cpu"))[-1].report  # fmt: skip
+    assert report.tasks["hellaswag"]["acc_nanogpt"]["n"] == 2
+    assert report.settings["hellaswag"]["source"] == "local dev.jsonl"
+    with pytest.raises(DataError, match="no files of the task"):
+        list(
+            run_tasks(
+                str(model_dir), ["hellaswag"], instructions=InstructionConfig(task_root=tmp_path / "x"), device="cpu"
+            )
+        )
 
 
 def test_the_command_scores_and_the_report_shows_both_tasks(model_dir, t5_dir, quiz, tmp_path):
@@ -127,7 +192,10 @@ def test_the_command_scores_and_the_report_shows_both_tasks(model_dir, t5_dir, q
     assert "## generation: quiz (train)" in text
     assert "| accuracy ↑ | accuracy, mean of tasks ↑ | accuracy by sum ↑ |" in text
     assert "| unfinished |" in text
-    assert 'Over 6 examples, 6 documents, bos True, examples skipped 0, prompts cut 0, separator "\\n".' in text
+    assert (
+        'Over 6 examples, 6 documents, bos True, encoding "apart", examples skipped 0, prompts cut 0, separator "\\n".'
+        in text
+    )
 
 
 def test_every_task_gives_every_metric_it_promises(report):
