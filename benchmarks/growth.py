@@ -69,8 +69,8 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
 """Name -> field of `Point` and its values."""
 
 
-def measure(point: Point, work: Path, turns: int) -> dict[str, list[float]]:
-    """CPU microseconds per row of each stage, `turns` times, and bytes per row."""
+def measure(point: Point, work: Path) -> dict[str, float]:
+    """CPU microseconds per row of each stage, and bytes per row."""
     import torch
 
     model, texts = work / f"model-{point.vocabulary}", work / f"texts-{point.length}.jsonl"
@@ -78,26 +78,22 @@ def measure(point: Point, work: Path, turns: int) -> dict[str, list[float]]:
         make_model(model, point.vocabulary, WIDTH, LAYERS)
     if not texts.exists():
         make_texts(texts, point.tokens // point.length, point.length)
-    found: dict[str, list[float]] = {name: [] for name in ("build", "read", "kl", "plain", "bytes")}
-    teacher = load_model(model).eval()
+    teacher, out = load_model(model).eval(), work / "cache"
     batches = batches_of([t["input_ids"] for t in read_texts(texts)], max(1, point.batch // point.length))
-    for _ in range(turns):
-        out = work / "cache"
-        plan, steps = build_cache(model, texts, out, batch_tokens=point.batch, top_k=point.top_k, model=teacher)
-        rows = plan.manifest.rows
-        found["build"].append(cpu(list, steps) / rows)
-        found["read"].append(cpu(read_all, out) / rows)
-        found["bytes"].append(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / rows)
-        student = CachedStudent(model, out, "kl")
-        count = min(2, len(batches))
-        student.train(1, point.batch)  # allocates the optimizer's state
-        found["kl"].append(cpu(student.train, count, point.batch) / (count * len(batches[0]) * point.length))
-        plain = load_model(model).train()
-        optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5)
-        train_plain(plain, optimizer, batches[:1])
-        spent = cpu(train_plain, plain, optimizer, batches[:count])
-        found["plain"].append(spent / (count * len(batches[0]) * point.length))
-        shutil.rmtree(out)
+    count = min(2, len(batches))
+    scored = count * len(batches[0]) * point.length
+    plan, steps = build_cache(model, texts, out, batch_tokens=point.batch, top_k=point.top_k, model=teacher)
+    rows = plan.manifest.rows
+    found = {"build": cpu(list, steps) / rows, "read": cpu(read_all, out) / rows}
+    found["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / rows
+    student = CachedStudent(model, out, "kl")
+    student.train(1, point.batch)  # allocates the optimizer's state
+    found["kl"] = cpu(student.train, count, point.batch) / scored
+    plain = load_model(model).train()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5)
+    train_plain(plain, optimizer, batches[:1])
+    found["plain"] = cpu(train_plain, plain, optimizer, batches[:count]) / scored
+    shutil.rmtree(out)
     return found
 
 
@@ -115,30 +111,25 @@ def cpu(work: Callable[..., Any], *arguments: Any) -> float:
     return 1e6 * (time.process_time() - started)
 
 
-def measure_workers(point: Point, work: Path, turns: int) -> dict[str, list[float]]:
-    """CPU microseconds per row of the busiest worker and of all, `turns` times."""
+def measure_workers(point: Point, work: Path) -> dict[str, float]:
+    """CPU microseconds per row of the busiest worker and of all."""
     model, texts = work / "model", work / "texts.jsonl"
     if not model.exists():
         make_model(model, point.vocabulary, WIDTH, LAYERS)
         make_texts(texts, point.tokens // point.length, point.length)
-    found: dict[str, list[float]] = {"busiest worker": [], "all workers": []}
-    for _ in range(turns):
-        command = [sys.executable, __file__, "worker", "--work", str(work)]
-        running = [
-            subprocess.Popen([*command, "--shard", f"{i + 1}/{point.workers}"], stdout=subprocess.PIPE, text=True,
-                             env=one_thread())
-            for i in range(point.workers)
-        ]  # fmt: skip
-        answers = [process.communicate()[0] for process in running]
-        if any(process.returncode for process in running):
-            raise SystemExit("a worker failed")
-        spent = [float(answer.splitlines()[-1]) / point.tokens for answer in answers]
-        found["busiest worker"].append(max(spent))
-        found["all workers"].append(sum(spent))
-        if not (work / "cache" / "manifest.json").exists():
-            raise SystemExit("the workers left the cache incomplete")
-        shutil.rmtree(work / "cache")
-    return found
+    command = [sys.executable, __file__, "worker", "--work", str(work), "--shard"]
+    running = [
+        subprocess.Popen([*command, f"{i + 1}/{point.workers}"], stdout=subprocess.PIPE, text=True, env=one_thread())
+        for i in range(point.workers)
+    ]
+    answers = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit("a worker failed")
+    if not (work / "cache" / "manifest.json").exists():
+        raise SystemExit("the workers left the cache incomplete")
+    shutil.rmtree(work / "cache")
+    spent = [float(answer.splitlines()[-1]) / point.tokens for answer in answers]
+    return {"busiest worker": max(spent), "all workers": sum(spent)}
 
 
 def worker(work: Path, shard: tuple[int, int]) -> float:
@@ -160,10 +151,13 @@ def grow(axis: str, work: Path, *, values: tuple[int, ...] | None = None, turns:
     field, default = AXES[axis]
     x = values or default
     base = Point(tokens=16384, vocabulary=32768) if axis == "workers" else Point()
-    function = measure_workers if axis == "workers" else measure
     points = [replace(base, **{field: value}) for value in x]
-    found = [function(point, work, turns) for point in points]
-    return {"x": list(x), "lines": {name: [statistics.median(f[name]) for f in found] for name in found[0]}}
+    function = measure_workers if axis == "workers" else measure
+    if axis != "workers":
+        measure(points[0], work)  # what is done once in a process, such as imports
+    found = [[function(point, work) for point in points] for _ in range(turns)]
+    lines = {name: [statistics.median(turn[i][name] for turn in found) for i in range(len(x))] for name in found[0][0]}
+    return {"x": list(x), "lines": lines}
 
 
 def main() -> None:

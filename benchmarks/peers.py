@@ -286,9 +286,10 @@ def machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "cpu": cpu, "python": platform.python_version(), "versions": versions}
 
 
-def measure(sizes: Sizes, cases: set[str] | None, repeats: int, trl_python: str | None) -> dict[str, Any]:
-    """Run everything; what the page is made of."""
-    results: dict[str, Any] = {"sizes": asdict(sizes)}
+def measure(sizes: Sizes, cases: set[str] | None, repeats: int, trl_python: str | None,
+            save: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
+    """Run everything; `save` gets what the page is made of after every turn, so that a run cut short is not lost."""
+    results: dict[str, Any] = {"sizes": asdict(sizes), "machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if cases != {"growth"}:
@@ -304,14 +305,14 @@ def measure(sizes: Sizes, cases: set[str] | None, repeats: int, trl_python: str 
                 for name in chosen:
                     print(f"{stage}, turn {turn + 1}: {name}", file=sys.stderr)
                     runs[name].append(run_case(name, work, sizes, trl_python))
-            if stage == "student":
-                results["trl"] = next((r[0]["versions"] for n, r in runs.items() if n in TRL_CASES), None)
-            results["repeats"] = repeats
-            results[stage] = summarise(runs, names[0])
-            results[f"{stage}_turns"] = runs
+                if stage == "student":
+                    results["trl"] = next((r[0]["versions"] for n, r in runs.items() if n in TRL_CASES), None)
+                save(results | {stage: summarise(runs, names[0]), f"{stage}_turns": runs})
+            results |= {stage: summarise(runs, names[0]), f"{stage}_turns": runs}
         if cases is None or "stored" in cases:
             print("stored", file=sys.stderr)
             results["stored"] = run_case("stored", work, sizes, trl_python)
+            save(results)
     if cases is None or "growth" in cases:
         from growth import AXES
 
@@ -320,7 +321,7 @@ def measure(sizes: Sizes, cases: set[str] | None, repeats: int, trl_python: str 
             print(f"growth: {axis}", file=sys.stderr)
             values = [] if sizes.growth is None else ["--values", ",".join(map(str, sizes.growth[axis]))]
             results["growth"][axis] = run_child([sys.executable, str(HERE / "growth.py"), axis, *values])
-    return results | {"machine": machine()}
+            save(results)
 
 
 def main() -> None:
@@ -360,16 +361,18 @@ def main() -> None:
     if trl_python is None:
         print("no trl here: its rows are left out (--trl-python PATH)", file=sys.stderr)
     started = time.perf_counter()
-    results = measure(QUICK if args.quick else Sizes(), cases, 1 if args.quick else args.repeats, trl_python)
+    sizes = QUICK if args.quick else Sizes()
     raw = args.out / "figures" / "benchmarks.json"
     raw.parent.mkdir(parents=True, exist_ok=True)
-    if cases and raw.exists():
-        earlier = json.loads(raw.read_text())
-        if earlier["sizes"] != json.loads(json.dumps(results["sizes"])):
-            raise SystemExit(f"{raw} has other sizes; another --out")
-        results = earlier | results
-    raw.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results, args.out)
+    earlier = json.loads(raw.read_text()) if cases and raw.exists() else {}
+    if earlier and earlier["sizes"] != json.loads(json.dumps(asdict(sizes))):
+        raise SystemExit(f"{raw} has other sizes; another --out")
+
+    def save(results: dict[str, Any]) -> None:
+        raw.write_text(json.dumps(earlier | results, indent=1) + "\n")
+        write_page(earlier | results, args.out)
+
+    measure(sizes, cases, 1 if args.quick else args.repeats, trl_python, save)
     print(f"{args.out / 'benchmarks.md'}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
 
 

@@ -52,6 +52,9 @@ def _head(results: Mapping[str, Any]) -> str:
     if results.get("trl"):
         versions |= {"trl": results["trl"]["trl"]}
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
+    counts = {stage: len(next(iter(results[f"{stage}_turns"].values()))) for stage in ("teacher", "student")
+              if f"{stage}_turns" in results}  # fmt: skip
+    turns = f" ({', '.join(f'{stage} {n}' for stage, n in counts.items())})" if counts else ""
     what = _text(
         "The same texts, teacher, k and student through this project and through others. `benchmarks/peers.py` wrote this",
         "page, its figures and the [raw numbers](figures/benchmarks.json), and says what each case does:",
@@ -59,7 +62,7 @@ def _head(results: Mapping[str, Any]) -> str:
     how = _text(
         f"Machine: {machine['cores']} cores, {machine['cpu']}, no GPU; one thread per case. {listed}. Time is CPU time of a",
         "process of its own, memory its highest resident set above the imports, before any model is loaded.",
-        f"Cases take turns ({results.get('repeats', 1)} of each); a ratio is of one turn, shown is the median. The models are",
+        f"Cases take turns{turns}; a ratio is of one turn, shown is the median. The models are",
         "small and their weights random: read the ratios. The larger the model, the less everything beside it weighs.",
     )
     command = "    python benchmarks/peers.py --trl-python PATH    # an interpreter with TRL; without one its rows are left out"
