@@ -152,6 +152,7 @@ class CachedStudent:
         from kd.cache_builder.targets import band_edges
         from kd.data.tokenizer import vocabulary_size
         from kd.student_trainer.compatibility import resolve_objective
+        from kd.student_trainer.config import TrainConfig
         from kd.student_trainer.groups import GroupSettings
         from kd.student_trainer.stream import Collator
         from kd.student_trainer.text import StudentText
@@ -161,7 +162,7 @@ class CachedStudent:
         reader = CacheReader(cache)
         size, kept = reader.manifest.vocabulary_size, reader.config
         edges = tuple(band_edges(kept.top_k, size, kept.tail_bands)) if kept.tail_bands else ()
-        objective = resolve_objective(kept, loss=loss, settings=GroupSettings(edges=edges))
+        objective = resolve_objective(kept, loss=loss, settings=GroupSettings(edges=edges, ranking=TrainConfig.ranking))
         text = None
         if objective.groups:
             tokenizer = AutoTokenizer.from_pretrained(folder)
