@@ -18,6 +18,7 @@ LABELS = {
     "naive": "script: top-k KL on whole logits", "trl-sft": "TRL SFTTrainer", "trl-gkd": "TRL GKDTrainer, forward KL",
     "trl-gold": "TRL GOLDTrainer, ULD", **{name: encoding.label for name, encoding in ENCODINGS.items()},
 }  # fmt: skip
+TRL_CASES = ("trl-sft", "trl-gkd", "trl-gold")
 HOLDS = {"trl-gkd": "student and teacher", "trl-gold": "student and teacher"}
 AXES = {
     "k": "tokens kept per row, k", "vocabulary": "vocabulary, entries", "length": "sequence length, tokens",
@@ -109,8 +110,10 @@ def _student(results: Mapping[str, Any], figures: Path) -> str:
     sizes, rows = results["sizes"], results["student"]
     width, layers = sizes["student"]
     _bars(figures / "student.png", rows, "plain cross-entropy")
-    gone = "" if any(name.startswith("trl") for name in rows) else (
-        "\nTRL was not installed where this page was made: its rows are left out (`--trl-python PATH`).\n")  # fmt: skip
+    missing = [_label(name) for name in TRL_CASES if name not in rows]
+    gone = f"\nNot measured for this page: {', '.join(missing)}.\n" if missing else ""
+    if len(missing) == len(TRL_CASES):
+        gone = "\nTRL was not installed where this page was made: its rows are left out (`--trl-python PATH`).\n"
     text = _text(
         f"A GPT-2 of width {width} and {layers} layers with the teacher's {sizes['vocabulary']:,} entries, batches of",
         f"{sizes['student_batch']} x {sizes['length']} tokens, AdamW, gradients clipped. Ours reads its batches from the cache,",
