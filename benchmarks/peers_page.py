@@ -120,8 +120,7 @@ def _student(results: Mapping[str, Any], figures: Path) -> str:
         "and opening, verifying and decoding it count. The script reads `torch.save` files and forms all logits. TRL's",
         "trainers are as they come, metrics included; GKD and GOLD hold the teacher in memory and run it for every batch (on",
         "the data's own targets, `lmbda=0`). A teacher as small as this one makes that cheap: its cost grows with the teacher,",
-        "while a step from the cache stays the same. GOLD's default alignment slices the probabilities once per group of",
-        "tokens, and each slice's gradient is a full matrix: its time per token grows with the sequence length. The teacher's",
+        "while a step from the cache stays the same. The teacher's",
         "pass, once per cache, is stage one's.",
     )
     return _section("Stage two: a training step", text + gone, _ratios(rows, "plain"), "student.png",
