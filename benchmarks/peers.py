@@ -1,6 +1,6 @@
 """Side by side: the same teacher, texts, k and student through this project and through others; writes docs/benchmarks.md.
 
-    python benchmarks/peers.py --trl-python ~/venvs/trl/bin/python     # about six minutes on two quiet cores
+    python benchmarks/peers.py --trl-python ~/venvs/trl/bin/python     # ten CPU-minutes and more, much of it TRL's GOLD
     python benchmarks/peers.py --page-from docs/figures/benchmarks.json    # the page and its figures again, nothing run
 
 Every case runs in a process of its own with one thread; the cases take turns, and ratios are of one turn, then the median
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_encodings import ENCODINGS, head_kl
+from peers_page import TRL_CASES, write_page
 from workload import (
     PROMPT_TOKENS,
     CachedStudent,
@@ -52,7 +53,6 @@ from workload import (
 )
 
 HERE = Path(__file__).parent
-TRL_CASES = ("trl-sft", "trl-gkd", "trl-gold")
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def run_child(command: list[str]) -> Any:
 def run_case(name: str, work: Path, sizes: Sizes, trl_python: str | None) -> Any:
     if name in TRL_CASES:
         assert trl_python is not None
-        steps = 1 if name == "trl-gold" else sizes.steps  # it is that slow: the slices of its groups, backwards
+        steps = 1 if name == "trl-gold" else sizes.steps  # minutes each on a CPU
         return run_child([trl_python, str(HERE / "peer_trl.py"), name.removeprefix("trl-"), "--work", str(work),
                           "--batch", str(sizes.student_batch), "--steps", str(steps)])  # fmt: skip
     return run_child([sys.executable, str(HERE / "peers.py"), "--case", name, "--work", str(work)])
@@ -355,8 +355,6 @@ def main() -> None:
     cases = set(args.cases.split(",")) if args.cases else None
     if cases and not cases <= known:
         parser.error(f"no such case: {', '.join(sorted(cases - known))}; there are {', '.join(sorted(known))}")
-    from peers_page import write_page
-
     if args.page_from:
         write_page(json.loads(args.page_from.read_text()), args.out)
         return

@@ -18,6 +18,7 @@ LABELS = {
     "naive": "script: top-k KL on whole logits", "trl-sft": "TRL SFTTrainer", "trl-gkd": "TRL GKDTrainer, forward KL",
     "trl-gold": "TRL GOLDTrainer, ULD", **{name: encoding.label for name, encoding in ENCODINGS.items()},
 }  # fmt: skip
+TRL_CASES = ("trl-sft", "trl-gkd", "trl-gold")
 HOLDS = {"trl-gkd": "student and teacher", "trl-gold": "student and teacher"}
 AXES = {
     "k": "tokens kept per row, k", "vocabulary": "vocabulary, entries", "length": "sequence length, tokens",
@@ -109,16 +110,17 @@ def _student(results: Mapping[str, Any], figures: Path) -> str:
     sizes, rows = results["sizes"], results["student"]
     width, layers = sizes["student"]
     _bars(figures / "student.png", rows, "plain cross-entropy")
-    gone = "" if any(name.startswith("trl") for name in rows) else (
-        "\nTRL was not installed where this page was made: its rows are left out (`--trl-python PATH`).\n")  # fmt: skip
+    missing = [_label(name) for name in TRL_CASES if name not in rows]
+    gone = f"\nNot measured for this page: {', '.join(missing)}.\n" if missing else ""
+    if len(missing) == len(TRL_CASES):
+        gone = "\nTRL was not installed where this page was made: its rows are left out (`--trl-python PATH`).\n"
     text = _text(
         f"A GPT-2 of width {width} and {layers} layers with the teacher's {sizes['vocabulary']:,} entries, batches of",
         f"{sizes['student_batch']} x {sizes['length']} tokens, AdamW, gradients clipped. Ours reads its batches from the cache,",
         "and opening, verifying and decoding it count. The script reads `torch.save` files and forms all logits. TRL's",
         "trainers are as they come, metrics included; GKD and GOLD hold the teacher in memory and run it for every batch (on",
         "the data's own targets, `lmbda=0`). A teacher as small as this one makes that cheap: its cost grows with the teacher,",
-        "while a step from the cache stays the same. GOLD's default alignment slices the probabilities once per group of",
-        "tokens, and each slice's gradient is a full matrix: its time per token grows with the sequence length. The teacher's",
+        "while a step from the cache stays the same. The teacher's",
         "pass, once per cache, is stage one's.",
     )
     return _section("Stage two: a training step", text + gone, _ratios(rows, "plain"), "student.png",
