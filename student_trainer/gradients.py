@@ -40,11 +40,11 @@ TAIL_FLOOR = 1e-7
 """Probability of a teacher's tail that rounding has left without any (float32 sums to 1 no better than this)."""
 
 
-def tiles(logits: Tensor) -> Iterator[slice]:
-    """Ranges of rows that fit a CPU's cache; one range on other devices."""
-    rows, width = logits.shape
-    size = max(1, TILE_BYTES // (width * logits.element_size())) if logits.device.type == "cpu" else max(rows, 1)
-    yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+def tiles(logits: Tensor, rows: int | None = None) -> Iterator[slice]:
+    """Ranges of rows like those of `logits [n, V]` that fit a CPU's cache, one range on other devices; of all n, or `rows`."""
+    count, width = len(logits) if rows is None else rows, logits.shape[1]
+    size = max(1, TILE_BYTES // (width * logits.element_size())) if logits.device.type == "cpu" else max(count, 1)
+    yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def softmax_(logits: Tensor) -> Tensor:
@@ -61,13 +61,17 @@ def log_normaliser(logits: Tensor) -> Tensor:
     return top.squeeze(1) + torch.sub(logits, top).exp_().sum(dim=1).log()
 
 
-def cross_entropy_(logits: Tensor, gold_ids: Tensor, weight: float | Tensor) -> Tensor:
-    """-log q(gold) `[n]`; `logits` become weight (q - onehot(gold)). `weight`: a number or `[n]`."""
+def subtract_(gradient: Tensor, gold_ids: Tensor, weight: float) -> None:
+    """Take `weight` from the gold column of every row of `gradient [n, V]`."""
     gold = gold_ids.unsqueeze(1)
-    chosen = logits.gather(1, gold).squeeze(1)
+    gradient.scatter_add_(1, gold, torch.full_like(gold, -weight, dtype=gradient.dtype))
+
+
+def cross_entropy_(logits: Tensor, gold_ids: Tensor, weight: float) -> Tensor:
+    """-log q(gold) `[n]`; `logits` become weight (q - onehot(gold))."""
+    chosen = logits.gather(1, gold_ids.unsqueeze(1)).squeeze(1)
     log_z = softmax_(logits)
-    column = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device).expand(len(logits)).unsqueeze(1)
-    logits.mul_(column).scatter_add_(1, gold, -column)
+    subtract_(logits.mul_(weight), gold_ids, weight)
     return log_z - chosen
 
 
@@ -103,8 +107,7 @@ def outcomes_(logits: Tensor, ids: Tensor, gold_ids: Tensor, divergence: Callabl
     divergence   log q [n, K + 1] (kept ids, everything else; [n, V] where K = V) -> value [n], g [n, K + 1]
     """
     whole = ids.shape[1] == logits.shape[1]
-    gold = gold_ids.unsqueeze(1)
-    chosen = logits.gather(1, gold).squeeze(1)
+    chosen = logits.gather(1, gold_ids.unsqueeze(1)).squeeze(1)
     head = logits.gather(1, ids)
     log_z = head.logsumexp(dim=1)
     log_outcomes = head
@@ -121,8 +124,7 @@ def outcomes_(logits: Tensor, ids: Tensor, gold_ids: Tensor, divergence: Callabl
     if not whole:
         logits.mul_((grad[:, -1] / total).unsqueeze(1))
         grad = grad[:, :-1]
-    logits.scatter_(1, ids, grad)
-    logits.scatter_add_(1, gold, torch.full_like(gold, -ce_weight, dtype=logits.dtype))
+    subtract_(logits.scatter_(1, ids, grad), gold_ids, ce_weight)
     return value, log_z - chosen
 
 
@@ -188,11 +190,9 @@ def sampled_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -
         ids, counts = need(part.sample_ids), need(part.sample_counts).to(z.dtype)
         share = counts / counts.sum(dim=1, keepdim=True)
         drawn = z.gather(1, ids)
-        gold = part.gold_ids.unsqueeze(1)
-        chosen = z.gather(1, gold).squeeze(1)
+        chosen = z.gather(1, part.gold_ids.unsqueeze(1)).squeeze(1)
         log_z = softmax_(z)
-        z.mul_(weight + objective.ce).scatter_add_(1, ids, -weight * share)
-        z.scatter_add_(1, gold, torch.full_like(gold, -objective.ce, dtype=z.dtype))
+        subtract_(z.mul_(weight + objective.ce).scatter_add_(1, ids, -weight * share), part.gold_ids, objective.ce)
         kd = (torch.xlogy(share, share) - share * (drawn - log_z.unsqueeze(1))).sum()
         sums += sums_of(weight * kd, objective.ce, kd, (log_z - chosen).sum())
     return sums

@@ -142,7 +142,7 @@ def _further(logits: Tensor, groups: GroupTargets, temperature: float) -> tuple[
     rows = _members(later)
     owner = torch.repeat_interleave(torch.arange(len(groups), device=rows.device), later.stop - later.first)
     total = logits.new_zeros(len(groups))
-    for part in tiles(logits[:, :0].new_empty(len(rows), logits.shape[1], device="meta") if len(rows) else logits[:0]):
+    for part in tiles(logits, len(rows)):
         some = rows[part]
         z = logits[some] / temperature
         chosen = z.gather(1, groups.gold_ids[some].unsqueeze(1)).squeeze(1)
