@@ -264,16 +264,17 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
     from kd.student_trainer.compatibility import resolve_objective
     from kd.student_trainer.config import TrainConfig
     from kd.student_trainer.groups import GroupSettings
+    from kd.student_trainer.head import attach_loss
+    from kd.student_trainer.prepare import prepare, rank_edges
     from kd.student_trainer.stream import CachedExamples, plan_batches
-    from kd.student_trainer.train import _edges, _prepare, attach_loss
 
     folder = work / ("cache-uld" if loss == "uld" else "cache")
     reader = CacheReader(folder)
     config = TrainConfig(cache=str(folder), student=str(work / "model"), out="unused", loss=loss)
-    settings = GroupSettings(edges=_edges(reader), ranking=config.ranking)
+    settings = GroupSettings(edges=rank_edges(reader), ranking=config.ranking)
     objective = resolve_objective(reader.config, loss=loss, tail="auto", alpha=None, temperature=1.0, settings=settings)
     request = ModelRequest(str(work / "model"), device="cpu")
-    _, collate, width = _prepare(config, reader, objective, load_config(request), load_request_tokenizer(request))
+    _, collate, width = prepare(config, reader, objective, load_config(request), load_request_tokenizer(request))
     model = load(work / "model")
     attach_loss(model, objective, width)
     model.train()

@@ -46,8 +46,8 @@ from kd.data.forward import EncoderDecoderHead, LanguageModelHead, batches_by_le
 from kd.data.models import ModelRequest, load_model
 from kd.data.shapes import SHAPES
 from kd.student_trainer.groups import GroupSettings
+from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses import Objective
-from kd.student_trainer.train import attach_loss
 
 H200_BF16_TFLOPS = 989.0
 """Dense, without sparsity (NVIDIA's data sheet)."""

@@ -32,6 +32,7 @@ from kd.cache_builder import store
 from kd.cache_builder.build import BuildPlan, BuildRequest, load_teacher, plan_build
 from kd.cache_builder.manifest import load_manifest
 from kd.cache_builder.reader import CacheReader, quality_means
+from kd.cache_builder.rows import codes_by_count
 from kd.cache_builder.targets import RawTargets, TargetConfig
 from kd.cache_builder.teacher import collect
 from kd.data.blocks import BlockConfig
@@ -123,7 +124,7 @@ def references(plan: BuildPlan, shards: list[RawTargets]) -> None:
     assert raw.token_ids is not None
     assert raw.relative is not None
     ids, values = raw.token_ids.astype(np.uint16), (raw.relative - raw.log_z[:, :1]).astype(np.float16)
-    by_heads = store.codes_by_count(plan.manifest.vocabulary_size, [raw.token_ids.ravel()]).astype(np.uint16)
+    by_heads = codes_by_count(plan.manifest.vocabulary_size, [raw.token_ids.ravel()]).astype(np.uint16)
 
     def packed(array: np.ndarray, shuffle: int) -> float:
         parts = [np.ascontiguousarray(array[i : i + 4096]) for i in range(0, len(array), 4096)]

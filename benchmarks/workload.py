@@ -154,9 +154,9 @@ class CachedStudent:
         from kd.student_trainer.compatibility import resolve_objective
         from kd.student_trainer.config import TrainConfig
         from kd.student_trainer.groups import GroupSettings
+        from kd.student_trainer.head import attach_loss
         from kd.student_trainer.stream import Collator
         from kd.student_trainer.text import StudentText
-        from kd.student_trainer.train import attach_loss
 
         self.cache = cache
         reader = CacheReader(cache)

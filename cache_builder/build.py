@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder import codecs, store
+from kd.cache_builder import codecs, commits, store
 from kd.cache_builder.files import unfinished, write_error
 from kd.cache_builder.generate import GenerationConfig, longest_answers
 from kd.cache_builder.manifest import (
@@ -34,6 +34,7 @@ from kd.cache_builder.manifest import (
     load_manifest,
     refuse_mismatch,
 )
+from kd.cache_builder.rows import codes_by_count, tokens_digest
 from kd.cache_builder.targets import PROFILES, RawTargets, TargetConfig
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.errors import CacheError, CacheMismatchError, DataError
@@ -46,12 +47,11 @@ from kd.data.models import (
     load_model,
     load_request_tokenizer,
     max_positions,
-    parameter_count,
 )
 from kd.data.sources import Corpus
 from kd.data.tokenizer import token_bytes, tokenizer_fingerprint, vocabulary_size
 
-OWN_NAMES = {MANIFEST, BUILDING, store.VOCABULARY, "examples", store.TARGETS, "commits", store.ANSWERS}
+OWN_NAMES = {MANIFEST, BUILDING, commits.VOCABULARY, "examples", commits.TARGETS, "commits", commits.ANSWERS}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BuildPlan:
     rows: list[TokenRows]
     vocabulary: list[bytes]
     codes: np.ndarray
-    """[V] what ids are stored as, see `store.codes_by_count`"""
+    """[V] what ids are stored as, see `codes_by_count`"""
     special_ids: set[int]
 
     @property
@@ -193,7 +193,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     index, count = request.shard
     if not 1 <= index <= count:
         raise DataError("no such part of the build", found=f"--shard {index}/{count}", expected="I/N with 1 <= I <= N")
-    codes = store.codes_by_count(len(vocabulary), (r.input_ids for r in rows))
+    codes = codes_by_count(len(vocabulary), (r.input_ids for r in rows))
     return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids))
 
 
@@ -270,9 +270,9 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
     request, manifest = plan.request, writer.manifest
     index, count = request.shard
     total, mine = len(manifest.shards), range(index - 1, len(manifest.shards), count)
-    present = set(store.committed(request.out, total))
+    present = set(commits.committed(request.out, total))
     for i in present:
-        store.read_commit(request.out, manifest, i)  # a foreign commit must not count as done
+        commits.read_commit(request.out, manifest, i)  # a foreign commit must not count as done
     todo = [i for i in mine if i not in present]
     done_rows, done_shards = sum(manifest.shards[i][2] for i in present), len(present)
     seconds = {"forward": 0.0, "head": 0.0, "select": 0.0, "encode": 0.0, "write": 0.0, "wait": 0.0}
@@ -285,7 +285,7 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
             pending: Future[None] | None = None
             for i in todo:
                 first, stop, size = manifest.shards[i]
-                if store.commit_path(request.out, i).exists():  # another builder was faster
+                if commits.commit_path(request.out, i).exists():  # another builder was faster
                     done_rows, done_shards = done_rows + size, done_shards + 1
                     continue
                 rows = plan.rows[first:stop]
@@ -315,7 +315,7 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
         padding_share = teacher.padding_share
     else:
         rate, padding_share = 0.0, None
-    complete = len(store.committed(request.out, total)) == total
+    complete = len(commits.committed(request.out, total)) == total
     if complete:
         writer.finish()
     yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate, complete, not todo, seconds, padding_share)
@@ -350,7 +350,7 @@ def _write(writer: store.ShardWriter, index: int, rows: list[TokenRows], raw: Ra
             "prompt": row.example.prompt, "target": row.example.target,
             "context_ids": row.context_ids, "n_tokens": len(row.input_ids),
             "row_start": position, "row_end": stop,
-            "tokens_digest": store.tokens_digest(row.context_ids, row.target_ids),
+            "tokens_digest": tokens_digest(row.context_ids, row.target_ids),
         })  # fmt: skip
         position = stop
     try:
@@ -359,59 +359,3 @@ def _write(writer: store.ShardWriter, index: int, rows: list[TokenRows], raw: Ra
         raise write_error(writer.root, error) from error
     seconds["encode"] += encoded - started
     seconds["write"] += time.perf_counter() - encoded
-
-
-def _bound(most: int, blocks: BlockConfig) -> str:
-    """What the counts of a plan without answers rest on."""
-    if most == blocks.target_len:
-        return f"target length: {most} tokens per answer"
-    return f"generation limit: {most} new tokens per answer; tokenised again, a text may have a few more"
-
-
-def estimate(plan: BuildPlan) -> dict[str, Any]:
-    """What a build would cost: rows, bytes, seconds. Runs a fraction of a second of matrix products, no model.
-
-    Bytes: stored arrays before compression plus the text (an upper bound; real caches end 25-45 % below).
-    Seconds: 2 * parameters * tokens floating-point operations at this device's measured matrix speed.
-
-    While the teacher has not answered (`targets_known` false), the counts are those of answers as long as they may get,
-    under names that say so (`rows_at_most`), and `bound` says what they rest on; the seconds are of scoring them,
-    answering comes on top; and the fingerprint, which covers the answers, is None.
-    """
-    import torch
-
-    from kd.data.models import resolve_device, resolve_dtype
-
-    parameters = parameter_count(plan.request.teacher)
-    device, dtype = resolve_device(plan.request.teacher.device), resolve_dtype(plan.request.teacher)
-    a = torch.ones(1024, 2048, device=device, dtype=dtype)
-    b = torch.ones(2048, 2048, device=device, dtype=dtype)
-    (a @ b).sum().item()
-    started = time.perf_counter()
-    for _ in range(4):
-        (a @ b).sum().item()
-    speed = 4 * 2 * 1024 * 2048 * 2048 / (time.perf_counter() - started)
-    known, rows = plan.targets_known, plan.manifest.rows
-    counts = {"examples": plan.manifest.examples, "rows": rows, "shards": len(plan.manifest.shards),
-              "teacher_tokens": plan.tokens}  # fmt: skip
-    seconds = 2 * parameters * plan.tokens / speed
-    if known:
-        text = sum(len(r.example.target.encode()) for r in plan.rows)
-        overlong = plan.manifest.provenance["overlong"]
-        own = {"pairs_dropped": overlong["dropped"], "pairs_truncated": overlong["truncated"]}
-    else:
-        text = rows * max(len(piece) for i, piece in enumerate(plan.vocabulary) if i not in plan.special_ids)
-        counts = {f"{name}_at_most": count for name, count in counts.items()}
-        own = {"bound": _bound(len(plan.rows[0].target_ids), plan.request.blocks)}
-    return {
-        "fingerprint": plan.manifest.fingerprint if known else None,
-        "targets_known": known,
-        **counts,
-        "teacher_parameters": parameters,
-        "bytes_per_token_before_compression": plan.raw_bytes_per_token,
-        "bytes_at_most": rows * plan.raw_bytes_per_token + text,
-        "seconds_estimated" if known else "scoring_seconds_at_most": seconds,
-        "device": device,
-        **own,
-        "committed_shards": len(store.committed(plan.request.out, len(plan.manifest.shards))),
-    }

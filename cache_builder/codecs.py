@@ -47,7 +47,7 @@ class ArraySpec:
     attributes: Mapping[str, Any]
     """What a reader without our code needs: quantity, unit, decoding rule."""
     ids: bool = False
-    """Token ids: the array holds their codes, see `store.codes_by_count`."""
+    """Token ids: the array holds their codes, see `codes_by_count`."""
     by_column: bool = False
     """A chunk holds one column after another (the `transpose` codec): the values of a rank are alike."""
     shuffle: Literal["shuffle", "bitshuffle"] = "bitshuffle"

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder import codecs, store
+from kd.cache_builder import codecs, commits, store
 from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.rows import read_vocabulary, tokens_digest
 from kd.cache_builder.targets import SoftTargets
 from kd.data.errors import CacheDamageError, CacheError
 
@@ -50,12 +51,12 @@ class CacheReader:
         self.root = Path(path)
         self.manifest: CacheManifest = load_manifest(self.root)
         if not self.manifest.complete:
-            done = len(store.committed(self.root, len(self.manifest.shards)))
+            done = len(commits.committed(self.root, len(self.manifest.shards)))
             raise CacheError("this cache is not complete", where=self.root,
                              found=f"{done} of {len(self.manifest.shards)} shards",
                              try_="run its kd cache build command again: it continues")  # fmt: skip
         for name, entry in self.manifest.files.items():
-            store.verify_file(self.root, name, entry)
+            commits.verify_file(self.root, name, entry)
         self.config = self.manifest.targets
         if top_k is not None and not 1 <= top_k <= self.config.top_k:
             raise CacheError("this cache does not hold that many tokens per row", found=f"top-k {top_k}",
@@ -141,7 +142,7 @@ class CacheReader:
         start = 0
         for (shard, i), (_, rows) in zip(located, spans, strict=True):
             table, stop = shard.examples, start + rows.stop - rows.start
-            if store.tokens_digest(table["context_ids"][i], decoded.gold_ids[start:stop]) != table["tokens_digest"][i]:
+            if tokens_digest(table["context_ids"][i], decoded.gold_ids[start:stop]) != table["tokens_digest"][i]:
                 raise CacheDamageError("cached rows do not belong to their tokens", where=self.root,
                                        shard=shard.index, example=table["id"][i],
                                        rows=f"{rows.start}:{rows.stop}")  # fmt: skip
@@ -150,7 +151,7 @@ class CacheReader:
 
     def vocabulary(self) -> list[bytes]:
         """The bytes every teacher id stands for."""
-        return store.read_vocabulary(self.root, self.manifest)
+        return read_vocabulary(self.root, self.manifest)
 
 
 def take_rows(targets: SoftTargets, rows: slice) -> SoftTargets:

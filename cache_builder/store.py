@@ -11,19 +11,13 @@ examples in one Parquet file. It is staged under another name, synced, moved, an
 missing or emptied file as zeros without a word, so nothing here trusts Zarr to say what exists: commits do.
 
 Codecs are those of the Zarr v3 specification: sharding_indexed, transpose, bytes, blosc (zstd, shuffle or bitshuffle), crc32c.
-
-Three things are stored in another form than they are handed out in, none of which loses anything: ids as codes (the
-most frequent token of the corpus is 0, so that the high bits of most are zero), `byte_end` as lengths, and columns one
-after another. `pack` and `unpack` translate.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,13 +29,23 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from kd.cache_builder.chunks import decode_shard
-from kd.cache_builder.codecs import Arrays, ArraySpec, id_dtype
+from kd.cache_builder.codecs import Arrays, ArraySpec
+from kd.cache_builder.commits import (
+    ANSWERS,
+    TARGETS,
+    VOCABULARY,
+    commit_path,
+    file_entry,
+    read_commit,
+    shard_files,
+    verified_bytes,
+    verify_file,
+)
 from kd.cache_builder.files import (
     canonical_json,
     process_tag,
     publish,
     publish_first,
-    read_json,
     sha256_of,
     sweep,
     sync_folder,
@@ -56,14 +60,9 @@ from kd.cache_builder.manifest import (
     ShardRecord,
     load_manifest,
     refuse_mismatch,
-    shard_record,
 )
+from kd.cache_builder.rows import code_table, pack, unpack
 from kd.data.errors import CacheDamageError, CacheMismatchError
-
-TARGETS = "targets.zarr"
-VOCABULARY = "vocabulary.parquet"
-ANSWERS = "generated"
-"""Folder of the teacher's answers, where it wrote the targets; see `generate`."""
 
 EXAMPLE_SCHEMA = pa.schema(
     [
@@ -79,25 +78,6 @@ EXAMPLE_SCHEMA = pa.schema(
         ("tokens_digest", pa.binary(16)),
     ]
 )
-
-
-def tokens_digest(context_ids: np.ndarray, target_ids: np.ndarray) -> bytes:
-    """16 bytes over context and target ids: how the trainer knows that a row belongs to its tokens."""
-    digest = hashlib.blake2b(len(context_ids).to_bytes(8, "little"), digest_size=16)
-    digest.update(np.ascontiguousarray(context_ids, dtype="<i4").tobytes())
-    digest.update(np.ascontiguousarray(target_ids, dtype="<i4").tobytes())
-    return digest.digest()
-
-
-def commit_path(root: Path, index: int) -> Path:
-    """Where shard `index` is committed."""
-    return root / "commits" / f"{index:05d}.json"
-
-
-def shard_files(arrays: Sequence[ArraySpec], index: int) -> dict[str, str]:
-    """Array name (or `examples`) -> path in the cache of shard `index`'s file."""
-    files = {a.name: f"{TARGETS}/{a.name}/c/{index}" + ("" if a.columns is None else "/0") for a in arrays}
-    return files | {"examples": f"examples/{index:05d}.parquet"}
 
 
 def create_group(
@@ -286,65 +266,6 @@ def _shallow(manifest: CacheManifest) -> dict[str, Any]:
     return {name: getattr(manifest, name) for name in CacheManifest.__dataclass_fields__}
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as a commit records them."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def committed(root: Path, shards: int) -> list[int]:
-    """Indices of committed shards, ascending."""
-    return [i for i in range(shards) if commit_path(root, i).is_file()]
-
-
-def read_commit(root: Path, manifest: CacheManifest, index: int) -> ShardRecord:
-    """The record of a committed shard, checked against the manifest. Raises CacheDamageError."""
-    path = commit_path(root, index)
-    document = read_json(path)
-    record = shard_record(document, path)
-    first, stop, rows = manifest.shards[index]
-    expected = (index, (first, stop), index * manifest.layout.shard_rows, rows, manifest.fingerprint)
-    found = (record.index, record.examples, record.row_start, record.rows, record.fingerprint)
-    names = set(shard_files(manifest.arrays, index).values())
-    if found != expected or set(record.files) != names:
-        raise CacheDamageError("a commit does not belong to this shard", where=path, shard=index)
-    if manifest.complete and sha256_of(path) != manifest.commits[index]:
-        raise CacheDamageError("a commit was changed after the cache was finished", where=path, shard=index)
-    return record
-
-
-def file_size(root: Path, name: str, **where: object) -> int:
-    """Bytes of a file of the cache. Raises CacheDamageError when it is missing."""
-    try:
-        return (root / name).stat().st_size
-    except OSError as error:
-        raise CacheDamageError("a file of the cache is missing", file=root / name, **where,
-                               try_="kd cache verify") from error  # fmt: skip
-
-
-def verified_bytes(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
-    """The bytes of a file of the cache. Raises CacheDamageError unless size and SHA-256 are the recorded ones."""
-    path, size = root / name, file_size(root, name, **where)
-    data = path.read_bytes() if size == entry["bytes"] else b""
-    if len(data) != entry["bytes"]:
-        raise CacheDamageError("a file of the cache has another size", file=path, **where,
-                               found=f"{size} bytes", expected=f"{entry['bytes']} bytes", try_="kd cache verify")  # fmt: skip
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise CacheDamageError("a file of the cache was changed", file=path, **where,
-                               found="another SHA-256 than committed", try_="kd cache verify")  # fmt: skip
-    return data
-
-
-def verify_file(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> None:
-    """Raise CacheDamageError unless the file's size and SHA-256 are the recorded ones."""
-    path, size = root / name, file_size(root, name, **where)
-    if size != entry["bytes"]:
-        raise CacheDamageError("a file of the cache has another size", file=path, **where,
-                               found=f"{size} bytes", expected=f"{entry['bytes']} bytes", try_="kd cache verify")  # fmt: skip
-    if sha256_of(path) != entry["sha256"]:
-        raise CacheDamageError("a file of the cache was changed", file=path, **where,
-                               found="another SHA-256 than committed", try_="kd cache verify")  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Shard:
     """One shard in memory: stored arrays (still quantised) and the table of its examples."""
@@ -401,64 +322,3 @@ def read_example_table(root: Path, manifest: CacheManifest, index: int, columns:
     name = shard_files(manifest.arrays, index)["examples"]
     verify_file(root, name, record.files[name], shard=index, array="examples")
     return pq.read_table(root / name, columns=list(columns)).to_pydict()  # type: ignore[no-any-return]
-
-
-def read_vocabulary(root: Path, manifest: CacheManifest) -> list[bytes]:
-    """The bytes every teacher id stands for."""
-    data = verified_bytes(root, VOCABULARY, manifest.files[VOCABULARY])
-    return pq.read_table(pa.BufferReader(data))["piece"].to_pylist()  # type: ignore[no-any-return]
-
-
-def codes_by_count(vocabulary_size: int, sequences: Iterable[np.ndarray]) -> np.ndarray:
-    """`[V]` int32 code of every id: its place when ids are ordered by how often they occur, the most frequent first.
-
-    Ties, and ids that never occur, are in the order of their numbers; it is the same table for every builder of
-    one corpus. Tokens a teacher thinks of are much like tokens that occur, so most codes are small numbers.
-    """
-    counts = np.zeros(vocabulary_size, dtype=np.int64)
-    for ids in sequences:
-        np.add.at(counts, ids[ids < vocabulary_size], 1)
-    codes = np.empty(vocabulary_size, dtype=np.int32)
-    codes[np.argsort(-counts, kind="stable")] = np.arange(vocabulary_size, dtype=np.int32)
-    return codes
-
-
-def code_table(root: Path, manifest: CacheManifest) -> tuple[np.ndarray, np.ndarray]:
-    """`(code of every id, id of every code)`, each `[V]` in the ids' dtype. Raises CacheDamageError.
-
-    An id beyond `vocabulary.parquet` (a logit that no token stands for) is its own code.
-    """
-    entry = manifest.files[VOCABULARY]
-    return _code_table(root, int(entry["bytes"]), str(entry["sha256"]), manifest.vocabulary_size)
-
-
-@lru_cache(maxsize=4)
-def _code_table(root: Path, size: int, sha256: str, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
-    data = verified_bytes(root, VOCABULARY, {"bytes": size, "sha256": sha256})
-    stored = pq.read_table(pa.BufferReader(data), columns=["code"])["code"].to_numpy()
-    codes = np.concatenate([stored, np.arange(len(stored), vocabulary_size)])
-    if not np.array_equal(np.sort(codes), np.arange(len(codes))):
-        raise CacheDamageError("the codes of the vocabulary are not a permutation", where=root / VOCABULARY)
-    codes = codes.astype(id_dtype(len(codes)))
-    return codes, np.argsort(codes).astype(codes.dtype)
-
-
-def pack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes: np.ndarray) -> Arrays:
-    """Rows of whole examples, beginning at `starts [E]`, in the form the arrays hold."""
-    packed = {a.name: codes[stored[a.name]] if a.ids else stored[a.name] for a in arrays if a.name in stored}
-    if any(a.name == "byte_length" for a in arrays):
-        lengths = np.diff(stored["byte_end"], prepend=0)
-        lengths[starts] = stored["byte_end"][starts]
-        packed["byte_length"] = lengths
-    return packed
-
-
-def unpack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
-    """The inverse of `pack`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
-    unpacked = {a.name: ids.take(stored[a.name]) if a.ids and ids is not None else stored[a.name] for a in arrays}
-    if "byte_length" in unpacked:
-        ends = np.cumsum(unpacked.pop("byte_length"), dtype=np.uint32)
-        before = ends[starts - 1]
-        before[starts == 0] = 0
-        unpacked["byte_end"] = ends - np.repeat(before, np.diff(starts, append=len(ends)))
-    return unpacked

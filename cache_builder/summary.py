@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder import store
+from kd.cache_builder import commits
 from kd.cache_builder.manifest import load_manifest
 from kd.cache_builder.reader import quality_means
 
@@ -15,11 +15,11 @@ def cache_summary(path: Path) -> dict[str, Any]:
     manifest = load_manifest(path)
     means, targets = quality_means(manifest), manifest.targets
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    done = store.committed(path, len(manifest.shards))
+    done = commits.committed(path, len(manifest.shards))
     rows = sum(manifest.shards[i][2] for i in done)
     arrays = {}
     for spec in manifest.arrays:
-        stored = sum(store.file_size(path, store.shard_files([spec], i)[spec.name], shard=i) for i in done)
+        stored = sum(commits.file_size(path, commits.shard_files([spec], i)[spec.name], shard=i) for i in done)
         arrays[spec.name] = round(stored / rows, 2) if rows else None
     return {
         "fingerprint": manifest.fingerprint,

@@ -22,17 +22,6 @@ from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
 from kd.data.forward import LanguageModelHead, batches_by_length, head_rows, padded_tokens
 
-CPU_LOGITS_BYTES = 32 * 2**20
-"""The chunk of float32 logits a CPU writes over and over. Twice as many rows make the product 4 % faster and cost more memory
-than the rest of the pass (benchmarks/chunks.py)."""
-
-
-def teacher_rows(vocabulary_size: int, device_type: str) -> int:
-    """Rows of the output layer to compute at once."""
-    if device_type != "cpu":
-        return head_rows(vocabulary_size, device_type)
-    return min(1024, max(64, CPU_LOGITS_BYTES // (4 * vocabulary_size) // 16 * 16))
-
 
 @dataclass
 class PassTimes:
@@ -52,7 +41,7 @@ class Teacher:
         self.sparsifier = sparsifier
         self.tokens_per_batch = tokens_per_batch
         self.device = head.weight.device
-        self.head_chunk = head_chunk or teacher_rows(sparsifier.vocabulary_size, self.device.type)
+        self.head_chunk = head_chunk or head_rows(sparsifier.vocabulary_size, self.device.type)
         self.times = PassTimes()
         self.tokens = self.padded = 0
         """Tokens the model has read, without and with padding."""

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.cache_builder import codecs, store
+from kd.cache_builder import codecs, commits, store
 from kd.cache_builder.files import unfinished
 from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.rows import tokens_digest
 from kd.cache_builder.targets import SoftTargets
 from kd.data.errors import CacheDamageError, KdError
 
@@ -56,12 +57,12 @@ def verify(root: str | Path) -> Iterator[VerifyProgress]:
     for name, entry in manifest.files.items():
         known.add(name)
         findings += _check_file(root, name, entry)
-    present = range(len(manifest.shards)) if manifest.complete else store.committed(root, len(manifest.shards))
+    present = range(len(manifest.shards)) if manifest.complete else commits.committed(root, len(manifest.shards))
     for index in present:
-        known |= {f"commits/{index:05d}.json", *store.shard_files(manifest.arrays, index).values()}
+        known |= {f"commits/{index:05d}.json", *commits.shard_files(manifest.arrays, index).values()}
         found = list(_check_shard(root, manifest, index))
         findings += found
-        done += sum(_size(root / n) for n in store.shard_files(manifest.arrays, index).values())
+        done += sum(_size(root / n) for n in commits.shard_files(manifest.arrays, index).values())
         yield VerifyProgress(done, total, tuple(findings))
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -78,7 +79,7 @@ def _size(path: Path) -> int:
 
 def _check_file(root: Path, name: str, entry: dict[str, object]) -> list[Finding]:
     try:
-        store.verify_file(root, name, entry)
+        commits.verify_file(root, name, entry)
     except CacheDamageError as error:
         return [Finding(name, error.headline)]
     return []
@@ -90,14 +91,14 @@ def _check_shard(root: Path, manifest: CacheManifest, index: int) -> Iterator[Fi
     start = index * manifest.layout.shard_rows
     whole = f"{start}:{start + rows}"
     try:
-        record = store.read_commit(root, manifest, index)
+        record = commits.read_commit(root, manifest, index)
     except KdError as error:
         yield Finding(commit, error.headline, index, None, whole)
         return
     damaged = False
-    for array, name in store.shard_files(manifest.arrays, index).items():
+    for array, name in commits.shard_files(manifest.arrays, index).items():
         try:
-            store.verify_file(root, name, record.files[name])
+            commits.verify_file(root, name, record.files[name])
         except CacheDamageError as error:
             damaged = True
             narrowed = whole if array == "examples" else _broken_rows(root, manifest, array, start, rows) or whole
@@ -143,7 +144,7 @@ def _check_rows(manifest: CacheManifest, shard: store.Shard, commit: str) -> Ite
             return
         expected = stop
         context = np.asarray(table["context_ids"][i], dtype=np.int32)
-        if store.tokens_digest(context, targets.gold_ids[first:stop]) != table["tokens_digest"][i]:
+        if tokens_digest(context, targets.gold_ids[first:stop]) != table["tokens_digest"][i]:
             yield Finding(commit, f"rows of example {table['id'][i]} do not belong to its tokens", shard.index,
                           "gold_ids", f"{start + first}:{start + stop}")  # fmt: skip
         if targets.byte_end[stop - 1] != len(table["target"][i].encode("utf-8")):

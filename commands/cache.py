@@ -96,7 +96,7 @@ def cache_plan(as_json: bool, **options: Any) -> None:
 
     Example: kd cache plan --teacher demo --data demo --out runs/cache
     """
-    from kd.cache_builder.build import estimate
+    from kd.cache_builder.estimate import estimate
 
     cost = estimate(plan_of(**options))
     bound = "" if cost["targets_known"] else " at most (the teacher has not answered yet: this is an upper bound)"

@@ -9,13 +9,16 @@ How many rows: `kd.data.forward.head_rows`.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.student_trainer.losses import LossTargets
+from kd.data.forward import head_rows, split_head
+from kd.student_trainer.losses import LossTargets, Objective
+from kd.student_trainer.stream import loss_targets
 
 
 class ChunkLoss(Protocol):
@@ -92,3 +95,37 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scaled = tuple(None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
         return (*scaled, None, None, None, None)
+
+
+def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: int | None = None) -> None:
+    """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits.
+
+    `chunk` rows of the output layer at once; None = `head_rows`.
+    """
+    parts = split_head(model)
+
+    def forward(self: Any, positions: Tensor, **batch: Any) -> dict[str, Tensor]:
+        rows = parts.batch_hidden(batch).flatten(0, 1).index_select(0, positions)
+        total, kd, ce = chunked_head_loss(
+            rows, *output_layer(model), objective, loss_targets(batch), vocabulary_size=vocabulary_size,
+            chunk=chunk or head_rows(vocabulary_size, rows.device.type, training=True),
+        )  # fmt: skip
+        return {"loss": total, "kd": kd, "ce": ce}
+
+    model.forward = MethodType(forward, model)
+
+
+def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight `[V, d]` and bias `[V]` of the output layer as they count now: LoRA adapters on it are added, with gradients."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "base_layer"):
+        return head.weight, head.bias
+    weight = head.base_layer.weight
+    for name in head.active_adapters:
+        weight = weight + head.get_delta_weight(name)
+    return weight, head.base_layer.bias
+
+
+def detach_loss(model: Any) -> None:
+    """Give the model its own forward back."""
+    del model.forward

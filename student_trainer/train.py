@@ -19,25 +19,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from torch import Tensor
 from transformers import TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from kd.cache_builder.files import canonical_json, write_atomic
 from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.targets import band_edges
 from kd.data.errors import CacheMismatchError, DataError
-from kd.data.forward import head_rows, require_packable, split_head
+from kd.data.forward import require_packable
 from kd.data.models import (
     ModelRequest,
-    decoder_start,
     is_encoder_decoder,
     load_config,
     load_model,
@@ -45,28 +41,18 @@ from kd.data.models import (
     max_positions,
     resolve_device,
 )
-from kd.data.packing import Size
-from kd.data.tokenizer import Tokenizer, vocabulary_size
 from kd.student_trainer.compatibility import (
-    refuse_narrow_student,
-    refuse_other_layout,
-    refuse_other_tokenizer,
-    refuse_without_prompts,
     resolve_objective,
-    same_tokenizer,
 )
 from kd.student_trainer.config import LORA_TARGETS, OPTIMIZERS, SCHEDULES, TrainConfig
 from kd.student_trainer.groups import GroupSettings
-from kd.student_trainer.head import chunked_head_loss
+from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.losses import Objective
-from kd.student_trainer.pieces import shared_pieces
-from kd.student_trainer.stream import CachedExamples, Collator, loss_targets, plan_batches
-from kd.student_trainer.text import StudentText
+from kd.student_trainer.prepare import packed_capacity, prepare, rank_edges
+from kd.student_trainer.stream import CachedExamples, plan_batches
 from kd.student_trainer.trainer import DistillationTrainer, StepRecord
 
 RUN, METRICS = "run.json", "metrics.jsonl"
-PACKED_TOKENS = 1024
-"""Of a packed sequence, where neither --seq-len nor the student's positions say more or less."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +83,7 @@ def train(
 ) -> TrainResult:
     """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch."""
     reader = CacheReader(config.cache, top_k=config.top_k)
-    settings = GroupSettings(edges=_edges(reader), ranking=config.ranking, beta=config.beta)
+    settings = GroupSettings(edges=rank_edges(reader), ranking=config.ranking, beta=config.beta)
     objective = resolve_objective(
         reader.config, loss=config.loss, tail=config.tail, alpha=config.alpha, temperature=config.temperature,
         ce_weight=config.ce_weight, settings=settings,
@@ -108,14 +94,14 @@ def train(
     )  # fmt: skip
     tokenizer = load_request_tokenizer(request)
     student = load_config(request)
-    text, collator, width = _prepare(config, reader, objective, student, tokenizer)
+    text, collator, width = prepare(config, reader, objective, student, tokenizer)
     objective = collator.objective
     tokens, rows = reader.lengths() if text is None else text.lengths()
     sizes = tokens[:, None] if collator.start_id is None else np.stack([tokens - rows, rows], axis=1)
     if config.prompt_loss:
         rows = tokens - 1
     if config.packing:
-        collator = replace(collator, capacity=_capacity(config, sizes, max_positions(student)))
+        collator = replace(collator, capacity=packed_capacity(config, sizes, max_positions(student)))
     out = Path(config.out)
     arguments = _training_arguments(config, out)  # under torchrun, joins the other processes
     identity = _identity(config, reader, arguments.world_size)
@@ -175,125 +161,6 @@ def train(
     if trainer.is_world_process_zero():
         _write_run(config, identity, reader, out, result, objective, encoder_decoder=is_encoder_decoder(student))
     return result
-
-
-def _edges(reader: CacheReader) -> tuple[int, ...]:
-    config = reader.config
-    return (
-        tuple(band_edges(config.top_k, reader.manifest.vocabulary_size, config.tail_bands)) if config.tail_bands else ()
-    )
-
-
-def _prepare(
-    config: TrainConfig, reader: CacheReader, objective: Objective, student: Any, tokenizer: Tokenizer
-) -> tuple[StudentText | None, Collator, int]:
-    """The student's own tokens, where they are needed; what makes batches; how many logits count.
-
-    Raises KdError where cache and student do not belong together.
-    """
-    encoder = is_encoder_decoder(student)
-    if encoder:
-        refuse_without_prompts(reader)
-    own_cut = {"--prompt-loss": config.prompt_loss, "--separator": config.separator is not None,
-               "--target-len": config.target_len is not None}  # fmt: skip
-    asked = [name for name, given in own_cut.items() if given]
-    between = [name for name in asked if name != "--target-len"]
-    if encoder and between:
-        raise DataError("an encoder reads the prompt by itself, and nothing predicts its tokens",
-                        found=", ".join(between), try_="leave them out, or a causal student")  # fmt: skip
-    by_text = objective.groups or bool(asked)
-    if config.loss == "ce" and (reader.manifest.blocks.encoder != encoder or not same_tokenizer(reader, tokenizer)):
-        by_text = True
-    if by_text and not (objective.groups or config.loss == "ce"):
-        raise DataError(f"--loss {config.loss} reads the cached tokens as they are", found=", ".join(asked),
-                        try_="--loss ce, uld, hybrid or alm")  # fmt: skip
-    start = decoder_start(student) if encoder else None
-    if not by_text and config.seq_len is not None and not config.packing:
-        raise DataError(f"--loss {config.loss} reads the cached tokens as they are, whatever their length",
-                        found=f"--seq-len {config.seq_len}", try_="leave it out, or build the cache with that length")  # fmt: skip
-    if not by_text:
-        refuse_other_layout(reader, f"--loss {config.loss}", encoder=encoder)
-        refuse_other_tokenizer(
-            reader, tokenizer, purpose=f"--loss {config.loss}",
-            advice="--loss uld, hybrid or alm, for any tokenizer; or --tokenizer for a random student",
-        )  # fmt: skip
-        tokens, rows = reader.lengths()
-        refuse_narrow_student(reader, student, int((np.maximum(tokens - rows, rows) if encoder else tokens).max()))
-        return None, Collator(objective, start_id=start), reader.manifest.vocabulary_size
-    if config.top_k is not None and objective.groups and reader.config.tail_bands:
-        raise DataError("rank bands begin where the stored top-k ends", found=f"--top-k {config.top_k}",
-                        expected=f"all {reader.config.top_k}", try_="leave --top-k out")  # fmt: skip
-    width = vocabulary_size(tokenizer)
-    if int(student.vocab_size) < width:
-        raise DataError("the student has fewer logits than its tokenizer has entries", found=student.vocab_size,
-                        expected=f"at least {width}", try_="--tokenizer PATH of the right tokenizer")  # fmt: skip
-    limit = max_positions(student)
-    _check_limit("--seq-len", config.seq_len, limit)
-    _check_limit("--target-len", config.target_len, limit)
-    text = StudentText(
-        reader, tokenizer, window=config.seq_len or limit, separator=config.separator, encoder=encoder,
-        target_len=config.target_len or (limit if encoder else None),
-    )  # fmt: skip
-    pieces = None
-    if objective.loss == "hybrid":
-        pieces = shared_pieces(reader, tokenizer)
-        objective = replace(objective, settings=replace(objective.settings, overlap=pieces.overlap))
-    collator = Collator(objective, text, config.alignment, config.align_eos, config.prompt_loss, pieces, start)
-    return text, collator, width
-
-
-def _check_limit(option: str, wanted: int | None, limit: int | None) -> None:
-    if limit is not None and wanted is not None and wanted > limit:
-        raise DataError("the sequence length is longer than the student's positions", found=f"{option} {wanted}",
-                        expected=f"at most {limit}", try_=f"{option} {limit}")  # fmt: skip
-
-
-def _capacity(config: TrainConfig, sizes: np.ndarray, limit: int | None) -> Size:
-    """Tokens of a packed sequence on each side; a decoder's side is as long as the encoder's.
-
-    `sizes [E, sides]`, `limit` the student's positions. Raises DataError where an example does not fit.
-    """
-    _check_limit("--seq-len", config.seq_len, limit)
-    longest = sizes.max(axis=0).tolist()
-    room = config.seq_len or limit or max(longest[0], PACKED_TOKENS)
-    if longest[0] > room:
-        raise DataError("an example is longer than a packed sequence", found=f"{longest[0]} tokens",
-                        expected=f"at most --seq-len {room}", try_=f"--seq-len {longest[0]}")  # fmt: skip
-    return (room, *(max(room, n) for n in longest[1:]))
-
-
-def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: int | None = None) -> None:
-    """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits.
-
-    `chunk` rows of the output layer at once; None = `head_rows`.
-    """
-    parts = split_head(model)
-
-    def forward(self: Any, positions: Tensor, **batch: Any) -> dict[str, Tensor]:
-        rows = parts.batch_hidden(batch).flatten(0, 1).index_select(0, positions)
-        total, kd, ce = chunked_head_loss(
-            rows, *output_layer(model), objective, loss_targets(batch), vocabulary_size=vocabulary_size,
-            chunk=chunk or head_rows(vocabulary_size, rows.device.type, reused=True),
-        )  # fmt: skip
-        return {"loss": total, "kd": kd, "ce": ce}
-
-    model.forward = MethodType(forward, model)
-
-
-def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight `[V, d]` and bias `[V]` of the output layer as they count now: LoRA adapters on it are added, with gradients."""
-    head = model.get_output_embeddings()
-    if not hasattr(head, "base_layer"):
-        return head.weight, head.bias
-    weight = head.base_layer.weight
-    for name in head.active_adapters:
-        weight = weight + head.get_delta_weight(name)
-    return weight, head.base_layer.bias
-
-
-def detach_loss(model: Any) -> None:
-    """Give the model its own forward back."""
-    del model.forward
 
 
 def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:

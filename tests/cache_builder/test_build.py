@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kd.cache_builder import store
-from kd.cache_builder.build import build, estimate, plan_build
+from kd.cache_builder import commits, store
+from kd.cache_builder.build import build, plan_build
+from kd.cache_builder.estimate import estimate
 from kd.cache_builder.files import process_tag
 from kd.cache_builder.manifest import Layout, load_manifest
 from kd.cache_builder.reader import CacheReader
@@ -242,7 +243,7 @@ def test_a_committed_shard_is_never_overwritten(tmp_path, build_request, run_bui
     writer = store.ShardWriter(tmp_path / "c", manifest)
     record = writer.write(0, {k: np.zeros_like(v) for k, v in shard.arrays.items()}, rows, {})
     writer.close()
-    assert record == store.read_commit(tmp_path / "c", manifest, 0)
+    assert record == commits.read_commit(tmp_path / "c", manifest, 0)
     assert differing(tree(tmp_path / "c"), before) == []
 
 

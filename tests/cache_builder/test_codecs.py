@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd.cache_builder.codecs import CODECS, Graded, array_specs, decode, encode, graded_scale, id_dtype
-from kd.cache_builder.store import pack, unpack
+from kd.cache_builder.rows import pack, unpack
 from kd.cache_builder.targets import PROFILES, RawTargets, TargetConfig
 
 GOLDEN_SCALES = {"graded": "55baec5e9bdea2ce", "graded-fine": "a1e6dba53e190588", "graded-coarse": "1a112be35ff8d33d"}

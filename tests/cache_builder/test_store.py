@@ -17,12 +17,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.cache_builder import store
+from kd.cache_builder import commits, store
 from kd.cache_builder.chunks import decode_shard
 from kd.cache_builder.codecs import CODECS, ArraySpec, array_specs
 from kd.cache_builder.manifest import Layout, load_manifest, refuse_mismatch
 from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.store import pack, unpack
+from kd.cache_builder.rows import code_table, codes_by_count, pack, tokens_digest, unpack
 from kd.cache_builder.targets import TargetConfig
 from kd.cache_builder.verify import verify
 from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError
@@ -105,7 +105,7 @@ def test_verified_bytes_decode_to_what_zarr_reads(cache: Path, tmp_path: Path, b
         manifest = load_manifest(root)
         for index, (_, _, rows) in enumerate(manifest.shards):
             for spec in manifest.arrays:
-                data = (root / store.shard_files([spec], index)[spec.name]).read_bytes()
+                data = (root / commits.shard_files([spec], index)[spec.name]).read_bytes()
                 slow = store.read_rows(root, spec.name, index * manifest.layout.shard_rows, rows)
                 fast = decode_shard(data, spec, manifest.layout, rows)
                 assert fast.dtype == slow.dtype
@@ -156,11 +156,11 @@ def test_packing_loses_nothing_for_any_permutation_and_any_examples(seed: int, s
 
 @given(st.lists(st.lists(st.integers(0, 30), max_size=30), max_size=6))
 def test_codes_are_places_by_count_then_by_id(sequences: list[list[int]]):
-    found = store.codes_by_count(31, [np.array(s, dtype=np.int32) for s in sequences])
+    found = codes_by_count(31, [np.array(s, dtype=np.int32) for s in sequences])
     counts = Counter(i for s in sequences for i in s)
     assert sorted(range(31), key=lambda i: (-counts[i], i)) == np.argsort(found).tolist()
     parts = [np.array(s, dtype=np.int32) for s in reversed(sequences)]
-    assert (store.codes_by_count(31, parts) == found).all()
+    assert (codes_by_count(31, parts) == found).all()
 
 
 def test_the_code_column_is_a_permutation_by_the_corpus_tokens(cache: Path):
@@ -180,9 +180,9 @@ def test_a_vocabulary_whose_codes_are_no_permutation_is_damage(copy: Path):
         table.set_column(2, "code", pa.array([codes[1], *codes[1:]], pa.int32())), copy / "vocabulary.parquet"
     )
     manifest = load_manifest(copy)
-    files = manifest.files | {"vocabulary.parquet": store.file_entry(copy / "vocabulary.parquet")}
+    files = manifest.files | {"vocabulary.parquet": commits.file_entry(copy / "vocabulary.parquet")}
     with pytest.raises(CacheDamageError, match="not a permutation"):
-        store.code_table(copy, dataclasses.replace(manifest, files=files))
+        code_table(copy, dataclasses.replace(manifest, files=files))
 
 
 def test_a_cache_of_format_version_1_reads_as_it_was_written(tmp_path: Path):
@@ -220,24 +220,24 @@ def test_examples_are_plain_parquet_with_their_rows(cache: Path):
 
 def test_a_commit_lists_size_and_digest_of_each_file(cache: Path):
     manifest = load_manifest(cache)
-    record = store.read_commit(cache, manifest, 0)
-    assert set(record.files) == set(store.shard_files(manifest.arrays, 0).values())
+    record = commits.read_commit(cache, manifest, 0)
+    assert set(record.files) == set(commits.shard_files(manifest.arrays, 0).values())
     assert record.bytes == sum((cache / name).stat().st_size for name in record.files)
     for name, entry in record.files.items():
-        assert entry == store.file_entry(cache / name)
+        assert entry == commits.file_entry(cache / name)
 
 
 def test_every_file_is_accounted_for(cache: Path):
     manifest = load_manifest(cache)
     known = {"manifest.json", *manifest.files}
     for index in range(len(manifest.shards)):
-        known |= {f"commits/{index:05d}.json", *store.read_commit(cache, manifest, index).files}
+        known |= {f"commits/{index:05d}.json", *commits.read_commit(cache, manifest, index).files}
     assert {p.relative_to(cache).as_posix() for p in all_files(cache)} == known
 
 
 def test_quality_sums_add_up_over_shards(cache: Path):
     manifest = load_manifest(cache)
-    records = [store.read_commit(cache, manifest, i) for i in range(len(manifest.shards))]
+    records = [commits.read_commit(cache, manifest, i) for i in range(len(manifest.shards))]
     assert manifest.quality["rows"] == manifest.rows
     for name, value in manifest.quality.items():
         assert value == pytest.approx(sum(r.quality[name] for r in records))
@@ -245,11 +245,11 @@ def test_quality_sums_add_up_over_shards(cache: Path):
 
 def test_a_row_digest_sees_every_token_and_the_border():
     a, b = np.array([1, 2, 3]), np.array([4, 5])
-    digest = store.tokens_digest(a, b)
+    digest = tokens_digest(a, b)
     assert len(digest) == 16
-    assert digest == store.tokens_digest(a.astype(np.int64), b.astype(np.uint16))
+    assert digest == tokens_digest(a.astype(np.int64), b.astype(np.uint16))
     others = [(a[::-1], b), (a, b[::-1]), (a[:2], np.array([3, 4, 5])), (a, np.array([4, 6])), (np.array([1, 2, 4]), b)]
-    assert all(store.tokens_digest(*o) != digest for o in others)
+    assert all(tokens_digest(*o) != digest for o in others)
 
 
 def test_a_shard_of_zeros_is_written_and_read_back(copy: Path):
@@ -262,7 +262,7 @@ def test_a_shard_of_zeros_is_written_and_read_back(copy: Path):
     zeros = {name: np.zeros_like(values) for name, values in before.items()}
     assert {len(values) for values in zeros.values()} == {rows}
     table = pq.read_table(copy / "examples" / f"{last:05d}.parquet").to_pylist()
-    store.commit_path(copy, last).unlink()
+    commits.commit_path(copy, last).unlink()
     writer = store.ShardWriter(copy, dataclasses.replace(manifest, commits=(), quality={}))
     record = writer.write(last, zeros, table, {})
     writer.close()
@@ -334,7 +334,7 @@ def test_every_damage_of_every_file_is_an_error_and_never_a_value(tmp_path: Path
 
 def test_two_shard_files_that_were_swapped_are_noticed(copy: Path):
     manifest = load_manifest(copy)
-    a, b = store.shard_files(manifest.arrays, 0), store.shard_files(manifest.arrays, 1)
+    a, b = commits.shard_files(manifest.arrays, 0), commits.shard_files(manifest.arrays, 1)
     for name in a:
         first, second = (copy / a[name]).read_bytes(), (copy / b[name]).read_bytes()
         assert first != second, name
@@ -349,7 +349,7 @@ def test_two_shard_files_that_were_swapped_are_noticed(copy: Path):
 
 def test_two_whole_shards_that_were_swapped_with_their_commits_are_noticed(copy: Path):
     manifest = load_manifest(copy)
-    a, b = ({**store.shard_files(manifest.arrays, i), "commit": f"commits/{i:05d}.json"} for i in (0, 1))
+    a, b = ({**commits.shard_files(manifest.arrays, i), "commit": f"commits/{i:05d}.json"} for i in (0, 1))
     for name in a:
         first, second = (copy / a[name]).read_bytes(), (copy / b[name]).read_bytes()
         (copy / a[name]).write_bytes(second)
@@ -363,7 +363,7 @@ def test_a_commit_rewritten_to_fit_damaged_bytes_is_noticed(copy: Path):
     flip(copy / name, 0.5)
     path = copy / "commits" / "00000.json"
     document = json.loads(path.read_text())
-    document["files"][name] = store.file_entry(copy / name)
+    document["files"][name] = commits.file_entry(copy / name)
     path.write_text(json.dumps(document))
     with pytest.raises(CacheDamageError, match="changed after the cache was finished"):
         read_everything(copy)

@@ -32,10 +32,11 @@ from kd.data.errors import CacheMismatchError, DataError
 from kd.data.packing import Size, pack
 from kd.data.tokenizer import load_tokenizer
 from kd.student_trainer.groups import GroupSettings
+from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.stream import Collator, plan_batches
 from kd.student_trainer.text import StudentText
-from kd.student_trainer.train import attach_loss, read_metrics
+from kd.student_trainer.train import read_metrics
 
 V = 400
 ROPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -28,11 +28,12 @@ from kd.evaluation.scoring import final
 from kd.evaluation.tasks import run_tasks
 from kd.student_trainer.card import write_card
 from kd.student_trainer.groups import GroupSettings
+from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.pieces import shared_pieces
 from kd.student_trainer.stream import Collator
 from kd.student_trainer.text import StudentText
-from kd.student_trainer.train import attach_loss, read_metrics
+from kd.student_trainer.train import read_metrics
 
 V = 180
 """Entries of the teacher's tokenizer."""

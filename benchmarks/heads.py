@@ -1,0 +1,96 @@
+"""The output layer and each loss alone, forward and backward: CPU time relative to plain cross-entropy on whole logits.
+
+    OMP_NUM_THREADS=1 python benchmarks/heads.py                      # kernels
+    OMP_NUM_THREADS=1 python benchmarks/heads.py --autograd --chunk 128   # the definitions, by autograd on each chunk
+
+`plain` is `F.cross_entropy(F.linear(h, w), gold)` and its backward pass; the others are `chunked_head_loss` on the same
+hidden states. Targets are made up: k=64 values for losses by row, 16 values and 16 bands for losses over groups, every group
+one token. Cases take turns; shown is the least of the turns, with its ratio to the least of `plain`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.cache_builder.targets import band_edges
+from kd.student_trainer.groups import GroupSettings, GroupTargets
+from kd.student_trainer.head import chunked_head_loss
+from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+
+
+def made_up(rows: int, vocabulary: int, edges: tuple[int, ...]) -> tuple[LossTargets, LossTargets]:
+    """Targets by row and over groups, of random teacher rows."""
+    gold = torch.randint(vocabulary, (rows,))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, rows, 128):
+        log_p = (2 * torch.randn(min(128, rows - start), vocabulary)).log_softmax(1)
+        values, ids = log_p.sort(1, descending=True)
+        bands = [values[:, a:b].logsumexp(1) for a, b in pairwise(edges)]
+        parts.append((values[:, :64].clone(), ids[:, :64].clone(), torch.stack(bands, 1)))
+    values, ids, bands = (torch.cat(column) for column in zip(*parts, strict=True))
+    first, zeros = torch.arange(rows), torch.zeros(rows)
+    groups = GroupTargets(first, first + 1, gold, zeros, zeros - 1, zeros + 1 / 16, values[:, :16], bands,
+                          student_ids=ids[:, :16])  # fmt: skip
+    return LossTargets(gold, ids, values, 1 - values.exp().sum(1)), LossTargets(gold, groups=groups)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=50257)
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--autograd", action="store_true", help="without the kernels")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.autograd:
+        LOSSES.update({name: replace(loss, kernels={}) for name, loss in LOSSES.items()})
+    hidden = torch.randn(args.rows, args.width, requires_grad=True)
+    weight = (0.05 * torch.randn(args.vocabulary, args.width)).requires_grad_()
+    edges = tuple(band_edges(16, args.vocabulary, 16))
+    by_row, over_groups = made_up(args.rows, args.vocabulary, edges)
+    fast, exact = (GroupSettings(edges=edges, ranking=ranking, overlap=0.5) for ranking in ("fast", "exact"))
+    objectives = {
+        "ce": Objective("ce", "none", 0.0), "kl": Objective(), "kl T=2, CE": Objective(alpha=0.5, temperature=2.0),
+        "jsd": Objective("jsd"), "alm": Objective("alm", "none", 0.5), "uld fast": Objective("uld", "bands", 0.5, settings=fast),
+        "uld exact": Objective("uld", "bands", 0.5, settings=exact),
+        "hybrid": Objective("hybrid", "bands", 0.5, settings=exact),
+    }  # fmt: skip
+
+    def plain() -> None:
+        F.cross_entropy(F.linear(hidden, weight), by_row.gold_ids).backward()
+
+    def ours(objective: Objective) -> Callable[[], None]:
+        targets = over_groups if objective.groups else by_row
+
+        def step() -> None:
+            total, _, _ = chunked_head_loss(
+                hidden, weight, None, objective, targets, vocabulary_size=args.vocabulary, chunk=args.chunk
+            )
+            (total / args.rows).backward()
+
+        return step
+
+    cases = {"plain": plain} | {name: ours(objective) for name, objective in objectives.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(args.repeats):
+        for name, case in cases.items():
+            hidden.grad = weight.grad = None
+            started = time.process_time()
+            case()
+            seconds[name].append(time.process_time() - started)
+    for name, runs in seconds.items():
+        print(f"{name:<12}{min(runs):8.2f} s{min(runs) / min(seconds['plain']):8.2f}")
+
+
+if __name__ == "__main__":
+    main()

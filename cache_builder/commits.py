@@ -1,0 +1,93 @@
+"""What exists: commits, one per shard, and the files they name with size and SHA-256.
+
+Zarr reads a missing or emptied file as zeros without a word, so nothing trusts it, or a folder's listing, to say what
+is there: a shard exists if and only if its commit does, and a file is read after it was compared with its commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd.cache_builder.codecs import ArraySpec
+from kd.cache_builder.files import read_json, sha256_of
+from kd.cache_builder.manifest import CacheManifest, ShardRecord, shard_record
+from kd.data.errors import CacheDamageError
+
+TARGETS = "targets.zarr"
+VOCABULARY = "vocabulary.parquet"
+ANSWERS = "generated"
+"""Folder of the teacher's answers, where it wrote the targets; see `generate`."""
+
+
+def commit_path(root: Path, index: int) -> Path:
+    """Where shard `index` is committed."""
+    return root / "commits" / f"{index:05d}.json"
+
+
+def shard_files(arrays: Sequence[ArraySpec], index: int) -> dict[str, str]:
+    """Array name (or `examples`) -> path in the cache of shard `index`'s file."""
+    files = {a.name: f"{TARGETS}/{a.name}/c/{index}" + ("" if a.columns is None else "/0") for a in arrays}
+    return files | {"examples": f"examples/{index:05d}.parquet"}
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as a commit records them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def committed(root: Path, shards: int) -> list[int]:
+    """Indices of committed shards, ascending."""
+    return [i for i in range(shards) if commit_path(root, i).is_file()]
+
+
+def read_commit(root: Path, manifest: CacheManifest, index: int) -> ShardRecord:
+    """The record of a committed shard, checked against the manifest. Raises CacheDamageError."""
+    path = commit_path(root, index)
+    document = read_json(path)
+    record = shard_record(document, path)
+    first, stop, rows = manifest.shards[index]
+    expected = (index, (first, stop), index * manifest.layout.shard_rows, rows, manifest.fingerprint)
+    found = (record.index, record.examples, record.row_start, record.rows, record.fingerprint)
+    names = set(shard_files(manifest.arrays, index).values())
+    if found != expected or set(record.files) != names:
+        raise CacheDamageError("a commit does not belong to this shard", where=path, shard=index)
+    if manifest.complete and sha256_of(path) != manifest.commits[index]:
+        raise CacheDamageError("a commit was changed after the cache was finished", where=path, shard=index)
+    return record
+
+
+def file_size(root: Path, name: str, **where: object) -> int:
+    """Bytes of a file of the cache. Raises CacheDamageError when it is missing."""
+    try:
+        return (root / name).stat().st_size
+    except OSError as error:
+        raise CacheDamageError("a file of the cache is missing", file=root / name, **where,
+                               try_="kd cache verify") from error  # fmt: skip
+
+
+def verified_bytes(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
+    """The bytes of a file of the cache. Raises CacheDamageError unless size and SHA-256 are the recorded ones."""
+    path, size = root / name, file_size(root, name, **where)
+    data = path.read_bytes() if size == entry["bytes"] else b""
+    _refuse(path, entry, len(data) if data else size, lambda: hashlib.sha256(data).hexdigest(), where)
+    return data
+
+
+def verify_file(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> None:
+    """The same without holding the bytes: for files that nobody reads now."""
+    path, size = root / name, file_size(root, name, **where)
+    _refuse(path, entry, size, lambda: sha256_of(path), where)
+
+
+def _refuse(
+    path: Path, entry: Mapping[str, Any], size: int, digest: Callable[[], str], where: Mapping[str, object]
+) -> None:
+    if size != entry["bytes"]:
+        raise CacheDamageError("a file of the cache has another size", file=path, **where,
+                               found=f"{size} bytes", expected=f"{entry['bytes']} bytes", try_="kd cache verify")  # fmt: skip
+    if digest() != entry["sha256"]:
+        raise CacheDamageError("a file of the cache was changed", file=path, **where,
+                               found="another SHA-256 than committed", try_="kd cache verify")  # fmt: skip
