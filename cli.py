@@ -9,17 +9,24 @@ answers at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 
 import click
 
 from kd.commands.lazy import LazyCommands
 
 
+def _interrupt(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point: errors the user can cause become a few lines on stderr and an exit code."""
     from kd.data.errors import KdError
 
+    signal.signal(signal.SIGTERM, _interrupt)  # what Slurm and Docker send before they kill
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read-ahead threads and its fork check do not mix
     try:
         cli(standalone_mode=False)

@@ -18,11 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kd.cache_builder import codecs, commits, store
+from kd.cache_builder.claims import Claims
 from kd.cache_builder.files import unfinished, write_error
 from kd.cache_builder.generate import GenerationConfig, longest_answers
 from kd.cache_builder.manifest import (
@@ -50,6 +51,9 @@ from kd.data.models import (
 )
 from kd.data.sources import Corpus
 from kd.data.tokenizer import token_bytes, tokenizer_fingerprint, vocabulary_size
+
+if TYPE_CHECKING:
+    from kd.cache_builder.teacher import Teacher
 
 OWN_NAMES = {MANIFEST, BUILDING, commits.VOCABULARY, "examples", commits.TARGETS, "commits", commits.ANSWERS}
 
@@ -118,6 +122,8 @@ class BuildProgress:
     complete: bool = False
     reused: bool = False
     """True when there was nothing left to do."""
+    elsewhere: dict[int, str] = field(default_factory=dict)
+    """Shards that other builders are at, and who they are; on the last record."""
     seconds: dict[str, float] | None = None
     """Where time went: forward, head, select, encode, write, wait; on the last record."""
     padding_share: float | None = None
@@ -276,22 +282,36 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
     todo = [i for i in mine if i not in present]
     done_rows, done_shards = sum(manifest.shards[i][2] for i in present), len(present)
     seconds = {"forward": 0.0, "head": 0.0, "select": 0.0, "encode": 0.0, "write": 0.0, "wait": 0.0}
-    if todo:
-        from kd.cache_builder.teacher import collect
-
-        teacher = load_teacher(plan)
-        started, tokens = time.perf_counter(), 0
+    claims, elsewhere = Claims(request.out), dict[int, str]()
+    teacher: Teacher | None = None  # torch is imported where there is something to score
+    started, tokens = time.perf_counter(), 0
+    try:
         with ThreadPoolExecutor(1, thread_name_prefix="kd-writer") as pool:
             pending: Future[None] | None = None
-            for i in todo:
+
+            def wait() -> int:
+                """Let the writer finish; returns the shards it was at."""
+                waiting = time.perf_counter()
+                if pending is not None:
+                    pending.result()
+                seconds["wait"] += time.perf_counter() - waiting
+                return 0 if pending is None else 1
+
+            for i, committed in _ours(todo, request.out, claims, elsewhere):
                 first, stop, size = manifest.shards[i]
-                if commits.commit_path(request.out, i).exists():  # another builder was faster
+                if committed:  # another builder was faster
                     done_rows, done_shards = done_rows + size, done_shards + 1
                     continue
+                if teacher is None:
+                    from kd.cache_builder.teacher import collect
+
+                    teacher = load_teacher(plan)
+                    started = time.perf_counter()
                 rows = plan.rows[first:stop]
                 raw, before = None, done_rows
                 for scored, finished in collect(rows, teacher.run(rows, first)):
                     raw = finished
+                    claims.touch()
                     if pending is not None and pending.done():
                         pending.result()  # a failed writer stops the build here, with its own message
                     done_rows = before + scored
@@ -299,30 +319,48 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
                     yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate)
                 assert raw is not None
                 tokens += sum(len(r.target_ids) for r in rows)
-                waiting = time.perf_counter()
-                if pending is not None:
-                    pending.result()
-                    done_shards += 1
-                seconds["wait"] += time.perf_counter() - waiting
-                pending = pool.submit(_write, writer, i, rows, raw, plan, seconds)
-            if pending is not None:
-                waiting = time.perf_counter()
-                pending.result()
-                done_shards += 1
-                seconds["wait"] += time.perf_counter() - waiting
+                done_shards += wait()
+                pending = pool.submit(_write, writer, i, rows, raw, plan, seconds, claims)
+            done_shards += wait()
+    finally:
+        claims.release_all()
+    rate, padding_share = 0.0, None
+    if teacher is not None:
         rate = tokens / (time.perf_counter() - started)
         seconds |= asdict(teacher.times)
         padding_share = teacher.padding_share
-    else:
-        rate, padding_share = 0.0, None
     complete = len(commits.committed(request.out, total)) == total
     if complete:
         writer.finish()
-    yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate, complete, not todo, seconds, padding_share)
+    yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate, complete, not todo, elsewhere, seconds,
+                        padding_share)  # fmt: skip
 
 
-def load_teacher(plan: BuildPlan) -> Any:
-    """Load the plan's model and put the sparsifier behind it (a `teacher.Teacher`)."""
+def _ours(todo: list[int], root: Path, claims: Claims, elsewhere: dict[int, str]) -> Iterator[tuple[int, bool]]:
+    """`(shard, is it committed)`: shards of `todo` that we claimed, and those that others have committed meanwhile.
+
+    Shards that others hold are asked for again after the rest, until nothing changes; they stay in `elsewhere`.
+    """
+    while todo:
+        left = []
+        for i in todo:
+            other = None if commits.commit_path(root, i).exists() else claims.take(i)
+            if other is not None:
+                elsewhere[i] = other
+                left.append(i)
+                continue
+            elsewhere.pop(i, None)
+            committed = commits.commit_path(root, i).exists()
+            if committed:
+                claims.release(i)
+            yield i, committed
+        if len(left) == len(todo):
+            return
+        todo = left
+
+
+def load_teacher(plan: BuildPlan) -> Teacher:
+    """Load the plan's model and put the sparsifier behind it."""
     from kd.cache_builder.sparsify import Sparsifier, boundary_token_ids
     from kd.cache_builder.teacher import Teacher
 
@@ -336,7 +374,7 @@ def load_teacher(plan: BuildPlan) -> Any:
 
 
 def _write(writer: store.ShardWriter, index: int, rows: list[TokenRows], raw: RawTargets, plan: BuildPlan,
-           seconds: dict[str, float]) -> None:  # fmt: skip
+           seconds: dict[str, float], claims: Claims) -> None:  # fmt: skip
     """Encode and commit one shard (on the writer's thread)."""
     started = time.perf_counter()
     stored, quality = codecs.encode(raw, plan.manifest.targets)
@@ -357,5 +395,6 @@ def _write(writer: store.ShardWriter, index: int, rows: list[TokenRows], raw: Ra
         writer.write(index, stored, examples, quality)
     except OSError as error:
         raise write_error(writer.root, error) from error
+    claims.release(index)
     seconds["encode"] += encoded - started
     seconds["write"] += time.perf_counter() - encoded

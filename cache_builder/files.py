@@ -60,7 +60,10 @@ _TOKEN = secrets.token_hex(4)
 
 def unfinished(name: str) -> bool:
     """Is this the name of a file or folder that a build has not published yet?"""
-    return re.fullmatch(r"\.staging-.*|\..*\.json\..*\.tmp", name) is not None
+    return re.fullmatch(r"\.staging-.*|\..*\.tmp|\.\d+\.claim", name) is not None
+
+
+_TAG = re.compile(r"(?P<host>.+-\d+)-(?P<pid>\d+)-(?P<token>[0-9a-f]+)")
 
 
 def _host() -> str:
@@ -80,23 +83,30 @@ def process_tag() -> str:
 def sweep(folder: Path) -> None:
     """Remove what killed processes left in `folder`: `.NAME.json.TAG.tmp` files, `.staging-TAG` folders.
 
-    Those of this host's dead processes, and those of other hosts that nothing touched for `ABANDONED_SECONDS`: what
+    Those of this host's dead processes, and those of other hosts that nothing touched for `ABANDONED_SECONDS`; what
     a live process is about to publish stays.
     """
-    here = re.compile(rf"\.(?:.+\.json\.|staging-){re.escape(_host())}-(\d+)-([0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
+    name = re.compile(r"\.(?:.+\.(?:json|claim)\.|staging-)(.+-\d+-\d+-[0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
     for path in [*folder.glob(".*.tmp"), *folder.glob(".staging-*")]:
-        match = here.fullmatch(path.name)
-        if match is None:
-            abandoned = _untouched(path)
-        elif int(match[1]) == os.getpid():
-            abandoned = match[2] != _TOKEN
-        else:
-            abandoned = not _alive(int(match[1]))
-        if abandoned:
+        match = name.fullmatch(path.name)
+        alive = holder(match[1])[0] if match else None
+        if alive is False or (alive is None and _untouched(path)):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def holder(tag: str) -> tuple[bool | None, str]:
+    """Is the process of a `process_tag` alive (None: it is of another host), and who it is, in words."""
+    match = _TAG.fullmatch(tag)
+    if match is None:
+        return None, tag[:80]
+    host, pid, token = match["host"], int(match["pid"]), match["token"]
+    words = f"process {pid} on {host.rpartition('-')[0]}"
+    if host != _host():
+        return None, words
+    return (token == _TOKEN if pid == os.getpid() else _alive(pid)), words
 
 
 def _alive(pid: int) -> bool:
@@ -151,13 +161,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CacheDamageError when it is absent, too large, not JSON, or not an object."""
+    """Read a JSON object. Raises CacheDamageError when it is absent, too large, not JSON, not an object, or not
+    spelled as `canonical_json` does: whatever was changed is noticed."""
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CacheDamageError("a JSON file of the cache is too large", where=path, found=f"{size} bytes",
                                    expected=f"at most {MAX_JSON_BYTES}")  # fmt: skip
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        value = json.loads(data)
     except FileNotFoundError as error:
         raise CacheDamageError("a file of the cache is missing", where=path) from error
     except (ValueError, RecursionError, OSError) as error:
@@ -165,7 +177,16 @@ def read_json(path: Path) -> dict[str, Any]:
                                found=f"{type(error).__name__}: {error}") from error  # fmt: skip
     if not isinstance(value, dict):
         raise CacheDamageError("a JSON file of the cache is not an object", where=path, found=type(value).__name__)
+    if _spelled(value) != data:
+        raise CacheDamageError("a JSON file of the cache was changed", where=path, found="not the canonical spelling")
     return value
+
+
+def _spelled(value: dict[str, Any]) -> bytes | None:
+    try:
+        return canonical_json(value).encode()
+    except ValueError:  # NaN, or half a character
+        return None
 
 
 def write_error(path: Path, error: OSError) -> CacheError:

@@ -288,7 +288,15 @@ def _short(value: Any) -> str:
 
 
 def shard_record(document: dict[str, Any], where: Path) -> ShardRecord:
-    """A commit file's document as a record; CacheDamageError when it is not one."""
+    """A commit file's document as a record; CacheDamageError when it is not one.
+
+    Its checksum (over all else) was not written by the first releases; a finished cache's commits are in its manifest.
+    """
+    content = {name: value for name, value in document.items() if name != "checksum"}
+    if document.get("checksum") not in (None, digest_of(content)) or set(content) != set(
+        ShardRecord.__dataclass_fields__
+    ):
+        raise CacheDamageError("a commit was changed", where=where)
     try:
         record = ShardRecord(
             index=_count(document["index"]),

@@ -29,6 +29,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from kd.cache_builder.chunks import decode_shard
+from kd.cache_builder.claims import void_claims
 from kd.cache_builder.codecs import Arrays, ArraySpec
 from kd.cache_builder.commits import (
     ANSWERS,
@@ -43,6 +44,7 @@ from kd.cache_builder.commits import (
 )
 from kd.cache_builder.files import (
     canonical_json,
+    digest_of,
     process_tag,
     publish,
     publish_first,
@@ -146,6 +148,7 @@ class ShardWriter:
         """Remove what killed builds of this host left behind."""
         for folder in (self.root, self.root / "commits"):
             sweep(folder)
+        void_claims(self.root)
 
     def tidy(self) -> None:
         """Leave nothing but the finished cache, and what a live builder of another host has staged."""
@@ -241,7 +244,8 @@ class ShardWriter:
             quality=quality,
             fingerprint=self.manifest.fingerprint,
         )
-        write_atomic(commit_path(self.root, index), canonical_json(asdict(record)))
+        document = asdict(record)
+        write_atomic(commit_path(self.root, index), canonical_json(document | {"checksum": digest_of(document)}))
         return record
 
     def close(self) -> None:

@@ -120,9 +120,16 @@ def cache_build(as_json: bool, profile_build: bool, **options: Any) -> None:
     result = cache_summary(options["out"]) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
     if profile_build and last.seconds is not None:
         result |= {"seconds": last.seconds, "padding_share": last.padding_share}
-    heading = "nothing left to do here" if last.reused else "built"
+    heading = "nothing left to do here" if last.reused or last.elsewhere else "built"
     if not as_json:
         click.echo(f"{options['out']}: " + ("complete" if last.complete else "not complete") + f" ({heading})")
+    if last.elsewhere:
+        result["elsewhere"] = {str(shard): who for shard, who in last.elsewhere.items()}
+        if not as_json:
+            del result["elsewhere"]
+            for who in sorted(set(last.elsewhere.values())):
+                shards = ", ".join(str(i) for i, other in last.elsewhere.items() if other == who)
+                click.echo(f"  being built by {who}: shards {shards}; the same command again finishes what is left")
     emit(result, as_json)
 
 

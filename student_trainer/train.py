@@ -28,7 +28,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from kd.cache_builder.files import canonical_json, write_atomic
+from kd.cache_builder.files import canonical_json, sweep, unfinished, write_atomic
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.forward import require_packable
@@ -239,7 +239,7 @@ def _resume_point(identity: dict[str, Any], out: Path, resume: bool) -> Path | N
     """The checkpoint to continue from, if any. Refuses to overwrite a run, or to continue another one."""
     state = out / RUN
     if not state.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and not all(unfinished(path.name) for path in out.iterdir()):
             raise DataError("the output folder is not empty", where=out, try_="another --out")
         return None
     if not resume:
@@ -267,6 +267,7 @@ def _step_of(checkpoint: Path) -> int:
 def _open_folder(identity: dict[str, Any], reader: CacheReader, out: Path, checkpoint: Path | None) -> None:
     """Say whose folder this is, and drop the lines logged after the checkpoint: they are going to be logged again."""
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     description = {"identity": identity, "cache_fingerprint": reader.manifest.fingerprint, "complete": False}
     write_atomic(out / RUN, canonical_json(description))
     step = _step_of(checkpoint) if checkpoint else 0

@@ -169,7 +169,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list(out.glob(".staging-*"))
-    assert [p.name for p in (out / "commits").iterdir()] == ["00000.json"]
+    assert [p.name for p in (out / "commits").glob("*.json")] == ["00000.json"]
     run_build(build_request(out))
     assert differing(tree(out), unbroken) == []
 
@@ -225,7 +225,10 @@ def test_a_shard_that_another_builder_committed_meanwhile_is_not_scored_again(
     monkeypatch.setattr(Teacher, "run", lambda self, rows, first: scored.append(first) or run(self, rows, first))
     mine = build(plan)
     next(mine)  # scoring shard 0
-    list(build(plan_build(build_request(tmp_path / "c"))))
+    other = list(build(plan_build(build_request(tmp_path / "c"))))
+    assert not other[-1].complete
+    assert list(other[-1].elsewhere) == [0]
+    assert str(os.getpid()) in other[-1].elsewhere[0]
     before = len(scored)
     last = list(mine)[-1]
     assert scored[before:] == []

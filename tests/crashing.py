@@ -1,0 +1,96 @@
+"""Run something in a forked child that dies, or whose disk fails, at the n-th operation that writes under a folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd.data.errors import KdError
+
+WRITES = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+def child(action: Callable[[], None]) -> tuple[int, str]:
+    """Run `action` in a fork: its exit code (minus the signal that killed it), and the error it ended with."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+            action()
+            code = 0
+        except KdError as error:
+            os.write(write, str(error).encode()[:4000])
+            code = error.exit_code
+        except SystemExit as error:
+            code = int(error.code or 0)
+        except BaseException as error:
+            os.write(write, repr(error).encode()[:4000])
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        text = pipe.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+
+
+def watch(root: Path, act: Callable[[int], None]) -> None:
+    """From now on in this process, call `act(n)` before the n-th operation that writes under `root`."""
+    prefix, numbers = str(root), count()
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if (event in WRITES or (event == "open" and int(arguments[2]) & (os.O_WRONLY | os.O_RDWR))) and str(
+            arguments[0]
+        ).startswith(prefix):
+            act(next(numbers))
+
+    sys.addaudithook(hook)
+
+
+def dies_at(number: int) -> Callable[[int], None]:
+    """SIGKILL, which nothing can handle."""
+
+    def act(n: int) -> None:
+        if n == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return act
+
+
+def fails_at(number: int) -> Callable[[int], None]:
+    """The disk's answer to one operation."""
+
+    def act(n: int) -> None:
+        if n == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    return act
+
+
+def operations(action: Callable[[], None], root: Path) -> int:
+    """How many operations `action` does under `root` when nothing stops it."""
+    read, write = os.pipe()
+
+    def counted() -> None:
+        watch(root, lambda n: os.write(write, b".") and None)
+        action()
+
+    assert child(counted) == (0, "")
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        return len(pipe.read())
+
+
+def some_of(total: int, few: int | None) -> list[int]:
+    """`few` numbers below `total`, the same every time; None = all."""
+    return list(range(total)) if few is None else sorted(random.Random(0).sample(range(total), min(few, total)))
