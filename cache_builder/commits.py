@@ -7,6 +7,7 @@ is there: a shard exists if and only if its commit does, and a file is read afte
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,21 @@ def read_commit(root: Path, manifest: CacheManifest, index: int) -> ShardRecord:
 
 
 def file_size(root: Path, name: str, **where: object) -> int:
-    """Bytes of a file of the cache. Raises CacheDamageError when it is missing."""
+    """Bytes of a file of the cache. Raises CacheDamageError where it is missing, no plain file, or outside the cache."""
+    path = root / name
     try:
-        return (root / name).stat().st_size
+        found = path.stat()
     except OSError as error:
-        raise CacheDamageError("a file of the cache is missing", file=root / name, **where,
-                               try_="kd cache verify") from error  # fmt: skip
+        raise CacheDamageError("a file of the cache is missing", file=path, **where, try_="kd cache repair") from error
+    if not stat.S_ISREG(found.st_mode) or not inside(root, path):
+        raise CacheDamageError("a file of the cache is not a file in its folder", file=path, **where,
+                               found="a link that leaves it, or no plain file", try_="kd cache repair")  # fmt: skip
+    return found.st_size
+
+
+def inside(root: Path, path: Path) -> bool:
+    """Does a path stay in the cache, links followed?"""
+    return path.resolve().is_relative_to(root.resolve())
 
 
 def verified_bytes(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
@@ -87,7 +97,7 @@ def _refuse(
 ) -> None:
     if size != entry["bytes"]:
         raise CacheDamageError("a file of the cache has another size", file=path, **where,
-                               found=f"{size} bytes", expected=f"{entry['bytes']} bytes", try_="kd cache verify")  # fmt: skip
+                               found=f"{size} bytes", expected=f"{entry['bytes']} bytes", try_="kd cache repair")  # fmt: skip
     if digest() != entry["sha256"]:
         raise CacheDamageError("a file of the cache was changed", file=path, **where,
-                               found="another SHA-256 than committed", try_="kd cache verify")  # fmt: skip
+                               found="another SHA-256 than committed", try_="kd cache repair")  # fmt: skip

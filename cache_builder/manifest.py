@@ -168,8 +168,11 @@ def load_manifest(root: Path) -> CacheManifest:
     document = read_json(path)
     checksum = document.pop("checksum", None)
     if checksum not in (None, digest_of(document)):  # None: another format, or caught below
+        advice = (
+            "kd cache repair --from COPY; or remove it and run its kd cache build command again: committed shards stay"
+        )
         raise CacheDamageError("the manifest was changed", where=path, found=f"content {digest_of(document)}",
-                               expected=f"checksum {checksum}", try_="a fresh copy, or a new --out")  # fmt: skip
+                               expected=f"checksum {checksum}", try_=advice)  # fmt: skip
     if document.get("format") != FORMAT:
         raise CacheError("this is not a cache", where=path, found=f"format {document.get('format')!r}",
                          expected=repr(FORMAT))  # fmt: skip

@@ -54,10 +54,11 @@ def verify(root: str | Path) -> Iterator[VerifyProgress]:
     total = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
     done = 0
     known = {"manifest.json", "building.json"}
+    present = range(len(manifest.shards)) if manifest.complete else commits.committed(root, len(manifest.shards))
     for name, entry in manifest.files.items():
         known.add(name)
-        findings += _check_file(root, name, entry)
-    present = range(len(manifest.shards)) if manifest.complete else commits.committed(root, len(manifest.shards))
+        if present or (root / name).exists():  # a build that has no shard yet may still be laying out the directory
+            findings += _check_file(root, name, entry)
     for index in present:
         known |= {f"commits/{index:05d}.json", *commits.shard_files(manifest.arrays, index).values()}
         found = list(_check_shard(root, manifest, index))
@@ -101,7 +102,9 @@ def _check_shard(root: Path, manifest: CacheManifest, index: int) -> Iterator[Fi
             commits.verify_file(root, name, record.files[name])
         except CacheDamageError as error:
             damaged = True
-            narrowed = whole if array == "examples" else _broken_rows(root, manifest, array, start, rows) or whole
+            narrowed = whole
+            if array != "examples" and (root / name).is_file() and commits.inside(root, root / name):
+                narrowed = _broken_rows(root, manifest, array, start, rows) or whole
             yield Finding(name, error.headline, index, array, narrowed)
     if damaged:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -42,6 +42,30 @@ def parse_part(_: click.Context, __: click.Parameter, value: str) -> tuple[int, 
 
 def parse_template(_: click.Context, __: click.Parameter, value: str) -> str | int:
     return int(value) if value.lstrip("-").isdigit() else value
+
+
+RECORDED = "kd.options"
+"""In a context's meta: the options that were given, as they were spelled."""
+
+
+class RecordedCommand(click.Command):
+    """A command that knows which options it was given, so that it can be given them again."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        values, _, _ = self.make_parser(ctx).parse_args(list(args))
+        ctx.meta[RECORDED] = {str(name): value for name, value in values.items() if isinstance(value, str | bool)}
+        return super().parse_args(ctx, args)
+
+    def spelled(self, options: Mapping[str, Any]) -> list[str]:
+        """What was recorded, as arguments."""
+        words = []
+        for param in self.params:
+            value = options.get(param.name or "")
+            if value is None:
+                continue
+            word = param.secondary_opts[0] if value is False else param.opts[0]
+            words.append(word if isinstance(value, bool) else f"{word}={value}")
+        return words
 
 
 def instruction_options(function: Function) -> Function:
