@@ -9,12 +9,13 @@ build is byte-identical to an unbroken one.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.codecs import CODECS, ArraySpec, array_specs
-from kd.cache_builder.files import canonical_json, digest_of, read_json, write_atomic
+from kd.cache_builder.files import canonical_json, digest_of, read_json, unfinished, write_atomic
 from kd.cache_builder.targets import TargetConfig
 from kd.data.blocks import BlockConfig
 from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError
@@ -201,6 +202,21 @@ def load_manifest(root: Path) -> CacheManifest:
         raise CacheDamageError("the manifest cannot be read", where=path,
                                found=f"{type(error).__name__}: {error}") from error  # fmt: skip
     return manifest
+
+
+def existing_cache(out: Path, own_names: Collection[str]) -> CacheManifest | None:
+    """The manifest under `out`, None for a fresh directory; refuses one that holds other things than `own_names`."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise CacheError("the output is not a directory", where=out, try_="another --out")
+    if (out / MANIFEST).exists() or (out / BUILDING).exists():
+        return load_manifest(out)
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in own_names and not unfinished(p.name))
+    if foreign:
+        raise CacheError("the output directory is not empty and not a cache", where=out,
+                         found=", ".join(foreign[:5]), expected="an empty or new directory")  # fmt: skip
+    return None
 
 
 def _count(value: Any) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from kd.cache_builder import codecs, commits, store
 from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.registry import located
 from kd.cache_builder.rows import read_vocabulary, tokens_digest
 from kd.cache_builder.targets import SoftTargets
 from kd.data.errors import CacheDamageError, CacheError
@@ -47,23 +48,28 @@ class CacheReader:
     """Random access to a complete cache by example number; thread-safe."""
 
     def __init__(self, path: str | Path, *, top_k: int | None = None, window: int = 16) -> None:
-        """`top_k` keeps fewer tokens than stored. Raises CacheError for an incomplete cache or an impossible k."""
-        self.root = Path(path)
-        self.manifest: CacheManifest = load_manifest(self.root)
-        if not self.manifest.complete:
-            done = len(commits.committed(self.root, len(self.manifest.shards)))
-            raise CacheError("this cache is not complete", where=self.root,
-                             found=f"{done} of {len(self.manifest.shards)} shards",
+        """`path` may be the beginning of a fingerprint; `top_k` keeps fewer tokens than stored.
+
+        Raises CacheError for an incomplete cache or an impossible k.
+        """
+        root = located(path)
+        manifest = load_manifest(root)
+        if not manifest.complete:
+            done = len(commits.committed(root, len(manifest.shards)))
+            raise CacheError("this cache is not complete", where=root, found=f"{done} of {len(manifest.shards)} shards",
                              try_="run its kd cache build command again: it continues")  # fmt: skip
-        for name, entry in self.manifest.files.items():
-            commits.verify_file(self.root, name, entry)
-        self.config = self.manifest.targets
+        for name, entry in manifest.files.items():
+            commits.verify_file(root, name, entry)
+        self._open(root, manifest, top_k, window)
+
+    def _open(self, root: Path, manifest: CacheManifest, top_k: int | None, window: int) -> None:
+        self.root, self.manifest, self.config = root, manifest, manifest.targets
         if top_k is not None and not 1 <= top_k <= self.config.top_k:
             raise CacheError("this cache does not hold that many tokens per row", found=f"top-k {top_k}",
                              expected=f"1..{self.config.top_k}")  # fmt: skip
         self.top_k = top_k
         self.window = window
-        self._starts = np.array([first for first, _, _ in self.manifest.shards])
+        self._starts = np.array([first for first, _, _ in manifest.shards])
         self._shards: OrderedDict[int, store.Shard] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.console import emit, emit_json, follow, quiet_libraries
-from kd.commands.options import PATH, RECORDED, RecordedCommand, build_options, json_option, unescaped
+from kd.commands.cache_check import cache_repair, cache_verify
+from kd.commands.cache_copies import cache_ls, cache_merge, cache_slice
+from kd.commands.console import emit, follow, quiet_libraries
+from kd.commands.options import PATH, RECORDED, RecordedCommand, build_options, json_option, reuse_options, unescaped
 
 if TYPE_CHECKING:
     from kd.cache_builder.build import BuildPlan, BuildProgress, BuildRequest
-    from kd.cache_builder.verify import Finding
     from kd.data.rendering import InstructionConfig
 
-NOT_RECORDED = {"out", "as_json", "shard", "profile_build"}
+NOT_RECORDED = {"out", "as_json", "shard", "profile_build", "extend", "reuse"}
 """Options of a build that say nothing about what is in it."""
 
 
@@ -110,21 +109,24 @@ def cache_plan(as_json: bool, **options: Any) -> None:
 
 @cache.command("build", cls=RecordedCommand)
 @build_options
+@reuse_options
 @click.option("--profile-build", is_flag=True, help="Say where the time went.")
-def cache_build(as_json: bool, profile_build: bool, **options: Any) -> None:
+def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, **options: Any) -> None:
     """Run the teacher over the text and write its soft targets. The same command again continues.
 
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
     from kd.cache_builder.summary import cache_summary
 
-    last = _build(options)
+    last = _build(options, extend, reuse)
     result = cache_summary(options["out"]) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
     if profile_build and last.seconds is not None:
         result |= {"seconds": last.seconds, "padding_share": last.padding_share}
     heading = "nothing left to do here" if last.reused or last.elsewhere else "built"
     if not as_json:
         click.echo(f"{options['out']}: " + ("complete" if last.complete else "not complete") + f" ({heading})")
+    if last.copied:
+        result["shards_copied"] = last.copied
     if last.elsewhere:
         result["elsewhere"] = {str(shard): who for shard, who in last.elsewhere.items()}
         if not as_json:
@@ -135,20 +137,46 @@ def cache_build(as_json: bool, profile_build: bool, **options: Any) -> None:
     emit(result, as_json)
 
 
-def _build(options: dict[str, Any]) -> BuildProgress:
+def _build(options: dict[str, Any], extend: Path | None, reuse: bool) -> BuildProgress:
     from kd.cache_builder.build import plan_build
+    from kd.cache_builder.commits import OWN_NAMES
+    from kd.cache_builder.manifest import existing_cache
+    from kd.cache_builder.registry import remember
 
     given = click.get_current_context().meta[RECORDED]
-    request = replace(_request(**options), options={k: v for k, v in given.items() if k not in NOT_RECORDED})
-    return run_build(plan_build(request if request.generation is None else _generated(request)))
+    request = replace(
+        _request(**options), extend=extend, options={k: v for k, v in given.items() if k not in NOT_RECORDED}
+    )
+    plan = plan_build(request if request.generation is None else _generated(request))
+    if reuse and extend is None and existing_cache(request.out, OWN_NAMES) is None:
+        plan = reused(plan)
+    last = run_build(plan)
+    if last.complete:
+        remember(request.out)
+    return last
+
+
+def reused(plan: BuildPlan) -> BuildPlan:
+    """The plan, to be filled from a cache of the same fingerprint, where one was finished on this machine."""
+    from kd.cache_builder.build import plan_build
+    from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.registry import found
+
+    request = plan.request
+    for path in found(plan.manifest.fingerprint):
+        if request.layout in (None, load_manifest(path).layout) and path != request.out.resolve():
+            click.echo(f"the same cache was built at {path}: its shards are copied", err=True)
+            return plan_build(replace(request, extend=path))
+    return plan
 
 
 @click.command("build", cls=RecordedCommand)
 @build_options
+@reuse_options
 @click.option("--profile-build", is_flag=True)
-def rebuild(as_json: bool, profile_build: bool, **options: Any) -> None:
+def rebuild(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, **options: Any) -> None:
     """Build without a word: what `kd cache repair` does with the options that a cache was built with."""
-    _build(options)
+    _build(options, extend, reuse)
 
 
 def run_build(plan: BuildPlan) -> BuildProgress:
@@ -160,87 +188,6 @@ def run_build(plan: BuildPlan) -> BuildProgress:
         return step.rows_done, step.rows_total, rate
 
     return follow("building", build(plan), show)
-
-
-@cache.command("repair")
-@click.argument("path", type=PATH)
-@click.option(
-    "--from", "copy", type=PATH, metavar="COPY", help="A second copy of the cache: damaged files are taken from it."
-)
-@click.option("--teacher", help="Where the same teacher is now, if not where the build found it.")
-@click.option("--data", "spec", help="Where the same text is now.")
-@click.option("--task-root", type=PATH, help="Tasks: where the same local files are now.")
-@click.option("--device", help="auto, cpu or cuda; the build's own by default.")
-@json_option
-def cache_repair(path: Path, copy: Path | None, as_json: bool, **moved: Any) -> None:
-    """Mend a damaged cache: from a second copy, else by building the damaged shards again, and nothing else.
-
-    Without --from the teacher runs over the damaged shards, with the options the cache was built with (they are recorded in it).
-    Exit code 3 when damage is left.
-
-    Example: kd cache repair runs/cache
-    """
-    from kd.cache_builder.commits import committed
-    from kd.cache_builder.manifest import load_manifest
-    from kd.cache_builder.repair import mend, mend_manifest, reopen
-    from kd.data.errors import CacheDamageError
-
-    mended: list[str] = []
-    if copy is not None and mend_manifest(path, copy):
-        mended.append("manifest.json")
-    before, findings = load_manifest(path), verified(path)
-    if copy is not None and findings:
-        done = follow("mending", mend(path, copy, findings), lambda p: (p.done, p.total, f"{len(p.mended)} files"))
-        mended += done.mended
-        findings = verified(path)
-    rebuilt: list[int] = []
-    broken = [f for f in findings if f.shard is not None or f.where in before.files]
-    if copy is None and (broken or not before.complete):
-        reopen(path, broken)
-        rebuilt = sorted(set(range(len(before.shards))) - set(committed(path, len(before.shards))))
-        recorded = before.provenance.get("options")
-        if not isinstance(recorded, dict):
-            raise CacheDamageError("the damaged shards were given up, and what they were built with is not recorded", where=path,
-                                   found=f"shards {', '.join(map(str, rebuilt)) or 'none'}",
-                                   try_="its kd cache build command: it builds these alone")  # fmt: skip
-        given = {name: str(value) for name, value in moved.items() if value is not None}
-        rebuild.main(rebuild.spelled(recorded | given | {"out": str(path)}), "kd cache build", standalone_mode=False)
-        findings = verified(path)
-    same = load_manifest(path) == before
-    if as_json:
-        emit_json({"path": str(path), "mended": mended, "rebuilt_shards": rebuilt, "byte_identical": same,
-                   "sound": not findings, "findings": [asdict(f) for f in findings]})  # fmt: skip
-    else:
-        for name in mended:
-            click.echo(f"{name}: taken from {copy}")
-        if rebuilt:
-            bytes_are = (
-                "the same bytes"
-                if same
-                else "in other bytes: another machine or other versions; these are committed now"
-            )
-            click.echo(f"shards {', '.join(map(str, rebuilt))}: built again, {bytes_are}")
-        print_findings(path, findings)
-    if findings:
-        sys.exit(3)
-
-
-def verified(path: Path) -> tuple[Finding, ...]:
-    """Drive a verification and its progress bar to the end."""
-    from kd.cache_builder.verify import verify
-
-    return follow(
-        "verifying", verify(path), lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings")
-    ).findings
-
-
-def print_findings(path: Path, findings: Sequence[Finding]) -> None:
-    """A line for each, and the verdict."""
-    for finding in findings:
-        place = [f"shard {finding.shard}" if finding.shard is not None else "", finding.array or "",
-                 f"rows {finding.rows}" if finding.rows else ""]  # fmt: skip
-        click.echo(f"{finding.where}: {finding.problem} ({', '.join(p for p in place if p) or 'whole file'})")
-    click.echo(f"{path}: {'sound' if not findings else f'{len(findings)} findings'}")
 
 
 @cache.command("info")
@@ -259,22 +206,5 @@ def cache_info(path: Path, as_json: bool) -> None:
     emit(result, as_json, str(path))
 
 
-@cache.command("verify")
-@click.argument("path", type=PATH)
-@json_option
-def cache_verify(path: Path, as_json: bool) -> None:
-    """Check every checksum and promise; name the damaged shard, array and rows. Exit code 3 on damage.
-
-    Example: kd cache verify runs/cache
-    """
-    from kd.cache_builder.verify import verify
-
-    last = follow("verifying", verify(path), lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
-    findings = [asdict(f) for f in last.findings]
-    if as_json:
-        emit_json({"path": str(path), "bytes": last.bytes_total, "sound": not findings, "findings": findings})
-    else:
-        print_findings(path, last.findings)
-        click.echo(f"{last.bytes_total:,} bytes checked")
-    if findings:
-        sys.exit(3)
+for command in (cache_verify, cache_repair, cache_slice, cache_merge, cache_ls):
+    cache.add_command(command)

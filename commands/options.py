@@ -164,3 +164,12 @@ def build_options(function: Function) -> Function:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def reuse_options(function: Function) -> Function:
+    """What else may fill a build."""
+    extend = click.option("--extend", type=PATH, metavar="CACHE", help="A cache of the beginning of this text: its shards are "
+                          "copied, the teacher runs over the rest.")  # fmt: skip
+    reuse = click.option("--reuse/--no-reuse", default=True, show_default=True, help="Copy a cache of this fingerprint where one "
+                         "was finished on this machine (kd cache ls).")  # fmt: skip
+    return extend(reuse(function))

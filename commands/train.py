@@ -15,7 +15,10 @@ from kd.commands.options import PATH, json_option, unescaped
 
 
 @click.command()
-@click.option("--cache", help="Path of the cache.")
+@click.option(
+    "--cache", multiple=True, metavar="CACHE[=WEIGHT]",
+    help="Path, or the beginning of a fingerprint. Several, each with a weight, are mixed: --cache A=0.7 --cache B=0.3.",
+)  # fmt: skip
 @click.option("--student", help="Hub id, folder, demo, demo-t5, or random:NAME.")
 @click.option("--out", help="Folder of the run.")
 @click.option(
@@ -91,6 +94,7 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     quiet_libraries()
     from kd.student_trainer.config import config_from
 
+    options["cache"] = ",".join(options["cache"]) or None
     if options["separator"] is not None:
         options["separator"] = unescaped(options["separator"])
     config = config_from(options, config_file)

@@ -29,6 +29,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from kd.cache_builder.files import canonical_json, sweep, unfinished, write_atomic
+from kd.cache_builder.mixture import open_cache
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.forward import require_packable
@@ -82,7 +83,7 @@ def train(
     config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepRecord], None] | None = None
 ) -> TrainResult:
     """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch."""
-    reader = CacheReader(config.cache, top_k=config.top_k)
+    reader = open_cache(config.cache, top_k=config.top_k)
     settings = GroupSettings(edges=rank_edges(reader), ranking=config.ranking, beta=config.beta)
     objective = resolve_objective(
         reader.config, loss=config.loss, tail=config.tail, alpha=config.alpha, temperature=config.temperature,

@@ -42,6 +42,12 @@ STORIES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of one test are not found by another."""
+    monkeypatch.setenv("KD_HOME", str(tmp_path_factory.mktemp("kd-home")))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real tokenizers, weights and texts; tests that need it are skipped where it is absent."""

@@ -1,0 +1,11 @@
+"""The user's folder: where caches are remembered, and kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def kd_home() -> Path:
+    """`$KD_HOME`, by default `~/.cache/kd`; it may not exist yet."""
+    return Path(os.environ.get("KD_HOME") or Path.home() / ".cache" / "kd")

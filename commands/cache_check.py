@@ -1,0 +1,120 @@
+"""kd cache verify and repair: find damage, and mend it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kd.commands.console import emit_json, follow
+from kd.commands.options import PATH, json_option
+
+if TYPE_CHECKING:
+    from kd.cache_builder.verify import Finding
+
+
+@click.command("verify")
+@click.argument("path", type=PATH)
+@json_option
+def cache_verify(path: Path, as_json: bool) -> None:
+    """Check every checksum and promise; name the damaged shard, array and rows. Exit code 3 on damage.
+
+    Example: kd cache verify runs/cache
+    """
+    from kd.cache_builder.verify import verify
+
+    last = follow("verifying", verify(path), lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
+    findings = [asdict(f) for f in last.findings]
+    if as_json:
+        emit_json({"path": str(path), "bytes": last.bytes_total, "sound": not findings, "findings": findings})
+    else:
+        print_findings(path, last.findings)
+        click.echo(f"{last.bytes_total:,} bytes checked")
+    if findings:
+        sys.exit(3)
+
+
+@click.command("repair")
+@click.argument("path", type=PATH)
+@click.option(
+    "--from", "copy", type=PATH, metavar="COPY", help="A second copy of the cache: damaged files are taken from it."
+)
+@click.option("--teacher", help="Where the same teacher is now, if not where the build found it.")
+@click.option("--data", "spec", help="Where the same text is now.")
+@click.option("--task-root", type=PATH, help="Tasks: where the same local files are now.")
+@click.option("--device", help="auto, cpu or cuda; the build's own by default.")
+@json_option
+def cache_repair(path: Path, copy: Path | None, as_json: bool, **moved: Any) -> None:
+    """Mend a damaged cache: from a second copy, else by building the damaged shards again, and nothing else.
+
+    Without --from the teacher runs over the damaged shards, with the options the cache was built with (they are recorded in it).
+    Exit code 3 when damage is left.
+
+    Example: kd cache repair runs/cache
+    """
+    from kd.cache_builder.commits import committed
+    from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.repair import mend, mend_manifest, reopen
+    from kd.commands.cache import rebuild
+    from kd.data.errors import CacheDamageError
+
+    mended: list[str] = []
+    if copy is not None and mend_manifest(path, copy):
+        mended.append("manifest.json")
+    before, findings = load_manifest(path), verified(path)
+    if copy is not None and findings:
+        done = follow("mending", mend(path, copy, findings), lambda p: (p.done, p.total, f"{len(p.mended)} files"))
+        mended += done.mended
+        findings = verified(path)
+    rebuilt: list[int] = []
+    broken = [f for f in findings if f.shard is not None or f.where in before.files]
+    if copy is None and (broken or not before.complete):
+        reopen(path, broken)
+        rebuilt = sorted(set(range(len(before.shards))) - set(committed(path, len(before.shards))))
+        recorded = before.provenance.get("options")
+        if not isinstance(recorded, dict):
+            raise CacheDamageError("the damaged shards were given up, and what they were built with is not recorded", where=path,
+                                   found=f"shards {', '.join(map(str, rebuilt)) or 'none'}",
+                                   try_="its kd cache build command: it builds these alone")  # fmt: skip
+        given = {name: str(value) for name, value in moved.items() if value is not None}
+        rebuild.main(rebuild.spelled(recorded | given | {"out": str(path)}), "kd cache build", standalone_mode=False)
+        findings = verified(path)
+    same = load_manifest(path) == before
+    if as_json:
+        emit_json({"path": str(path), "mended": mended, "rebuilt_shards": rebuilt, "byte_identical": same,
+                   "sound": not findings, "findings": [asdict(f) for f in findings]})  # fmt: skip
+    else:
+        for name in mended:
+            click.echo(f"{name}: taken from {copy}")
+        if rebuilt:
+            bytes_are = (
+                "the same bytes"
+                if same
+                else "in other bytes: another machine or other versions; these are committed now"
+            )
+            click.echo(f"shards {', '.join(map(str, rebuilt))}: built again, {bytes_are}")
+        print_findings(path, findings)
+    if findings:
+        sys.exit(3)
+
+
+def verified(path: Path) -> tuple[Finding, ...]:
+    """Drive a verification and its progress bar to the end."""
+    from kd.cache_builder.verify import verify
+
+    return follow(
+        "verifying", verify(path), lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings")
+    ).findings
+
+
+def print_findings(path: Path, findings: Sequence[Finding]) -> None:
+    """A line for each, and the verdict."""
+    for finding in findings:
+        place = [f"shard {finding.shard}" if finding.shard is not None else "", finding.array or "",
+                 f"rows {finding.rows}" if finding.rows else ""]  # fmt: skip
+        click.echo(f"{finding.where}: {finding.problem} ({', '.join(p for p in place if p) or 'whole file'})")
+    click.echo(f"{path}: {'sound' if not findings else f'{len(findings)} findings'}")

@@ -1,0 +1,105 @@
+"""kd cache slice, merge and ls: caches out of caches, and where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kd.commands.console import emit, emit_json, follow
+from kd.commands.options import PATH, json_option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kd.cache_builder.derive import DeriveProgress
+
+
+def parse_range(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """`A:B`, both numbers."""
+    if value is None:
+        return None
+    first, sign, stop = value.partition(":")
+    if not (sign and first.isdigit() and stop.isdigit()):
+        raise click.BadParameter("expected A:B, e.g. 0:1000")
+    return int(first), int(stop)
+
+
+@click.command("slice")
+@click.argument("path")
+@click.option("--out", required=True, type=PATH, help="Directory of the slice.")
+@click.option("--top-k", type=int, help="Fewer tokens per row; what is dropped goes into the tail.")
+@click.option(
+    "--profile",
+    help="A profile that keeps less: compact out of kl; kl, uld or sampled out of full.",
+)
+@click.option("--logprob-codec", help="Another codec: graded, graded-fine, graded-coarse, linear8, float16 or float32.")
+@click.option(
+    "--examples", callback=parse_range, metavar="A:B", help="Cached examples A up to B - 1 (kd cache info counts them)."
+)
+@json_option
+def cache_slice(path: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Write a smaller cache out of a cache, without the teacher. The same command again continues.
+
+    Example: kd cache slice runs/cache --top-k 16 --out runs/cache-16
+    """
+    from kd.cache_builder.derive import slice_cache
+    from kd.cache_builder.registry import located
+
+    _derived(slice_cache(located(path), out, **options), out, as_json, "slicing")
+
+
+@click.command("merge")
+@click.argument("paths", nargs=-1, required=True)
+@click.option("--out", required=True, type=PATH, help="Directory of the merged cache.")
+@json_option
+def cache_merge(paths: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Write the examples of several caches of one teacher and equal settings to one cache; others are refused.
+
+    Example: kd cache merge runs/one runs/two --out runs/both
+    """
+    from kd.cache_builder.derive import merge_caches
+    from kd.cache_builder.registry import located
+
+    _derived(merge_caches([located(p) for p in paths], out), out, as_json, "merging")
+
+
+def _derived(steps: Iterator[DeriveProgress], out: Path, as_json: bool, label: str) -> None:
+    from kd.cache_builder.registry import remember
+    from kd.cache_builder.summary import cache_summary
+
+    follow(label, steps, lambda p: (p.done, p.total, f"shard {p.done}/{p.total}"))
+    remember(out)
+    emit(cache_summary(out), as_json, f"{out}: complete")
+
+
+@click.command("ls")
+@click.argument("root", type=PATH, required=False)
+@json_option
+def cache_ls(root: Path | None, as_json: bool) -> None:
+    """List caches: those below ROOT, or those that were finished on this machine (kept in $KD_HOME, ~/.cache/kd).
+
+    The beginning of a fingerprint may stand for a cache's path in kd train, kd eval, kd cache slice and merge.
+
+    Example: kd cache ls runs
+    """
+    from kd.cache_builder.registry import listing
+    from kd.data.errors import CacheError
+
+    if root is not None and not root.is_dir():
+        raise CacheError("there is no such folder", where=root)
+    rows = listing(root)
+    if as_json:
+        emit_json({"caches": rows})
+        return
+    for row in rows:
+        if row["fingerprint"] is None:
+            click.echo(f"{'damaged':<12}  {row['path']}: {row['error']}")
+            continue
+        state = "" if row["complete"] else f", {row['shards_committed']} of {row['shards']} shards"
+        kept = row["profile"] + (f" k={row['top_k']}" if row["top_k"] else "")
+        name = f"{row['fingerprint'][:12]}  {row['path']}: {row['teacher']} over {row['corpus']}"
+        click.echo(f"{name}, {kept}, {row['rows']:,} rows, {row['bytes'] / 1e6:,.1f} MB{state}")
+    if not rows:
+        click.echo("no caches" + (f" below {root}" if root else " have been finished on this machine"))
