@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -20,12 +19,11 @@ from hypothesis import strategies as st
 from kd.cache_builder import commits, store
 from kd.cache_builder.chunks import decode_shard
 from kd.cache_builder.codecs import CODECS, ArraySpec, array_specs
-from kd.cache_builder.manifest import Layout, load_manifest, refuse_mismatch
+from kd.cache_builder.manifest import Layout, load_manifest
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.rows import code_table, codes_by_count, pack, tokens_digest, unpack
 from kd.cache_builder.targets import TargetConfig
-from kd.cache_builder.verify import verify
-from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError
+from kd.data.errors import CacheDamageError, CacheError
 
 
 def read_everything(root: Path) -> None:
@@ -183,28 +181,6 @@ def test_a_vocabulary_whose_codes_are_no_permutation_is_damage(copy: Path):
     files = manifest.files | {"vocabulary.parquet": commits.file_entry(copy / "vocabulary.parquet")}
     with pytest.raises(CacheDamageError, match="not a permutation"):
         code_table(copy, dataclasses.replace(manifest, files=files))
-
-
-def test_a_cache_of_format_version_1_reads_as_it_was_written(tmp_path: Path):
-    """Made by the last commit that wrote version 1 (raw ids, normalisers and byte ends, row by row), with its reader's values."""
-    zipfile.ZipFile(Path(__file__).parent / "golden_v1.zip").extractall(tmp_path)
-    reader = CacheReader(tmp_path / "v1")
-    assert reader.manifest.format_version == 1
-    assert reader.manifest.targets.logprob_codec == "linear8"
-    expected = json.loads((tmp_path / "v1.json").read_text())
-    assert [e["number"] for e in expected] == [0, len(reader) - 1]
-    for values in expected:
-        example = reader[values.pop("number")]
-        assert example.id == values.pop("id")
-        assert example.target == values.pop("target")
-        assert example.context_ids.tolist() == values.pop("context_ids")
-        for name, value in values.items():
-            found = getattr(example.targets, name)
-            np.testing.assert_array_equal(found, np.array(value, dtype=found.dtype), err_msg=name)
-    *_, last = verify(tmp_path / "v1")
-    assert last.findings == ()
-    with pytest.raises(CacheMismatchError, match="older format"):
-        refuse_mismatch(tmp_path / "v1", reader.manifest.identity, reader.manifest)
 
 
 def test_examples_are_plain_parquet_with_their_rows(cache: Path):

@@ -1,0 +1,165 @@
+"""Stores of every released format version stay readable, by us and by readers that share no code with us."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tensorstore
+
+from kd.cache_builder.manifest import READABLE_VERSIONS, refuse_mismatch
+from kd.cache_builder.reader import CacheReader
+from kd.cache_builder.verify import verify
+from kd.data.errors import CacheMismatchError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VERSIONS = ("v1", "v2")
+
+
+def test_every_readable_version_has_its_store():
+    assert {f"v{n}" for n in READABLE_VERSIONS} == set(VERSIONS) == {p.name for p in GOLDEN.iterdir() if p.is_dir()}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_store_reads_as_it_was_written(version: str):
+    """With the values its own reader gave when it was made: v1 by the last commit that wrote it."""
+    reader = CacheReader(GOLDEN / version)
+    assert reader.manifest.format_version == int(version[1:])
+    expected = json.loads((GOLDEN / f"{version}.json").read_text())
+    assert [e["number"] for e in expected] == [0, len(reader) - 1]
+    for values in expected:
+        example = reader[values.pop("number")]
+        assert example.id == values.pop("id")
+        assert example.target == values.pop("target")
+        assert example.context_ids.tolist() == values.pop("context_ids")
+        for name, value in values.items():
+            found = getattr(example.targets, name)
+            np.testing.assert_array_equal(found, np.array(value, dtype=found.dtype), err_msg=name)
+    *_, last = verify(GOLDEN / version)
+    assert last.findings == ()
+
+
+def test_an_old_store_is_not_built_on():
+    manifest = CacheReader(GOLDEN / "v1").manifest
+    with pytest.raises(CacheMismatchError, match="older format"):
+        refuse_mismatch(GOLDEN / "v1", manifest.identity, manifest)
+
+
+# a reader of its own: tensorstore, JSON, Parquet, and docs/cache-format.md
+
+
+def array(root: Path, name: str) -> np.ndarray:
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(root / "targets.zarr" / name)}}
+    return np.asarray(tensorstore.open(spec, open=True).result().read().result())
+
+
+def attributes(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / "targets.zarr" / name / "zarr.json").read_text())["attributes"]
+
+
+def read_independently(root: Path) -> list[dict[str, Any]]:
+    """Examples of a version-2 cache as docs/cache-format.md tells how to read them."""
+    manifest = json.loads((root / "manifest.json").read_text())
+    vocabulary = pq.read_table(root / "vocabulary.parquet").to_pydict()
+    id_of = np.empty(len(vocabulary["id"]), dtype=np.int64)
+    id_of[vocabulary["code"]] = vocabulary["id"]
+    names = {a["name"] for a in manifest["arrays"]}
+    stored = {name: array(root, name) for name in names}
+    ids = {name: id_of[stored[name]] for name in ("gold_ids", "token_ids", "sample_ids") if name in names}
+    scale = np.array(attributes(root, "logprobs")["scale"])
+    relative = -scale[np.cumsum(stored["logprobs"].astype(np.int64), axis=1)]
+    temperatures = attributes(root, "tail_odds")["temperatures"]
+    odds = stored["tail_odds"].astype(np.float64)
+    log_z = np.stack(
+        [np.log(np.exp(relative / t).sum(1)) + np.log1p(np.exp(odds[:, i])) for i, t in enumerate(temperatures)], 1
+    )
+    examples = []
+    for index in range(len(manifest["shards"])):
+        for row in pq.read_table(root / "examples" / f"{index:05d}.parquet").to_pylist():
+            rows = slice(row["row_start"], row["row_end"])
+            examples.append({
+                "id": row["id"], "target": row["target"], "context_ids": row["context_ids"],
+                "gold_ids": ids["gold_ids"][rows], "token_ids": ids["token_ids"][rows], "sample_ids": ids["sample_ids"][rows],
+                "sample_counts": stored["sample_counts"][rows], "gold_rank": stored["gold_rank"][rows],
+                "gold_logprob": stored["gold_logprob"][rows], "boundary_logprob": stored["boundary_logprob"][rows],
+                "byte_end": np.cumsum(stored["byte_length"][rows]), "log_z": log_z[rows],
+                "logprobs": (relative - log_z[:, [temperatures.index(1.0)]])[rows],
+            })  # fmt: skip
+    return examples
+
+
+@pytest.mark.parametrize("which", ["golden", "built"])
+def test_a_reader_without_our_code_agrees(which: str, cache: Path):
+    root = GOLDEN / "v2" if which == "golden" else cache
+    reader = CacheReader(root)
+    found = read_independently(root)
+    assert len(found) == len(reader)
+    for theirs, ours in zip(found, reader.read(range(len(reader))), strict=True):
+        assert (theirs.pop("id"), theirs.pop("target")) == (ours.id, ours.target)
+        assert theirs.pop("context_ids") == ours.context_ids.tolist()
+        for name, value in theirs.items():
+            # ours is computed in float32: sums of a few exponentials, logarithms of some nats
+            np.testing.assert_allclose(getattr(ours.targets, name), value, rtol=0, atol=4e-6, err_msg=name)
+
+
+SCRIPT = """
+import * as zarr from "zarrita";
+import { FileSystemStore } from "@zarrita/storage";
+const [root, ...names] = process.argv.slice(2);
+const out = {};
+for (const name of names) {
+  const array = await zarr.open.v3(new FileSystemStore(root + "/" + name), { kind: "array" });
+  const { data, shape, stride } = await zarr.get(array);
+  const columns = shape[1] ?? 1;
+  out[name] = Array.from({ length: shape[0] * columns }, (_, i) =>
+    Number(data[Math.floor(i / columns) * stride[0] + (i % columns) * (stride[1] ?? 0)]));
+}
+console.log(JSON.stringify(out));
+"""
+
+
+@pytest.mark.slow
+def test_zarrita_reads_it_too(tmp_path: Path):
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    (tmp_path / "package.json").write_text('{"type": "module", "private": true}')
+    done = subprocess.run(["npm", "install", "--silent", "zarrita@0.7.5", "@zarrita/storage"], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"zarrita cannot be installed here: {done.stderr[-200:]}")
+    (tmp_path / "read.mjs").write_text(SCRIPT)
+    root = GOLDEN / "v2"
+    names = [a["name"] for a in json.loads((root / "manifest.json").read_text())["arrays"] if a["dtype"] != "float16"]
+    assert {"token_ids", "logprobs", "gold_rank", "byte_length"} <= set(names)
+    read = subprocess.run(["node", "read.mjs", str(root / "targets.zarr"), *names], cwd=tmp_path, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert read.returncode == 0, read.stderr
+    found = json.loads(read.stdout)
+    for name in names:
+        assert found[name] == array(root, name).ravel().tolist(), name
+
+
+def test_the_worked_example_of_the_documents_is_the_file(tmp_path: Path):
+    """Its bytes are those of the store, and say what the text says they say."""
+    text = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text(encoding="utf-8")
+    section = text[text.index("## A file, byte by byte") :]
+    lines = re.findall(r"^    ([0-9a-f]{4})  ((?:[0-9a-f]{2} )+) *", section, flags=re.MULTILINE)
+    data = bytes.fromhex("".join(line for _, line in lines))
+    assert [int(place, 16) for place, _ in lines] == list(np.cumsum([0, *(len(bytes.fromhex(b)) for _, b in lines)]))[
+        :-1
+    ]
+    assert data == (GOLDEN / "v2" / "targets.zarr" / "gold_rank" / "c" / "0").read_bytes()
+    entries = struct.unpack("<8Q", data[-68:-4])
+    assert entries[0] == 0
+    ranks = CacheReader(GOLDEN / "v2")[0].targets.gold_rank.tolist()
+    quoted = re.search(r"`gold_rank` of its first rows: ((?:\d+, )+\d+)", section)
+    assert quoted is not None
+    assert [int(n) for n in quoted[1].split(", ")] == ranks[:8]
