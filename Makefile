@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-slow lint typecheck bench clean
+.PHONY: demo test test-slow fuzz lint typecheck bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,15 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 
+FUZZ_SECONDS ?= 900
+fuzz: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
+	for target in manifest commit shard table; do mkdir -p fuzz/$$target; done
+	for v in v1 v2; do cp tests/golden/$$v/manifest.json fuzz/manifest/$$v; cp tests/golden/$$v/commits/00000.json fuzz/commit/$$v; \
+	  cp tests/golden/$$v/targets.zarr/logprobs/c/0/0 fuzz/shard/$$v; cp tests/golden/$$v/examples/00000.parquet fuzz/table/$$v; done
+	for target in manifest commit shard table; do \
+	  $(BIN)/python tests/fuzz_cache.py $$target fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -artifact_prefix=fuzz/found-$$target- || exit 1; done
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +40,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
 
 clean:
-	rm -rf $(VENV) demo-out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) fuzz demo-out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

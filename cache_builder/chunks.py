@@ -41,6 +41,8 @@ def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.
         n = min(layout.chunk_rows, rows - first)
         if offset == length == MISSING:
             whole[...] = 0
+        elif length < CHECKSUM + HEADER or offset + length > len(data) - CHECKSUM - 16 * count:
+            raise CacheError("a shard's index points elsewhere", found=f"{length} bytes from {offset}")
         else:
             _decompress(data[offset : offset + length - CHECKSUM], whole)
         if spec.by_column:

@@ -14,13 +14,18 @@ from typing import Any
 
 from kd.cache_builder.codecs import ArraySpec
 from kd.cache_builder.files import read_json, sha256_of
-from kd.cache_builder.manifest import BUILDING, MANIFEST, CacheManifest, ShardRecord, shard_record
+from kd.cache_builder.manifest import (
+    ANSWERS,
+    BUILDING,
+    MANIFEST,
+    TARGETS,
+    VOCABULARY,
+    CacheManifest,
+    ShardRecord,
+    shard_record,
+)
 from kd.data.errors import CacheDamageError
 
-TARGETS = "targets.zarr"
-VOCABULARY = "vocabulary.parquet"
-ANSWERS = "generated"
-"""Folder of the teacher's answers, where it wrote the targets; see `generate`."""
 OWN_NAMES = {MANIFEST, BUILDING, VOCABULARY, "examples", TARGETS, "commits", ANSWERS}
 """What lies in a cache's folder."""
 

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.cache_builder.commits import ANSWERS
 from kd.cache_builder.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
-from kd.cache_builder.manifest import Layout, identity_difference
+from kd.cache_builder.manifest import ANSWERS, Layout, identity_difference
 from kd.cache_builder.store import read_answers, write_answers
 from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
 from kd.data.errors import CacheMismatchError, DataError

@@ -9,7 +9,7 @@ build is byte-identical to an unbroken one.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """1 stored raw ids, normalisers and byte ends row by row; see docs/cache-format.md."""
 MANIFEST, BUILDING = "manifest.json", "building.json"
+TARGETS, VOCABULARY = "targets.zarr", "vocabulary.parquet"
+ANSWERS = "generated"
+"""Folder of the teacher's answers, where it wrote the targets; see `generate`."""
 MAX_ROWS = 2**40
 """Bound on any row count a manifest may claim."""
 MAX_SHARD_ROWS, MAX_ARRAY_BYTES = 2**24, 2**34
@@ -264,6 +267,14 @@ def _check(manifest: CacheManifest, document: dict[str, Any], checksum: str | No
         raise CacheError("commit table does not cover the shards")
     for name in manifest.files:
         check_inside(name)
+    missing = {*group_files(manifest.arrays), VOCABULARY} - set(manifest.files)
+    if missing:
+        raise CacheError("files of the cache are not listed", found=", ".join(sorted(missing)))
+
+
+def group_files(arrays: Sequence[ArraySpec]) -> list[str]:
+    """Metadata files of the Zarr group, as paths in the cache."""
+    return [f"{TARGETS}/zarr.json", *(f"{TARGETS}/{a.name}/zarr.json" for a in arrays)]
 
 
 def check_inside(name: str) -> None:

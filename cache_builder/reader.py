@@ -145,6 +145,7 @@ class CacheReader:
         names = list(located[0][0].arrays)
         stored = {name: np.concatenate([s.arrays[name][rows] for s, rows in spans]) for name in names}
         decoded = codecs.decode(stored, self.config, self.top_k)
+        self._refuse_broken(decoded)
         start = 0
         for (shard, i), (_, rows) in zip(located, spans, strict=True):
             table, stop = shard.examples, start + rows.stop - rows.start
@@ -154,6 +155,18 @@ class CacheReader:
                                        rows=f"{rows.start}:{rows.stop}")  # fmt: skip
             start = stop
         return located, decoded
+
+    def _refuse_broken(self, targets: SoftTargets) -> None:
+        """Raise CacheDamageError for what no teacher gives, and no loss survives: cheap enough for every batch."""
+        broken = not (np.isfinite(targets.log_z).all() and np.isfinite(targets.gold_logprob).all())
+        for values in (targets.tail_bands, targets.boundary_logprob, targets.logprobs):
+            broken |= values is not None and bool(np.isnan(values).any() or (values == np.inf).any())
+        if broken:
+            raise CacheDamageError("cached targets are not finite", where=self.root, try_="kd cache verify")
+        size = self.manifest.vocabulary_size
+        for ids in (targets.token_ids, targets.sample_ids) if self.manifest.format_version == 1 else ():
+            if ids is not None and ids.size and ids.max() >= size:  # later versions: no code stands for such an id
+                raise CacheDamageError("a cached id is beyond the vocabulary", where=self.root, try_="kd cache verify")
 
     def vocabulary(self) -> list[bytes]:
         """The bytes every teacher id stands for."""

@@ -16,9 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd.cache_builder.codecs import Arrays, ArraySpec, id_dtype
-from kd.cache_builder.commits import VOCABULARY, verified_bytes
-from kd.cache_builder.manifest import CacheManifest
+from kd.cache_builder.commits import verified_bytes
+from kd.cache_builder.manifest import VOCABULARY, CacheManifest
+from kd.cache_builder.tables import read_table
 from kd.data.errors import CacheDamageError
+
+VOCABULARY_SCHEMA = pa.schema([("id", pa.int32()), ("piece", pa.binary()), ("code", pa.int32())])
+"""`code` is missing in version 1."""
 
 
 def tokens_digest(context_ids: np.ndarray, target_ids: np.ndarray) -> bytes:
@@ -32,7 +36,16 @@ def tokens_digest(context_ids: np.ndarray, target_ids: np.ndarray) -> bytes:
 def read_vocabulary(root: Path, manifest: CacheManifest) -> list[bytes]:
     """The bytes every teacher id stands for."""
     data = verified_bytes(root, VOCABULARY, manifest.files[VOCABULARY])
-    return pq.read_table(pa.BufferReader(data))["piece"].to_pylist()  # type: ignore[no-any-return]
+    return _vocabulary(root, data)["piece"].to_pylist()  # type: ignore[no-any-return]
+
+
+def _vocabulary(root: Path, data: bytes) -> pa.Table:
+    try:
+        columns = [name for name in pq.read_schema(pa.BufferReader(data)).names if name in VOCABULARY_SCHEMA.names]
+        return read_table(data, VOCABULARY_SCHEMA, columns=columns)
+    except Exception as error:  # bytes as committed, and not a vocabulary all the same
+        raise CacheDamageError("the vocabulary cannot be read", where=root / VOCABULARY,
+                               found=f"{type(error).__name__}: {error}") from error  # fmt: skip
 
 
 def codes_by_count(vocabulary_size: int, sequences: Iterable[np.ndarray]) -> np.ndarray:
@@ -61,7 +74,9 @@ def code_table(root: Path, manifest: CacheManifest) -> tuple[np.ndarray, np.ndar
 @lru_cache(maxsize=4)
 def _code_table(root: Path, size: int, sha256: str, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
     data = verified_bytes(root, VOCABULARY, {"bytes": size, "sha256": sha256})
-    stored = pq.read_table(pa.BufferReader(data), columns=["code"])["code"].to_numpy()
+    stored = _vocabulary(root, data)["code"].to_numpy()
+    if len(stored) > vocabulary_size + 2**20:  # special tokens beyond the logits are few
+        raise CacheDamageError("the vocabulary is too large", where=root / VOCABULARY, found=f"{len(stored)} entries")
     codes = np.concatenate([stored, np.arange(len(stored), vocabulary_size)])
     if not np.array_equal(np.sort(codes), np.arange(len(codes))):
         raise CacheDamageError("the codes of the vocabulary are not a permutation", where=root / VOCABULARY)

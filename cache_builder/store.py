@@ -32,15 +32,11 @@ from kd.cache_builder.chunks import decode_shard
 from kd.cache_builder.claims import void_claims
 from kd.cache_builder.codecs import Arrays, ArraySpec
 from kd.cache_builder.commits import (
-    ANSWERS,
-    TARGETS,
-    VOCABULARY,
     commit_path,
     file_entry,
     read_commit,
     shard_files,
     verified_bytes,
-    verify_file,
 )
 from kd.cache_builder.files import (
     canonical_json,
@@ -55,15 +51,20 @@ from kd.cache_builder.files import (
     write_atomic,
 )
 from kd.cache_builder.manifest import (
+    ANSWERS,
     BUILDING,
     MANIFEST,
+    TARGETS,
+    VOCABULARY,
     CacheManifest,
     Layout,
     ShardRecord,
+    group_files,
     load_manifest,
     refuse_mismatch,
 )
 from kd.cache_builder.rows import code_table, pack, unpack
+from kd.cache_builder.tables import read_table
 from kd.data.errors import CacheDamageError, CacheMismatchError
 
 EXAMPLE_SCHEMA = pa.schema(
@@ -103,11 +104,6 @@ def create_group(
             attributes=dict(spec.attributes),
             dimension_names=("row",) if spec.columns is None else ("row", "column"),
         )
-
-
-def group_files(arrays: Sequence[ArraySpec]) -> list[str]:
-    """Metadata files of the group, as paths in the cache."""
-    return [f"{TARGETS}/zarr.json", *(f"{TARGETS}/{a.name}/zarr.json" for a in arrays)]
 
 
 def write_answers(path: Path, ids: Sequence[str], answers: Sequence[tuple[str, bool]]) -> None:
@@ -292,8 +288,7 @@ def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[
     data = {n: verified_bytes(root, f, record.files[f], shard=index, array=n) for n, f in files.items()}
     ids = code_table(root, manifest)[1] if any(spec.ids for spec in wanted) else None
     try:
-        table = pq.ParquetFile(pa.BufferReader(data["examples"])).read(use_threads=False)
-        examples = _example_columns(table.cast(EXAMPLE_SCHEMA))
+        examples = _example_columns(read_table(data["examples"], EXAMPLE_SCHEMA, rows=_examples(record)))
         starts = np.array(examples["row_start"], dtype=np.int64) - record.row_start
         stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in wanted}
         arrays = unpack(stored, wanted, starts, ids)
@@ -324,5 +319,14 @@ def read_example_table(root: Path, manifest: CacheManifest, index: int, columns:
     """Some columns of a shard's examples, its Parquet file checked against the commit."""
     record = read_commit(root, manifest, index)
     name = shard_files(manifest.arrays, index)["examples"]
-    verify_file(root, name, record.files[name], shard=index, array="examples")
-    return pq.read_table(root / name, columns=list(columns)).to_pydict()  # type: ignore[no-any-return]
+    data = verified_bytes(root, name, record.files[name], shard=index, array="examples")
+    try:
+        table = read_table(data, EXAMPLE_SCHEMA, rows=_examples(record), columns=columns)
+    except Exception as error:  # as in read_shard
+        raise CacheDamageError("a shard cannot be decoded", where=root, shard=index,
+                               found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+    return table.to_pydict()  # type: ignore[no-any-return]
+
+
+def _examples(record: ShardRecord) -> int:
+    return record.examples[1] - record.examples[0]

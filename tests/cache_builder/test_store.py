@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from kd.cache_builder import commits, store
 from kd.cache_builder.chunks import decode_shard
 from kd.cache_builder.codecs import CODECS, ArraySpec, array_specs
+from kd.cache_builder.files import canonical_json, digest_of
 from kd.cache_builder.manifest import Layout, load_manifest
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.rows import code_table, codes_by_count, pack, tokens_digest, unpack
@@ -119,7 +120,7 @@ def test_a_chunk_that_was_never_written_is_zeros_and_one_of_another_size_an_erro
     expected[8:16] = np.arange(24).reshape(8, 3)
     np.testing.assert_array_equal(decode_shard(data, spec, layout, 20), expected)
     for other in (Layout(32, 16), Layout(32, 4)):
-        with pytest.raises(CacheError, match="another size"):
+        with pytest.raises(CacheError, match=r"another size|points elsewhere"):
             decode_shard(data[:-68] + data[-68:][: 16 * (32 // other.chunk_rows)] * 2, spec, other, 20)
     with pytest.raises(CacheError, match="cut off"):
         decode_shard(data[-40:], spec, layout, 20)
@@ -304,7 +305,7 @@ def test_every_damage_of_every_file_is_an_error_and_never_a_value(tmp_path: Path
             unnoticed.append((file, name))
     assert count == 7 * (2 * (7 + 1 + 1) + 8 + 2)  # arrays, examples and commit per shard; metadata; two more
     assert codes == {3}
-    assert unnoticed == [("manifest.json", "truncate")]  # the newline at its end
+    assert unnoticed == []
     read_everything(root)
 
 
@@ -340,7 +341,8 @@ def test_a_commit_rewritten_to_fit_damaged_bytes_is_noticed(copy: Path):
     path = copy / "commits" / "00000.json"
     document = json.loads(path.read_text())
     document["files"][name] = commits.file_entry(copy / name)
-    path.write_text(json.dumps(document))
+    content = {k: v for k, v in document.items() if k != "checksum"}
+    path.write_text(canonical_json(content | {"checksum": digest_of(content)}))
     with pytest.raises(CacheDamageError, match="changed after the cache was finished"):
         read_everything(copy)
 

@@ -1,0 +1,95 @@
+"""Coverage-guided fuzzing of everything that reads a stranger's bytes: `make fuzz` (needs the extra `fuzz`, atheris).
+
+    python tests/fuzz_cache.py manifest|commit|shard|table CORPUS_DIR -max_total_time=600
+
+Any exception but ours is a finding; libFuzzer writes the input that did it. Findings become cases of test_hostile.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["kd"]):
+    from kd.cache_builder.chunks import decode_shard
+    from kd.cache_builder.codecs import ArraySpec
+    from kd.cache_builder.files import canonical_json, digest_of, read_json
+    from kd.cache_builder.manifest import Layout, load_manifest, shard_record
+    from kd.cache_builder.store import EXAMPLE_SCHEMA
+    from kd.cache_builder.tables import read_table
+    from kd.data.errors import KdError
+
+import pyarrow as pa
+
+FOLDER = Path(tempfile.mkdtemp())
+SPECS = (ArraySpec("x", "uint16", None, {}), ArraySpec("x", "uint8", 8, {}, by_column=True))
+
+
+def _signed(data: bytes) -> bytes:
+    """JSON with its checksum and fingerprint made right, so that what lies behind them is reached too."""
+    try:
+        document = json.loads(data)
+        content = {k: v for k, v in document.items() if k != "checksum"}
+        if "identity" in content:
+            content["fingerprint"] = digest_of(
+                {"format_version": content.get("format_version"), "identity": content["identity"]}
+            )
+        return canonical_json(content | {"checksum": digest_of(content)}).encode()
+    except (ValueError, AttributeError, RecursionError, TypeError):
+        return data
+
+
+def manifest(data: bytes) -> None:
+    (FOLDER / "manifest.json").write_bytes(_signed(data))
+    load_manifest(FOLDER)
+
+
+def commit(data: bytes) -> None:
+    path = FOLDER / "00000.json"
+    path.write_bytes(_signed(data))
+    shard_record(read_json(path), path)
+
+
+def shard(data: bytes) -> None:
+    for spec in SPECS:
+        try:
+            decode_shard(data, spec, Layout(32, 8), 25)
+        except (KdError, RuntimeError, ValueError):  # read_shard calls any of them damage
+            continue
+
+
+def table(data: bytes) -> None:
+    try:
+        read_table(data, EXAMPLE_SCHEMA, rows=2)
+    except (
+        pa.ArrowException,
+        OSError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+    ):  # what Arrow raises; read_shard calls it damage
+        return
+
+
+TARGETS = {"manifest": manifest, "commit": commit, "shard": shard, "table": table}
+
+
+def main() -> None:
+    target = TARGETS[sys.argv.pop(1)]
+
+    def one(data: bytes) -> None:
+        try:
+            target(data)
+        except KdError:
+            return
+
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What a stranger may do to a cache: change anything, and make every digest fit again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kd.cache_builder.commits import file_entry
+from kd.cache_builder.files import canonical_json, digest_of, sha256_of
+from kd.cache_builder.reader import CacheReader
+from kd.cache_builder.summary import cache_summary
+from kd.cache_builder.verify import verify
+
+
+def sign_commit(root: Path, document: dict[str, Any], index: int = 0) -> None:
+    """Write a commit with its checksum, and its digest into the manifest."""
+    document = {k: v for k, v in document.items() if k != "checksum"}
+    path = root / "commits" / f"{index:05d}.json"
+    path.write_text(canonical_json(document | {"checksum": digest_of(document)}))
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["commits"][index] = sha256_of(path)
+    sign_manifest(root, manifest)
+
+
+def sign_manifest(root: Path, document: dict[str, Any]) -> None:
+    """Write a manifest with fingerprint and checksum."""
+    document = {k: v for k, v in document.items() if k != "checksum"}
+    if isinstance(document.get("identity"), dict):
+        document["fingerprint"] = digest_of(
+            {"format_version": document.get("format_version"), "identity": document["identity"]}
+        )
+    (root / "manifest.json").write_text(canonical_json(document | {"checksum": digest_of(document)}))
+
+
+def change_manifest(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    document = json.loads((root / "manifest.json").read_text())
+    change(document)
+    sign_manifest(root, document)
+
+
+def change_file(root: Path, name: str, data: bytes, index: int = 0) -> None:
+    """Put other bytes into a shard's file, and sign for them."""
+    (root / name).write_bytes(data)
+    document = json.loads((root / "commits" / f"{index:05d}.json").read_text())
+    document["files"][name] = file_entry(root / name)
+    sign_commit(root, document, index)
+
+
+def use_everything(root: Path) -> None:
+    """Everything that somebody who got this cache would do with it."""
+    reader = CacheReader(root)
+    reader.vocabulary()
+    reader.lengths()
+    reader.epoch_order(0, 0)
+    for number in range(len(reader)):
+        reader.read([number])
+    cache_summary(root)
+    for _ in verify(root):
+        pass
