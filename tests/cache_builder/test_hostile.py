@@ -5,9 +5,11 @@ Each is opened, read, verified and summarised in a child process that may not al
 
 from __future__ import annotations
 
+import base64
 import json
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from hypothesis import strategies as st
 from kd.cache_builder.commits import file_entry
 from kd.cache_builder.files import canonical_json
 from kd.cache_builder.reader import CacheReader
+from kd.cache_builder.tables import footer_sizes
 from kd.cache_builder.verify import verify
 
 MEMORY = 3 * 2**29
@@ -253,6 +256,23 @@ def test_a_text_repeated_until_it_fills_the_memory(copy: Path, small_tables: int
     forged_table(copy, prompt=text)
     assert (copy / EXAMPLES).stat().st_size < 2**16
     refused(copy, "too large")
+
+
+def test_the_footer_is_read_as_arrow_reads_it(copy: Path):
+    for path in [*copy.glob("examples/*.parquet"), copy / "vocabulary.parquet"]:
+        meta = pq.read_metadata(path)
+        columns = [meta.row_group(g).column(c) for g in range(meta.num_row_groups) for c in range(meta.num_columns)]
+        expected = sum(max(c.total_uncompressed_size, 4 * c.num_values) for c in columns)
+        assert footer_sizes(path.read_bytes()) == (expected, meta.num_rows)
+
+
+def test_metadata_that_makes_arrow_end_the_process(copy: Path):
+    """Statistics of a column that contradict its schema: asking pyarrow for its metadata aborts, so nobody asks."""
+    data = base64.b64decode((Path(__file__).parents[1] / "golden" / "aborts_arrow.b64").read_text())
+    code, _ = child(lambda: pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0).column(5) and None)
+    assert code == -signal.SIGABRT  # else the bug is gone, and `footer_sizes` may go too
+    change_file(copy, EXAMPLES, data)
+    refused(copy, "another number of rows", "cannot be decoded")
 
 
 def test_more_rows_than_the_shard_has_examples(copy: Path):
