@@ -286,6 +286,12 @@ def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[
     wanted = [a for a in manifest.arrays if names is None or a.name in names]
     files = shard_files(wanted, index)
     data = {n: verified_bytes(root, f, record.files[f], shard=index, array=n) for n, f in files.items()}
+    return decode_files(root, manifest, record, data)
+
+
+def decode_files(root: Path, manifest: CacheManifest, record: ShardRecord, data: Mapping[str, bytes]) -> Shard:
+    """A shard from the verified bytes of its examples and of some of its arrays. Raises CacheDamageError."""
+    wanted = [a for a in manifest.arrays if a.name in data]
     ids = code_table(root, manifest)[1] if any(spec.ids for spec in wanted) else None
     try:
         examples = _example_columns(read_table(data["examples"], EXAMPLE_SCHEMA, rows=_examples(record)))
@@ -293,11 +299,11 @@ def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[
         stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in wanted}
         arrays = unpack(stored, wanted, starts, ids)
     except Exception as error:  # bytes are as committed, so this is a format this library version cannot read
-        raise CacheDamageError("a shard cannot be decoded", where=root, shard=index,
+        raise CacheDamageError("a shard cannot be decoded", where=root, shard=record.index,
                                found=f"{type(error).__name__}: {error}") from error  # fmt: skip
     for name in ("row_start", "row_end"):
         examples[name] = [row - record.row_start for row in examples[name]]
-    return Shard(index, record.examples[0], arrays, examples)
+    return Shard(record.index, record.examples[0], arrays, examples)
 
 
 def _example_columns(table: pa.Table) -> dict[str, list[Any]]:

@@ -7,7 +7,10 @@ match their digest). A changed file is narrowed down to its inner chunks by deco
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +46,11 @@ class VerifyProgress:
     findings: tuple[Finding, ...]
 
 
-def verify(root: str | Path) -> Iterator[VerifyProgress]:
+def verify(root: str | Path, *, promises: bool = True) -> Iterator[VerifyProgress]:
     """Check the cache under `root`; yields progress, the last one with all findings.
+
+    Without `promises` bytes alone are compared with their digests, which finds all that happened since they were committed.
+    Shards are checked on as many threads as there are processors.
 
     Raises CacheError when `root` is not a cache at all; CacheDamageError when the manifest is unreadable.
     """
@@ -61,10 +67,21 @@ def verify(root: str | Path) -> Iterator[VerifyProgress]:
             findings += _check_file(root, name, entry)
     for index in present:
         known |= {f"commits/{index:05d}.json", *commits.shard_files(manifest.arrays, index).values()}
-        found = list(_check_shard(root, manifest, index))
-        findings += found
-        done += sum(_size(root / n) for n in commits.shard_files(manifest.arrays, index).values())
-        yield VerifyProgress(done, total, tuple(findings))
+
+    def check(index: int) -> list[Finding]:
+        return list(_check_shard(root, manifest, index, promises))
+
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers, thread_name_prefix="kd-verify") as pool:
+        waiting: deque[tuple[int, Future[list[Finding]]]] = deque()
+        for index in [*present, *[None] * workers]:
+            if index is not None:
+                waiting.append((index, pool.submit(check, index)))
+            if waiting and (index is None or len(waiting) > workers):  # few at a time: each holds a shard
+                checked, future = waiting.popleft()
+                findings += future.result()
+                done += sum(_size(root / n) for n in commits.shard_files(manifest.arrays, checked).values())
+                yield VerifyProgress(done, total, tuple(findings))
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if any(unfinished(part) for part in path.relative_to(root).parts):  # a builder of another host may still run
@@ -86,7 +103,7 @@ def _check_file(root: Path, name: str, entry: dict[str, object]) -> list[Finding
     return []
 
 
-def _check_shard(root: Path, manifest: CacheManifest, index: int) -> Iterator[Finding]:
+def _check_shard(root: Path, manifest: CacheManifest, index: int, promises: bool) -> Iterator[Finding]:
     commit = f"commits/{index:05d}.json"
     rows = manifest.shards[index][2]
     start = index * manifest.layout.shard_rows
@@ -96,21 +113,20 @@ def _check_shard(root: Path, manifest: CacheManifest, index: int) -> Iterator[Fi
     except KdError as error:
         yield Finding(commit, error.headline, index, None, whole)
         return
-    damaged = False
-    for array, name in commits.shard_files(manifest.arrays, index).items():
+    data: dict[str, bytes] = {}
+    files = commits.shard_files(manifest.arrays, index)
+    for array, name in files.items():
         try:
-            commits.verify_file(root, name, record.files[name])
+            data[array] = commits.verified_bytes(root, name, record.files[name])
         except CacheDamageError as error:
-            damaged = True
             narrowed = whole
             if array != "examples" and (root / name).is_file() and commits.inside(root, root / name):
                 narrowed = _broken_rows(root, manifest, array, start, rows) or whole
             yield Finding(name, error.headline, index, array, narrowed)
-    if damaged:
+    if len(data) < len(files) or not promises:
         return
     try:
-        shard = store.read_shard(root, manifest, index)
-        yield from _check_rows(manifest, shard, commit)
+        yield from _check_rows(manifest, store.decode_files(root, manifest, record, data), commit)
     except KdError as error:
         yield Finding(commit, str(error.details.get("found", error.headline)), index, None, whole)
 
