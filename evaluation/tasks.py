@@ -8,105 +8,35 @@
 
 Several tasks share one load of the weights; names, text, cache and tokenizer are checked before it.
 
-Add a task: a function that yields `Progress[TaskResult]`, and an entry in `TASKS`. A metric `NAME/TASK` is the metric
-NAME over the examples of one task of the text. numpy is the heaviest thing this module imports; torch and zarr come
-when a task runs.
+Add a task: a function in `kd.evaluation.runners` that yields `Progress[TaskResult]`, and an entry in `TASKS`. A metric
+`NAME/TASK` is the metric NAME over the examples of one task of the text. numpy is the heaviest thing this module
+imports; torch and zarr come when a task runs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kd.data.errors import DataError, unknown_name
 from kd.data.identity import model_identity, pinned
-from kd.data.models import Model, ModelRequest, load_model, load_request_tokenizer
+from kd.data.models import ModelRequest, load_model, load_request_tokenizer
 from kd.data.rendering import InstructionConfig
 from kd.data.sources import Columns, Corpus, load_corpus, takes_instructions
 from kd.data.task import WORDINGS
-from kd.data.tokenizer import Tokenizer, tokenizer_fingerprint
-from kd.evaluation.estimates import Documents, Estimate
+from kd.data.tokenizer import tokenizer_fingerprint
 from kd.evaluation.results import EvalReport
+from kd.evaluation.runners import run_agreement, run_choices, run_generation, run_hellaswag, run_perplexity
 from kd.evaluation.scoring import Progress
+from kd.evaluation.task import Metric, Settings, Task, TaskResult
 
 if TYPE_CHECKING:
     from kd.cache_builder.reader import CacheReader
-    from kd.evaluation.choices import ChoicesResult
-    from kd.evaluation.hellaswag import Scenes
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure of a task."""
-
-    title: str
-    """As a table spells it."""
-    unit: str
-    better: Literal["lower", "higher"] | None
-    """None: not a merit of the model."""
-    over: str
-    """What `n` counts: token, byte, row or example. Averages over tokens compare only with the same tokenizer."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What tasks are told; each uses its own part."""
-
-    corpus: Corpus | None = None
-    reader: CacheReader | None = None
-    limit: int | None = None
-    """First examples of the text (applied when it was loaded) and of the cache."""
-    limit_tokens: int | None = None
-    """First tokens of the text."""
-    seq_len: int | None = None
-    stride: int | None = None
-    bos: bool = True
-    temperature: float = 1.0
-    tokens_per_batch: int = 4096
-    separator: str = "\n"
-    """Between the prompt and what follows it; an encoder-decoder needs none."""
-    max_new_tokens: int | None = None
-    """Of a generated answer, EOS included; None = as the longest reference needs."""
-    stop: str | None = None
-    """Text at which a generated answer is cut as well as at EOS."""
-    encoding: str = "apart"
-    """Of choices: `apart` as in training, `together` as lm-eval."""
-    other_wording: Corpus | None = None
-    """Of choices: the same examples with the other wording of fixed labels."""
-    protocol: str = "nanogpt"
-    """Of hellaswag: `nanogpt` or `harness`."""
-    scenes: Scenes | None = None
-    """Of hellaswag: its rows."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """Estimates of one task by metric name, and what two results must share to be compared."""
-
-    estimates: Mapping[str, Estimate]
-    """Metric of the task, or `METRIC/TASK` for a part of the text."""
-    documents: Documents
-    settings: Mapping[str, Any]
-    samples: Sequence[Mapping[str, str]] = ()
-    """What the model did with the first examples, to be read by people."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A way to measure a model."""
-
-    about: str
-    needs: Literal["data", "cache", "rows"]
-    """`rows`: its own, from the hub or from files under `--task-root`."""
-    metrics: Mapping[str, Metric]
-    run: Callable[[Model, Tokenizer, Settings], Iterator[Progress[TaskResult]]]
 
 
 @dataclass(frozen=True)
@@ -262,177 +192,6 @@ def _describe_cache(reader: CacheReader) -> dict[str, Any]:
             "corpus": manifest.provenance.get("corpus"), "split": manifest.provenance.get("split")}  # fmt: skip
 
 
-def _perplexity(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.perplexity import evaluate_perplexity
-
-    assert settings.corpus is not None
-    steps = evaluate_perplexity(
-        model, tokenizer, settings.corpus, seq_len=settings.seq_len, stride=settings.stride, bos=settings.bos,
-        separator=settings.separator, tokens_per_batch=settings.tokens_per_batch, limit_tokens=settings.limit_tokens,
-    )  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            estimates = {name: getattr(found, name) for name in TASKS["perplexity"].metrics}
-            used = {
-                "text_digest": settings.corpus.digest,
-                "seq_len": found.blocks.seq_len,
-                "stride": found.blocks.stride,
-                "bos": found.blocks.bos,
-                "limit_tokens": settings.limit_tokens,
-            }
-            if settings.corpus.kind == "pairs":
-                used["separator"] = settings.separator
-            result = TaskResult(estimates, found.documents, used)
-        yield Progress(step.done, step.total, result)
-
-
-def _agreement(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.agreement import evaluate_agreement
-
-    assert settings.reader is not None
-    reader, temperature = settings.reader, settings.temperature
-    steps = evaluate_agreement(
-        model, reader, temperature=temperature, limit=settings.limit, tokens_per_batch=settings.tokens_per_batch
-    )
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            estimates = {name: getattr(found, name) for name in TASKS["agreement"].metrics}
-            used = {
-                "cache_fingerprint": reader.manifest.fingerprint,
-                "temperature": temperature,
-                "limit": settings.limit,
-                "top_k": reader.top_k or reader.config.top_k,
-            }
-            result = TaskResult(estimates, found.documents, used)
-        yield Progress(step.done, step.total, result)
-
-
-SAMPLES = 20
-"""Examples of which a report keeps what the model did."""
-
-
-def _choices(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    """One wording under the plain names; both under `METRIC_original` and `METRIC_flan`."""
-    corpora = {"": settings.corpus}
-    if settings.other_wording is not None:
-        corpora = {"_original": settings.corpus, "_flan": settings.other_wording}
-    estimates: dict[str, Estimate] = {}
-    used: dict[str, Any] = _asked(settings) | {"encoding": settings.encoding}
-    samples: list[dict[str, str]] = []
-    documents: Documents | None = None
-    done = total = 0
-    for name, corpus in corpora.items():
-        assert corpus is not None
-        found: ChoicesResult | None = None
-        for step in _one_wording(model, tokenizer, corpus, settings):
-            yield Progress(done + step.done, max(total, done + step.total))
-            found = step.result
-        assert found is not None
-        done = total = done + step.total
-        for metric, estimate in found.estimates.items():
-            base, slash, part = metric.partition("/")
-            estimates[f"{base}{name}{slash}{part}"] = estimate
-        if corpus.source.get("labels"):
-            used["labels"] = "both" if name else corpus.source["labels"]
-        used |= {
-            f"choices{name}_digest": _digest([e.id, e.choices, e.answer] for e in corpus.examples),
-            f"examples_skipped{name}": found.skipped,
-            f"prompts_cut{name}": found.prompts_cut,
-        }
-        if documents is None:
-            documents = found.documents
-            samples = [
-                {"prompt": q.example.prompt, "expected": q.example.choices[q.answer], "got": q.example.choices[chosen]}
-                for q, chosen in zip(found.questions[:SAMPLES], found.predictions.tolist(), strict=False)
-            ]
-    assert documents is not None
-    yield Progress(done, done, TaskResult(estimates, documents, used, samples))
-
-
-def _one_wording(
-    model: Model, tokenizer: Tokenizer, corpus: Corpus, settings: Settings
-) -> Iterator[Progress[ChoicesResult]]:
-    from kd.evaluation.choices import evaluate_choices
-
-    return evaluate_choices(
-        model, tokenizer, corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
-        encoding=settings.encoding, tokens_per_batch=settings.tokens_per_batch,
-    )  # fmt: skip
-
-
-def _generation(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.generation import evaluate_generation, references
-
-    assert settings.corpus is not None
-    steps = evaluate_generation(
-        model, tokenizer, settings.corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
-        max_new_tokens=settings.max_new_tokens, stop=settings.stop, tokens_per_batch=settings.tokens_per_batch,
-    )  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            used = _asked(settings) | {
-                "references_digest": _digest([e.id, references(e)] for e in settings.corpus.examples),
-                "max_new_tokens": settings.max_new_tokens or "as the longest reference needs",
-                "stop": settings.stop,
-                "prompts_cut": found.prompts_cut,
-            }
-            samples = [
-                {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
-                for e, answer in zip(settings.corpus.examples[:SAMPLES], found.answers, strict=False)
-            ]
-            result = TaskResult(found.estimates, found.documents, used, samples)
-        yield Progress(step.done, step.total, result)
-
-
-def _hellaswag(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.hellaswag import evaluate_hellaswag
-
-    assert settings.scenes is not None
-    scenes = settings.scenes
-    steps = evaluate_hellaswag(model, tokenizer, scenes, protocol=settings.protocol, seq_len=settings.seq_len,
-                               tokens_per_batch=settings.tokens_per_batch)  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            used = {
-                "protocol": settings.protocol,
-                "protocol_digest": _digest([settings.protocol]),
-                "source": scenes.source,
-                "rows_digest": _digest([s.activity, s.context, s.parts, s.endings, s.answer] for s in scenes.rows),
-                "seq_len": settings.seq_len,
-                "contexts_cut": found.contexts_cut,
-                "rows_joined": found.rows_joined or None,
-                "rows_unlabelled": scenes.unlabelled or None,
-            }
-            chosen = found.chosen[f"acc_norm_{settings.protocol}"].tolist()
-            samples = [
-                {"prompt": a.context, "expected": a.endings[a.scene.answer], "got": a.endings[c]}
-                for a, c in zip(found.asked[:SAMPLES], chosen, strict=False)
-            ]
-            result = TaskResult(found.estimates, found.documents, used, samples)
-        yield Progress(step.done, step.total, result)
-
-
-def _asked(settings: Settings) -> dict[str, Any]:
-    """What was asked of every model, whatever window and tokenizer it has; its effect is counted beside it."""
-    assert settings.corpus is not None
-    return {"text_digest": settings.corpus.digest, "seq_len": settings.seq_len, "separator": settings.separator,
-            "bos": settings.bos}  # fmt: skip
-
-
-def _digest(rows: Iterable[Any]) -> str:
-    """Hex digest of what `text_digest` leaves out."""
-    text = json.dumps(list(rows), separators=(",", ":"))
-    return hashlib.blake2b(text.encode("ascii"), digest_size=32).hexdigest()
-
-
 EXACT_MATCH = Metric("exact match", "share of examples", "higher", "example")
 F1 = Metric("token F1", "mean over examples", "higher", "example")
 ACCURACY = Metric("accuracy", "share of examples", "higher", "example")
@@ -452,7 +211,7 @@ TASKS: dict[str, Task] = {
             "bits_per_byte": Metric("bits per byte", "bits per byte", "lower", "byte"),
             "nll_per_token": Metric("NLL", "nats per token", "lower", "token"),
         },
-        run=_perplexity,
+        run=run_perplexity,
     ),
     "agreement": Task(
         about="KL to the teacher of a cache and top-1 agreement with it",
@@ -463,7 +222,7 @@ TASKS: dict[str, Task] = {
             "nll_per_token": Metric("NLL", "nats per token", "lower", "row"),
             "teacher_nll_per_token": Metric("teacher's NLL", "nats per token", None, "row"),
         },
-        run=_agreement,
+        run=run_agreement,
     ),
     "choices": Task(
         about="rank classification: is the most probable of an example's choices the right one?",
@@ -474,7 +233,7 @@ TASKS: dict[str, Task] = {
             for wording in WORDINGS
             for name, metric in RANKED.items()
         },
-        run=_choices,
+        run=run_choices,
     ),
     "generation": Task(
         about="greedy answers compared with the references: exact match and token F1",
@@ -490,7 +249,7 @@ TASKS: dict[str, Task] = {
             "choice_none": Metric("no choice named", "share of examples", None, "example"),
             "unfinished": Metric("unfinished", "share of examples", None, "example"),
         },
-        run=_generation,
+        run=run_generation,
     ),
     "hellaswag": Task(
         about="HellaSwag's validation rows; nanogpt is the protocol in which GPT-2 (124M) reaches 0.2955",
@@ -502,6 +261,6 @@ TASKS: dict[str, Task] = {
             "acc_norm_harness": replace(ACCURACY, title="acc_norm (harness)"),
             "acc_bytes_harness": replace(ACCURACY, title="acc_bytes (harness)"),
         },
-        run=_hellaswag,
+        run=run_hellaswag,
     ),
 }
