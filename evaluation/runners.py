@@ -16,11 +16,12 @@ from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer
 from kd.evaluation.estimates import Documents, Estimate
 from kd.evaluation.scoring import Progress
-from kd.evaluation.task import Settings, TaskResult
+from kd.evaluation.task import LiveTeacher, Settings, TaskResult
 
 if TYPE_CHECKING:
     from kd.evaluation.choices import ChoicesResult
 
+AGREEMENT = ("kl", "jsd", "top1_agreement", "nll_per_token", "teacher_nll_per_token", "ece", "teacher_ece")
 SAMPLES = 20
 """Examples of which a report keeps what the model did."""
 
@@ -37,13 +38,14 @@ def run_perplexity(model: Model, tokenizer: Tokenizer, settings: Settings) -> It
         result = None
         if step.result is not None:
             found = step.result
-            estimates = {name: getattr(found, name) for name in ("perplexity", "bits_per_byte", "nll_per_token")}
+            estimates = {name: getattr(found, name) for name in ("perplexity", "bits_per_byte", "nll_per_token", "ece")}
             used = {
                 "text_digest": settings.corpus.digest,
                 "seq_len": found.blocks.seq_len,
                 "stride": found.blocks.stride,
                 "bos": found.blocks.bos,
                 "limit_tokens": settings.limit_tokens,
+                "pairs_cut": found.pairs_cut or None,
             }
             if settings.corpus.kind == "pairs":
                 used["separator"] = settings.separator
@@ -54,6 +56,9 @@ def run_perplexity(model: Model, tokenizer: Tokenizer, settings: Settings) -> It
 def run_agreement(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
     from kd.evaluation.agreement import evaluate_agreement
 
+    if settings.teacher is not None:
+        yield from _live_agreement(model, tokenizer, settings, settings.teacher)
+        return
     assert settings.reader is not None
     reader, temperature = settings.reader, settings.temperature
     steps = evaluate_agreement(
@@ -63,10 +68,7 @@ def run_agreement(model: Model, tokenizer: Tokenizer, settings: Settings) -> Ite
         result = None
         if step.result is not None:
             found = step.result
-            estimates = {
-                name: getattr(found, name)
-                for name in ("kl", "top1_agreement", "nll_per_token", "teacher_nll_per_token")
-            }
+            estimates = {name: getattr(found, name) for name in AGREEMENT}
             used = {
                 "cache_fingerprint": reader.manifest.fingerprint,
                 "temperature": temperature,
@@ -74,6 +76,33 @@ def run_agreement(model: Model, tokenizer: Tokenizer, settings: Settings) -> Ite
                 "top_k": reader.top_k or reader.config.top_k,
             }
             result = TaskResult(estimates, found.documents, used)
+        yield Progress(step.done, step.total, result)
+
+
+def _live_agreement(
+    model: Model, tokenizer: Tokenizer, settings: Settings, teacher: LiveTeacher
+) -> Iterator[Progress[TaskResult]]:
+    from kd.evaluation.live_agreement import evaluate_live_agreement
+
+    assert settings.corpus is not None
+    steps = evaluate_live_agreement(
+        model, teacher.model, tokenizer, settings.corpus, temperature=settings.temperature, seq_len=settings.seq_len,
+        stride=settings.stride, bos=settings.bos, separator=settings.separator,
+        tokens_per_batch=settings.tokens_per_batch, limit_tokens=settings.limit_tokens,
+    )  # fmt: skip
+    for step in steps:
+        result = None
+        if step.result is not None:
+            found = step.result
+            used = _asked(settings) | {
+                "teacher": teacher.name,
+                "teacher_fingerprint": _digest([dict(teacher.identity)]),
+                "temperature": settings.temperature,
+                "stride": settings.stride,
+                "limit_tokens": settings.limit_tokens,
+                "pairs_cut": found.pairs_cut or None,
+            }
+            result = TaskResult({name: getattr(found, name) for name in AGREEMENT}, found.documents, used)
         yield Progress(step.done, step.total, result)
 
 
@@ -127,12 +156,15 @@ def _one_wording(
 
 
 def run_generation(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.generation import evaluate_generation, references
+    from kd.evaluation.answers import references
+    from kd.evaluation.generation import Sampling, evaluate_generation
 
     assert settings.corpus is not None
     steps = evaluate_generation(
         model, tokenizer, settings.corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
         max_new_tokens=settings.max_new_tokens, stop=settings.stop, tokens_per_batch=settings.tokens_per_batch,
+        sampling=Sampling(settings.sample_temperature, settings.sample_seed), metrics=settings.metrics,
+        metric_settings=settings.metric_settings,
     )  # fmt: skip
     for step in steps:
         result = None
@@ -142,7 +174,9 @@ def run_generation(model: Model, tokenizer: Tokenizer, settings: Settings) -> It
                 "references_digest": _digest([e.id, references(e)] for e in settings.corpus.examples),
                 "max_new_tokens": settings.max_new_tokens or "as the longest reference needs",
                 "stop": settings.stop,
+                "decoding": _decoding(settings),
                 "prompts_cut": found.prompts_cut,
+                **found.made_by,
             }
             samples = [
                 {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
@@ -182,11 +216,19 @@ def run_hellaswag(model: Model, tokenizer: Tokenizer, settings: Settings) -> Ite
         yield Progress(step.done, step.total, result)
 
 
+def _decoding(settings: Settings) -> str:
+    if not settings.sample_temperature:
+        return "greedy"
+    return f"sampled at temperature {settings.sample_temperature:g}, seed {settings.sample_seed}"
+
+
 def _asked(settings: Settings) -> dict[str, Any]:
     """What was asked of every model, whatever window and tokenizer it has; its effect is counted beside it."""
     assert settings.corpus is not None
+    source = settings.corpus.source
+    worded = {"template": source.get("template"), "labels": source.get("labels"), "data_seed": source.get("seed")}
     return {"text_digest": settings.corpus.digest, "seq_len": settings.seq_len, "separator": settings.separator,
-            "bos": settings.bos}  # fmt: skip
+            "bos": settings.bos, **{k: v for k, v in worded.items() if v is not None}}  # fmt: skip
 
 
 def _digest(rows: Iterable[Any]) -> str:

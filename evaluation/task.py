@@ -14,6 +14,7 @@ from kd.evaluation.scoring import Progress
 
 if TYPE_CHECKING:
     from kd.cache_builder.reader import CacheReader
+    from kd.evaluation.answer_metrics import MetricSettings
     from kd.evaluation.hellaswag import Scenes
 
 
@@ -31,11 +32,22 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class LiveTeacher:
+    """A teacher in memory."""
+
+    name: str
+    identity: Mapping[str, Any]
+    model: Model
+
+
+@dataclass(frozen=True)
 class Settings:
     """What tasks are told; each uses its own part."""
 
     corpus: Corpus | None = None
     reader: CacheReader | None = None
+    teacher: LiveTeacher | None = None
+    """Of agreement, instead of a cache."""
     limit: int | None = None
     """First examples of the text (applied when it was loaded) and of the cache."""
     limit_tokens: int | None = None
@@ -51,6 +63,12 @@ class Settings:
     """Of a generated answer, EOS included; None = as the longest reference needs."""
     stop: str | None = None
     """Text at which a generated answer is cut as well as at EOS."""
+    sample_temperature: float = 0.0
+    """Of generated answers: 0 = greedy."""
+    sample_seed: int = 0
+    metrics: tuple[str, ...] | None = None
+    """Of generated answers, for every task of the text; None = as the tasks' files name them."""
+    metric_settings: MetricSettings | None = None
     encoding: str = "apart"
     """Of choices: `apart` as in training, `together` as lm-eval."""
     other_wording: Corpus | None = None

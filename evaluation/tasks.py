@@ -1,9 +1,9 @@
 """What can be measured, by name: `run_tasks` loads a model once and gives an `EvalReport`.
 
-    perplexity   needs a text                             perplexity, bits per byte
-    agreement    needs a cache                            KL to its teacher, top-1 agreement
+    perplexity   needs a text                             perplexity, bits per byte, calibration
+    agreement    needs a cache, or a teacher and a text   KL and JSD to the teacher, top-1 agreement, calibration
     choices      needs a text with choices                accuracy of rank classification
-    generation   needs a text of prompts and targets      exact match and token F1 of greedy answers
+    generation   needs a text of prompts and targets      exact match, token F1, ROUGE, BLEU, … of answers
     hellaswag    has rows of its own                      accuracy under one of two protocols
 
 Several tasks share one load of the weights; names, text, cache and tokenizer are checked before it.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 from kd.data.errors import DataError, unknown_name
 from kd.data.identity import model_identity, pinned
-from kd.data.models import ModelRequest, load_model, load_request_tokenizer
+from kd.data.models import Model, ModelRequest, load_model, load_request_tokenizer
 from kd.data.rendering import InstructionConfig
 from kd.data.sources import Columns, Corpus, load_corpus, takes_instructions
 from kd.data.task import WORDINGS
-from kd.data.tokenizer import tokenizer_fingerprint
+from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
+from kd.evaluation.answer_metrics import ANSWER_METRICS, MetricSettings
+from kd.evaluation.contamination import contamination, refuse_contaminated, trained_on
 from kd.evaluation.results import EvalReport
 from kd.evaluation.runners import run_agreement, run_choices, run_generation, run_hellaswag, run_perplexity
-from kd.evaluation.scoring import Progress
-from kd.evaluation.task import Metric, Settings, Task, TaskResult
+from kd.evaluation.task import LiveTeacher, Metric, Settings, Task, TaskResult
 
 if TYPE_CHECKING:
     from kd.cache_builder.reader import CacheReader
@@ -58,26 +59,73 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
               temperature: float = 1.0, tokens_per_batch: int = 4096, device: str = "auto", dtype: str = "auto",
               revision: str | None = None, tokenizer: str | None = None, load_in_4bit: bool = False,
               seed: int = 0, separator: str = "\n", max_new_tokens: int | None = None,
-              stop: str | None = None, encoding: str = "apart",
-              protocol: str = "nanogpt") -> Iterator[EvalProgress]:  # fmt: skip
+              stop: str | None = None, encoding: str = "apart", protocol: str = "nanogpt",
+              teacher: str | None = None, sample_temperature: float = 0.0, metrics: Sequence[str] | None = None,
+              metric_settings: MetricSettings | None = None,
+              allow_contaminated: bool = False) -> Iterator[EvalProgress]:  # fmt: skip
     """Load a model and run the named tasks; the last record carries the report. Nothing is written.
 
-    Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task or a
-    missing text or cache, CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
+    Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task, a
+    missing text or cache, or a text the model was trained on (unless `allow_contaminated`, which marks the result),
+    CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
     """
-    check_tasks(names, data=data, cache=cache)
+    check_tasks(names, data=data, cache=cache, teacher=teacher)
     _check_ways(names, encoding, protocol)
-    needs = {TASKS[name].needs for name in names}
     request = pinned(ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed))
     loaded = load_request_tokenizer(request)
+    settings = Settings(
+        limit=limit, limit_tokens=limit_tokens, seq_len=seq_len, stride=stride, bos=bos, temperature=temperature,
+        tokens_per_batch=tokens_per_batch, separator=separator, max_new_tokens=max_new_tokens, stop=stop,
+        encoding=encoding, protocol=protocol, sample_temperature=sample_temperature, sample_seed=seed,
+        metrics=None if metrics is None else tuple(metrics), metric_settings=metric_settings,
+    )  # fmt: skip
+    settings = with_texts(settings, names, loaded, data=data, cache=cache, split=split, columns=columns,
+                          instructions=instructions, whole_text=teacher is not None)  # fmt: skip
+    found = contamination(trained_on(model_name), settings.corpus, settings.scenes)
+    if not allow_contaminated:
+        refuse_contaminated({name: found[key] for name in names if (key := _asked_about(name)) in found}, names)
+    teacher_request = None
+    if teacher is not None:
+        teacher_request = pinned(ModelRequest(teacher, None, dtype, device, load_in_4bit, None, seed))
+        _refuse_other_teacher(teacher_request, loaded)
+    model = load_model(request)
+    if teacher_request is not None:
+        live = LiveTeacher(teacher_request.name, model_identity(teacher_request), load_model(teacher_request))
+        settings = replace(settings, teacher=live)
+    results = yield from score_model(model, loaded, names, settings)
+    report = EvalReport(
+        model=model_name,
+        parameters=int(model.num_parameters()),
+        identity=model_identity(request),
+        tokenizer=tokenizer_fingerprint(loaded),
+        tasks={name: _figures(TASKS[name], result) for name, result in results.items()},
+        settings={name: dict(result.settings) | ({"contaminated": found[key]} if (key := _asked_about(name)) in found
+                                                 else {}) for name, result in results.items()},
+        data=None if settings.corpus is None else _describe_corpus(settings.corpus),
+        cache=None if settings.reader is None else _describe_cache(settings.reader),
+        versions={"python": platform.python_version()}
+        | {p: version(p) for p in ("kd-logit-cache", "torch", "transformers")},
+        documents={name: _influences(result) for name, result in results.items()},
+    )  # fmt: skip
+    last = list(results)[-1]
+    yield EvalProgress(last, 1, 1, report)
+
+
+def with_texts(settings: Settings, names: Sequence[str], tokenizer: Tokenizer, *, data: str | None = None,
+               cache: Path | str | None = None, split: str | None = None, columns: Columns | None = None,
+               instructions: InstructionConfig | None = None, whole_text: bool = False) -> Settings:  # fmt: skip
+    """`settings` with what the named tasks are measured on, loaded and checked; `whole_text`: agreement needs one too."""
+    needs = {TASKS[name].needs for name in names}
+    if whole_text and "cache" in needs:
+        needs = needs - {"cache"} | {"data"}
     corpus = reader = None
     scenes = other = None
     if "rows" in needs:
         from kd.evaluation.hellaswag import load_scenes
 
-        scenes = load_scenes(None if instructions is None else instructions.task_root, limit)
+        scenes = load_scenes(None if instructions is None else instructions.task_root, settings.limit)
     if "data" in needs and data is not None:
-        corpus, other = _both_wordings(data, split, columns, limit, instructions, own_rows="rows" in needs)
+        corpus, other = _both_wordings(data, split, columns, settings.limit, instructions, own_rows="rows" in needs)
     if "cache" in needs and cache is not None:
         from kd.cache_builder.reader import CacheReader
         from kd.student_trainer.compatibility import refuse_other_tokenizer
@@ -85,46 +133,61 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
         reader = CacheReader(cache)
         refuse_other_tokenizer(
             reader,
-            loaded,
+            tokenizer,
             purpose="agreement",
             advice="--tasks perplexity: its bits per byte compare any two tokenizers",
         )
-    settings = Settings(corpus, reader, limit, limit_tokens, seq_len, stride, bos, temperature, tokens_per_batch,
-                        separator, max_new_tokens, stop, encoding, other, protocol, scenes)  # fmt: skip
-    model = load_model(request)
+    return replace(settings, corpus=corpus, other_wording=other, reader=reader, scenes=scenes)
+
+
+def score_model(model: Model, tokenizer: Tokenizer, names: Sequence[str],
+                settings: Settings) -> Generator[EvalProgress, None, dict[str, TaskResult]]:  # fmt: skip
+    """Run the named tasks on a model in memory: yields progress, returns the results."""
     results: dict[str, TaskResult] = {}
-    last = Progress[TaskResult](0, 0)
     for name in dict.fromkeys(names):
-        for last in TASKS[name].run(model, loaded, settings):
-            yield EvalProgress(name, last.done, last.total)
-        assert last.result is not None
-        results[name] = last.result
-    report = EvalReport(
-        model=model_name,
-        parameters=int(model.num_parameters()),
-        identity=model_identity(request),
-        tokenizer=tokenizer_fingerprint(loaded),
-        tasks={name: _figures(TASKS[name], result) for name, result in results.items()},
-        settings={name: dict(result.settings) for name, result in results.items()},
-        data=None if corpus is None else _describe_corpus(corpus),
-        cache=None if reader is None else _describe_cache(reader),
-        versions={"python": platform.python_version()}
-        | {p: version(p) for p in ("kd-logit-cache", "torch", "transformers")},
-        documents={name: _influences(result) for name, result in results.items()},
-    )
-    yield EvalProgress(list(results)[-1], last.done, last.total, report)
+        for step in TASKS[name].run(model, tokenizer, settings):
+            yield EvalProgress(name, step.done, step.total)
+        assert step.result is not None
+        results[name] = step.result
+    return results
 
 
-def check_tasks(names: Sequence[str], *, data: str | None, cache: Path | str | None) -> None:
-    """Raise DataError for an unknown task, for none at all, or for one whose text or cache was not given."""
+def _asked_about(task: str) -> str:
+    """Under which name `contamination` speaks of a task; agreement is measured on the training text on purpose."""
+    return {"rows": task, "data": "data", "cache": ""}[TASKS[task].needs]
+
+
+def _refuse_other_teacher(teacher: ModelRequest, tokenizer: Tokenizer) -> None:
+    """Raise DataError unless a live teacher has the model's tokenizer."""
+    theirs, ours = token_bytes(load_request_tokenizer(teacher)), token_bytes(tokenizer)
+    if theirs != ours:
+        differing = sum(a != b for a, b in zip(theirs, ours, strict=False)) + abs(len(theirs) - len(ours))
+        raise DataError("the model's tokenizer is not the teacher's, and agreement compares token by token",
+                        where=f"--teacher {teacher.name}", found=f"{differing} of {len(theirs)} ids differ",
+                        try_="--tasks perplexity: its bits per byte compare any two tokenizers")  # fmt: skip
+
+
+def check_tasks(
+    names: Sequence[str], *, data: str | None, cache: Path | str | None, teacher: str | None = None
+) -> None:
+    """Raise DataError for an unknown task, for none at all, or for one whose text, cache or teacher was not given."""
     if not names:
         raise DataError("no task was named", expected=", ".join(TASKS), try_="--tasks perplexity")
     for name in names:
         if name not in TASKS:
             raise unknown_name("task", name, TASKS)
-        if TASKS[name].needs != "rows" and (data if TASKS[name].needs == "data" else cache) is None:
-            option = "--data SPEC, e.g. demo:heldout" if TASKS[name].needs == "data" else "--cache DIR"
-            raise DataError(f"the task {name} needs a {TASKS[name].needs} that was not given", try_=option)
+        needs = TASKS[name].needs
+        if needs == "data" and data is None:
+            raise DataError(f"the task {name} needs a text that was not given", try_="--data SPEC, e.g. demo:heldout")
+        if needs == "cache" and cache is None and teacher is None:
+            raise DataError(f"the task {name} needs a teacher that was not given",
+                            try_="--cache DIR, or --teacher MODEL with --data SPEC")  # fmt: skip
+        if needs == "cache" and teacher is not None and (cache is not None or data is None):
+            raise DataError(f"the task {name} follows one teacher on one text",
+                            found="a cache and a live teacher" if cache is not None else "a live teacher without a text",
+                            try_="--cache DIR alone, or --teacher MODEL with --data SPEC")  # fmt: skip
+    if teacher is not None and not any(TASKS[name].needs == "cache" for name in names):
+        raise DataError("no task asks for a teacher", found=f"--teacher {teacher}", try_="--tasks agreement")
 
 
 def _check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:
@@ -202,6 +265,13 @@ RANKED = {
     "accuracy_chars": replace(ACCURACY, title="accuracy by character"),
 }
 
+FURTHER = {
+    f"{name}{suffix}": Metric(f"{metric.title}{about}", metric.unit, "higher", "example")
+    for name, metric in ANSWER_METRICS.items()
+    for suffix, about in (("", ""), ("_mean_of_tasks", ", mean of tasks"))
+}
+"""Of answers, where a task names them."""
+
 TASKS: dict[str, Task] = {
     "perplexity": Task(
         about="perplexity and bits per byte of a text, sliding window",
@@ -210,17 +280,21 @@ TASKS: dict[str, Task] = {
             "perplexity": Metric("perplexity", "per token", "lower", "token"),
             "bits_per_byte": Metric("bits per byte", "bits per byte", "lower", "byte"),
             "nll_per_token": Metric("NLL", "nats per token", "lower", "token"),
+            "ece": Metric("calibration error", "ECE of 15 bins, 0..1", "lower", "token"),
         },
         run=run_perplexity,
     ),
     "agreement": Task(
-        about="KL to the teacher of a cache and top-1 agreement with it",
+        about="KL and JSD to the teacher, of a cache or at hand, top-1 agreement with it, calibration",
         needs="cache",
         metrics={
             "kl": Metric("KL to teacher", "nats per token", "lower", "row"),
+            "jsd": Metric("JSD to teacher", "nats per token, 0..0.693", "lower", "row"),
             "top1_agreement": Metric("top-1 agreement", "share of tokens", "higher", "row"),
             "nll_per_token": Metric("NLL", "nats per token", "lower", "row"),
             "teacher_nll_per_token": Metric("teacher's NLL", "nats per token", None, "row"),
+            "ece": Metric("calibration error", "ECE of 15 bins, 0..1", "lower", "row"),
+            "teacher_ece": Metric("teacher's calibration error", "ECE of 15 bins, 0..1", None, "row"),
         },
         run=run_agreement,
     ),
@@ -236,7 +310,7 @@ TASKS: dict[str, Task] = {
         run=run_choices,
     ),
     "generation": Task(
-        about="greedy answers compared with the references: exact match and token F1",
+        about="answers, greedy or sampled, compared with the references; further metrics as the tasks of the text name them",
         needs="data",
         metrics={
             "exact_match": EXACT_MATCH,
@@ -248,7 +322,8 @@ TASKS: dict[str, Task] = {
             "choice_match": Metric("right choice named", "share of examples", "higher", "example"),
             "choice_none": Metric("no choice named", "share of examples", None, "example"),
             "unfinished": Metric("unfinished", "share of examples", None, "example"),
-        },
+        }
+        | FURTHER,
         run=run_generation,
     ),
     "hellaswag": Task(
