@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,15 +81,15 @@ def _training_text(folder: Path, run: Mapping[str, Any], cache: Path) -> Trainin
     return text
 
 
-def cache_text(cache: Path, *, run: str = "") -> TrainingText:
-    """The text of a cache, without its targets. Raises CacheError where it cannot be read."""
+def cache_text(cache: Path, *, run: str = "", whole: bool = True) -> TrainingText:
+    """The text of a cache, without its targets; its name alone where not `whole`. Raises CacheError."""
     from kd.cache_builder.manifest import load_manifest
     from kd.cache_builder.store import read_example_table
 
     manifest = load_manifest(cache)
     provenance = manifest.provenance
     examples: list[Example] = []
-    for index in range(len(manifest.shards)):
+    for index in range(len(manifest.shards) if whole else 0):
         table = read_example_table(cache, manifest, index, ["id", "prompt", "target"])
         examples += [Example(i, target, prompt) for i, prompt, target in
                      zip(table["id"], table["prompt"], table["target"], strict=True)]  # fmt: skip
@@ -102,6 +102,16 @@ def benchmark_text(text: TrainingText) -> str | None:
     """Why a text is a benchmark's own, by the names of its source; None where nothing says so."""
     name = HELLASWAG_SOURCES.search(f"{text.spec} {text.source}")
     return None if name is None else f"its source names {name[0]!r}, where HellaSwag's text is from"
+
+
+def refuse_benchmark_text(cache: Path, *, allow: bool) -> str | None:
+    """Why a cache's text is a benchmark's own; raises DataError where it is, unless `allow`."""
+    reason = benchmark_text(cache_text(cache, whole=False))
+    if reason is not None and not allow:
+        raise DataError("this cache holds a benchmark's own text", where=cache, found=reason,
+                        expected="text that the student will not be measured on",
+                        try_="--allow-contaminated: the run and its scores are then marked")  # fmt: skip
+    return reason
 
 
 def contamination(texts: Sequence[TrainingText], corpus: Corpus | None, scenes: Scenes | None) -> dict[str, str]:
@@ -120,12 +130,11 @@ def contamination(texts: Sequence[TrainingText], corpus: Corpus | None, scenes: 
     return found
 
 
-def refuse_contaminated(found: Mapping[str, str], tasks: Iterable[str]) -> None:
-    """Raise DataError where one of `tasks` was trained on."""
-    for task in tasks:
-        if task in found:
-            raise DataError("the model was trained on what it would be asked", where=task, found=found[task],
-                            expected="text it has not seen", try_="--allow-contaminated: the result is then marked")  # fmt: skip
+def refuse_contaminated(found: Mapping[str, str]) -> None:
+    """Raise DataError where a task (the key) was trained on."""
+    for task, reason in found.items():
+        raise DataError("the model was trained on what it would be asked", where=f"task {task}", found=reason,
+                        expected="text it has not seen", try_="--allow-contaminated: the result is then marked")  # fmt: skip
 
 
 def shared_examples(corpus: Corpus, text: TrainingText) -> int:

@@ -31,7 +31,7 @@ from kd.data.sources import Columns, Corpus, load_corpus, takes_instructions
 from kd.data.task import WORDINGS
 from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 from kd.evaluation.answer_metrics import ANSWER_METRICS, MetricSettings
-from kd.evaluation.contamination import contamination, refuse_contaminated, trained_on
+from kd.evaluation.contamination import cache_text, contamination, refuse_contaminated, trained_on
 from kd.evaluation.results import EvalReport
 from kd.evaluation.runners import run_agreement, run_choices, run_generation, run_hellaswag, run_perplexity
 from kd.evaluation.task import LiveTeacher, Metric, Settings, Task, TaskResult
@@ -70,7 +70,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
     CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
     """
     check_tasks(names, data=data, cache=cache, teacher=teacher)
-    _check_ways(names, encoding, protocol)
+    check_ways(names, encoding, protocol)
     request = pinned(ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed))
     loaded = load_request_tokenizer(request)
     settings = Settings(
@@ -81,9 +81,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
     )  # fmt: skip
     settings = with_texts(settings, names, loaded, data=data, cache=cache, split=split, columns=columns,
                           instructions=instructions, whole_text=teacher is not None)  # fmt: skip
-    found = contamination(trained_on(model_name), settings.corpus, settings.scenes)
-    if not allow_contaminated:
-        refuse_contaminated({name: found[key] for name in names if (key := _asked_about(name)) in found}, names)
+    contaminated = contaminated_tasks(names, settings, model_name, allow=allow_contaminated)
     teacher_request = None
     if teacher is not None:
         teacher_request = pinned(ModelRequest(teacher, None, dtype, device, load_in_4bit, None, seed))
@@ -98,9 +96,9 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
         parameters=int(model.num_parameters()),
         identity=model_identity(request),
         tokenizer=tokenizer_fingerprint(loaded),
-        tasks={name: _figures(TASKS[name], result) for name, result in results.items()},
-        settings={name: dict(result.settings) | ({"contaminated": found[key]} if (key := _asked_about(name)) in found
-                                                 else {}) for name, result in results.items()},
+        tasks={name: figures_of(name, result) for name, result in results.items()},
+        settings={name: dict(result.settings) | ({"contaminated": contaminated[name]} if name in contaminated else {})
+                  for name, result in results.items()},
         data=None if settings.corpus is None else _describe_corpus(settings.corpus),
         cache=None if settings.reader is None else _describe_cache(settings.reader),
         versions={"python": platform.python_version()}
@@ -152,9 +150,19 @@ def score_model(model: Model, tokenizer: Tokenizer, names: Sequence[str],
     return results
 
 
-def _asked_about(task: str) -> str:
-    """Under which name `contamination` speaks of a task; agreement is measured on the training text on purpose."""
-    return {"rows": task, "data": "data", "cache": ""}[TASKS[task].needs]
+def contaminated_tasks(names: Sequence[str], settings: Settings, model: str, *, cache: Path | None = None,
+                       allow: bool) -> dict[str, str]:  # fmt: skip
+    """Task -> why its text is known to the model, by the runs that made it and the `cache` it is about to learn from.
+
+    Raises DataError where there is one, unless `allow`. Agreement is measured on the training text on purpose.
+    """
+    texts = trained_on(model) + ([] if cache is None else [cache_text(cache, run="this run")])
+    found = contamination(texts, settings.corpus, settings.scenes)
+    keys = {"rows": "hellaswag", "data": "data", "cache": ""}
+    tasks = {name: found[key] for name in names if (key := keys[TASKS[name].needs]) in found}
+    if not allow:
+        refuse_contaminated(tasks)
+    return tasks
 
 
 def _refuse_other_teacher(teacher: ModelRequest, tokenizer: Tokenizer) -> None:
@@ -190,7 +198,7 @@ def check_tasks(
         raise DataError("no task asks for a teacher", found=f"--teacher {teacher}", try_="--tasks agreement")
 
 
-def _check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:
+def check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:
     """Raise DataError for an unknown encoding or protocol of a task that is to run."""
     from kd.evaluation.choices import ENCODINGS
     from kd.evaluation.hellaswag import PROTOCOLS
@@ -222,11 +230,12 @@ def _both_wordings(data: str, split: str | None, columns: Columns | None, limit:
     return corpus, None if same else other
 
 
-def _figures(task: Task, result: TaskResult) -> dict[str, dict[str, Any]]:
+def figures_of(task: str, result: TaskResult) -> dict[str, dict[str, Any]]:
+    """Metric -> value (None where it is not finite), stderr, n, over, unit, better, title."""
     figures: dict[str, dict[str, Any]] = {}
     for name, estimate in result.estimates.items():
         base, _, part = name.partition("/")
-        metric = task.metrics[base]
+        metric = TASKS[task].metrics[base]
         figures[name] = {
             "value": estimate.value if math.isfinite(estimate.value) else None, "stderr": estimate.stderr,
             "n": estimate.n, "over": metric.over, "unit": metric.unit, "better": metric.better,
