@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,11 +119,19 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path 
         click.echo(f"{report.model} ({report.parameters:,} parameters)")
         width = max(22, *(len(name) + 2 for found in report.tasks.values() for name in found))
         for task, found in report.tasks.items():
-            for name, metric in found.items():
+            for name, metric in without_repeats(found).items():
                 click.echo(
                     f"  {task:<12}{name:<{width}}{with_error(metric)} {metric['unit']}, {metric['n']:,} {metric['over']}s"
                 )
             click.echo(f"  {task:<12}{conditions(report, task)}")
+
+
+def without_repeats(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without the part and the mean of tasks of those that are measured on one task alone."""
+    parts = Counter(name.partition("/")[0] for name in metrics if "/" in name)
+    return {name: figure for name, figure in metrics.items()
+            if parts[name.partition("/")[0].removesuffix("_mean_of_tasks")] != 1
+            or not ("/" in name or name.endswith("_mean_of_tasks"))}  # fmt: skip
 
 
 def conditions(report: EvalReport, task: str) -> str:

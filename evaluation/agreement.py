@@ -169,8 +169,9 @@ def rest_bucket_jsd(log_p: np.ndarray, rest: np.ndarray, log_q: np.ndarray, log_
 
 def jensen_shannon(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
     """JSD of two distributions given as log-probabilities: `[N, K], [N, K] -> [N]` nats, float64; -inf is no mass."""
-    log_m = np.logaddexp(log_p, log_q) - np.log(2)
     with np.errstate(invalid="ignore"):  # -inf - -inf: an outcome that neither has
+        # as logaddexp, but exactly log_p where both are equal: a model has no divergence from itself, not 1e-18
+        log_m = np.maximum(log_p, log_q) + (np.log1p(np.exp(-np.abs(log_p - log_q))) - np.log1p(1.0))
         sides = [np.where(np.isneginf(log_a), 0.0, np.exp(log_a) * (log_a - log_m)) for log_a in (log_p, log_q)]
     return np.asarray(np.clip(0.5 * (sides[0] + sides[1]).sum(axis=1), 0.0, np.log(2)))  # rounding may leave the range
 

@@ -97,12 +97,12 @@ def metrics_by_task(examples: Sequence[Example], named: Mapping[str, Sequence[st
 def score_answers(answers: Sequence[str], examples: Sequence[Example], documents: Documents,
                   chosen: Mapping[str, Sequence[str]],
                   settings: MetricSettings) -> tuple[dict[str, Estimate], dict[str, str]]:  # fmt: skip
-    """Estimates by name (`METRIC`, `METRIC_mean_of_tasks`, `METRIC/TASK`), and what made each metric.
+    """Estimates by name (`METRIC`, `METRIC_mean_of_tasks`, `METRIC/TASK`), and what made them by the metrics' names.
 
     chosen   metric -> tasks it is computed for
     """
     estimates: dict[str, Estimate] = {}
-    made_by: dict[str, str] = {}
+    made_by: dict[str, list[str]] = {}
     tasks = [e.task for e in examples]
     for name, wanted in chosen.items():
         metric = ANSWER_METRICS[name]
@@ -113,7 +113,7 @@ def score_answers(answers: Sequence[str], examples: Sequence[Example], documents
         if not known.any():
             continue
         inside[inside] = known
-        made_by[name] = metric.made_by(own, settings)
+        made_by.setdefault(metric.made_by(own, settings), []).append(name)
         part, kept = documents.part(inside), [task for task, held in zip(tasks, inside, strict=True) if held]
         if metric.of_sums is None:
             found = {name: part.ratio(scores[known], np.ones(len(kept)))}
@@ -121,7 +121,7 @@ def score_answers(answers: Sequence[str], examples: Sequence[Example], documents
         else:
             found = with_tasks(name, part, scores[known], kept, metric.of_sums, seed=BOOTSTRAP_SEED)
         estimates |= {key: documents.spread(estimate, part) for key, estimate in found.items()}
-    return estimates, made_by
+    return estimates, {", ".join(names): made for made, names in made_by.items()}
 
 
 def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[Example], MetricSettings], np.ndarray]:
@@ -229,7 +229,7 @@ def _bertscore_made_by(examples: Sequence[Example], settings: MetricSettings) ->
     return described(settings.bertscore_model, settings.bertscore_layer)
 
 
-SHARE = "mean over examples, 0..1"
+SHARE = "mean over examples"
 ANSWER_METRICS: dict[str, AnswerMetric] = {
     "rouge1": AnswerMetric("ROUGE-1", SHARE, _rouge("rouge1"), _rouge_made_by),
     "rougeL": AnswerMetric("ROUGE-L", SHARE, _rouge("rougeL"), _rouge_made_by),
@@ -237,7 +237,7 @@ ANSWER_METRICS: dict[str, AnswerMetric] = {
     "squad_em": AnswerMetric("SQuAD EM", "share of examples", _squad(squad_exact_match), _squad_made_by),
     "squad_f1": AnswerMetric("SQuAD F1", SHARE, _squad(token_f1), _squad_made_by),
     "coverage": AnswerMetric("coverage", "share of words", _coverage, _coverage_made_by),
-    "bleu": AnswerMetric("BLEU", "corpus, 0..100", _bleu, _bleu_made_by, bleu_of_sums),
+    "bleu": AnswerMetric("BLEU", "of 100, over the corpus", _bleu, _bleu_made_by, bleu_of_sums),
     "bertscore": AnswerMetric("BERTScore", SHARE, _bertscore, _bertscore_made_by),
 }
 CHOICES_METRICS = ("accuracy",)

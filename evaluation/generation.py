@@ -100,7 +100,7 @@ class GenerationResult:
     prompts_cut: int
     """Examples whose prompt lost its beginning."""
     made_by: Mapping[str, str]
-    """Metric -> library, version and settings, of those that a task names."""
+    """Metrics, between commas -> library, version and settings, of those that a task names."""
 
 
 def evaluate_generation(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,

@@ -28,7 +28,6 @@ from kd.evaluation.scoring import (
     ScoredText,
     chunk_scores,
     logit_chunks,
-    require_positions,
     window,
 )
 
@@ -39,16 +38,15 @@ def evaluate_live_agreement(model: Model, teacher: Model, tokenizer: Tokenizer, 
                             limit_tokens: int | None = None) -> Iterator[Progress[AgreementResult]]:  # fmt: skip
     """Score `model` against `teacher` on the rows of `corpus`; the last record carries the result.
 
-    The caller has checked that both use `tokenizer`. Other arguments as in `evaluate_perplexity`; the teacher must have
-    as many positions. Raises DataError where one of the two alone has an encoder.
+    The caller has checked that both use `tokenizer`. Other arguments as in `evaluate_perplexity`; the window is by default
+    what both have positions for. Raises DataError where one of the two alone has an encoder.
     """
     encoder = is_encoder_decoder(model.config)
     if encoder != is_encoder_decoder(teacher.config):
         raise DataError("one of model and teacher has an encoder", expected="two causal models, or two with an encoder")
     if temperature <= 0:
         raise DataError("temperature must be positive", found=temperature)
-    seq_len = window(model, seq_len)
-    require_positions(teacher, seq_len)
+    seq_len = min(window(m, seq_len) for m in (model, teacher))
     blocks = BlockConfig(seq_len=seq_len, stride=seq_len - 1 if stride is None else stride, bos=bos,
                          separator=separator, encoder=encoder, overlong="truncate")  # fmt: skip
     counts: Counter[str] = Counter()

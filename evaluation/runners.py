@@ -83,6 +83,7 @@ def _live_agreement(
     model: Model, tokenizer: Tokenizer, settings: Settings, teacher: LiveTeacher
 ) -> Iterator[Progress[TaskResult]]:
     from kd.evaluation.live_agreement import evaluate_live_agreement
+    from kd.evaluation.scoring import window
 
     assert settings.corpus is not None
     steps = evaluate_live_agreement(
@@ -95,6 +96,7 @@ def _live_agreement(
         if step.result is not None:
             found = step.result
             used = _asked(settings) | {
+                "seq_len": min(window(m, settings.seq_len) for m in (model, teacher.model)),
                 "teacher": teacher.name,
                 "teacher_fingerprint": _digest([dict(teacher.identity)]),
                 "temperature": settings.temperature,
