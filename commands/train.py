@@ -200,7 +200,8 @@ def final_scores(records: list[dict[str, Any]], data: str | None) -> list[tuple[
         name, figure = next(iter(metrics.items()))
         before = first["tasks"][task][name]["value"]
         known = [f"{v:.4g}" if v is not None else "not finite" for v in (before, figure["value"])]
-        shown.append((f"{figure['title']} ({task}{f' on {data}' if data else ''})", " → ".join(known)))
+        on = f" on {data}" if data and "text_digest" in last["settings"][task] else ""
+        shown.append((f"{task}: {figure['title']}{on}", " → ".join(known)))
     return shown
 
 
