@@ -88,6 +88,10 @@ def metrics_by_task(examples: Sequence[Example], named: Mapping[str, Sequence[st
         for name in named.get(task, ()):
             if name not in ANSWER_METRICS and name not in CHOICES_METRICS:
                 raise unknown_name("metric of an answer", name, ANSWER_METRICS, where=f"task {task}")
+    if settings.bertscore_model is not None:
+        from kd.evaluation.bertscore import encoder_layer
+
+        encoder_layer(settings.bertscore_model, settings.bertscore_layer)
     found = {name: [t for t in tasks if name in named.get(t, ())] for name in ANSWER_METRICS}
     if settings.bertscore_model is None:
         found["bertscore"] = []

@@ -53,6 +53,8 @@ from kd.evaluation.scoring import Progress, out_of_memory, require_vocabulary, w
 if TYPE_CHECKING:
     import torch
 
+    from kd.evaluation.task import Settings
+
 SLACK = 8
 """Tokens beyond the longest reference: room for an answer in other words, and to see that it did not end."""
 
@@ -152,6 +154,12 @@ def evaluate_generation(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, s
     yield Progress(
         done, done, generation_of(corpus.examples, texts, unfinished_E, room, counts["cut"], chosen, settings)
     )
+
+
+def check_answering(corpus: Corpus, settings: Settings) -> None:
+    """Raise DataError, before any weights are loaded, for metrics or a temperature that cannot be used."""
+    metrics_by_task(corpus.examples, corpus.metrics, settings.metrics, settings.metric_settings or MetricSettings())
+    Sampling(settings.sample_temperature)
 
 
 def answer_room(model: Model, tokenizer: Tokenizer, corpus: Corpus, blocks: BlockConfig, wanted: int | None) -> int:

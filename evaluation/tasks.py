@@ -124,6 +124,10 @@ def with_texts(settings: Settings, names: Sequence[str], tokenizer: Tokenizer, *
         scenes = load_scenes(None if instructions is None else instructions.task_root, settings.limit)
     if "data" in needs and data is not None:
         corpus, other = _both_wordings(data, split, columns, settings.limit, instructions, own_rows="rows" in needs)
+        if "generation" in names:
+            from kd.evaluation.generation import check_answering
+
+            check_answering(corpus, settings)
     if "cache" in needs and cache is not None:
         from kd.cache_builder.reader import CacheReader
         from kd.student_trainer.compatibility import refuse_other_tokenizer
@@ -156,6 +160,8 @@ def contaminated_tasks(names: Sequence[str], settings: Settings, model: str, *, 
 
     Raises DataError where there is one, unless `allow`. Agreement is measured on the training text on purpose.
     """
+    if settings.corpus is None and settings.scenes is None:
+        return {}
     texts = trained_on(model) + ([] if cache is None else [cache_text(cache, run="this run")])
     found = contamination(texts, settings.corpus, settings.scenes)
     keys = {"rows": "hellaswag", "data": "data", "cache": ""}

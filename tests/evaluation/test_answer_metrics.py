@@ -325,7 +325,7 @@ def test_an_encoder_that_cannot_serve_is_refused_with_what_to_try(encoder, tmp_p
 def test_a_tasks_file_names_its_metrics_and_an_option_overrides_it():
     named = {"story": ("rougeL", "bertscore"), "log": ("squad_f1", "accuracy")}
     assert metrics_by_task(EXAMPLES, named, None, PLAIN) == {"rougeL": ["story"], "squad_f1": ["log"]}
-    with_encoder = metrics_by_task(EXAMPLES, named, None, MetricSettings(bertscore_model="x"))
+    with_encoder = metrics_by_task(EXAMPLES, named, None, MetricSettings(bertscore_model="x", bertscore_layer=1))
     assert with_encoder["bertscore"] == ["story"]
     assert metrics_by_task(EXAMPLES, named, ["bleu"], PLAIN) == {"bleu": ["log", "story"]}
     with pytest.raises(DataError, match="unknown metric") as error:
