@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +37,12 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
 @click.option(
     "--data",
     "spec",
-    help="Data spec for perplexity, choices (examples with choices) and generation (prompt and target).",
+    help="Data spec for perplexity, choices (examples with choices), generation (prompt and target) and --teacher.",
 )
-@click.option("--cache", type=PATH, help="Cache for agreement: KL to the teacher and top-1.")
+@click.option("--cache", type=PATH, help="Cache for agreement: KL and JSD to its teacher, top-1, calibration.")
+@click.option(
+    "--teacher", help="Model for agreement on --data, instead of a cache: hub id, folder, demo, or random:NAME."
+)
 @corpus_options
 @click.option("--seq-len", type=int, help="Window in tokens; the model's positions, at most 1024, by default.")
 @click.option("--stride", type=int, help="New tokens scored per window; seq-len - 1 by default.")
@@ -50,6 +55,21 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
 )
 @click.option("--stop", help="Cut a generated answer at this text too, e.g. \\n, where no reference holds it.")
 @click.option(
+    "--sample-temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Sample generated answers at this temperature, with --seed; 0 = greedy.",
+)
+@click.option(
+    "--metrics",
+    help="Further metrics of generation, comma-separated: rouge1, rougeL, rougeLsum, squad_em, squad_f1, "
+    "coverage, bleu, bertscore. By default those that the tasks' files name.",
+)
+@click.option("--rouge-stemmer", is_flag=True, help="Stem the words that ROUGE compares (Porter).")
+@click.option("--bertscore-model", help="Encoder of BERTScore, a folder or hub id; without one it is not computed.")
+@click.option("--bertscore-layer", type=int, help="Whose states are compared; bert-score's choice by default.")
+@click.option(
     "--encoding",
     default="apart",
     show_default=True,
@@ -58,27 +78,34 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
 @click.option(
     "--protocol", default="nanogpt", show_default=True, help="Of hellaswag: nanogpt (0.2955) or harness (lm-eval)."
 )
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the agreement's KL.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the agreement's KL and JSD.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--load-in-4bit", is_flag=True, help="Load the models in nf4 with double quantisation (bitsandbytes).")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--tokenizer", help="Tokenizer of a random model.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of random weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and of sampling.")
+@click.option(
+    "--allow-contaminated", is_flag=True, help="Score a model on what it was trained on; the result is marked."
+)
 @click.option(
     "--out", type=PATH, help="Folder for eval.json (a sub-folder per model, numbered, when there are several)."
 )
 @json_option
 def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path | None, out: Path | None, as_json: bool,
-             separator: str, stop: str | None, **options: Any) -> None:  # fmt: skip
+             separator: str, stop: str | None, metrics: str | None, rouge_stemmer: bool, bertscore_model: str | None,
+             bertscore_layer: int | None, **options: Any) -> None:  # fmt: skip
     """Score one or more models.
 
     Example: kd eval demo --tasks perplexity --data demo --split heldout
     """
     quiet_libraries()
+    from kd.evaluation.answer_metrics import MetricSettings
     from kd.evaluation.comparison import with_error
 
     options |= {"separator": unescaped(separator), "stop": stop and unescaped(stop)}
+    options["metrics"] = None if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
+    options["metric_settings"] = MetricSettings(rouge_stemmer, bertscore_model, bertscore_layer, options["device"])
     reports: list[EvalReport] = []
     for model in models:
         report = run_evaluation(model, [t.strip() for t in tasks.split(",")], data=spec, cache=cache, **options)
@@ -90,12 +117,29 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path 
         return
     for report in reports:
         click.echo(f"{report.model} ({report.parameters:,} parameters)")
-        width = max(22, *(len(name) + 2 for metrics in report.tasks.values() for name in metrics))
-        for task, metrics in report.tasks.items():
-            for name, metric in metrics.items():
+        width = max(22, *(len(name) + 2 for found in report.tasks.values() for name in found))
+        for task, found in report.tasks.items():
+            for name, metric in without_repeats(found).items():
                 click.echo(
                     f"  {task:<12}{name:<{width}}{with_error(metric)} {metric['unit']}, {metric['n']:,} {metric['over']}s"
                 )
+            click.echo(f"  {task:<12}{conditions(report, task)}")
+
+
+def without_repeats(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without the part and the mean of tasks of those that are measured on one task alone."""
+    parts = Counter(name.partition("/")[0] for name in metrics if "/" in name)
+    return {name: figure for name, figure in metrics.items()
+            if parts[name.partition("/")[0].removesuffix("_mean_of_tasks")] != 1
+            or not ("/" in name or name.endswith("_mean_of_tasks"))}  # fmt: skip
+
+
+def conditions(report: EvalReport, task: str) -> str:
+    """Under which settings a task was measured, without digests: what belongs beside its scores."""
+    used = report.settings[task]
+    return ", ".join(f"{key.replace('_', ' ')} {json.dumps(value) if isinstance(value, str) else value}"
+                     for key, value in used.items()
+                     if value is not None and not key.endswith(("_digest", "_fingerprint")))  # fmt: skip
 
 
 @click.command()

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kd.commands.console import emit, progress_bar, quiet_libraries
 from kd.commands.evaluate import run_evaluation
 from kd.commands.options import PATH, json_option, unescaped
+
+if TYPE_CHECKING:
+    from kd.evaluation.midway_scores import ScorePlan
+    from kd.student_trainer.midway import Midway
 
 
 @click.command()
@@ -84,9 +90,28 @@ from kd.commands.options import PATH, json_option, unescaped
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --out.")
 @click.option("--eval-data", help="Held-out data spec: perplexity before and after, in the result and the model card.")
 @click.option("--eval-split", help="Split of --eval-data.")
+@click.option(
+    "--eval-tasks",
+    help="Tasks of kd eval, comma-separated, on the student while it learns: before the first step, every --eval-every, at the "
+    "end. On --eval-data (instruction tasks in template 0); agreement on the cache.",
+)
+@click.option(
+    "--eval-every", default="epoch", show_default=True, metavar="N|epoch", help="Steps between them, or epoch."
+)
+@click.option("--eval-limit", type=click.IntRange(min=1), help="First N examples of each of --eval-tasks.")
+@click.option(
+    "--eval-task-root", type=PATH, metavar="DIR", help="DIR/TASK/SPLIT.jsonl for --eval-tasks, instead of the hub."
+)
+@click.option("--eval-protocol", default="nanogpt", show_default=True, help="Of hellaswag: nanogpt or harness.")
+@click.option(
+    "--allow-contaminated",
+    is_flag=True,
+    help="Train on a benchmark's own text, or on what --eval-data asks; scores are then marked.",
+)
 @json_option
 def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_split: str | None, as_json: bool,
-          **options: Any) -> None:  # fmt: skip
+          eval_tasks: str | None, eval_every: str, eval_limit: int | None, eval_task_root: Path | None,
+          eval_protocol: str, allow_contaminated: bool, **options: Any) -> None:  # fmt: skip
     """Train a student from a cache; the teacher is never loaded. Runs as is under accelerate launch or torchrun.
 
     Example: kd train --cache runs/cache --student demo --out runs/student --max-steps 20
@@ -100,16 +125,40 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     config = config_from(options, config_file)
     scores: list[tuple[str, str]] = []
     result: dict[str, Any] = {}
-    alike = {"data": eval_data, "split": eval_split, "device": config.device, "dtype": "float32"}
-    if eval_data:
-        student = "random:demo-student" if config.student == "demo" else config.student
+    from kd.data.models import ModelRequest
+    from kd.evaluation.contamination import refuse_benchmark_text
+    from kd.evaluation.midway_scores import plan_scores
+
+    student = "random:demo-student" if config.student == "demo" else config.student
+    reason = refuse_benchmark_text(Path(config.cache), allow=allow_contaminated)
+    if reason is not None:
+        result["contaminated"] = reason
+    plan = None
+    if eval_data or eval_tasks:  # also what is measured before and after alone must not be in the cache
+        request = ModelRequest(student, config.revision, tokenizer=config.tokenizer, seed=config.seed)
+        tasks = [t.strip() for t in (eval_tasks or "perplexity").split(",")]
+        plan = plan_scores(request, Path(config.cache), tasks, data=eval_data, split=eval_split, limit=eval_limit,
+                           task_root=eval_task_root, protocol=eval_protocol, allow_contaminated=allow_contaminated)  # fmt: skip
+    alone = eval_data is not None and not eval_tasks
+    alike = {"data": eval_data, "split": eval_split, "device": config.device, "dtype": "float32",
+             "allow_contaminated": True}  # fmt: skip
+    if alone:
         result["perplexity_before"] = held_out_perplexity(
             student, revision=config.revision, tokenizer=config.tokenizer, seed=config.seed, **alike
         )
-    result = asdict(run_training(config, resume)) | result
+    midway = None
+    if eval_tasks and plan is not None:
+        midway = partial(with_scores, plan, every_steps(eval_every))
+    result = asdict(run_training(config, resume, midway)) | result
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    if eval_data:
+    if eval_tasks:
+        from kd.student_trainer.records import read_evaluations
+
+        records = read_evaluations(Path(config.out))
+        result["evaluations"] = records if as_json else len(records)
+        scores = final_scores(records, eval_data)
+    if alone:
         result["perplexity_after"] = held_out_perplexity(config.out, **alike)
         scores = [
             (f"perplexity on {eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}")
@@ -121,13 +170,43 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     emit(result, as_json, f"{config.out}: trained")
 
 
-def run_training(config: Any, resume: bool = False) -> Any:
-    """Drive a training run and its progress bar to the end."""
+def run_training(config: Any, resume: bool = False, midway: Callable[[], Any] | None = None) -> Any:
+    """Drive a training run and its progress bar to the end; `midway` makes what is scored while it runs."""
     from kd.student_trainer.train import train as run
 
     with progress_bar(f"training ({config.loss})") as advance:
-        return run(config, resume=resume, on_step=lambda s: advance(
+        return run(config, resume=resume, midway=None if midway is None else midway(), on_step=lambda s: advance(
             s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"))  # fmt: skip
+
+
+def with_scores(plan: ScorePlan, every: int | None) -> Midway:
+    """Scores of `plan`, a line on stderr for each time."""
+    from kd.evaluation.midway_scores import headline
+    from kd.student_trainer.midway import Midway
+
+    return Midway(plan.score, every, on_record=lambda record: click.echo(headline(record), err=True))
+
+
+def every_steps(text: str) -> int | None:
+    """Steps between evaluations; None for `epoch`. Raises click.UsageError for anything else."""
+    if text == "epoch":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise click.UsageError(f"--eval-every {text}: expected a number of steps from 1, or epoch")
+    return int(text)
+
+
+def final_scores(records: list[dict[str, Any]], data: str | None) -> list[tuple[str, str]]:
+    """(what, score before the first step and after the last) of each task's first metric, for the model card."""
+    first, last = records[0], records[-1]
+    shown = []
+    for task, metrics in last["tasks"].items():
+        name, figure = next(iter(metrics.items()))
+        before = first["tasks"][task][name]["value"]
+        known = [f"{v:.4g}" if v is not None else "not finite" for v in (before, figure["value"])]
+        on = f" on {data}" if data and "text_digest" in last["settings"][task] else ""
+        shown.append((f"{task}: {figure['title']}{on}", " → ".join(known)))
+    return shown
 
 
 def held_out_perplexity(model: str, **options: Any) -> float:

@@ -27,6 +27,8 @@ class Example:
     """Index of the right one in `choices`."""
     references: tuple[str, ...] = ()
     """All acceptable targets, where there are several; empty = `target` alone."""
+    keywords: tuple[str, ...] = ()
+    """Words that an answer has to use, where the task says so."""
     complete: bool = True
     """Does the target come to its end? False for an answer that was cut short: no end token is scored."""
 

@@ -246,10 +246,17 @@ def _render(task: TaskFile, template: Template, row: Mapping[str, Any], answers:
     texts = tuple(worded(template.target, text) for text in answers.texts)
     if answers.index is None:
         references = tuple(worded(template.target, text) for text in answers.references)
-        return Example(identity, target, prompt, task.name, split, references=references)
+        return Example(identity, target, prompt, task.name, split, references=references,
+                       keywords=() if task.keywords is None else _keywords(task.keywords, row, place))  # fmt: skip
     if template.options and config.options is not False:
         prompt = f"{prompt}\n\n{options_text(answers.texts)}"
     return Example(identity, target, prompt, task.name, split, choices=texts, answer=answers.index)
+
+
+def _keywords(field: Field, row: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """The words of a list, or of a text between white space."""
+    value = field.read(row, place)
+    return tuple(value.split() if isinstance(value, str) else value)
 
 
 def show_templates(task: TaskFile, config: InstructionConfig) -> list[Example]:

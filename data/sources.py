@@ -15,10 +15,11 @@ Add a source: one function and one line in `SOURCES`; a task: one YAML file (doc
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from kd.data.hub import load_hub
 from kd.data.mixtures import load_mixture, mix, select
 from kd.data.rendering import InstructionConfig
 from kd.data.tables import ENCODING, TABLE_READERS, read_table, unreadable
-from kd.data.task import SPLITS
+from kd.data.task import SPLITS, TaskFile
 from kd.data.task_files import load_task
 from kd.data.task_rows import SAME
 
@@ -54,6 +55,8 @@ class Corpus:
     examples: tuple[Example, ...]
     source: dict[str, str]
     """What identifies the source besides its text, e.g. hub id, config, revision."""
+    metrics: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Task -> metrics that its file names; empty where there are no task files."""
 
     @property
     def digest(self) -> str:
@@ -105,7 +108,7 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
         raise DataError("no text found", where=f"{spec} (split {corpus.split})", found="0 non-empty examples",
                         try_="kd data show SPEC")  # fmt: skip
     _check_ids(spec, examples)
-    return Corpus(spec, corpus.split, corpus.kind, examples, corpus.source)
+    return replace(corpus, examples=examples)
 
 
 def takes_instructions(spec: str) -> bool:
@@ -185,13 +188,19 @@ def _changed(instructions: InstructionConfig) -> list[str]:
 
 def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
     mixture = spec.partition(":")[2] or "ten"
-    examples, source = load_mixture(select(mixture), _task_split(split), instructions, load_hub)
-    return Corpus(spec, _task_split(split), "pairs", examples, source)
+    selection = select(mixture)
+    examples, source = load_mixture(selection, _task_split(split), instructions, load_hub)
+    return Corpus(spec, _task_split(split), "pairs", examples, source, _metrics(map(load_task, selection.tasks)))
 
 
 def _task_file(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
-    examples, source = mix([load_task(spec)], _task_split(split), instructions, load_hub)
-    return Corpus(spec, _task_split(split), "pairs", examples, source)
+    task = load_task(spec)
+    examples, source = mix([task], _task_split(split), instructions, load_hub)
+    return Corpus(spec, _task_split(split), "pairs", examples, source, _metrics([task]))
+
+
+def _metrics(tasks: Iterable[TaskFile]) -> dict[str, tuple[str, ...]]:
+    return {task.name: task.metrics for task in tasks}
 
 
 def _task_split(split: str) -> str:

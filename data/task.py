@@ -151,9 +151,12 @@ class TaskFile:
     labels: Labels | None
     choices: Choices | None
     references: Field | None
+    keywords: Field | None
+    """Words that an answer has to use."""
     max_chars: Mapping[str, int]
     cap: int | None
     metrics: tuple[str, ...]
+    """Of generated answers (`kd.evaluation.answer_metrics`), and `accuracy` where there are choices."""
     example: Mapping[str, Any]
     templates: tuple[Template, ...]
 
@@ -169,6 +172,8 @@ class TaskFile:
             names.add(self.labels.column)
         if self.choices is not None:
             names |= {*self.choices.columns, self.choices.label}
+        if self.keywords is not None:
+            names |= set(self.keywords.columns)
         if self.references is not None:
             names |= {*self.references.columns, *([self.references.group] if self.references.group else [])}
         return tuple(sorted({name.partition(".")[0] for name in names}))

@@ -11,7 +11,8 @@ when the file is read, so that a misspelt field is an error that names the file 
     labels | choices           the answer is one of fixed words | of texts in columns
     references                 the answer is free text: the column(s) of acceptable ones
     max_chars, cap             rows with a longer column are left out; then the first `cap` are kept (train only)
-    metrics                    names of the scores the reference systems report
+    keywords                   words that an answer has to use: a column that holds a list, or words between spaces
+    metrics                    scores of a generated answer (kd.evaluation.answer_metrics); accuracy where there are choices
     example                    one row, made up, to show templates without any data
     templates                  [{prompt, target: "{answer}", inverted: false, options: true}]
 
@@ -102,6 +103,7 @@ def parse_task(text: str, name: str, where: str) -> TaskFile:
         labels=_labels(read),
         choices=_choices(read),
         references=None if read.data.get("references") is None else _field(read.data["references"], f"{where} references"),
+        keywords=None if read.data.get("keywords") is None else _field(read.data["keywords"], f"{where} keywords"),
         max_chars=_sizes(read),
         cap=read.optional_size("cap"),
         metrics=tuple(read.texts("metrics")),
@@ -301,6 +303,9 @@ def _check(task: TaskFile) -> None:
     if inverted > MAX_INVERTED or inverted == len(task.templates):
         raise DataError("too many inverted templates", where=task.path, found=f"{inverted} of {len(task.templates)}",
                         expected=f"at most {MAX_INVERTED}, and one that is not")  # fmt: skip
+    if task.keywords is not None and task.has_choices:
+        raise DataError("keywords are for answers in free text", where=f"{task.path} keywords",
+                        expected="references, not labels or choices")  # fmt: skip
     for name, field in task.fields.items():
         if field.group is not None:
             raise DataError(
@@ -309,5 +314,5 @@ def _check(task: TaskFile) -> None:
 
 
 KEYS = ("extends", "about", "clusters", "flan", "hub", "files", "url", "splits", "fields", "labels", "choices", "references",
-        "max_chars", "cap", "metrics", "example", "templates")  # fmt: skip
+        "keywords", "max_chars", "cap", "metrics", "example", "templates")  # fmt: skip
 """Keys of a task file."""

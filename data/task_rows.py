@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kd.data.errors import DataError, unknown_name
 from kd.data.hub import HubRows, is_url, load_url
@@ -26,6 +26,7 @@ from kd.data.task import SPLITS, SplitPart, TaskFile
 SAME = ("dev", "validation", "valid", "val")
 """Names of one split."""
 
+Loaded = TypeVar("Loaded")
 LoadHub = Callable[[str, str | None, str | None, str], HubRows]
 """(id, config, revision, split) -> rows in order; see `kd.data.hub.load_hub`."""
 
@@ -57,7 +58,7 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
             raise DataError("the task names no file for this split", where=task.path, found=split,
                             expected=", ".join(task.files))  # fmt: skip
         if is_url(task.files[split]):
-            return _from_url(task, task.files[split])
+            return _or_local_files(task, split, lambda: _from_url(task, task.files[split]))
         file = Path(task.path).parent / Path(task.files[split]).expanduser()
         if not file.is_file():
             raise DataError("a task's file is missing", where=f"{task.path} files.{split}", expected=str(file))
@@ -67,7 +68,8 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
         raise DataError("the task has no data set on the hub that loads without code", where=task.name,
                         try_=f"--task-root DIR with DIR/{task.name}/{split}.jsonl (or .csv, .parquet){get}")  # fmt: skip
     part = task.splits[split]
-    found = load_hub(task.hub.id, task.hub.config, task.hub.revision, part.name)
+    hub = task.hub
+    found = _or_local_files(task, split, lambda: load_hub(hub.id, hub.config, hub.revision, part.name))
     data = found.data
     _check_columns(task, list(data.column_names), f"{task.hub.id} split {part.name}")
     start, stop = part.cut(len(data))
@@ -75,6 +77,20 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
     config = f":{task.hub.config}" if task.hub.config else ""
     source = f"{task.hub.id}{config}@{found.revision} {part}"
     return TaskRows(rows, start, f"{task.hub.id} split {part.name}", source)
+
+
+def _or_local_files(task: TaskFile, split: str, load: Callable[[], Loaded]) -> Loaded:
+    """What `load` gives; where it fails, the error also says how to give the task's rows as files."""
+    try:
+        return load()
+    except DataError as error:
+        get = f", from {task.url}" if task.url else ""
+        advice = (
+            f"the network, or --task-root DIR with DIR/{task.name}/{split}.jsonl (.csv, .tsv, .parquet){get}, columns "
+        )
+        details = {key: value for key, value in error.details.items() if key != "try"}
+        raise DataError(f"{error.headline} of the task {task.name}", **details,
+                        try_=advice + ", ".join(task.columns)) from error  # fmt: skip
 
 
 def _from_url(task: TaskFile, url: str) -> TaskRows:

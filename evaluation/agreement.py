@@ -4,19 +4,24 @@ Per row, over the teacher's kept tokens and everything else as one more outcome 
 
     KL(teacher || model) = Σ_k p_k (ln p_k - ln q_k) + p_rest (ln p_rest - ln q_rest)        nats, >= 0
 
-A lower bound of the full divergence (merging outcomes never raises it), tight where little mass is beyond k.
+A lower bound of the full divergence (merging outcomes never raises it), tight where little mass is beyond k. Over the
+same outcomes the divergence that is symmetric and bounded (Lin 1991), with m = (p + q)/2:
+
+    JSD(teacher, model) = ½ KL(p || m) + ½ KL(q || m)                                             nats, 0..ln 2
+
 p_rest comes from the cache's exact normaliser. ln q_rest is a logsumexp over the ids that are not kept, never
 1 - Σ q: with 99.99 % of the mass kept, that difference has lost half of float32's digits. At temperature T both
 sides are softened by T and the figure is not scaled by T².
 
 Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`run_tasks` refuses another).
 The teacher's own figures carry the cache's quantisation: about 1e-5 nats of KL with 8-bit log-probabilities, three
-digits in its gold NLL (float16). Top-1 agreement as in Stanton et al. 2021, arXiv:2106.05945.
+digits in its gold NLL (float16). How well either is calibrated on the rows: `kd.evaluation.calibration`. A teacher that is
+at hand needs no cache: `kd.evaluation.live_agreement`. Top-1 agreement as in Stanton et al. 2021, arXiv:2106.05945.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +30,9 @@ import numpy as np
 from kd.data.errors import CacheError
 from kd.data.forward import split_head
 from kd.data.models import Model, is_encoder_decoder
+from kd.evaluation.calibration import calibration_error
 from kd.evaluation.estimates import Documents, Estimate, per_example
-from kd.evaluation.scoring import LogitChunk, Progress, ScoredText, logit_chunks, require_positions
+from kd.evaluation.scoring import LogitChunk, Progress, ScoredText, chunk_scores, logit_chunks, require_positions
 
 if TYPE_CHECKING:
     from kd.cache_builder.reader import CacheReader
@@ -35,20 +41,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AgreementResult:
-    """A model against a cache. Standard errors are clustered by document."""
+    """A model against its teacher. Standard errors are clustered by document."""
 
     kl: Estimate
     """KL(teacher || model) in nats per row, at `temperature`; rest bucket."""
+    jsd: Estimate
+    """JSD(teacher, model) in nats per row, at `temperature`; rest bucket."""
     top1_agreement: Estimate
     """Share of rows whose most probable token is the teacher's."""
     nll_per_token: Estimate
     """The model's, of the gold token, in nats at temperature 1."""
     teacher_nll_per_token: Estimate
-    """The teacher's, from the cache (float16)."""
+    """The teacher's; from a cache as stored (float16)."""
+    ece: Estimate
+    """Expected calibration error of the model against the gold tokens, at temperature 1."""
+    teacher_ece: Estimate
+    """The teacher's."""
     rows: int
     """Scored."""
     temperature: float
     documents: Documents
+    pairs_cut: int = 0
+    """Examples that the window did not hold; a cache has none."""
+
+
+FIGURES = ("kl", "jsd", "same", "nll", "confidence", "right", "teacher_nll", "teacher_confidence", "teacher_right")
+"""What is known of every row: nats, nats, share, nats, probability, share; the last three of the teacher."""
 
 
 def evaluate_agreement(model: Model, reader: CacheReader, *, temperature: float = 1.0, limit: int | None = None,
@@ -74,7 +92,7 @@ def evaluate_agreement(model: Model, reader: CacheReader, *, temperature: float 
     require_positions(model, int(sides[:count].max()))
     lengths = [int(n) for n in rows_E[:count]]
     total, done = sum(lengths), 0
-    figures = np.empty((4, total), dtype=np.float64)
+    figures = np.empty((len(FIGURES), total), dtype=np.float64)
     head, size = split_head(model), reader.manifest.vocabulary_size
     ids: list[str] = []
     yield Progress(0, total)
@@ -89,17 +107,32 @@ def evaluate_agreement(model: Model, reader: CacheReader, *, temperature: float 
         targets = concatenate([e.targets for e in examples])
         before = done
         log_p, rest = teacher_outcomes(targets, temperature, size)
-        figures[3, before : before + len(targets)] = -targets.gold_logprob.astype(np.float64)
+        figures[6:, before : before + len(targets)] = _teacher_scores(targets)
         for chunk in logit_chunks(head, texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch):
             token_ids = targets.token_ids[chunk.rows]  # type: ignore[index]
-            figures[:3, before + chunk.rows] = _compare(
+            figures[:6, before + chunk.rows] = _compare(
                 chunk, token_ids, log_p[chunk.rows], rest[chunk.rows], temperature
             )
             done += len(chunk.rows)
             yield Progress(done, total)
     documents = Documents.of_examples(ids, reader.manifest.identity["corpus"]["kind"])
-    kl, same, nll, teacher = (documents.ratio(per_example(f, lengths), np.array(lengths)) for f in figures)
-    yield Progress(total, total, AgreementResult(kl, same, nll, teacher, total, temperature, documents))
+    yield Progress(total, total, agreement_of(figures, lengths, documents, temperature))
+
+
+def agreement_of(figures: np.ndarray, lengths: Sequence[int], documents: Documents, temperature: float,
+                 pairs_cut: int = 0) -> AgreementResult:  # fmt: skip
+    """The result from `figures [FIGURES, N]` of consecutive examples of `lengths` rows."""
+    by_name = dict(zip(FIGURES, figures, strict=True))
+
+    def mean(name: str) -> Estimate:
+        return documents.ratio(per_example(by_name[name], lengths), np.array(lengths))
+
+    return AgreementResult(
+        mean("kl"), mean("jsd"), mean("same"), mean("nll"), mean("teacher_nll"),
+        calibration_error(documents, by_name["confidence"], by_name["right"], lengths),
+        calibration_error(documents, by_name["teacher_confidence"], by_name["teacher_right"], lengths),
+        figures.shape[1], temperature, documents, pairs_cut,
+    )  # fmt: skip
 
 
 def teacher_outcomes(targets: SoftTargets, temperature: float, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +157,38 @@ def rest_bucket_kl(log_p: np.ndarray, rest: np.ndarray, log_q: np.ndarray, log_q
     return np.asarray(head + tail)
 
 
+def rest_bucket_jsd(log_p: np.ndarray, rest: np.ndarray, log_q: np.ndarray, log_q_rest: np.ndarray) -> np.ndarray:
+    """JSD over K kept tokens and the rest as one outcome: `[N, K], [N], [N, K], [N] -> [N]` nats, 0..ln 2, float64.
+
+    Lin 1991, Divergence measures based on the Shannon entropy.
+    """
+    with np.errstate(divide="ignore"):
+        log_p = np.concatenate([log_p, np.log(rest)[:, None]], axis=1)
+    return jensen_shannon(log_p, np.concatenate([log_q, log_q_rest[:, None]], axis=1))
+
+
+def jensen_shannon(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """JSD of two distributions given as log-probabilities: `[N, K], [N, K] -> [N]` nats, float64; -inf is no mass."""
+    with np.errstate(invalid="ignore"):  # -inf - -inf: an outcome that neither has
+        # as logaddexp, but exactly log_p where both are equal: a model has no divergence from itself, not 1e-18
+        log_m = np.maximum(log_p, log_q) + (np.log1p(np.exp(-np.abs(log_p - log_q))) - np.log1p(1.0))
+        sides = [np.where(np.isneginf(log_a), 0.0, np.exp(log_a) * (log_a - log_m)) for log_a in (log_p, log_q)]
+    return np.asarray(np.clip(0.5 * (sides[0] + sides[1]).sum(axis=1), 0.0, np.log(2)))  # rounding may leave the range
+
+
+def _teacher_scores(targets: SoftTargets) -> np.ndarray:
+    """`[3, m]` float64: NLL of the gold token in nats, the largest probability, 1 where that is the gold token."""
+    assert targets.token_ids is not None
+    assert targets.logprobs is not None
+    first = targets.token_ids[:, 0] == targets.gold_ids
+    return np.stack(
+        [-targets.gold_logprob.astype(np.float64), np.exp(targets.logprobs[:, 0].astype(np.float64)), first]
+    )
+
+
 def _compare(chunk: LogitChunk, token_ids: np.ndarray, log_p: np.ndarray, rest: np.ndarray,
              temperature: float) -> np.ndarray:  # fmt: skip
-    """`[3, m]` float64: KL in nats, 1 where the top tokens agree, NLL of the gold token in nats."""
+    """`[6, m]` float64: the first six of FIGURES."""
     import torch
 
     ids = torch.from_numpy(token_ids).to(chunk.logits.device)
@@ -134,10 +196,9 @@ def _compare(chunk: LogitChunk, token_ids: np.ndarray, log_p: np.ndarray, rest: 
     log_z = soft.logsumexp(dim=1, keepdim=True)
     log_q = (soft.gather(1, ids) - log_z).cpu().double().numpy()
     log_q_rest = (soft.scatter(1, ids, -torch.inf).logsumexp(dim=1) - log_z.squeeze(1)).cpu().double().numpy()
-    gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
-    nll = ((log_z.squeeze(1) if temperature == 1 else chunk.logits.logsumexp(dim=1)) - gold).cpu().numpy()
     same = (chunk.logits.argmax(dim=1) == ids[:, 0]).cpu().numpy()
-    return np.stack([rest_bucket_kl(log_p, rest, log_q, log_q_rest), same, nll])
+    outcomes = (log_p, rest, log_q, log_q_rest)
+    return np.stack([rest_bucket_kl(*outcomes), rest_bucket_jsd(*outcomes), same, *chunk_scores(chunk)])
 
 
 def _require_head(reader: CacheReader, temperature: float) -> None:

@@ -1,8 +1,9 @@
-"""A generated answer against the texts that are accepted: exact match and token F1, each 0..1.
+"""A generated answer against the texts that are accepted: exact match, SQuAD's exact match and token F1, each 0..1.
 
-Both forgive what no reader would call a different answer, and say exactly what that is:
+All forgive what no reader would call a different answer, and say exactly what that is:
 
     exact match   equal after: white space collapsed and stripped, case folded, final . , ; : ! ? … removed
+    SQuAD EM      equal words after SQuAD's own normalisation
     token F1      bag of words after SQuAD's own normalisation: lower case, ASCII punctuation and the articles
                   a, an, the removed, white space collapsed
 
@@ -18,6 +19,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+
+from kd.data.example import Example
 
 FINAL = ".,;:!?…。！？"
 """What a sentence may end with. Not brackets, signs or quotes: `C++`, `50%` and `f()` keep theirs."""
@@ -50,6 +53,16 @@ def token_f1(got: str, expected: str) -> float:
         return float(found == wanted)
     common = sum((Counter(found) & Counter(wanted)).values())
     return 2 * common / (len(found) + len(wanted))
+
+
+def squad_exact_match(got: str, expected: str) -> float:
+    """1 when both are the same words after SQuAD's normalisation, else 0."""
+    return float(squad_words(got) == squad_words(expected))
+
+
+def references(example: Example) -> tuple[str, ...]:
+    """The texts that are accepted."""
+    return example.references or (example.target,)
 
 
 def best_over(metric: Callable[[str, str], float], got: str, references: Sequence[str]) -> float:

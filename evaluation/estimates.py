@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kd.data.errors import DataError
+from kd.data.example import Example
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Estimate:
     """[G] float64: u_d, in the same unit."""
     n: int
     """Tokens, bytes or rows averaged over."""
+    resampled: float | None = None
+    """Standard error found by drawing documents anew, where the estimate is no ratio."""
 
     @property
     def stderr(self) -> float | None:
         """Standard error clustered by document; None for a single document."""
-        return standard_error(self.influence)
+        return standard_error(self.influence) if self.resampled is None else self.resampled
 
     def exponential(self) -> Estimate:
         """exp(value) with the delta method's error; infinite where float64 overflows."""
@@ -68,6 +71,30 @@ class Documents:
         keys = [i.rpartition("#")[0] or i for i in ids] if kind == "documents" else list(ids)
         places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         return cls(tuple(places), np.array([places[key] for key in keys], dtype=np.int64))
+
+    @classmethod
+    def of_prompts(cls, examples: Sequence[Example]) -> Documents:
+        """Examples of one task with one prompt are one document: they were asked, and answered, once."""
+        places: dict[tuple[str, str], int] = {}
+        numbers = [places.setdefault((e.task, e.prompt), len(places)) for e in examples]
+        firsts = dict(zip(reversed(numbers), reversed([e.id for e in examples]), strict=True))
+        return cls(tuple(firsts[d] for d in range(len(places))), np.array(numbers, dtype=np.int64))
+
+    def part(self, inside: np.ndarray) -> Documents:
+        """The documents of some examples, `inside [examples]` bool, numbered anew."""
+        kept, numbers = np.unique(self.numbers[inside], return_inverse=True)
+        return Documents(tuple(self.names[d] for d in kept.tolist()), numbers.astype(np.int64))
+
+    def spread(self, estimate: Estimate, part: Documents) -> Estimate:
+        """An estimate over `part` with one influence for each of these documents, and the same standard error."""
+        own, size = len(part.names), len(self.names)
+        scale = math.sqrt(own / (own - 1) * (size - 1) / size) if own > 1 else math.nan
+        influence = np.zeros(size)
+        places = {name: d for d, name in enumerate(self.names)}
+        influence[[places[name] for name in part.names]] = estimate.influence * (scale if own < size else 1.0)
+        if own < 2:
+            influence[:] = math.nan
+        return replace(estimate, influence=influence)
 
     @property
     def digest(self) -> str:
@@ -141,3 +168,45 @@ def mean_of(estimates: Mapping[str, Estimate]) -> Estimate:
     parts = list(estimates.values())
     influence = np.mean([e.influence for e in parts], axis=0)
     return Estimate(sum(e.value for e in parts) / len(parts), influence, sum(e.n for e in parts))
+
+
+def with_tasks(metric: str, documents: Documents, statistics: np.ndarray, tasks: Sequence[str],
+               score: Callable[[np.ndarray], float], *, seed: int) -> dict[str, Estimate]:  # fmt: skip
+    """As `figures_by_task`, and `metric` over all, of a score that is no mean: see `from_statistics`."""
+    found: dict[str, Estimate] = {}
+    for task in sorted(set(tasks)):
+        inside = np.array([name == task for name in tasks])
+        part = documents.part(inside)
+        found[task] = documents.spread(from_statistics(part, statistics[inside], score, seed=seed), part)
+    by_task = {f"{metric}/{task}": estimate for task, estimate in found.items()}
+    return {metric: from_statistics(documents, statistics, score, seed=seed),
+            f"{metric}_mean_of_tasks": mean_of(found), **by_task}  # fmt: skip
+
+
+DRAWS = 1000
+"""Of the bootstrap: its own error is then about 2 % of the standard error."""
+
+
+def from_statistics(documents: Documents, statistics: np.ndarray, score: Callable[[np.ndarray], float], *,
+                    seed: int) -> Estimate:  # fmt: skip
+    """A score of summed statistics, such as BLEU, with the standard error of the bootstrap over documents.
+
+    Influences are the jackknife's, u_d = (G-1)/G (mean of the θ without one document - θ without d): through them two
+    models are compared in pairs. For a ratio both errors tend to the linearised one. Efron and Tibshirani, An
+    Introduction to the Bootstrap (1993), chapters 6 and 11.
+
+    statistics   [examples, S] float64
+    score        sums [S] -> the score
+    """
+    size = len(documents.names)
+    sums_GS = np.zeros((size, statistics.shape[1]))
+    np.add.at(sums_GS, documents.numbers, statistics)
+    total = sums_GS.sum(axis=0)
+    if size < 2:
+        return Estimate(score(total), np.full(size, math.nan), len(statistics))
+    without = np.array([score(total - one) for one in sums_GS])
+    generator = np.random.default_rng(seed)
+    draws = np.array([score(np.bincount(generator.integers(size, size=size), minlength=size) @ sums_GS)
+                      for _ in range(DRAWS)])  # fmt: skip
+    influence = (size - 1) / size * (without.mean() - without)
+    return Estimate(score(total), influence, len(statistics), float(draws.std(ddof=1)))

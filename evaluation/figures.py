@@ -1,4 +1,4 @@
-"""The two pictures of a report: loss curves and bars with error bars, drawn through matplotlib's object API.
+"""The pictures of a report: loss curves, bars with error bars, scores while students learn, drawn through matplotlib's object API.
 
 No pyplot, no global state, no display: a `Figure` on the Agg canvas is a value that becomes a PNG file. Colours are
 Okabe and Ito's, told apart by most colour-blind readers; runs beyond eight repeat them with another dash.
@@ -146,3 +146,46 @@ def _save(path: Path, draw: Any, height: float) -> Path:
     figure.savefig(temporary, dpi=DPI, format="png")
     publish(temporary, path)
     return path
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's scores in one metric."""
+
+    label: str
+    steps: np.ndarray
+    """[n] optimiser steps, ascending; the first is 0 where there is a baseline"""
+    values: np.ndarray
+    """[n] in the metric's unit"""
+    errors: np.ndarray
+    """[n] standard errors, NaN where unknown"""
+
+    @property
+    def baseline(self) -> float | None:
+        """The score before the first step."""
+        return float(self.values[0]) if self.steps[0] == 0 else None
+
+
+def draw_progress(path: Path, panels: Mapping[str, Sequence[Curve]]) -> Path:
+    """Write one panel per metric: a curve per run with its errors, its baseline as a dashed line. Returns `path`."""
+    order = list(dict.fromkeys(c.label for curves in panels.values() for c in curves))
+
+    def draw(figure: Any) -> None:
+        for number, (title, curves) in enumerate(panels.items()):
+            axes = figure.add_subplot(len(panels), 1, number + 1)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color="#e3e6ea")
+            for curve in curves:
+                place = order.index(curve.label)
+                colour = COLOURS[place % len(COLOURS)]
+                axes.errorbar(curve.steps, curve.values, yerr=np.nan_to_num(curve.errors), color=colour, capsize=2,
+                              linestyle=DASHES[place // len(COLOURS) % len(DASHES)], marker="o", markersize=3.5,
+                              linewidth=1.5, label=curve.label)  # fmt: skip
+                if curve.baseline is not None:
+                    axes.axhline(curve.baseline, color=colour, linestyle=(0, (4, 4)), linewidth=1.0, alpha=0.7)
+            axes.set_xlabel("optimiser step")
+            axes.set_title(title, loc="left", fontsize="medium")
+            if number == 0 or {c.label for c in curves} != {c.label for c in next(iter(panels.values()))}:
+                axes.legend(loc="best", frameon=False)
+
+    return _save(path, draw, 3.0 * len(panels))

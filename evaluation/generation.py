@@ -1,4 +1,4 @@
-"""Greedy answers to prompts, compared with the targets: exact match and token F1.
+"""Answers to prompts, compared with what was accepted: exact match, token F1, and the metrics that a task names.
 
 Where examples have choices, an answer is also matched with them: `choice_match` is the share of those that name the right
 one (generate-and-match, the other way to classify), `choice_none` of those that name none (`answers.named_choice`).
@@ -6,7 +6,13 @@ one (generate-and-match, the other way to classify), `choice_none` of those that
 What a user sees, unlike rank classification (`kd.evaluation.choices`): the model must also find the form of an answer
 and its end. Decoding is transformers' own `generate` with the most probable token at every step and nothing else:
 sampling, penalties or forced tokens of the model's `generation_config` are set aside, because two models compare
-only under one rule. Ids that the tokenizer cannot emit (padded columns of the output layer) are never chosen.
+only under one rule. Ids that the tokenizer cannot emit (padded columns of the output layer) are never chosen. Or tokens
+are drawn from the whole softmax at a temperature, as the most probable token after noise:
+
+    argmax_k (z_k / T + g_k)        g_k = -ln(-ln u_k), u_k uniform: a draw from softmax(z / T)         (Gumbel 1954)
+
+The noise of a prompt depends on the seed and its own tokens alone, so that neither batches, limits nor the order of
+the examples change an answer, and no generator of the process is touched.
 
     causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
     encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
@@ -14,7 +20,8 @@ only under one rule. Ids that the tokenizer cannot emit (padded columns of the o
 Longer prompts lose their beginning and are counted. An answer ends at EOS, or at `stop` where one is given and
 no reference holds it (a model without a trained EOS goes on with the next question: `stop="\\n"`), or after
 `max_new_tokens`; then it counts as unfinished. By default these are the tokens of the longest reference, EOS included,
-and SLACK more; never more than half the window of a causal model. Batches hold prompts of similar length.
+and SLACK more; never more than half the window of a causal model. Batches hold prompts of similar length. A prompt that
+several examples of a task have (CommonGen: one per reference) is answered once, and is one document to the errors.
 
 Shapes: E examples, B of a batch, C context tokens.
 """
@@ -22,7 +29,7 @@ Shapes: E examples, B of a batch, C context tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,9 +41,11 @@ from kd.data.errors import DataError
 from kd.data.example import Example
 from kd.data.forward import Size, batches_by_length
 from kd.data.models import Model, is_encoder_decoder, max_positions
+from kd.data.rendering import keyed
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes, vocabulary_size
-from kd.evaluation.answers import best_over, exact_match, named_choice, token_f1
+from kd.evaluation.answer_metrics import MetricSettings, metrics_by_task, score_answers
+from kd.evaluation.answers import best_over, exact_match, named_choice, references, token_f1
 from kd.evaluation.choices import right_answer
 from kd.evaluation.estimates import Documents, Estimate, figures_by_task
 from kd.evaluation.scoring import Progress, out_of_memory, require_vocabulary, window
@@ -44,8 +53,27 @@ from kd.evaluation.scoring import Progress, out_of_memory, require_vocabulary, w
 if TYPE_CHECKING:
     import torch
 
+    from kd.evaluation.task import Settings
+
 SLACK = 8
 """Tokens beyond the longest reference: room for an answer in other words, and to see that it did not end."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float = 0.0
+    """0: the most probable token, no draw."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < 100:
+            raise DataError("the temperature of sampling is not usable", found=self.temperature,
+                            expected="0 (greedy) or more", try_="--sample-temperature 1")  # fmt: skip
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -65,7 +93,7 @@ class GenerationResult:
     estimates: Mapping[str, Estimate]
     """`exact_match`, `f1`, `unfinished`, and of the first two `…_mean_of_tasks` and `…/TASK` for each task.
 
-    Where examples have choices, `choice_match` and `choice_none` over these."""
+    Where examples have choices, `choice_match` and `choice_none` over these; then the tasks' own metrics."""
     answers: tuple[str, ...]
     """[E] texts in the order of the corpus, as compared."""
     documents: Documents
@@ -73,11 +101,14 @@ class GenerationResult:
     """As used."""
     prompts_cut: int
     """Examples whose prompt lost its beginning."""
+    made_by: Mapping[str, str]
+    """Metrics, between commas -> library, version and settings, of those that a task names."""
 
 
 def evaluate_generation(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,
                         separator: str = "\n", bos: bool = True, max_new_tokens: int | None = None,
-                        stop: str | None = None,
+                        stop: str | None = None, sampling: Sampling = GREEDY, metrics: Sequence[str] | None = None,
+                        metric_settings: MetricSettings | None = None,
                         tokens_per_batch: int = 4096) -> Iterator[Progress[GenerationResult]]:  # fmt: skip
     """Answer every prompt of `corpus`; progress counts examples, the last record carries the result.
 
@@ -85,6 +116,7 @@ def evaluate_generation(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, s
     separator        text between prompt and answer; an encoder-decoder needs none
     max_new_tokens   most tokens of an answer, EOS included; None = as the longest reference needs
     stop             text at which an answer is cut as well, where no reference holds it
+    metrics          keys of `ANSWER_METRICS` for every task; None = those that the tasks' files name
 
     Raises DataError for a text without prompts, and when the answers need more positions than there are.
     """
@@ -97,27 +129,37 @@ def evaluate_generation(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, s
     size = vocabulary_size(tokenizer)
     require_vocabulary(int(model.get_output_embeddings().weight.shape[0]), size)
     room = answer_room(model, tokenizer, corpus, blocks, max_new_tokens)
+    settings = metric_settings or MetricSettings()
+    chosen = metrics_by_task(corpus.examples, corpus.metrics, metrics, settings)
     counts: Counter[str] = Counter()
-    contexts = list(prompt_ids(corpus, tokenizer, blocks, room, counts))
-    texts = [""] * len(contexts)
-    unfinished_E = np.zeros(len(contexts))
-    yield Progress(0, len(contexts))
+    places: dict[bytes, list[int]] = {}
+    for number, ids in enumerate(prompt_ids(corpus, tokenizer, blocks, room, counts)):
+        places.setdefault(ids.tobytes(), []).append(number)
+    contexts = [np.frombuffer(ids, dtype=np.int32) for ids in places]
+    numbers_of = list(places.values())
+    texts = [""] * len(corpus.examples)
+    unfinished_E = np.zeros(len(texts))
+    yield Progress(0, len(texts))
     done = 0
-    for numbers, answers in greedy_answers(model, contexts, max_new_tokens=room, eos_id=tokenizer.eos_token_id,
-                                           vocabulary_size=size, tokens_per_batch=tokens_per_batch):  # fmt: skip
-        for number, answer in zip(numbers, answers, strict=True):
+    for batch, answers in greedy_answers(model, contexts, max_new_tokens=room, eos_id=tokenizer.eos_token_id,
+                                         vocabulary_size=size, sampling=sampling, tokens_per_batch=tokens_per_batch):  # fmt: skip
+        for context, answer in zip(batch, answers, strict=True):
             text = tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            cut = cut_at(text, stop, references(corpus.examples[number]))
-            texts[number] = cut
-            unfinished_E[number] = not answer.ended and cut == text
-        done += len(numbers)
-        yield Progress(done, len(contexts))
-    yield Progress(done, done, generation_of(corpus.examples, texts, unfinished_E, room, counts["cut"]))
+            for number in numbers_of[context]:
+                cut = cut_at(text, stop, references(corpus.examples[number]))
+                texts[number] = cut
+                unfinished_E[number] = not answer.ended and cut == text
+            done += len(numbers_of[context])
+        yield Progress(done, len(texts))
+    yield Progress(
+        done, done, generation_of(corpus.examples, texts, unfinished_E, room, counts["cut"], chosen, settings)
+    )
 
 
-def references(example: Example) -> tuple[str, ...]:
-    """The texts that are accepted."""
-    return example.references or (example.target,)
+def check_answering(corpus: Corpus, settings: Settings) -> None:
+    """Raise DataError, before any weights are loaded, for metrics or a temperature that cannot be used."""
+    metrics_by_task(corpus.examples, corpus.metrics, settings.metrics, settings.metric_settings or MetricSettings())
+    Sampling(settings.sample_temperature)
 
 
 def answer_room(model: Model, tokenizer: Tokenizer, corpus: Corpus, blocks: BlockConfig, wanted: int | None) -> int:
@@ -150,9 +192,9 @@ def prompt_ids(corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, room: 
 
 
 def greedy_answers(model: Model, contexts: Sequence[np.ndarray], *, max_new_tokens: int, eos_id: int | None,
-                   vocabulary_size: int,
+                   vocabulary_size: int, sampling: Sampling = GREEDY,
                    tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], list[Answer]]]:  # fmt: skip
-    """Numbers into `contexts` and the answers to them, batch by batch, each context exactly once.
+    """Numbers into `contexts` and the answers to them, batch by batch, each context exactly once; greedy or sampled.
 
     contexts[e]   [C >= 1] token ids, special tokens included
     """
@@ -166,13 +208,32 @@ def greedy_answers(model: Model, contexts: Sequence[np.ndarray], *, max_new_toke
     with greedy_config(model, max_new_tokens, eos_id, pad, suppressed=list(range(vocabulary_size, width))):
         for batch in batches_by_length(sizes, tokens_per_batch):
             ids_BC, mask_BC = padded_prompts([contexts[i] for i in batch], pad, left=not encoder)
+            noise = [gumbel_noise([contexts[i] for i in batch], sampling)] if sampling.temperature else []
             try:
                 with torch.inference_mode():
-                    output = model.generate(input_ids=ids_BC.to(device), attention_mask=mask_BC.to(device))
+                    output = model.generate(input_ids=ids_BC.to(device), attention_mask=mask_BC.to(device),
+                                            logits_processor=noise)  # fmt: skip
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error, tokens_per_batch) from error
             new = output[:, 1 if encoder else ids_BC.shape[1] :].cpu().numpy()
             yield batch, [until_eos(row, eos_id) for row in new]
+
+
+def gumbel_noise(contexts: Sequence[np.ndarray], sampling: Sampling) -> Callable[..., torch.Tensor]:
+    """Turns `scores [B, V]` of the next token into scores whose largest is a draw from softmax(scores / temperature).
+
+    Called once per step; each context has a generator of its own, seeded by its tokens.
+    """
+    import torch
+
+    seeds = [keyed(sampling.seed, np.asarray(ids, dtype=np.int64).tobytes().hex()) for ids in contexts]
+    generators = [np.random.Generator(np.random.Philox(seed % 2**128)) for seed in seeds]
+
+    def add(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise_BV = np.stack([generator.gumbel(size=scores.shape[1]) for generator in generators])
+        return scores.float() / sampling.temperature + torch.from_numpy(noise_BV.astype(np.float32)).to(scores.device)
+
+    return add
 
 
 @contextmanager
@@ -219,10 +280,11 @@ def cut_at(text: str, stop: str | None, accepted: Sequence[str]) -> str:
 
 
 def generation_of(examples: Sequence[Example], answers: Sequence[str], unfinished_E: np.ndarray, max_new_tokens: int,
-                  prompts_cut: int) -> GenerationResult:  # fmt: skip
-    """The figures from the answers `[E]`, in the order of the examples."""
+                  prompts_cut: int, chosen: Mapping[str, Sequence[str]] | None = None,
+                  settings: MetricSettings | None = None) -> GenerationResult:  # fmt: skip
+    """The figures from the answers `[E]`, in the order of the examples; `chosen`: further metric -> its tasks."""
     pairs = [(answer, references(example)) for answer, example in zip(answers, examples, strict=True)]
-    documents = Documents.of_examples([e.id for e in examples], "pairs")
+    documents = Documents.of_prompts(examples)
     ones, tasks = np.ones(len(examples)), [e.task for e in examples]
     match_E, f1_E = (np.array([best_over(metric, *pair) for pair in pairs]) for metric in (exact_match, token_f1))
     estimates = {
@@ -240,4 +302,5 @@ def generation_of(examples: Sequence[Example], answers: Sequence[str], unfinishe
         none = np.array([index is not None and found is None for index, found in zip(right, named, strict=True)])
         estimates["choice_match"] = documents.ratio(hits.astype(np.float64), asked)
         estimates["choice_none"] = documents.ratio(none.astype(np.float64), asked)
-    return GenerationResult(estimates, tuple(answers), documents, max_new_tokens, prompts_cut)
+    further, made_by = score_answers(answers, examples, documents, chosen or {}, settings or MetricSettings())
+    return GenerationResult(estimates | further, tuple(answers), documents, max_new_tokens, prompts_cut, made_by)

@@ -14,11 +14,15 @@ Perplexity is per token and depends on the tokenizer; bits per byte does not (Ga
 
 Bytes are the UTF-8 bytes of the scored tokens; a scored EOS token (pairs) adds nats and no bytes. q is normalised
 over the ids the tokenizer knows: padded columns of the output layer are left out, as in the teacher's pass.
+
+A pair that is longer than the window is cut as in training: its prompt loses its beginning, a target longer than the
+window its end; such pairs are counted. Whether the model is as often right as it says: `kd.evaluation.calibration`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -29,8 +33,9 @@ from kd.data.errors import DataError
 from kd.data.models import Model, is_encoder_decoder
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer, vocabulary_size
+from kd.evaluation.calibration import calibration_error
 from kd.evaluation.estimates import Documents, Estimate, per_example
-from kd.evaluation.scoring import Progress, ScoredText, gold_nll, window
+from kd.evaluation.scoring import Progress, ScoredText, TokenScores, token_scores, window
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,13 @@ class PerplexityResult:
     """Scored."""
     bytes: int
     """UTF-8 bytes of the scored tokens."""
+    ece: Estimate
+    """Expected calibration error, 0..1."""
     documents: Documents
     blocks: BlockConfig
     """Window and stride as used."""
+    pairs_cut: int
+    """Examples that the window did not hold."""
 
 
 def evaluate_perplexity(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,
@@ -68,25 +77,29 @@ def evaluate_perplexity(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, s
     """
     seq_len = window(model, seq_len)
     blocks = BlockConfig(seq_len=seq_len, stride=seq_len - 1 if stride is None else stride, bos=bos,
-                         separator=separator, encoder=is_encoder_decoder(model.config))  # fmt: skip
-    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks), limit_tokens))
+                         separator=separator, encoder=is_encoder_decoder(model.config), overlong="truncate")  # fmt: skip
+    counts: Counter[str] = Counter()
+    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, counts), limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
-    nll_N = yield from gold_nll(
+    scores = yield from token_scores(
         model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=tokens_per_batch
     )
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
     byte_counts = np.array([int(r.byte_end[-1]) for r in rows])
-    yield Progress(len(nll_N), len(nll_N), perplexity_of(nll_N, lengths, byte_counts, documents, blocks))
+    total = len(scores.nll_N)
+    cut = counts["truncated"]
+    yield Progress(total, total, perplexity_of(scores, lengths, byte_counts, documents, blocks, cut))
 
 
-def perplexity_of(nll_N: np.ndarray, lengths: list[int], byte_counts: np.ndarray, documents: Documents,
-                  blocks: BlockConfig) -> PerplexityResult:  # fmt: skip
-    """The figures from `nll_N [N]` nats per scored token, and `[examples]` tokens and bytes of each example."""
-    sums = per_example(nll_N, lengths)
+def perplexity_of(scores: TokenScores, lengths: list[int], byte_counts: np.ndarray, documents: Documents,
+                  blocks: BlockConfig, pairs_cut: int = 0) -> PerplexityResult:  # fmt: skip
+    """The figures from the scores of every token, and `[examples]` tokens and bytes of each example."""
+    sums = per_example(scores.nll_N, lengths)
     nll = documents.ratio(sums, np.array(lengths))
     bits = documents.ratio(sums / math.log(2), byte_counts)
-    return PerplexityResult(nll, nll.exponential(), bits, nll.n, bits.n, documents, blocks)
+    ece = calibration_error(documents, scores.confidence_N, scores.right_N, lengths)
+    return PerplexityResult(nll, nll.exponential(), bits, nll.n, bits.n, ece, documents, blocks, pairs_cut)
 
 
 def first_tokens(rows: Iterable[TokenRows], limit: int | None) -> Iterator[TokenRows]:

@@ -28,6 +28,7 @@ from kd.data.errors import DataError
 from kd.evaluation.comparison import Comparison, Entry, compare, short_name
 from kd.evaluation.figures import Bar, Series, draw_bars, draw_losses, smooth
 from kd.evaluation.page import Section, Table, markdown_table, render_page
+from kd.evaluation.progress import progress_sections
 from kd.evaluation.results import EVAL, load_report, read_object
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -107,6 +108,7 @@ def write_report(
     if loss_png is not None:
         note = "Faint: every logged step; solid: two-sided exponential mean, half-life 1 % of the run."
         sections.append(Section("Loss curves", image=loss_png, note=note))
+    sections += progress_sections(inputs, out)
     intro = [f"{_count(len(entries), 'evaluation')} and {_count(len(runs), 'training run')}."]
     intro += [MARK] if comparisons else []
     files = ReportFiles(

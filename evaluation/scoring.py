@@ -141,6 +141,41 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
             raise out_of_memory(error, tokens_per_batch) from error
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model thought of every scored token, in the texts' order."""
+
+    nll_N: np.ndarray
+    """[N] float64 nats"""
+    confidence_N: np.ndarray
+    """[N] float64: probability of the token it found most probable"""
+    right_N: np.ndarray
+    """[N] float64: 1 where that is the token that was there"""
+
+
+def token_scores(model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int,
+                 tokens_per_batch: int = 4096) -> Generator[Progress[Any], None, TokenScores]:  # fmt: skip
+    """As `gold_nll`, and the most probable token of every position: yields progress, returns the scores."""
+    total, done = sum(len(t.target_ids) for t in texts), 0
+    scores = np.empty((3, total), dtype=np.float64)
+    yield Progress(0, total)
+    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
+    for chunk in chunks:
+        scores[:, chunk.rows] = chunk_scores(chunk)
+        done += len(chunk.rows)
+        yield Progress(done, total)
+    return TokenScores(*scores)
+
+
+def chunk_scores(chunk: LogitChunk) -> np.ndarray:
+    """`[3, m]` float64: NLL of the token that was there in nats, the largest probability, 1 where that is its token."""
+    log_z = chunk.logits.logsumexp(dim=1)
+    gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
+    largest, token = chunk.logits.max(dim=1)
+    found = (log_z - gold, (largest - log_z).exp(), token == chunk.gold_ids)
+    return np.stack([part.double().cpu().numpy() for part in found])
+
+
 def gold_nll(model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int,
              tokens_per_batch: int = 4096) -> Generator[Progress[Any], None, np.ndarray]:  # fmt: skip
     """Negative log-probability of every scored token: yields progress, returns `[N]` float64 nats in the texts' order.

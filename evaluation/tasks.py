@@ -1,29 +1,27 @@
 """What can be measured, by name: `run_tasks` loads a model once and gives an `EvalReport`.
 
-    perplexity   needs a text                             perplexity, bits per byte
-    agreement    needs a cache                            KL to its teacher, top-1 agreement
+    perplexity   needs a text                             perplexity, bits per byte, calibration
+    agreement    needs a cache, or a teacher and a text   KL and JSD to the teacher, top-1 agreement, calibration
     choices      needs a text with choices                accuracy of rank classification
-    generation   needs a text of prompts and targets      exact match and token F1 of greedy answers
+    generation   needs a text of prompts and targets      exact match, token F1, ROUGE, BLEU, … of answers
     hellaswag    has rows of its own                      accuracy under one of two protocols
 
 Several tasks share one load of the weights; names, text, cache and tokenizer are checked before it.
 
-Add a task: a function that yields `Progress[TaskResult]`, and an entry in `TASKS`. A metric `NAME/TASK` is the metric
-NAME over the examples of one task of the text. numpy is the heaviest thing this module imports; torch and zarr come
-when a task runs.
+Add a task: a function in `kd.evaluation.runners` that yields `Progress[TaskResult]`, and an entry in `TASKS`. A metric
+`NAME/TASK` is the metric NAME over the examples of one task of the text. numpy is the heaviest thing this module
+imports; torch and zarr come when a task runs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kd.data.errors import DataError, unknown_name
 from kd.data.identity import model_identity, pinned
@@ -31,82 +29,15 @@ from kd.data.models import Model, ModelRequest, load_model, load_request_tokeniz
 from kd.data.rendering import InstructionConfig
 from kd.data.sources import Columns, Corpus, load_corpus, takes_instructions
 from kd.data.task import WORDINGS
-from kd.data.tokenizer import Tokenizer, tokenizer_fingerprint
-from kd.evaluation.estimates import Documents, Estimate
+from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
+from kd.evaluation.answer_metrics import ANSWER_METRICS, MetricSettings
+from kd.evaluation.contamination import cache_text, contamination, refuse_contaminated, trained_on
 from kd.evaluation.results import EvalReport
-from kd.evaluation.scoring import Progress
+from kd.evaluation.runners import run_agreement, run_choices, run_generation, run_hellaswag, run_perplexity
+from kd.evaluation.task import LiveTeacher, Metric, Settings, Task, TaskResult
 
 if TYPE_CHECKING:
     from kd.cache_builder.reader import CacheReader
-    from kd.evaluation.choices import ChoicesResult
-    from kd.evaluation.hellaswag import Scenes
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure of a task."""
-
-    title: str
-    """As a table spells it."""
-    unit: str
-    better: Literal["lower", "higher"] | None
-    """None: not a merit of the model."""
-    over: str
-    """What `n` counts: token, byte, row or example. Averages over tokens compare only with the same tokenizer."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What tasks are told; each uses its own part."""
-
-    corpus: Corpus | None = None
-    reader: CacheReader | None = None
-    limit: int | None = None
-    """First examples of the text (applied when it was loaded) and of the cache."""
-    limit_tokens: int | None = None
-    """First tokens of the text."""
-    seq_len: int | None = None
-    stride: int | None = None
-    bos: bool = True
-    temperature: float = 1.0
-    tokens_per_batch: int = 4096
-    separator: str = "\n"
-    """Between the prompt and what follows it; an encoder-decoder needs none."""
-    max_new_tokens: int | None = None
-    """Of a generated answer, EOS included; None = as the longest reference needs."""
-    stop: str | None = None
-    """Text at which a generated answer is cut as well as at EOS."""
-    encoding: str = "apart"
-    """Of choices: `apart` as in training, `together` as lm-eval."""
-    other_wording: Corpus | None = None
-    """Of choices: the same examples with the other wording of fixed labels."""
-    protocol: str = "nanogpt"
-    """Of hellaswag: `nanogpt` or `harness`."""
-    scenes: Scenes | None = None
-    """Of hellaswag: its rows."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """Estimates of one task by metric name, and what two results must share to be compared."""
-
-    estimates: Mapping[str, Estimate]
-    """Metric of the task, or `METRIC/TASK` for a part of the text."""
-    documents: Documents
-    settings: Mapping[str, Any]
-    samples: Sequence[Mapping[str, str]] = ()
-    """What the model did with the first examples, to be read by people."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A way to measure a model."""
-
-    about: str
-    needs: Literal["data", "cache", "rows"]
-    """`rows`: its own, from the hub or from files under `--task-root`."""
-    metrics: Mapping[str, Metric]
-    run: Callable[[Model, Tokenizer, Settings], Iterator[Progress[TaskResult]]]
 
 
 @dataclass(frozen=True)
@@ -128,26 +59,75 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
               temperature: float = 1.0, tokens_per_batch: int = 4096, device: str = "auto", dtype: str = "auto",
               revision: str | None = None, tokenizer: str | None = None, load_in_4bit: bool = False,
               seed: int = 0, separator: str = "\n", max_new_tokens: int | None = None,
-              stop: str | None = None, encoding: str = "apart",
-              protocol: str = "nanogpt") -> Iterator[EvalProgress]:  # fmt: skip
+              stop: str | None = None, encoding: str = "apart", protocol: str = "nanogpt",
+              teacher: str | None = None, sample_temperature: float = 0.0, metrics: Sequence[str] | None = None,
+              metric_settings: MetricSettings | None = None,
+              allow_contaminated: bool = False) -> Iterator[EvalProgress]:  # fmt: skip
     """Load a model and run the named tasks; the last record carries the report. Nothing is written.
 
-    Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task or a
-    missing text or cache, CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
+    Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task, a
+    missing text or cache, or a text the model was trained on (unless `allow_contaminated`, which marks the result),
+    CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
     """
-    check_tasks(names, data=data, cache=cache)
-    _check_ways(names, encoding, protocol)
-    needs = {TASKS[name].needs for name in names}
+    check_tasks(names, data=data, cache=cache, teacher=teacher)
+    check_ways(names, encoding, protocol)
     request = pinned(ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed))
     loaded = load_request_tokenizer(request)
+    settings = Settings(
+        limit=limit, limit_tokens=limit_tokens, seq_len=seq_len, stride=stride, bos=bos, temperature=temperature,
+        tokens_per_batch=tokens_per_batch, separator=separator, max_new_tokens=max_new_tokens, stop=stop,
+        encoding=encoding, protocol=protocol, sample_temperature=sample_temperature, sample_seed=seed,
+        metrics=None if metrics is None else tuple(metrics), metric_settings=metric_settings,
+    )  # fmt: skip
+    settings = with_texts(settings, names, loaded, data=data, cache=cache, split=split, columns=columns,
+                          instructions=instructions, whole_text=teacher is not None)  # fmt: skip
+    contaminated = contaminated_tasks(names, settings, model_name, allow=allow_contaminated)
+    teacher_request = None
+    if teacher is not None:
+        teacher_request = pinned(ModelRequest(teacher, None, dtype, device, load_in_4bit, None, seed))
+        _refuse_other_teacher(teacher_request, loaded)
+    model = load_model(request)
+    if teacher_request is not None:
+        live = LiveTeacher(teacher_request.name, model_identity(teacher_request), load_model(teacher_request))
+        settings = replace(settings, teacher=live)
+    results = yield from score_model(model, loaded, names, settings)
+    report = EvalReport(
+        model=model_name,
+        parameters=int(model.num_parameters()),
+        identity=model_identity(request),
+        tokenizer=tokenizer_fingerprint(loaded),
+        tasks={name: figures_of(name, result) for name, result in results.items()},
+        settings={name: dict(result.settings) | ({"contaminated": contaminated[name]} if name in contaminated else {})
+                  for name, result in results.items()},
+        data=None if settings.corpus is None else _describe_corpus(settings.corpus),
+        cache=None if settings.reader is None else _describe_cache(settings.reader),
+        versions={"python": platform.python_version()}
+        | {p: version(p) for p in ("kd-logit-cache", "torch", "transformers")},
+        documents={name: _influences(result) for name, result in results.items()},
+    )  # fmt: skip
+    last = list(results)[-1]
+    yield EvalProgress(last, 1, 1, report)
+
+
+def with_texts(settings: Settings, names: Sequence[str], tokenizer: Tokenizer, *, data: str | None = None,
+               cache: Path | str | None = None, split: str | None = None, columns: Columns | None = None,
+               instructions: InstructionConfig | None = None, whole_text: bool = False) -> Settings:  # fmt: skip
+    """`settings` with what the named tasks are measured on, loaded and checked; `whole_text`: agreement needs one too."""
+    needs = {TASKS[name].needs for name in names}
+    if whole_text and "cache" in needs:
+        needs = needs - {"cache"} | {"data"}
     corpus = reader = None
     scenes = other = None
     if "rows" in needs:
         from kd.evaluation.hellaswag import load_scenes
 
-        scenes = load_scenes(None if instructions is None else instructions.task_root, limit)
+        scenes = load_scenes(None if instructions is None else instructions.task_root, settings.limit)
     if "data" in needs and data is not None:
-        corpus, other = _both_wordings(data, split, columns, limit, instructions, own_rows="rows" in needs)
+        corpus, other = _both_wordings(data, split, columns, settings.limit, instructions, own_rows="rows" in needs)
+        if "generation" in names:
+            from kd.evaluation.generation import check_answering
+
+            check_answering(corpus, settings)
     if "cache" in needs and cache is not None:
         from kd.cache_builder.reader import CacheReader
         from kd.student_trainer.compatibility import refuse_other_tokenizer
@@ -155,49 +135,76 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
         reader = CacheReader(cache)
         refuse_other_tokenizer(
             reader,
-            loaded,
+            tokenizer,
             purpose="agreement",
             advice="--tasks perplexity: its bits per byte compare any two tokenizers",
         )
-    settings = Settings(corpus, reader, limit, limit_tokens, seq_len, stride, bos, temperature, tokens_per_batch,
-                        separator, max_new_tokens, stop, encoding, other, protocol, scenes)  # fmt: skip
-    model = load_model(request)
+    return replace(settings, corpus=corpus, other_wording=other, reader=reader, scenes=scenes)
+
+
+def score_model(model: Model, tokenizer: Tokenizer, names: Sequence[str],
+                settings: Settings) -> Generator[EvalProgress, None, dict[str, TaskResult]]:  # fmt: skip
+    """Run the named tasks on a model in memory: yields progress, returns the results."""
     results: dict[str, TaskResult] = {}
-    last = Progress[TaskResult](0, 0)
     for name in dict.fromkeys(names):
-        for last in TASKS[name].run(model, loaded, settings):
-            yield EvalProgress(name, last.done, last.total)
-        assert last.result is not None
-        results[name] = last.result
-    report = EvalReport(
-        model=model_name,
-        parameters=int(model.num_parameters()),
-        identity=model_identity(request),
-        tokenizer=tokenizer_fingerprint(loaded),
-        tasks={name: _figures(TASKS[name], result) for name, result in results.items()},
-        settings={name: dict(result.settings) for name, result in results.items()},
-        data=None if corpus is None else _describe_corpus(corpus),
-        cache=None if reader is None else _describe_cache(reader),
-        versions={"python": platform.python_version()}
-        | {p: version(p) for p in ("kd-logit-cache", "torch", "transformers")},
-        documents={name: _influences(result) for name, result in results.items()},
-    )
-    yield EvalProgress(list(results)[-1], last.done, last.total, report)
+        for step in TASKS[name].run(model, tokenizer, settings):
+            yield EvalProgress(name, step.done, step.total)
+        assert step.result is not None
+        results[name] = step.result
+    return results
 
 
-def check_tasks(names: Sequence[str], *, data: str | None, cache: Path | str | None) -> None:
-    """Raise DataError for an unknown task, for none at all, or for one whose text or cache was not given."""
+def contaminated_tasks(names: Sequence[str], settings: Settings, model: str, *, cache: Path | None = None,
+                       allow: bool) -> dict[str, str]:  # fmt: skip
+    """Task -> why its text is known to the model, by the runs that made it and the `cache` it is about to learn from.
+
+    Raises DataError where there is one, unless `allow`. Agreement is measured on the training text on purpose.
+    """
+    if settings.corpus is None and settings.scenes is None:
+        return {}
+    texts = trained_on(model) + ([] if cache is None else [cache_text(cache, run="this run")])
+    found = contamination(texts, settings.corpus, settings.scenes)
+    keys = {"rows": "hellaswag", "data": "data", "cache": ""}
+    tasks = {name: found[key] for name in names if (key := keys[TASKS[name].needs]) in found}
+    if not allow:
+        refuse_contaminated(tasks)
+    return tasks
+
+
+def _refuse_other_teacher(teacher: ModelRequest, tokenizer: Tokenizer) -> None:
+    """Raise DataError unless a live teacher has the model's tokenizer."""
+    theirs, ours = token_bytes(load_request_tokenizer(teacher)), token_bytes(tokenizer)
+    if theirs != ours:
+        differing = sum(a != b for a, b in zip(theirs, ours, strict=False)) + abs(len(theirs) - len(ours))
+        raise DataError("the model's tokenizer is not the teacher's, and agreement compares token by token",
+                        where=f"--teacher {teacher.name}", found=f"{differing} of {len(theirs)} ids differ",
+                        try_="--tasks perplexity: its bits per byte compare any two tokenizers")  # fmt: skip
+
+
+def check_tasks(
+    names: Sequence[str], *, data: str | None, cache: Path | str | None, teacher: str | None = None
+) -> None:
+    """Raise DataError for an unknown task, for none at all, or for one whose text, cache or teacher was not given."""
     if not names:
         raise DataError("no task was named", expected=", ".join(TASKS), try_="--tasks perplexity")
     for name in names:
         if name not in TASKS:
             raise unknown_name("task", name, TASKS)
-        if TASKS[name].needs != "rows" and (data if TASKS[name].needs == "data" else cache) is None:
-            option = "--data SPEC, e.g. demo:heldout" if TASKS[name].needs == "data" else "--cache DIR"
-            raise DataError(f"the task {name} needs a {TASKS[name].needs} that was not given", try_=option)
+        needs = TASKS[name].needs
+        if needs == "data" and data is None:
+            raise DataError(f"the task {name} needs a text that was not given", try_="--data SPEC, e.g. demo:heldout")
+        if needs == "cache" and cache is None and teacher is None:
+            raise DataError(f"the task {name} needs a teacher that was not given",
+                            try_="--cache DIR, or --teacher MODEL with --data SPEC")  # fmt: skip
+        if needs == "cache" and teacher is not None and (cache is not None or data is None):
+            raise DataError(f"the task {name} follows one teacher on one text",
+                            found="a cache and a live teacher" if cache is not None else "a live teacher without a text",
+                            try_="--cache DIR alone, or --teacher MODEL with --data SPEC")  # fmt: skip
+    if teacher is not None and not any(TASKS[name].needs == "cache" for name in names):
+        raise DataError("no task asks for a teacher", found=f"--teacher {teacher}", try_="--tasks agreement")
 
 
-def _check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:
+def check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:
     """Raise DataError for an unknown encoding or protocol of a task that is to run."""
     from kd.evaluation.choices import ENCODINGS
     from kd.evaluation.hellaswag import PROTOCOLS
@@ -229,11 +236,12 @@ def _both_wordings(data: str, split: str | None, columns: Columns | None, limit:
     return corpus, None if same else other
 
 
-def _figures(task: Task, result: TaskResult) -> dict[str, dict[str, Any]]:
+def figures_of(task: str, result: TaskResult) -> dict[str, dict[str, Any]]:
+    """Metric -> value (None where it is not finite), stderr, n, over, unit, better, title."""
     figures: dict[str, dict[str, Any]] = {}
     for name, estimate in result.estimates.items():
         base, _, part = name.partition("/")
-        metric = task.metrics[base]
+        metric = TASKS[task].metrics[base]
         figures[name] = {
             "value": estimate.value if math.isfinite(estimate.value) else None, "stderr": estimate.stderr,
             "n": estimate.n, "over": metric.over, "unit": metric.unit, "better": metric.better,
@@ -262,177 +270,6 @@ def _describe_cache(reader: CacheReader) -> dict[str, Any]:
             "corpus": manifest.provenance.get("corpus"), "split": manifest.provenance.get("split")}  # fmt: skip
 
 
-def _perplexity(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.perplexity import evaluate_perplexity
-
-    assert settings.corpus is not None
-    steps = evaluate_perplexity(
-        model, tokenizer, settings.corpus, seq_len=settings.seq_len, stride=settings.stride, bos=settings.bos,
-        separator=settings.separator, tokens_per_batch=settings.tokens_per_batch, limit_tokens=settings.limit_tokens,
-    )  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            estimates = {name: getattr(found, name) for name in TASKS["perplexity"].metrics}
-            used = {
-                "text_digest": settings.corpus.digest,
-                "seq_len": found.blocks.seq_len,
-                "stride": found.blocks.stride,
-                "bos": found.blocks.bos,
-                "limit_tokens": settings.limit_tokens,
-            }
-            if settings.corpus.kind == "pairs":
-                used["separator"] = settings.separator
-            result = TaskResult(estimates, found.documents, used)
-        yield Progress(step.done, step.total, result)
-
-
-def _agreement(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.agreement import evaluate_agreement
-
-    assert settings.reader is not None
-    reader, temperature = settings.reader, settings.temperature
-    steps = evaluate_agreement(
-        model, reader, temperature=temperature, limit=settings.limit, tokens_per_batch=settings.tokens_per_batch
-    )
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            estimates = {name: getattr(found, name) for name in TASKS["agreement"].metrics}
-            used = {
-                "cache_fingerprint": reader.manifest.fingerprint,
-                "temperature": temperature,
-                "limit": settings.limit,
-                "top_k": reader.top_k or reader.config.top_k,
-            }
-            result = TaskResult(estimates, found.documents, used)
-        yield Progress(step.done, step.total, result)
-
-
-SAMPLES = 20
-"""Examples of which a report keeps what the model did."""
-
-
-def _choices(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    """One wording under the plain names; both under `METRIC_original` and `METRIC_flan`."""
-    corpora = {"": settings.corpus}
-    if settings.other_wording is not None:
-        corpora = {"_original": settings.corpus, "_flan": settings.other_wording}
-    estimates: dict[str, Estimate] = {}
-    used: dict[str, Any] = _asked(settings) | {"encoding": settings.encoding}
-    samples: list[dict[str, str]] = []
-    documents: Documents | None = None
-    done = total = 0
-    for name, corpus in corpora.items():
-        assert corpus is not None
-        found: ChoicesResult | None = None
-        for step in _one_wording(model, tokenizer, corpus, settings):
-            yield Progress(done + step.done, max(total, done + step.total))
-            found = step.result
-        assert found is not None
-        done = total = done + step.total
-        for metric, estimate in found.estimates.items():
-            base, slash, part = metric.partition("/")
-            estimates[f"{base}{name}{slash}{part}"] = estimate
-        if corpus.source.get("labels"):
-            used["labels"] = "both" if name else corpus.source["labels"]
-        used |= {
-            f"choices{name}_digest": _digest([e.id, e.choices, e.answer] for e in corpus.examples),
-            f"examples_skipped{name}": found.skipped,
-            f"prompts_cut{name}": found.prompts_cut,
-        }
-        if documents is None:
-            documents = found.documents
-            samples = [
-                {"prompt": q.example.prompt, "expected": q.example.choices[q.answer], "got": q.example.choices[chosen]}
-                for q, chosen in zip(found.questions[:SAMPLES], found.predictions.tolist(), strict=False)
-            ]
-    assert documents is not None
-    yield Progress(done, done, TaskResult(estimates, documents, used, samples))
-
-
-def _one_wording(
-    model: Model, tokenizer: Tokenizer, corpus: Corpus, settings: Settings
-) -> Iterator[Progress[ChoicesResult]]:
-    from kd.evaluation.choices import evaluate_choices
-
-    return evaluate_choices(
-        model, tokenizer, corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
-        encoding=settings.encoding, tokens_per_batch=settings.tokens_per_batch,
-    )  # fmt: skip
-
-
-def _generation(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.generation import evaluate_generation, references
-
-    assert settings.corpus is not None
-    steps = evaluate_generation(
-        model, tokenizer, settings.corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
-        max_new_tokens=settings.max_new_tokens, stop=settings.stop, tokens_per_batch=settings.tokens_per_batch,
-    )  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            used = _asked(settings) | {
-                "references_digest": _digest([e.id, references(e)] for e in settings.corpus.examples),
-                "max_new_tokens": settings.max_new_tokens or "as the longest reference needs",
-                "stop": settings.stop,
-                "prompts_cut": found.prompts_cut,
-            }
-            samples = [
-                {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
-                for e, answer in zip(settings.corpus.examples[:SAMPLES], found.answers, strict=False)
-            ]
-            result = TaskResult(found.estimates, found.documents, used, samples)
-        yield Progress(step.done, step.total, result)
-
-
-def _hellaswag(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
-    from kd.evaluation.hellaswag import evaluate_hellaswag
-
-    assert settings.scenes is not None
-    scenes = settings.scenes
-    steps = evaluate_hellaswag(model, tokenizer, scenes, protocol=settings.protocol, seq_len=settings.seq_len,
-                               tokens_per_batch=settings.tokens_per_batch)  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            used = {
-                "protocol": settings.protocol,
-                "protocol_digest": _digest([settings.protocol]),
-                "source": scenes.source,
-                "rows_digest": _digest([s.activity, s.context, s.parts, s.endings, s.answer] for s in scenes.rows),
-                "seq_len": settings.seq_len,
-                "contexts_cut": found.contexts_cut,
-                "rows_joined": found.rows_joined or None,
-                "rows_unlabelled": scenes.unlabelled or None,
-            }
-            chosen = found.chosen[f"acc_norm_{settings.protocol}"].tolist()
-            samples = [
-                {"prompt": a.context, "expected": a.endings[a.scene.answer], "got": a.endings[c]}
-                for a, c in zip(found.asked[:SAMPLES], chosen, strict=False)
-            ]
-            result = TaskResult(found.estimates, found.documents, used, samples)
-        yield Progress(step.done, step.total, result)
-
-
-def _asked(settings: Settings) -> dict[str, Any]:
-    """What was asked of every model, whatever window and tokenizer it has; its effect is counted beside it."""
-    assert settings.corpus is not None
-    return {"text_digest": settings.corpus.digest, "seq_len": settings.seq_len, "separator": settings.separator,
-            "bos": settings.bos}  # fmt: skip
-
-
-def _digest(rows: Iterable[Any]) -> str:
-    """Hex digest of what `text_digest` leaves out."""
-    text = json.dumps(list(rows), separators=(",", ":"))
-    return hashlib.blake2b(text.encode("ascii"), digest_size=32).hexdigest()
-
-
 EXACT_MATCH = Metric("exact match", "share of examples", "higher", "example")
 F1 = Metric("token F1", "mean over examples", "higher", "example")
 ACCURACY = Metric("accuracy", "share of examples", "higher", "example")
@@ -443,6 +280,13 @@ RANKED = {
     "accuracy_chars": replace(ACCURACY, title="accuracy by character"),
 }
 
+FURTHER = {
+    f"{name}{suffix}": Metric(f"{metric.title}{about}", metric.unit, "higher", "example")
+    for name, metric in ANSWER_METRICS.items()
+    for suffix, about in (("", ""), ("_mean_of_tasks", ", mean of tasks"))
+}
+"""Of answers, where a task names them."""
+
 TASKS: dict[str, Task] = {
     "perplexity": Task(
         about="perplexity and bits per byte of a text, sliding window",
@@ -451,19 +295,23 @@ TASKS: dict[str, Task] = {
             "perplexity": Metric("perplexity", "per token", "lower", "token"),
             "bits_per_byte": Metric("bits per byte", "bits per byte", "lower", "byte"),
             "nll_per_token": Metric("NLL", "nats per token", "lower", "token"),
+            "ece": Metric("calibration error", "ECE, 15 bins", "lower", "token"),
         },
-        run=_perplexity,
+        run=run_perplexity,
     ),
     "agreement": Task(
-        about="KL to the teacher of a cache and top-1 agreement with it",
+        about="KL and JSD to the teacher, of a cache or at hand, top-1 agreement with it, calibration",
         needs="cache",
         metrics={
             "kl": Metric("KL to teacher", "nats per token", "lower", "row"),
+            "jsd": Metric("JSD to teacher", "nats per token", "lower", "row"),
             "top1_agreement": Metric("top-1 agreement", "share of tokens", "higher", "row"),
             "nll_per_token": Metric("NLL", "nats per token", "lower", "row"),
             "teacher_nll_per_token": Metric("teacher's NLL", "nats per token", None, "row"),
+            "ece": Metric("calibration error", "ECE, 15 bins", "lower", "row"),
+            "teacher_ece": Metric("teacher's calibration error", "ECE, 15 bins", None, "row"),
         },
-        run=_agreement,
+        run=run_agreement,
     ),
     "choices": Task(
         about="rank classification: is the most probable of an example's choices the right one?",
@@ -474,10 +322,10 @@ TASKS: dict[str, Task] = {
             for wording in WORDINGS
             for name, metric in RANKED.items()
         },
-        run=_choices,
+        run=run_choices,
     ),
     "generation": Task(
-        about="greedy answers compared with the references: exact match and token F1",
+        about="answers, greedy or sampled, compared with the references; further metrics as the tasks of the text name them",
         needs="data",
         metrics={
             "exact_match": EXACT_MATCH,
@@ -489,8 +337,9 @@ TASKS: dict[str, Task] = {
             "choice_match": Metric("right choice named", "share of examples", "higher", "example"),
             "choice_none": Metric("no choice named", "share of examples", None, "example"),
             "unfinished": Metric("unfinished", "share of examples", None, "example"),
-        },
-        run=_generation,
+        }
+        | FURTHER,
+        run=run_generation,
     ),
     "hellaswag": Task(
         about="HellaSwag's validation rows; nanogpt is the protocol in which GPT-2 (124M) reaches 0.2955",
@@ -502,6 +351,6 @@ TASKS: dict[str, Task] = {
             "acc_norm_harness": replace(ACCURACY, title="acc_norm (harness)"),
             "acc_bytes_harness": replace(ACCURACY, title="acc_bytes (harness)"),
         },
-        run=_hellaswag,
+        run=run_hellaswag,
     ),
 }

@@ -7,8 +7,9 @@ Ours are the batches (`stream`), the loss inside the model's forward (`head`), a
 that does not belong to the student (`compatibility`). The loss runs *inside* `model.forward`, so that DDP and FSDP
 see every parameter where they expect it, and `[B, T, V]` logits never exist.
 
-A run directory holds what `save_pretrained` writes, `run.json`, `metrics.jsonl` (one line per logged step) and
-`checkpoint-*`. Interrupted runs continue exactly with `resume=True`.
+A run directory holds what `save_pretrained` writes, `run.json`, `metrics.jsonl` (one line per logged step),
+`evaluations.jsonl` where the student is scored while it learns (`midway`), and `checkpoint-*`. Interrupted runs continue
+exactly with `resume=True`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ from kd.student_trainer.config import LORA_TARGETS, OPTIMIZERS, SCHEDULES, Train
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.losses import Objective
+from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import packed_capacity, prepare, rank_edges
+from kd.student_trainer.records import keep_evaluations
 from kd.student_trainer.stream import CachedExamples, plan_batches
 from kd.student_trainer.trainer import DistillationTrainer, StepRecord
 
@@ -80,9 +83,13 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepRecord], None] | None = None
-) -> TrainResult:
-    """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch."""
+    config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepRecord], None] | None = None,
+    midway: Midway | None = None,
+) -> TrainResult:  # fmt: skip
+    """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch.
+
+    midway   what to score while the student learns; changes nothing of the training
+    """
     reader = open_cache(config.cache, top_k=config.top_k)
     settings = GroupSettings(edges=rank_edges(reader), ranking=config.ranking, beta=config.beta)
     objective = resolve_objective(
@@ -136,12 +143,14 @@ def train(
         model=trained, args=arguments, train_dataset=CachedExamples(reader), data_collator=collator,
         plan=plan, example_rows=rows, has_kd=config.loss != "ce", log_path=out / METRICS, on_step=on_step,
     )  # fmt: skip
+    if midway is not None:
+        trainer.add_callback(MidwayEvaluations(trainer, midway, model, tokenizer, out))
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         trainer.close()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started - trainer.paused
     last = trainer.last_record or read_metrics(out)[-1]  # none, where only the last checkpoint was left to write out
     detach_loss(model)
     model.config.use_cache = True
@@ -275,6 +284,7 @@ def _open_folder(identity: dict[str, Any], reader: CacheReader, out: Path, check
     if (out / METRICS).exists():
         kept = [json.dumps(asdict(record)) for record in read_metrics(out) if record.step <= step]
         write_atomic(out / METRICS, "".join(f"{line}\n" for line in kept))
+    keep_evaluations(out, step if checkpoint else None)
 
 
 def _write_run(config: TrainConfig, identity: dict[str, Any], reader: CacheReader, out: Path, result: TrainResult,

@@ -69,7 +69,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.on_step = on_step
         self.last_record: StepRecord | None = None
         self.tokens_this_run = 0
-        self.waited = 0.0
+        self.waited = self.paused = 0.0
         self._prefetcher: Prefetcher | None = None
         self._iterator: Iterator[Any] | None = None
         self._sums: list[Tensor] = []
@@ -177,6 +177,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 if self.on_step is not None:
                     self.on_step(record)
         super().log(logs, start_time)
+
+    def stand_still(self, seconds: float) -> None:
+        """Leave out of every speed what was no training."""
+        self.paused += seconds
+        self._mark = (self._mark[0], self._mark[1] + seconds, self._mark[2])
 
     def close(self) -> None:
         """Stop reading ahead."""

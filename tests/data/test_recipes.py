@@ -101,6 +101,7 @@ def stand_ins(tmp_path_factory, tokenizer_dir: Path, t5_dir: Path, model_dir: Pa
         (folder / "student" / file.name).write_bytes(file.read_bytes())
     text = "".join(f"The keeper counted {n} ships in the fog. " * 8 + "\n<|endoftext|>\n" for n in range(12))
     (folder / "text.txt").write_text(text)
+    (folder / "held.txt").write_text("The baker sold bread to the keeper. " * 12)  # what was trained on is refused
     root = folder / "tasks" / "boolq"
     root.mkdir(parents=True)
     for split in ("train", "validation"):
@@ -115,7 +116,7 @@ def stand_ins(tmp_path_factory, tokenizer_dir: Path, t5_dir: Path, model_dir: Pa
         "oscarnav-ten": tasks,
         "uld-paper": tasks | {"teacher": str(model_dir)},
         "neo-wikitext": {"teacher": str(model_dir), "student": student, "data": str(folder / "text.txt"),
-                         "eval-data": str(folder / "text.txt"), "eval-split": "train"},
+                         "eval-data": str(folder / "held.txt"), "eval-split": "train"},
     }  # fmt: skip
 
 

@@ -203,3 +203,15 @@ def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "paws" / "dev.csv", PAWS)
     with pytest.raises(DataError, match="two files for one split"):
         found(tmp_path, "paws", "dev")
+
+
+def test_rows_that_the_hub_does_not_give_say_how_to_give_them_as_files():
+    def offline(*rest):
+        raise DataError("cannot load the data set from the hub", where="google/boolq split validation",
+                        found="ConnectionError: …", try_="a local file")  # fmt: skip
+
+    with pytest.raises(DataError, match="of the task boolq") as error:
+        load_task_rows(load_task("boolq"), "dev", None, offline)
+    assert error.value.details["where"] == "google/boolq split validation"
+    for said in ("--task-root DIR", "DIR/boolq/dev.jsonl", "answer, passage, question"):
+        assert said in error.value.details["try"]

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from kd.data.errors import DataError
-from kd.evaluation.estimates import Documents, Estimate, difference_stderr, per_example
+from kd.data.example import Example
+from kd.evaluation.estimates import (
+    Documents,
+    Estimate,
+    difference_stderr,
+    figures_by_task,
+    from_statistics,
+    per_example,
+    standard_error,
+    with_tasks,
+)
 
 
 def test_ratio_and_its_error_equal_numbers_worked_by_hand():
@@ -100,3 +110,62 @@ def test_sums_per_example_equal_a_loop():
 def test_nothing_to_average_over_is_an_error():
     with pytest.raises(DataError, match="nothing to average"):
         Documents.of_examples(["a"], "pairs").ratio(np.zeros(1), np.zeros(1))
+
+
+def mean_of_sums(sums: np.ndarray) -> float:
+    return float(sums[0] / sums[1])
+
+
+@pytest.fixture
+def measured():
+    """Sixty examples of forty documents and two tasks, and `[60, 2]` statistics whose ratio is a mean."""
+    rng = np.random.default_rng(0)
+    tasks = [("a", "b")[i % 40 % 2] for i in range(60)]
+    examples = [Example(str(i), "x", f"prompt {i % 40}", task) for i, task in enumerate(tasks)]
+    return Documents.of_prompts(examples), np.stack([rng.random(60), np.ones(60)], axis=1), tasks
+
+
+def test_resampling_a_mean_gives_the_error_of_a_mean(measured):
+    documents, statistics, _ = measured
+    exact = documents.ratio(statistics[:, 0], statistics[:, 1])
+    found = from_statistics(documents, statistics, mean_of_sums, seed=0)
+    assert found.value == pytest.approx(exact.value, rel=1e-12)
+    # 1,000 draws know a standard error within 1 / sqrt(2000) = 2.2 %, and divide by G where it divides by G - 1: 1.3 %
+    assert found.stderr == pytest.approx(exact.stderr, rel=0.08)
+    # the jackknife of a ratio is its linearisation up to 1/G
+    assert found.influence == pytest.approx(exact.influence, abs=0.05 * np.abs(exact.influence).max())
+    assert found.influence.sum() == pytest.approx(0, abs=1e-12)
+
+
+def test_resampling_depends_on_its_seed_alone(measured):
+    documents, statistics, _ = measured
+    first, again, other = (from_statistics(documents, statistics, mean_of_sums, seed=s).stderr for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_tasks_of_a_resampled_score_equal_those_of_a_mean(measured):
+    documents, statistics, tasks = measured
+    exact = figures_by_task("m", documents, statistics[:, 0], tasks)
+    found = with_tasks("m", documents, statistics, tasks, mean_of_sums, seed=0)
+    assert set(found) == {"m", *exact}
+    for name, estimate in exact.items():
+        assert found[name].value == pytest.approx(estimate.value, rel=1e-12)
+        assert found[name].n == estimate.n
+        assert standard_error(found[name].influence) == pytest.approx(estimate.stderr, rel=0.05)
+
+
+def test_one_document_has_no_error(measured):
+    documents = Documents.of_prompts([Example("0", "x", "p"), Example("1", "y", "p")])
+    assert documents.names == ("0",)
+    assert from_statistics(documents, np.ones((2, 2)), mean_of_sums, seed=0).stderr is None
+
+
+def test_a_part_spread_over_all_documents_keeps_its_error(measured):
+    documents, statistics, tasks = measured
+    inside = np.array([task == "b" for task in tasks])
+    part = documents.part(inside)
+    assert len(part.names) == 20
+    estimate = part.ratio(statistics[inside, 0], statistics[inside, 1])
+    spread = documents.spread(estimate, part)
+    assert len(spread.influence) == 40
+    assert spread.stderr == pytest.approx(estimate.stderr, rel=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,16 @@ from kd.data.errors import DataError
 from kd.data.example import Example
 from kd.data.sources import Corpus
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
-from kd.evaluation.generation import cut_at, evaluate_generation, generation_of, greedy_answers, until_eos
+from kd.evaluation.generation import (
+    GREEDY,
+    Sampling,
+    cut_at,
+    evaluate_generation,
+    generation_of,
+    greedy_answers,
+    gumbel_noise,
+    until_eos,
+)
 from kd.evaluation.scoring import final
 
 ARCHITECTURES = {"causal": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}
@@ -70,11 +80,12 @@ def argmax_loop(model, tokenizer, ids: list[int], steps: int, eos_id: int | None
     return new
 
 
-def answers_of(model, tokenizer, *, eos_id: int | None, steps: int = 12, tokens_per_batch: int = 10**6):
+def answers_of(model, tokenizer, *, eos_id: int | None, steps: int = 12, tokens_per_batch: int = 10**6,
+               sampling: Sampling = GREEDY):  # fmt: skip
     contexts = [np.array(prompt_ids(tokenizer, model, p), dtype=np.int32) for p in PROMPTS]
     found = {}
     for numbers, answers in greedy_answers(model, contexts, max_new_tokens=steps, eos_id=eos_id,
-                                           vocabulary_size=vocabulary_size(tokenizer),
+                                           vocabulary_size=vocabulary_size(tokenizer), sampling=sampling,
                                            tokens_per_batch=tokens_per_batch):  # fmt: skip
         found |= dict(zip(numbers, answers, strict=True))
     assert sorted(found) == list(range(len(PROMPTS)))
@@ -98,13 +109,57 @@ def test_greedy_answers_equal_an_argmax_loop(case):
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 70, 10**6])
-def test_batched_answers_equal_those_given_one_by_one(case, tokens_per_batch):
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_batched_answers_equal_those_given_one_by_one(case, tokens_per_batch, temperature):
     model, tokenizer = case
-    eos_id = common_token(model, tokenizer)
-    alone = answers_of(model, tokenizer, eos_id=eos_id, tokens_per_batch=1)
-    found = answers_of(model, tokenizer, eos_id=eos_id, tokens_per_batch=tokens_per_batch)
+    eos_id, sampling = common_token(model, tokenizer), Sampling(temperature, seed=3)
+    alone = answers_of(model, tokenizer, eos_id=eos_id, tokens_per_batch=1, sampling=sampling)
+    found = answers_of(model, tokenizer, eos_id=eos_id, tokens_per_batch=tokens_per_batch, sampling=sampling)
     assert [a.ids.tolist() for a in found] == [a.ids.tolist() for a in alone]
     assert {a.ended for a in alone} == {True, False}
+
+
+def test_sampling_depends_on_its_seed_and_on_no_generator_of_the_process(case):
+    model, tokenizer = case
+    state = torch.get_rng_state(), random.getstate()
+
+    def run(seed: int, temperature: float = 1.0) -> list[list[int]]:
+        found = answers_of(model, tokenizer, eos_id=None, sampling=Sampling(temperature, seed))
+        return [a.ids.tolist() for a in found]
+
+    first = run(1)
+    assert run(1) == first
+    assert run(2) != first
+    assert run(1, 0.0) == run(2, 0.0) == [a.ids.tolist() for a in answers_of(model, tokenizer, eos_id=None)]
+    assert run(1, 1e-4) == run(1, 0.0)  # the limit of no noise: logits of these models lie further apart
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+
+
+def test_noise_makes_the_largest_score_a_draw_from_the_softmax():
+    scores, temperature, draws = torch.tensor([[1.0, 0.0, -1.0, -torch.inf]]), 2.0, 4000
+    noise = gumbel_noise([np.array([5, 6])], Sampling(temperature, seed=0))
+    counts = np.bincount([int(noise(None, scores).argmax()) for _ in range(draws)], minlength=4)
+    expected = (scores / temperature).softmax(dim=1)[0].numpy()
+    assert counts[3] == 0
+    assert counts / draws == pytest.approx(expected, abs=4 * math.sqrt(0.25 / draws))  # four standard errors
+    with pytest.raises(DataError, match="temperature"):
+        Sampling(-1.0)
+
+
+def test_a_prompt_that_several_examples_have_is_asked_once_and_is_one_document(case, monkeypatch):
+    model, tokenizer = case
+    twins = [replace(e, id=f"{e.id}/{n}", references=(f"{n}",)) for e in PAIRS for n in "ab"]
+    asked: list[int] = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: (asked.append(len(k["input_ids"])), generate(**k))[1])
+    result = final(evaluate_generation(model, tokenizer, corpus(*twins), max_new_tokens=6))
+    assert sum(asked) == len(PAIRS)
+    assert result.answers[::2] == result.answers[1::2] == final(
+        evaluate_generation(model, tokenizer, corpus(), max_new_tokens=6)).answers  # fmt: skip
+    assert result.documents.names == tuple(f"{e.id}/a" for e in PAIRS)
+    assert result.estimates["f1"].n == len(twins)
+    assert len(result.estimates["f1"].influence) == len(PAIRS)
 
 
 def test_the_order_of_the_examples_changes_no_answer(case):

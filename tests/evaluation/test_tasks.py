@@ -18,11 +18,12 @@ from kd.data.example import Example
 from kd.data.rendering import InstructionConfig
 from kd.data.sources import SOURCES, Corpus, load_corpus
 from kd.evaluation.agreement import evaluate_agreement
+from kd.evaluation.answer_metrics import MetricSettings
 from kd.evaluation.estimates import standard_error
 from kd.evaluation.perplexity import evaluate_perplexity
 from kd.evaluation.results import EvalReport, load_report
 from kd.evaluation.scoring import final
-from kd.evaluation.tasks import RANKED, TASKS, run_tasks
+from kd.evaluation.tasks import FURTHER, RANKED, TASKS, run_tasks
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def test_choices_and_generation_of_either_architecture_make_a_report(model, quiz
     folder = str(request.getfixturevalue(model))
     report = list(run_tasks(folder, ["choices", "generation", "perplexity"], data=quiz, device="cpu"))[-1].report
     for task in ("choices", "generation"):
-        declared, found = set(RANKED if task == "choices" else TASKS[task].metrics), set(report.tasks[task])
+        declared = set(RANKED) if task == "choices" else set(TASKS[task].metrics) - set(FURTHER)
+        found = set(report.tasks[task])
         assert declared <= found
         assert {m.partition("/")[0] for m in found - declared} <= declared
         assert {m.partition("/")[2] for m in found - declared} == {"who", "where", "what"}
@@ -146,6 +148,36 @@ def test_an_unknown_way_to_ask_is_refused_before_weights_are_loaded(quiz, task, 
     with pytest.raises(DataError, match=f"unknown {next(iter(way))}") as error:
         list(run_tasks("no/such/model", [task], data=quiz, **way))
     assert error.value.details["did you mean"] in ("together", "harness")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ["rougeX"]}, "unknown metric"),
+        ({"metrics": ["bertscore"]}, "needs an encoder"),
+        ({"metric_settings": MetricSettings(bertscore_model="no/such/encoder")}, "recommends no layer"),
+        ({"sample_temperature": -1.0}, "temperature of sampling"),
+    ],
+)
+def test_what_answers_cannot_be_scored_with_is_refused_before_weights_are_loaded(
+    quiz, model_dir, tmp_path, options, message
+):
+    for file in model_dir.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match=message):  # there are no weights in that folder to load
+        list(run_tasks(str(tmp_path), ["generation"], data=quiz, device="cpu", **options))
+
+
+def test_scores_and_their_settings_say_which_metrics_seed_and_decoding(model_dir, quiz):
+    report = list(run_tasks(str(model_dir), ["generation"], data=quiz, device="cpu", metrics=["rougeL", "bleu"],
+                            sample_temperature=0.5, seed=7))[-1].report  # fmt: skip
+    used = report.settings["generation"]
+    assert used["decoding"] == "sampled at temperature 0.5, seed 7"
+    assert used["bleu"].startswith("sacrebleu nrefs:2|case:mixed")
+    assert "rouge-score" in used["rougeL"]
+    assert set(report.tasks["generation"]["bleu"]) >= {"value", "stderr", "n", "over", "unit", "better", "title"}
+    assert report.tasks["generation"]["bleu/who"]["title"] == "BLEU: who"
 
 
 def test_hellaswag_takes_its_rows_and_leaves_the_text_to_the_others(model_dir, prose_file, tmp_path):

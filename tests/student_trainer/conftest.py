@@ -15,6 +15,7 @@ import torch
 from kd.cache_builder.reader import CacheReader
 from kd.data.blocks import BlockConfig
 from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.midway import Midway
 from kd.student_trainer.train import TrainResult, train
 from kd.student_trainer.trainer import StepRecord
 
@@ -158,7 +159,8 @@ def small_heap(student_dir: Path) -> Iterator[None]:
 def run(tmp_path: Path, kl_cache: Path, student_dir: Path, small_heap: None) -> Callable[..., Run]:
     """`run(name, …)`: train in `tmp_path / name`, four examples a batch, every step logged."""
 
-    def go(name: str = "run", *, resume: bool = False, stop_after: int | None = None, **settings: Any) -> Run:
+    def go(name: str = "run", *, resume: bool = False, stop_after: int | None = None, midway: Midway | None = None,
+           **settings: Any) -> Run:  # fmt: skip
         defaults: dict[str, Any] = {
             "cache": str(kl_cache), "student": str(student_dir), "out": str(tmp_path / name), "device": "cpu",
             "max_steps": 3, "batch_size": 4, "log_every": 1, "lr": 1e-3, "head_chunk": 64,
@@ -170,7 +172,7 @@ def run(tmp_path: Path, kl_cache: Path, student_dir: Path, small_heap: None) -> 
             if record.step == stop_after:
                 raise KeyboardInterrupt
 
-        result = train(TrainConfig(**defaults | settings), resume=resume, on_step=on_step)
+        result = train(TrainConfig(**defaults | settings), resume=resume, on_step=on_step, midway=midway)
         return Run(tmp_path / name, result, records)
 
     return go

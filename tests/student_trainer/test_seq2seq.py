@@ -316,7 +316,7 @@ def test_the_output_loads_with_the_trained_logits_and_is_evaluated(
     assert "AutoModelForSeq2SeqLM" in card
     assert "text2text-generation" in card
     report = list(run_tasks(str(finished.out), ["generation", "agreement"], data=str(story_pairs), cache=t5_cache,
-                            device="cpu"))[-1].report  # fmt: skip
+                            device="cpu", allow_contaminated=True))[-1].report  # fmt: skip
     assert report is not None
     assert 0.0 <= report.tasks["generation"]["exact_match"]["value"] <= 1.0
     # the last step's loss was measured before it, over one batch; the whole cache after it

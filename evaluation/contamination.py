@@ -1,0 +1,192 @@
+"""Was a model trained on what it is about to be asked?
+
+A run directory says which cache it was trained from (`run.json`), and a cache holds its text. Found are
+
+    hellaswag        a cache whose source is HellaSwag, or WikiHow or ActivityNet's captions, where its text is from; and
+                     rows of which 13 words in a row stand in the cache's text (the overlap of Brown et al. 2020)
+    any other task   examples whose prompt and target are those of a cached one (white space and case aside), rows of an
+                     instruction task with the same place at the source, whatever template words them (BoolQ's dev and
+                     test are one split), and documents that begin with the same 200 characters
+
+A student that was trained from another run is looked at through it. Where a cache has gone, its name and the digest of its
+text still count. `agreement` is asked about the training text on purpose and is never called contaminated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd.data.errors import DataError, KdError
+from kd.data.example import Example
+from kd.data.task_files import load_task, task_names
+
+if TYPE_CHECKING:
+    from kd.data.sources import Corpus
+    from kd.evaluation.hellaswag import Scenes
+
+RUN = "run.json"
+SHINGLE = 13
+"""Words in a row."""
+OPENING = 200
+"""Characters by which a document is known."""
+HELLASWAG_SOURCES = re.compile(r"hella.?swag|wiki.?how|activity.?net", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """What a run was trained on."""
+
+    run: str
+    spec: str
+    split: str
+    source: str
+    """What identifies the source besides, as text."""
+    digest: str | None
+    """Of the corpus; None where the cache has gone."""
+    examples: tuple[Example, ...]
+    """Cached ones, in order; of a document its blocks. Empty where the cache has gone."""
+
+
+def trained_on(model: str) -> list[TrainingText]:
+    """The texts a model was trained on, as the runs say that made it; empty for a model that no run made here."""
+    found: list[TrainingText] = []
+    seen: set[Path] = set()
+    folder = Path(model).expanduser()
+    while (folder / RUN).is_file() and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        try:
+            run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            break
+        settings = run.get("settings")
+        if not isinstance(settings, dict) or not isinstance(settings.get("cache"), str):
+            break
+        found.append(_training_text(folder, run, Path(settings["cache"]).expanduser()))
+        folder = Path(str(settings.get("student"))).expanduser()
+    return found
+
+
+def _training_text(folder: Path, run: Mapping[str, Any], cache: Path) -> TrainingText:
+    corpus = run.get("corpus") or {}
+    spec, split = str(corpus.get("corpus")), str(corpus.get("split"))
+    try:
+        text = cache_text(cache, run=str(folder))
+    except (KdError, OSError):
+        return TrainingText(str(folder), spec, split, "", None, ())
+    return text
+
+
+def cache_text(cache: Path, *, run: str = "", whole: bool = True) -> TrainingText:
+    """The text of a cache, without its targets; its name alone where not `whole`. Raises CacheError."""
+    from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.store import read_example_table
+
+    manifest = load_manifest(cache)
+    provenance = manifest.provenance
+    examples: list[Example] = []
+    for index in range(len(manifest.shards) if whole else 0):
+        table = read_example_table(cache, manifest, index, ["id", "prompt", "target"])
+        examples += [Example(i, target, prompt) for i, prompt, target in
+                     zip(table["id"], table["prompt"], table["target"], strict=True)]  # fmt: skip
+    return TrainingText(run, str(provenance.get("corpus")), str(provenance.get("split")),
+                        json.dumps(provenance.get("source")), str(manifest.identity["corpus"]["text_digest"]),
+                        tuple(examples))  # fmt: skip
+
+
+def benchmark_text(text: TrainingText) -> str | None:
+    """Why a text is a benchmark's own, by the names of its source; None where nothing says so."""
+    name = HELLASWAG_SOURCES.search(f"{text.spec} {text.source}")
+    return None if name is None else f"its source names {name[0]!r}, where HellaSwag's text is from"
+
+
+def refuse_benchmark_text(cache: Path, *, allow: bool) -> str | None:
+    """Why a cache's text is a benchmark's own; raises DataError where it is, unless `allow`."""
+    reason = benchmark_text(cache_text(cache, whole=False))
+    if reason is not None and not allow:
+        raise DataError("this cache holds a benchmark's own text", where=cache, found=reason,
+                        expected="text that the student will not be measured on",
+                        try_="--allow-contaminated: the run and its scores are then marked")  # fmt: skip
+    return reason
+
+
+def contamination(texts: Sequence[TrainingText], corpus: Corpus | None, scenes: Scenes | None) -> dict[str, str]:
+    """Task `hellaswag`, and `data` for every task on the corpus -> what is wrong; empty where nothing is."""
+    found: dict[str, str] = {}
+    for text in texts:
+        if scenes is not None:
+            reason = benchmark_text(text)
+            if reason is None and (rows := shared_rows(scenes, text)):
+                reason = f"{rows} of {len(scenes.rows)} rows share {SHINGLE} words in a row with its text"
+            if reason is not None:
+                found.setdefault("hellaswag", f"trained on {text.spec} ({text.split}): {reason}")
+        if corpus is not None and (count := shared_examples(corpus, text)):
+            known = f"{count} of {len(corpus.examples)} examples are among its text"
+            found.setdefault("data", f"trained on {text.spec} ({text.split}): {known}")
+    return found
+
+
+def refuse_contaminated(found: Mapping[str, str]) -> None:
+    """Raise DataError where a task (the key) was trained on."""
+    for task, reason in found.items():
+        raise DataError("the model was trained on what it would be asked", where=f"task {task}", found=reason,
+                        expected="text it has not seen", try_="--allow-contaminated: the result is then marked")  # fmt: skip
+
+
+def shared_examples(corpus: Corpus, text: TrainingText) -> int:
+    """Examples of `corpus` that are in the text a model was trained on."""
+    if text.digest == corpus.digest:
+        return len(corpus.examples)
+    if corpus.kind == "documents":
+        known = {opening for opening in openings(text.examples) if len(opening) == OPENING}
+        return sum(_plain(e.target)[:OPENING] in known for e in corpus.examples)
+    keys = {_key(e) for e in text.examples} | {p for e in text.examples if (p := source_place(e.id)) is not None}
+    return sum(_key(e) in keys or source_place(e.id) in keys for e in corpus.examples)
+
+
+def openings(blocks: Sequence[Example]) -> Iterator[str]:
+    """The first characters of each document that was cut into `blocks`."""
+    known: dict[str, str] = {}
+    for block in blocks:
+        name, _, number = block.id.rpartition("#")
+        begun = known.get(name, block.prompt if number == "0" else "")
+        if len(begun) < 2 * OPENING:  # white space is still to go
+            known[name] = begun + block.target
+    return (_plain(text)[:OPENING] for text in known.values())
+
+
+def shared_rows(scenes: Scenes, text: TrainingText) -> int:
+    """Rows of which SHINGLE words in a row, of the context and the right ending, stand in the text."""
+    rows = [set(_shingles(f"{s.context} {s.endings[s.answer]}")) for s in scenes.rows]
+    wanted = set().union(*rows)
+    known: set[tuple[str, ...]] = set()
+    for example in text.examples:
+        known |= wanted.intersection(_shingles(f"{example.prompt} {example.target}"))
+    return sum(bool(row & known) for row in rows)
+
+
+def _shingles(text: str) -> Iterator[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return zip(*(words[i:] for i in range(SHINGLE)), strict=False)
+
+
+def source_place(identity: str) -> tuple[str, str, str] | None:
+    """Task, split at the source and row of an instruction example's id `task/split/row`; None for other ids."""
+    task, _, rest = identity.partition("/")
+    split, _, row = rest.partition("/")
+    if task not in task_names() or not row.isdigit():
+        return None
+    part = load_task(task).splits.get(split)
+    return None if part is None else (task, part.name, row)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _key(example: Example) -> str:
+    return f"{_plain(example.prompt)}\0{_plain(example.target)}"

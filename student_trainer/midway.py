@@ -1,0 +1,136 @@
+"""Scores of the student while it learns: before the first step, every so many steps or epochs, and after the last.
+
+What is scored, and how, is the caller's (`Midway.score`): evaluation is not imported here. The training is the same with and
+without it, bit for bit: the states of all generators, each module's mode and the model's own `forward` are put back, and
+the clock of speeds and of the run stands still. A student with LoRA adapters is scored as a merged copy: merging and
+taking apart again would round its weights.
+
+`evaluations.jsonl` in the run's folder gets one line each, {"step", "epoch", "seconds", …what `score` returns}; step 0 is the
+baseline. Lines after the checkpoint of a resumed run are dropped, as in `metrics.jsonl`, and made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from kd.data.errors import DataError
+from kd.data.models import Model
+from kd.data.tokenizer import Tokenizer
+from kd.student_trainer.records import RECORDS
+from kd.student_trainer.stream import BatchPlan
+from kd.student_trainer.trainer import DistillationTrainer
+
+
+@dataclass(frozen=True)
+class Midway:
+    """What to score in mid-training, and when."""
+
+    score: Callable[[Model, Tokenizer], Mapping[str, Any]]
+    """A model in evaluation mode -> what a line of the log holds, as JSON takes it."""
+    every: int | None = None
+    """Optimizer steps; None = after every pass over the cache."""
+    on_record: Callable[[Mapping[str, Any]], None] | None = None
+    """Told of every line, on the main process."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise DataError("evaluations need a distance", found=f"--eval-every {self.every}",
+                            expected="at least 1 step, or epoch")  # fmt: skip
+
+
+def evaluation_steps(plan: BatchPlan, multiple: int, every: int | None) -> frozenset[int]:
+    """Optimizer steps (of `multiple` micro-batches each) after which to score: 0, the last, and those between.
+
+    A step that holds the end of an epoch counts as its end.
+    """
+    last = len(plan) // multiple
+    if every is not None:
+        return frozenset({0, *range(every, last, every), last})
+    ends = {-(-(i + 1) // multiple) for i in range(len(plan) - 1) if plan.epochs[i] != plan.epochs[i + 1]}
+    return frozenset({0, *ends, last})
+
+
+class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
+    """Scores the student at its steps, on the main process; the others wait."""
+
+    def __init__(self, trainer: DistillationTrainer, midway: Midway, model: Model, tokenizer: Tokenizer,
+                 folder: Path) -> None:  # fmt: skip
+        """`model` is the student itself; where `trainer.model` is another, adapters are around it."""
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise DataError("a student in parts cannot be scored in mid-training", found="FSDP or DeepSpeed",
+                            try_="--eval-tasks left out, and kd eval afterwards")  # fmt: skip
+        self.trainer, self.midway, self.model, self.tokenizer = trainer, midway, model, tokenizer
+        self.path = folder / RECORDS
+        multiple = trainer.args.gradient_accumulation_steps * trainer.args.world_size
+        self.steps = evaluation_steps(trainer.plan, multiple, midway.every)
+        self.multiple = multiple
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 0:
+            self.score(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step in self.steps:
+            self.score(state.global_step)
+
+    def score(self, step: int) -> None:
+        """Score the student as it is now and write the line of `step`."""
+        started = time.perf_counter()
+        if self.trainer.is_world_process_zero():
+            with undisturbed(self.model):
+                found = self.midway.score(self._whole(), self.tokenizer)
+            plan = self.trainer.plan.batches[: step * self.multiple]
+            epoch = sum(map(len, plan)) / len(self.trainer.example_rows)
+            record = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - started, **found}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+            if self.midway.on_record is not None:
+                self.midway.on_record(record)
+        PartialState().wait_for_everyone()
+        self.trainer.stand_still(time.perf_counter() - started)
+
+    def _whole(self) -> Model:
+        """The student, adapters merged into a copy."""
+        adapted = self.trainer.model
+        if adapted is self.model:
+            return self.model
+        with warnings.catch_warnings():  # as where the output is written: peft 0.21 believes T5's configuration
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            return copy.deepcopy(adapted).merge_and_unload().eval()
+
+
+@contextmanager
+def undisturbed(model: Model) -> Iterator[None]:
+    """The model with its own `forward`, in evaluation mode; afterwards everything is as it was, generators included."""
+    modes = [(module, module.training) for module in model.modules()]
+    forward = model.__dict__.pop("forward", None)
+    use_cache = model.config.use_cache if hasattr(model.config, "use_cache") else None
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        for module, training in modes:
+            module.training = training
+        if forward is not None:
+            model.__dict__["forward"] = forward
+        if use_cache is not None:
+            model.config.use_cache = use_cache
