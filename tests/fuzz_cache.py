@@ -15,14 +15,13 @@ from pathlib import Path
 import atheris
 import pyarrow as pa
 
-from kd.cache_builder.tables import read_table  # before the rest: atheris's hooks trip over Arrow's lazy metadata
-
 with atheris.instrument_imports(include=["kd"]):
     from kd.cache_builder.chunks import decode_shard
     from kd.cache_builder.codecs import ArraySpec
     from kd.cache_builder.files import canonical_json, digest_of, read_json
     from kd.cache_builder.manifest import Layout, load_manifest, shard_record
     from kd.cache_builder.store import EXAMPLE_SCHEMA
+    from kd.cache_builder.tables import read_table
     from kd.data.errors import KdError
 
 FOLDER = Path(tempfile.mkdtemp())
