@@ -1,11 +1,11 @@
-"""The two pictures of a report: loss curves and bars with error bars, drawn through matplotlib's object API.
+"""The pictures of a report: loss curves, bars and differences with error bars, drawn through matplotlib's object API.
 
 No pyplot, no global state, no display: a `Figure` on the Agg canvas is a value that becomes a PNG file. Colours are
 Okabe and Ito's, told apart by most colour-blind readers; runs beyond eight repeat them with another dash.
 Raw losses are drawn faint, and over them their mean under a two-sided exponential window with a half-life of 1 % of
 the run. A one-sided running mean, as training dashboards draw it, lags: on 2.4 + 5.3 exp(-step/150) over 2000 steps it
 reads up to 0.7 nats too high, the two-sided one 0.06 beyond the first few records. Panels stand one above the other, so
-that a phone's width is enough.
+that a phone's width is enough. Students over several seeds are one curve: their mean, and the range of the seeds as a band.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Series:
     """[n] optimiser steps, ascending"""
     values: np.ndarray
     """[n] nats per token"""
+    seeds: tuple[np.ndarray, ...] = ()
+    """[n] each: of every seed, where `values` is their mean."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,19 @@ class Bar:
     label: str
     value: float
     stderr: float | None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a pair gained in one column; positive is better."""
+
+    label: str
+    """Of the column."""
+    pair: str
+    gain: float
+    error: float | None
+    by_seed: tuple[float, ...] = ()
+    """Gains of the seeds, drawn as dots where there are several."""
 
 
 def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]]) -> Path:
@@ -61,7 +76,11 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]]) -> Path:
                     "color": COLOURS[place % len(COLOURS)],
                     "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
                 }
-                axes.plot(one.steps, one.values, alpha=0.2, linewidth=0.8, **look)
+                if one.seeds:
+                    calm = np.stack([smooth(values) for values in one.seeds])
+                    axes.fill_between(one.steps, calm.min(0), calm.max(0), color=look["color"], alpha=0.15, linewidth=0)
+                else:
+                    axes.plot(one.steps, one.values, alpha=0.2, linewidth=0.8, **look)
                 axes.plot(one.steps, smooth(one.values), linewidth=1.8, label=one.label, **look)
             axes.set_xlabel("optimiser step")
             axes.set_ylabel(title)
@@ -79,7 +98,7 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]]) -> Path:
 
     def draw(figure: Any) -> None:
         for number, (title, bars) in enumerate(panels.items()):
-            axes = _panel(figure, number, len(panels))
+            axes = _panel(figure, number, len(panels), heights)
             places = np.arange(len(bars))
             values = np.array([b.value for b in bars])
             errors = np.array([b.stderr or 0.0 for b in bars])
@@ -90,13 +109,44 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]]) -> Path:
             reach = max(float((values + errors).max()), 1e-12)
             for place, bar in enumerate(bars):
                 axes.text(bar.value + errors[place] + 0.02 * reach, place, f"{bar.value:.4g}", va="center")
-            axes.set_yticks(places, [b.label for b in bars])
+            axes.set_yticks(places, [_short(b.label) for b in bars])
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
             axes.set_xlim(0, 1.15 * reach)
             axes.set_title(title, loc="left", fontsize="medium")
 
     return _save(path, draw, sum(heights))
+
+
+def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]]) -> Path:
+    """Write one panel per unit: a line per column, a mark per pair, whiskers of one error; right of 0 is better."""
+    order = list(dict.fromkeys(d.pair for deltas in panels.values() for d in deltas))
+    rows = [list(dict.fromkeys(d.label for d in deltas)) for deltas in panels.values()]
+    space = 0.16 * len(order) + 0.24
+    heights = [1.0 + space * len(labels) for labels in rows]
+
+    def draw(figure: Any) -> None:
+        for number, (title, deltas) in enumerate(panels.items()):
+            axes = _panel(figure, number, len(panels), heights)
+            axes.axvline(0, color="#5b6472", linewidth=1)
+            for d in deltas:
+                row = rows[number].index(d.label)
+                place = row + (order.index(d.pair) - (len(order) - 1) / 2) * 0.6 / len(order)
+                colour = COLOURS[(order.index(d.pair) + 1) % len(COLOURS)]
+                axes.errorbar(d.gain, place, xerr=d.error, fmt="o", color=colour, markersize=6, capsize=3, zorder=3)
+                if len(d.by_seed) > 1:
+                    axes.plot(d.by_seed, [place] * len(d.by_seed), "|", color=colour, markersize=7, alpha=0.6)
+            axes.set_yticks(range(len(rows[number])), [_short(label) for label in rows[number]])
+            axes.set_ylim(len(rows[number]) - 0.4, -0.6)
+            axes.set_title(title, loc="left", fontsize="medium")
+            if number == 0:
+                from matplotlib.lines import Line2D
+
+                marks = [Line2D([], [], color=COLOURS[(i + 1) % len(COLOURS)], marker="o", linestyle="", label=pair)
+                         for i, pair in enumerate(order)]  # fmt: skip
+                figure.legend(handles=marks, loc="outside upper left", frameon=False, ncols=2)
+
+    return _save(path, draw, sum(heights) + 0.3)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -124,9 +174,15 @@ def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _panel(figure: Any, number: int, panels: int) -> Any:
-    """The axes of one panel: no box, a light grid behind the data."""
-    axes = figure.add_subplot(panels, 1, number + 1)
+def _short(label: str) -> str:
+    """Names longer than a quarter of the picture lose their middle."""
+    return label if len(label) <= 30 else f"{label[:14]}…{label[-15:]}"
+
+
+def _panel(figure: Any, number: int, panels: int, heights: Sequence[float] | None = None) -> Any:
+    """The axes of one panel, as high as its share of `heights`: no box, a light grid behind the data."""
+    grid = figure.add_gridspec(panels, 1, height_ratios=heights)
+    axes = figure.add_subplot(grid[number])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e3e6ea")
     axes.set_axisbelow(True)
