@@ -30,12 +30,15 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     "--tasks",
     default="perplexity",
     show_default=True,
-    help="Comma-separated: perplexity, agreement, choices, generation, hellaswag.",
+    help="Comma-separated: perplexity, agreement, choices, generation, hellaswag, samples.",
 )
 @click.option(
     "--data",
     "spec",
     help="Data spec for perplexity, choices (examples with choices) and generation (prompt and target).",
+)
+@click.option(
+    "--prompts", type=PATH, help="Of samples: .txt, a prompt a line to be continued, or .jsonl, prompts to be answered."
 )
 @click.option("--cache", type=PATH, help="Cache for agreement: KL to the teacher and top-1.")
 @corpus_options

@@ -92,7 +92,8 @@ def check_commands(commands: list[list[str]]) -> None:
             if config.loss not in LOSSES:
                 raise unknown_name("loss", config.loss, LOSSES)
         elif words[0] == "eval":
-            check_tasks([t.strip() for t in told["tasks"].split(",")], data=told["spec"], cache=told["cache"])
+            check_tasks([t.strip() for t in told["tasks"].split(",")], data=told["spec"], cache=told["cache"],
+                        prompts=told["prompts"])  # fmt: skip
 
 
 def open_folder(found: Experiment, folder: Path, commands: list[list[str]]) -> None:
@@ -128,10 +129,16 @@ def write_outcome(found: Experiment, folder: Path) -> tuple[dict[str, str], dict
     """The report over teacher and students: its files, and what `report.json` says."""
     from dataclasses import asdict
 
+    from kd.cache_builder.reader import CacheReader
+    from kd.evaluation.certainty import certainty, section
     from kd.evaluation.report import write_report
     from kd.evaluation.results import read_object
 
     inputs = [folder / "teacher", *(folder / run for run in found.runs)]
-    written = write_report(inputs, folder / "report", title=found.about or found.name, baseline=found.baseline)
+    measured = certainty(CacheReader(folder / "cache"))
+    after = [] if measured is None else [section(measured)]
+    written = write_report(
+        inputs, folder / "report", title=found.about or found.name, after=after, baseline=found.baseline
+    )
     files = {name: str(path) for name, path in asdict(written).items() if path is not None}
     return files, read_object(written.json)

@@ -53,6 +53,8 @@ class Comparison:
         if "protocol" in report.settings[self.task]:
             settings = report.settings[self.task]
             return f"{self.task}, {settings['protocol']} protocol: {settings.get('source')}"
+        if "prompts_digest" in report.settings[self.task]:
+            return f"{self.task}: {report.settings[self.task]['source']}"
         data = report.data or {}
         return f"{self.task}: {short_name(str(data.get('spec')))} ({data.get('split')})"
 

@@ -24,8 +24,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":", "-.")
 HALF_LIFE = 0.01
 """Half-life of the smoothing to either side, as a share of the run's records."""
-DPI, WIDTH = 150, 7.5
-"""Dots per inch, inches."""
+DPI, WIDTH = 200, 5.5
+"""Dots per inch, inches: letters of 10 points are still 8 pixels high where a phone shrinks the picture to its width."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,24 @@ class Delta:
 
     label: str
     """Of the column."""
-    pair: str
+    other: str
+    baseline: str
     gain: float
     error: float | None
     by_seed: tuple[float, ...] = ()
     """Gains of the seeds, drawn as dots where there are several."""
 
 
-def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]]) -> Path:
-    """Write one panel per quantity: the key is the y axis' label with its unit. Returns `path`."""
-    order = list(dict.fromkeys(s.label for series in panels.values() for s in series))
+def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Sequence[str] = ()) -> Path:
+    """Write one panel per quantity: the key is the y axis' label with its unit. Returns `path`.
+
+    order   names whose colours come first, so that a model has one colour in all pictures
+    """
+    order = list(dict.fromkeys([*order, *(s.label for series in panels.values() for s in series)]))
 
     def draw(figure: Any) -> None:
-        for number, (title, series) in enumerate(panels.items()):
-            axes = _panel(figure, number, len(panels))
+        drawn = zip(_panels(figure, len(panels)), panels.items(), strict=True)
+        for number, (axes, (title, series)) in enumerate(drawn):
             for one in series:
                 place = order.index(one.label)
                 look = {
@@ -88,17 +92,16 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]]) -> Path:
             if number == 0 or {s.label for s in series} != {s.label for s in next(iter(panels.values()))}:
                 axes.legend(loc="upper right", frameon=False)
 
-    return _save(path, draw, 3.8 * len(panels))
+    return _save(path, draw, 3.2 * len(panels))
 
 
-def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]]) -> Path:
-    """Write one panel of horizontal bars per metric, from 0: the key is its title with unit. Returns `path`."""
-    order = list(dict.fromkeys(b.label for bars in panels.values() for b in bars))
+def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]], order: Sequence[str] = ()) -> Path:
+    """Write one panel of horizontal bars per metric, from 0: the key is its title with unit; `order` as above."""
+    order = list(dict.fromkeys([*order, *(b.label for bars in panels.values() for b in bars)]))
     heights = [0.9 + 0.4 * len(bars) for bars in panels.values()]
 
     def draw(figure: Any) -> None:
-        for number, (title, bars) in enumerate(panels.items()):
-            axes = _panel(figure, number, len(panels), heights)
+        for axes, (title, bars) in zip(_panels(figure, len(panels), heights), panels.items(), strict=True):
             places = np.arange(len(bars))
             values = np.array([b.value for b in bars])
             errors = np.array([b.stderr or 0.0 for b in bars])
@@ -118,21 +121,25 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]]) -> Path:
     return _save(path, draw, sum(heights))
 
 
-def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]]) -> Path:
-    """Write one panel per unit: a line per column, a mark per pair, whiskers of one error; right of 0 is better."""
-    order = list(dict.fromkeys(d.pair for deltas in panels.values() for d in deltas))
+def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequence[str] = ()) -> Path:
+    """Write one panel per unit: a line per column, a mark per pair, whiskers of one error; right of 0 is better.
+
+    order   as above
+    """
+    pairs = list(dict.fromkeys((d.other, d.baseline) for deltas in panels.values() for d in deltas))
+    order = list(dict.fromkeys([*order, *(other for other, _ in pairs)]))
     rows = [list(dict.fromkeys(d.label for d in deltas)) for deltas in panels.values()]
-    space = 0.16 * len(order) + 0.24
+    space = 0.16 * len(pairs) + 0.24
     heights = [1.0 + space * len(labels) for labels in rows]
 
     def draw(figure: Any) -> None:
-        for number, (title, deltas) in enumerate(panels.items()):
-            axes = _panel(figure, number, len(panels), heights)
+        drawn = zip(_panels(figure, len(panels), heights), panels.items(), strict=True)
+        for number, (axes, (title, deltas)) in enumerate(drawn):
             axes.axvline(0, color="#5b6472", linewidth=1)
             for d in deltas:
                 row = rows[number].index(d.label)
-                place = row + (order.index(d.pair) - (len(order) - 1) / 2) * 0.6 / len(order)
-                colour = COLOURS[(order.index(d.pair) + 1) % len(COLOURS)]
+                place = row + (pairs.index((d.other, d.baseline)) - (len(pairs) - 1) / 2) * 0.6 / len(pairs)
+                colour = COLOURS[order.index(d.other) % len(COLOURS)]
                 axes.errorbar(d.gain, place, xerr=d.error, fmt="o", color=colour, markersize=6, capsize=3, zorder=3)
                 if len(d.by_seed) > 1:
                     axes.plot(d.by_seed, [place] * len(d.by_seed), "|", color=colour, markersize=7, alpha=0.6)
@@ -142,11 +149,11 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]]) -> Path:
             if number == 0:
                 from matplotlib.lines import Line2D
 
-                marks = [Line2D([], [], color=COLOURS[(i + 1) % len(COLOURS)], marker="o", linestyle="", label=pair)
-                         for i, pair in enumerate(order)]  # fmt: skip
-                figure.legend(handles=marks, loc="outside upper left", frameon=False, ncols=2)
+                marks = [Line2D([], [], color=COLOURS[order.index(other) % len(COLOURS)], marker="o", linestyle="",
+                                label=f"{other} against {baseline}") for other, baseline in pairs]  # fmt: skip
+                figure.legend(handles=marks, loc="outside upper left", frameon=False)
 
-    return _save(path, draw, sum(heights) + 0.3)
+    return _save(path, draw, sum(heights) + 0.3 * len(pairs))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -175,18 +182,18 @@ def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _short(label: str) -> str:
-    """Names longer than a quarter of the picture lose their middle."""
-    return label if len(label) <= 30 else f"{label[:14]}…{label[-15:]}"
+    """Names that would take more than a third of the picture lose their middle."""
+    return label if len(label) <= 24 else f"{label[:11]}…{label[-12:]}"
 
 
-def _panel(figure: Any, number: int, panels: int, heights: Sequence[float] | None = None) -> Any:
-    """The axes of one panel, as high as its share of `heights`: no box, a light grid behind the data."""
-    grid = figure.add_gridspec(panels, 1, height_ratios=heights)
-    axes = figure.add_subplot(grid[number])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e3e6ea")
-    axes.set_axisbelow(True)
-    return axes
+def _panels(figure: Any, count: int, heights: Sequence[float] | None = None) -> list[Any]:
+    """The axes of panels one above the other, as high as their share of `heights`: no box, a light grid behind the data."""
+    panels = list(figure.subplots(count, 1, squeeze=False, height_ratios=heights)[:, 0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e3e6ea")
+        axes.set_axisbelow(True)
+    return panels
 
 
 def _save(path: Path, draw: Any, height: float) -> Path:

@@ -36,16 +36,20 @@ th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4.5rem;
      overflow-wrap: normal; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); white-space: normal;
-     min-width: 6rem; max-width: 14rem; overflow-wrap: anywhere; }
+     min-width: 9rem; max-width: 14rem; overflow-wrap: anywhere; }
 td.best { background: var(--best); font-weight: 700; }
 figure { margin: 1rem 0; } figure img { display: block; max-width: 100%; height: auto; background: #ffffff;
          padding: .5rem; border: 1px solid var(--line); border-radius: .5rem; }
-dl.sample { margin: 1rem 0; padding: .75rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-dl.sample dt { color: var(--soft); font-size: .85rem; font-weight: 600; } dl.sample dd { margin: 0 0 .6rem; white-space: pre-wrap; }
+dl.sample { margin: 1rem 0; padding: .75rem 1rem; background: var(--card); border: 1px solid var(--line);
+            border-radius: .5rem; }
+dl.sample dt { color: var(--soft); font-size: .85rem; font-weight: 600; }
+dl.sample dd { margin: 0 0 .6rem; white-space: pre-wrap; }
 @media (min-width: 48rem) {
   dl.sample { display: grid; grid-template-columns: 10rem 1fr; gap: .25rem 1rem; } dl.sample dd { margin: 0; }
 }
-@media (max-width: 30rem) { th, td { padding: .35rem .5rem; font-size: .9rem; } th:first-child, td:first-child { max-width: 8rem; } }
+@media (max-width: 30rem) {
+  th, td { padding: .35rem .5rem; font-size: .9rem; } th:first-child, td:first-child { min-width: 6rem; max-width: 8rem; }
+}
 """
 
 

@@ -74,9 +74,8 @@ class Arm:
     @property
     def start(self) -> tuple[Any, ...]:
         """Student, its tokenizer and the cache: what the arms of a pair share."""
-        return tuple(self.settings.get(k) for k in ("student", "tokenizer", "revision")) + (
-            fact(self.facts, "cache_fingerprint"),
-        )
+        same = [self.settings.get(k) for k in ("student", "tokenizer", "revision")]
+        return (*same, fact(self.facts, "cache_fingerprint"))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ shrink the first and more text the second:
 
 ± is both together (root of the sum of squares). Differences are paired in both: within seeds, where the two students
 began alike, and over documents, where both saw the same. The mean over columns adds the influences of documents, so that
-two metrics of the same examples are not counted as if they were independent; where influences are missing, errors are
-added up, which can only overstate.
+two metrics of the same examples are not counted as if they were independent; where influences are missing, the errors of
+the columns and seeds are added up, which can only overstate, and those of the two sides of a pair in squares.
 
 A student is marked in a column only when the difference of its pair exceeds its error.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class Column:
     title: str
     parts: tuple[tuple[Comparison, str], ...]
     """Comparison and metric; more than one make a mean."""
+    counts: bool = True
+    """In win counts and means; False for a second metric of what another column counts."""
 
     @property
     def better(self) -> str:
@@ -208,8 +210,8 @@ class Reference:
         return [d for c in self.columns if (d := self.difference(pair, c)) is not None]
 
     def wins(self, pair: Pair) -> dict[str, int]:
-        """In how many tasks the distilled arm is better, worse, within the error (the mean is not a task)."""
-        verdicts = [d.verdict for d in self.differences(pair) if len(d.column.parts) == 1]
+        """In how many tasks the distilled arm is better, worse, within the error; each counts once, and the mean is none."""
+        verdicts = [d.verdict for d in self.differences(pair) if len(d.column.parts) == 1 and d.column.counts]
         return {name: verdicts.count(name) for name in ("better", "worse", "within error", "no error known")}
 
     def best(self, column: Column) -> set[str]:
@@ -318,11 +320,13 @@ class Reference:
 
 def reference_of(comparisons: Sequence[Comparison], arms: Sequence[Arm], pairs: Sequence[Pair]) -> Reference:
     """The columns of all comparisons, and their mean where at least two are shares."""
-    columns = [column for c in comparisons for column in _columns(c)]
+    harness = any("acc_norm_harness" in c.metrics for c in comparisons)  # of two protocols one counts
+    columns = [replace(column, counts=False) if harness and column.parts[0][1] == "acc_norm_nanogpt" else column
+               for c in comparisons for column in _columns(c)]  # fmt: skip
     titles = [c.title for c in columns]
-    columns = [Column(f"{c.title}, {c.parts[0][0].title.partition(': ')[2]}", c.parts) if titles.count(c.title) > 1 else c
+    columns = [replace(c, title=f"{c.title}, {c.parts[0][0].title.partition(': ')[2]}") if titles.count(c.title) > 1 else c
                for c in columns]  # fmt: skip
-    shares = [c for c in columns if c.is_share and _counts(c, columns)]
+    shares = [c for c in columns if c.is_share and c.counts]
     if len(shares) > 1:
         columns.append(Column(f"mean of {len(shares)}", tuple(p for c in shares for p in c.parts)))
     return Reference(tuple(arms), tuple(pairs), tuple(columns))
@@ -339,20 +343,17 @@ def _columns(comparison: Comparison) -> list[Column]:
         about = next(f for e in comparison.entries if (f := comparison.figure(e, metric)))
         parts = [m for m in there if m.startswith(f"{metric}/")]
         if len(parts) > 1:
-            columns += [Column(f"{about['title']}: {m.partition('/')[2]}", ((comparison, m),)) for m in parts]
+            columns += [
+                Column(f"{about['title']}: {m.partition('/')[2]}", ((comparison, m),), metric == chief[0])
+                for m in parts
+            ]
         else:
-            columns.append(Column(str(about["title"]), ((comparison, metric),)))
+            columns.append(Column(str(about["title"]), ((comparison, metric),), metric == chief[0]))
     return columns
 
 
 def _better(comparison: Comparison, metric: str) -> bool:
     return any(comparison.figure(e, metric).get("better") in ARROWS for e in comparison.entries)
-
-
-def _counts(column: Column, columns: Sequence[Column]) -> bool:
-    """HellaSwag under two protocols is one task: `harness` alone is in the mean where both are."""
-    ((_, metric),) = column.parts
-    return metric != "acc_norm_nanogpt" or not any(m == "acc_norm_harness" for c in columns for _, m in c.parts)
 
 
 def _figure(comparison: Comparison, metric: str, model: str) -> dict[str, Any]:

@@ -67,11 +67,12 @@ class ReportFiles:
 
 def write_report(
     inputs: Sequence[Path], out: Path, *, title: str = "Distillation report", lead: Sequence[Section] = (),
-    baseline: str | None = None,
+    after: Sequence[Section] = (), baseline: str | None = None,
 ) -> ReportFiles:  # fmt: skip
-    """Read every input directory and write the report under `out`; the caller's own sections `lead` come first.
+    """Read every input directory and write the report under `out`.
 
-    baseline   name of the arm that the others are compared with; None = those trained with `ce`
+    lead, after   sections of the caller's, at the top and after the results
+    baseline      name of the arm that the others are compared with; None = those trained with `ce`
     Raises DataError, naming what cannot be read; then nothing is written.
     """
     runs, entries = collect(inputs)
@@ -81,10 +82,10 @@ def write_report(
     reference = reference_of(comparisons, arms, pairs)
     files = ReportFiles(
         out / "report.md", out / "report.html", out / "report.csv", out / "reference.csv", out / "report.json",
-        _draw_losses(out / "loss.png", runs, arms), _draw_metrics(out / "metrics.png", comparisons, reference),
+        _draw_losses(out / "loss.png", runs, reference), _draw_metrics(out / "metrics.png", comparisons, reference),
         _draw_deltas(out / "deltas.png", reference),
     )  # fmt: skip
-    sections = [*lead, *_results(reference, comparisons, files), *_side_by_side(comparisons, arms)]
+    sections = [*lead, *_results(reference, comparisons, files), *after, *_side_by_side(comparisons, arms)]
     sections += _details(comparisons, pairs)
     if runs:
         sections.append(
@@ -161,12 +162,13 @@ def _side_by_side(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> lis
     return sections
 
 
-def _draw_losses(path: Path, runs: Sequence[Run], arms: Sequence[Arm]) -> Path | None:
+def _draw_losses(path: Path, runs: Sequence[Run], reference: Reference) -> Path | None:
+    arms = reference.arms
     panels = {label: _curves(runs, arms, key) for key, label in LOSSES.items()}
     plain = [run for run in runs if all(run.series(key) is None for key in LOSSES)]
     panels["training loss (nats per token)"] = _curves(plain, arms, "loss")
     drawn = {label: series for label, series in panels.items() if series}
-    return draw_losses(path, drawn) if drawn else None
+    return draw_losses(path, drawn, _order(reference)) if drawn else None
 
 
 def _curves(runs: Sequence[Run], arms: Sequence[Arm], key: str) -> list[Series]:
@@ -180,7 +182,7 @@ def _curves(runs: Sequence[Run], arms: Sequence[Arm], key: str) -> list[Series]:
     for name, group in groups.items():
         if len(group) > 1 and all(np.array_equal(s.steps, group[0].steps) for s in group):
             values = tuple(s.values for s in group)
-            curves.append(Series(f"{name} ({len(group)} seeds)", group[0].steps, np.mean(values, axis=0), values))
+            curves.append(Series(name, group[0].steps, np.mean(values, axis=0), values))
         else:
             curves += group
     return curves
@@ -198,7 +200,7 @@ def _draw_metrics(path: Path, comparisons: Sequence[Comparison], reference: Refe
             if bars:
                 about = next(f for e in comparison.entries if (f := comparison.figure(e, metric)))
                 panels[f"{about['title']} [{about['unit']}]  {comparison.title.partition(': ')[2]}"] = bars
-    return draw_bars(path, panels) if panels else None
+    return draw_bars(path, panels, _order(reference)) if panels else None
 
 
 def _draw_deltas(path: Path, reference: Reference) -> Path | None:
@@ -209,11 +211,17 @@ def _draw_deltas(path: Path, reference: Reference) -> Path | None:
             share = d.column.is_share
             scale = 100.0 if share else 1.0
             title = "gain [percentage points]" if share else f"gain in {d.column.title} [{d.column.unit}]"
-            name = f"{pair.other.name} against {pair.baseline.name}"
             gains = tuple(scale * d.column.sign * x for x in d.by_seed)
             error = None if d.error is None else scale * d.error
-            panels.setdefault(title, []).append(Delta(d.column.title, name, scale * d.gain, error, gains))
-    return draw_deltas(path, panels) if panels else None
+            panels.setdefault(title, []).append(
+                Delta(d.column.title, pair.other.name, pair.baseline.name, scale * d.gain, error, gains)
+            )
+    return draw_deltas(path, panels, _order(reference)) if panels else None
+
+
+def _order(reference: Reference) -> list[str]:
+    """Names in the order of their colours: the same in all pictures."""
+    return [arm.name for arm in reference.rows]
 
 
 def _run_table(runs: Sequence[Run]) -> Table:

@@ -5,6 +5,7 @@
     choices      needs a text with choices                accuracy of rank classification
     generation   needs a text of prompts and targets      exact match and token F1 of greedy answers
     hellaswag    has rows of its own                      accuracy under one of two protocols
+    samples      needs a file of prompts                  what the model writes, to be read side by side
 
 Several tasks share one load of the weights; names, text, cache and tokenizer are checked before it.
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from kd.cache_builder.reader import CacheReader
     from kd.evaluation.choices import ChoicesResult
     from kd.evaluation.hellaswag import Scenes
+    from kd.evaluation.samples import Prompts
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Settings:
     """Of hellaswag: `nanogpt` or `harness`."""
     scenes: Scenes | None = None
     """Of hellaswag: its rows."""
+    prompts: Prompts | None = None
+    """Of samples."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ class Task:
     """A way to measure a model."""
 
     about: str
-    needs: Literal["data", "cache", "rows"]
-    """`rows`: its own, from the hub or from files under `--task-root`."""
+    needs: Literal["data", "cache", "rows", "prompts"]
+    """`rows`: its own, from the hub or from files under `--task-root`; `prompts`: a file of the user's."""
     metrics: Mapping[str, Metric]
     run: Callable[[Model, Tokenizer, Settings], Iterator[Progress[TaskResult]]]
 
@@ -129,13 +133,13 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
               revision: str | None = None, tokenizer: str | None = None, load_in_4bit: bool = False,
               seed: int = 0, separator: str = "\n", max_new_tokens: int | None = None,
               stop: str | None = None, encoding: str = "apart",
-              protocol: str = "nanogpt") -> Iterator[EvalProgress]:  # fmt: skip
+              protocol: str = "nanogpt", prompts: Path | None = None) -> Iterator[EvalProgress]:  # fmt: skip
     """Load a model and run the named tasks; the last record carries the report. Nothing is written.
 
     Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task or a
     missing text or cache, CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
     """
-    check_tasks(names, data=data, cache=cache)
+    check_tasks(names, data=data, cache=cache, prompts=prompts)
     _check_ways(names, encoding, protocol)
     needs = {TASKS[name].needs for name in names}
     request = pinned(ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed))
@@ -146,6 +150,11 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
         from kd.evaluation.hellaswag import load_scenes
 
         scenes = load_scenes(None if instructions is None else instructions.task_root, limit)
+    asked = None
+    if "prompts" in needs and prompts is not None:
+        from kd.evaluation.samples import load_prompts
+
+        asked = load_prompts(prompts, limit)
     if "data" in needs and data is not None:
         corpus, other = _both_wordings(data, split, columns, limit, instructions, own_rows="rows" in needs)
     if "cache" in needs and cache is not None:
@@ -160,7 +169,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
             advice="--tasks perplexity: its bits per byte compare any two tokenizers",
         )
     settings = Settings(corpus, reader, limit, limit_tokens, seq_len, stride, bos, temperature, tokens_per_batch,
-                        separator, max_new_tokens, stop, encoding, other, protocol, scenes)  # fmt: skip
+                        separator, max_new_tokens, stop, encoding, other, protocol, scenes, asked)  # fmt: skip
     model = load_model(request)
     results: dict[str, TaskResult] = {}
     last = Progress[TaskResult](0, 0)
@@ -185,16 +194,20 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
     yield EvalProgress(list(results)[-1], last.done, last.total, report)
 
 
-def check_tasks(names: Sequence[str], *, data: str | None, cache: Path | str | None) -> None:
-    """Raise DataError for an unknown task, for none at all, or for one whose text or cache was not given."""
+def check_tasks(
+    names: Sequence[str], *, data: str | None, cache: Path | str | None, prompts: Path | None = None
+) -> None:
+    """Raise DataError for an unknown task, for none at all, or for one whose text, cache or prompts were not given."""
     if not names:
         raise DataError("no task was named", expected=", ".join(TASKS), try_="--tasks perplexity")
+    given = {"data": data, "cache": cache, "prompts": prompts}
+    options = {"data": "--data SPEC, e.g. demo:heldout", "cache": "--cache DIR", "prompts": "--prompts FILE"}
     for name in names:
         if name not in TASKS:
             raise unknown_name("task", name, TASKS)
-        if TASKS[name].needs != "rows" and (data if TASKS[name].needs == "data" else cache) is None:
-            option = "--data SPEC, e.g. demo:heldout" if TASKS[name].needs == "data" else "--cache DIR"
-            raise DataError(f"the task {name} needs a {TASKS[name].needs} that was not given", try_=option)
+        needs = TASKS[name].needs
+        if needs != "rows" and given[needs] is None:
+            raise DataError(f"the task {name} needs a {needs} that was not given", try_=options[needs])
 
 
 def _check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:
@@ -420,6 +433,33 @@ def _hellaswag(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterat
         yield Progress(step.done, step.total, result)
 
 
+def _samples(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
+    from kd.evaluation.samples import write_samples
+
+    assert settings.prompts is not None
+    prompts = settings.prompts
+    steps = write_samples(
+        model, tokenizer, prompts, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
+        max_new_tokens=settings.max_new_tokens, tokens_per_batch=settings.tokens_per_batch,
+    )  # fmt: skip
+    for step in steps:
+        result = None
+        if step.result is not None:
+            found = step.result
+            used = {
+                "source": prompts.name,
+                "prompts_digest": _digest(zip(prompts.texts, prompts.expected, strict=True)),
+                "max_new_tokens": found.max_new_tokens,
+                "prompts_cut": found.prompts_cut,
+            }
+            samples = [
+                {"prompt": prompt, "got": answer} | ({} if expected is None else {"expected": expected})
+                for prompt, expected, answer in zip(prompts.texts, prompts.expected, found.answers, strict=True)
+            ]
+            result = TaskResult(found.estimates, found.documents, used, samples)
+        yield Progress(step.done, step.total, result)
+
+
 def _asked(settings: Settings) -> dict[str, Any]:
     """What was asked of every model, whatever window and tokenizer it has; its effect is counted beside it."""
     assert settings.corpus is not None
@@ -503,5 +543,15 @@ TASKS: dict[str, Task] = {
             "acc_bytes_harness": replace(ACCURACY, title="acc_bytes (harness)"),
         },
         run=_hellaswag,
+    ),
+    "samples": Task(
+        about="what a model writes after the prompts of a file, to be read side by side",
+        needs="prompts",
+        metrics={
+            "ended": Metric("ended", "share of answers", None, "prompt"),
+            "length": Metric("length", "tokens", None, "prompt"),
+            "repeated": Metric("repeated", "share of runs of 4 words", None, "prompt"),
+        },
+        run=_samples,
     ),
 }

@@ -19,8 +19,8 @@ from kd.evaluation.estimates import standard_error
 from kd.evaluation.figures import smooth
 from kd.evaluation.page import Section, Table, markdown_table, render_page
 from kd.evaluation.report import write_report
-from kd.evaluation.runs import collect, read_steps
 from kd.evaluation.results import EvalReport
+from kd.evaluation.runs import collect, read_steps
 
 
 def evaluation(model: str, influences: list[float], perplexity: float, **changes) -> EvalReport:
