@@ -49,7 +49,9 @@ class Comparison:
         report = self.entries[0].report
         if "cache_fingerprint" in report.settings[self.task]:
             cache = report.cache or {}
-            return f"{self.task}: cache {str(cache.get('fingerprint'))[:12]} of {short_name(str(cache.get('teacher')))}"
+            softened = report.settings[self.task].get("temperature", 1)
+            at = "" if softened == 1 else f" at T = {softened:g}"
+            return f"{self.task}: cache {str(cache.get('fingerprint'))[:12]} of {short_name(str(cache.get('teacher')))}{at}"
         if "protocol" in report.settings[self.task]:
             settings = report.settings[self.task]
             return f"{self.task}, {settings['protocol']} protocol: {settings.get('source')}"
@@ -160,14 +162,19 @@ class Comparison:
 
 
 def compare(entries: Sequence[Entry]) -> list[Comparison]:
-    """Group entries by task, in the registry's order, and by the text or cache they were run on, as first met."""
+    """Group entries by task, in the registry's order, and by the text or cache they were run on, as first met.
+
+    A model that was scored again on the same (at another temperature, say) begins a further group.
+    """
     known = list(TASKS)
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         for task in entry.report.tasks:
             settings = entry.report.settings.get(task, {})
-            subject = [str(v) for k, v in sorted(settings.items()) if k.endswith(("_digest", "_fingerprint"))]
-            groups.setdefault((task, *subject), []).append(entry)
+            key = (task, *(str(v) for k, v in sorted(settings.items()) if k.endswith(("_digest", "_fingerprint"))))
+            while any(entry.name == other.name for other in groups.get(key, ())):
+                key += ("again",)
+            groups.setdefault(key, []).append(entry)
     ordered = sorted(groups, key=lambda key: known.index(key[0]) if key[0] in known else len(known))
     return [Comparison(key[0], tuple(groups[key])) for key in ordered]
 

@@ -38,7 +38,7 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: 
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); white-space: normal;
      min-width: 9rem; max-width: 14rem; overflow-wrap: anywhere; }
 td.best { background: var(--best); font-weight: 700; }
-figure { margin: 1rem 0; } figure img { display: block; max-width: 100%; height: auto; background: #ffffff;
+figure { margin: 1rem 0; max-width: 42rem; } figure img { display: block; max-width: 100%; height: auto; background: #ffffff;
          padding: .5rem; border: 1px solid var(--line); border-radius: .5rem; }
 dl.sample { margin: 1rem 0; padding: .75rem 1rem; background: var(--card); border: 1px solid var(--line);
             border-radius: .5rem; }

@@ -39,6 +39,8 @@ CHIEF = {
     "samples": (),
 }
 """Task -> metrics of the table; of other tasks the first that says which way is better."""
+UNCOUNTED = ("agreement",)
+"""Tasks in neither wins nor means: closeness to the teacher is a means, not an end."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,10 @@ class Reference:
 
     @property
     def rows(self) -> list[Arm]:
-        """Models that nobody trained here, then each baseline with those compared with it, then the rest."""
-        order = [a for a in self.arms if a.loss is None]
-        for pair in self.pairs:
-            order += [a for a in (pair.baseline, pair.other) if a not in order]
-        return order + [a for a in self.arms if a not in order]
+        """Models of no pair (teachers, and what nobody trained here), then each baseline with those compared with it."""
+        paired = list(dict.fromkeys(a.name for p in self.pairs for a in (p.baseline, p.other)))
+        by_name = {a.name: a for a in self.arms}
+        return [a for a in self.arms if a.name not in paired] + [by_name[name] for name in paired]
 
     def figure(self, arm: Arm, column: Column) -> Figure | None:
         """Mean over the seeds; None where a seed was not measured."""
@@ -257,11 +258,12 @@ class Reference:
     def pair_table(self, pair: Pair) -> Table:
         """One line per column: both figures, their difference, and over several seeds the tests."""
         several = len(pair.seeds) > 1
-        headers = ["", pair.baseline.name, pair.other.name, "difference", "verdict"]
-        headers += ["95 % over seeds", "seeds better", "p, paired t", "p, permutation"] if several else []
+        spread = f" ± sd of {len(pair.seeds)} seeds" if several else ""
+        headers = ["", f"{pair.baseline.name}{spread}", f"{pair.other.name}{spread}", "difference", "verdict"]
+        headers += ["95 % over seeds", "seeds better", "p (t / permutation)"] if several else []
         rows, best = [], set()
         for number, d in enumerate(self.differences(pair)):
-            figures = [_cell(self.figure(arm, d.column)) for arm in (pair.baseline, pair.other)]
+            figures = [self._side(pair, side, d.column) for side in (0, 1)]
             row = [
                 f"{d.column.title}{ARROWS[d.column.better]}",
                 *figures,
@@ -273,21 +275,30 @@ class Reference:
                 row += [
                     f"{low:+.3g} to {high:+.3g}",
                     f"{d.seeds_better} of {d.test.n}",
-                    _p(d.test.p_t),
-                    _p(d.test.p_permutation),
+                    f"{_p(d.test.p_t)} / {_p(d.test.p_permutation)}",
                 ]
             rows.append(row)
             best |= {(number, 2 if d.verdict == "better" else 1)} if d.verdict in ("better", "worse") else set()
         return Table(headers, rows, frozenset(best))
 
+    def _side(self, pair: Pair, side: int, column: Column) -> str:
+        """Mean and spread (sd) over the seeds that both arms have; of a single seed the figure with its error."""
+        values = [v for models in pair.models if (v := column.value(models[side])) is not None]
+        if len(values) == 1:
+            models = [models[side] for models in pair.models]
+            return value_with_error(values[0], _documents_error(column, [(models[0], 1.0)]))
+        test = paired_test(values)
+        return value_with_error(test.mean, test.sd)
+
     def pair_note(self, pair: Pair) -> str:
         """Who won how often, and what else differs."""
         wins = self.wins(pair)
+        total = sum(wins.values())
         counted = (
-            f"{pair.other.name} is better than {pair.baseline.name} in {wins['better']}, worse in {wins['worse']} and "
+            f"Of {total} task{'' if total == 1 else 's'}, {pair.other.name} is better than {pair.baseline.name} in "
         )
-        counted += f"within the error in {wins['within error']} of {sum(wins.values())} tasks"
-        counted += f" ({wins['no error known']} of a single document have no error)." if wins["no error known"] else "."
+        counted += f"{wins['better']}, worse in {wins['worse']}, within the error in {wins['within error']}"
+        counted += f"; {wins['no error known']} of a single document have no error." if wins["no error known"] else "."
         if pair.differs:
             told = "; ".join(f"{k.replace('_', ' ')} {a} and {b}" for k, (a, b) in pair.differs.items())
             counted += f" The loss is not all that differs: {told}."
@@ -342,13 +353,11 @@ def _columns(comparison: Comparison) -> list[Column]:
     for metric in chief:
         about = next(f for e in comparison.entries if (f := comparison.figure(e, metric)))
         parts = [m for m in there if m.startswith(f"{metric}/")]
+        counts = metric == chief[0] and comparison.task not in UNCOUNTED
         if len(parts) > 1:
-            columns += [
-                Column(f"{about['title']}: {m.partition('/')[2]}", ((comparison, m),), metric == chief[0])
-                for m in parts
-            ]
+            columns += [Column(f"{about['title']}: {m.partition('/')[2]}", ((comparison, m),), counts) for m in parts]
         else:
-            columns.append(Column(str(about["title"]), ((comparison, metric),), metric == chief[0]))
+            columns.append(Column(str(about["title"]), ((comparison, metric),), counts))
     return columns
 
 

@@ -203,7 +203,8 @@ def test_text_stands_out_from_its_ground(browser: Browser, look: tuple[int, bool
     """WCAG 2.1 asks for a contrast of 4.5 between text and its ground."""
     script = """[...document.querySelectorAll('h1, p, td, th, figcaption, dt, dd, td.best, summary h2')].map(e => {
         let ground = e;
-        while (ground.parentElement && getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
+        const clear = () => getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)';
+        while (ground.parentElement && clear()) ground = ground.parentElement;
         return [e.tagName + '.' + e.className, getComputedStyle(e).color, getComputedStyle(ground).backgroundColor]; })"""
     checked = browser.ask(script)
     assert len(checked) > 80

@@ -223,7 +223,7 @@ def test_the_report_holds_reference_pairs_and_gains(tmp_path):
     assert files.deltas_png is not None
     markdown = files.markdown.read_text("utf-8")
     assert "| ce (3 seeds) | 7 |" in markdown
-    assert "kl is better than ce in 1, worse in 0 and within the error in 1 of 2 tasks." in markdown
+    assert "Of 2 tasks, kl is better than ce in 1, worse in 0, within the error in 1." in markdown
     page = files.page.read_text("utf-8")
     assert page.count("<h2>kl against ce</h2>") == 1
     (pair,) = json.loads(files.json.read_text("utf-8"))["reference"]["pairs"]
