@@ -104,15 +104,18 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, type=PATH, help="Folder of the report.")
+@click.option("--baseline", help="Student that the others are compared with; those trained with ce by default.")
 @json_option
-def report(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Compare runs and evaluations: table, loss curves and bars as PNG, Markdown, CSV, JSON and one HTML page.
+def report(runs: tuple[Path, ...], out: Path, baseline: str | None, as_json: bool) -> None:
+    """Compare runs and evaluations: tables, gains, loss curves and bars as PNG, Markdown, CSV, JSON and one HTML page.
+
+    Students that differ in the seed alone are one line, a fine-tuned and a distilled one of the same start and cache a pair.
 
     Example: kd report demo-out/distilled demo-out/finetuned --out runs/report
     """
     from kd.evaluation.report import write_report
 
-    files = write_report(list(runs), out)
+    files = write_report(list(runs), out, baseline=baseline)
     if not as_json:
         click.echo(files.markdown.read_text(encoding="utf-8"))
     emit({name: str(path) for name, path in asdict(files).items() if path is not None}, as_json)

@@ -154,4 +154,4 @@ def refuse_other_commands(before: Mapping[str, Sequence[str]], now: Mapping[str,
         if old != list(words):
             lost, new = ([w for w in a if w not in b] for a, b in ((old, list(words)), (list(words), old)))
             raise DataError("this folder holds an experiment with other settings", where=where, differs=folder,
-                            found=json.dumps(lost), expected=json.dumps(new), try_="another --out")  # fmt: skip
+                            before=json.dumps(lost), now=json.dumps(new), try_="another --out")  # fmt: skip

@@ -207,7 +207,8 @@ def check_tasks(
             raise unknown_name("task", name, TASKS)
         needs = TASKS[name].needs
         if needs != "rows" and given[needs] is None:
-            raise DataError(f"the task {name} needs a {needs} that was not given", try_=options[needs])
+            article = "" if needs == "prompts" else "a "
+            raise DataError(f"the task {name} needs {article}{needs} that was not given", try_=options[needs])
 
 
 def _check_ways(names: Sequence[str], encoding: str, protocol: str) -> None:

@@ -28,8 +28,8 @@ READING = {
     "vector whatever the answer is: ULD then asks the student to be certain, and not of what. It can only help where "
     "cross-entropy alone is slow to become certain.",
     "kl-wikitext": "The teacher was trained on more of the same text than the students see; what they gain is what it learnt "
-    "from the rest. `kl-t2` is the setting that loses, and the agreement with the teacher says why: it follows the softened teacher "
-    "(T = 2) more closely than `kl` does, and the teacher itself less closely: after so few steps the shape of the tail "
+    "from the rest. `kl-t2` is the setting that loses, and the agreement with the teacher says why: it follows the softened "
+    "teacher (T = 2) more closely than `kl` does, and the teacher itself less closely: after so few steps the shape of the tail "
     "is learnt at the price of the head. Perplexity is measured at T = 1.",
     "uld-tasks": "A teacher of this size does not know the answers: on the held-out rows it is about where guessing is, and so are "
     "its students. Nothing can be distilled that is not there; the experiment shows that the report says so.",

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from kd.cli import cli
 from kd.commands import experiment as module
 from kd.data.errors import DataError
+from kd.data.experiments import experiment_names
 
 TEXT = "The fox went down to the river to look at the fish, and came home with a story. There were {} ships.\n"
 
@@ -75,7 +76,7 @@ def test_it_runs_continues_and_takes_more_seeds(file: Path, tmp_path: Path, monk
     other.write_text(file.read_text().replace("max-steps: 2", "max-steps: 3"))
     with pytest.raises(DataError, match="other settings") as caught:
         kd("experiment", other, "--out", out)
-    assert caught.value.details["expected"] == '["3"]'
+    assert caught.value.details["now"] == '["3"]'
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,11 @@ def test_what_is_wrong_in_a_late_step_is_said_before_the_first(
     with pytest.raises(error, match=words):
         cli.main(["experiment", str(other), "--out", str(tmp_path / "run")], standalone_mode=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_every_word_of_the_packages_experiments_is_one_that_its_command_knows(name: str):
+    assert kd("experiment", name, "--plan").count("kd train ") >= 6
 
 
 def test_a_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path):

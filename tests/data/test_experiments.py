@@ -89,4 +89,4 @@ def test_a_folder_of_other_commands_is_refused_with_the_difference():
     refuse_other_commands(before, {"a": ["train", "--lr", "1"], "c": ["eval", "x"]}, Path("o"))
     with pytest.raises(DataError) as caught:
         refuse_other_commands(before, {"a": ["train", "--lr", "2"]}, Path("o"))
-    assert (caught.value.details["found"], caught.value.details["expected"]) == ('["1"]', '["2"]')
+    assert (caught.value.details["before"], caught.value.details["now"]) == ('["1"]', '["2"]')

@@ -121,7 +121,7 @@ def test_a_file_without_prompts_is_refused_with_its_line(tmp_path: Path, name: s
 
 
 def test_prompts_must_be_given(model_dir: Path):
-    with pytest.raises(DataError, match="needs a prompts") as caught:
+    with pytest.raises(DataError, match="needs prompts that") as caught:
         CliRunner().invoke(cli, ["eval", str(model_dir), "--tasks", "samples"], catch_exceptions=False)
     assert "--prompts FILE" in str(caught.value)
 
