@@ -197,4 +197,5 @@ def value_with_error(value: float, error: float | None, *, signed: bool = False)
 
 def short_name(name: str) -> str:
     """A path that only means something on one machine is shortened to its last part; other names stay."""
-    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", "~", ".")) else name
+    is_path = name.startswith(("/", "~", ".")) or name.count("/") > 1  # hub ids have one at most
+    return name.rstrip("/").rpartition("/")[2] if is_path else name

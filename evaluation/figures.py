@@ -143,7 +143,8 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequen
                 axes.errorbar(d.gain, place, xerr=d.error, fmt="o", color=colour, markersize=6, capsize=3, zorder=3)
                 if len(d.by_seed) > 1:
                     axes.plot(d.by_seed, [place] * len(d.by_seed), "|", color=colour, markersize=7, alpha=0.6)
-            axes.set_yticks(range(len(rows[number])), [_short(label) for label in rows[number]])
+            names = [_short(label) for label in rows[number]] if len(rows[number]) > 1 else [""]  # the title says it
+            axes.set_yticks(range(len(rows[number])), names)
             axes.set_ylim(len(rows[number]) - 0.4, -0.6)
             axes.set_title(title, loc="left", fontsize="medium")
             if number == 0:

@@ -32,7 +32,7 @@ from kd.evaluation.significance import PairedTest, paired_test
 
 CHIEF = {
     "perplexity": ("perplexity", "bits_per_byte"),
-    "agreement": ("kl", "top1_agreement"),
+    "agreement": ("kl",),
     "choices": ("accuracy", "accuracy_original", "accuracy_flan"),
     "generation": ("exact_match",),
     "hellaswag": ("acc_norm_nanogpt", "acc_norm_harness"),
@@ -335,8 +335,7 @@ def reference_of(comparisons: Sequence[Comparison], arms: Sequence[Arm], pairs: 
     columns = [replace(column, counts=False) if harness and column.parts[0][1] == "acc_norm_nanogpt" else column
                for c in comparisons for column in _columns(c)]  # fmt: skip
     titles = [c.title for c in columns]
-    columns = [replace(c, title=f"{c.title}, {c.parts[0][0].title.partition(': ')[2]}") if titles.count(c.title) > 1 else c
-               for c in columns]  # fmt: skip
+    columns = [replace(c, title=f"{c.title}, {_condition(c)}") if titles.count(c.title) > 1 else c for c in columns]
     shares = [c for c in columns if c.is_share and c.counts]
     if len(shares) > 1:
         columns.append(Column(f"mean of {len(shares)}", tuple(p for c in shares for p in c.parts)))
@@ -359,6 +358,13 @@ def _columns(comparison: Comparison) -> list[Column]:
         else:
             columns.append(Column(str(about["title"]), ((comparison, metric),), counts))
     return columns
+
+
+def _condition(column: Column) -> str:
+    """What tells a column from others of the same title: the temperature of a divergence, else the text."""
+    ((comparison, _),) = column.parts
+    temperature = comparison.entries[0].report.settings[comparison.task].get("temperature")
+    return comparison.title.partition(": ")[2] if temperature is None else f"T = {temperature:g}"
 
 
 def _better(comparison: Comparison, metric: str) -> bool:

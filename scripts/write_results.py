@@ -24,9 +24,9 @@ COMMANDS = {
 READING = {
     "kl-prose": "The teacher has read this text and is unsure enough to say more than the text does. The more of the loss is KL, "
     "the better: cross-entropy on the one token that came (`kl-half`) adds noise to what the teacher already says.",
-    "uld-mini": "The teacher is nearly certain of every answer (second table), so its sorted probabilities are those of a one-hot "
-    "vector whatever the answer is: ULD then asks the student to be certain, and not of what. It can only help where "
-    "cross-entropy alone is slow to become certain.",
+    "uld-mini": "Nothing differs beyond its error: from random weights and after these few steps the students are where guessing "
+    "is, with the teacher or without. The teacher is nearly certain of every answer (last table), so its sorted probabilities "
+    "are those of a one-hot vector whatever the answer is: ULD then asks the student to be certain, and not of what.",
     "kl-wikitext": "The teacher was trained on more of the same text than the students see; what they gain is what it learnt "
     "from the rest. `kl-t2` is the setting that loses, and the agreement with the teacher says why: it follows the softened "
     "teacher (T = 2) more closely than `kl` does, and the teacher itself less closely: after so few steps the shape of the tail "
@@ -34,6 +34,9 @@ READING = {
     "uld-tasks": "A teacher of this size does not know the answers: on the held-out rows it is about where guessing is, and so are "
     "its students. Nothing can be distilled that is not there; the experiment shows that the report says so.",
 }
+SAMPLES = """kd eval RUNS/kl-wikitext/teacher-model RUNS/kl-wikitext/finetuned-seed0 RUNS/kl-wikitext/kl-seed0 \\
+        --tasks samples --prompts docs/prompts.txt --max-new-tokens 24 --out RUNS/samples/evals
+    kd report RUNS/samples/evals/* --out RUNS/samples/report"""
 HEAD = """# Results
 
 Written by `python scripts/write_results.py RUNS docs` from finished experiments, whatever they say. `kd experiment NAME` runs
@@ -108,11 +111,19 @@ def experiment(name: str, folder: Path, figures: Path) -> list[str]:
     return [*lines, READING[name], ""]
 
 
+def side_by_side(text: str) -> list[str]:
+    """The part of report.md that shows what models wrote."""
+    lines = text.split("\n")
+    start = next(n for n, line in enumerate(lines) if line.startswith("## Side by side"))
+    end = next((n for n in range(start + 1, len(lines)) if lines[n].startswith("## ")), len(lines))
+    return ["## Side by side", "", f"    {SAMPLES}", "", *lines[start + 1 : end]]
+
+
 def shrink(source: Path, target: Path) -> None:
-    """As wide as a page shows it, in 48 colours: a quarter of the bytes."""
+    """As wide as a page shows it, in 64 colours as far apart as they can be: a quarter of the bytes."""
     picture = Image.open(source).convert("RGB")
     picture = picture.resize((800, round(800 * picture.height / picture.width)), Image.Resampling.LANCZOS)
-    picture.quantize(48, dither=Image.Dither.NONE).save(target, optimize=True)
+    picture.quantize(64, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def main() -> None:
@@ -128,6 +139,8 @@ def main() -> None:
     parts = [*summary(documents), ""]
     for name in there:
         parts += experiment(name, args.runs / name, args.docs / "figures")
+    if (args.runs / "samples" / "report" / "report.md").exists():
+        parts += side_by_side((args.runs / "samples" / "report" / "report.md").read_text(encoding="utf-8"))
     (args.docs / "results.md").write_text(HEAD + "\n".join(parts).rstrip() + "\n", encoding="utf-8")
     print(f"{args.docs / 'results.md'}: {', '.join(there)}")
 
