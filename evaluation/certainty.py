@@ -43,12 +43,12 @@ class Certainty:
 
 
 def certainty(reader: CacheReader) -> Certainty | None:
-    """Of every row; None for a cache that keeps no tokens."""
+    """Of every row; None for a cache that keeps draws alone."""
     sums = np.zeros(5)
     rows = 0
     for start in range(0, len(reader), EXAMPLES):
         targets = reader.read_rows(range(start, min(start + EXAMPLES, len(reader))))
-        if targets.logprobs is None or targets.token_ids is None:
+        if targets.logprobs is None:
             return None
         sums += _sums(targets)
         rows += len(targets)
@@ -58,12 +58,11 @@ def certainty(reader: CacheReader) -> Certainty | None:
 
 def _sums(targets: SoftTargets) -> np.ndarray:
     assert targets.logprobs is not None
-    assert targets.token_ids is not None
     logprobs_NK = targets.logprobs.astype(np.float64)
     p_NK, rest_N = np.exp(logprobs_NK), np.maximum(targets.tail_mass_at(1.0).astype(np.float64), 0.0)
     tail_N = np.where(rest_N > 0, -rest_N * np.log(np.where(rest_N > 0, rest_N, 1.0)), 0.0)
     entropy_N = -(p_NK * logprobs_NK).sum(1) + tail_N
-    hit_N = targets.token_ids[:, 0] == targets.gold_ids
+    hit_N = targets.gold_rank == 0  # caches for ULD keep no ids
     return np.array([entropy_N.sum(), (p_NK[:, 0] > CERTAIN).sum(), hit_N.sum(), -targets.gold_logprob.sum(), p_NK.sum()],
                     dtype=np.float64)  # fmt: skip
 

@@ -38,3 +38,19 @@ def test_a_whole_vocabulary_has_the_entropy_itself(whole_cache: Path, exact_cach
     assert whole.kept == pytest.approx(1, abs=1e-4)
     assert whole.entropy > cut.entropy
     assert whole.nll == pytest.approx(cut.nll, rel=1e-3)
+
+
+def test_a_cache_without_ids_says_the_same(
+    tmp_path: Path, exact_cache: Path, build_request, run_build, prose_file: Path
+):
+    run_build(build_request(tmp_path / "uld", text=prose_file, profile="uld", logprob_codec="float32"))
+    reader = CacheReader(tmp_path / "uld")
+    assert reader.read_rows([0]).token_ids is None
+    found, expected = certainty(reader), certainty(CacheReader(exact_cache))
+    assert (found.rows, found.certain, found.top1) == (expected.rows, expected.certain, expected.top1)
+    assert found.entropy == pytest.approx(expected.entropy, rel=1e-5)
+
+
+def test_a_cache_of_draws_alone_has_no_answer(tmp_path: Path, build_request, run_build, prose_file: Path):
+    run_build(build_request(tmp_path / "sampled", text=prose_file, profile="sampled", samples=4))
+    assert certainty(CacheReader(tmp_path / "sampled")) is None
