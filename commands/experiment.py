@@ -107,8 +107,9 @@ def open_folder(found: Experiment, folder: Path, commands: list[list[str]]) -> N
     steps = {str(Path(out_of(words)).relative_to(folder)): words for words in commands}
     before: dict[str, Any] = {}
     if state.exists():
-        before = read_object(state)["steps"]
-        refuse_other_commands(before, steps, folder)
+        begun = {step: words for step, words in read_object(state)["steps"].items() if (folder / step).exists()}
+        refuse_other_commands(begun, steps, folder)  # a step that failed before it wrote anything may be mended
+        before = begun
     elif folder.exists() and any(folder.iterdir()):
         raise DataError("the output folder is not empty", where=folder, found=f"no {STATE}", try_="another --out")
     folder.mkdir(parents=True, exist_ok=True)

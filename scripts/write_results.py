@@ -19,7 +19,7 @@ COMMANDS = {
     "kl-wikitext": "kd experiment kl-wikitext --set data=DATA/wikitext-2/wiki.train.tokens "
     "--set eval-data=DATA/wikitext-2/wiki.valid.tokens --set eval-split=train",
     "uld-tasks": "python scripts/split_tasks.py DATA/tasks tasks boolq paws anli_r1 cosmos_qa\n"
-    "    kd experiment uld-tasks --set task-root=tasks --set tokenizer=DATA/tokenizers/tinystories-tok512",
+    "    kd experiment uld-tasks --set task-root=tasks",
 }
 READING = {
     "kl-prose": "The teacher has read this text and is unsure enough to say more than the text does. The more of the loss is KL, "

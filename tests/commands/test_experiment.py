@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from kd.cli import cli
 from kd.commands import experiment as module
 from kd.data.errors import DataError
-from kd.data.experiments import experiment_names
+from kd.data.experiments import experiment_names, load_experiment
 
 TEXT = "The fox went down to the river to look at the fish, and came home with a story. There were {} ships.\n"
 
@@ -94,6 +94,17 @@ def test_what_is_wrong_in_a_late_step_is_said_before_the_first(
     with pytest.raises(error, match=words):
         cli.main(["experiment", str(other), "--out", str(tmp_path / "run")], standalone_mode=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_wrote_nothing_may_be_mended(file: Path, tmp_path: Path):
+    found = load_experiment(str(file))
+    first = found.recipe.commands(tmp_path / "run", {})
+    mended = [["3" if word == "2" else word for word in words] for words in first]
+    module.open_folder(found, tmp_path / "run", first)
+    module.open_folder(found, tmp_path / "run", mended)
+    (tmp_path / "run" / "plain-seed0").mkdir()
+    with pytest.raises(DataError, match="other settings"):
+        module.open_folder(found, tmp_path / "run", first)
 
 
 @pytest.mark.parametrize("name", experiment_names())
