@@ -34,11 +34,12 @@ CHIEF = {
     "perplexity": ("perplexity", "bits_per_byte"),
     "agreement": ("kl",),
     "choices": ("accuracy", "accuracy_original", "accuracy_flan"),
-    "generation": ("exact_match",),
     "hellaswag": ("acc_norm_nanogpt", "acc_norm_harness"),
     "samples": (),
 }
 """Task -> metrics of the table; of other tasks the first that says which way is better."""
+ANSWERS = ("squad_f1", "rougeL", "rougeLsum", "coverage", "bleu", "bertscore", "rouge1", "squad_em", "exact_match")
+"""Of `generation`: the first of these that a task of the text was scored with is that task's column."""
 UNCOUNTED = ("agreement",)
 """Tasks in neither wins nor means: closeness to the teacher is a means, not an end."""
 
@@ -345,19 +346,31 @@ def reference_of(comparisons: Sequence[Comparison], arms: Sequence[Arm], pairs: 
 def _columns(comparison: Comparison) -> list[Column]:
     """The chief metrics, task by task where the text has several."""
     there = comparison.metrics
+    if comparison.task == "generation":
+        return [_column(comparison, m) for m in _answers(there)]
     chief = [m for m in CHIEF.get(comparison.task, ()) if m in there]
     if not chief and comparison.task not in CHIEF:
         chief = [m for m in there if "/" not in m and _better(comparison, m)][:1]
     columns = []
     for metric in chief:
-        about = next(f for e in comparison.entries if (f := comparison.figure(e, metric)))
         parts = [m for m in there if m.startswith(f"{metric}/")]
         counts = metric == chief[0] and comparison.task not in UNCOUNTED
-        if len(parts) > 1:
-            columns += [Column(f"{about['title']}: {m.partition('/')[2]}", ((comparison, m),), counts) for m in parts]
-        else:
-            columns.append(Column(str(about["title"]), ((comparison, metric),), counts))
+        columns += [replace(_column(comparison, m), counts=counts) for m in (parts if len(parts) > 1 else [metric])]
     return columns
+
+
+def _answers(there: Sequence[str]) -> list[str]:
+    """One metric for each task of a text of generated answers, or one for the text where it is one task."""
+    tasks = list(dict.fromkeys(m.partition("/")[2] for m in there if "/" in m))
+    if len(tasks) < 2:
+        return [m for m in ANSWERS if m in there][:1]
+    found = [next((f"{m}/{task}" for m in ANSWERS if f"{m}/{task}" in there), None) for task in tasks]
+    return [m for m in found if m is not None]
+
+
+def _column(comparison: Comparison, metric: str) -> Column:
+    about = next(f for e in comparison.entries if (f := comparison.figure(e, metric)))
+    return Column(str(about["title"]), ((comparison, metric),))
 
 
 def _condition(column: Column) -> str:

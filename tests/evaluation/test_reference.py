@@ -206,6 +206,19 @@ def test_the_mean_is_over_shares_and_counts_hellaswag_once():
     assert found.columns[-1].value("m") == pytest.approx((0.5 + 0.875 + 0.3) / 3)
 
 
+def test_answers_have_the_metric_of_their_task():
+    report = chosen({"qa": HALF, "sum": RIGHT, "other": FEW})
+    figures = report.tasks["choices"]
+    figure = figures["accuracy"]
+    tasks = {"exact_match": figure, "rougeL": figure, "squad_f1": figure}
+    tasks |= {f"exact_match/{t}": {**figure, "title": f"exact match: {t}"} for t in ("qa", "sum", "other")}
+    tasks |= {"rougeL/sum": {**figure, "title": "ROUGE-L: sum"}, "squad_f1/qa": {**figure, "title": "SQuAD F1: qa"}}
+    whole = EvalReport(**{**report.__dict__, "tasks": {"generation": tasks}, "settings": {"generation": {"text_digest": "d"}},
+                          "documents": {}})  # fmt: skip
+    titles = [c.title for c in reference(Entry("m", whole)).columns]
+    assert set(titles) == {"exact match: other", "ROUGE-L: sum", "SQuAD F1: qa", "mean of 3"}
+
+
 def save(folder, entry: Entry):
     """A run with its evaluation on disk."""
     entry.report.save(folder / "eval")
