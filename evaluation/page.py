@@ -48,7 +48,7 @@ dl.sample dd { margin: 0 0 .6rem; white-space: pre-wrap; }
   dl.sample { display: grid; grid-template-columns: 10rem 1fr; gap: .25rem 1rem; } dl.sample dd { margin: 0; }
 }
 @media (max-width: 30rem) {
-  th, td { padding: .35rem .5rem; font-size: .9rem; } th:first-child, td:first-child { min-width: 6rem; max-width: 8rem; }
+  th, td { padding: .35rem .5rem; font-size: .9rem; } th:first-child, td:first-child { min-width: 7.5rem; max-width: 9rem; }
 }
 """
 

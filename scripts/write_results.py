@@ -32,7 +32,7 @@ READING = {
     "teacher (T = 2) more closely than `kl` does, and the teacher itself less closely: after so few steps the shape of the tail "
     "is learnt at the price of the head. Perplexity is measured at T = 1.",
     "uld-tasks": "A teacher of this size does not know the answers: on the held-out rows it is where guessing is, and so are its "
-    "students, who give one answer to all of BoolQ and one to all of PAWS in every seed. Nothing can be distilled that is not there.",
+    "students, who give one answer to all of BoolQ and one to all of PAWS in every seed. What is not there cannot be distilled.",
 }
 SAMPLES = """kd eval RUNS/kl-wikitext/teacher-model RUNS/kl-wikitext/finetuned-seed0 RUNS/kl-wikitext/kl-seed0 \\
         --tasks samples --prompts docs/prompts.txt --max-new-tokens 24 --out RUNS/samples/evals
