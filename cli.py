@@ -46,6 +46,7 @@ COMMANDS = {
     "data": "kd.commands.data:data",
     "demo": "kd.commands.demo:demo",
     "eval": "kd.commands.evaluate:evaluate",
+    "experiment": "kd.commands.experiment:experiment",
     "recipe": "kd.commands.recipe:recipe",
     "report": "kd.commands.evaluate:report",
     "train": "kd.commands.train:train",

@@ -32,7 +32,7 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     "--tasks",
     default="perplexity",
     show_default=True,
-    help="Comma-separated: perplexity, agreement, choices, generation, hellaswag.",
+    help="Comma-separated: perplexity, agreement, choices, generation, hellaswag, samples.",
 )
 @click.option(
     "--data",
@@ -42,6 +42,9 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
 @click.option("--cache", type=PATH, help="Cache for agreement: KL and JSD to its teacher, top-1, calibration.")
 @click.option(
     "--teacher", help="Model for agreement on --data, instead of a cache: hub id, folder, demo, or random:NAME."
+)
+@click.option(
+    "--prompts", type=PATH, help="Of samples: .txt, a prompt a line to be continued, or .jsonl, prompts to be answered."
 )
 @corpus_options
 @click.option("--seq-len", type=int, help="Window in tokens; the model's positions, at most 1024, by default.")
@@ -145,15 +148,18 @@ def conditions(report: EvalReport, task: str) -> str:
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, type=PATH, help="Folder of the report.")
+@click.option("--baseline", help="Student that the others are compared with; those trained with ce by default.")
 @json_option
-def report(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Compare runs and evaluations: table, loss curves and bars as PNG, Markdown, CSV, JSON and one HTML page.
+def report(runs: tuple[Path, ...], out: Path, baseline: str | None, as_json: bool) -> None:
+    """Compare runs and evaluations: tables, gains, loss curves and bars as PNG, Markdown, CSV, JSON and one HTML page.
+
+    Students that differ in the seed alone are one line, a fine-tuned and a distilled one of the same start and cache a pair.
 
     Example: kd report demo-out/distilled demo-out/finetuned --out runs/report
     """
     from kd.evaluation.report import write_report
 
-    files = write_report(list(runs), out)
+    files = write_report(list(runs), out, baseline=baseline)
     if not as_json:
         click.echo(files.markdown.read_text(encoding="utf-8"))
     emit({name: str(path) for name, path in asdict(files).items() if path is not None}, as_json)

@@ -83,11 +83,11 @@ def recipe_run(name: str, out: Path | None, settings: dict[str, str], as_json: b
     commands = found.commands(folder, settings)
     for number, command in enumerate(commands, 1):
         click.echo(f"{number}/{len(commands)}  kd {' '.join(command)}", err=True)
-        _run_step(command)
+        run_step(command)
     emit({"recipe": found.name, "out": str(folder), "steps": len(commands)}, as_json, f"{found.name}: done")
 
 
-def _run_step(command: list[str]) -> None:
+def run_step(command: list[str]) -> None:
     """One command of a recipe; a training run that is finished is passed over, one that was begun is resumed."""
     if command[0] == "train":
         state = Path(command[command.index("--out") + 1]) / "run.json"

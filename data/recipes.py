@@ -69,22 +69,35 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name: str) -> Recipe:
     """A recipe by name or path. Raises DataError."""
-    import yaml
-
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
         if not path.exists():
             raise unknown_name("recipe", name, recipe_names(), try_="kd recipe ls, or the path of a .yaml file")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError("cannot read the recipe", where=path, found=str(error).splitlines()[0]) from error
-    if not isinstance(document, dict) or not isinstance(document.get("steps"), list) or not document["steps"]:
+    document = read_mapping(path, "recipe")
+    if not isinstance(document.get("steps"), list) or not document["steps"]:
         raise DataError("this is not a recipe", where=path, expected="a mapping with about, variables and steps")
     for step in document["steps"]:
         if not isinstance(step, dict) or step.get("command") not in COMMANDS:
             found = step.get("command") if isinstance(step, dict) else step
             raise unknown_name("command in a recipe", str(found), COMMANDS, where=str(path))
-    variables = {str(k): "" if v is None else str(v) for k, v in (document.get("variables") or {}).items()}
-    return Recipe(path.stem, str(document.get("about", "")), variables, tuple(document["steps"]))
+    return Recipe(path.stem, str(document.get("about", "")), variables_of(document), tuple(document["steps"]))
+
+
+def read_mapping(path: Path, kind: str) -> dict[str, Any]:
+    """A YAML mapping. Raises DataError saying what the file should have been."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the {kind}", where=path, found=str(error).splitlines()[0]) from error
+    if not isinstance(document, dict):
+        raise DataError(f"this is not a{'n' if kind[0] in 'aeiou' else ''} {kind}", where=path, found=type(document).__name__,
+                        expected="a mapping")  # fmt: skip
+    return document
+
+
+def variables_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """The variables of a recipe or an experiment; none is the empty text."""
+    return {str(k): "" if v is None else str(v) for k, v in (document.get("variables") or {}).items()}

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class Entry:
 
     name: str
     report: EvalReport
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """`run.json` of the training that made the model; empty where nobody trained it here."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,14 @@ class Comparison:
         report = self.entries[0].report
         if "cache_fingerprint" in report.settings[self.task]:
             cache = report.cache or {}
-            return f"{self.task}: cache {str(cache.get('fingerprint'))[:12]} of {short_name(str(cache.get('teacher')))}"
+            softened = report.settings[self.task].get("temperature", 1)
+            at = "" if softened == 1 else f" at T = {softened:g}"
+            return f"{self.task}: cache {str(cache.get('fingerprint'))[:12]} of {short_name(str(cache.get('teacher')))}{at}"
         if "protocol" in report.settings[self.task]:
             settings = report.settings[self.task]
             return f"{self.task}, {settings['protocol']} protocol: {settings.get('source')}"
+        if "prompts_digest" in report.settings[self.task]:
+            return f"{self.task}: {report.settings[self.task]['source']}"
         data = report.data or {}
         return f"{self.task}: {short_name(str(data.get('spec')))} ({data.get('split')})"
 
@@ -71,15 +77,23 @@ class Comparison:
         """value, stderr, n, over, unit, better, title; empty where the entry lacks the metric."""
         return dict(entry.report.tasks[self.task].get(metric, {}))
 
-    def best(self, metric: str) -> int | None:
-        """Number of the entry that is better than every other by more than the error of the difference, or None."""
-        figures = [self.figure(e, metric) for e in self.entries]
-        values = [float(f["value"]) for f in figures if f.get("value") is not None]
-        if len(figures) < 2 or len(values) < len(figures) or not self._comparable(figures):
+    def best(self, metric: str, among: Sequence[int] | None = None) -> int | None:
+        """Number of the entry that is better than every other by more than the error of the difference, or None.
+
+        among   numbers of the entries that compete; None = all
+        """
+        among = range(len(self.entries)) if among is None else among
+        figures = {i: self.figure(self.entries[i], metric) for i in among}
+        values = {i: float(f["value"]) for i, f in figures.items() if f.get("value") is not None}
+        if (
+            len(figures) < 2
+            or len(values) < len(figures)
+            or not self._comparable([self.entries[i] for i in among], metric)
+        ):
             return None
-        sign = 1.0 if figures[0]["better"] == "lower" else -1.0
-        winner = min(range(len(values)), key=lambda i: sign * values[i])
-        for other in range(len(values)):
+        sign = 1.0 if figures[among[0]]["better"] == "lower" else -1.0
+        winner = min(values, key=lambda i: sign * values[i])
+        for other in values:
             if other == winner:
                 continue
             error = self.difference_error(winner, other, metric)
@@ -97,23 +111,31 @@ class Comparison:
         errors = [e for i in (left, right) if (e := self.figure(self.entries[i], metric).get("stderr")) is not None]
         return math.hypot(*errors) if len(errors) == 2 else None
 
-    def _comparable(self, figures: Sequence[dict[str, Any]]) -> bool:
-        same_settings = all(
-            e.report.settings[self.task] == self.entries[0].report.settings[self.task] for e in self.entries
-        )
-        same_tokenizer = len({e.report.tokenizer for e in self.entries}) == 1
-        return (
-            figures[0].get("better") in ARROWS and same_settings and (same_tokenizer or figures[0]["over"] != "token")
-        )
+    def comparable_models(self, models: Sequence[str], metric: str) -> bool:
+        """Were these models measured alike, and is one of two values better?"""
+        return self._comparable([e for e in self.entries if e.name in models], metric)
 
-    def table(self) -> Table:
-        """Models down, metrics across."""
+    def _comparable(self, entries: Sequence[Entry], metric: str) -> bool:
+        first = self.figure(entries[0], metric)
+        same_settings = all(e.report.settings[self.task] == entries[0].report.settings[self.task] for e in entries)
+        same_tokenizer = len({e.report.tokenizer for e in entries}) == 1
+        return first.get("better") in ARROWS and same_settings and (same_tokenizer or first["over"] != "token")
+
+    def table(self, pairs: Sequence[tuple[str, str]] = ()) -> Table:
+        """Models down, metrics across; the better of each pair of names is marked, or without pairs the best of all."""
         first = {m: next(f for e in self.entries if (f := self.figure(e, m))) for m in self.shown}
         headers = ["model", "parameters", *(f"{f['title']}{ARROWS.get(f['better'], '')}" for f in first.values())]
         rows = [[e.name, f"{e.report.parameters:,}", *(with_error(self.figure(e, m)) for m in self.shown)]
                 for e in self.entries]  # fmt: skip
-        marks = {(self.best(m), column) for column, m in enumerate(self.shown, 2)}
-        return Table(headers, rows, frozenset((row, column) for row, column in marks if row is not None))
+        marks = {(row, column) for column, m in enumerate(self.shown, 2) for row in self._marked(m, pairs)}
+        return Table(headers, rows, frozenset(marks))
+
+    def _marked(self, metric: str, pairs: Sequence[tuple[str, str]]) -> set[int]:
+        if not pairs:
+            return {winner for winner in [self.best(metric)] if winner is not None}
+        places = {e.name: number for number, e in enumerate(self.entries)}
+        found = [self.best(metric, [places[a], places[b]]) for a, b in pairs if a in places and b in places]
+        return {winner for winner in found if winner is not None}
 
     def note(self) -> str:
         """What was averaged over, in which units, under which settings; parts (`METRIC/TASK`) are left to the table."""
@@ -140,14 +162,19 @@ class Comparison:
 
 
 def compare(entries: Sequence[Entry]) -> list[Comparison]:
-    """Group entries by task, in the registry's order, and by the text or cache they were run on, as first met."""
+    """Group entries by task, in the registry's order, and by the text or cache they were run on, as first met.
+
+    A model that was scored again on the same (at another temperature, say) begins a further group.
+    """
     known = list(TASKS)
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         for task in entry.report.tasks:
             settings = entry.report.settings.get(task, {})
-            subject = [str(v) for k, v in sorted(settings.items()) if k.endswith(("_digest", "_fingerprint"))]
-            groups.setdefault((task, *subject), []).append(entry)
+            key = (task, *(str(v) for k, v in sorted(settings.items()) if k.endswith(("_digest", "_fingerprint"))))
+            while any(entry.name == other.name for other in groups.get(key, ())):
+                key += ("again",)
+            groups.setdefault(key, []).append(entry)
     ordered = sorted(groups, key=lambda key: known.index(key[0]) if key[0] in known else len(known))
     return [Comparison(key[0], tuple(groups[key])) for key in ordered]
 
@@ -156,15 +183,19 @@ def with_error(figure: dict[str, Any]) -> str:
     """`5.271 ± 0.083`: the error with two significant digits, the value with as many places."""
     if not figure:
         return "–"
-    value, error = figure["value"], figure["stderr"]
-    if value is None:
-        return "not finite"
+    return "not finite" if figure["value"] is None else value_with_error(figure["value"], figure["stderr"])
+
+
+def value_with_error(value: float, error: float | None, *, signed: bool = False) -> str:
+    """The same of two numbers; `signed` puts a plus before what is not negative."""
+    sign = "+" if signed else ""
     if not error:
-        return f"{value:.5g}"
+        return f"{value:{sign}.5g}"
     places = min(max(0, 1 - math.floor(math.log10(error))), 8)
-    return f"{value:.{places}f} ± {error:.{places}f}"
+    return f"{value:{sign}.{places}f} ± {error:.{places}f}"
 
 
 def short_name(name: str) -> str:
     """A path that only means something on one machine is shortened to its last part; other names stay."""
-    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", "~", ".")) else name
+    is_path = name.startswith(("/", "~", ".")) or name.count("/") > 1  # hub ids have one at most
+    return name.rstrip("/").rpartition("/")[2] if is_path else name

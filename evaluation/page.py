@@ -10,6 +10,7 @@ settings reaches the page as markup.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,22 +19,37 @@ from pathlib import Path
 from kd.data.errors import DataError
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1d2129; --soft: #5b6472; --line: #d9dde3; --back: #ffffff; --best: #e8f3ec; }
+:root { color-scheme: light dark; --text: #1d2129; --soft: #5b6472; --line: #d9dde3; --back: #ffffff; --best: #e0f1e7;
+        --card: #f6f7f9; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6e8eb; --soft: #a3abb8; --line: #3a404a; --back: #15181d; --best: #1f3a2b; }
+  :root { --text: #e6e8eb; --soft: #a3abb8; --line: #3a404a; --back: #15181d; --best: #1f4a32; --card: #1d2127; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; color: var(--text); background: var(--back);
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(--text); background: var(--back);
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; line-height: 1.3; margin-top: 2.5rem; }
 p, figcaption { max-width: 45rem; } .soft, figcaption { color: var(--soft); font-size: .9rem; }
+summary { cursor: pointer; margin-top: 2.5rem; } summary h2 { display: inline; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; margin-top: .75rem; }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th { color: var(--soft); font-weight: 600; } td.best { background: var(--best); font-weight: 700; }
-figure { margin: 1rem 0; } figure img { display: block; max-width: 100%; height: auto; background: #ffffff;
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4.5rem;
+     overflow-wrap: normal; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); white-space: normal;
+     min-width: 9rem; max-width: 14rem; overflow-wrap: anywhere; }
+td.best { background: var(--best); font-weight: 700; }
+figure { margin: 1rem 0; max-width: 42rem; } figure img { display: block; max-width: 100%; height: auto; background: #ffffff;
          padding: .5rem; border: 1px solid var(--line); border-radius: .5rem; }
+dl.sample { margin: 1rem 0; padding: .75rem 1rem; background: var(--card); border: 1px solid var(--line);
+            border-radius: .5rem; }
+dl.sample dt { color: var(--soft); font-size: .85rem; font-weight: 600; }
+dl.sample dd { margin: 0 0 .6rem; white-space: pre-wrap; }
+@media (min-width: 48rem) {
+  dl.sample { display: grid; grid-template-columns: 10rem 1fr; gap: .25rem 1rem; } dl.sample dd { margin: 0; }
+}
+@media (max-width: 30rem) {
+  th, td { padding: .35rem .5rem; font-size: .9rem; } th:first-child, td:first-child { min-width: 7.5rem; max-width: 9rem; }
+}
 """
 
 
@@ -55,6 +71,17 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One prompt and what models wrote after it."""
+
+    prompt: str
+    expected: str | None
+    """A reference, where there is one."""
+    answers: Sequence[tuple[str, str]]
+    """Model and text."""
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what stands under it, in this order."""
 
@@ -62,10 +89,13 @@ class Section:
     text: str | None = None
     """A paragraph."""
     table: Table | None = None
+    samples: Sequence[Sample] = ()
     image: Path | None = None
     """A PNG file, taken into the page."""
     note: str | None = None
     """Small print under table and image; also the image's alternative text."""
+    folded: bool = False
+    """Shown on demand: a page of many models stays short. In Markdown it is not folded."""
 
 
 def render_page(title: str, intro_lines: Sequence[str], sections: Sequence[Section]) -> str:
@@ -104,19 +134,46 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(safe)} |"
 
 
+def markdown_samples(samples: Sequence[Sample]) -> str:
+    """Prompts and answers as code blocks, whose fences are longer than any in the text: nothing in them is markup."""
+    parts = []
+    for number, sample in enumerate(samples, 1):
+        parts.append(f"{number}. prompt\n\n{_fenced(sample.prompt)}")
+        if sample.expected is not None:
+            parts.append(f"   expected\n\n{_fenced(sample.expected)}")
+        parts += [
+            f"   {' '.join(escape(name, quote=False).split())}\n\n{_fenced(text)}" for name, text in sample.answers
+        ]
+    return "\n\n".join(parts)
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return "\n".join(f"   {line}" for line in (f"{fence}text", *text.splitlines(), fence))
+
+
 def _section(section: Section) -> str:
-    parts = [f"<section>\n<h2>{escape(section.heading)}</h2>"]
+    heading = f"<h2>{escape(section.heading)}</h2>"
+    parts = [f"<section>\n<details>\n<summary>{heading}</summary>" if section.folded else f"<section>\n{heading}"]
     if section.text is not None:
         parts.append(f"<p>{escape(section.text)}</p>")
     if section.table is not None:
         parts.append(_table(section.table))
+    parts += [_sample(sample) for sample in section.samples]
     if section.image is not None:
         caption = f"\n<figcaption>{escape(section.note)}</figcaption>" if section.note else ""
         alternative = escape(section.note or section.heading)
         parts.append(f'<figure><img alt="{alternative}" src="{_data_uri(section.image)}">{caption}</figure>')
     elif section.note is not None:
         parts.append(f'<p class="soft">{escape(section.note)}</p>')
-    return "\n".join([*parts, "</section>"])
+    return "\n".join([*parts, "</details>\n</section>" if section.folded else "</section>"])
+
+
+def _sample(sample: Sample) -> str:
+    lines = [("prompt", sample.prompt)] + ([] if sample.expected is None else [("expected", sample.expected)])
+    shown = "".join(f'<dt{mark}>{escape(name)}</dt><dd{mark}>{escape(text)}</dd>'
+                    for lines_, mark in ((lines, ' class="given"'), (sample.answers, "")) for name, text in lines_)  # fmt: skip
+    return f'<dl class="sample">{shown}</dl>'
 
 
 def _table(table: Table) -> str:

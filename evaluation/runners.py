@@ -218,6 +218,33 @@ def run_hellaswag(model: Model, tokenizer: Tokenizer, settings: Settings) -> Ite
         yield Progress(step.done, step.total, result)
 
 
+def run_samples(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
+    from kd.evaluation.samples import write_samples
+
+    assert settings.prompts is not None
+    prompts = settings.prompts
+    steps = write_samples(
+        model, tokenizer, prompts, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
+        max_new_tokens=settings.max_new_tokens, tokens_per_batch=settings.tokens_per_batch,
+    )  # fmt: skip
+    for step in steps:
+        result = None
+        if step.result is not None:
+            found = step.result
+            used = {
+                "source": prompts.name,
+                "prompts_digest": _digest(zip(prompts.texts, prompts.expected, strict=True)),
+                "max_new_tokens": found.max_new_tokens,
+                "prompts_cut": found.prompts_cut,
+            }
+            samples = [
+                {"prompt": prompt, "got": answer} | ({} if expected is None else {"expected": expected})
+                for prompt, expected, answer in zip(prompts.texts, prompts.expected, found.answers, strict=True)
+            ]
+            result = TaskResult(found.estimates, found.documents, used, samples)
+        yield Progress(step.done, step.total, result)
+
+
 def _decoding(settings: Settings) -> str:
     if not settings.sample_temperature:
         return "greedy"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kd.cache_builder.reader import CacheReader
     from kd.evaluation.answer_metrics import MetricSettings
     from kd.evaluation.hellaswag import Scenes
+    from kd.evaluation.samples import Prompts
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Settings:
     """Of hellaswag: `nanogpt` or `harness`."""
     scenes: Scenes | None = None
     """Of hellaswag: its rows."""
+    prompts: Prompts | None = None
+    """Of samples."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Task:
     """A way to measure a model."""
 
     about: str
-    needs: Literal["data", "cache", "rows"]
-    """`rows`: its own, from the hub or from files under `--task-root`."""
+    needs: Literal["data", "cache", "rows", "prompts"]
+    """`rows`: its own, from the hub or from files under `--task-root`; `prompts`: a file of the user's."""
     metrics: Mapping[str, Metric]
     run: Callable[[Model, Tokenizer, Settings], Iterator[Progress[TaskResult]]]

@@ -5,6 +5,7 @@
     choices      needs a text with choices                accuracy of rank classification
     generation   needs a text of prompts and targets      exact match, token F1, ROUGE, BLEU, … of answers
     hellaswag    has rows of its own                      accuracy under one of two protocols
+    samples      needs a file of prompts                  what the model writes, to be read side by side
 
 Several tasks share one load of the weights; names, text, cache and tokenizer are checked before it.
 
@@ -33,7 +34,7 @@ from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 from kd.evaluation.answer_metrics import ANSWER_METRICS, MetricSettings
 from kd.evaluation.contamination import cache_text, contamination, refuse_contaminated, trained_on
 from kd.evaluation.results import EvalReport
-from kd.evaluation.runners import run_agreement, run_choices, run_generation, run_hellaswag, run_perplexity
+from kd.evaluation.runners import run_agreement, run_choices, run_generation, run_hellaswag, run_perplexity, run_samples
 from kd.evaluation.task import LiveTeacher, Metric, Settings, Task, TaskResult
 
 if TYPE_CHECKING:
@@ -62,14 +63,14 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
               stop: str | None = None, encoding: str = "apart", protocol: str = "nanogpt",
               teacher: str | None = None, sample_temperature: float = 0.0, metrics: Sequence[str] | None = None,
               metric_settings: MetricSettings | None = None,
-              allow_contaminated: bool = False) -> Iterator[EvalProgress]:  # fmt: skip
+              allow_contaminated: bool = False, prompts: Path | None = None) -> Iterator[EvalProgress]:  # fmt: skip
     """Load a model and run the named tasks; the last record carries the report. Nothing is written.
 
     Names, text, cache and tokenizer are checked before weights are loaded: raises DataError for an unknown task, a
     missing text or cache, or a text the model was trained on (unless `allow_contaminated`, which marks the result),
     CacheError for an unusable cache, CacheMismatchError for another tokenizer than the cache's.
     """
-    check_tasks(names, data=data, cache=cache, teacher=teacher)
+    check_tasks(names, data=data, cache=cache, teacher=teacher, prompts=prompts)
     check_ways(names, encoding, protocol)
     request = pinned(ModelRequest(model_name, revision, dtype, device, load_in_4bit, tokenizer, seed))
     loaded = load_request_tokenizer(request)
@@ -80,7 +81,7 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
         metrics=None if metrics is None else tuple(metrics), metric_settings=metric_settings,
     )  # fmt: skip
     settings = with_texts(settings, names, loaded, data=data, cache=cache, split=split, columns=columns,
-                          instructions=instructions, whole_text=teacher is not None)  # fmt: skip
+                          instructions=instructions, whole_text=teacher is not None, prompts=prompts)  # fmt: skip
     contaminated = contaminated_tasks(names, settings, model_name, allow=allow_contaminated)
     teacher_request = None
     if teacher is not None:
@@ -111,7 +112,8 @@ def run_tasks(model_name: str, names: Sequence[str], *, data: str | None = None,
 
 def with_texts(settings: Settings, names: Sequence[str], tokenizer: Tokenizer, *, data: str | None = None,
                cache: Path | str | None = None, split: str | None = None, columns: Columns | None = None,
-               instructions: InstructionConfig | None = None, whole_text: bool = False) -> Settings:  # fmt: skip
+               instructions: InstructionConfig | None = None, whole_text: bool = False,
+               prompts: Path | None = None) -> Settings:  # fmt: skip
     """`settings` with what the named tasks are measured on, loaded and checked; `whole_text`: agreement needs one too."""
     needs = {TASKS[name].needs for name in names}
     if whole_text and "cache" in needs:
@@ -122,6 +124,11 @@ def with_texts(settings: Settings, names: Sequence[str], tokenizer: Tokenizer, *
         from kd.evaluation.hellaswag import load_scenes
 
         scenes = load_scenes(None if instructions is None else instructions.task_root, settings.limit)
+    asked = None
+    if "prompts" in needs and prompts is not None:
+        from kd.evaluation.samples import load_prompts
+
+        asked = load_prompts(prompts, settings.limit)
     if "data" in needs and data is not None:
         corpus, other = _both_wordings(data, split, columns, settings.limit, instructions, own_rows="rows" in needs)
         if "generation" in names:
@@ -139,7 +146,7 @@ def with_texts(settings: Settings, names: Sequence[str], tokenizer: Tokenizer, *
             purpose="agreement",
             advice="--tasks perplexity: its bits per byte compare any two tokenizers",
         )
-    return replace(settings, corpus=corpus, other_wording=other, reader=reader, scenes=scenes)
+    return replace(settings, corpus=corpus, other_wording=other, reader=reader, scenes=scenes, prompts=asked)
 
 
 def score_model(model: Model, tokenizer: Tokenizer, names: Sequence[str],
@@ -164,7 +171,7 @@ def contaminated_tasks(names: Sequence[str], settings: Settings, model: str, *, 
         return {}
     texts = trained_on(model) + ([] if cache is None else [cache_text(cache, run="this run")])
     found = contamination(texts, settings.corpus, settings.scenes)
-    keys = {"rows": "hellaswag", "data": "data", "cache": ""}
+    keys = {"rows": "hellaswag", "data": "data", "cache": "", "prompts": ""}
     tasks = {name: found[key] for name in names if (key := keys[TASKS[name].needs]) in found}
     if not allow:
         refuse_contaminated(tasks)
@@ -182,9 +189,10 @@ def _refuse_other_teacher(teacher: ModelRequest, tokenizer: Tokenizer) -> None:
 
 
 def check_tasks(
-    names: Sequence[str], *, data: str | None, cache: Path | str | None, teacher: str | None = None
-) -> None:
-    """Raise DataError for an unknown task, for none at all, or for one whose text, cache or teacher was not given."""
+    names: Sequence[str], *, data: str | None, cache: Path | str | None, teacher: str | None = None,
+    prompts: Path | None = None,
+) -> None:  # fmt: skip
+    """Raise DataError for an unknown task, for none at all, or for one whose text, cache, teacher or prompts were not given."""
     if not names:
         raise DataError("no task was named", expected=", ".join(TASKS), try_="--tasks perplexity")
     for name in names:
@@ -193,6 +201,8 @@ def check_tasks(
         needs = TASKS[name].needs
         if needs == "data" and data is None:
             raise DataError(f"the task {name} needs a text that was not given", try_="--data SPEC, e.g. demo:heldout")
+        if needs == "prompts" and prompts is None:
+            raise DataError(f"the task {name} needs prompts that were not given", try_="--prompts FILE")
         if needs == "cache" and cache is None and teacher is None:
             raise DataError(f"the task {name} needs a teacher that was not given",
                             try_="--cache DIR, or --teacher MODEL with --data SPEC")  # fmt: skip
@@ -352,5 +362,15 @@ TASKS: dict[str, Task] = {
             "acc_bytes_harness": replace(ACCURACY, title="acc_bytes (harness)"),
         },
         run=run_hellaswag,
+    ),
+    "samples": Task(
+        about="what a model writes after the prompts of a file, to be read side by side",
+        needs="prompts",
+        metrics={
+            "ended": Metric("ended", "share of answers", None, "prompt"),
+            "length": Metric("length", "tokens", None, "prompt"),
+            "repeated": Metric("repeated", "share of runs of 4 words", None, "prompt"),
+        },
+        run=run_samples,
     ),
 }

@@ -48,7 +48,7 @@ def edited(cache: Path, folder: Path, edit, *, sign: bool = True) -> Path:
         document["fingerprint"] = fingerprint_of(document["identity"])
         document["checksum"] = digest_of({k: v for k, v in document.items() if k != "checksum"})
     folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps(document))
+    (folder / "manifest.json").write_text(canonical_json(document))
     return folder
 
 
@@ -250,5 +250,8 @@ def test_a_hostile_commit_is_refused(cache: Path, edit):
     document = json.loads((cache / "commits" / "00000.json").read_text())
     shard_record(copy.deepcopy(document), cache)
     edit(document)
-    with pytest.raises(CacheDamageError, match="commit cannot be read"):
+    with pytest.raises(CacheDamageError, match="a commit was changed"):
+        shard_record(document, cache)
+    document["checksum"] = digest_of({k: v for k, v in document.items() if k != "checksum"})
+    with pytest.raises(CacheDamageError, match=r"commit cannot be read|a commit was changed"):
         shard_record(document, cache)

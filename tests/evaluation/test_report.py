@@ -18,8 +18,9 @@ from kd.evaluation.comparison import Entry, compare, short_name, with_error
 from kd.evaluation.estimates import standard_error
 from kd.evaluation.figures import smooth
 from kd.evaluation.page import Section, Table, markdown_table, render_page
-from kd.evaluation.report import collect, read_steps, write_report
+from kd.evaluation.report import write_report
 from kd.evaluation.results import EvalReport
+from kd.evaluation.runs import collect, read_steps
 
 
 def evaluation(model: str, influences: list[float], perplexity: float, **changes) -> EvalReport:

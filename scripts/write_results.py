@@ -1,0 +1,149 @@
+"""Write docs/results.md from finished experiments: `python scripts/write_results.py RUNS docs`.
+
+RUNS holds a folder per experiment, by the experiment's name, as `kd experiment NAME --out RUNS/NAME` leaves it; the tables are
+those of its `report/report.json` and report.md, the pictures go to docs/figures. What is written by hand are the words in
+READING: what to look at, no number. Experiments that are not there are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from PIL import Image
+
+COMMANDS = {
+    "kl-prose": "kd experiment kl-prose",
+    "uld-mini": "kd experiment uld-mini",
+    "kl-wikitext": "kd experiment kl-wikitext --set data=DATA/wikitext-2/wiki.train.tokens "
+    "--set eval-data=DATA/wikitext-2/wiki.valid.tokens --set eval-split=train",
+    "uld-tasks": "python scripts/split_tasks.py DATA/tasks tasks boolq paws anli_r1 cosmos_qa\n"
+    "    kd experiment uld-tasks --set task-root=tasks",
+}
+READING = {
+    "kl-prose": "The teacher has read this text and is unsure enough to say more than the text does. The more of the loss is KL, "
+    "the better: cross-entropy on the one token that came (`kl-half`) adds noise to what the teacher already says.",
+    "uld-mini": "Nothing differs beyond its error: from random weights and after these few steps the students are where guessing "
+    "is, with the teacher or without. The teacher is nearly certain of every answer (last table), so its sorted probabilities "
+    "are those of a one-hot vector whatever the answer is: ULD then asks the student to be certain, and not of what.",
+    "kl-wikitext": "The teacher was trained on more of the same text than the students see; what they gain is what it learnt "
+    "from the rest. `kl-t2` is the setting that loses, and the agreement with the teacher says why: it follows the softened "
+    "teacher (T = 2) more closely than `kl` does, and the teacher itself less closely: after so few steps the shape of the tail "
+    "is learnt at the price of the head. Perplexity is measured at T = 1.",
+    "uld-tasks": "A teacher of this size does not know the answers: on the held-out rows it is where guessing is, and so are its "
+    "students, who give one answer to all of BoolQ and one to all of PAWS in every seed. What is not there cannot be distilled.",
+}
+SAMPLES = """kd eval RUNS/kl-wikitext/teacher-model RUNS/kl-wikitext/finetuned-seed0 RUNS/kl-wikitext/kl-seed0 \\
+        --tasks samples --prompts docs/prompts.txt --max-new-tokens 24 --out RUNS/samples/evals
+    kd report RUNS/samples/evals/* --out RUNS/samples/report"""
+HEAD = """# Results
+
+Written by `python scripts/write_results.py RUNS docs` from finished experiments, whatever they say. `kd experiment NAME` runs
+one of them, `recipes/experiments/NAME.yaml` says what it is, `docs/experiments.md` how to write another. All students of an
+experiment read one cache, begin alike seed by seed and take the same number of steps; teachers are tiny, made on a CPU,
+so what is shown is the method and not the state of the art. ± beside a difference is one standard error of the paired
+difference, over seeds and documents together; `p` is that of the paired t test over seeds, then of the exact permutation test,
+which cannot fall below 2/2^seeds. A figure is bold when the difference exceeds its error.
+
+"""
+
+
+def table(name: str, text: str) -> list[str]:
+    """The lines of one table of report.md, by its heading."""
+    lines = text.split("\n")
+    start = next(n for n, line in enumerate(lines) if line == f"## {name}")
+    rows = []
+    for line in lines[start + 1 :]:
+        if line.startswith("|"):
+            rows.append(line)
+        elif rows:
+            break
+    return rows
+
+
+def summary(documents: dict[str, dict[str, object]]) -> list[str]:
+    """One line per experiment and pair: its chief figure, the mean where there is one, else the first column."""
+    lines = [
+        "| experiment | pair | figure | difference | seeds better | p (t / permutation) | verdict |",
+        "|---|---|---|--:|--:|--:|---|",
+    ]
+    for name, document in documents.items():
+        for pair in document["reference"]["pairs"]:
+            means = [d for d in pair["differences"] if d["column"].startswith("mean of")]
+            d = (means or pair["differences"])[0]
+            p = [("–" if x is None else "< 0.001" if x < 0.001 else f"{x:.3f}") for x in (d["p_t"], d["p_permutation"])]
+            error = "unknown" if d["error"] is None else f"{d['error']:.2g}"
+            shown = [
+                f"[{name}](#{name})",
+                f"{pair['other']} against {pair['baseline']}",
+                d["column"],
+                f"{d['difference']:+.3g} ± {error}",
+            ]
+            shown += [f"{d['seeds_better']} of {len(pair['seeds'])}", " / ".join(p), d["verdict"]]
+            lines.append(f"| {' | '.join(shown)} |")
+    return lines
+
+
+def experiment(name: str, folder: Path, figures: Path) -> list[str]:
+    """The section of one experiment; its pictures are copied."""
+    report = folder / "report"
+    text = (report / "report.md").read_text(encoding="utf-8")
+    document = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    state = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+    lines = [
+        f"## {name}",
+        "",
+        f"{state['about']}. Seeds: {', '.join(map(str, state['seeds']))}.",
+        "",
+        f"    {COMMANDS[name]}",
+        "",
+    ]
+    lines += [*table("Models and metrics", text), ""]
+    for pair in document["reference"]["pairs"]:
+        lines += [*table(f"{pair['other']} against {pair['baseline']}", text), ""]
+    for picture in ("deltas", "loss"):
+        if (report / f"{picture}.png").exists():
+            shrink(report / f"{picture}.png", figures / f"results-{name}-{picture}.png")
+            lines += [f"![{name}: {picture}](figures/results-{name}-{picture}.png)", ""]
+    if "## What the cache holds" in text:
+        lines += [*table("What the cache holds", text), ""]
+    return [*lines, READING[name], ""]
+
+
+def side_by_side(text: str) -> list[str]:
+    """The part of report.md that shows what models wrote."""
+    lines = text.split("\n")
+    start = next(n for n, line in enumerate(lines) if line.startswith("## Side by side"))
+    end = next((n for n in range(start + 1, len(lines)) if lines[n].startswith("## ")), len(lines))
+    return ["## Side by side", "", f"    {SAMPLES}", "", *lines[start + 1 : end]]
+
+
+def shrink(source: Path, target: Path) -> None:
+    """As wide as a page shows it, in 64 colours as far apart as they can be: a quarter of the bytes."""
+    picture = Image.open(source).convert("RGB")
+    picture = picture.resize((800, round(800 * picture.height / picture.width)), Image.Resampling.LANCZOS)
+    picture.quantize(64, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(target, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("docs", type=Path)
+    args = parser.parse_args()
+    there = [name for name in COMMANDS if (args.runs / name / "report" / "report.json").exists()]
+    documents = {
+        name: json.loads((args.runs / name / "report" / "report.json").read_text(encoding="utf-8")) for name in there
+    }
+    (args.docs / "figures").mkdir(parents=True, exist_ok=True)
+    parts = [*summary(documents), ""]
+    for name in there:
+        parts += experiment(name, args.runs / name, args.docs / "figures")
+    if (args.runs / "samples" / "report" / "report.md").exists():
+        parts += side_by_side((args.runs / "samples" / "report" / "report.md").read_text(encoding="utf-8"))
+    (args.docs / "results.md").write_text(HEAD + "\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    print(f"{args.docs / 'results.md'}: {', '.join(there)}")
+
+
+if __name__ == "__main__":
+    main()

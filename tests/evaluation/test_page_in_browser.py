@@ -1,0 +1,232 @@
+"""The page in a real browser: nothing wider than a phone, no request, no complaint on the console, readable in the dark.
+
+Chromium is driven over its own protocol through two pipes (`--remote-debugging-pipe`), so nothing is needed but the
+binary: `apt-get install chromium-headless-shell` on Debian, which `.ci/run` does. Skipped where there is none.
+With KD_SCREENSHOTS=DIR the pictures are kept, to be looked at.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from kd.evaluation.page import Sample, Section, Table, render_page
+
+BINARIES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BINARY = next((path for name in BINARIES if (path := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium: apt-get install chromium-headless-shell")
+
+START = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
+"""Chromium reads its commands from file descriptor 3 and answers on 4."""
+HOSTILE = '<img src="https://example.org/x.png" onerror="console.error(1)"> & <script>document.title = "taken"</script>'
+LONG = "a-very-long-model-name-without-any-place-to-break-it-" * 2
+
+
+class Browser:
+    """One tab of a headless Chromium."""
+
+    def __init__(self, profile: Path) -> None:
+        read_commands, self.commands = os.pipe()
+        self.answers, write_answers = os.pipe()
+        flags = "headless no-sandbox disable-gpu disable-dev-shm-usage no-first-run remote-debugging-pipe"
+        flags += f" disable-component-update disable-background-networking user-data-dir={profile}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, str(read_commands), str(write_answers), str(BINARY),
+             *(f"--{flag}" for flag in flags.split(" ")), "about:blank"],
+            pass_fds=(read_commands, write_answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(read_commands)
+        os.close(write_answers)
+        self.buffer, self.number, self.session = b"", 0, ""
+        self.events: list[dict[str, Any]] = []
+        target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        self.session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Log", "Runtime"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send one command and wait for its answer; events that come meanwhile are kept."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+            self.events.append(answer)
+
+    def wait_for(self, event: str) -> None:
+        while not any(e.get("method") == event for e in self.events):
+            self.events.append(self._next())
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self.buffer:
+            data = os.read(self.answers, 1 << 20)
+            assert data, "the browser is gone"
+            self.buffer += data
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return dict(json.loads(message))
+
+    def show(self, page: Path, *, width: int, dark: bool) -> None:
+        """Load a file as a phone (width below 600) or a desk would."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=width < 600
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.events.clear()
+        self.call("Page.navigate", url=page.as_uri())
+        self.wait_for("Page.loadEventFired")
+
+    def ask(self, expression: str) -> Any:
+        """The value of a JavaScript expression (the page itself has no script; the browser still has)."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def picture(self) -> np.ndarray:
+        """Pixels of the whole page, `[height, width, 3]` in 0..1; kept as a file where KD_SCREENSHOTS says where."""
+        data = base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"])
+        if folder := os.environ.get("KD_SCREENSHOTS"):
+            name = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0].replace("/", "_")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / f"{name}.png").write_bytes(data)
+        return np.asarray(imread(BytesIO(data)))[..., :3]
+
+    def close(self) -> None:
+        os.close(self.commands)
+        self.process.kill()
+        self.process.wait()
+        os.close(self.answers)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    tab = Browser(tmp_path_factory.mktemp("chromium"))
+    yield tab
+    tab.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything a report may hold, at its worst: many columns, long names, hostile text, a picture."""
+    from kd.evaluation.figures import Bar, draw_bars
+
+    folder = tmp_path_factory.mktemp("page")
+    picture = draw_bars(folder / "bars.png", {"accuracy [share]": [Bar("one", 0.4, 0.1), Bar(LONG, 0.5, None)]})
+    wide = Table(["model", *(f"exact match: task number {n} ↑" for n in range(12))],
+                 [[name, *["0.123 ± 0.045"] * 12] for name in ("teacher", LONG, HOSTILE)], frozenset({(1, 3)}))  # fmt: skip
+    sections = [
+        Section("Models and metrics", text="Some words. " * 30, table=wide, note="A note. " * 20),
+        Section(
+            "Side by side", samples=[Sample(HOSTILE, "yes\n  indented", [("teacher", "x" * 400), (LONG, HOSTILE)])]
+        ),
+        Section("Figures", image=picture, note="Bars."),
+        Section(LONG, table=wide, folded=True),
+    ]
+    path = folder / "report.html"
+    path.write_text(render_page(f"Report {HOSTILE}", ["An introduction.", LONG], sections), encoding="utf-8")
+    return path
+
+
+LOOKS = [(390, False), (390, True), (1280, False), (1280, True)]
+
+
+@pytest.fixture(params=LOOKS, ids=["phone-light", "phone-dark", "desk-light", "desk-dark"])
+def look(request: pytest.FixtureRequest, browser: Browser, page: Path) -> tuple[int, bool]:
+    width, dark = request.param
+    browser.show(page, width=width, dark=dark)
+    return width, dark
+
+
+def test_the_page_asks_for_nothing_and_the_console_is_silent(
+    browser: Browser, page: Path, look: tuple[int, bool]
+) -> None:
+    asked = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
+    assert [u for u in asked if not u.startswith("data:image/png;base64,")] == [page.as_uri()]
+    said = [
+        e
+        for e in browser.events
+        if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+    ]
+    assert said == []
+    assert browser.ask("document.title").startswith("Report <img")
+
+
+def test_nothing_is_wider_than_the_window_but_tables_that_scroll(browser: Browser, look: tuple[int, bool]) -> None:
+    width, _ = look
+    browser.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.ask("window.innerWidth") == width
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    outside = """[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll table')
+        && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.tagName)"""
+    assert browser.ask(outside) == []
+    reach = "[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth, getComputedStyle(e).overflowX])"
+    assert all(scrolls == "auto" for _, scrolls in browser.ask(reach))
+    assert width > 600 or all(wide for wide, _ in browser.ask(reach))  # the worst table does need it on a phone
+
+
+def test_tables_are_readable(browser: Browser, look: tuple[int, bool]) -> None:
+    sizes = browser.ask("[...document.querySelectorAll('td, th')].map(e => parseFloat(getComputedStyle(e).fontSize))")
+    assert min(sizes) >= 12
+    one_line = "[...document.querySelectorAll('section:first-of-type td:nth-child(2)')].map(e => e.clientHeight)"
+    browser.ask("document.querySelector('.scroll').scrollLeft = 300")
+    first = browser.ask("(b => [b.left, b.right])(document.querySelector('.scroll td').getBoundingClientRect())")
+    assert 0 <= first[0] < 20 * 16 or look[0] > 600  # the model's name stays in sight when the table is scrolled
+    assert first[1] < 0.6 * look[0]
+    assert min(browser.ask(one_line)) > 0
+
+
+def luminance(colour: np.ndarray) -> float:
+    """Relative luminance of `[3]` sRGB in 0..1, WCAG 2.1."""
+    linear = np.where(colour <= 0.03928, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_text_stands_out_from_its_ground(browser: Browser, look: tuple[int, bool]) -> None:
+    """WCAG 2.1 asks for a contrast of 4.5 between text and its ground."""
+    script = """[...document.querySelectorAll('h1, p, td, th, figcaption, dt, dd, td.best, summary h2')].map(e => {
+        let ground = e;
+        const clear = () => getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)';
+        while (ground.parentElement && clear()) ground = ground.parentElement;
+        return [e.tagName + '.' + e.className, getComputedStyle(e).color, getComputedStyle(ground).backgroundColor]; })"""
+    checked = browser.ask(script)
+    assert len(checked) > 80
+    for name, *colours in checked:
+        text, ground = (
+            luminance(np.array([float(x) for x in c[c.index("(") + 1 : -1].split(",")[:3]]) / 255) for c in colours
+        )
+        ratio = (max(text, ground) + 0.05) / (min(text, ground) + 0.05)
+        assert ratio >= 4.5, f"{name}: {ratio:.1f} from {colours}"
+
+
+def test_the_picture_is_dark_where_the_reader_wants_it_dark(browser: Browser, look: tuple[int, bool]) -> None:
+    width, dark = look
+    pixels = browser.picture()
+    assert width - 20 < pixels.shape[1] <= width  # a desk's scroll bar is 15 wide
+    corner = pixels[2, 2].mean()
+    assert corner < 0.2 if dark else corner > 0.95
+    assert pixels.std() > 0.03
+
+
+def test_hostile_text_is_shown_as_it_is(browser: Browser, page: Path) -> None:
+    browser.show(page, width=1280, dark=False)
+    assert browser.ask("document.querySelectorAll('script').length") == 0
+    assert browser.ask("[...document.querySelectorAll('dd')].some(e => e.textContent.startsWith('<img src='))")
+    assert browser.ask("getComputedStyle(document.querySelectorAll('dd.given')[1]).whiteSpaceCollapse") == "preserve"
