@@ -15,10 +15,10 @@ demo: $(STAMP)
 	$(BIN)/kd demo --out demo-out
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow
 
 FUZZ_SECONDS ?= 900
 fuzz: $(STAMP)
