@@ -39,7 +39,6 @@ from kd.cache_builder.commits import (
     read_commit,
     shard_files,
     verified_bytes,
-    verify_file,
 )
 from kd.cache_builder.files import (
     canonical_json,
@@ -61,6 +60,7 @@ from kd.cache_builder.manifest import (
     load_manifest,
     refuse_mismatch,
 )
+from kd.cache_builder.part import load_part
 from kd.cache_builder.rows import code_table, pack, unpack
 from kd.data.errors import CacheDamageError, CacheMismatchError
 
@@ -280,10 +280,15 @@ class Shard:
 def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[str] | None = None) -> Shard:
     """Read a shard after checking every file it needs against its commit. Raises CacheDamageError.
 
-    `names` are of stored arrays (`manifest.arrays`); what comes back is unpacked.
+    `names` are of stored arrays (`manifest.arrays`), None = all that this copy holds; what comes back is unpacked.
     """
     record = read_commit(root, manifest, index)
-    wanted = [a for a in manifest.arrays if names is None or a.name in names]
+    part = load_part(root, manifest)
+    if names is None:
+        names = [a.name for a in manifest.arrays] if part is None else part.arrays
+    elif part is not None:
+        part.require(names, root)
+    wanted = [a for a in manifest.arrays if a.name in names]
     files = shard_files(wanted, index)
     data = {n: verified_bytes(root, f, record.files[f], shard=index, array=n) for n, f in files.items()}
     ids = code_table(root, manifest)[1] if any(spec.ids for spec in wanted) else None
@@ -320,5 +325,5 @@ def read_example_table(root: Path, manifest: CacheManifest, index: int, columns:
     """Some columns of a shard's examples, its Parquet file checked against the commit."""
     record = read_commit(root, manifest, index)
     name = shard_files(manifest.arrays, index)["examples"]
-    verify_file(root, name, record.files[name], shard=index, array="examples")
-    return pq.read_table(root / name, columns=list(columns)).to_pydict()  # type: ignore[no-any-return]
+    data = verified_bytes(root, name, record.files[name], shard=index, array="examples")
+    return pq.read_table(pa.BufferReader(data), columns=list(columns)).to_pydict()  # type: ignore[no-any-return]

@@ -7,18 +7,24 @@ match their digest). A changed file is narrowed down to its inner chunks by deco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kd.cache_builder import codecs, commits, store
+from kd.cache_builder.codecs import ArraySpec
 from kd.cache_builder.files import unfinished
 from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.part import PARTIAL, load_part
 from kd.cache_builder.rows import tokens_digest
 from kd.cache_builder.targets import SoftTargets
 from kd.data.errors import CacheDamageError, KdError
+
+BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
+"""The dataset card, and what git and the hub's client leave beside a cache: no reader looks at it."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +56,45 @@ def verify(root: str | Path) -> Iterator[VerifyProgress]:
     """
     root = Path(root)
     manifest = load_manifest(root)
+    part = load_part(root, manifest)
     findings: list[Finding] = []
-    total = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
-    done = 0
-    known = {"manifest.json", "building.json"}
+    known = {"manifest.json", "building.json", PARTIAL}
     for name, entry in manifest.files.items():
         known.add(name)
         findings += _check_file(root, name, entry)
-    present = range(len(manifest.shards)) if manifest.complete else commits.committed(root, len(manifest.shards))
-    for index in present:
+    present: Sequence[int] = range(len(manifest.shards))
+    if part is not None:
+        present = part.shards
+    elif not manifest.complete:
+        present = commits.committed(root, len(manifest.shards))
+    done, total = 0, sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    if root in commits.ORIGINS:
+        total = _committed_bytes(root, manifest, present)
+    for place, index in enumerate(present):
+        commits.ask(root, present[place : place + 4])
         known |= {f"commits/{index:05d}.json", *commits.shard_files(manifest.arrays, index).values()}
-        found = list(_check_shard(root, manifest, index))
-        findings += found
-        done += sum(_size(root / n) for n in commits.shard_files(manifest.arrays, index).values())
+        arrays = [a for a in manifest.arrays if part is None or a.name in part.arrays]
+        findings += _check_shard(root, manifest, index, arrays)
+        done += sum(_size(root / n) for n in commits.shard_files(arrays, index).values())
         yield VerifyProgress(done, total, tuple(findings))
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if any(unfinished(part) for part in path.relative_to(root).parts):  # a builder of another host may still run
+        names = path.relative_to(root).parts
+        if names[0] in BESIDE or any(unfinished(n) for n in names):  # a builder of another host may still run
             continue
         if path.is_file() and name not in known and manifest.complete:
             findings.append(Finding(name, "a file that no commit knows"))
     yield VerifyProgress(total, total, tuple(findings))
+
+
+def _committed_bytes(root: Path, manifest: CacheManifest, present: Sequence[int]) -> int:
+    """Bytes of the shards of a mirror, as far as their commits can be had."""
+    commits.ask(root, present, ())
+    total = 0
+    for index in present:
+        with suppress(KdError):  # it is found again, and named, when the shard is checked
+            total += commits.read_commit(root, manifest, index).bytes
+    return total
 
 
 def _size(path: Path) -> int:
@@ -85,7 +109,7 @@ def _check_file(root: Path, name: str, entry: dict[str, object]) -> list[Finding
     return []
 
 
-def _check_shard(root: Path, manifest: CacheManifest, index: int) -> Iterator[Finding]:
+def _check_shard(root: Path, manifest: CacheManifest, index: int, arrays: Sequence[ArraySpec]) -> Iterator[Finding]:
     commit = f"commits/{index:05d}.json"
     rows = manifest.shards[index][2]
     start = index * manifest.layout.shard_rows
@@ -96,7 +120,7 @@ def _check_shard(root: Path, manifest: CacheManifest, index: int) -> Iterator[Fi
         yield Finding(commit, error.headline, index, None, whole)
         return
     damaged = False
-    for array, name in commits.shard_files(manifest.arrays, index).items():
+    for array, name in commits.shard_files(arrays, index).items():
         try:
             commits.verify_file(root, name, record.files[name])
         except CacheDamageError as error:

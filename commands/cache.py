@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.console import emit, emit_json, follow, quiet_libraries
-from kd.commands.options import PATH, build_options, json_option, unescaped
+from kd.commands.lazy import LazyCommands
+from kd.commands.options import build_options, json_option, unescaped
 
 if TYPE_CHECKING:
     from kd.cache_builder.build import BuildPlan, BuildProgress, BuildRequest
     from kd.data.rendering import InstructionConfig
 
 
-@click.group()
+SHARING = {"pull": "kd.commands.share:cache_pull", "push": "kd.commands.share:cache_push"}
+
+
+@click.group(commands=LazyCommands(SHARING))
 def cache() -> None:
-    """Build, inspect and check teacher-logit caches."""
+    """Build, inspect, check and share teacher-logit caches."""
 
 
 def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dict[str, str], limit: int | None,
@@ -138,40 +142,49 @@ def run_build(plan: BuildPlan) -> BuildProgress:
 
 
 @cache.command("info")
-@click.argument("path", type=PATH)
+@click.argument("path", metavar="PATH_OR_URL")
 @json_option
-def cache_info(path: Path, as_json: bool) -> None:
+def cache_info(path: str, as_json: bool) -> None:
     """Show a cache's identity, bytes per token, mass kept and decoding error, as measured during the build.
 
     Example: kd cache info runs/cache
     """
+    from kd.cache_builder.mirror import open_cache
     from kd.cache_builder.summary import cache_summary
 
-    result = cache_summary(path)
+    result = cache_summary(open_cache(path))
     if not as_json:
         result["array_bytes_per_token"] = ", ".join(f"{k} {v}" for k, v in result["array_bytes_per_token"].items())
-    emit(result, as_json, str(path))
+    emit(result, as_json, path)
 
 
 @cache.command("verify")
-@click.argument("path", type=PATH)
+@click.argument("path", metavar="PATH_OR_URL")
 @json_option
-def cache_verify(path: Path, as_json: bool) -> None:
+def cache_verify(path: str, as_json: bool) -> None:
     """Check every checksum and promise; name the damaged shard, array and rows. Exit code 3 on damage.
 
     Example: kd cache verify runs/cache
     """
+    from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.mirror import open_cache
+    from kd.cache_builder.part import load_part
     from kd.cache_builder.verify import verify
 
-    last = follow("verifying", verify(path), lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
+    root = open_cache(path)
+    part = load_part(root, load_manifest(root))
+    last = follow("verifying", verify(root), lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
     findings = [asdict(f) for f in last.findings]
     if as_json:
-        emit_json({"path": str(path), "bytes": last.bytes_total, "sound": not findings, "findings": findings})
+        emit_json({"path": path, "bytes": last.bytes_total, "sound": not findings, "findings": findings}
+                  | ({} if part is None else {"part": {"shards": len(part.shards), "arrays": list(part.arrays)}}))  # fmt: skip
     else:
         for finding in last.findings:
             place = [f"shard {finding.shard}" if finding.shard is not None else "", finding.array or "",
                      f"rows {finding.rows}" if finding.rows else ""]  # fmt: skip
             click.echo(f"{finding.where}: {finding.problem} ({', '.join(p for p in place if p) or 'whole file'})")
+        if part is not None:
+            click.echo(f"{path}: a part of a cache, {len(part.shards)} shards of arrays {', '.join(part.arrays)}")
         click.echo(
             f"{path}: {'sound' if not findings else f'{len(findings)} findings'}, {last.bytes_total:,} bytes checked"
         )

@@ -11,11 +11,17 @@ import click
 
 from kd.commands.console import emit, progress_bar, quiet_libraries
 from kd.commands.evaluate import run_evaluation
-from kd.commands.options import PATH, json_option, unescaped
+from kd.commands.options import PATH, json_option, parse_bytes, unescaped
 
 
 @click.command()
-@click.option("--cache", help="Path of the cache.")
+@click.option("--cache", help="Path or URL (hf://datasets/…, s3://…, https://…) of the cache.")
+@click.option(
+    "--cache-bytes",
+    callback=parse_bytes,
+    metavar="SIZE",
+    help="Of a URL: most bytes of it kept on this disk, e.g. 20GB. Default: KD_CACHE_BYTES, or 20GB.",
+)
 @click.option("--student", help="Hub id, folder, demo, demo-t5, or random:NAME.")
 @click.option("--out", help="Folder of the run.")
 @click.option(

@@ -151,12 +151,12 @@ def test_examples_of_a_window_are_shuffled_together(reader: CacheReader):
 
 
 def test_an_epoch_touches_each_shard_in_one_window(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    from kd.cache_builder import store
-
     reader = CacheReader(cache, window=2)
     reads = []
     read_shard: Callable = store.read_shard
-    monkeypatch.setattr(store, "read_shard", lambda root, manifest, i: reads.append(i) or read_shard(root, manifest, i))
+    monkeypatch.setattr(
+        store, "read_shard", lambda root, manifest, i, names: reads.append(i) or read_shard(root, manifest, i, names)
+    )
     for number in reader.epoch_order(0, 0):
         reader[int(number)]
     assert sorted(reads) == list(range(len(reader.manifest.shards)))
