@@ -62,7 +62,7 @@ class Hub(Remote):
         except ValueError as error:
             raise CacheError("the hub's client refuses", where=self.url, found=error) from error
         except (OSError, RuntimeError) as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
+            raise Transient(f"{type(error).__name__}: {error} {error.__cause__ or ''}") from error
         except Exception as error:  # the client's HTTP library is its own affair
             if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 raise Transient(f"{type(error).__name__}: {error}") from error

@@ -207,6 +207,7 @@ class Bucket(Remote):
 
     @contextmanager
     def _asked(self, name: str) -> Iterator[None]:
+        from aiohttp import ClientError as ConnectionCut
         from botocore.exceptions import BotoCoreError, ClientError
 
         where = f"s3://{self._root}/{name}".rstrip("/")
@@ -222,7 +223,7 @@ class Bucket(Remote):
                 raise CacheError("no credentials for the object store", where=where, found=error,
                                  try_=CREDENTIALS) from error  # fmt: skip
             raise Transient(f"{type(error).__name__}: {error}") from error
-        except (OSError, ClientError, TimeoutError) as error:
+        except (OSError, ClientError, ConnectionCut, TimeoutError) as error:
             raise Transient(f"{type(error).__name__}: {error}") from error
 
     def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:

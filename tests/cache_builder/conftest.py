@@ -12,12 +12,21 @@ import pytest
 from servers import FileServer, HubServer, Proxy, Server, nginx
 
 from kd.cache_builder import commits, fetching
+from kd.cache_builder.manifest import Layout
 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait a hundredth of a second, where a user's program waits seconds, before another attempt."""
     monkeypatch.setattr(fetching, "BACKOFF", 0.01)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) -> Path:
+    """A finished `kl` cache of few files: for servers that take their time."""
+    out = tmp_path_factory.mktemp("caches") / "small"
+    run_build(build_request(out, layout=Layout(512, 128)))
+    return out
 
 
 @pytest.fixture
@@ -90,7 +99,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
     server = HubServer()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)  # what HF_ENDPOINT sets, were it there at import
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)

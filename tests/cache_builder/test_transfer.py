@@ -48,14 +48,14 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     )
 
 
-def test_what_is_pushed_is_what_is_pulled(cache: Path, place: str, tmp_path: Path, tree: Tree):
-    sent = to_the_end(push(cache, place))
+def test_what_is_pushed_is_what_is_pulled(small: Path, place: str, tmp_path: Path, tree: Tree):
+    sent = to_the_end(push(small, place))
     got = to_the_end(pull(place, tmp_path / "copy"))
-    assert tree(tmp_path / "copy") == tree(cache)
+    assert tree(tmp_path / "copy") == tree(small)
     assert sent.bytes_done == sent.bytes_total == sent.bytes_moved
     assert got.bytes_done == got.bytes_total
     assert got.part is None
-    again = to_the_end(push(cache, place))
+    again = to_the_end(push(small, place))
     assert (again.files, again.bytes_moved) == (0, 0)
     assert to_the_end(pull(place, tmp_path / "copy")).bytes_moved == 0
 
@@ -99,15 +99,15 @@ def test_without_ranges_a_cut_file_is_skipped_up_to_where_it_was_cut(cache: Path
 
 
 @pytest.mark.parametrize("kind", ["s3", "hub", "nginx"])
-def test_cuts_and_errors_in_front_of_real_servers(kind: str, cache: Path, tmp_path: Path, tree: Tree,
+def test_cuts_and_errors_in_front_of_real_servers(kind: str, small: Path, tmp_path: Path, tree: Tree,
                                                   request: pytest.FixtureRequest):  # fmt: skip
     if kind == "nginx":
-        server: Server = Proxy(request.getfixturevalue("nginx_over")(cache))
+        server: Server = Proxy(request.getfixturevalue("nginx_over")(small))
         url = server.url
     else:
         server = request.getfixturevalue(kind)
         url = {"s3": "s3://shared/cache", "hub": "hf://datasets/us/cache"}[kind]
-        to_the_end(push(cache, url))
+        to_the_end(push(small, url))
 
     def fault(path: str, before: int, answer: Answer) -> None:
         if before == 0 and answer.status < 300:
@@ -118,11 +118,11 @@ def test_cuts_and_errors_in_front_of_real_servers(kind: str, cache: Path, tmp_pa
 
     server.fault = fault
     to_the_end(pull(url, tmp_path / "copy"))
-    assert tree(tmp_path / "copy") == tree(cache)
+    assert tree(tmp_path / "copy") == tree(small)
 
 
 @pytest.mark.parametrize("kind", ["s3", "hub"])
-def test_a_push_survives_errors_of_the_server(kind: str, cache: Path, tmp_path: Path, tree: Tree,
+def test_a_push_survives_errors_of_the_server(kind: str, small: Path, tmp_path: Path, tree: Tree,
                                               request: pytest.FixtureRequest):  # fmt: skip
     server = request.getfixturevalue(kind)
     url = {"s3": "s3://shared/cache", "hub": "hf://datasets/us/cache"}[kind]
@@ -133,10 +133,10 @@ def test_a_push_survives_errors_of_the_server(kind: str, cache: Path, tmp_path: 
             answer.headers.clear()
 
     server.fault = fault
-    to_the_end(push(cache, url))
+    to_the_end(push(small, url))
     server.fault = None
     to_the_end(pull(url, tmp_path / "copy"))
-    assert tree(tmp_path / "copy") == tree(cache)
+    assert tree(tmp_path / "copy") == tree(small)
 
 
 def test_a_slow_link_is_only_slow(cache: Path, tmp_path: Path, tree: Tree, serve):
@@ -439,23 +439,23 @@ def test_a_cache_with_a_card_beside_it_is_sound_and_without_a_licence_it_says_so
     assert findings(tmp_path / "clone") == ["examples/README.md: a file that no commit knows"]
 
 
-def test_branches_and_folders_of_the_hub_hold_caches_of_their_own(cache: Path, hub: HubServer, tmp_path: Path, tree: Tree,
-                                                                  build_request, run_build):  # fmt: skip
-    run_build(build_request(tmp_path / "small"))
+def test_branches_and_folders_of_the_hub_hold_caches_of_their_own(
+    cache: Path, small: Path, hub: HubServer, tmp_path: Path, tree: Tree
+):
     to_the_end(push(cache, "hf://datasets/us/both@other"))
-    to_the_end(push(tmp_path / "small", "hf://datasets/us/both/deep/inside"))
-    for url, root in (("both@other", cache), ("both/deep/inside", tmp_path / "small"),
+    to_the_end(push(small, "hf://datasets/us/both/deep/inside"))
+    for url, root in (("both@other", cache), ("both/deep/inside", small),
                       (f"both@{hub.repositories['us/both'].branches['other']}", cache)):  # fmt: skip
         to_the_end(pull(f"hf://datasets/us/{url}", tmp_path / url.replace("/", "-")))
         assert tree(tmp_path / url.replace("/", "-")) == tree(root)
 
 
-def test_a_push_during_a_pull_does_not_mix_two_states(cache: Path, hub: HubServer, tmp_path: Path, tree: Tree):
-    to_the_end(push(cache, "hf://datasets/us/cache"))
+def test_a_push_during_a_pull_does_not_mix_two_states(small: Path, hub: HubServer, tmp_path: Path, tree: Tree):
+    to_the_end(push(small, "hf://datasets/us/cache"))
     steps = pull("hf://datasets/us/cache", tmp_path / "copy")
     next(steps)
     repository = hub.repositories["us/cache"]
     repository.commits["e" * 40] = {}
     repository.branches["main"] = "e" * 40
     to_the_end(steps)
-    assert tree(tmp_path / "copy") == tree(cache)
+    assert tree(tmp_path / "copy") == tree(small)
