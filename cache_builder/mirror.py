@@ -184,8 +184,8 @@ class Mirror:
             self._make_room(size)
             try:
                 fetch(self.remote, name, self.root / STAGING / name, entry)
+                publish(self.root / STAGING / name, path)
                 with self._lock:
-                    publish(self.root / STAGING / name, path)
                     self._stored += size
             except OSError as error:
                 raise write_error(path, error) from error
@@ -210,7 +210,10 @@ class Mirror:
                 if p.name != "zarr.json" and p.is_file()]  # fmt: skip
 
     def _make_room(self, size: int) -> None:
-        """Count `size` bytes more, and remove what was used longest ago where that is over the bound."""
+        """Count `size` bytes more, and remove what was used longest ago where that is over the bound.
+
+        What was fetched ahead and not used yet goes last.
+        """
         if size > self.limit:
             raise CacheError("the bound is smaller than one file of this cache", found=f"--cache-bytes {self.limit}",
                              expected=f"several times {size}", try_="a larger --cache-bytes, or kd cache pull")  # fmt: skip
@@ -222,9 +225,10 @@ class Mirror:
             for path in self._evictable():
                 with suppress(OSError):  # another process evicts too
                     stat = path.stat()
-                    found.append((stat.st_mtime_ns, stat.st_size, path))
-            self._stored = sum(length for _, length, _ in found)
-            for _, length, path in sorted(found):
+                    early = path.relative_to(self.root).as_posix() in self._early
+                    found.append((early, stat.st_mtime_ns, stat.st_size, path))
+            self._stored = sum(length for _, _, length, _ in found)
+            for _, _, length, path in sorted(found):
                 if self._stored + self._coming <= self.limit:
                     break
                 with suppress(OSError):
