@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import tempfile
 import threading
 from collections import deque
@@ -25,18 +26,41 @@ from typing import Any
 from kd.cache_builder import commits
 from kd.cache_builder.fetching import fetch, fetch_small
 from kd.cache_builder.files import publish, write_error
-from kd.cache_builder.home import cache_bytes, mirrors
+from kd.cache_builder.home import kd_home
 from kd.cache_builder.manifest import MANIFEST
 from kd.cache_builder.part import PARTIAL, Part, whole
 from kd.cache_builder.remotes import Entry, Remote, is_url, local_path, open_remote
 from kd.cache_builder.transfer import COMMIT_BYTES, describe
-from kd.data.errors import CacheDamageError, CacheError
+from kd.data.errors import CacheDamageError, CacheError, DataError
 
 STAGING = ".staging-mirror"
 LOCKS = 256
 """Lock files: two processes (or threads) never fetch the same file at once, and seldom wait for another's."""
 AHEAD = 6
 """Threads that fetch what is wanted next."""
+
+CACHE_BYTES = 20 * 10**9
+"""Bytes of shards kept of a cache, unless --cache-bytes or KD_CACHE_BYTES says otherwise."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def mirrors() -> Path:
+    """Folder of the mirrors, which may be removed at any time. They are not whole: no list of caches should show them."""
+    return kd_home() / "mirrors"
+
+
+def byte_count(text: str) -> int:
+    """`20GB`, `512MiB`, `1.5G` or plain bytes. Raises DataError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in UNITS:
+        raise DataError("this is not a number of bytes", found=repr(text), expected="e.g. 20GB, 512MiB or 1000000")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def cache_bytes(given: int | None = None) -> int:
+    """The bound on a mirror's shards: `given`, else `$KD_CACHE_BYTES`, else the default."""
+    named = os.environ.get("KD_CACHE_BYTES")
+    return given if given is not None else byte_count(named) if named else CACHE_BYTES
 
 
 def open_cache(place: str | os.PathLike[str], limit: int | None = None) -> Path:

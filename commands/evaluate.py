@@ -37,7 +37,7 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     "spec",
     help="Data spec for perplexity, choices (examples with choices) and generation (prompt and target).",
 )
-@click.option("--cache", type=PATH, help="Cache for agreement: KL to the teacher and top-1.")
+@click.option("--cache", metavar="PATH_OR_URL", help="Cache for agreement: KL to the teacher and top-1.")
 @corpus_options
 @click.option("--seq-len", type=int, help="Window in tokens; the model's positions, at most 1024, by default.")
 @click.option("--stride", type=int, help="New tokens scored per window; seq-len - 1 by default.")
@@ -69,7 +69,7 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     "--out", type=PATH, help="Folder for eval.json (a sub-folder per model, numbered, when there are several)."
 )
 @json_option
-def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path | None, out: Path | None, as_json: bool,
+def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: str | None, out: Path | None, as_json: bool,
              separator: str, stop: str | None, **options: Any) -> None:  # fmt: skip
     """Score one or more models.
 

@@ -30,7 +30,7 @@ def parse_floats(_: click.Context, __: click.Parameter, value: str | None) -> tu
 
 
 def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    from kd.cache_builder.home import byte_count
+    from kd.cache_builder.mirror import byte_count
     from kd.data.errors import DataError
 
     try:

@@ -99,7 +99,7 @@ class TrainConfig:
     """Of a random student."""
     device: str = "auto"
     cache_bytes: int | None = None
-    """Of a cache that is read from a URL: most bytes of its shards kept on this disk; None = as in `cache_builder.home`."""
+    """Of a cache that is read from a URL: most bytes of its shards kept on this disk; None = as in `cache_builder.mirror`."""
     save_every: int = 0
     """Optimizer steps between checkpoints; 0 = at the end only."""
     log_every: int = 10

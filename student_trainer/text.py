@@ -68,7 +68,7 @@ class StudentText:
         )
         self.truncated = 0
         """Examples that did not fit the window."""
-        self.teacher_has_eos: dict[int, bool] = {}
+        self.teacher_has_eos = [False] * len(reader)
         self._examples: dict[int, StudentExample] = {}
         self._count = len(reader)
         for number, example, cached, ends in _texts(reader):

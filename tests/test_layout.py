@@ -25,6 +25,14 @@ FORMAT_HALF = {
     "reader",
     "summary",
     "verify",
+    "part",
+    "home",
+    "remotes",
+    "hub",
+    "fetching",
+    "transfer",
+    "mirror",
+    "card",
 }
 BUILD_HALF = {"sparsify", "teacher", "generate", "build", "estimate"}
 LAYERS = {"data": 0, "recipes": 0, "cache_builder": 1, "student_trainer": 2, "evaluation": 3,

@@ -13,9 +13,8 @@ import pytest
 from servers import Answer, FileServer, HubServer, Proxy
 
 from kd.cache_builder import commits
-from kd.cache_builder.home import byte_count, cache_bytes
 from kd.cache_builder.manifest import load_manifest
-from kd.cache_builder.mirror import open_cache
+from kd.cache_builder.mirror import byte_count, cache_bytes, open_cache
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.summary import cache_summary
 from kd.cache_builder.transfer import pull, push
