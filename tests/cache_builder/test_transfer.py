@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -459,3 +463,25 @@ def test_a_push_during_a_pull_does_not_mix_two_states(small: Path, hub: HubServe
     repository.branches["main"] = "e" * 40
     to_the_end(steps)
     assert tree(tmp_path / "copy") == tree(small)
+
+
+@pytest.mark.slow
+def test_a_pull_that_is_killed_again_and_again_ends_with_the_same_bytes(cache: Path, tmp_path: Path, tree: Tree, serve):
+    server, copy = serve(cache), tmp_path / "copy"
+    server.fault = lambda path, before, answer: setattr(answer, "pause", 0.02)
+    program = (
+        f"from kd.cache_builder.transfer import pull\nfor _ in pull({server.url!r}, {str(copy)!r}, workers=2): pass"
+    )
+    killed = 0
+    for moment in (0.2, 0.5, 0.9, 1.4, 2.0, 2.7):  # seconds after the first bytes
+        before = server.sent
+        process = subprocess.Popen([sys.executable, "-c", program])
+        while server.sent == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moment)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 3
+    server.fault = None
+    to_the_end(pull(server.url, copy))
+    assert tree(copy) == tree(cache)
