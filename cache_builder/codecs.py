@@ -287,17 +287,23 @@ def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, flo
 
 
 def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | None = None) -> SoftTargets:
-    """Stored arrays of N rows -> `SoftTargets`; `top_k` keeps fewer tokens than stored (a slice, tail re-derived)."""
+    """Stored arrays of N rows -> `SoftTargets`; `top_k` keeps fewer tokens than stored (a slice, tail re-derived).
+
+    Arrays that were not read are None; without the head's there is no normaliser either, at no temperature.
+    """
     optional: dict[str, Any] = {}
-    if config.top_k:
+    temperatures = config.temperatures
+    if config.top_k and "logprobs" in stored:
         k = config.top_k if top_k is None else top_k
         relative = CODECS[config.logprob_codec].decode(stored)
         log_z = _log_z(stored, relative, config.temperatures)
         optional["logprobs"] = np.ascontiguousarray(relative[:, :k] - log_z[:, [config.temperatures.index(1.0)]])
         if "token_ids" in stored:
             optional["token_ids"] = stored["token_ids"][:, :k].astype(np.int64, order="C")
-    else:
+    elif "log_z" in stored:
         log_z = stored["log_z"]
+    else:  # the head was left out, and what is there answers for no temperature
+        log_z, temperatures = np.empty((len(stored["gold_ids"]), 0), dtype=np.float32), ()
     if "tail_bands" in stored:
         bands = stored["tail_bands"].astype(np.float32, order="C")
         optional["tail_bands"] = bands.reshape(len(bands), len(config.band_temperatures), config.tail_bands)
@@ -309,7 +315,7 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
     return SoftTargets(
         gold_ids=stored["gold_ids"].astype(np.int64),
         log_z=log_z,
-        temperatures=config.temperatures,
+        temperatures=temperatures,
         gold_logprob=stored["gold_logprob"].astype(np.float32),
         gold_rank=stored["gold_rank"].astype(np.int64),
         byte_end=stored["byte_end"].astype(np.int64),

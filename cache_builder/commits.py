@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kd.cache_builder.codecs import ArraySpec
 from kd.cache_builder.files import read_json, sha256_of
@@ -24,10 +24,34 @@ from kd.cache_builder.manifest import (
     ShardRecord,
     shard_record,
 )
+from kd.cache_builder.part import load_part, refuse_absent
 from kd.data.errors import CacheDamageError
 
 OWN_NAMES = {MANIFEST, BUILDING, VOCABULARY, "examples", TARGETS, "commits", ANSWERS}
 """What lies in a cache's folder."""
+
+
+class Origin(Protocol):
+    """Where files of a cache come from that are not on this disk yet; see `mirror`."""
+
+    def commit(self, index: int) -> None:
+        """Have a commit on this disk."""
+
+    def verified(self, name: str, entry: Mapping[str, Any]) -> bytes:
+        """The bytes of a file, as recorded in `entry`."""
+
+    def ask(self, shards: Sequence[int], arrays: Iterable[str] | None) -> None:
+        """Say which shards will be read next, and which of their `shard_files`; None = all."""
+
+
+ORIGINS: dict[Path, Origin] = {}
+"""Directories that are mirrors -> what they mirror."""
+
+
+def ask(root: Path, shards: Sequence[int], arrays: Iterable[str] | None = None) -> None:
+    """Say what will be read next; nothing to do where all of the cache is on this disk."""
+    if root in ORIGINS:
+        ORIGINS[root].ask(shards, arrays)
 
 
 def commit_path(root: Path, index: int) -> Path:
@@ -48,12 +72,18 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 def committed(root: Path, shards: int) -> list[int]:
     """Indices of committed shards, ascending."""
+    if root in ORIGINS:
+        return list(range(shards))
     return [i for i in range(shards) if commit_path(root, i).is_file()]
 
 
 def read_commit(root: Path, manifest: CacheManifest, index: int) -> ShardRecord:
     """The record of a committed shard, checked against the manifest. Raises CacheDamageError."""
     path = commit_path(root, index)
+    if root in ORIGINS:
+        ORIGINS[root].commit(index)
+    if not path.exists():
+        refuse_absent(root, manifest, index)
     document = read_json(path)
     record = shard_record(document, path)
     first, stop, rows = manifest.shards[index]
@@ -85,8 +115,21 @@ def inside(root: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(root.resolve())
 
 
+def stored_bytes(root: Path, manifest: CacheManifest, index: int) -> dict[str, int]:
+    """Array name (or `examples`) -> bytes of each file of a shard that this copy holds; a mirror's as committed."""
+    files = shard_files(manifest.arrays, index)
+    if root in ORIGINS:
+        entries = read_commit(root, manifest, index).files
+        return {array: int(entries[name]["bytes"]) for array, name in files.items()}
+    part = load_part(root, manifest)
+    return {array: file_size(root, name, shard=index) for array, name in files.items()
+            if part is None or array == "examples" or array in part.arrays}  # fmt: skip
+
+
 def verified_bytes(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
     """The bytes of a file of the cache. Raises CacheDamageError unless size and SHA-256 are the recorded ones."""
+    if root in ORIGINS:
+        return ORIGINS[root].verified(name, entry)
     path, size = root / name, file_size(root, name, **where)
     data = path.read_bytes() if size == entry["bytes"] else b""
     _refuse(path, entry, len(data) if data else size, lambda: hashlib.sha256(data).hexdigest(), where)
@@ -95,6 +138,9 @@ def verified_bytes(root: Path, name: str, entry: Mapping[str, Any], **where: obj
 
 def verify_file(root: Path, name: str, entry: Mapping[str, Any], **where: object) -> None:
     """The same without holding the bytes: for files that nobody reads now."""
+    if root in ORIGINS:
+        ORIGINS[root].verified(name, entry)
+        return
     path, size = root / name, file_size(root, name, **where)
     _refuse(path, entry, size, lambda: sha256_of(path), where)
 

@@ -8,6 +8,7 @@ cache goes through its own shuffled epochs, one after another, so none of its ex
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,13 @@ import numpy as np
 
 from kd.cache_builder.derive import refuse_unlike
 from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.registry import located
 from kd.cache_builder.store import Shard
 from kd.data.errors import CacheError, DataError
 
 
 def weighted(spec: str) -> list[tuple[str, float]]:
     """`A=0.7,B=0.3` -> `[("A", 0.7), ("B", 0.3)]`; one cache has the weight 1. Raises DataError."""
-    if Path(spec).exists() or "=" not in spec:
+    if Path(spec).exists() or not re.search(r"=[^,/]*(,|$)", spec):
         return [(spec, 1.0)]
     parts = []
     for item in spec.split(","):
@@ -39,18 +39,22 @@ def weighted(spec: str) -> list[tuple[str, float]]:
     return [(path, weight / total) for path, weight in parts]
 
 
-def open_cache(spec: str, *, top_k: int | None = None) -> CacheReader:
+def open_cache(spec: str, *, top_k: int | None = None, cache_bytes: int | None = None) -> CacheReader:
     """A reader of one cache, or of a mixture. Raises CacheError."""
     parts = weighted(spec)
-    return CacheReader(parts[0][0], top_k=top_k) if len(parts) == 1 else MixedReader(parts, top_k=top_k)
+    if len(parts) == 1:
+        return CacheReader(parts[0][0], top_k=top_k, cache_bytes=cache_bytes)
+    return MixedReader(parts, top_k=top_k, cache_bytes=cache_bytes)
 
 
 class MixedReader(CacheReader):
     """Examples of all caches, numbered one cache after another; weights say how often each is drawn."""
 
-    def __init__(self, parts: Sequence[tuple[str, float]], *, top_k: int | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[str, float]], *, top_k: int | None = None, cache_bytes: int | None = None
+    ) -> None:
         """Raises CacheMismatchError unless tokenizer, blocks and settings are equal; teacher and text may differ."""
-        self.parts = [CacheReader(path, top_k=top_k) for path, _ in parts]
+        self.parts = [CacheReader(path, top_k=top_k, cache_bytes=cache_bytes) for path, _ in parts]
         self.weights = np.array([weight for _, weight in parts])
         refuse_unlike(self.parts, ("tokenizer", "blocks", "targets"), "these caches cannot be mixed")
         sizes = {r.manifest.vocabulary_size for r in self.parts}
@@ -63,12 +67,20 @@ class MixedReader(CacheReader):
                   for a, b, rows in r.manifest.shards]  # fmt: skip
         mixture = [[r.manifest.fingerprint, float(w)] for r, w in zip(self.parts, self.weights, strict=True)]
         names = [str(r.manifest.provenance.get("teacher")) for r in self.parts]
-        self._open(Path(", ".join(str(located(path)) for path, _ in parts)), replace(
+        self._open(Path(", ".join(str(r.root) for r in self.parts)), replace(
             first, identity=first.identity | {"mixture": mixture}, examples=int(self._examples[-1]),
             rows=sum(r.manifest.rows for r in self.parts), shards=tuple(shards),
             commits=tuple(c for r in self.parts for c in r.manifest.commits),
             provenance=first.provenance | {"teacher": ", ".join(dict.fromkeys(names))},
         ), top_k, self.parts[0].window)  # fmt: skip
+
+    def keep(self, arrays: Sequence[str]) -> None:
+        """Read no other stored arrays than these from now on."""
+        for reader in self.parts:
+            reader.keep(arrays)
+
+    def announce(self, batches: Sequence[Sequence[int]]) -> None:
+        """Nothing: caches of a mixture fetch from URLs as they are touched."""
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """`(tokens [E], rows [E])` of every example, one cache after another."""

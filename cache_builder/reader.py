@@ -9,6 +9,7 @@ Batch size and world size do not enter, so a run may be resumed or re-split with
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -19,6 +20,7 @@ import numpy as np
 
 from kd.cache_builder import codecs, commits, store
 from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.part import Part, load_part
 from kd.cache_builder.registry import located
 from kd.cache_builder.rows import read_vocabulary, tokens_digest
 from kd.cache_builder.targets import SoftTargets
@@ -47,12 +49,15 @@ class CachedExample:
 class CacheReader:
     """Random access to a complete cache by example number; thread-safe."""
 
-    def __init__(self, path: str | Path, *, top_k: int | None = None, window: int = 16) -> None:
-        """`path` may be the beginning of a fingerprint; `top_k` keeps fewer tokens than stored.
+    def __init__(
+        self, path: str | Path, *, top_k: int | None = None, window: int = 16, cache_bytes: int | None = None
+    ) -> None:
+        """`path` may be a URL: its files are then fetched as they are touched, and `cache_bytes` of them kept, see `mirror`.
 
-        Raises CacheError for an incomplete cache or an impossible k.
+        It may be the beginning of a fingerprint, see `registry`. `top_k` keeps fewer tokens than stored. Raises CacheError for an
+        incomplete cache or an impossible k.
         """
-        root = located(path)
+        root = _root(path, cache_bytes)
         manifest = load_manifest(root)
         if not manifest.complete:
             done = len(commits.committed(root, len(manifest.shards)))
@@ -69,6 +74,15 @@ class CacheReader:
                              expected=f"1..{self.config.top_k}")  # fmt: skip
         self.top_k = top_k
         self.window = window
+        self.part: Part | None = load_part(root, manifest)
+        self.shards: Sequence[int] = range(len(manifest.shards)) if self.part is None else self.part.shards
+        """Shards that this copy holds: all, but for a part of a cache."""
+        self._arrays: Sequence[str] | None = None
+        self._position: dict[tuple[int, ...], int] = {}
+        """Of each announced batch."""
+        self._loads: list[tuple[int, int]] = []
+        """(batch, shard) of every shard that will be loaded, in order."""
+        self._asked = -1
         self._starts = np.array([first for first, _, _ in manifest.shards])
         self._shards: OrderedDict[int, store.Shard] = OrderedDict()
         self._lock = threading.Lock()
@@ -76,20 +90,30 @@ class CacheReader:
     def __len__(self) -> int:
         return self.manifest.examples
 
+    def keep(self, arrays: Sequence[str]) -> None:
+        """Read no other stored arrays than these from now on. Raises CacheError where this copy does not hold them."""
+        if self.part is not None:
+            self.part.require(arrays, self.root)
+        self._arrays = arrays
+        with self._lock:
+            self._shards.clear()
+
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """`(tokens [E], rows [E])` of every example: context + target tokens, and target tokens alone."""
-        tokens: list[int] = []
-        rows: list[int] = []
-        for index in range(len(self.manifest.shards)):
+        """`(tokens [E], rows [E])` of every example: context + target tokens, and target tokens alone; 0 if not here."""
+        tokens, rows = np.zeros(len(self), dtype=np.int64), np.zeros(len(self), dtype=np.int64)
+        for place, index in enumerate(self.shards):
+            if place % self.window == 0:
+                commits.ask(self.root, self.shards[place : place + 4 * self.window], ["examples"])
             table = store.read_example_table(self.root, self.manifest, index, ["n_tokens", "row_start", "row_end"])
-            tokens += table["n_tokens"]
-            rows += [b - a for a, b in zip(table["row_start"], table["row_end"], strict=True)]
-        return np.array(tokens), np.array(rows)
+            of_shard = slice(*self.manifest.shards[index][:2])
+            tokens[of_shard] = table["n_tokens"]
+            rows[of_shard] = np.array(table["row_end"]) - np.array(table["row_start"])
+        return tokens, rows
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """`[E]` example numbers in the order of one epoch: a function of (seed, epoch) and the cache's shards."""
+        """`[E]` example numbers in the order of one epoch: a function of (seed, epoch) and the shards that are here."""
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        shards = rng.permutation(len(self.manifest.shards))
+        shards = rng.permutation(np.asarray(self.shards))
         parts = []
         for start in range(0, len(shards), self.window):
             ranges = [np.arange(*self.manifest.shards[s][:2]) for s in shards[start : start + self.window]]
@@ -102,12 +126,41 @@ class CacheReader:
             if index in self._shards:
                 self._shards.move_to_end(index)
                 return self._shards[index]
-        loaded = store.read_shard(self.root, self.manifest, index)
+        if not self._loads:
+            commits.ask(self.root, [index], self._names())
+        loaded = store.read_shard(self.root, self.manifest, index, names=self._arrays)
         with self._lock:
             self._shards[index] = loaded
             while len(self._shards) > self.window + 1:
                 self._shards.popitem(last=False)
         return loaded
+
+    def announce(self, batches: Sequence[Sequence[int]]) -> None:
+        """Say in which order `read` will be asked for examples: a mirror then fetches shards before they are needed."""
+        if self.root not in commits.ORIGINS:
+            return
+        memory: OrderedDict[int, None] = OrderedDict()  # which shards `shard` will hold, and when it loads another
+        for number, batch in enumerate(batches):
+            self._position[tuple(batch)] = number
+            for index in np.unique(np.searchsorted(self._starts, batch, side="right") - 1).tolist():
+                if index not in memory:
+                    self._loads.append((number, index))
+                memory[index] = None
+                memory.move_to_end(index)
+                if len(memory) > self.window + 1:
+                    memory.popitem(last=False)
+        self._ask(-1)
+
+    def _ask(self, batch: int) -> None:
+        after = bisect_right(self._loads, (batch, -1))
+        if after == self._asked:
+            return
+        self._asked = after
+        coming = dict.fromkeys(index for _, index in self._loads[after : after + 2 * self.window])
+        commits.ask(self.root, list(coming), self._names())
+
+    def _names(self) -> list[str] | None:
+        return None if self._arrays is None else [*self._arrays, "examples"]
 
     def locate(self, example: int) -> tuple[store.Shard, int]:
         """The shard that holds an example, and its number in that shard."""
@@ -140,6 +193,9 @@ class CacheReader:
         return self._decode(examples)[1]
 
     def _decode(self, examples: Sequence[int]) -> tuple[list[tuple[store.Shard, int]], SoftTargets]:
+        batch = self._position.get(tuple(int(e) for e in examples)) if self._position else None
+        if batch is not None:
+            self._ask(batch)
         located = [self.locate(int(e)) for e in examples]
         spans = [(s, slice(s.examples["row_start"][i], s.examples["row_end"][i])) for s, i in located]
         names = list(located[0][0].arrays)
@@ -171,6 +227,15 @@ class CacheReader:
     def vocabulary(self) -> list[bytes]:
         """The bytes every teacher id stands for."""
         return read_vocabulary(self.root, self.manifest)
+
+
+def _root(path: str | Path, cache_bytes: int | None) -> Path:
+    """The directory to read from; what fetches from URLs is imported for one."""
+    if "://" not in str(path):
+        return located(path)
+    from kd.cache_builder.mirror import open_cache
+
+    return open_cache(path, cache_bytes)
 
 
 def take_rows(targets: SoftTargets, rows: slice) -> SoftTargets:

@@ -63,6 +63,7 @@ from kd.cache_builder.manifest import (
     load_manifest,
     refuse_mismatch,
 )
+from kd.cache_builder.part import load_part
 from kd.cache_builder.rows import code_table, pack, unpack
 from kd.cache_builder.tables import read_table
 from kd.data.errors import CacheDamageError, CacheMismatchError
@@ -280,10 +281,15 @@ class Shard:
 def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[str] | None = None) -> Shard:
     """Read a shard after checking every file it needs against its commit. Raises CacheDamageError.
 
-    `names` are of stored arrays (`manifest.arrays`); what comes back is unpacked.
+    `names` are of stored arrays (`manifest.arrays`), None = all that this copy holds; what comes back is unpacked.
     """
     record = read_commit(root, manifest, index)
-    wanted = [a for a in manifest.arrays if names is None or a.name in names]
+    part = load_part(root, manifest)
+    if names is None:
+        names = [a.name for a in manifest.arrays] if part is None else part.arrays
+    elif part is not None:
+        part.require(names, root)
+    wanted = [a for a in manifest.arrays if a.name in names]
     files = shard_files(wanted, index)
     data = {n: verified_bytes(root, f, record.files[f], shard=index, array=n) for n, f in files.items()}
     return decode_files(root, manifest, record, data)

@@ -7,23 +7,30 @@ from typing import Any
 
 from kd.cache_builder import commits
 from kd.cache_builder.manifest import load_manifest
+from kd.cache_builder.part import load_part
 from kd.cache_builder.reader import quality_means
 
 
 def cache_summary(path: Path) -> dict[str, Any]:
     """What `kd cache info` prints: identity, sizes, measured quality."""
     manifest = load_manifest(path)
+    part = load_part(path, manifest)
     means, targets = quality_means(manifest), manifest.targets
-    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    done = commits.committed(path, len(manifest.shards))
+    done = commits.committed(path, len(manifest.shards)) if part is None else part.shards
+    commits.ask(path, done, ())
     rows = sum(manifest.shards[i][2] for i in done)
-    arrays = {}
-    for spec in manifest.arrays:
-        stored = sum(commits.file_size(path, commits.shard_files([spec], i)[spec.name], shard=i) for i in done)
-        arrays[spec.name] = round(stored / rows, 2) if rows else None
+    stored: dict[str, int] = {}
+    for index in done:
+        for array, count in commits.stored_bytes(path, manifest, index).items():
+            stored[array] = stored.get(array, 0) + count
+    arrays = {a.name: round(stored[a.name] / rows, 2) if rows and a.name in stored else None for a in manifest.arrays}
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    if path in commits.ORIGINS:  # what is on this disk just now says little
+        size = sum(stored.values()) + sum(int(entry["bytes"]) for entry in manifest.files.values())
     return {
         "fingerprint": manifest.fingerprint,
-        "complete": manifest.complete,
+        "complete": manifest.complete and part is None,
+        "part_of_a_cache": part is not None,
         "examples": manifest.examples,
         "rows": manifest.rows,
         "shards": len(manifest.shards),

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kd.cache_builder import codecs, commits, store
+from kd.cache_builder.codecs import ArraySpec
 from kd.cache_builder.files import unfinished
 from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.part import PARTIAL, load_part
 from kd.cache_builder.rows import tokens_digest
 from kd.cache_builder.targets import SoftTargets
 from kd.data.errors import CacheDamageError, KdError
+
+BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
+"""The dataset card, and what git and the hub's client leave beside a cache: no reader looks at it."""
 
 
 @dataclass(frozen=True)
@@ -56,39 +62,58 @@ def verify(root: str | Path, *, promises: bool = True) -> Iterator[VerifyProgres
     """
     root = Path(root)
     manifest = load_manifest(root)
+    part = load_part(root, manifest)
     findings: list[Finding] = []
-    total = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
-    done = 0
-    known = {"manifest.json", "building.json"}
-    present = range(len(manifest.shards)) if manifest.complete else commits.committed(root, len(manifest.shards))
+    known = {"manifest.json", "building.json", PARTIAL}
+    present: Sequence[int] = range(len(manifest.shards))
+    if part is not None:
+        present = part.shards
+    elif not manifest.complete:
+        present = commits.committed(root, len(manifest.shards))
+    arrays = [a for a in manifest.arrays if part is None or a.name in part.arrays]
     for name, entry in manifest.files.items():
         known.add(name)
         if present or (root / name).exists():  # a build that has no shard yet may still be laying out the directory
             findings += _check_file(root, name, entry)
     for index in present:
         known |= {f"commits/{index:05d}.json", *commits.shard_files(manifest.arrays, index).values()}
+    done, total = 0, sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    if root in commits.ORIGINS:
+        total = _committed_bytes(root, manifest, present)
 
     def check(index: int) -> list[Finding]:
-        return list(_check_shard(root, manifest, index, promises))
+        return list(_check_shard(root, manifest, index, arrays, promises))
 
-    workers = os.cpu_count() or 1
+    workers = 1 if root in commits.ORIGINS else os.cpu_count() or 1
     with ThreadPoolExecutor(workers, thread_name_prefix="kd-verify") as pool:
         waiting: deque[tuple[int, Future[list[Finding]]]] = deque()
-        for index in [*present, *[None] * workers]:
-            if index is not None:
-                waiting.append((index, pool.submit(check, index)))
-            if waiting and (index is None or len(waiting) > workers):  # few at a time: each holds a shard
+        for place, shard in enumerate([*present, *[None] * workers]):
+            if shard is not None:
+                commits.ask(root, present[place : place + workers + 4])
+                waiting.append((shard, pool.submit(check, shard)))
+            if waiting and (shard is None or len(waiting) > workers):  # few at a time: each holds a shard
                 checked, future = waiting.popleft()
                 findings += future.result()
-                done += sum(_size(root / n) for n in commits.shard_files(manifest.arrays, checked).values())
+                done += sum(_size(root / n) for n in commits.shard_files(arrays, checked).values())
                 yield VerifyProgress(done, total, tuple(findings))
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if any(unfinished(part) for part in path.relative_to(root).parts):  # a builder of another host may still run
+        names = path.relative_to(root).parts
+        if names[0] in BESIDE or any(unfinished(n) for n in names):  # a builder of another host may still run
             continue
         if path.is_file() and name not in known and manifest.complete:
             findings.append(Finding(name, "a file that no commit knows"))
     yield VerifyProgress(total, total, tuple(findings))
+
+
+def _committed_bytes(root: Path, manifest: CacheManifest, present: Sequence[int]) -> int:
+    """Bytes of the shards of a mirror, as far as their commits can be had."""
+    commits.ask(root, present, ())
+    total = 0
+    for index in present:
+        with suppress(KdError):  # it is found again, and named, when the shard is checked
+            total += commits.read_commit(root, manifest, index).bytes
+    return total
 
 
 def _size(path: Path) -> int:
@@ -103,7 +128,9 @@ def _check_file(root: Path, name: str, entry: dict[str, object]) -> list[Finding
     return []
 
 
-def _check_shard(root: Path, manifest: CacheManifest, index: int, promises: bool) -> Iterator[Finding]:
+def _check_shard(
+    root: Path, manifest: CacheManifest, index: int, arrays: Sequence[ArraySpec], promises: bool
+) -> Iterator[Finding]:
     commit = f"commits/{index:05d}.json"
     rows = manifest.shards[index][2]
     start = index * manifest.layout.shard_rows
@@ -114,7 +141,7 @@ def _check_shard(root: Path, manifest: CacheManifest, index: int, promises: bool
         yield Finding(commit, error.headline, index, None, whole)
         return
     data: dict[str, bytes] = {}
-    files = commits.shard_files(manifest.arrays, index)
+    files = commits.shard_files(arrays, index)
     for array, name in files.items():
         try:
             data[array] = commits.verified_bytes(root, name, record.files[name])

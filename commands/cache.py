@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.cache_check import cache_repair, cache_verify
-from kd.commands.cache_copies import cache_ls, cache_merge, cache_slice
 from kd.commands.console import emit, follow, quiet_libraries
-from kd.commands.options import PATH, RECORDED, RecordedCommand, build_options, json_option, reuse_options, unescaped
+from kd.commands.lazy import LazyCommands
+from kd.commands.options import RECORDED, RecordedCommand, build_options, json_option, reuse_options, unescaped
 
 if TYPE_CHECKING:
     from kd.cache_builder.build import BuildPlan, BuildProgress, BuildRequest
@@ -21,9 +20,18 @@ NOT_RECORDED = {"out", "as_json", "shard", "profile_build", "extend", "reuse"}
 """Options of a build that say nothing about what is in it."""
 
 
-@click.group()
+ELSEWHERE = {
+    "ls": "kd.commands.cache_copies:cache_ls", "merge": "kd.commands.cache_copies:cache_merge",
+    "pull": "kd.commands.share:cache_pull", "push": "kd.commands.share:cache_push",
+    "repair": "kd.commands.cache_check:cache_repair", "slice": "kd.commands.cache_copies:cache_slice",
+    "verify": "kd.commands.cache_check:cache_verify",
+}  # fmt: skip
+"""The group's commands in other modules."""
+
+
+@click.group(commands=LazyCommands(ELSEWHERE))
 def cache() -> None:
-    """Build, inspect and check teacher-logit caches."""
+    """Build, inspect, check and share teacher-logit caches."""
 
 
 def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dict[str, str], limit: int | None,
@@ -191,20 +199,17 @@ def run_build(plan: BuildPlan) -> BuildProgress:
 
 
 @cache.command("info")
-@click.argument("path", type=PATH)
+@click.argument("path", metavar="PATH_OR_URL")
 @json_option
-def cache_info(path: Path, as_json: bool) -> None:
+def cache_info(path: str, as_json: bool) -> None:
     """Show a cache's identity, bytes per token, mass kept and decoding error, as measured during the build.
 
     Example: kd cache info runs/cache
     """
+    from kd.cache_builder.mirror import open_cache
     from kd.cache_builder.summary import cache_summary
 
-    result = cache_summary(path)
+    result = cache_summary(open_cache(path))
     if not as_json:
         result["array_bytes_per_token"] = ", ".join(f"{k} {v}" for k, v in result["array_bytes_per_token"].items())
-    emit(result, as_json, str(path))
-
-
-for command in (cache_verify, cache_repair, cache_slice, cache_merge, cache_ls):
-    cache.add_command(command)
+    emit(result, as_json, path)

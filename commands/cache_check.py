@@ -18,27 +18,32 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("path", type=PATH)
+@click.argument("path", metavar="PATH_OR_URL")
 @click.option(
     "--checksums", is_flag=True, help="Compare bytes with their digests and decode nothing: as fast as SHA-256."
 )
 @json_option
-def cache_verify(path: Path, checksums: bool, as_json: bool) -> None:
+def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     """Check every checksum and promise; name the damaged shard, array and rows. Exit code 3 on damage.
 
     Example: kd cache verify runs/cache
     """
+    from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.mirror import open_cache
+    from kd.cache_builder.part import load_part
     from kd.cache_builder.verify import verify
 
-    last = follow(
-        "verifying",
-        verify(path, promises=not checksums),
-        lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"),
-    )
+    root = open_cache(path)
+    part = load_part(root, load_manifest(root))
+    steps = verify(root, promises=not checksums)
+    last = follow("verifying", steps, lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
     findings = [asdict(f) for f in last.findings]
     if as_json:
-        emit_json({"path": str(path), "bytes": last.bytes_total, "sound": not findings, "findings": findings})
+        emit_json({"path": path, "bytes": last.bytes_total, "sound": not findings, "findings": findings}
+                  | ({} if part is None else {"part": {"shards": len(part.shards), "arrays": list(part.arrays)}}))  # fmt: skip
     else:
+        if part is not None:
+            click.echo(f"{path}: a part of a cache, {len(part.shards)} shards of arrays {', '.join(part.arrays)}")
         print_findings(path, last.findings)
         click.echo(f"{last.bytes_total:,} bytes checked")
     if findings:
@@ -48,14 +53,17 @@ def cache_verify(path: Path, checksums: bool, as_json: bool) -> None:
 @click.command("repair")
 @click.argument("path", type=PATH)
 @click.option(
-    "--from", "copy", type=PATH, metavar="COPY", help="A second copy of the cache: damaged files are taken from it."
+    "--from",
+    "place",
+    metavar="COPY",
+    help="A second copy, a folder or a URL: damaged files are taken from it.",
 )
 @click.option("--teacher", help="Where the same teacher is now, if not where the build found it.")
 @click.option("--data", "spec", help="Where the same text is now.")
 @click.option("--task-root", type=PATH, help="Tasks: where the same local files are now.")
 @click.option("--device", help="auto, cpu or cuda; the build's own by default.")
 @json_option
-def cache_repair(path: Path, copy: Path | None, as_json: bool, **moved: Any) -> None:
+def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> None:
     """Mend a damaged cache: from a second copy, else by building the damaged shards again, and nothing else.
 
     Without --from the teacher runs over the damaged shards, with the options the cache was built with (they are recorded in it).
@@ -65,11 +73,13 @@ def cache_repair(path: Path, copy: Path | None, as_json: bool, **moved: Any) -> 
     """
     from kd.cache_builder.commits import committed
     from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.mirror import open_cache
     from kd.cache_builder.repair import mend, mend_manifest, reopen
     from kd.commands.cache import rebuild
     from kd.data.errors import CacheDamageError
 
     mended: list[str] = []
+    copy = None if place is None else open_cache(place)
     if copy is not None and mend_manifest(path, copy):
         mended.append("manifest.json")
     before, findings = load_manifest(path), verified(path)
@@ -96,7 +106,7 @@ def cache_repair(path: Path, copy: Path | None, as_json: bool, **moved: Any) -> 
                    "sound": not findings, "findings": [asdict(f) for f in findings]})  # fmt: skip
     else:
         for name in mended:
-            click.echo(f"{name}: taken from {copy}")
+            click.echo(f"{name}: taken from {place}")
         if rebuilt:
             bytes_are = (
                 "the same bytes"
@@ -118,7 +128,7 @@ def verified(path: Path) -> tuple[Finding, ...]:
     ).findings
 
 
-def print_findings(path: Path, findings: Sequence[Finding]) -> None:
+def print_findings(path: Path | str, findings: Sequence[Finding]) -> None:
     """A line for each, and the verdict."""
     for finding in findings:
         place = [f"shard {finding.shard}" if finding.shard is not None else "", finding.array or "",

@@ -39,7 +39,9 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     "spec",
     help="Data spec for perplexity, choices (examples with choices), generation (prompt and target) and --teacher.",
 )
-@click.option("--cache", type=PATH, help="Cache for agreement: KL and JSD to its teacher, top-1, calibration.")
+@click.option(
+    "--cache", metavar="PATH_OR_URL", help="Cache for agreement: KL and JSD to its teacher, top-1, calibration."
+)
 @click.option(
     "--teacher", help="Model for agreement on --data, instead of a cache: hub id, folder, demo, or random:NAME."
 )
@@ -95,7 +97,7 @@ def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     "--out", type=PATH, help="Folder for eval.json (a sub-folder per model, numbered, when there are several)."
 )
 @json_option
-def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: Path | None, out: Path | None, as_json: bool,
+def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: str | None, out: Path | None, as_json: bool,
              separator: str, stop: str | None, metrics: str | None, rouge_stemmer: bool, bertscore_model: str | None,
              bertscore_layer: int | None, **options: Any) -> None:  # fmt: skip
     """Score one or more models.

@@ -29,6 +29,25 @@ def parse_floats(_: click.Context, __: click.Parameter, value: str | None) -> tu
         raise click.BadParameter("expected numbers separated by commas, e.g. 1,2,4") from error
 
 
+def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    from kd.cache_builder.mirror import byte_count
+    from kd.data.errors import DataError
+
+    try:
+        return None if value is None else byte_count(value)
+    except DataError as error:
+        raise click.BadParameter("expected a size, e.g. 20GB or 512MiB") from error
+
+
+def parse_range(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    first, sign, stop = value.partition(":")
+    if not (sign and first.isdigit() and stop.isdigit()):
+        raise click.BadParameter("expected A:B, e.g. 0:1000")
+    return int(first), int(stop)
+
+
 def unescaped(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 

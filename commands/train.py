@@ -13,7 +13,7 @@ import click
 
 from kd.commands.console import emit, progress_bar, quiet_libraries
 from kd.commands.evaluate import run_evaluation
-from kd.commands.options import PATH, json_option, unescaped
+from kd.commands.options import PATH, json_option, parse_bytes, unescaped
 
 if TYPE_CHECKING:
     from kd.evaluation.midway_scores import ScorePlan
@@ -23,8 +23,15 @@ if TYPE_CHECKING:
 @click.command()
 @click.option(
     "--cache", multiple=True, metavar="CACHE[=WEIGHT]",
-    help="Path, or the beginning of a fingerprint. Several, each with a weight, are mixed: --cache A=0.7 --cache B=0.3.",
+    help="Path, URL (hf://datasets/…, s3://…, https://…), or the beginning of a fingerprint. Several, each with a weight, "
+    "are mixed: --cache A=0.7 --cache B=0.3.",
 )  # fmt: skip
+@click.option(
+    "--cache-bytes",
+    callback=parse_bytes,
+    metavar="SIZE",
+    help="Of a URL: most bytes of it kept on this disk, e.g. 20GB. Default: KD_CACHE_BYTES, or 20GB.",
+)
 @click.option("--student", help="Hub id, folder, demo, demo-t5, or random:NAME.")
 @click.option("--out", help="Folder of the run.")
 @click.option(

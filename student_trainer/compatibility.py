@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kd.cache_builder.manifest import CacheManifest
+from kd.cache_builder.part import part_of
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import PROFILES, TargetConfig
 from kd.data.errors import CacheMismatchError, DataError, unknown_name
@@ -118,6 +120,17 @@ def resolve_objective(
         raise DataError("draws serve temperature 1 only", found=f"--temperature {temperature:g}", expected="1",
                         try_="--tail ghost with a cache of profile kl")  # fmt: skip
     return Objective(loss, tail, weight, temperature, ce_weight, settings)
+
+
+def needed_arrays(objective: Objective, manifest: CacheManifest) -> tuple[str, ...]:
+    """Stored arrays that training with this objective reads, in the manifest's order."""
+    loss = LOSSES[objective.loss]
+    wanted = {"logprobs"} if loss.groups else set()  # groups ask for normalisers, which follow from the head
+    if "ids" in loss.needs:
+        wanted |= {"sample_ids"} if objective.tail == "sampled" else {"token_ids", "logprobs"}
+    if "bands" in loss.needs:
+        wanted |= {"tail_bands"}
+    return part_of(manifest, arrays=wanted & {a.name for a in manifest.arrays}).arrays
 
 
 def _tail(config: TargetConfig, loss: str, tail: str) -> str:

@@ -33,7 +33,7 @@ class TrainConfig:
     """Settings of one run. Equal settings, cache and library versions give equal weights on one machine."""
 
     cache: str
-    """Path of the cache."""
+    """Path or URL of the cache."""
     student: str
     """`demo`, `random:NAME`, a folder, or a hub id."""
     out: str
@@ -98,6 +98,8 @@ class TrainConfig:
     tokenizer: str | None = None
     """Of a random student."""
     device: str = "auto"
+    cache_bytes: int | None = None
+    """Of a cache that is read from a URL: most bytes of its shards kept on this disk; None = as in `cache_builder.mirror`."""
     save_every: int = 0
     """Optimizer steps between checkpoints; 0 = at the end only."""
     log_every: int = 10
@@ -123,7 +125,7 @@ class TrainConfig:
         if self.tokens_per_batch is not None and self.batch_size is not None:
             raise DataError("two batch sizes were given", found="--tokens-per-batch and --batch-size", expected="one")
         for name in ("tokens_per_batch", "batch_size", "accumulate", "max_steps", "lora", "log_every", "head_chunk",
-                     "seq_len", "target_len"):  # fmt: skip
+                     "seq_len", "target_len", "cache_bytes"):  # fmt: skip
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise DataError(f"{name.replace('_', ' ')} must be at least 1", found=number)
@@ -139,7 +141,7 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued: everything but where and how often to write."""
-        ignored = ("out", "cache", "save_every", "log_every", "report_to", "device")
+        ignored = ("out", "cache", "cache_bytes", "save_every", "log_every", "report_to", "device")
         return {k: v for k, v in asdict(self).items() if k not in ignored}
 
 

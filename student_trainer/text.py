@@ -68,9 +68,10 @@ class StudentText:
         )
         self.truncated = 0
         """Examples that did not fit the window."""
-        self.teacher_has_eos: list[bool] = []
-        self._examples: list[StudentExample] = []
-        for example, cached, ends in _texts(reader):
+        self.teacher_has_eos = [False] * len(reader)
+        self._examples: dict[int, StudentExample] = {}
+        self._count = len(reader)
+        for number, example, cached, ends in _texts(reader):
             # equal tokenizers read the very same tokens, also where a block begins inside a word
             row, start = (cached, 0) if same else _tokenize(example, tokenizer, pieces, limits, ends)
             fitted = fit_pair(row, limits)
@@ -79,22 +80,24 @@ class StudentText:
                 fitted = TokenRows(example, row.context_ids[:1], row.target_ids[:0], row.byte_end[:0])
             whole = len(fitted.target_ids) == len(row.target_ids)
             side = Side(fitted.byte_end, has_eos=ends and whole and len(fitted.target_ids) > 0, start=start)
-            self.teacher_has_eos.append(ends)
-            self._examples.append(StudentExample(fitted.context_ids, fitted.target_ids, side))
+            self.teacher_has_eos[number] = ends
+            self._examples[number] = StudentExample(fitted.context_ids, fitted.target_ids, side)
 
     def __getitem__(self, example: int) -> StudentExample:
         return self._examples[example]
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone."""
-        rows = np.array([len(e.target_ids) for e in self._examples])
-        return rows + np.array([len(e.context_ids) for e in self._examples]), rows
+        """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone; 0 for examples that are not here."""
+        contexts, rows = np.zeros(self._count, dtype=np.int64), np.zeros(self._count, dtype=np.int64)
+        for number, example in self._examples.items():
+            contexts[number], rows[number] = len(example.context_ids), len(example.target_ids)
+        return contexts + rows, rows
 
 
-def _texts(reader: CacheReader) -> Iterator[tuple[Example, TokenRows, bool]]:
-    """`(text, the teacher's tokens, does the target end with EOS)` of every example, in order."""
+def _texts(reader: CacheReader) -> Iterator[tuple[int, Example, TokenRows, bool]]:
+    """`(number, text, the teacher's tokens, does the target end with EOS)` of every example that is here, in order."""
     eos = reader.manifest.identity["tokenizer"].get("eos_token_id")
-    for index in range(len(reader.manifest.shards)):
+    for index in reader.shards:
         shard = reader.shard(index)
         table, gold, byte_end = shard.examples, shard.arrays["gold_ids"], shard.arrays["byte_end"]
         for i, name in enumerate(table["id"]):
@@ -102,7 +105,13 @@ def _texts(reader: CacheReader) -> Iterator[tuple[Example, TokenRows, bool]]:
             example = Example(name, table["target"][i], table["prompt"][i])
             context = np.asarray(table["context_ids"][i], dtype=np.int32)
             ids = gold[rows].astype(np.int32)
-            yield example, TokenRows(example, context, ids, byte_end[rows].astype(np.int64)), bool(ids[-1] == eos)
+            number = shard.first_example + i
+            yield (
+                number,
+                example,
+                TokenRows(example, context, ids, byte_end[rows].astype(np.int64)),
+                bool(ids[-1] == eos),
+            )
 
 
 def _tokenize(example: Example, tokenizer: Tokenizer, pieces: list[bytes], blocks: BlockConfig,

@@ -44,6 +44,7 @@ from kd.data.models import (
     resolve_device,
 )
 from kd.student_trainer.compatibility import (
+    needed_arrays,
     resolve_objective,
 )
 from kd.student_trainer.config import LORA_TARGETS, OPTIMIZERS, SCHEDULES, TrainConfig
@@ -90,12 +91,13 @@ def train(
 
     midway   what to score while the student learns; changes nothing of the training
     """
-    reader = open_cache(config.cache, top_k=config.top_k)
+    reader = open_cache(config.cache, top_k=config.top_k, cache_bytes=config.cache_bytes)
     settings = GroupSettings(edges=rank_edges(reader), ranking=config.ranking, beta=config.beta)
     objective = resolve_objective(
         reader.config, loss=config.loss, tail=config.tail, alpha=config.alpha, temperature=config.temperature,
         ce_weight=config.ce_weight, settings=settings,
     )  # fmt: skip
+    reader.keep(needed_arrays(objective, reader.manifest))
     request = ModelRequest(
         "random:demo-student" if config.student == "demo" else config.student,
         revision=config.revision, device="cpu", dtype="float32", tokenizer=config.tokenizer, seed=config.seed,
@@ -136,6 +138,7 @@ def train(
         batch_size=config.batch_size,
         tokens_per_batch=config.tokens_per_batch or (None if config.batch_size else 4096),
     )  # fmt: skip
+    reader.announce(plan.batches)
     steps = len(plan) // multiple
     arguments.max_steps = steps
     arguments.warmup_steps = int(config.warmup if config.warmup >= 1 else round(config.warmup * steps))
@@ -242,6 +245,7 @@ def _identity(config: TrainConfig, reader: CacheReader, world_size: int) -> dict
         "cache": reader.manifest.fingerprint,
         "cache_shard_rows": reader.manifest.layout.shard_rows,
         "world_size": world_size,
+        **({} if reader.part is None else {"cache_shards": list(reader.part.shards)}),
     }
 
 

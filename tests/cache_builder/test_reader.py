@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from kd.cache_builder import store
 from kd.cache_builder.build import build, plan_build
+from kd.cache_builder.manifest import CacheManifest
 from kd.cache_builder.reader import CacheReader, concatenate, quality_means, take_rows
 from kd.cache_builder.targets import SoftTargets
 from kd.data.errors import CacheError
@@ -151,12 +153,15 @@ def test_examples_of_a_window_are_shuffled_together(reader: CacheReader):
 
 
 def test_an_epoch_touches_each_shard_in_one_window(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    from kd.cache_builder import store
-
     reader = CacheReader(cache, window=2)
     reads = []
     read_shard: Callable = store.read_shard
-    monkeypatch.setattr(store, "read_shard", lambda root, manifest, i: reads.append(i) or read_shard(root, manifest, i))
+
+    def counted(root: Path, manifest: CacheManifest, index: int, names: list[str] | None = None) -> store.Shard:
+        reads.append(index)
+        return read_shard(root, manifest, index, names)
+
+    monkeypatch.setattr(store, "read_shard", counted)
     for number in reader.epoch_order(0, 0):
         reader[int(number)]
     assert sorted(reads) == list(range(len(reader.manifest.shards)))

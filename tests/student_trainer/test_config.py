@@ -121,9 +121,9 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         config_from(NEEDED, tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("name", ["out", "cache", "save_every", "log_every", "report_to", "device"])
+@pytest.mark.parametrize("name", ["out", "cache", "cache_bytes", "save_every", "log_every", "report_to", "device"])
 def test_where_and_how_often_to_write_is_no_part_of_a_run_s_identity(name: str) -> None:
-    other = {"save_every": 3, "log_every": 3}.get(name, "cpu")
+    other = {"save_every": 3, "log_every": 3, "cache_bytes": 9}.get(name, "cpu")
     assert config(**{name: other}).identity() == config().identity()
 
 
@@ -137,7 +137,7 @@ def test_everything_else_is_part_of_a_run_s_identity() -> None:
         "prompt_loss": True, "separator": " ", "seq_len": 9, "lora_targets": "c_attn",
             "target_len": 3, "packing": True,
     }  # fmt: skip
-    free = {"out", "cache", "save_every", "log_every", "report_to", "device"}
+    free = {"out", "cache", "cache_bytes", "save_every", "log_every", "report_to", "device"}
     assert {f.name for f in fields(TrainConfig)} == changed.keys() | free  # a new setting must be put on one side
     for name, value in changed.items():
         assert config(**{name: value}).identity() != config().identity(), name

@@ -1,0 +1,110 @@
+"""Places to share caches at: an S3 server, a hub, web servers, all on loopback."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from servers import FileServer, HubServer, Proxy, Server, nginx
+
+from kd.cache_builder import commits, fetching
+from kd.cache_builder.manifest import Layout
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait a hundredth of a second, where a user's program waits seconds, before another attempt."""
+    monkeypatch.setattr(fetching, "BACKOFF", 0.01)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) -> Path:
+    """A finished `kl` cache of few files: for servers that take their time."""
+    out = tmp_path_factory.mktemp("caches") / "small"
+    run_build(build_request(out, layout=Layout(512, 128)))
+    return out
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache directory of the user's own, and no mirror left registered."""
+    monkeypatch.setenv("KD_HOME", str(tmp_path / "home"))
+    yield tmp_path / "home"
+    commits.ORIGINS.clear()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """`serve(folder, ranges=True)`: a web server over a folder, with a place for faults; `serve.proxy(url)` before another."""
+    servers: list[Server] = []
+
+    def start(folder: Path, ranges: bool = True) -> FileServer:
+        servers.append(FileServer(folder, ranges))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def nginx_over(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
+    """`nginx_over(folder)`: the address of an nginx that serves it."""
+    if shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin") is None:
+        pytest.skip("nginx is not installed (Debian: apt-get install nginx-light)")
+    with ExitStack() as stack:
+        (tmp_path / "nginx").mkdir()
+        yield lambda folder: stack.enter_context(nginx(folder, tmp_path / "nginx"))
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """An S3 server."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before the S3 server, with an empty bucket `shared`, spoken to by everything that reads AWS_ENDPOINT_URL."""
+    import s3fs
+
+    proxy = Proxy(moto)
+    for name, value in (("AWS_ENDPOINT_URL", proxy.url), ("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"),
+                        ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_EC2_METADATA_DISABLED", "true")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    if files.exists("shared"):
+        files.rm("shared", recursive=True)
+    files.mkdir("shared")
+    proxy.log.clear()
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub, spoken to by the hub's own client as it would through HF_ENDPOINT."""
+    from huggingface_hub import constants
+
+    server = HubServer()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)  # what HF_ENDPOINT sets, were it there at import
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    yield server
+    server.close()

@@ -1,0 +1,82 @@
+"""Training from a URL, or from a part of a cache, is training from the directory that holds the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from servers import FileServer
+
+from kd.cache_builder import commits
+from kd.cache_builder.reader import CacheReader
+from kd.cache_builder.transfer import pull
+from kd.data.errors import CacheError, CacheMismatchError
+from kd.student_trainer.compatibility import needed_arrays, resolve_objective
+
+
+@pytest.fixture
+def served(kl_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    monkeypatch.setenv("KD_HOME", str(tmp_path / "home"))
+    server = FileServer(kl_cache)
+    yield server
+    server.close()
+    commits.ORIGINS.clear()
+
+
+def test_a_url_trains_to_the_same_weights_within_a_bound_smaller_than_the_cache(
+    run, served: FileServer, kl_cache: Path
+):
+    reader = CacheReader(kl_cache)
+    largest = max(commits.read_commit(kl_cache, reader.manifest, i).bytes for i in reader.shards)
+    here = run("here", epochs=2.0, max_steps=None)
+    there = run("there", cache=served.url, epochs=2.0, max_steps=None, cache_bytes=2 * largest)
+    assert all(torch.equal(here.weights[name], there.weights[name]) for name in here.weights)
+    assert [r.loss for r in here.records] == [r.loss for r in there.records]
+    root = next(iter(commits.ORIGINS))
+    kept = [p for p in root.rglob("*/c/**/*") if p.is_file()]
+    assert 0 < sum(p.stat().st_size for p in kept) <= 2 * largest
+
+
+def test_a_run_from_a_url_resumes_as_from_the_directory(run, served: FileServer):
+    run("here", max_steps=4, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        run("there", cache=served.url, max_steps=4, save_every=2, stop_after=3)
+    there = run("there", cache=served.url, max_steps=4, save_every=2, resume=True)
+    here = run("again", max_steps=4)
+    assert all(torch.equal(here.weights[name], there.weights[name]) for name in here.weights)
+
+
+def test_plain_fine_tuning_fetches_no_predictions(run, served: FileServer):
+    run("ce", cache=served.url, loss="ce")
+    assert served.gets("gold_ids/c/")
+    assert not served.gets("logprobs/c/")
+    assert not served.gets("token_ids/c/")
+
+
+def test_a_part_with_the_arrays_of_a_loss_trains_that_loss_alone(run, kl_cache: Path, tmp_path: Path):
+    def arrays(manifest):
+        return needed_arrays(resolve_objective(manifest.targets, loss="ce"), manifest)
+
+    list(pull(str(kl_cache), tmp_path / "some", arrays=arrays))
+    whole, part = run("whole", loss="ce"), run("part", loss="ce", cache=str(tmp_path / "some"))
+    assert all(torch.equal(whole.weights[name], part.weights[name]) for name in whole.weights)
+    with pytest.raises(CacheError, match="does not hold those arrays"):
+        run("kl", cache=str(tmp_path / "some"))
+
+
+def test_a_part_trains_on_the_examples_it_holds_and_is_not_mistaken_for_the_whole(run, kl_cache: Path, tmp_path: Path):
+    first, stop, rows = CacheReader(kl_cache).manifest.shards[1]
+    list(pull(str(kl_cache), tmp_path / "some", examples=(first, stop)))
+    done = run("part", cache=str(tmp_path / "some"), epochs=1.0, max_steps=None, batch_size=1)
+    assert done.result.steps == stop - first
+    assert done.records[-1].tokens == rows
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", cache=str(tmp_path / "some"), max_steps=4, save_every=2, stop_after=3)
+    with pytest.raises(CacheMismatchError, match="other settings"):
+        run("cut", max_steps=4, save_every=2, resume=True)
+    text = run(
+        "text", cache=str(tmp_path / "some"), loss="ce", prompt_loss=True, epochs=1.0, max_steps=None, batch_size=1
+    )
+    assert text.result.steps == stop - first  # the student's own tokens, of the texts that are here
