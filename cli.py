@@ -36,9 +36,11 @@ def main() -> None:
 
 COMMANDS = {
     "cache": "kd.commands.cache:cache",
+    "classify": "kd.commands.classify:classify",
     "data": "kd.commands.data:data",
     "demo": "kd.commands.demo:demo",
     "eval": "kd.commands.evaluate:evaluate",
+    "merge": "kd.commands.merge:merge",
     "recipe": "kd.commands.recipe:recipe",
     "report": "kd.commands.evaluate:report",
     "train": "kd.commands.train:train",

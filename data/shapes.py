@@ -69,6 +69,7 @@ def _flan_t5(d_model: int, d_ff: int, layers: int, heads: int, *, vocab: int = 3
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "demo-student": _gpt2(2048, 256, n_embd=96, n_layer=3, n_head=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt2-mini": _gpt2(n_embd=128, n_layer=4, n_head=4),
     "gpt2": _gpt2(),
     "gpt2-medium": _gpt2(n_embd=1024, n_layer=24, n_head=16),
     "gpt-neo-2.7B": _gpt_neo_2_7b,

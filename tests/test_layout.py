@@ -24,7 +24,7 @@ DOORS = {
     "bitsandbytes": {"data/models.py"},
     "click": {"cli.py", "commands/"},
     "rich": {"commands/console.py"},
-    "peft": {"student_trainer/train.py"},
+    "peft": {"student_trainer/train.py", "student_trainer/classify/model.py", "student_trainer/merging/methods.py"},
 }
 """Heavy library -> the modules, or folders of modules, that may import it."""
 
