@@ -3,7 +3,7 @@
 A pair is what the tokenizer makes of `tokenizer(first, second)`: for GPT-2 the two lists of ids one after the other, no
 separator and no space between. Padding is on the right and as short as the batch allows: causal attention never looks
 right, and the head reads the last token that is not padding, so the logits are those of padding to 512
-(`tests/student_trainer/test_classify.py` holds one against the other) at a seventh of the work on SST-2.
+(`tests/merging/test_classify.py` holds one against the other), and rows of GLUE are far shorter.
 """
 
 from __future__ import annotations

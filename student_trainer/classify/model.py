@@ -71,7 +71,7 @@ def last_states(backbone: Any, batch: dict[str, Tensor], pad_id: int) -> Tensor:
     return hidden_BTd[torch.arange(len(last_B), device=last_B.device), last_B]  # type: ignore[no-any-return]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pooled_states(backbone: Any, rows: EncodedRows, *, tokens_per_batch: int = 4096) -> Tensor:
     """What heads read, `[n, d]` float32 on the CPU, in the rows' order."""
     device = next(backbone.parameters()).device

@@ -5,7 +5,7 @@
 
 Held at most: the model being written and a block of one tensor of every model (of RegMean's layers, the whole tensor);
 before that, one model's task vector (Ties' threshold), or one model with its statistics. Seven GPT-2-layout models are
-measured in `tests/student_trainer/test_merge_memory.py`. `apply` with another scaling is a sweep: it reads anew.
+measured in `tests/merging/test_memory.py`. `apply` with another scaling is a sweep: it reads anew.
 """
 
 from __future__ import annotations

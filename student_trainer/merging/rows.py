@@ -63,7 +63,7 @@ class RowSampler:
                 parameter.requires_grad_(False)
             for parameter in part.parameters():
                 parameter.requires_grad_(True)
-            return part, lambda batch: whole(**batch).logits, self._batches(ids, pad, whole.device)
+            return part, lambda batch: whole(**batch).logits, self._batches(ids, pad, limit, whole.device)
         if model.data is None:
             raise DataError(
                 "no text is named for a language model", where=model.name, expected="data: SPEC in the pool"
@@ -76,13 +76,14 @@ class RowSampler:
         def logits(batch: dict[str, Tensor]) -> Tensor:
             return language(**batch).logits[batch["attention_mask"].bool()]  # type: ignore[no-any-return]
 
-        return language, logits, self._batches(ids, pad, language.device)
+        return language, logits, self._batches(ids, pad, limit, language.device)
 
     def _drawn(self, count: int) -> np.ndarray:
         """Row numbers, without replacement."""
         return np.random.default_rng(self.seed).permutation(count)[: self.examples]
 
-    def _batches(self, ids: Sequence[Sequence[int]], pad: int, device: Any) -> Iterator[dict[str, Tensor]]:
+    def _batches(self, ids: Sequence[Sequence[int]], pad: int, limit: int, device: Any) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(ids), self.batch_size):
-            batch = pad_rows(ids[start : start + self.batch_size], pad, length=self.pad_to)
+            width = None if self.pad_to is None else min(self.pad_to, limit)
+            batch = pad_rows(ids[start : start + self.batch_size], pad, length=width)
             yield {name: value.to(device) for name, value in batch.items()}

@@ -57,7 +57,7 @@ def linear_layers(part: Any, names: Collection[str]) -> dict[str, bool]:
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def gram_matrices(part: Any, names: Collection[str], batches: Iterator[dict[str, Tensor]], *,
                   masked: bool) -> dict[str, Tensor]:  # fmt: skip
     """Weight -> X^T X / tokens `[in, in]` of its layer's inputs, on the CPU in float32."""
