@@ -96,7 +96,7 @@ def run_merge(pool: ModelPool, settings: MergeSettings, out: Path, *, sweep: Seq
         model = skeleton(pool, device="cpu")
         tables: list[dict[str, dict[str, Scores]]] = [{}, {}]
         for scaling in scalings:
-            label = settings.method if scaling is None else f"{scaling:g}"
+            label = f"{scaling:g}" if sweep else settings.method
             merger.apply(model, scaling)
             done += 1
             yield MergeProgress(done, total, f"merged {label}")
@@ -174,7 +174,7 @@ def _ensemble(pool: ModelPool, settings: MergeSettings, out: Path, heads: Sequen
     table = GlueTable("method", tuple(h.task.name for h in heads), rows)
     result = MergeResult(str(out), settings.method, pool.names, None, None, table, None, None)
     _write(result, pool, settings, out, None)
-    yield MergeProgress(1, 1, "written", result)
+    yield MergeProgress(len(pool.models) + 1, len(pool.models) + 1, "written", result)
 
 
 def _write(result: MergeResult, pool: ModelPool, settings: MergeSettings, out: Path, select_on: str | None) -> None:
