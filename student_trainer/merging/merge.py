@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ from kd.student_trainer.merging.methods import (
     trimmed,
 )
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
-from kd.student_trainer.merging.statistics import fisher_information, gram_matrices, linear_layers
+from kd.student_trainer.merging.statistics import Batches, fisher_information, gram_matrices, linear_layers
 from kd.student_trainer.merging.weights import Block, StoredModel, StoredPool, read_whole, skeleton
 
-Measured = tuple[Any, Callable[[dict[str, Tensor]], Tensor], Iterator[dict[str, Tensor]]]
+Measured = tuple[Any, Callable[[dict[str, Tensor]], Tensor], Batches]
 """The part of a model that is merged, its logits of a batch, and batches of its own training rows."""
 Measure = Callable[[PoolModel], Measured]
 
@@ -220,9 +220,7 @@ def prepare(
         files, norms = [], []
         for number, model in enumerate(pool.models):
             yield PrepareProgress(number, total, f"{method.statistics} of {model.name}")
-            file, norm = _measured(
-                method.statistics, measure(model), stored.names, settings, folder / f"{number}.safetensors"
-            )
+            file, norm = _measured(method.statistics, measure(model), stored.names, settings, folder / str(number))
             files.append(file)
             norms.append(norm)
         weights = fisher_weights(norms, normalize=settings.normalize, minimal=settings.minimal)
@@ -263,19 +261,27 @@ def _majority(merger: Merger) -> float:
 
 
 def _measured(
-    kind: str, measured: Measured, names: Sequence[str], settings: MergeSettings, file: Path
+    kind: str, measured: Measured, names: Sequence[str], settings: MergeSettings, folder: Path
 ) -> tuple[StoredModel, float]:
-    """Write one model's statistics; returns where they lie and their L2 norm."""
+    """Write one model's statistics to `folder`; returns where they lie and their L2 norm. The model is let go before."""
     from safetensors.torch import save_file
 
     part, logits, batches = measured
+    del measured
+    found: Iterable[dict[str, Tensor]]
     if kind == "fisher":
-        found = fisher_information(part, logits, batches)
-        found = {name: found[name] for name in names if name in found}
+        found = [fisher_information(part, logits, batches)]
     else:
         found = gram_matrices(part, names, batches, masked=settings.mask_pads)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in found.items()}, file)
-    norm = math.sqrt(sum(float(value.double().square().sum()) for value in found.values()))
-    shapes = {name: tuple(value.shape) for name, value in found.items()}
-    return StoredModel(file.stem, {name: (file, name) for name in found}, shapes), norm
+    del part, logits, batches
+    folder.mkdir(parents=True, exist_ok=True)
+    stored, squares = StoredModel(folder.name, {}, {}), 0.0
+    for number, values in enumerate(found):
+        file = folder / f"{number}.safetensors"
+        for name in [n for n in values if n not in names]:
+            del values[name]
+        save_file({name: value.contiguous() for name, value in values.items()}, file)
+        stored.places.update({name: (file, name) for name in values})
+        stored.shapes.update({name: tuple(value.shape) for name, value in values.items()})
+        squares += sum(float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in values.values())
+    return stored, math.sqrt(squares)

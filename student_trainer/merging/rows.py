@@ -82,8 +82,23 @@ class RowSampler:
         """Row numbers, without replacement."""
         return np.random.default_rng(self.seed).permutation(count)[: self.examples]
 
-    def _batches(self, ids: Sequence[Sequence[int]], pad: int, limit: int, device: Any) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(ids), self.batch_size):
-            width = None if self.pad_to is None else min(self.pad_to, limit)
-            batch = pad_rows(ids[start : start + self.batch_size], pad, length=width)
-            yield {name: value.to(device) for name, value in batch.items()}
+    def _batches(self, ids: Sequence[Sequence[int]], pad: int, limit: int, device: Any) -> PaddedBatches:
+        width = None if self.pad_to is None else min(self.pad_to, limit)
+        return PaddedBatches(ids, self.batch_size, pad, width, device)
+
+
+@dataclass(frozen=True)
+class PaddedBatches:
+    """Rows in their order, a batch at a time; the same at every pass."""
+
+    ids: Sequence[Sequence[int]]
+    batch_size: int
+    pad_id: int
+    length: int | None
+    """Of every row; None = the longest of the batch."""
+    device: Any
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.ids), self.batch_size):
+            batch = pad_rows(self.ids[start : start + self.batch_size], self.pad_id, length=self.length)
+            yield {name: value.to(self.device) for name, value in batch.items()}

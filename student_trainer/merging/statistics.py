@@ -14,7 +14,7 @@ the padding's inputs, most of the tokens of short rows; `masked` leaves them out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 Logits = Callable[[dict[str, Tensor]], Tensor]
 """A batch -> unnormalised predictions `[N, C]`, with gradients."""
+Batches = Iterable[dict[str, Tensor]]
+"""`input_ids` and `attention_mask` `[B, T]`; the same at every pass."""
 
 
-def fisher_information(part: Any, logits: Logits, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+def fisher_information(part: Any, logits: Logits, batches: Batches) -> dict[str, Tensor]:
     """Parameter of `part` -> its diagonal Fisher information, on the CPU in float32; N is the number of rows."""
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in part.named_parameters()}
     hooks = [p.register_post_accumulate_grad_hook(_square_into(sums[name])) for name, p in part.named_parameters()]
@@ -36,7 +38,7 @@ def fisher_information(part: Any, logits: Logits, batches: Iterator[dict[str, Te
         rows += len(batch["input_ids"])
     for hook in hooks:
         hook.remove()
-    return {name: (total / rows).cpu() for name, total in sums.items()}
+    return {name: total.div_(rows).cpu() for name, total in sums.items()}
 
 
 def _square_into(total: Tensor) -> Callable[[Tensor], None]:
@@ -57,10 +59,29 @@ def linear_layers(part: Any, names: Collection[str]) -> dict[str, bool]:
     return found
 
 
+def gram_matrices(part: Any, names: Collection[str], batches: Batches, *, masked: bool) -> Iterator[dict[str, Tensor]]:
+    """Weight -> X^T X / tokens `[in, in]` of its layer's inputs, on the CPU in float32, some layers at a time.
+
+    Gram matrices of all of GPT-2's layers weigh more than the model: each part weighs half of it at most (or is one
+    layer), and is a pass over the batches of its own.
+    """
+    weights = dict(part.named_parameters())
+    budget = sum(p.numel() for p in weights.values()) // 2
+    group: list[str] = []
+    held = 0
+    for name, transposed in linear_layers(part, names).items():
+        size = weights[name].shape[0 if transposed else 1] ** 2
+        if group and held + size > budget:
+            yield _grams(part, group, batches, masked=masked)
+            group, held = [], 0
+        group.append(name)
+        held += size
+    if group:
+        yield _grams(part, group, batches, masked=masked)
+
+
 @torch.no_grad()
-def gram_matrices(part: Any, names: Collection[str], batches: Iterator[dict[str, Tensor]], *,
-                  masked: bool) -> dict[str, Tensor]:  # fmt: skip
-    """Weight -> X^T X / tokens `[in, in]` of its layer's inputs, on the CPU in float32."""
+def _grams(part: Any, layers: Collection[str], batches: Batches, *, masked: bool) -> dict[str, Tensor]:
     modules = dict(part.named_modules())
     sums: dict[str, Tensor] = {}
     kept: Tensor = torch.empty(0)
@@ -73,7 +94,6 @@ def gram_matrices(part: Any, names: Collection[str], batches: Iterator[dict[str,
 
         return hook
 
-    layers = linear_layers(part, names)
     hooks = [modules[name.removesuffix(".weight")].register_forward_pre_hook(watch(name)) for name in layers]
     tokens = 0
     for batch in batches:
@@ -83,4 +103,4 @@ def gram_matrices(part: Any, names: Collection[str], batches: Iterator[dict[str,
         part(**batch, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return {name: (total / tokens).cpu() for name, total in sums.items()}
+    return {name: total.div_(tokens).cpu() for name, total in sums.items()}

@@ -2,8 +2,7 @@
 
 A file may spell a backbone's tensors with its prefix (`transformer.h.0…`) or without (`h.0…`); both are found under the
 name that the merged model uses. Heads of classifiers are no part of a backbone. Each tensor's files are opened, read in
-blocks of rows and closed again, so that neither memory nor page tables ever hold more than the model being written and
-one tensor of each other.
+blocks of rows and closed again: neither memory nor the pages of mapped files ever hold a whole tensor of each model.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from kd.student_trainer.merging.pool import ModelPool, PoolModel
 
 BLOCK_ELEMENTS = 2**16
 """Numbers of one tensor that are in memory at once, of each model: 512 KiB of float64, which stays in a core's cache."""
+BLOCKS_PER_OPENING = 16
+"""Files are mapped and unmapped again every so many blocks: pages that were read would pile up to a tensor of each model."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,14 @@ class StoredPool:
 
     def blocks(self, name: str) -> Iterator[Block]:
         """One tensor in blocks of rows, of every model."""
-        shape = self.models[0].shapes[name]
-        with ExitStack() as stack:
-            readers = [_reader(stack, m.places[name]) for m in self.models]
-            base = None if self.base is None else _reader(stack, self.base.places[name])
-            for rows in row_blocks(shape):
-                values = torch.stack([reader(rows) for reader in readers])
-                yield Block(name, rows, values, None if base is None else base(rows))
+        slices = list(row_blocks(self.models[0].shapes[name]))
+        for start in range(0, len(slices), BLOCKS_PER_OPENING):
+            with ExitStack() as stack:
+                readers = [_reader(stack, m.places[name]) for m in self.models]
+                base = None if self.base is None else _reader(stack, self.base.places[name])
+                for rows in slices[start : start + BLOCKS_PER_OPENING]:
+                    values = torch.stack([reader(rows) for reader in readers])
+                    yield Block(name, rows, values, None if base is None else base(rows))
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -150,7 +150,9 @@ def test_equal_settings_give_equal_weights_and_another_seed_others(config: Class
 
 
 def test_padding_to_the_limit_trains_the_same_model(config: ClassifyConfig, tmp_path: Path) -> None:
-    runs = [replace(config, out=str(tmp_path / str(pad)), pad_to_max=pad, max_steps=4, lr=1e-3) for pad in (False, True)]
+    runs = [
+        replace(config, out=str(tmp_path / str(pad)), pad_to_max=pad, max_steps=4, lr=1e-3) for pad in (False, True)
+    ]
     losses = [train_classifier(run).loss for run in runs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # float32 sums in other block sizes, over four steps
 
@@ -165,7 +167,11 @@ def test_lora_trains_a_small_share_and_is_merged_into_the_output(
     saved, before = weights(run.out), weights(str(layouts[layout]))
     assert not any("lora" in name for name in saved)
     names = {name.removeprefix("model.").removeprefix("transformer."): value for name, value in before.items()}
-    moved = {n for n, v in saved.items() if not np.array_equal(v, names.get(n.removeprefix("model.").removeprefix("transformer.")))}
+    moved = {
+        n
+        for n, v in saved.items()
+        if not np.array_equal(v, names.get(n.removeprefix("model.").removeprefix("transformer.")))
+    }
     targets = ("c_attn.weight", "c_proj.weight") if layout == "gpt2" else ("q_proj.weight", "v_proj.weight")
     assert moved
     assert all(name.endswith((*targets, "score.weight")) for name in moved), moved

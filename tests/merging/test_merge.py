@@ -174,7 +174,11 @@ def test_regmean_equals_numpy_on_recorded_inputs(
             seen.clear()
             with torch.no_grad():
                 part(**batch)
-            keep = batch["attention_mask"].numpy().astype(bool) if masked else np.ones(batch["input_ids"].shape, dtype=bool)
+            keep = (
+                batch["attention_mask"].numpy().astype(bool)
+                if masked
+                else np.ones(batch["input_ids"].shape, dtype=bool)
+            )
             tokens += int(keep.sum())
             for name, module in part.named_modules():
                 for x in seen.get(id(module), []):
@@ -222,7 +226,9 @@ def test_scaling_zero_is_the_base_and_one_model_at_one_is_that_model(gpt2_pool: 
 
 
 @pytest.mark.parametrize("method", [m for m in MERGE_METHODS if m not in ("ensemble", "dare")])
-def test_the_order_of_models_does_not_matter(gpt2_pool: ModelPool, glue_root: Path, tmp_path: Path, method: str) -> None:
+def test_the_order_of_models_does_not_matter(
+    gpt2_pool: ModelPool, glue_root: Path, tmp_path: Path, method: str
+) -> None:
     forward = merged(gpt2_pool, MergeSettings(method), tmp_path / "a", sampler(glue_root))
     backward = merged(copies(gpt2_pool, tmp_path, [2, 1, 0]), MergeSettings(method), tmp_path / "b", sampler(glue_root))
     for n, value in forward.items():
@@ -276,7 +282,9 @@ def test_blocks_of_rows_cover_a_tensor_once() -> None:
         assert covered == list(range(shape[0]))
 
 
-def test_models_that_do_not_fit_together_are_refused(gpt2_pool: ModelPool, tmp_path: Path, layouts: dict[str, Path]) -> None:
+def test_models_that_do_not_fit_together_are_refused(
+    gpt2_pool: ModelPool, tmp_path: Path, layouts: dict[str, Path]
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     tensors = load_file(Path(gpt2_pool.models[0].path) / "model.safetensors")
@@ -287,7 +295,9 @@ def test_models_that_do_not_fit_together_are_refused(gpt2_pool: ModelPool, tmp_p
     with pytest.raises(DataError, match="not of one shape") as caught:
         ready(pool, MergeSettings("simple-average"), tmp_path)
     assert "wpe" in str(caught.value)
-    save_file({k: v for k, v in tensors.items() if "wpe" not in k}, other / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if "wpe" not in k}, other / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(DataError, match="lacks a tensor"):
         ready(pool, MergeSettings("simple-average"), tmp_path)
     (other / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
@@ -296,7 +306,11 @@ def test_models_that_do_not_fit_together_are_refused(gpt2_pool: ModelPool, tmp_p
     with pytest.raises(DataError, match="starts from a base"):
         ready(replace(gpt2_pool, base=None), MergeSettings("ties"), tmp_path)
     with pytest.raises(KdError):
-        ready(replace(gpt2_pool, models=(PoolModel("cola", str(tmp_path / "nowhere")),)), MergeSettings("simple-average"), tmp_path)
+        ready(
+            replace(gpt2_pool, models=(PoolModel("cola", str(tmp_path / "nowhere")),)),
+            MergeSettings("simple-average"),
+            tmp_path,
+        )
 
 
 @pytest.mark.parametrize(

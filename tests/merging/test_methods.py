@@ -62,7 +62,9 @@ def test_scaling_zero_is_the_base_exactly(values: torch.Tensor, base: torch.Tens
 
 
 @pytest.mark.parametrize("elect", ELECTIONS)
-def test_ties_of_one_whole_task_vector_is_task_arithmetic_exactly(values: torch.Tensor, base: torch.Tensor, elect: str) -> None:
+def test_ties_of_one_whole_task_vector_is_task_arithmetic_exactly(
+    values: torch.Tensor, base: torch.Tensor, elect: str
+) -> None:
     found = ties(values[:1], base, thresholds=everything(1), majority=-1, elect=elect, scaling=0.7)
     assert torch.equal(found, task_arithmetic(values[:1], base, scaling=0.7))
 
@@ -182,7 +184,11 @@ def test_dare_draws_by_seed_and_leaves_the_global_state_alone(values: torch.Tens
 @given(st.permutations(range(5)), st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
 def test_the_order_of_models_does_not_matter(order: list[int], seed: int) -> None:
-    values, base, information = float32_values(seed, 5, 4, 3), float32_values(seed + 1, 4, 3), float32_values(seed + 2, 5, 4, 3).abs()
+    values, base, information = (
+        float32_values(seed, 5, 4, 3),
+        float32_values(seed + 1, 4, 3),
+        float32_values(seed + 2, 5, 4, 3).abs(),
+    )
     rows = [float32_values(seed + 3 + m, 12, 4) for m in range(5)]
     thresholds = torch.linspace(0.1, 1.0, 5)
     weights = fisher_weights([1.0, 2.0, 3.0, 4.0, 5.0])

@@ -37,7 +37,9 @@ def run(pool: ModelPool, settings: MergeSettings, out: Path, **options: Any) -> 
     return result
 
 
-def test_a_sweep_writes_every_point_and_the_model_of_the_best(gpt2_pool: ModelPool, heads: list[Any], tmp_path: Path) -> None:
+def test_a_sweep_writes_every_point_and_the_model_of_the_best(
+    gpt2_pool: ModelPool, heads: list[Any], tmp_path: Path
+) -> None:
     sweep = (0.0, 0.5, 1.0)
     result = run(gpt2_pool, MergeSettings("task-arithmetic"), tmp_path / "m", sweep=sweep, heads=heads)
     assert result.table is not None
@@ -61,7 +63,9 @@ def test_a_sweep_writes_every_point_and_the_model_of_the_best(gpt2_pool: ModelPo
     assert not list((tmp_path / "m").glob(".*"))
 
 
-def test_scaling_zero_of_a_sweep_is_the_base_under_every_head(gpt2_pool: ModelPool, heads: list[Any], tmp_path: Path) -> None:
+def test_scaling_zero_of_a_sweep_is_the_base_under_every_head(
+    gpt2_pool: ModelPool, heads: list[Any], tmp_path: Path
+) -> None:
     assert gpt2_pool.base is not None
     base = score_backbone(load_backbone(gpt2_pool.base, "cpu"), heads)
     for method in ("task-arithmetic", "ties"):
@@ -70,7 +74,9 @@ def test_scaling_zero_of_a_sweep_is_the_base_under_every_head(gpt2_pool: ModelPo
         assert result.table.rows["0"] == {task: scores[0] for task, scores in base.items()}
 
 
-def test_dev_half_chooses_on_even_rows_and_scores_on_odd_ones(gpt2_pool: ModelPool, heads: list[Any], tmp_path: Path) -> None:
+def test_dev_half_chooses_on_even_rows_and_scores_on_odd_ones(
+    gpt2_pool: ModelPool, heads: list[Any], tmp_path: Path
+) -> None:
     sweep = (0.0, 0.4, 0.8)
     options = {"sweep": sweep, "heads": heads, "select_on": "dev-half"}
     result = run(gpt2_pool, MergeSettings("ties"), tmp_path / "m", **options)
@@ -78,7 +84,11 @@ def test_dev_half_chooses_on_even_rows_and_scores_on_odd_ones(gpt2_pool: ModelPo
     assert result.table is not None
     assert result.chosen is not None
     assert result.scaling == float(result.table.best)
-    assert result.table.rows["0"]["cola"]["accuracy"].n == result.chosen.rows[result.table.best]["cola"]["accuracy"].n == 10
+    assert (
+        result.table.rows["0"]["cola"]["accuracy"].n
+        == result.chosen.rows[result.table.best]["cola"]["accuracy"].n
+        == 10
+    )
     halves = [[replace(h, rows=h.rows.take(range(start, 20, 2))) for h in heads] for start in (0, 1)]
     backbone = load_backbone(PoolModel("merged", str(tmp_path / "m")), "cpu")
     even, odd = (score_backbone(backbone, half) for half in halves)
@@ -101,7 +111,9 @@ def test_classifiers_carry_the_merged_backbone_and_their_own_head(
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
-def test_every_method_runs_to_a_table(gpt2_pool: ModelPool, glue_root: Path, heads: list[Any], tmp_path: Path, method: str) -> None:
+def test_every_method_runs_to_a_table(
+    gpt2_pool: ModelPool, glue_root: Path, heads: list[Any], tmp_path: Path, method: str
+) -> None:
     measure = RowSampler(classifiers=True, examples=8, batch_size=4, max_length=64, task_root=glue_root, device="cpu")
     result = run(gpt2_pool, MergeSettings(method), tmp_path / "m", heads=heads, measure=measure)
     assert result.table is not None
@@ -124,7 +136,12 @@ def test_every_method_runs_to_a_table(gpt2_pool: ModelPool, glue_root: Path, hea
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(
-    gpt2_pool: ModelPool, heads: list[Any], tmp_path: Path, settings: MergeSettings, options: dict[str, Any], message: str
+    gpt2_pool: ModelPool,
+    heads: list[Any],
+    tmp_path: Path,
+    settings: MergeSettings,
+    options: dict[str, Any],
+    message: str,
 ) -> None:
     with pytest.raises(DataError, match=message):
         run(gpt2_pool, settings, tmp_path / "m", **({"heads": heads} | options))
@@ -155,7 +172,9 @@ def test_the_commands_print_tables_and_json(gpt2_pool: ModelPool, glue_root: Pat
     options = ["--method", "fisher", "--examples", "8", "--per-example", "--out", str(tmp_path / "f"), "--json"]
     outcome = CliRunner().invoke(cli, ["merge", *common, *options], catch_exceptions=False)
     assert json.loads(outcome.stdout)["table"]["rows"]["fisher"]["average"]["accuracy"] > 0
-    outcome = CliRunner().invoke(cli, ["classify", "matrix", *common, "--out", str(tmp_path / "x")], catch_exceptions=False)
+    outcome = CliRunner().invoke(
+        cli, ["classify", "matrix", *common, "--out", str(tmp_path / "x")], catch_exceptions=False
+    )
     assert "| backbone | cola | mrpc | mnli | average |" in outcome.stdout
     assert (tmp_path / "x" / "matrix.json").is_file()
     cola = gpt2_pool.models[0].path

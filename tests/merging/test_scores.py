@@ -85,7 +85,12 @@ def test_the_ensemble_is_the_mean_of_all_backbones_logits_under_one_head(pool: A
             whole = load_classifier(ModelRequest(model.path, device="cpu"), pad_id=0)
             whole.score.weight = torch.nn.Parameter(head.weight)
             with torch.inference_mode():
-                mean += torch.cat([whole(**pad_rows([row], 0)).logits @ torch.eye(len(head.weight)) for row in head.rows.ids]) / 3
+                mean += (
+                    torch.cat(
+                        [whole(**pad_rows([row], 0)).logits @ torch.eye(len(head.weight)) for row in head.rows.ids]
+                    )
+                    / 3
+                )
         expected = score_rows(head.task, mean, head.rows.labels)
         for name, score in found[head.task.name][0].items():
             assert score.value == pytest.approx(expected[name].value, abs=1e-5)
