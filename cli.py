@@ -61,6 +61,7 @@ def cli() -> None:
     kd cache build --teacher ID --data SPEC --out DIR    stage one
     kd train --cache DIR --student ID --out RUN          stage two
     kd eval RUN --tasks perplexity --data SPEC           scores
+    kd merge --method ties --pool FILE.yaml --out DIR    one model out of several
     """
 
 

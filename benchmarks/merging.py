@@ -1,9 +1,9 @@
 """How much memory and time a merge takes: `python benchmarks/merging.py [--shape gpt2] [--models 7] [--methods ...]`.
 
-Models of a known shape are written to a temporary folder (random weights, the base's moved at random), and each method merges them in a
-process of its own. Memory is the resident set, file pages included, sampled every 2 ms from before the merge; `held` is its
-peak above that start, in models (bytes of one backbone in float32) and in MB. fisher and regmean also run the models, on made-up rows.
-The bound of the design: two models, and one tensor of each other.
+Models of a known shape are written to a temporary folder (random weights, the base's moved at random), and each method
+merges them in a process of its own. Memory is the resident set, pages of mapped files included, sampled every 5 ms; `held`
+is its peak above what was resident before, in models (bytes of one backbone in float32) and in MB. fisher and regmean also
+run the models, on made-up rows; libraries are loaded before. The design's bound: two models, and one tensor of each other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Peak:
     def _watch(self) -> None:
         while self.open:
             self.highest = max(self.highest, resident())
-            time.sleep(0.002)
+            time.sleep(0.005)
 
     def __exit__(self, *_: object) -> None:
         self.open = False
@@ -52,6 +52,7 @@ def write_models(folder: Path, config: Any, count: int) -> int:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config)
     model.save_pretrained(folder / "base")
@@ -66,8 +67,8 @@ def write_models(folder: Path, config: Any, count: int) -> int:
     return sum(p.numel() * 4 for p in model.parameters())
 
 
-def worker(folder: Path, method: str) -> dict[str, float]:
-    """Merge in this process; peak and seconds."""
+def merge_once(folder: Path, method: str) -> None:
+    """Merge the pool in `folder`, from files to a model in memory."""
     import torch
     import transformers
 
@@ -75,26 +76,29 @@ def worker(folder: Path, method: str) -> dict[str, float]:
     from kd.student_trainer.merging.pool import PoolModel, read_pool
     from kd.student_trainer.merging.weights import skeleton
 
-    torch.set_num_threads(1)
-    pool = read_pool(folder / "pool.yaml")
-
     def measure(model: PoolModel) -> Any:
         whole = transformers.AutoModel.from_pretrained(model.path)
         made = torch.Generator().manual_seed(0)
         ids = torch.randint(1, whole.config.vocab_size, (2, 16), generator=made)
-        return (
-            whole,
-            lambda batch: whole(**batch).last_hidden_state[:, -1, :3],
-            [{"input_ids": ids, "attention_mask": ids > 0}],
-        )
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return whole, lambda batch: whole(**batch).last_hidden_state[:, -1, :3], [batch]
 
-    skeleton(pool)  # transformers imports what it needs
-    with tempfile.TemporaryDirectory(dir=folder) as statistics, Peak() as peak:
-        started = time.perf_counter()
+    pool = read_pool(folder / "pool.yaml")
+    with tempfile.TemporaryDirectory(dir=folder) as statistics:
         merger = [s.merger for s in prepare(pool, MergeSettings(method), folder=Path(statistics), measure=measure)][-1]
         assert merger is not None
-        model = skeleton(pool, device="cpu")
-        merger.apply(model)
+        merger.apply(skeleton(pool, device="cpu"))
+
+
+def worker(folder: Path, method: str) -> dict[str, float]:
+    """Merge in this process; peak and seconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    merge_once(folder / "small", method)  # libraries are loaded and warm
+    with Peak() as peak:
+        started = time.perf_counter()
+        merge_once(folder, method)
         seconds = time.perf_counter() - started
     return {"held": peak.highest - peak.start, "seconds": seconds}
 
@@ -102,6 +106,8 @@ def worker(folder: Path, method: str) -> dict[str, float]:
 def measure_shape(config: Any, count: int, methods: tuple[str, ...]) -> dict[str, Any]:
     """Every method on `count` models of one shape, each in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
+        small = type(config)(**config.to_dict() | {"n_embd": 64, "n_layer": 1, "n_head": 1, "vocab_size": 500})
+        write_models(Path(name) / "small", small, count)
         size = write_models(Path(name), config, count)
         rows = {}
         for method in methods:

@@ -48,7 +48,8 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, tokenizer
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
     size: dict[str, Any] = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                            "intermediate_size": 64, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+                            "intermediate_size": 64, "max_position_embeddings": 64, "bos_token_id": 0,
+                            "eos_token_id": 0}  # fmt: skip
     found = {"gpt2": model_dir}
     for name, config, cls in (("gpt_neox", GPTNeoXConfig(**size), GPTNeoXForCausalLM),
                               ("llama", LlamaConfig(**size, num_key_value_heads=1), LlamaForCausalLM)):  # fmt: skip

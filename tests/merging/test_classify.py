@@ -180,7 +180,7 @@ def test_lora_trains_a_small_share_and_is_merged_into_the_output(
 def test_settings_that_cannot_be_are_refused(config: ClassifyConfig, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="positions"):
         train_classifier(replace(config, max_length=512))
-    with pytest.raises(DataError, match="did you mean|unknown GLUE task"):
+    with pytest.raises(DataError, match="unknown GLUE task"):
         train_classifier(replace(config, task="sst3"))
     with pytest.raises(DataError, match="no task was named"):
         replace(config, data=None)
