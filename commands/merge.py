@@ -118,9 +118,8 @@ def merge(method: str, pool: Path, out: Path, scaling: float | None, sweep: tupl
         click.echo(f"{out}: {method} of {', '.join(result.models)}; {kind}")
         if result.table is not None:
             click.echo(f"\n{result.table.markdown()}")
-        if result.chosen is not None:
-            click.echo(
-                f"\nscaling {result.scaling:g}, chosen on the even rows above, on the odd ones:\n\n{result.chosen.markdown()}"
-            )
+        if result.even is not None and result.odd is not None:
+            click.echo(f"\nscaling {result.scaling:g}, chosen on the even rows:\n\n{result.even.markdown()}")
+            click.echo(f"\nand scored on the odd ones:\n\n{result.odd.markdown()}")
     if result.warning:
         click.echo(f"warning: {result.warning}", err=True)

@@ -1,7 +1,7 @@
 """Random weights in the real shape of a known model: `random:NAME`.
 
-Shapes were read from the models' public configs (`gpt2-mini` is nobody's: GPT-2 at width 128, for short runs); parameter counts are checked by a test on the meta device.
-Add one: a line in `SHAPES`.
+`gpt2-mini` is nobody's: GPT-2 at width 128, for short runs. The other shapes were read from the models' public configs;
+parameter counts are checked by a test on the meta device. Add one: a line in `SHAPES`.
 """
 
 from __future__ import annotations

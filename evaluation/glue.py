@@ -262,7 +262,7 @@ def load_backbone(model: PoolModel, device: str = "auto") -> Any:
 
 def score_backbone(backbone: Any, heads: Sequence[TaskHead], *, tokens_per_batch: int = 4096,
                    halves: bool = False) -> dict[str, list[dict[str, Score]]]:  # fmt: skip
-    """One backbone under every head: task -> figures of all rows, or of the even ones and the odd ones."""
+    """One backbone under every head: task -> figures of all rows; with `halves` then of the even ones and the odd ones."""
     found = {}
     for head in heads:
         states = pooled_states(backbone, head.rows, tokens_per_batch=tokens_per_batch)
@@ -272,7 +272,7 @@ def score_backbone(backbone: Any, heads: Sequence[TaskHead], *, tokens_per_batch
 
 def _scored(head: TaskHead, states: Tensor, halves: bool) -> list[dict[str, Score]]:
     numbers = np.arange(len(head.rows))
-    return [head.score(states, part) for part in ((numbers[::2], numbers[1::2]) if halves else (numbers,))]
+    return [head.score(states, part) for part in ((numbers, numbers[::2], numbers[1::2]) if halves else (numbers,))]
 
 
 def score_ensemble(pool: ModelPool, heads: Sequence[TaskHead], *, tokens_per_batch: int = 4096,

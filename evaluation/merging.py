@@ -3,7 +3,7 @@
     OUT/                          the merged backbone (`AutoModel`) or language model, and a tokenizer
     OUT/merge.json                pool, settings, what was chosen and on which rows; written last
     OUT/METHOD_scaling_factor_S.json   figures of each point in the reference's shape: task -> accuracy, loss; average
-    OUT/table.md .json, OUT/sweep.png
+    OUT/table.md .json, OUT/sweep.png       all dev rows; with dev-half also table-even and table-odd
 
 A scaling chosen on the rows it is scored on flatters itself: the best of eleven noisy averages. `dev-half` chooses on the
 even rows of every task and scores on the odd ones.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,18 @@ class MergeResult:
     scaling: float | None
     """Of the weights in `out`: as asked for, or chosen."""
     table: GlueTable | None
-    """A row per scaling, over the rows the choice was made on; None where nothing was scored."""
-    chosen: GlueTable | None
-    """Of `dev-half`: the chosen scaling on the other half."""
+    """A row per scaling over all dev rows, as in the reference; None where nothing was scored."""
+    even: GlueTable | None
+    """Of `dev-half`: the same over the half that the choice is made on."""
+    odd: GlueTable | None
+    """Of `dev-half`: the chosen scaling over the other half."""
     warning: str | None
 
     def to_dict(self) -> dict[str, Any]:
         return {"out": self.out, "method": self.method, "models": self.models, "parameters": self.parameters,
                 "scaling": self.scaling, "table": self.table and self.table.to_dict(),
-                "chosen": self.chosen and self.chosen.to_dict(), "warning": self.warning}  # fmt: skip
+                "even": self.even and self.even.to_dict(),
+                "odd": self.odd and self.odd.to_dict(), "warning": self.warning}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def run_merge(pool: ModelPool, settings: MergeSettings, out: Path, *, sweep: Seq
         assert merger is not None
         done, total = step.total, step.total + steps
         model = skeleton(pool, device="cpu")
-        tables: list[dict[str, dict[str, Scores]]] = [{}, {}]
+        tables: list[dict[str, dict[str, Scores]]] = [{}, {}, {}]
         for scaling in scalings:
             label = f"{scaling:g}" if sweep else settings.method
             merger.apply(model, scaling)
@@ -110,15 +113,19 @@ def run_merge(pool: ModelPool, settings: MergeSettings, out: Path, *, sweep: Seq
                     rows.setdefault(label, {})[task] = score
             done += 1
             yield MergeProgress(done, total, f"scored {label}")
-        table, other = _tables(settings.method, heads, tables, sweep=bool(sweep))
-        scaling = float(table.best) if sweep and table is not None else scalings[0]
+        tasks = tuple(head.task.name for head in heads)
+        whole, even, odd = (
+            GlueTable("scaling" if sweep else "method", tasks, rows) if rows else None for rows in tables
+        )
+        choice = even or whole
+        scaling = float(choice.best) if sweep and choice is not None else scalings[0]
         if sweep and scaling != scalings[-1]:
             merger.apply(model, scaling)
         model.to("cpu").save_pretrained(out)
     load_request_tokenizer(ModelRequest(pool.models[0].path, pool.models[0].revision)).save_pretrained(out)
     if classifiers:
         _write_classifiers(pool, model, out / "classifiers")
-    chosen = None if other is None or scaling is None else _only(other, f"{scaling:g}")
+    odd = None if odd is None else replace(odd, rows={f"{scaling:g}": odd.rows[f"{scaling:g}"]})
     warning = None
     if sweep and not halves:
         warning = (
@@ -126,7 +133,7 @@ def run_merge(pool: ModelPool, settings: MergeSettings, out: Path, *, sweep: Seq
             "flatters itself; --select-on dev-half chooses on one half and scores on the other"
         )
     result = MergeResult(
-        str(out), settings.method, pool.names, int(model.num_parameters()), scaling, table, chosen, warning
+        str(out), settings.method, pool.names, int(model.num_parameters()), scaling, whole, even, odd, warning
     )
     _write(result, pool, settings, out, select_on if sweep else None)
     yield MergeProgress(total, total, "written", result)
@@ -150,19 +157,6 @@ def _check(
         raise DataError("there is nothing to choose", found=f"--select-on {select_on}", try_="--sweep 0:1:0.1")
 
 
-def _tables(method: str, heads: Sequence[TaskHead], tables: list[dict[str, dict[str, Scores]]], *,
-            sweep: bool) -> tuple[GlueTable | None, GlueTable | None]:  # fmt: skip
-    """Of the rows the choice is made on, and of the other half."""
-    tasks = tuple(head.task.name for head in heads)
-    title = "scaling" if sweep else "method"
-    found = [GlueTable(title, tasks, rows) if rows else None for rows in tables]
-    return found[0], found[1]
-
-
-def _only(table: GlueTable, label: str) -> GlueTable:
-    return GlueTable(table.title, table.tasks, {label: table.rows[label]})
-
-
 def _ensemble(pool: ModelPool, settings: MergeSettings, out: Path, heads: Sequence[TaskHead], tokens_per_batch: int,
               device: str) -> Iterator[MergeProgress]:  # fmt: skip
     scores = None
@@ -172,7 +166,7 @@ def _ensemble(pool: ModelPool, settings: MergeSettings, out: Path, heads: Sequen
     assert scores is not None
     rows = {settings.method: {task: found[0] for task, found in scores.items()}}
     table = GlueTable("method", tuple(h.task.name for h in heads), rows)
-    result = MergeResult(str(out), settings.method, pool.names, None, None, table, None, None)
+    result = MergeResult(str(out), settings.method, pool.names, None, None, table, None, None, None)
     _write(result, pool, settings, out, None)
     yield MergeProgress(len(pool.models) + 1, len(pool.models) + 1, "written", result)
 
@@ -186,8 +180,9 @@ def _write(result: MergeResult, pool: ModelPool, settings: MergeSettings, out: P
             write_atomic(out / f"{name}.json", canonical_json(table.report(label)))
         if table.title == "scaling":
             draw_sweep(out / "sweep.png", table, method=settings.method, chosen=result.scaling)
-    if result.chosen is not None:
-        result.chosen.save(out, "chosen")
+    for name, half in (("even", result.even), ("odd", result.odd)):
+        if half is not None:
+            half.save(out, f"table-{name}")
     document = {
         "format": "kd-merge",
         "pool": {"base": pool.base and pool.base.path, "models": {m.name: m.path for m in pool.models}},

@@ -82,20 +82,17 @@ def test_dev_half_chooses_on_even_rows_and_scores_on_odd_ones(
     result = run(gpt2_pool, MergeSettings("ties"), tmp_path / "m", **options)
     assert result.warning is None
     assert result.table is not None
-    assert result.chosen is not None
-    assert result.scaling == float(result.table.best)
-    assert (
-        result.table.rows["0"]["cola"]["accuracy"].n
-        == result.chosen.rows[result.table.best]["cola"]["accuracy"].n
-        == 10
-    )
-    halves = [[replace(h, rows=h.rows.take(range(start, 20, 2))) for h in heads] for start in (0, 1)]
+    assert result.even is not None
+    assert result.odd is not None
+    best = result.even.best
+    assert result.scaling == float(best)
+    assert list(result.odd.rows) == [best]
+    assert [t.rows[best]["cola"]["accuracy"].n for t in (result.table, result.even, result.odd)] == [20, 10, 10]
     backbone = load_backbone(PoolModel("merged", str(tmp_path / "m")), "cpu")
-    even, odd = (score_backbone(backbone, half) for half in halves)
-    for task, scores in even.items():
-        assert scores[0]["accuracy"] == result.table.rows[result.table.best][task]["accuracy"]
-    for task, scores in odd.items():
-        assert scores[0]["accuracy"] == result.chosen.rows[result.table.best][task]["accuracy"]
+    for table, numbers in ((result.table, range(20)), (result.even, range(0, 20, 2)), (result.odd, range(1, 20, 2))):
+        part = [replace(h, rows=h.rows.take(numbers)) for h in heads]
+        for task, scores in score_backbone(backbone, part).items():
+            assert scores[0]["accuracy"] == table.rows[best][task]["accuracy"]
 
 
 def test_classifiers_carry_the_merged_backbone_and_their_own_head(
