@@ -58,7 +58,7 @@ def row_options(function: Function) -> Function:
 @click.option("--log-every", type=int, default=50, show_default=True, help="Steps between lines of metrics.jsonl.")
 @json_option
 def classify_train(as_json: bool, **options: Any) -> None:
-    """Fine-tune a model as a classifier of one task: GPT-2, GPT-NeoX, Llama and other decoder-only layouts.
+    """Train a classifier of one task from a language model: GPT-2, GPT-NeoX, Llama and other decoder-only layouts.
 
     Example: kd classify train --task sst2 --model openai-community/gpt2 --out runs/sst2
     """
