@@ -131,7 +131,10 @@ def evaluate_classifier(name: str, *, task: str | None = None, data: str | None 
     request = ModelRequest(name, revision, dtype, device)
     tokenizer = load_request_tokenizer(request)
     encoded = encode_rows(tokenizer, rows.rows, max_length=_longest(request, max_length))
-    model = load_classifier(request, rows.task.labels, pad_id=encoded.pad_id)
+    model = load_classifier(request, pad_id=encoded.pad_id)
+    if model.config.num_labels != len(rows.task.labels):
+        raise DataError("the classifier has another number of classes", where=name, found=model.config.num_labels,
+                        expected=f"{len(rows.task.labels)}: {', '.join(rows.task.labels)}")  # fmt: skip
     states = pooled_states(model.base_model, encoded, tokens_per_batch=tokens_per_batch)
     scores = score_rows(rows.task, states @ model.score.weight.detach().float().cpu().T, encoded.labels)
     result = ClassifierResult(rows.task.name, rows.split, len(encoded), rows.digest, scores)

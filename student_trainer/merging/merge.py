@@ -163,7 +163,10 @@ class Merger:
 
     def _solved(self, name: str, *, transposed: bool) -> Tensor:
         """RegMean of one linear layer; a weight kept as [out, in] is turned round and back."""
-        values = torch.stack([read_whole(m.places[name]).double() for m in self.stored.models])
+        models = self.stored.models
+        values = torch.empty((len(models), *models[0].shapes[name]), dtype=torch.float64)
+        for place, model in zip(values, models, strict=True):
+            place.copy_(read_whole(model.places[name]))
         grams = (read_whole(s.places[name]).double() for s in self.statistics)
         values = values.mT if transposed else values
         solved = regmean(values, grams, off_diagonal=self.settings.off_diagonal)

@@ -110,7 +110,8 @@ def regmean(values: Tensor, grams: Iterable[Tensor], *, off_diagonal: float = 0.
     total = torch.zeros((mean.shape[0],) * 2, dtype=values.dtype)
     pull = torch.zeros_like(mean)
     for gram, value in zip(grams, values, strict=True):
-        shrunk = gram * off_diagonal + torch.diag(torch.diagonal(gram)) * (1 - off_diagonal)
+        shrunk = gram * off_diagonal
+        shrunk.diagonal().copy_(gram.diagonal())
         total += shrunk
         pull += shrunk @ (value - mean)
     factor, failed = torch.linalg.cholesky_ex(total)

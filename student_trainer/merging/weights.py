@@ -7,7 +7,6 @@ blocks of rows and closed again: neither memory nor the pages of mapped files ev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -188,9 +187,3 @@ def read_whole(place: tuple[Path, str]) -> Tensor:
 
     with safe_open(place[0], framework="pt") as handle:
         return handle.get_tensor(place[1])  # type: ignore[no-any-return]
-
-
-def describe_folder(model: PoolModel) -> dict[str, Any]:
-    """What a model's configuration says of itself; empty where there is none."""
-    file = _folder(model) / "config.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

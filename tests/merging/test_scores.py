@@ -122,5 +122,10 @@ def test_names_that_are_no_tasks_and_other_heads_are_refused(gpt2_pool: Any, glu
     swapped = replace(gpt2_pool, models=(replace(gpt2_pool.models[0], name="mnli"),))
     with pytest.raises(DataError, match="another number of classes"):
         load_heads(swapped, task_root=glue_root, device="cpu")
+    options: dict[str, Any] = {"task_root": glue_root, "max_length": 64, "device": "cpu"}
+    with pytest.raises(DataError, match="another number of classes"):
+        final(evaluate_classifier(gpt2_pool.models[0].path, task="mnli", **options))
+    with pytest.raises(DataError, match="no classifier"):  # never a random head
+        final(evaluate_classifier(gpt2_pool.base.path, task="cola", **options))
     with pytest.raises(DataError, match="unknown GLUE task"):
         final(evaluate_classifier(str(Path(gpt2_pool.models[0].path).parent), task_root=glue_root))
