@@ -93,7 +93,7 @@ def classify_eval(models: tuple[str, ...], as_json: bool, **options: Any) -> Non
 
     found = {}
     for model in models:
-        last = follow(f"evaluating {model}", evaluate_classifier(model, **options), lambda p: (p.done, p.total, "rows"))
+        last = follow(f"evaluating {model}", evaluate_classifier(model, **options), lambda p: (p.done, p.total, ""))
         assert last.result is not None
         found[model] = last.result
     if as_json:

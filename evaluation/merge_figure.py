@@ -40,9 +40,8 @@ def draw_sweep(path: Path, table: GlueTable, *, method: str, chosen: float | Non
                   color="black", linewidth=2.5, capsize=3, label="average")  # fmt: skip
     if chosen is not None:
         axes.axvline(chosen, color="black", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            f"{chosen:g}", (chosen, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points"
-        )
+        axes.annotate(f"chosen: {chosen:g}", (chosen, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
+                      textcoords="offset points")  # fmt: skip
     axes.set_xlabel(f"scaling of {method}")
     axes.set_ylabel("accuracy, percent")
     figure.legend(loc="outside right upper", frameon=False)
