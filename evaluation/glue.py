@@ -253,6 +253,16 @@ class GlueTable:
         write_atomic(folder / f"{name}.md", self.markdown() + "\n")
 
 
+MOST_FREQUENT = "most frequent class"
+
+
+def most_frequent(head: TaskHead) -> dict[str, Score]:
+    """Figures of the shares of the classes, predicted for every row: what a model must beat to know anything."""
+    shares = np.bincount(head.rows.labels, minlength=len(head.task.labels)) / len(head.rows)
+    constant = torch.from_numpy(np.log(np.maximum(shares, 1e-9))).expand(len(head.rows), -1)
+    return score_rows(head.task, constant, head.rows.labels)
+
+
 def load_backbone(model: PoolModel, device: str = "auto") -> Any:
     """A model of the pool without its head, float32."""
     import transformers
@@ -299,9 +309,9 @@ def score_ensemble(pool: ModelPool, heads: Sequence[TaskHead], *, tokens_per_bat
 
 def cross_task_matrix(pool: ModelPool, heads: Sequence[TaskHead], *, tokens_per_batch: int = 4096,
                       device: str = "auto") -> Iterator[Progress[GlueTable]]:  # fmt: skip
-    """Every backbone, the base first where there is one, with every task's head."""
+    """Every backbone, the base first where there is one, with every task's head; above them what needs no model."""
     models = [*([pool.base] if pool.base else []), *pool.models]
-    rows: dict[str, dict[str, Scores]] = {}
+    rows: dict[str, Mapping[str, Scores]] = {MOST_FREQUENT: {head.task.name: most_frequent(head) for head in heads}}
     for number, model in enumerate(models):
         yield Progress(number * len(heads), len(models) * len(heads))
         found = score_backbone(load_backbone(model, device), heads, tokens_per_batch=tokens_per_batch)

@@ -21,6 +21,7 @@ from kd.evaluation.glue import (
     f1,
     load_heads,
     matthews,
+    most_frequent,
     score_ensemble,
     score_rows,
 )
@@ -68,12 +69,21 @@ def test_constant_predictions_have_no_correlation_and_no_error() -> None:
 def test_heads_score_as_the_whole_classifier_does(pool: Any, glue_root: Path) -> None:
     heads = load_heads(pool, task_root=glue_root, max_length=64, device="cpu")
     table = final(cross_task_matrix(pool, heads, device="cpu"))
-    assert list(table.rows) == ["_pretrained_", "cola", "mrpc", "mnli"]
+    assert list(table.rows) == ["most frequent class", "_pretrained_", "cola", "mrpc", "mnli"]
     for model in pool.models:
         own = final(evaluate_classifier(model.path, task=model.name, task_root=glue_root, max_length=64, device="cpu"))
         assert own.rows == 20
         for name, score in own.scores.items():
             assert table.rows[model.name][model.name][name].value == pytest.approx(score.value, abs=1e-6)
+
+
+def test_the_most_frequent_class_is_its_share_and_its_loss_the_entropy(gpt2_pool: Any, glue_root: Path) -> None:
+    heads = load_heads(gpt2_pool, task_root=glue_root, max_length=64, device="cpu")
+    found = most_frequent(heads[2])  # 20 rows of three classes: 7, 7, 6
+    shares = np.array([7, 7, 6]) / 20
+    assert found["accuracy"].value == pytest.approx(0.35)
+    assert found["loss"].value == pytest.approx(-(shares * np.log(shares)).sum())
+    assert most_frequent(heads[0])["mcc"] == Score(0.0, None, 20)
 
 
 def test_the_ensemble_is_the_mean_of_all_backbones_logits_under_one_head(pool: Any, glue_root: Path) -> None:
