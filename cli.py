@@ -43,10 +43,12 @@ def main() -> None:
 
 COMMANDS = {
     "cache": "kd.commands.cache:cache",
+    "classify": "kd.commands.classify:classify",
     "data": "kd.commands.data:data",
     "demo": "kd.commands.demo:demo",
     "eval": "kd.commands.evaluate:evaluate",
     "experiment": "kd.commands.experiment:experiment",
+    "merge": "kd.commands.merge:merge",
     "recipe": "kd.commands.recipe:recipe",
     "report": "kd.commands.evaluate:report",
     "train": "kd.commands.train:train",
@@ -67,6 +69,7 @@ def cli() -> None:
     kd cache build --teacher ID --data SPEC --out DIR    stage one
     kd train --cache DIR --student ID --out RUN          stage two
     kd eval RUN --tasks perplexity --data SPEC           scores
+    kd merge --method ties --pool FILE.yaml --out DIR    one model out of several
     """
 
 

@@ -28,6 +28,7 @@ def data_ls(as_json: bool) -> None:
     Example: kd data ls
     """
     from kd.data.clusters import flan_clusters
+    from kd.data.glue import glue_tasks
     from kd.data.mixtures import PRESETS
     from kd.data.sources import FILE_READERS, SOURCES, WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
     from kd.data.task_files import load_task, task_names
@@ -43,6 +44,7 @@ def data_ls(as_json: bool) -> None:
     result |= {f"flan:{name}": load_task(name).about for name in task_names()}
     result["flan:all"] = "every task above"
     result["flan:all-but=CLUSTER"] = "the tasks of no held-out cluster: " + ", ".join(flan_clusters().clusters)
+    result |= {f"glue/{t.name}": f"GLUE: {' + '.join(t.texts)} -> {', '.join(t.labels)}" for t in glue_tasks().values()}
     result["FILE.yaml"] = "a task of your own (docs/extending.md)"
     result["FILE or FOLDER"] = " ".join(FILE_READERS)
     result["hub-id[:config][@revision]"] = "any data set on the hub that loads without code"

@@ -1,7 +1,7 @@
 """Random weights in the real shape of a known model: `random:NAME`.
 
-Shapes were read from the models' public configs; parameter counts are checked by a test on the meta device.
-Add one: a line in `SHAPES`.
+`gpt2-mini` is nobody's: GPT-2 at width 128, for short runs. The other shapes were read from the models' public configs;
+parameter counts are checked by a test on the meta device. Add one: a line in `SHAPES`.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def _flan_t5(d_model: int, d_ff: int, layers: int, heads: int, *, vocab: int = 3
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "demo-student": _gpt2(2048, 256, n_embd=96, n_layer=3, n_head=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt2-mini": _gpt2(n_embd=128, n_layer=4, n_head=4),
     "gpt2": _gpt2(),
     "gpt2-medium": _gpt2(n_embd=1024, n_layer=24, n_head=16),
     "gpt-neo-2.7B": _gpt_neo_2_7b,

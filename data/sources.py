@@ -6,6 +6,7 @@
     FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns where names differ
     hub-id[:config][@revision]            any data set on the hub that loads without code
     flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
+    glue/TASK                             GLUE's rows with their label's word as target (kd.data.glue); a folder too
     FILE.yaml                             a task of your own (kd.data.task_files)
 
 A *document* source yields whole texts that are later cut into blocks; a *pairs* source (columns prompt and
@@ -27,6 +28,7 @@ from typing import Any
 from kd.data import mini_mixture, stdlib_text
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example, text_digest
+from kd.data.glue import is_glue, load_glue
 from kd.data.hub import load_hub
 from kd.data.mixtures import load_mixture, mix, select
 from kd.data.rendering import InstructionConfig
@@ -87,6 +89,8 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
         corpus = _task_file(spec, split or "train", instructions)
     elif name in SOURCES:
         corpus = SOURCES[name](spec, split or suffix or "train")
+    elif is_glue(spec) and not path.is_file():
+        corpus = _glue(spec, split or "train")
     elif path.exists():
         corpus = _local(spec, path, split or "train", columns or {})
     elif _is_hub_id(spec):
@@ -209,6 +213,11 @@ def _task_split(split: str) -> str:
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS, where="tasks")
     return split
+
+
+def _glue(spec: str, split: str) -> Corpus:
+    found = load_glue(spec, split=split)
+    return Corpus(spec, found.split, "pairs", found.examples, dict(found.source))
 
 
 def _hub(spec: str, split: str, columns: Columns) -> Corpus:

@@ -27,7 +27,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
 
 from kd.cache_builder.files import canonical_json, sweep, unfinished, write_atomic
 from kd.cache_builder.mixture import open_cache
@@ -47,9 +46,10 @@ from kd.student_trainer.compatibility import (
     needed_arrays,
     resolve_objective,
 )
-from kd.student_trainer.config import LORA_TARGETS, OPTIMIZERS, SCHEDULES, TrainConfig
+from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.head import attach_loss, detach_loss
+from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import packed_capacity, prepare, rank_edges
@@ -130,7 +130,8 @@ def train(
         # transformers 5.23 warns about the name that 5.0 has
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    trained = _with_lora(model, config.lora, config.lora_targets) if config.lora else model
+    kind = "SEQ_2_SEQ_LM" if is_encoder_decoder(student) else "CAUSAL_LM"
+    trained = with_adapters(model, config.lora, config.lora_targets, task_type=kind) if config.lora else model
     multiple = config.accumulate * arguments.world_size
     plan = plan_batches(
         reader, sizes, seed=config.seed, epochs=config.epochs, multiple_of=multiple, capacity=collator.capacity,
@@ -206,30 +207,6 @@ def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
     if arguments.n_gpu > 1:  # one process uses one device: DataParallel would split positions apart from their rows
         arguments._n_gpu = 1
     return arguments
-
-
-def _with_lora(model: Any, rank: int, targets: str | None) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise DataError("LoRA needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
-    head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    tied = head.weight is model.get_input_embeddings().weight
-    if tied and targets and any(f".{name}".endswith(f".{target}") for target in targets.split(",")):
-        raise DataError("an adapter on the output layer cannot be merged where the embedding is the same tensor",
-                        where=type(model).__name__, found=f"--lora-targets {targets}", try_=f"leave {name} out")  # fmt: skip
-    transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps its weights as [in, out]
-    adapters = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, fan_in_fan_out=transposed,
-        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model.config) else "CAUSAL_LM",
-        target_modules=targets.split(",") if targets else LORA_TARGETS.get(model.config.model_type),
-    )  # fmt: skip
-    try:
-        return get_peft_model(model, adapters)
-    except ValueError as error:
-        raise DataError("LoRA cannot adapt this model", found=str(error).splitlines()[0],
-                        try_="--lora-targets with names of its linear layers") from error  # fmt: skip
 
 
 def read_metrics(run: Path) -> list[StepRecord]:

@@ -18,7 +18,7 @@ def tree() -> str:
 
 def test_the_tree_names_every_module() -> None:
     named = set(re.findall(r"[\w-]+\.py\b", tree()))
-    there = {p.name for package in PACKAGES for p in (ROOT / package).glob("*.py") if p.name != "__init__.py"}
+    there = {p.name for package in PACKAGES for p in (ROOT / package).rglob("*.py") if p.name != "__init__.py"}
     assert named == there | {"cli.py"}
 
 

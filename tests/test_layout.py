@@ -26,7 +26,7 @@ DOORS = {
     "bitsandbytes": {"data/models.py"},
     "click": {"cli.py", "commands/"},
     "rich": {"commands/console.py"},
-    "peft": {"student_trainer/train.py"},
+    "peft": {"student_trainer/lora.py", "student_trainer/merging/methods.py"},
 }
 """Heavy library -> the modules, or folders of modules, that may import it."""
 

@@ -152,7 +152,7 @@ def test_a_slow_link_is_only_slow(cache: Path, tmp_path: Path, tree: Tree, serve
     server.fault = slow
     steps = list(pull(server.url, tmp_path / "copy", workers=32))
     assert tree(tmp_path / "copy") == tree(cache)
-    assert len(steps) > 3  # somebody watching sees it move
+    assert len(steps) > 1  # somebody watching sees it move
     assert [s.bytes_done for s in steps] == sorted(s.bytes_done for s in steps)
 
 

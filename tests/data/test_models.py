@@ -35,6 +35,8 @@ PARAMETERS = {  # as published; counted from the real configs
     "flan-t5-xxl": 11_135_332_352,
     # by hand: embeddings (2048 + 256) * 96; per layer 12 * 96^2 weights and 13 * 96 biases and norms; last norm 2 * 96
     "demo-student": (2048 + 256) * 96 + 3 * (12 * 96**2 + 13 * 96) + 2 * 96,
+    # the same with 50257 + 1024 embeddings of width 128 and 4 layers
+    "gpt2-mini": (50257 + 1024) * 128 + 4 * (12 * 128**2 + 13 * 128) + 2 * 128,
     # embedding and output layer 2 * 1216 * 128; attention 4 * 128^2 and gated feed-forward 3 * 128 * 256, with a norm each:
     # 2 layers of one attention, 2 of two; a last norm and 32 x 4 relative positions on either side
     "demo-t5-student": 2 * 1216 * 128 + 6 * (4 * 128**2 + 128) + 4 * (3 * 128 * 256 + 128) + 2 * (128 + 32 * 4),
@@ -73,7 +75,7 @@ def test_an_unknown_shape_and_an_unknown_dtype_suggest_the_nearest():
 
 def test_positions_are_read_from_every_family():
     assert {name: max_positions(build()) for name, build in SHAPES.items()} == {
-        "demo-student": 256, "gpt2": 1024, "gpt2-medium": 1024, "gpt-neo-2.7B": 2048, "pythia-410m": 2048,
+        "demo-student": 256, "gpt2-mini": 1024, "gpt2": 1024, "gpt2-medium": 1024, "gpt-neo-2.7B": 2048, "pythia-410m": 2048,
         "SmolLM-360M": 2048, "flan-t5-small": None, "flan-t5-base": None, "flan-t5-large": None, "flan-t5-xl": None,
         "flan-t5-xxl": None, "demo-t5-student": None,
     }  # fmt: skip

@@ -1,0 +1,141 @@
+"""How much memory and time a merge takes: `python benchmarks/merging.py [--shape gpt2] [--models 7] [--methods ...]`.
+
+Models of a known shape are written to a temporary folder (random weights, the base's moved at random), and each method
+merges them in a process of its own. Memory is the resident set, pages of mapped files included, sampled every 5 ms; `held`
+is its peak above what was resident before, in models (bytes of one backbone in float32) and in MB. fisher and regmean also
+run the models, on made-up rows; libraries are loaded before. The design's bound: two models, and one tensor of each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+METHODS = ("simple-average", "task-arithmetic", "ties", "fisher", "regmean")
+
+
+def resident() -> int:
+    """Bytes of this process in memory, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak:
+    """The largest resident set while it is open."""
+
+    def __enter__(self) -> Peak:
+        self.start = self.highest = resident()
+        self.open = True
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.open:
+            self.highest = max(self.highest, resident())
+            time.sleep(0.005)
+
+    def __exit__(self, *_: object) -> None:
+        self.open = False
+        self.thread.join()
+
+
+def write_models(folder: Path, config: Any, count: int) -> int:
+    """A base and `count` models near it, as `AutoModel` folders; returns the bytes of one."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config)
+    model.save_pretrained(folder / "base")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for number in range(count):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(start[name] + 0.01 * torch.randn_like(parameter))
+        model.save_pretrained(folder / f"m{number}")
+    lines = [f"base: {folder}/base", "models:", *(f"  m{i}: {folder}/m{i}" for i in range(count))]
+    (folder / "pool.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return sum(p.numel() * 4 for p in model.parameters())
+
+
+def merge_once(folder: Path, method: str) -> None:
+    """Merge the pool in `folder`, from files to a model in memory."""
+    import torch
+    import transformers
+
+    from kd.student_trainer.merging.merge import MergeSettings, prepare
+    from kd.student_trainer.merging.pool import PoolModel, read_pool
+    from kd.student_trainer.merging.weights import skeleton
+
+    def measure(model: PoolModel) -> Any:
+        whole = transformers.AutoModel.from_pretrained(model.path)
+        made = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, whole.config.vocab_size, (2, 16), generator=made)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return whole, lambda batch: whole(**batch).last_hidden_state[:, -1, :3], [batch]
+
+    pool = read_pool(folder / "pool.yaml")
+    with tempfile.TemporaryDirectory(dir=folder) as statistics:
+        merger = [s.merger for s in prepare(pool, MergeSettings(method), folder=Path(statistics), measure=measure)][-1]
+        assert merger is not None
+        merger.apply(skeleton(pool, device="cpu"))
+
+
+def worker(folder: Path, method: str) -> dict[str, float]:
+    """Merge in this process; peak and seconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    merge_once(folder / "small", method)  # libraries are loaded and warm
+    with Peak() as peak:
+        started = time.perf_counter()
+        merge_once(folder, method)
+        seconds = time.perf_counter() - started
+    return {"held": peak.highest - peak.start, "seconds": seconds}
+
+
+def measure_shape(config: Any, count: int, methods: tuple[str, ...]) -> dict[str, Any]:
+    """Every method on `count` models of one shape, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        small = type(config)(**config.to_dict() | {"n_embd": 64, "n_layer": 1, "n_head": 1, "vocab_size": 500})
+        write_models(Path(name) / "small", small, count)
+        size = write_models(Path(name), config, count)
+        rows = {}
+        for method in methods:
+            done = subprocess.run(
+                [sys.executable, __file__, "--worker", name, method], capture_output=True, text=True, check=True
+            )
+            rows[method] = json.loads(done.stdout.splitlines()[-1])
+    return {"bytes": size, "models": count, "methods": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="gpt2-mini")
+    parser.add_argument("--models", type=int, default=7)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--worker", nargs=2)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(worker(Path(options.worker[0]), options.worker[1])))
+        return
+    from kd.data.shapes import SHAPES
+
+    found = measure_shape(SHAPES[options.shape](), options.models, tuple(options.methods.split(",")))
+    print(f"{options.models} models of {options.shape}, {found['bytes'] / 1e6:,.0f} MB each\n")
+    print("| method | held, models | held, MB | seconds |\n|---|---|---|---|")
+    for method, row in found["methods"].items():
+        print(f"| {method} | {row['held'] / found['bytes']:.2f} | {row['held'] / 1e6:,.0f} | {row['seconds']:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The models to merge, from a YAML file: a base, and models by name.
+
+    base: openai-community/gpt2              models:                                 models:
+    models:                                    - name: _pretrained_                    _pretrained_:
+      cola: runs/cola                            path: gpt2                              pretrained_model_name_or_path: gpt2
+      sst2: {path: runs/sst2}                  - name: cola                            cola:
+                                                 path: tanganke/gpt2_cola                pretrained_model_name_or_path: …
+
+Ours on the left; the two layouts of FusionBench's GPT-2 pools are read as they stand (`type`, `_target_`, data sets and tokenizer
+are about its classes and are passed over). `_pretrained_` is the base: it is not merged. A relative path is looked for
+beside the file, then from where the command runs; anything else is a hub id. For classifiers a model's name is its GLUE
+task; `data: SPEC` names the text that fisher and regmean read with a language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd.data.errors import DataError, unknown_name
+
+BASE = "_pretrained_"
+OURS = ("base", "models")
+THEIRS = ("type", "name", "dtype", "models", "_target_", "_recursive_", "_version_", "_usage_", "_model_loader", "_dataset_loader",
+          "train_datasets", "val_datasets", "test_datasets", "tokenizer")  # fmt: skip
+"""Keys of FusionBench's files; all but `models` say which of its classes load what."""
+
+
+@dataclass(frozen=True)
+class PoolModel:
+    """A model of the pool."""
+
+    name: str
+    path: str
+    """Folder or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    data: str | None = None
+    """Data spec for statistics of a language model."""
+
+
+@dataclass(frozen=True)
+class ModelPool:
+    """A base and the models made from it."""
+
+    file: Path
+    base: PoolModel | None
+    models: tuple[PoolModel, ...]
+    """At least one, in the file's order."""
+
+    @property
+    def names(self) -> list[str]:
+        return [model.name for model in self.models]
+
+    def need_base(self, purpose: str) -> PoolModel:
+        """The base; raises DataError where the file names none."""
+        if self.base is None:
+            raise DataError(f"{purpose} starts from a base", where=self.file, expected=f"base: PATH, or a model {BASE}")
+        return self.base
+
+
+def read_pool(file: Path) -> ModelPool:
+    """Read a pool; raises DataError naming file and key for anything but the three layouts above."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError("cannot read the pool", where=file, found=error) from error
+    if not isinstance(document, dict) or not document.get("models"):
+        raise DataError("the file is no pool of models", where=file, expected="models: a list or a mapping")
+    for key in document:
+        if key not in (*OURS, *THEIRS):
+            raise unknown_name("key", str(key), (*OURS, *THEIRS), where=file)
+    listed = _listed(document["models"], file)
+    if "base" in document:
+        listed.append(_model(BASE, document["base"], file))
+    models: dict[str, PoolModel] = {}
+    for model in listed:
+        if model.name in models:
+            raise DataError("two models have one name", where=file, found=model.name)
+        models[model.name] = model
+    base = models.pop(BASE, None)
+    if not models:
+        raise DataError("the pool holds no model besides the base", where=file)
+    return ModelPool(file, base, tuple(models.values()))
+
+
+def _listed(models: Any, file: Path) -> list[PoolModel]:
+    if isinstance(models, dict):
+        return [_model(str(name), entry, file) for name, entry in models.items()]
+    if not isinstance(models, list) or not all(isinstance(m, dict) and "name" in m for m in models):
+        raise DataError(
+            "models are not named", where=f"{file} models", expected="a mapping, or a list of name and path"
+        )
+    return [_model(str(entry["name"]), entry, file) for entry in models]
+
+
+def _model(name: str, entry: Any, file: Path) -> PoolModel:
+    if isinstance(entry, str):
+        return PoolModel(name, _located(entry, file))
+    where = f"{file} models {name}"
+    if not isinstance(entry, Mapping):
+        raise DataError("a model is no path", where=where, found=type(entry).__name__, expected="a path or hub id")
+    known = ("name", "path", "pretrained_model_name_or_path", "revision", "data", "_target_", "torch_dtype")
+    for key in entry:
+        if key not in known:
+            raise unknown_name("key", str(key), known, where=where)
+    path = entry.get("path", entry.get("pretrained_model_name_or_path"))
+    if not isinstance(path, str):
+        raise DataError("a model has no path", where=where, expected="path: FOLDER or a hub id")
+    return PoolModel(name, _located(path, file), entry.get("revision"), entry.get("data"))
+
+
+def _located(path: str, file: Path) -> str:
+    """The folder beside the pool's file, if there is one; else the path as it stands."""
+    beside = file.parent / Path(path).expanduser()
+    return str(beside) if beside.is_dir() else path
