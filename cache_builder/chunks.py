@@ -11,6 +11,7 @@ SHA-256, need not be computed again. The tests compare every array with what zar
 
 from __future__ import annotations
 
+import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
@@ -25,23 +26,45 @@ HEADER = 16
 """Bytes of a blosc header; it holds the size of what is compressed."""
 
 
+def read_index(data: bytes, layout: Layout) -> np.ndarray:
+    """`[chunks, 2]` offset and length of each inner chunk. Raises CacheError where the file has no room for it."""
+    count = layout.shard_rows // layout.chunk_rows
+    index = np.frombuffer(data[len(data) - CHECKSUM - 16 * count : len(data) - CHECKSUM], dtype="<u8")
+    if len(index) != 2 * count:
+        raise CacheError("a shard's index is cut off", found=f"{len(data)} bytes")
+    return index.reshape(-1, 2)
+
+
+def broken_chunks(data: bytes, layout: Layout) -> list[int]:
+    """Numbers of the inner chunks whose bytes do not have their crc32c, of a shard's file that was changed.
+
+    Nothing is decompressed: these bytes are nobody's. Raises CacheError where there is no index.
+    """
+    end, broken = len(data) - CHECKSUM - 16 * (layout.shard_rows // layout.chunk_rows), []
+    for number, (offset, length) in enumerate(read_index(data, layout).tolist()):
+        if offset == length == MISSING:
+            continue
+        chunk = data[offset : offset + length]
+        whole = length >= CHECKSUM and offset + length <= end
+        if not whole or google_crc32c.value(chunk[:-CHECKSUM]) != int.from_bytes(chunk[-CHECKSUM:], "little"):
+            broken.append(number)
+    return broken
+
+
 def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.ndarray:
     """The first `rows` rows of a shard's file: `[rows]` or `[rows, columns]`, in the memory order it was stored in.
 
     Raises CacheError where the bytes are not such a shard; nothing larger than the layout says is allocated.
     """
-    count, dtype = layout.shard_rows // layout.chunk_rows, np.dtype(spec.dtype).newbyteorder("<")
-    index = np.frombuffer(data[len(data) - CHECKSUM - 16 * count : len(data) - CHECKSUM], dtype="<u8")
-    if len(index) != 2 * count:
-        raise CacheError("a shard's index is cut off", found=f"{len(data)} bytes")
+    index, dtype = read_index(data, layout), np.dtype(spec.dtype).newbyteorder("<")
     width = 1 if spec.columns is None else spec.columns
     out = np.empty((width, rows) if spec.by_column else (rows, width), dtype=dtype)
     whole = np.empty((width, layout.chunk_rows) if spec.by_column else (layout.chunk_rows, width), dtype=dtype)
-    for first, (offset, length) in zip(range(0, rows, layout.chunk_rows), index.reshape(-1, 2).tolist(), strict=False):
+    for first, (offset, length) in zip(range(0, rows, layout.chunk_rows), index.tolist(), strict=False):
         n = min(layout.chunk_rows, rows - first)
         if offset == length == MISSING:
             whole[...] = 0
-        elif length < CHECKSUM + HEADER or offset + length > len(data) - CHECKSUM - 16 * count:
+        elif length < CHECKSUM + HEADER or offset + length > len(data) - CHECKSUM - 16 * len(index):
             raise CacheError("a shard's index points elsewhere", found=f"{length} bytes from {offset}")
         else:
             _decompress(data[offset : offset + length - CHECKSUM], whole)
@@ -55,7 +78,12 @@ def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.
 
 
 def _decompress(chunk: bytes, into: np.ndarray) -> None:
-    if len(chunk) < HEADER or int.from_bytes(chunk[4:8], "little") != into.nbytes:
+    """Raises CacheError unless blosc's header says what is there: c-blosc believes it, and reads where it points."""
+    size, block, compressed = (int.from_bytes(chunk[i : i + 4], "little") for i in (4, 8, 12))
+    if len(chunk) < HEADER or size != into.nbytes:
         raise CacheError("a chunk has another size than the layout says", found=f"{len(chunk)} bytes compressed",
                          expected=f"{into.nbytes} bytes")  # fmt: skip
+    if compressed != len(chunk) or not 0 < block <= max(size, 1) or not chunk[3]:
+        raise CacheError("a chunk's header contradicts its bytes", found=f"{compressed} bytes in blocks of {block}",
+                         expected=f"{len(chunk)} bytes")  # fmt: skip
     blosc.decompress(chunk, into)

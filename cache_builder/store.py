@@ -321,12 +321,6 @@ def _example_columns(table: pa.Table) -> dict[str, list[Any]]:
     return columns
 
 
-def read_rows(root: Path, array: str, start: int, rows: int) -> np.ndarray:
-    """Rows `[start, start + rows)` of one array, through Zarr."""
-    opened = zarr.open_array(root / TARGETS / array, mode="r")
-    return np.asarray(opened[start : start + rows])
-
-
 def read_example_table(root: Path, manifest: CacheManifest, index: int, columns: Sequence[str]) -> dict[str, list[Any]]:
     """Some columns of a shard's examples, its Parquet file checked against the commit."""
     record = read_commit(root, manifest, index)

@@ -2,7 +2,7 @@
 
 Three layers: every file against its committed SHA-256; the documents against each other; the decoded rows
 against what `SoftTargets` promises (sorted, unique ids within the vocabulary, masses that sum to one, tokens that
-match their digest). A changed file is narrowed down to its inner chunks by decoding each of them.
+match their digest). A changed file is narrowed down to its inner chunks by the crc32c of each.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from kd.cache_builder import codecs, commits, store
+from kd.cache_builder.chunks import broken_chunks
 from kd.cache_builder.codecs import ArraySpec
 from kd.cache_builder.files import unfinished
 from kd.cache_builder.manifest import CacheManifest, load_manifest
 from kd.cache_builder.part import PARTIAL, load_part
 from kd.cache_builder.rows import tokens_digest
 from kd.cache_builder.targets import SoftTargets
-from kd.data.errors import CacheDamageError, KdError
+from kd.data.errors import CacheDamageError, CacheError, KdError
 
 BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
 """The dataset card, and what git and the hub's client leave beside a cache: no reader looks at it."""
@@ -148,7 +149,7 @@ def _check_shard(
         except CacheDamageError as error:
             narrowed = whole
             if array != "examples" and (root / name).is_file() and commits.inside(root, root / name):
-                narrowed = _broken_rows(root, manifest, array, start, rows) or whole
+                narrowed = _broken_rows(manifest, (root / name).read_bytes(), start, rows) or whole
             yield Finding(name, error.headline, index, array, narrowed)
     if len(data) < len(files) or not promises:
         return
@@ -158,20 +159,22 @@ def _check_shard(
         yield Finding(commit, str(error.details.get("found", error.headline)), index, None, whole)
 
 
-def _broken_rows(root: Path, manifest: CacheManifest, array: str, start: int, rows: int) -> str | None:
-    """Row ranges of the inner chunks that Zarr cannot decode (crc32c), joined; None when every chunk decodes."""
-    broken: list[tuple[int, int]] = []
-    step = manifest.layout.chunk_rows
-    for first in range(start, start + rows, step):
-        count = min(step, start + rows - first)
-        try:
-            store.read_rows(root, array, first, count)
-        except Exception:  # zarr raises whatever its codec raises; any of it means "this chunk is broken"
-            if broken and broken[-1][1] == first:
-                broken[-1] = (broken[-1][0], first + count)
-            else:
-                broken.append((first, first + count))
-    return ", ".join(f"{a}:{b}" for a, b in broken) or None
+def _broken_rows(manifest: CacheManifest, data: bytes, start: int, rows: int) -> str | None:
+    """Row ranges of the inner chunks whose crc32c is wrong, joined; None where that cannot be told."""
+    try:
+        numbers = broken_chunks(data, manifest.layout)
+    except CacheError:
+        return None
+    step, ranges = manifest.layout.chunk_rows, list[list[int]]()
+    for number in numbers:
+        first, stop = start + number * step, start + min((number + 1) * step, rows)
+        if first >= stop:
+            continue
+        if ranges and ranges[-1][1] == first:
+            ranges[-1][1] = stop
+        else:
+            ranges.append([first, stop])
+    return ", ".join(f"{a}:{b}" for a, b in ranges) or None
 
 
 def _check_rows(manifest: CacheManifest, shard: store.Shard, commit: str) -> Iterator[Finding]:
