@@ -162,6 +162,16 @@ def test_a_chunk_that_says_it_is_a_terabyte(copy: Path):
         refused(copy, "cannot be decoded", "another size")
 
 
+@pytest.mark.parametrize(("place", "value"), [(12, 2**30 + 32), (12, 0), (12, 31), (8, 0), (8, 2**31), (3, 0)])
+def test_a_chunk_whose_header_points_beyond_it(copy: Path, place: int, value: int):
+    """c-blosc reads where it is told to: a compressed size beyond the chunk ended the process (found by fuzzing)."""
+    data = bytearray((copy / GOLD).read_bytes())
+    size = 1 if place == 3 else 4
+    data[place : place + size] = value.to_bytes(size, "little")
+    change_file(copy, GOLD, bytes(data))
+    refused(copy, "cannot be decoded", "contradicts its bytes")
+
+
 @pytest.mark.parametrize(
     "entry", [(0, 2**63), (2**63, 16), (0, 2**64 - 2), (2**64 - 2, 2**64 - 1), (0, 0), (0, 15), (10**6, 32)]
 )
