@@ -137,14 +137,14 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     from kd.evaluation.midway_scores import plan_scores
 
     student = "random:demo-student" if config.student == "demo" else config.student
-    reason = refuse_benchmark_text(Path(config.cache), allow=allow_contaminated)
+    reason = refuse_benchmark_text(config.cache, allow=allow_contaminated)
     if reason is not None:
         result["contaminated"] = reason
     plan = None
     if eval_data or eval_tasks:  # also what is measured before and after alone must not be in the cache
         request = ModelRequest(student, config.revision, tokenizer=config.tokenizer, seed=config.seed)
         tasks = [t.strip() for t in (eval_tasks or "perplexity").split(",")]
-        plan = plan_scores(request, Path(config.cache), tasks, data=eval_data, split=eval_split, limit=eval_limit,
+        plan = plan_scores(request, config.cache, tasks, data=eval_data, split=eval_split, limit=eval_limit,
                            task_root=eval_task_root, protocol=eval_protocol, allow_contaminated=allow_contaminated)  # fmt: skip
     alone = eval_data is not None and not eval_tasks
     alike = {"data": eval_data, "split": eval_split, "device": config.device, "dtype": "float32",

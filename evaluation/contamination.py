@@ -66,36 +66,47 @@ def trained_on(model: str) -> list[TrainingText]:
         settings = run.get("settings")
         if not isinstance(settings, dict) or not isinstance(settings.get("cache"), str):
             break
-        found.append(_training_text(folder, run, Path(settings["cache"]).expanduser()))
+        found += _training_texts(folder, run, settings["cache"])
         folder = Path(str(settings.get("student"))).expanduser()
     return found
 
 
-def _training_text(folder: Path, run: Mapping[str, Any], cache: Path) -> TrainingText:
+def _training_texts(folder: Path, run: Mapping[str, Any], cache: str) -> list[TrainingText]:
     corpus = run.get("corpus") or {}
-    spec, split = str(corpus.get("corpus")), str(corpus.get("split"))
     try:
-        text = cache_text(cache, run=str(folder))
+        if "://" not in cache:  # what lies elsewhere is not fetched to score a model
+            return cache_texts(cache, run=str(folder))
     except (KdError, OSError):
-        return TrainingText(str(folder), spec, split, "", None, ())
-    return text
+        pass
+    return [TrainingText(str(folder), str(corpus.get("corpus")), str(corpus.get("split")), "", None, ())]
 
 
-def cache_text(cache: Path, *, run: str = "", whole: bool = True) -> TrainingText:
-    """The text of a cache, without its targets; its name alone where not `whole`. Raises CacheError."""
+def cache_texts(cache: str | Path, *, run: str = "", whole: bool = True) -> list[TrainingText]:
+    """The text of a cache, or of each cache of a mixture, without its targets; its name alone where not `whole`.
+
+    `cache` as `kd train --cache` takes it. Raises CacheError.
+    """
     from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.mirror import open_cache
+    from kd.cache_builder.mixture import weighted
+    from kd.cache_builder.part import load_part
     from kd.cache_builder.store import read_example_table
 
-    manifest = load_manifest(cache)
-    provenance = manifest.provenance
-    examples: list[Example] = []
-    for index in range(len(manifest.shards) if whole else 0):
-        table = read_example_table(cache, manifest, index, ["id", "prompt", "target"])
-        examples += [Example(i, target, prompt) for i, prompt, target in
-                     zip(table["id"], table["prompt"], table["target"], strict=True)]  # fmt: skip
-    return TrainingText(run, str(provenance.get("corpus")), str(provenance.get("split")),
-                        json.dumps(provenance.get("source")), str(manifest.identity["corpus"]["text_digest"]),
-                        tuple(examples))  # fmt: skip
+    texts = []
+    for place, _ in weighted(str(cache)):
+        root = open_cache(place if "://" in place else Path(place).expanduser())
+        manifest = load_manifest(root)
+        provenance, part = manifest.provenance, load_part(root, manifest)
+        shards = range(len(manifest.shards)) if part is None else part.shards
+        examples: list[Example] = []
+        for index in shards if whole else ():
+            table = read_example_table(root, manifest, index, ["id", "prompt", "target"])
+            examples += [Example(i, target, prompt) for i, prompt, target in
+                         zip(table["id"], table["prompt"], table["target"], strict=True)]  # fmt: skip
+        texts.append(TrainingText(run, str(provenance.get("corpus")), str(provenance.get("split")),
+                                  json.dumps(provenance.get("source")), str(manifest.identity["corpus"]["text_digest"]),
+                                  tuple(examples)))  # fmt: skip
+    return texts
 
 
 def benchmark_text(text: TrainingText) -> str | None:
@@ -104,9 +115,9 @@ def benchmark_text(text: TrainingText) -> str | None:
     return None if name is None else f"its source names {name[0]!r}, where HellaSwag's text is from"
 
 
-def refuse_benchmark_text(cache: Path, *, allow: bool) -> str | None:
+def refuse_benchmark_text(cache: str | Path, *, allow: bool) -> str | None:
     """Why a cache's text is a benchmark's own; raises DataError where it is, unless `allow`."""
-    reason = benchmark_text(cache_text(cache, whole=False))
+    reason = next(filter(None, map(benchmark_text, cache_texts(cache, whole=False))), None)
     if reason is not None and not allow:
         raise DataError("this cache holds a benchmark's own text", where=cache, found=reason,
                         expected="text that the student will not be measured on",

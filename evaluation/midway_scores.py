@@ -48,7 +48,7 @@ class ScorePlan:
         return found | ({"contaminated": dict(self.contaminated)} if self.contaminated else {})
 
 
-def plan_scores(student: ModelRequest, cache: Path, tasks: Sequence[str], *, data: str | None = None,
+def plan_scores(student: ModelRequest, cache: str | Path, tasks: Sequence[str], *, data: str | None = None,
                 split: str | None = None, limit: int | None = None, task_root: Path | None = None,
                 protocol: str = "nanogpt", allow_contaminated: bool = False,
                 on_progress: Callable[[str, int, int], None] | None = None) -> ScorePlan:  # fmt: skip

@@ -32,7 +32,7 @@ from kd.data.sources import Columns, Corpus, load_corpus, takes_instructions
 from kd.data.task import WORDINGS
 from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 from kd.evaluation.answer_metrics import ANSWER_METRICS, MetricSettings
-from kd.evaluation.contamination import cache_text, contamination, refuse_contaminated, trained_on
+from kd.evaluation.contamination import cache_texts, contamination, refuse_contaminated, trained_on
 from kd.evaluation.results import EvalReport
 from kd.evaluation.runners import run_agreement, run_choices, run_generation, run_hellaswag, run_perplexity, run_samples
 from kd.evaluation.task import LiveTeacher, Metric, Settings, Task, TaskResult
@@ -136,10 +136,10 @@ def with_texts(settings: Settings, names: Sequence[str], tokenizer: Tokenizer, *
 
             check_answering(corpus, settings)
     if "cache" in needs and cache is not None:
-        from kd.cache_builder.reader import CacheReader
+        from kd.cache_builder.mixture import open_cache
         from kd.student_trainer.compatibility import refuse_other_tokenizer
 
-        reader = CacheReader(cache)
+        reader = open_cache(str(cache))
         refuse_other_tokenizer(
             reader,
             tokenizer,
@@ -161,7 +161,7 @@ def score_model(model: Model, tokenizer: Tokenizer, names: Sequence[str],
     return results
 
 
-def contaminated_tasks(names: Sequence[str], settings: Settings, model: str, *, cache: Path | None = None,
+def contaminated_tasks(names: Sequence[str], settings: Settings, model: str, *, cache: str | Path | None = None,
                        allow: bool) -> dict[str, str]:  # fmt: skip
     """Task -> why its text is known to the model, by the runs that made it and the `cache` it is about to learn from.
 
@@ -169,7 +169,7 @@ def contaminated_tasks(names: Sequence[str], settings: Settings, model: str, *, 
     """
     if settings.corpus is None and settings.scenes is None:
         return {}
-    texts = trained_on(model) + ([] if cache is None else [cache_text(cache, run="this run")])
+    texts = trained_on(model) + ([] if cache is None else cache_texts(cache, run="this run"))
     found = contamination(texts, settings.corpus, settings.scenes)
     keys = {"rows": "hellaswag", "data": "data", "cache": "", "prompts": ""}
     tasks = {name: found[key] for name in names if (key := keys[TASKS[name].needs]) in found}

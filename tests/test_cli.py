@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from kd.cache_builder.targets import TargetConfig
 from kd.cli import cli
@@ -337,3 +338,25 @@ def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(mon
     # that the text is none of the cache's was checked before the first step
     alike = {"data": "demo", "split": "heldout", "device": "cpu", "dtype": "float32", "allow_contaminated": True}
     assert asked == [("owner/s", alike | {"revision": "v1", "tokenizer": None, "seed": 3}), ("o", alike)]
+
+
+def test_a_mixture_and_a_fingerprint_stand_for_a_cache_in_kd_train(tmp_path: Path, build_request, run_build, model_dir):
+    from kd.cache_builder.registry import remember
+
+    for name, seq_len in (("a", 32), ("b", 32)):
+        run_build(build_request(tmp_path / name, seq_len=seq_len, top_k=8))
+    remember(tmp_path / "a")
+    fingerprint = json.loads((tmp_path / "a" / "manifest.json").read_text())["fingerprint"]
+    common = ["--student", str(model_dir), "--max-steps", "1", "--batch-size", "2", "--device", "cpu", "--json"]
+    caches = {"mixed": [f"--cache={tmp_path / 'a'}=0.7", f"--cache={tmp_path / 'b'}=0.3"], "named": ["--cache", fingerprint[:12]],
+              "url": ["--cache", f"file://{tmp_path / 'a'}"]}  # fmt: skip
+    for name, words in caches.items():
+        done = CliRunner().invoke(
+            cli, ["train", *words, *common, "--out", str(tmp_path / name)], catch_exceptions=False
+        )
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)["cache_fingerprint"]
+        assert (found == fingerprint) == (name != "mixed")
+    words = [f"--cache={tmp_path / 'a'}=0.7", f"--cache={tmp_path / 'b'}"]
+    done = CliRunner().invoke(cli, ["train", *words, *common, "--out", str(tmp_path / "x")])
+    assert "not a mixture" in str(done.exception)

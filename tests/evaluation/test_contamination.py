@@ -15,7 +15,7 @@ from kd.evaluation.contamination import (
     SHINGLE,
     TrainingText,
     benchmark_text,
-    cache_text,
+    cache_texts,
     contamination,
     openings,
     refuse_benchmark_text,
@@ -79,7 +79,7 @@ def test_rows_of_a_task_are_known_by_their_place_in_any_wording_and_split_of_tha
 
 
 def test_documents_are_known_by_their_beginning_through_their_blocks(prose, exact_cache) -> None:
-    known = cache_text(exact_cache)
+    (known,) = cache_texts(exact_cache)
     assert known.digest == prose.digest
     assert [o[:40] for o in openings(known.examples)] == [
         " ".join(e.target.split()).casefold()[:40] for e in prose.examples
@@ -171,4 +171,4 @@ def test_training_on_a_benchmarks_own_text_is_refused_and_marked_where_allowed(
 def test_a_corpus_and_its_cache_have_one_digest_whatever_their_order(prose_file, exact_cache) -> None:
     whole = load_corpus(str(prose_file))
     assert shared_examples(whole, text_of(digest=whole.digest)) == len(whole.examples)
-    assert shared_examples(load_corpus(str(prose_file), limit=2), cache_text(exact_cache)) == 1
+    assert shared_examples(load_corpus(str(prose_file), limit=2), cache_texts(exact_cache)[0]) == 1
