@@ -8,22 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.console import emit, emit_json, follow
-from kd.commands.options import PATH, json_option
+from kd.commands.options import PATH, json_option, parse_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kd.cache_builder.derive import DeriveProgress
-
-
-def parse_range(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """`A:B`, both numbers."""
-    if value is None:
-        return None
-    first, sign, stop = value.partition(":")
-    if not (sign and first.isdigit() and stop.isdigit()):
-        raise click.BadParameter("expected A:B, e.g. 0:1000")
-    return int(first), int(stop)
 
 
 @click.command("slice")

@@ -50,10 +50,13 @@ def cache_push(path: Path, url: str, license: str | None, private: bool, workers
 @click.option(
     "--for", "losses", multiple=True, metavar="LOSS", help="The arrays that kd train --loss LOSS reads; repeatable."
 )
+@click.option(
+    "--top-k", type=int, help="Fewer tokens per row: what arrives is sliced on the way, and a smaller cache stays."
+)
 @workers_option
 @json_option
 def cache_pull(url: str, path: Path, examples: tuple[int, int] | None, arrays: str | None, losses: tuple[str, ...],
-               workers: int, as_json: bool) -> None:  # fmt: skip
+               top_k: int | None, workers: int, as_json: bool) -> None:  # fmt: skip
     """Copy a cache, or a part of one, from hf://datasets/…, s3://…, https://… or a folder. The same command again continues.
 
     Every file is compared with its commit on arrival. A part says what it holds; pulling more of it adds to that.
@@ -61,7 +64,13 @@ def cache_pull(url: str, path: Path, examples: tuple[int, int] | None, arrays: s
     Example: kd cache pull runs/cache runs/part --examples 0:10 --for ce
     """
     from kd.cache_builder.transfer import pull
+    from kd.data.errors import DataError
 
+    if top_k is not None:
+        if arrays or losses:
+            raise DataError("a slice has arrays of its own", found="--top-k with --arrays or --for", try_="one of them")
+        _slice(url, path, top_k, examples, as_json)
+        return
     steps = pull(url, path, examples=examples, arrays=_choice(arrays, losses), workers=workers)
     last = follow("pulling", steps, _show)
     part = {} if last.part is None else {"part": {"shards": len(last.part.shards), "arrays": list(last.part.arrays)}}
@@ -69,6 +78,19 @@ def cache_pull(url: str, path: Path, examples: tuple[int, int] | None, arrays: s
     if not as_json and last.part is not None:
         result |= {"part": f"{len(last.part.shards)} shards of arrays {', '.join(last.part.arrays)}"}
     emit(result, as_json, f"{path}: {'complete' if last.part is None else 'a part of the cache'}")
+
+
+def _slice(url: str, path: Path, top_k: int, examples: tuple[int, int] | None, as_json: bool) -> None:
+    """Slice a cache through a mirror: the columns of an array lie in the same chunks, so they all travel; only K stay."""
+    from kd.cache_builder.derive import slice_cache
+    from kd.cache_builder.mirror import open_cache
+    from kd.cache_builder.registry import remember
+    from kd.cache_builder.summary import cache_summary
+
+    steps = slice_cache(open_cache(url), path, top_k=top_k, examples=examples)
+    follow("pulling", steps, lambda p: (p.done, p.total, f"shard {p.done}/{p.total}"))
+    remember(path)
+    emit(cache_summary(path), as_json, f"{path}: a slice of the cache, complete")
 
 
 def _choice(arrays: str | None, losses: tuple[str, ...]) -> Callable[[CacheManifest], Collection[str]] | None:

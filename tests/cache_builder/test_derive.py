@@ -249,3 +249,23 @@ def test_ls_finds_caches_by_folder_and_by_fingerprint(tmp_path, model_dir, text_
 
     with pytest.raises(CacheError, match="no cache of this machine"):
         CacheReader("0123456789ab")
+
+
+def test_a_slice_pulled_from_an_address_is_the_slice_of_the_cache(tmp_path, kl):
+    kd("cache", "push", kl, f"file://{tmp_path / 'there'}")
+    kd("cache", "pull", f"file://{tmp_path / 'there'}", tmp_path / "here", "--top-k", 3, "--examples", "2:9")
+    done(slice_cache(kl, tmp_path / "slice", top_k=3, examples=(2, 9)))
+    assert load_manifest(tmp_path / "here").fingerprint == load_manifest(tmp_path / "slice").fingerprint
+    found, expected = all_rows(tmp_path / "here"), all_rows(tmp_path / "slice")
+    assert (found.logprobs == expected.logprobs).all()
+    assert (found.token_ids == expected.token_ids).all()
+    assert sound(tmp_path / "here")
+
+
+def test_repair_takes_a_second_copy_from_an_address(tmp_path, kl, tree):
+    kd("cache", "push", kl, f"file://{tmp_path / 'there'}")
+    kd("cache", "pull", f"file://{tmp_path / 'there'}", tmp_path / "here")
+    before = tree(tmp_path / "here")
+    (tmp_path / "here" / "examples" / "00000.parquet").write_bytes(b"")
+    assert "taken from" in kd("cache", "repair", tmp_path / "here", "--from", f"file://{tmp_path / 'there'}")
+    assert tree(tmp_path / "here") == before
