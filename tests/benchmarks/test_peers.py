@@ -106,6 +106,7 @@ def tables(page: str) -> dict[str, list[list[str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_with_a_row_for_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--quick", "--out", str(tmp_path),
                "--cases", "kd,uld,stored"]  # fmt: skip
