@@ -6,6 +6,7 @@ Each is opened, read, verified and summarised in a child process that may not al
 from __future__ import annotations
 
 import base64
+import faulthandler
 import json
 import resource
 import shutil
@@ -279,7 +280,12 @@ def test_the_footer_is_read_as_arrow_reads_it(copy: Path):
 def test_metadata_that_makes_arrow_end_the_process(copy: Path):
     """Statistics of a column that contradict its schema: asking pyarrow for its metadata aborts, so nobody asks."""
     data = base64.b64decode((Path(__file__).parents[1] / "golden" / "aborts_arrow.b64").read_text())
-    code, _ = child(lambda: pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0).column(5) and None)
+
+    def ask() -> None:
+        faulthandler.disable()  # its report of an expected end is noise
+        pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0).column(5)
+
+    code, _ = child(ask)
     assert code == -signal.SIGABRT  # else the bug is gone, and `footer_sizes` may go too
     change_file(copy, EXAMPLES, data)
     refused(copy, "another number of rows", "cannot be decoded")
