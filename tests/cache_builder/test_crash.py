@@ -67,12 +67,15 @@ def kill_at_operations(tmp_path: Path, build_request, resumes, few: int | None) 
     return total
 
 
-def kill_at_moments(tmp_path: Path, build_request, resumes, rounds: int) -> int:
-    """SIGKILL at random moments of builds, of resumed ones too, until each is complete; returns how many hit."""
+def kill_at_moments(tmp_path: Path, build_request, resumes, wanted: int) -> None:
+    """SIGKILL at random moments of builds, and of what continues them, until it has hit `wanted` times."""
+    started = time.monotonic()
+    assert child(lambda: run(build_request(tmp_path / "timed"))) == (0, "")
+    length = time.monotonic() - started
     dice, hits = random.Random(0), 0
-    for number in range(rounds):
+    for number in range(20 * wanted):
         out = tmp_path / f"m{number}"
-        for _ in range(6):
+        for _ in range(4):
             pid = os.fork()
             if pid == 0:
                 torch.set_num_threads(1)
@@ -80,14 +83,16 @@ def kill_at_moments(tmp_path: Path, build_request, resumes, rounds: int) -> int:
                     run(build_request(out))
                 finally:
                     os._exit(0)
-            time.sleep(dice.uniform(0.0, 0.5))
+            time.sleep(dice.uniform(0.0, length))
             os.kill(pid, signal.SIGKILL)
             hits += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
             if (out / "manifest.json").exists():
                 break
         resumes(out)
         shutil.rmtree(out)
-    return hits
+        if hits >= wanted:
+            return
+    raise AssertionError(f"only {hits} of {20 * wanted} kills hit a build of {length:.2f} s")
 
 
 def test_a_build_killed_before_any_of_its_operations_resumes_to_the_same_bytes(tmp_path, build_request, resumes):
@@ -95,19 +100,14 @@ def test_a_build_killed_before_any_of_its_operations_resumes_to_the_same_bytes(t
 
 
 def test_a_build_killed_at_random_moments_again_and_again_resumes_to_the_same_bytes(tmp_path, build_request, resumes):
-    assert kill_at_moments(tmp_path, build_request, resumes, rounds=2) > 0
+    kill_at_moments(tmp_path, build_request, resumes, wanted=3)
 
 
 @pytest.mark.slow
 def test_killed_everywhere(tmp_path, build_request, resumes):
     """Every operation of a build in turn, then a hundred random moments."""
-    total = kill_at_operations(tmp_path, build_request, resumes, few=None)
-    hits = 0
-    for number in range(100):
-        hits += kill_at_moments(tmp_path / str(number), build_request, resumes, rounds=1)
-        if hits >= 100:
-            break
-    assert total + hits >= 200
+    assert kill_at_operations(tmp_path, build_request, resumes, few=None) >= 100
+    kill_at_moments(tmp_path, build_request, resumes, wanted=100)
 
 
 def fail_at_operations(tmp_path: Path, build_request, resumes, few: int | None) -> None:
