@@ -15,10 +15,10 @@ demo: $(STAMP)
 	$(BIN)/kd demo --out demo-out
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m slow
 
 FUZZ_SECONDS ?= 900
 fuzz: $(STAMP)
