@@ -68,16 +68,19 @@ class Remote(ABC):
 
     def prepare(self) -> None:
         """Make the place ready to be written to. Raises CacheError where it cannot be."""
-        raise CacheError("this place can only be read from", where=self.url,
-                         expected="hf://datasets/OWNER/NAME, s3://BUCKET/PATH or a directory")  # fmt: skip
+        raise self._read_only()
 
     def held(self, root: Path, entries: Mapping[str, Entry]) -> set[str]:
         """Names of those files that are there already, with just these contents; `root` has them too."""
-        raise NotImplementedError
+        raise self._read_only()
 
     def write(self, root: Path, names: Sequence[str]) -> None:
         """Put files of `root` there, each whole or not at all. Raises Transient or CacheError."""
-        raise NotImplementedError
+        raise self._read_only()
+
+    def _read_only(self) -> CacheError:
+        return CacheError("this place can only be read from", where=self.url,
+                          expected="hf://datasets/OWNER/NAME, s3://BUCKET/PATH or a directory")  # fmt: skip
 
 
 class Folder(Remote):
