@@ -29,10 +29,9 @@ HEADER = 16
 def read_index(data: bytes, layout: Layout) -> np.ndarray:
     """`[chunks, 2]` offset and length of each inner chunk. Raises CacheError where the file has no room for it."""
     count = layout.shard_rows // layout.chunk_rows
-    index = np.frombuffer(data[len(data) - CHECKSUM - 16 * count : len(data) - CHECKSUM], dtype="<u8")
-    if len(index) != 2 * count:
+    if len(data) < 16 * count + CHECKSUM:
         raise CacheError("a shard's index is cut off", found=f"{len(data)} bytes")
-    return index.reshape(-1, 2)
+    return np.frombuffer(data, dtype="<u8", count=2 * count, offset=len(data) - CHECKSUM - 16 * count).reshape(-1, 2)
 
 
 def broken_chunks(data: bytes, layout: Layout) -> list[int]:

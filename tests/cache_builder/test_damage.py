@@ -12,12 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kd.cache_builder.chunks import broken_chunks
 from kd.cache_builder.files import canonical_json
-from kd.cache_builder.manifest import load_manifest
+from kd.cache_builder.manifest import Layout, load_manifest
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.verify import verify
-from kd.data.errors import CacheDamageError
+from kd.data.errors import CacheDamageError, CacheError
 
 Harm = Callable[[Path, Path, random.Random], "list[Path]"]
 """`(root, file, dice)` -> the files that are not what they were."""
@@ -177,3 +180,21 @@ def test_an_edited_commit_of_an_unfinished_build_is_found(tmp_path, build_reques
     document["quality"]["gold_nll"] += 1.0
     path.write_text(canonical_json(document))
     assert found_by_verify(tmp_path / "c") == {"commits/00000.json"}
+
+
+def test_a_file_cut_at_any_length_is_named(copy: Path):
+    """Within the index too, where nothing says which rows are broken."""
+    name = "targets.zarr/gold_ids/c/0"
+    whole = (copy / name).read_bytes()
+    for length in [*range(0, 100, 3), len(whole) - 1]:
+        (copy / name).write_bytes(whole[:length])
+        assert found_by_verify(copy) == {name}, length
+
+
+@given(data=st.binary(max_size=300))
+def test_no_bytes_at_all_are_a_surprise_to_who_looks_for_broken_chunks(data: bytes):
+    layout = Layout(32, 8)
+    try:
+        assert set(broken_chunks(data, layout)) <= set(range(4))
+    except CacheError:
+        assert len(data) < 4 * 16 + 4
