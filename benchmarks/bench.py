@@ -158,7 +158,8 @@ def corpus(tokens: int) -> Any:
 
 
 def build_cache(work: Path, out: Path, tokens: int, model: Any = None, profile: str = "kl") -> Any:
-    from kd.cache_builder.build import BuildRequest, build, plan_build
+    from kd.cache_builder.build import build
+    from kd.cache_builder.plan import BuildRequest, plan_build
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
     from kd.data.models import ModelRequest
@@ -191,7 +192,7 @@ def drive(plan: Any, steps: Any, warm: Any) -> dict[str, float]:
 
 def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
     """About `tokens` tokens of the mixture's examples, some 35 each; the model is `plan.request.model`."""
-    from kd.cache_builder.build import BuildRequest, plan_build
+    from kd.cache_builder.plan import BuildRequest, plan_build
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
     from kd.data.models import ModelRequest, load_model
@@ -336,14 +337,15 @@ def make_read_cache(work: Path) -> None:
     """`work/read`: the embedded text with made-up heads, written without a teacher."""
     import numpy as np
 
-    from kd.cache_builder import build as build_module
+    from kd.cache_builder.build import write_shard
+    from kd.cache_builder.claims import Claims
     from kd.cache_builder.store import ShardWriter
     from kd.cache_builder.targets import RawTargets
 
     plan, _ = build_cache(work, work / "read", READ_ROWS)
     writer, rng = ShardWriter(work / "read", plan.manifest), np.random.default_rng(0)
     writer.create(plan.vocabulary, plan.codes)
-    seconds = {"encode": 0.0, "write": 0.0}
+    seconds, claims = {"encode": 0.0, "write": 0.0}, Claims(work / "read")
     for index, (first, stop, n) in enumerate(plan.manifest.shards):
         rows = plan.rows[first:stop]
         gaps = rng.exponential(1 / np.arange(1, 65), (n, 64))
@@ -355,7 +357,7 @@ def make_read_cache(work: Path) -> None:
             byte_end=np.concatenate([r.byte_end for r in rows]), token_ids=rng.zipf(1.1, (n, 64)) % 50257,
             relative=-relative.astype(np.float32),
         )  # fmt: skip
-        build_module._write(writer, index, rows, raw, plan, seconds)
+        write_shard(writer, index, rows, raw, plan, seconds, claims)
     writer.finish()
 
 

@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from numcodecs import blosc, zstd
 
-from kd.cache_builder import build as build_module
 from kd.cache_builder import store
-from kd.cache_builder.build import BuildPlan, BuildRequest, load_teacher, plan_build
+from kd.cache_builder.build import load_teacher, write_shard
+from kd.cache_builder.claims import Claims
 from kd.cache_builder.manifest import load_manifest
+from kd.cache_builder.plan import BuildPlan, BuildRequest, plan_build
 from kd.cache_builder.reader import CacheReader, quality_means
 from kd.cache_builder.rows import codes_by_count
 from kd.cache_builder.targets import RawTargets, TargetConfig
@@ -77,9 +78,9 @@ def write(plan: BuildPlan, shards: list[RawTargets], root: Path) -> float:
     started = time.process_time()
     writer = store.ShardWriter(root, plan.manifest)
     writer.create(plan.vocabulary, plan.codes)
-    seconds = {"encode": 0.0, "write": 0.0}
+    seconds, claims = {"encode": 0.0, "write": 0.0}, Claims(root)
     for index, ((first, stop, _), raw) in enumerate(zip(plan.manifest.shards, shards, strict=True)):
-        build_module._write(writer, index, plan.rows[first:stop], raw, plan, seconds)
+        write_shard(writer, index, plan.rows[first:stop], raw, plan, seconds, claims)
     writer.finish()
     writer.close()
     return time.process_time() - started

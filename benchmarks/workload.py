@@ -124,8 +124,9 @@ def build_cache(model_folder: Path | str, texts: Path, out: Path, *, batch_token
                 top_k: int | None = None, shard_rows: int | None = None, shard: tuple[int, int] = (1, 1),
                 model: Any = None) -> tuple[Any, Any]:  # fmt: skip
     """The plan of a cache of `texts`, and the build's iterator, not yet begun."""
-    from kd.cache_builder.build import BuildRequest, build, plan_build
+    from kd.cache_builder.build import build
     from kd.cache_builder.manifest import Layout
+    from kd.cache_builder.plan import BuildRequest, plan_build
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
     from kd.data.models import ModelRequest

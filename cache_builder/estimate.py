@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kd.cache_builder.build import BuildPlan
 from kd.cache_builder.commits import committed
+from kd.cache_builder.plan import BuildPlan
 from kd.data.blocks import BlockConfig
 from kd.data.models import parameter_count, resolve_device, resolve_dtype
 

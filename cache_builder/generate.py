@@ -28,7 +28,7 @@ from kd.data.models import is_encoder_decoder, load_config, load_model, load_req
 from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 
 if TYPE_CHECKING:
-    from kd.cache_builder.build import BuildRequest
+    from kd.cache_builder.plan import BuildRequest
 
 BLOCK = 256
 """Examples per file: the unit of resuming."""

@@ -13,7 +13,8 @@ from kd.commands.lazy import LazyCommands
 from kd.commands.options import RECORDED, RecordedCommand, build_options, json_option, reuse_options, unescaped
 
 if TYPE_CHECKING:
-    from kd.cache_builder.build import BuildPlan, BuildProgress, BuildRequest
+    from kd.cache_builder.build import BuildProgress
+    from kd.cache_builder.plan import BuildPlan, BuildRequest
     from kd.data.rendering import InstructionConfig
 
 NOT_RECORDED = {"out", "as_json", "shard", "profile_build", "extend", "reuse"}
@@ -44,9 +45,9 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
           dtype: str, device: str, revision: str | None, tokenizer: str | None, tokens_per_batch: int,
           shard_rows: int | None, shard: tuple[int, int], seed: int) -> BuildRequest:  # fmt: skip
     quiet_libraries()
-    from kd.cache_builder.build import BuildRequest
     from kd.cache_builder.generate import GenerationConfig
     from kd.cache_builder.manifest import Layout
+    from kd.cache_builder.plan import BuildRequest
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
     from kd.data.errors import DataError, unknown_name
@@ -83,8 +84,8 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
 
 def plan_of(**options: Any) -> BuildPlan:
     """The plan of a build; an upper bound where the teacher is to write the targets and has not."""
-    from kd.cache_builder.build import plan_build
     from kd.cache_builder.generate import answered
+    from kd.cache_builder.plan import plan_build
 
     request = _request(**options)
     return plan_build(_generated(request) if request.generation is not None and answered(request) else request)
@@ -146,9 +147,9 @@ def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: 
 
 
 def _build(options: dict[str, Any], extend: Path | None, reuse: bool) -> BuildProgress:
-    from kd.cache_builder.build import plan_build
     from kd.cache_builder.commits import OWN_NAMES
     from kd.cache_builder.manifest import existing_cache
+    from kd.cache_builder.plan import plan_build
     from kd.cache_builder.registry import remember
 
     given = click.get_current_context().meta[RECORDED]
@@ -166,8 +167,8 @@ def _build(options: dict[str, Any], extend: Path | None, reuse: bool) -> BuildPr
 
 def reused(plan: BuildPlan) -> BuildPlan:
     """The plan, to be filled from a cache of the same fingerprint, where one was finished on this machine."""
-    from kd.cache_builder.build import plan_build
     from kd.cache_builder.manifest import load_manifest
+    from kd.cache_builder.plan import plan_build
     from kd.cache_builder.registry import found
 
     request = plan.request

@@ -14,8 +14,9 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from kd.cache_builder.build import BuildRequest, build, plan_build
+from kd.cache_builder.build import build
 from kd.cache_builder.manifest import Layout
+from kd.cache_builder.plan import BuildRequest, plan_build
 from kd.cache_builder.targets import TargetConfig
 from kd.data.blocks import BlockConfig
 from kd.data.models import ModelRequest

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd.cache_builder import commits, store
-from kd.cache_builder.build import build, plan_build
+from kd.cache_builder.build import build
 from kd.cache_builder.estimate import estimate
 from kd.cache_builder.files import process_tag
 from kd.cache_builder.manifest import Layout, load_manifest
+from kd.cache_builder.plan import plan_build
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.teacher import Teacher
 from kd.cache_builder.verify import verify
@@ -135,7 +136,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from kd.cache_builder import store
-from kd.cache_builder.build import BuildRequest, build, plan_build
+from kd.cache_builder.build import build
+from kd.cache_builder.plan import BuildRequest, plan_build
 from kd.cache_builder.manifest import Layout
 from kd.cache_builder.targets import TargetConfig
 from kd.data.blocks import BlockConfig

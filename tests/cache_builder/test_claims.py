@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from kd.cache_builder import claims
-from kd.cache_builder.build import build, plan_build
+from kd.cache_builder.build import build
 from kd.cache_builder.claims import STALE_SECONDS, Claims, void_claims
 from kd.cache_builder.files import process_tag, unfinished
+from kd.cache_builder.plan import plan_build
 from kd.cache_builder.verify import verify
 
 

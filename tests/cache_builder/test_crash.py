@@ -21,7 +21,8 @@ import pytest
 import torch
 from crashing import child, dies_at, fails_at, operations, some_of, watch
 
-from kd.cache_builder.build import BuildRequest, build, plan_build
+from kd.cache_builder.build import build
+from kd.cache_builder.plan import BuildRequest, plan_build
 from kd.cache_builder.verify import verify
 
 

@@ -170,7 +170,8 @@ def test_a_link_out_of_the_cache_and_what_is_no_file_are_refused(copy: Path, tmp
 
 
 def test_an_edited_commit_of_an_unfinished_build_is_found(tmp_path, build_request):
-    from kd.cache_builder.build import build, plan_build
+    from kd.cache_builder.build import build
+    from kd.cache_builder.plan import plan_build
 
     request = build_request(tmp_path / "c", shard=(1, 2))
     list(build(plan_build(request)))

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from kd.cache_builder.build import BuildRequest, build, plan_build
+from kd.cache_builder.build import build
 from kd.cache_builder.estimate import estimate
 from kd.cache_builder.generate import GenerationConfig, answer, answered, generate
 from kd.cache_builder.manifest import Layout, load_manifest
+from kd.cache_builder.plan import BuildRequest, plan_build
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.verify import verify
 from kd.data.errors import CacheDamageError, CacheMismatchError, DataError

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from kd.cache_builder.build import build, plan_build
+from kd.cache_builder.build import build
 from kd.cache_builder.manifest import load_manifest
+from kd.cache_builder.plan import plan_build
 from kd.data.blocks import BlockConfig
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.rendering import InstructionConfig

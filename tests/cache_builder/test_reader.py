@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kd.cache_builder import store
-from kd.cache_builder.build import build, plan_build
+from kd.cache_builder.build import build
 from kd.cache_builder.manifest import CacheManifest
+from kd.cache_builder.plan import plan_build
 from kd.cache_builder.reader import CacheReader, concatenate, quality_means, take_rows
 from kd.cache_builder.targets import SoftTargets
 from kd.data.errors import CacheError

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kd.cache_builder.build import build, plan_build
+from kd.cache_builder.build import build
 from kd.cache_builder.manifest import load_manifest
+from kd.cache_builder.plan import plan_build
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.repair import mend, mend_manifest, reopen
 from kd.cache_builder.verify import verify
