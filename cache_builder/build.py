@@ -3,8 +3,9 @@
     for progress in build(plan_build(request)): ...      # resumable at any moment; the last progress says complete
 
 Encoding and writing happen on one thread beside the forward pass; when that thread fails, the build stops with
-its message. What is committed is complete, so the same call continues after any interruption and ends with the
-same bytes.
+its message, and when the build is interrupted, that thread ends what it is at: zarr writes in threads of its own, which a
+signal would leave behind at work in a folder that is being removed. What is committed is complete, so the same call
+continues after any interruption and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -66,23 +67,25 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
                         expected="its answers as targets", try_="the request on the last record of generate")  # fmt: skip
     request, manifest = plan.request, plan.manifest
     writer = store.ShardWriter(request.out, manifest)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="kd-writer")
     try:
         writer.sweep()
         if not manifest.complete:
-            manifest = writer.create(plan.vocabulary, plan.codes)
+            manifest = pool.submit(writer.create, plan.vocabulary, plan.codes).result()
         if manifest.complete:
             writer.tidy()
             total = len(manifest.shards)
             yield BuildProgress(manifest.rows, manifest.rows, total, total, 0.0, complete=True, reused=True)
             return
-        yield from _build(plan, writer)
+        yield from _build(plan, writer, pool)
     except OSError as error:
         raise write_error(request.out, error) from error
     finally:
+        pool.shutdown()
         writer.close()
 
 
-def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress]:
+def _build(plan: BuildPlan, writer: store.ShardWriter, pool: ThreadPoolExecutor) -> Iterator[BuildProgress]:
     request, manifest = plan.request, writer.manifest
     index, count = request.shard
     total, mine = len(manifest.shards), range(index - 1, len(manifest.shards), count)
@@ -98,50 +101,50 @@ def _build(plan: BuildPlan, writer: store.ShardWriter) -> Iterator[BuildProgress
     teacher: Teacher | None = None  # torch is imported where there is something to score
     started, tokens = time.perf_counter(), 0
     try:
-        with ThreadPoolExecutor(1, thread_name_prefix="kd-writer") as pool:
-            pending: Future[None] | None = None
+        pending: Future[None] | None = None
 
-            def wait() -> int:
-                """Let the writer finish; returns the shards it was at."""
-                waiting = time.perf_counter()
-                if pending is not None:
-                    pending.result()
-                seconds["wait"] += time.perf_counter() - waiting
-                return 0 if pending is None else 1
+        def wait() -> int:
+            """Let the writer finish; returns the shards it was at."""
+            waiting = time.perf_counter()
+            if pending is not None:
+                pending.result()
+            seconds["wait"] += time.perf_counter() - waiting
+            return 0 if pending is None else 1
 
-            for i, committed in _ours(todo, request.out, claims, elsewhere):
-                first, stop, size = manifest.shards[i]
-                if committed:  # another builder was faster
-                    done_rows, done_shards = done_rows + size, done_shards + 1
-                    continue
-                rows = plan.rows[first:stop]
-                known = None if earlier is None else earlier.shard(i, rows)
-                if known is not None:
-                    done_shards += wait()
-                    _write(writer, i, rows, *known, plan, seconds, claims)
-                    copied, done_rows, done_shards = copied + 1, done_rows + size, done_shards + 1
-                    yield BuildProgress(done_rows, manifest.rows, done_shards, total, 0.0)
-                    continue
-                if teacher is None:
-                    from kd.cache_builder.teacher import collect
-
-                    teacher = load_teacher(plan)
-                    started = time.perf_counter()
-                raw, before = None, done_rows
-                for scored, finished in collect(rows, teacher.run(rows, first)):
-                    raw = finished
-                    claims.touch()
-                    if pending is not None and pending.done():
-                        pending.result()  # a failed writer stops the build here, with its own message
-                    done_rows = before + scored
-                    rate = (tokens + scored) / (time.perf_counter() - started)
-                    yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate)
-                assert raw is not None
-                tokens += sum(len(r.target_ids) for r in rows)
+        for i, committed in _ours(todo, request.out, claims, elsewhere):
+            first, stop, size = manifest.shards[i]
+            if committed:  # another builder was faster
+                done_rows, done_shards = done_rows + size, done_shards + 1
+                continue
+            rows = plan.rows[first:stop]
+            known = None if earlier is None else earlier.shard(i, rows)
+            if known is not None:
                 done_shards += wait()
-                pending = pool.submit(write_shard, writer, i, rows, raw, plan, seconds, claims)
+                pool.submit(_write, writer, i, rows, *known, plan, seconds, claims).result()
+                copied, done_rows, done_shards = copied + 1, done_rows + size, done_shards + 1
+                yield BuildProgress(done_rows, manifest.rows, done_shards, total, 0.0)
+                continue
+            if teacher is None:
+                from kd.cache_builder.teacher import collect
+
+                teacher = load_teacher(plan)
+                started = time.perf_counter()
+            raw, before = None, done_rows
+            for scored, finished in collect(rows, teacher.run(rows, first)):
+                raw = finished
+                claims.touch()
+                if pending is not None and pending.done():
+                    pending.result()  # a failed writer stops the build here, with its own message
+                done_rows = before + scored
+                rate = (tokens + scored) / (time.perf_counter() - started)
+                yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate)
+            assert raw is not None
+            tokens += sum(len(r.target_ids) for r in rows)
             done_shards += wait()
+            pending = pool.submit(write_shard, writer, i, rows, raw, plan, seconds, claims)
+        done_shards += wait()
     finally:
+        pool.shutdown()
         claims.release_all()
     rate, padding_share = 0.0, None
     if teacher is not None:

@@ -192,6 +192,7 @@ def test_a_signal_stops_a_build_cleanly(tmp_path, model_dir, text_file, number: 
         def action() -> None:
             from kd.cli import main
 
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
             if interrupted:
                 watch(out, lambda n: os.kill(os.getpid(), number) if n == 40 else None)
             sys.argv = command
