@@ -7,12 +7,14 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from kd.data.errors import KdError
 
@@ -27,6 +29,7 @@ def child(action: Callable[[], None]) -> tuple[int, str]:
         code = 99
         try:
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+            tqdm.set_lock(threading.RLock())  # its own is a semaphore of all forks: one that dies holding it stops the rest
             action()
             code = 0
         except KdError as error:
