@@ -25,9 +25,12 @@ from kd.cache_builder.reuse import Earlier
 from kd.cache_builder.rows import tokens_digest
 from kd.cache_builder.targets import PROFILES, RawTargets
 from kd.data.blocks import TokenRows
+from kd.data.classifiers import load_classifier, split_classifier
 from kd.data.errors import DataError
-from kd.data.forward import split_head
-from kd.data.models import load_model
+from kd.data.forward import LanguageModelHead, split_head
+from kd.data.glue import CLASSES
+from kd.data.models import load_model, load_request_tokenizer
+from kd.data.tokenizer import pad_token_id
 
 if TYPE_CHECKING:
     from kd.cache_builder.teacher import Teacher
@@ -186,8 +189,13 @@ def load_teacher(plan: BuildPlan) -> Teacher:
     from kd.cache_builder.sparsify import Sparsifier, boundary_token_ids
     from kd.cache_builder.teacher import Teacher
 
-    loaded = plan.request.model
-    head = split_head(load_model(plan.request.teacher) if loaded is None else loaded)
+    request, loaded = plan.request.teacher, plan.request.model
+    if plan.request.corpus.kind == CLASSES:
+        pad = pad_token_id(load_request_tokenizer(request))
+        labels = [piece.decode("utf-8") for piece in plan.vocabulary]
+        head: LanguageModelHead = split_classifier(load_classifier(request, labels, pad_id=pad), pad)
+    else:
+        head = split_head(load_model(request) if loaded is None else loaded)
     config, size = plan.manifest.targets, plan.manifest.vocabulary_size
     boundary = None
     if PROFILES[config.profile].boundary:

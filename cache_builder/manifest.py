@@ -121,6 +121,11 @@ class CacheManifest:
         return int(self.identity["teacher"]["vocabulary_size"])
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Words of the classes, where the rows are texts to classify; else empty."""
+        return tuple(self.identity["tokenizer"].get("labels", ()))
+
+    @property
     def arrays(self) -> list[ArraySpec]:
         """Every array of `targets.zarr`."""
         return array_specs(self.targets, self.vocabulary_size, self.format_version)

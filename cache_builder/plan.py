@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,11 +28,20 @@ from kd.cache_builder.manifest import (
 from kd.cache_builder.rows import codes_by_count
 from kd.cache_builder.targets import TargetConfig
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
+from kd.data.classifiers import refuse_other_classes
 from kd.data.errors import CacheMismatchError, DataError
+from kd.data.glue import CLASSES
 from kd.data.identity import model_identity, pinned
-from kd.data.models import ModelRequest, is_encoder_decoder, load_config, load_request_tokenizer, max_positions
+from kd.data.models import (
+    ModelRequest,
+    is_classifier,
+    is_encoder_decoder,
+    load_config,
+    load_request_tokenizer,
+    max_positions,
+)
 from kd.data.sources import Corpus
-from kd.data.tokenizer import token_bytes, tokenizer_fingerprint, vocabulary_size
+from kd.data.tokenizer import pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,11 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         if limit is not None and length is not None and length > limit:
             raise DataError("the sequence length is longer than the teacher's positions", found=f"{option} {length}",
                             expected=f"at most {limit}", try_=f"{option} {limit}")  # fmt: skip
+    classes = request.corpus.kind == CLASSES
+    if classes != is_classifier(config):
+        raise DataError("a classifier is a teacher of classes, and of nothing else", where=request.teacher.name,
+                        found=f"{(config.architectures or [type(config).__name__])[0]} over {request.corpus.spec}",
+                        expected="a classifier over glue/TASK, or a language model over text")  # fmt: skip
     tokenizer = load_request_tokenizer(request.teacher)
     own, width = vocabulary_size(tokenizer), int(config.vocab_size)
     if own > width:
@@ -109,9 +123,12 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     # Padded logit columns (T5 28, Pythia 27) cannot be emitted and are left out of every sum; random weights with a
     # tokenizer of another model keep their real width.
     size = own if request.teacher.random_shape is None or width - own < 128 else width
+    labels = request.corpus.examples[0].choices if classes else ()
+    if classes:
+        size = _class_count(request, labels, config)
     request.targets.check_vocabulary(size)
     request = replace(request, blocks=request.blocks.normalised(request.corpus.kind, tokenizer))
-    vocabulary = token_bytes(tokenizer)
+    vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)
     counts: Counter[str] = Counter()
     unknown = request.generation is not None and not request.answered
     if unknown:
@@ -128,7 +145,8 @@ def plan_build(request: BuildRequest) -> BuildPlan:
             "fingerprint": tokenizer_fingerprint(tokenizer),
             "entries": own,
             "eos_token_id": tokenizer.eos_token_id,
-        },
+        }
+        | ({"pad_token_id": pad_token_id(tokenizer), "labels": list(labels)} if classes else {}),
         "corpus": {"text_digest": request.corpus.digest, "kind": request.corpus.kind}
         | ({} if request.generation is None else {"targets": request.generation.identity()}),
         "blocks": asdict(request.blocks),
@@ -160,8 +178,22 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     index, count = request.shard
     if not 1 <= index <= count:
         raise DataError("no such part of the build", found=f"--shard {index}/{count}", expected="I/N with 1 <= I <= N")
-    codes = codes_by_count(len(vocabulary), (r.input_ids for r in rows))
+    codes = codes_by_count(len(vocabulary), (r.target_ids if classes else r.input_ids for r in rows))
     return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids))
+
+
+def _class_count(request: BuildRequest, labels: Sequence[str], config: Any) -> int:
+    """The classes of a teacher, all of which are kept. Raises DataError where they are not the corpus's."""
+    refuse_other_classes(request.teacher, config, labels)
+    classes = len(labels)
+    if request.generation is not None:
+        raise DataError("a classifier writes no text", where=request.teacher.name, found="--targets teacher")
+    targets = request.targets
+    if targets.profile != "kl" or targets.top_k != classes or targets.samples or targets.tail_bands:
+        raise DataError("a cache of classes keeps all of them", where=request.teacher.name,
+                        found=f"profile {targets.profile}, top-k {targets.top_k}",
+                        expected=f"profile kl, top-k {classes}", try_="neither --profile nor --top-k")  # fmt: skip
+    return classes
 
 
 def _provenance(request: BuildRequest, counts: Counter[str]) -> dict[str, Any]:

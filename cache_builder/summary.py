@@ -49,6 +49,7 @@ def cache_summary(path: Path) -> dict[str, Any]:
         "dtype": manifest.identity["teacher"].get("dtype"),
         "quantization": manifest.identity["teacher"].get("quantization"),
         "vocabulary_size": manifest.vocabulary_size,
+        "kind": manifest.identity["corpus"]["kind"],
         "corpus": manifest.provenance.get("corpus"),
         "pairs_dropped": manifest.provenance.get("overlong", {}).get("dropped"),
         "pairs_truncated": manifest.provenance.get("overlong", {}).get("truncated"),

@@ -51,15 +51,18 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
     from kd.cache_builder.targets import TargetConfig
     from kd.data.blocks import BlockConfig
     from kd.data.errors import DataError, unknown_name
-    from kd.data.models import ModelRequest, is_encoder_decoder, load_config, max_positions
-    from kd.data.sources import load_corpus
+    from kd.data.models import ModelRequest, is_classifier, is_encoder_decoder, load_config, max_positions
+    from kd.data.sources import load_classes, load_corpus
 
     request = ModelRequest(teacher, revision, dtype, device, load_in_4bit, tokenizer, seed)
+    config = load_config(request)
+    classes = is_classifier(config)
+    if classes:  # a handful of numbers per text: all of them, as they are
+        top_k, logprob_codec = top_k or int(config.num_labels), logprob_codec or "float32"
     targets = TargetConfig.of_profile(
         profile, top_k=top_k, samples=samples, tail_bands=tail_bands, temperatures=temperatures,
         band_temperatures=band_temperatures or (1.0,), logprob_codec=logprob_codec, seed=seed,
     )  # fmt: skip
-    config = load_config(request)
     window, encoder = max_positions(config), is_encoder_decoder(config)
     most = 1024 if encoder else 512
     blocks = BlockConfig(
@@ -69,7 +72,10 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
     if target_source == "teacher" and "prompt" in columns:  # prompts are enough: the answers become the targets
         columns = {"target": columns["prompt"], **columns}
-    corpus = load_corpus(spec, split=split, columns=columns, limit=limit, instructions=instructions)
+    if classes:
+        corpus = load_classes(spec, split=split, columns=columns, limit=limit, instructions=instructions)
+    else:
+        corpus = load_corpus(spec, split=split, columns=columns, limit=limit, instructions=instructions)
     if target_source not in ("data", "teacher"):
         raise unknown_name("source of targets", target_source, ("data", "teacher"))
     generation = None

@@ -30,6 +30,20 @@ def row_options(function: Function) -> Function:
 @classify.command("train")
 @click.option("--task", help="cola, mnli, mrpc, qnli, qqp, rte or sst2; by default the last part of --data.")
 @click.option("--data", help="glue/TASK (of the hub, or a folder), or a folder of rows with --task.")
+@click.option(
+    "--cache", help="Instead of rows: path, URL or fingerprint of a cache of a classifier's answers, rows included."
+)
+@click.option("--loss", help="With --cache: kl, reverse-kl, jsd, or ce: the same rows' labels alone. Default: kl.")
+@click.option("--alpha", type=float, help="With --cache: weight of the distillation loss. Default: 1.")
+@click.option(
+    "--ce-weight", type=float, help="With --cache: weight of the cross-entropy with labels. Default: 1 - alpha."
+)
+@click.option(
+    "--temperature", type=float, default=1.0, show_default=True, help="With --cache: one of the cache's grid."
+)
+@click.option(
+    "--beta", type=float, default=0.5, show_default=True, help="With --loss jsd: weight of KL(teacher || mixture)."
+)
 @click.option("--model", required=True, help="Hub id, folder, or random:NAME; it gets a new head.")
 @click.option("--out", required=True, help="Folder of the run.")
 @row_options
@@ -60,13 +74,16 @@ def row_options(function: Function) -> Function:
 def classify_train(as_json: bool, **options: Any) -> None:
     """Train a classifier of one task from a language model: GPT-2, GPT-NeoX, Llama and other decoder-only layouts.
 
+    From labels, or from another classifier's answers: kd cache build --teacher runs/sst2 --data glue/sst2 --out runs/soft, then
+    --cache runs/soft.
+
     Example: kd classify train --task sst2 --model openai-community/gpt2 --out runs/sst2
     """
     quiet_libraries()
     from kd.student_trainer.classify.train import ClassifyConfig, train_classifier
 
     config = ClassifyConfig(**options)
-    with progress_bar(f"training ({config.task or config.data})") as advance:
+    with progress_bar(f"training ({config.task or config.data or config.cache})") as advance:
         result = train_classifier(config, on_step=lambda s: advance(s.step, s.steps_total, f"loss {s.loss:.4f}"))
     emit(asdict(result), as_json, f"{config.out}: trained")
 

@@ -12,20 +12,22 @@ ends on one is context together with those before it; a character of more tokens
 Pairs are not cut into blocks. For an encoder-decoder teacher the context is what its encoder reads (the prompt and
 EOS), and row t is predicted at position t of its decoder. A pair that is too long stops the build, is dropped, or
 is truncated: the target at its end (then it has no EOS row), the prompt at its beginning, where there is less to lose.
+Texts to classify are one row each: the context is what the classifier reads, the target its label's number.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example
+from kd.data.glue import CLASSES, PAIR
 from kd.data.sources import Corpus
-from kd.data.tokenizer import Tokenizer, encode_with_ends, token_bytes
+from kd.data.tokenizer import Tokenizer, encode_texts, encode_with_ends, token_bytes
 
 OVERLONG = ("error", "drop", "truncate")
 
@@ -67,8 +69,10 @@ class BlockConfig:
         """The same rows by other words: what `tokenize_corpus` does not look at, for this kind of corpus, is set alike.
 
         Pairs have no stride and always end with EOS; documents have no separator; BOS and EOS are off where the
-        tokenizer has none.
+        tokenizer has none. Of texts to classify nothing counts but their length: special tokens are the tokenizer's own.
         """
+        if kind == CLASSES:
+            return BlockConfig(self.seq_len, self.seq_len - 1, bos=False, overlong=self.overlong)
         pairs = kind != "documents"
         return replace(
             self,
@@ -116,9 +120,13 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig,
         return
     counts = Counter() if counts is None else counts
     refused: list[str] = []
-    for example in corpus.examples:
-        row = tokenize_pair(example, tokenizer, pieces, config)
-        fitted = fit_pair(row, config)
+    if corpus.kind == CLASSES:
+        pairs = _classified(corpus.examples, tokenizer, config.seq_len)
+    else:
+        whole = (tokenize_pair(example, tokenizer, pieces, config) for example in corpus.examples)
+        pairs = ((row, fit_pair(row, config)) for row in whole)
+    for row, fitted in pairs:
+        example = row.example
         if fitted is row:
             yield row
         elif config.overlong == "error":
@@ -134,6 +142,19 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig,
                         found=f"{len(refused)} of {len(corpus.examples)}, first {refused[0]}",
                         expected=limits + (f", {config.target_len} for the target" if config.target_len else ""),
                         try_="a larger --seq-len or --target-len; cache build also has --overlong drop and truncate")  # fmt: skip
+
+
+def _classified(
+    examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int
+) -> Iterator[tuple[TokenRows, TokenRows | None]]:
+    """(whole row, row of at most `seq_len` tokens) of texts to classify: one target, the label's number."""
+    texts = [tuple(example.prompt.split(PAIR)) for example in examples]
+    for example, ids, cut in zip(
+        examples, encode_texts(tokenizer, texts), encode_texts(tokenizer, texts, seq_len), strict=True
+    ):
+        end = np.array([len(example.target.encode("utf-8"))])
+        row = TokenRows(example, np.array(ids, dtype=np.int32), np.array([example.answer], dtype=np.int32), end)
+        yield row, row if len(cut) == len(ids) else replace(row, context_ids=np.array(cut, dtype=np.int32))
 
 
 def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],

@@ -27,6 +27,10 @@ from kd.data.task_rows import SAME
 
 GLUE_ID = "nyu-mll/glue"
 GLUE_SPLITS = ("train", "dev")
+CLASSES = "classes"
+"""Kind of a corpus whose examples are texts to classify: the target is the label's word, and one row its number."""
+PAIR = "\x1f"
+"""ASCII's unit separator, between the two texts of a pair in such an example's prompt."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,17 @@ class LabelledRows:
         """The rows as examples of rank classification: the texts on lines of their own, then the label's word."""
         words = self.task.labels
         return tuple(Example(row.id, words[row.label], "\n".join(row.texts), self.task.name, self.split, words,
+                             row.label) for row in self.rows)  # fmt: skip
+
+    @property
+    def labelled(self) -> tuple[Example, ...]:
+        """The rows as examples of a corpus of classes, see `CLASSES`: a pair's texts are told apart by PAIR."""
+        words = self.task.labels
+        for row in self.rows:
+            if any(PAIR in text for text in row.texts):
+                raise DataError("a text holds the character that separates pairs", where=f"glue/{self.task.name} {row.id}",
+                                found="U+001F", try_="rows without it")  # fmt: skip
+        return tuple(Example(row.id, words[row.label], PAIR.join(row.texts), self.task.name, self.split, words,
                              row.label) for row in self.rows)  # fmt: skip
 
     @property

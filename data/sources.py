@@ -28,7 +28,7 @@ from typing import Any
 from kd.data import mini_mixture, stdlib_text
 from kd.data.errors import DataError, unknown_name
 from kd.data.example import Example, text_digest
-from kd.data.glue import is_glue, load_glue
+from kd.data.glue import CLASSES, glue_tasks, is_glue, load_glue
 from kd.data.hub import load_hub
 from kd.data.mixtures import load_mixture, mix, select
 from kd.data.rendering import InstructionConfig
@@ -53,7 +53,7 @@ class Corpus:
     """As the user wrote it."""
     split: str
     kind: str
-    """`documents` (cut into blocks) or `pairs` (prompt and target, kept whole)."""
+    """`documents` (cut into blocks), `pairs` (prompt and target, kept whole), or `classes` (see `glue.CLASSES`)."""
     examples: tuple[Example, ...]
     source: dict[str, str]
     """What identifies the source besides its text, e.g. hub id, config, revision."""
@@ -113,6 +113,23 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
                         try_="kd data show SPEC")  # fmt: skip
     _check_ids(spec, examples)
     return replace(corpus, examples=examples)
+
+
+def load_classes(spec: str, *, split: str | None = None, columns: Columns | None = None, limit: int | None = None,
+                 instructions: InstructionConfig | None = None) -> Corpus:  # fmt: skip
+    """`glue/TASK`, of the hub, of a folder, or of the settings' `task_root`, as texts to classify. Raises DataError."""
+    settings = instructions or InstructionConfig()
+    given = [name for name in _changed(settings) if name != "task_root"]
+    if given or columns:
+        raise DataError("labelled rows have no templates, and GLUE's own columns", where=spec,
+                        found=", ".join([*given, *(["columns"] if columns else [])]) + " given")  # fmt: skip
+    if not is_glue(spec):
+        raise DataError("a classifier needs labelled rows", where=spec, expected="glue/TASK: "
+                        + ", ".join(glue_tasks()), try_="--data glue/sst2, with --task-root DIR for local rows")  # fmt: skip
+    rows = load_glue(spec, split=split or "train", limit=limit, task_root=settings.task_root)
+    examples = rows.labelled
+    _check_ids(spec, examples)
+    return Corpus(spec, rows.split, CLASSES, examples, dict(rows.source))
 
 
 def takes_instructions(spec: str) -> bool:

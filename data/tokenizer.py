@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,28 @@ def _byte_of_char() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def pad_token_id(tokenizer: Tokenizer) -> int:
+    """What batches are filled up with: the tokenizer's pad, else its unknown, else its end token (GPT-2: 50256)."""
+    for found in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    raise DataError("the tokenizer has no token to pad with", where=tokenizer.name_or_path,
+                    expected="a pad, unknown or end token")  # fmt: skip
+
+
+def encode_texts(
+    tokenizer: Tokenizer, rows: Sequence[tuple[str, ...]], max_length: int | None = None
+) -> list[list[int]]:
+    """What a classifier reads of each row of one or two texts: at least one token, an empty text is one of padding.
+
+    A pair is `tokenizer(first, second)`; where it is longer than `max_length` tokens, the longer text is cut first.
+    """
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    options = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    ids = tokenizer(*columns, verbose=False, **options)["input_ids"]
+    return [list(row) or [pad_token_id(tokenizer)] for row in ids]
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor
 
 from kd.cache_builder.files import canonical_json, write_atomic
+from kd.data.classifiers import HEAD, load_classifier, refuse_other_classes
 from kd.data.errors import DataError
 from kd.data.glue import GlueTask, glue_task, load_glue
 from kd.data.models import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device
+from kd.data.tokenizer import pad_token_id
 from kd.evaluation.estimates import standard_error
 from kd.evaluation.scoring import Progress
-from kd.student_trainer.classify.encoding import EncodedRows, encode_rows, pad_token_id
-from kd.student_trainer.classify.model import HEAD, load_classifier, pooled_states
+from kd.student_trainer.classify.encoding import EncodedRows, encode_rows
+from kd.student_trainer.classify.model import pooled_states
 from kd.student_trainer.classify.train import RUN
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
 from kd.student_trainer.merging.weights import read_whole, stored_model
@@ -132,9 +134,7 @@ def evaluate_classifier(name: str, *, task: str | None = None, data: str | None 
     tokenizer = load_request_tokenizer(request)
     encoded = encode_rows(tokenizer, rows.rows, max_length=_longest(request, max_length))
     model = load_classifier(request, pad_id=encoded.pad_id)
-    if model.config.num_labels != len(rows.task.labels):
-        raise DataError("the classifier has another number of classes", where=name, found=model.config.num_labels,
-                        expected=f"{len(rows.task.labels)}: {', '.join(rows.task.labels)}")  # fmt: skip
+    refuse_other_classes(request, model.config, rows.task.labels)
     states = pooled_states(model.base_model, encoded, tokens_per_batch=tokens_per_batch)
     scores = score_rows(rows.task, states @ model.score.weight.detach().float().cpu().T, encoded.labels)
     result = ClassifierResult(rows.task.name, rows.split, len(encoded), rows.digest, scores)

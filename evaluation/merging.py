@@ -195,8 +195,8 @@ def _write(result: MergeResult, pool: ModelPool, settings: MergeSettings, out: P
 
 def _write_classifiers(pool: ModelPool, merged: Any, folder: Path) -> None:
     """The merged backbone under each model's own head, as `save_pretrained` writes classifiers."""
-    from kd.student_trainer.classify.encoding import pad_token_id
-    from kd.student_trainer.classify.model import load_classifier
+    from kd.data.classifiers import load_classifier
+    from kd.data.tokenizer import pad_token_id
 
     for model in pool.models:
         request = ModelRequest(model.path, model.revision, device="cpu", dtype="float32")

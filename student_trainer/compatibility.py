@@ -26,6 +26,7 @@ def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose
 
     `purpose` says what compares token by token, `advice` what to try.
     """
+    refuse_classes(reader, purpose)
     teacher, student = reader.vocabulary(), token_bytes(tokenizer)
     differing = [i for i, piece in enumerate(teacher) if i >= len(student) or student[i] != piece]
     if differing:
@@ -39,6 +40,14 @@ def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose
             teacher=reader.manifest.provenance.get("teacher"),
             try_=advice,
         )
+
+
+def refuse_classes(reader: CacheReader, purpose: str) -> None:
+    """Raise CacheMismatchError where a cache's rows are distributions over classes and a language model's are wanted."""
+    if reader.manifest.labels:
+        raise CacheMismatchError(f"{purpose} wants distributions over tokens, and this cache's are over classes",
+                                 cache=reader.root, found=", ".join(reader.manifest.labels),
+                                 try_="kd classify train --cache")  # fmt: skip
 
 
 def refuse_other_layout(reader: CacheReader, purpose: str, *, encoder: bool) -> None:

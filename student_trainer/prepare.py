@@ -14,6 +14,7 @@ from kd.data.models import decoder_start, is_encoder_decoder, max_positions
 from kd.data.packing import Size
 from kd.data.tokenizer import Tokenizer, vocabulary_size
 from kd.student_trainer.compatibility import (
+    refuse_classes,
     refuse_narrow_student,
     refuse_other_layout,
     refuse_other_tokenizer,
@@ -43,6 +44,7 @@ def prepare(
 
     Raises KdError where cache and student do not belong together.
     """
+    refuse_classes(reader, f"--loss {config.loss}")
     encoder = is_encoder_decoder(student)
     if encoder:
         refuse_without_prompts(reader)

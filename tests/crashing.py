@@ -29,7 +29,9 @@ def child(action: Callable[[], None]) -> tuple[int, str]:
         code = 99
         try:
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-            tqdm.set_lock(threading.RLock())  # its own is a semaphore of all forks: one that dies holding it stops the rest
+            tqdm.set_lock(
+                threading.RLock()
+            )  # its own is a semaphore of all forks: one that dies holding it stops the rest
             action()
             code = 0
         except KdError as error:

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.data.errors import DataError
 from kd.data.forward import batches_by_length
 from kd.data.glue import LabelledRow
-from kd.data.tokenizer import Tokenizer
+from kd.data.tokenizer import Tokenizer, encode_texts, pad_token_id
 
 Batch = dict[str, Tensor]
-"""`input_ids` and `attention_mask` `[B, T]`, `labels` `[B]` where they are known."""
+"""`input_ids` and `attention_mask` `[B, T]`; `labels` `[B]` and a teacher's log-probabilities `[B, C]` where they are known."""
 
 
 @dataclass(frozen=True)
@@ -33,36 +32,28 @@ class EncodedRows:
     labels: np.ndarray
     """[n] int64"""
     pad_id: int
+    teacher: np.ndarray | None = None
+    """[n, C] float32 log-probabilities of a teacher, nats, where there is one"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, number: int) -> dict[str, object]:
-        return {"ids": self.ids[number], "label": int(self.labels[number])}
+        row = {"ids": self.ids[number], "label": int(self.labels[number])}
+        return row if self.teacher is None else row | {"teacher": self.teacher[number]}
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> EncodedRows:
         """The rows of these numbers, in this order."""
-        return EncodedRows(
-            tuple(self.ids[i] for i in numbers), self.labels[np.asarray(numbers, dtype=np.int64)], self.pad_id
-        )
-
-
-def pad_token_id(tokenizer: Tokenizer) -> int:
-    """What batches are filled up with: the tokenizer's pad, else its unknown, else its end token (GPT-2: 50256)."""
-    for found in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
-    raise DataError("the tokenizer has no token to pad with", where=tokenizer.name_or_path,
-                    expected="a pad, unknown or end token")  # fmt: skip
+        places = np.asarray(numbers, dtype=np.int64)
+        teacher = None if self.teacher is None else self.teacher[places]
+        return EncodedRows(tuple(self.ids[i] for i in numbers), self.labels[places], self.pad_id, teacher)
 
 
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[LabelledRow], *, max_length: int = 512) -> EncodedRows:
-    """Tokenise; of a pair that is too long, the longer text is cut first."""
-    pad = pad_token_id(tokenizer)
-    texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
-    ids = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+    """Tokenise, see `encode_texts`."""
+    ids = encode_texts(tokenizer, [row.texts for row in rows], max_length)
     labels = np.array([row.label for row in rows], dtype=np.int64)
-    return EncodedRows(tuple(tuple(row) or (pad,) for row in ids), labels, pad)
+    return EncodedRows(tuple(map(tuple, ids)), labels, pad_token_id(tokenizer))
 
 
 def pad_rows(ids: Sequence[Sequence[int]], pad_id: int, *, length: int | None = None) -> Batch:
@@ -86,7 +77,10 @@ class PadBatch:
 
     def __call__(self, rows: Sequence[dict[str, object]]) -> Batch:
         batch = pad_rows([row["ids"] for row in rows], self.pad_id, length=self.length)  # type: ignore[misc]
-        return batch | {"labels": torch.tensor([row["label"] for row in rows], dtype=torch.int64)}
+        batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+        if "teacher" in rows[0]:
+            batch["teacher"] = torch.from_numpy(np.stack([row["teacher"] for row in rows]))  # type: ignore[misc]
+        return batch
 
 
 def length_batches(rows: EncodedRows, tokens_per_batch: int) -> Iterator[tuple[list[int], Batch]]:

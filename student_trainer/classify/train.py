@@ -1,6 +1,7 @@
-"""Fine-tune a language model as a classifier of one GLUE task, on transformers' Trainer.
+"""Train a language model as a classifier of one GLUE task, on transformers' Trainer: from labels, or from another's answers.
 
     result = train_classifier(ClassifyConfig(model="openai-community/gpt2", task="sst2", out="runs/sst2"))
+    result = train_classifier(ClassifyConfig(model="distilbert/distilgpt2", cache="runs/sst2-soft", out="runs/sst2-small"))
 
 Settings are the Trainer's defaults, which is what FusionBench's GPT-2 classifiers name: AdamW without weight decay, learning
 rate 5e-5 falling linearly to 0, no warm-up, batches of 8, three epochs. Ours are rows, padding and records. The run's
@@ -14,23 +15,31 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from kd.cache_builder.files import canonical_json, write_atomic
+from kd.cache_builder.reader import CacheReader
+from kd.data.classifiers import HEAD, load_classifier
 from kd.data.errors import DataError, unknown_name
 from kd.data.glue import LabelledRows, glue_task, load_glue
 from kd.data.models import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device
-from kd.data.tokenizer import Tokenizer, vocabulary_size
-from kd.student_trainer.classify.encoding import PadBatch, encode_rows, pad_token_id
-from kd.student_trainer.classify.model import HEAD, load_classifier, merged_adapters
+from kd.data.tokenizer import Tokenizer, pad_token_id, vocabulary_size
+from kd.student_trainer.classify.encoding import PadBatch, encode_rows
+from kd.student_trainer.classify.model import merged_adapters
+from kd.student_trainer.classify.soft import SoftLabelTrainer, read_classes, refuse_groups
+from kd.student_trainer.compatibility import resolve_objective
 from kd.student_trainer.config import OPTIMIZERS, PRECISIONS, SCHEDULES
+from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.lora import with_adapters
+from kd.student_trainer.losses import Objective
 
 RUN, METRICS = "classify.json", "metrics.jsonl"
 MAX_LENGTH = 512
@@ -49,6 +58,18 @@ class ClassifyConfig:
     """Of GLUE; None = the last part of `data`."""
     data: str | None = None
     """`glue/TASK` or a folder of rows; None = the hub's."""
+    cache: str | None = None
+    """Path or URL of a cache of another classifier's answers, which holds the rows too; instead of `data`."""
+    loss: str | None = None
+    """With a cache: kl, reverse-kl, jsd, or ce (its rows' labels alone); None = kl."""
+    alpha: float | None = None
+    """With a cache: weight of the distillation loss; None = 1."""
+    ce_weight: float | None = None
+    """With a cache: weight of the cross-entropy with the labels; None = 1 - alpha."""
+    temperature: float = 1.0
+    """With a cache: of the softmaxes compared, on its grid; divergences are multiplied by its square."""
+    beta: float = 0.5
+    """With a cache: of jsd, weight of KL(teacher || mixture)."""
     task_root: Path | None = None
     """Folder of folders of rows, by task."""
     split: str = "train"
@@ -87,8 +108,21 @@ class ClassifyConfig:
                                    ("precision", self.precision, PRECISIONS)):  # fmt: skip
             if value not in known:
                 raise unknown_name(kind, value, known)
-        if self.task is None and self.data is None:
-            raise DataError("no task was named", try_="--task sst2, or --data glue/sst2")
+        if self.task is None and self.data is None and self.cache is None:
+            raise DataError("no task was named", try_="--task sst2, --data glue/sst2, or --cache PATH")
+        of_rows = {
+            "--data": self.data is not None,
+            "--task-root": self.task_root is not None,
+            "--split": self.split != "train",
+        }
+        of_cache = {"--loss": self.loss is not None, "--alpha": self.alpha is not None, "--ce-weight": self.ce_weight is not None,
+                    "--temperature": self.temperature != 1.0, "--beta": self.beta != 0.5}  # fmt: skip
+        wrong = [option for option, given in (of_cache if self.cache is None else of_rows).items() if given]
+        if wrong:
+            there = "labels alone have no teacher" if self.cache is None else "a cache holds its own rows"
+            raise DataError(there, found=", ".join(wrong), try_="leave it out, or --cache PATH with a loss")
+        if not 0 < self.beta < 1:
+            raise DataError("beta is out of bounds", found=f"--beta {self.beta:g}", expected="between 0 and 1")
         for name in ("batch_size", "accumulate", "max_steps", "limit", "lora", "log_every", "max_length"):
             number = getattr(self, name)
             if number is not None and number < 1:
@@ -100,14 +134,19 @@ class ClassifyConfig:
 
 @dataclass(frozen=True)
 class ClassifyRecord:
-    """One line of `metrics.jsonl`; the loss is the mean cross-entropy since the last line, in nats per row."""
+    """One line of `metrics.jsonl`; losses are means since the last line, in nats per row."""
 
     step: int
     steps_total: int
     epoch: float
     loss: float
+    """cross-entropy; from a cache alpha * kd + ce_weight * ce, kd times T^2"""
     lr: float
     grad_norm: float
+    kd: float | None = None
+    """distillation loss without weight and T^2, of this process; None without a cache or with `ce`"""
+    ce: float | None = None
+    """cross-entropy with the labels, of this process; None without a cache"""
 
 
 @dataclass(frozen=True)
@@ -132,16 +171,16 @@ def train_classifier(
     config: ClassifyConfig, *, on_step: Callable[[ClassifyRecord], None] | None = None
 ) -> ClassifyResult:
     """Run the training `config` describes. Raises KdError before the first step on anything unusable."""
-    task = glue_task(config.task or Path(config.data or "").name)
     out = Path(config.out)
     if out.exists() and any(out.iterdir()):
         raise DataError("the output folder is not empty", where=out, try_="another --out")
-    rows = load_glue(config.data, task=task.name, split=config.split, limit=config.limit, task_root=config.task_root)
+    rows, objective, teacher = _rows(config)
+    task = rows.task
     request = ModelRequest(config.model, revision=config.revision, device="cpu", dtype="float32",
                            tokenizer=config.tokenizer, seed=config.seed)  # fmt: skip
     tokenizer = load_request_tokenizer(request)
     pad = _fits(tokenizer, load_config(request), config.max_length)
-    encoded = encode_rows(tokenizer, rows.rows, max_length=config.max_length)
+    encoded = replace(encode_rows(tokenizer, rows.rows, max_length=config.max_length), teacher=teacher)
     model = load_classifier(request, task.labels, pad_id=pad)
     set_seed(config.seed)
     trained = model
@@ -149,7 +188,8 @@ def train_classifier(
         trained = with_adapters(model, config.lora, config.lora_targets, task_type="SEQ_CLS", saved=[HEAD])
     out.mkdir(parents=True, exist_ok=True)
     records = _Records(out / METRICS, on_step)
-    trainer = Trainer(
+    kind = Trainer if objective is None else partial(SoftLabelTrainer, objective=objective)
+    trainer = kind(
         model=trained, args=_arguments(config, out), train_dataset=encoded, callbacks=[records],
         data_collator=PadBatch(pad, config.max_length if config.pad_to_max else None),
     )  # fmt: skip
@@ -173,6 +213,21 @@ def train_classifier(
         tokenizer.save_pretrained(out)
         _write_run(config, rows, out, result)
     return result
+
+
+def _rows(config: ClassifyConfig) -> tuple[LabelledRows, Objective | None, np.ndarray | None]:
+    """What to learn from: labelled rows; with a cache also the objective and the teacher's log-probabilities `[n, C]`."""
+    if config.cache is None:
+        task = glue_task(config.task or Path(config.data or "").name)
+        return load_glue(config.data, task=task.name, split=config.split, limit=config.limit,
+                         task_root=config.task_root), None, None  # fmt: skip
+    loss = config.loss or "kl"
+    refuse_groups(loss)
+    reader = CacheReader(config.cache)
+    objective = resolve_objective(reader.config, loss=loss, alpha=config.alpha, temperature=config.temperature,
+                                  ce_weight=config.ce_weight, settings=GroupSettings(beta=config.beta))  # fmt: skip
+    rows, log_probs = read_classes(reader, task=config.task, limit=config.limit, temperature=config.temperature)
+    return rows, objective, log_probs
 
 
 def _fits(tokenizer: Tokenizer, config: Any, max_length: int) -> int:
@@ -232,7 +287,8 @@ class _Records(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         record = ClassifyRecord(state.global_step, state.max_steps, float(state.epoch or 0.0), float(logs["loss"]),
-                                float(logs["learning_rate"]), float(logs.get("grad_norm", 0.0)))  # fmt: skip
+                                float(logs["learning_rate"]), float(logs.get("grad_norm", 0.0)), logs.get("kd"),
+                                logs.get("ce"))  # fmt: skip
         if not math.isfinite(record.loss):
             raise DataError("training diverged", where=f"step {record.step}", found=f"loss {record.loss}",
                             try_="a smaller --lr, or --warmup")  # fmt: skip

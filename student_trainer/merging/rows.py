@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from kd.data.classifiers import load_classifier
 from kd.data.errors import DataError
 from kd.data.glue import load_glue
 from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, max_positions
 from kd.data.sources import load_corpus
-from kd.student_trainer.classify.encoding import encode_rows, pad_rows, pad_token_id
-from kd.student_trainer.classify.model import load_classifier
+from kd.data.tokenizer import pad_token_id
+from kd.student_trainer.classify.encoding import encode_rows, pad_rows
 from kd.student_trainer.merging.merge import Measured
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from kd.data.classifiers import load_classifier
 from kd.data.glue import glue_tasks
 from kd.data.models import ModelRequest
-from kd.student_trainer.classify.model import load_classifier
 from kd.student_trainer.merging.pool import ModelPool, read_pool
 
 WORDS = ("fox", "river", "keeper", "baker", "bridge", "fog", "bells", "ships", "story", "price")

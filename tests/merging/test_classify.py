@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from kd.data.classifiers import load_classifier
 from kd.data.errors import DataError
 from kd.data.glue import LabelledRow, load_glue
 from kd.data.models import ModelRequest
-from kd.data.tokenizer import load_tokenizer
-from kd.student_trainer.classify.encoding import PadBatch, encode_rows, length_batches, pad_rows, pad_token_id
-from kd.student_trainer.classify.model import load_classifier, pooled_states
+from kd.data.tokenizer import load_tokenizer, pad_token_id
+from kd.student_trainer.classify.encoding import PadBatch, encode_rows, length_batches, pad_rows
+from kd.student_trainer.classify.model import pooled_states
 from kd.student_trainer.classify.train import ClassifyConfig, train_classifier
 
 

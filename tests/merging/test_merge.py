@@ -13,9 +13,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
+from kd.data.classifiers import load_classifier
 from kd.data.errors import DataError, KdError
 from kd.data.models import ModelRequest
-from kd.student_trainer.classify.model import load_classifier
 from kd.student_trainer.merging import weights as weights_module
 from kd.student_trainer.merging.merge import Merger, MergeSettings, kth_magnitude, prepare
 from kd.student_trainer.merging.methods import MERGE_METHODS

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
 
+from kd.data.classifiers import load_classifier
 from kd.data.errors import DataError
 from kd.data.glue import glue_task
 from kd.data.models import ModelRequest
@@ -27,7 +28,6 @@ from kd.evaluation.glue import (
 )
 from kd.evaluation.scoring import final
 from kd.student_trainer.classify.encoding import pad_rows
-from kd.student_trainer.classify.model import load_classifier
 
 
 @pytest.fixture
