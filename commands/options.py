@@ -140,9 +140,10 @@ def corpus_options(function: Function) -> Function:
 def build_options(function: Function) -> Function:
     """Options that `plan` and `build` share."""
     options = (
-        click.option("--teacher", required=True, help="Hub id, folder, demo, demo-t5, or random:NAME."),
+        click.option("--teacher", required=True,
+                     help="Hub id, folder, demo, demo-t5, or random:NAME; a classifier with --data glue/TASK."),
         click.option("--data", "spec", required=True,
-                     help="demo, wikitext-2, flan[:MIXTURE], a file or folder, or a hub id[:config][@revision]."),
+                     help="demo, wikitext-2, flan[:MIXTURE], glue/TASK, a file or folder, or hub id[:config][@revision]."),
         click.option("--out", required=True, type=PATH, help="Directory of the cache."),
         corpus_options,
         click.option("--profile", default="kl", show_default=True, help="What is kept: kl, compact, uld, sampled or full."),
