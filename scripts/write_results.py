@@ -46,6 +46,8 @@ so what is shown is the method and not the state of the art. ± beside a differe
 difference, over seeds and documents together; `p` is that of the paired t test over seeds, then of the exact permutation test,
 which cannot fall below 2/2^seeds. A figure is bold when the difference exceeds its error.
 
+Classifiers on GLUE, merged seven ways with both sweeps, and distilled through a cache: `results-merging.md`.
+
 """
 
 
