@@ -49,6 +49,8 @@ def dataset_card(root: Path, url: str, license: str | None = None) -> str:
         ("teacher's accuracy", _figure(summary["teacher_top1"])),
         ("fingerprint", f"`{summary['fingerprint']}`"),
     ]  # fmt: skip
+    classes = summary["kind"] == "classes"
+    train = f"kd classify train --cache {url} --model MODEL" if classes else f"kd train --cache {url} --student STUDENT"
     rows = "\n".join(f"| {name} | {_plain(value)} |" for name, value in facts)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip()}
@@ -71,7 +73,7 @@ without the teacher: a cache of `kd`, plain Zarr v3 and Parquet, every file with
 
 ```
 pip install kd-logit-cache
-kd train --cache {url} --student STUDENT --out runs/student      # streamed, files fetched as they are needed
+{train} --out runs/student      # streamed, files fetched as they are needed
 kd cache pull {url} cache                                         # or a copy: resumable, verified
 kd cache verify cache
 ```

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from kd.cache_builder.build import build
+from kd.cache_builder.card import dataset_card
 from kd.cache_builder.derive import merge_caches
 from kd.cache_builder.plan import BuildRequest, plan_build
 from kd.cache_builder.reader import CacheReader
@@ -342,6 +343,7 @@ def test_the_command_line_from_rows_to_student(
     again = run_cli(*build_words, "--json")
     assert json.loads(again.stdout)["reused"] is True
     info = json.loads(run_cli("cache", "info", str(tmp_path / "soft"), "--json").stdout)
+    assert "kd classify train --cache x://y --model" in dataset_card(tmp_path / "soft", "x://y")
     assert (info["kind"], info["vocabulary_size"], info["top_k"], info["logprob_codec"]) == ("classes", 2, 2, "float32")
     done = run_cli("classify", "train", "--cache", str(tmp_path / "soft"), "--model", str(layouts["gpt_neox"]), "--max-length",
                    "64", "--max-steps", "3", "--temperature", "2", "--loss", "jsd", "--beta", "0.3", "--device", "cpu",
