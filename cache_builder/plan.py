@@ -186,6 +186,9 @@ def _class_count(request: BuildRequest, labels: Sequence[str], config: Any) -> i
     """The classes of a teacher, all of which are kept. Raises DataError where they are not the corpus's."""
     refuse_other_classes(request.teacher, config, labels)
     classes = len(labels)
+    if request.teacher.load_in_4bit:
+        raise DataError("classifiers are loaded as they are", where=request.teacher.name, found="--load-in-4bit",
+                        try_="--dtype bfloat16")  # fmt: skip
     if request.generation is not None:
         raise DataError("a classifier writes no text", where=request.teacher.name, found="--targets teacher")
     targets = request.targets

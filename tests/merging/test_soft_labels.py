@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from kd.cache_builder.build import build
 from kd.cache_builder.card import dataset_card
 from kd.cache_builder.derive import merge_caches
+from kd.cache_builder.generate import GenerationConfig
 from kd.cache_builder.plan import BuildRequest, plan_build
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import TargetConfig
@@ -275,6 +276,10 @@ def test_what_does_not_belong_together_is_refused(
         plan_build(replace(request, targets=TargetConfig.of_profile("kl", top_k=1)))
     with pytest.raises(DataError, match="keeps all of them"):
         plan_build(replace(request, targets=TargetConfig.of_profile("uld", top_k=2)))
+    with pytest.raises(DataError, match="as they are"):
+        plan_build(replace(request, teacher=replace(request.teacher, load_in_4bit=True)))
+    with pytest.raises(DataError, match="writes no text"):
+        plan_build(replace(request, generation=GenerationConfig()))
     with pytest.raises(DataError, match="teacher of classes"):
         plan_build(replace(request, corpus=load_corpus("demo", limit=1)))
     tokens = build_request(tmp_path / "tokens")
