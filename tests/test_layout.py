@@ -53,6 +53,18 @@ def test_every_package_folder_is_listed_for_the_wheel() -> None:
     assert {"kd", *folders} == set(settings["tool"]["setuptools"]["packages"])
 
 
+def test_all_code_but_the_tests_is_type_checked() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    folders = {
+        p.parent.relative_to(ROOT).parts[0]
+        for p in ROOT.glob("*/**/*.py")
+        if not p.relative_to(ROOT).parts[0].startswith(".")
+    }
+    assert {f".typing/kd/{x}" for x in ("cli.py", *PACKAGES)} | (folders - {*PACKAGES, "tests"}) == set(
+        settings["files"]
+    )
+
+
 def test_every_data_file_of_the_package_is_in_the_wheel() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     shipped = {path for package, patterns in settings["package-data"].items() for pattern in patterns
