@@ -40,6 +40,8 @@ from typing import Any
 SEQ_LEN = 256
 READ_ROWS = 220_000
 BATCH = 8
+VOCABULARY = 50257  # GPT-2's
+T5 = "random:flan-t5-small"
 
 
 def shape_config(name: str) -> Any:
@@ -65,7 +67,7 @@ def make_model(folder: Path, shape: str) -> None:
     path = folder / "tokenizer.json"  # as many entries as logits, so that top-k ranges over the real vocabulary
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), 50257)}
+    vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), VOCABULARY)}
     path.write_text(json.dumps(tokenizer))
 
 
@@ -122,7 +124,7 @@ def batches(tokens: int) -> Any:
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(max(1, tokens // (BATCH * SEQ_LEN))):
-        yield torch.randint(50257, (BATCH, SEQ_LEN), generator=generator)
+        yield torch.randint(VOCABULARY, (BATCH, SEQ_LEN), generator=generator)
 
 
 def case_bare(work: Path, tokens: int, keep: bool = False) -> dict[str, float]:
@@ -198,7 +200,7 @@ def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
     from kd.data.models import ModelRequest, load_model
     from kd.data.sources import load_corpus
 
-    request = ModelRequest("random:flan-t5-small", tokenizer="demo-t5", device="cpu")
+    request = ModelRequest(T5, tokenizer="demo-t5", device="cpu")
     model = model or resident(load_model(request).eval())
     corpus = load_corpus("mini", limit=tokens // 35)
     return plan_build(BuildRequest(out, request, corpus, BlockConfig(SEQ_LEN), TargetConfig(),
@@ -353,8 +355,8 @@ def make_read_cache(work: Path) -> None:
         log_z = np.stack([np.log(np.exp(-relative / t).sum(1)) + 0.3 for t in (1, 2, 4)], axis=1)
         raw = RawTargets(
             gold_ids=np.concatenate([r.target_ids for r in rows]), log_z=log_z.astype(np.float32),
-            gold_logprob=-rng.exponential(3, n).astype(np.float32), gold_rank=rng.zipf(1.5, n) % 50257,
-            byte_end=np.concatenate([r.byte_end for r in rows]), token_ids=rng.zipf(1.1, (n, 64)) % 50257,
+            gold_logprob=-rng.exponential(3, n).astype(np.float32), gold_rank=rng.zipf(1.5, n) % VOCABULARY,
+            byte_end=np.concatenate([r.byte_end for r in rows]), token_ids=rng.zipf(1.1, (n, 64)) % VOCABULARY,
             relative=-relative.astype(np.float32),
         )  # fmt: skip
         write_shard(writer, index, rows, raw, plan, seconds, claims)

@@ -54,7 +54,7 @@ def step_loss(model: GPT2LMHeadModel, batch: torch.Tensor, frequent: torch.Tenso
     rest = torch.where(torch.isin(gold, frequent), -torch.inf, own)
     loss = (torch.logaddexp((logits + share).logsumexp(1), rest) - own).mean()
     loss.backward()
-    return float(loss)
+    return float(loss.item())
 
 
 @torch.no_grad()

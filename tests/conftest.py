@@ -7,8 +7,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client: no test may reach the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -57,6 +60,26 @@ def shared() -> Path:
     if not (folder / "tokenizers").is_dir():
         pytest.skip(f"no shared data in {folder} (set KD_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def load_benchmark():
+    """`load_benchmark(name)`: a script of benchmarks/ as a module, always the same one."""
+    folder, loaded = Path(__file__).parents[1] / "benchmarks", {}
+
+    def load(name: str) -> ModuleType:
+        if name not in loaded:
+            spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module.__name__] = loaded[name] = module  # dataclasses look their module up
+            with pytest.MonkeyPatch.context() as patch:
+                patch.syspath_prepend(str(folder))  # they import each other by bare names
+                spec.loader.exec_module(module)
+        return loaded[name]
+
+    return load
 
 
 @pytest.fixture(scope="session")
