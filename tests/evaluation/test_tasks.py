@@ -20,10 +20,11 @@ from kd.data.sources import SOURCES, Corpus, load_corpus
 from kd.evaluation.agreement import evaluate_agreement
 from kd.evaluation.answer_metrics import MetricSettings
 from kd.evaluation.estimates import standard_error
+from kd.evaluation.evaluate import run_tasks
 from kd.evaluation.perplexity import evaluate_perplexity
 from kd.evaluation.results import EvalReport, load_report
 from kd.evaluation.scoring import final
-from kd.evaluation.tasks import FURTHER, RANKED, TASKS, run_tasks
+from kd.evaluation.tasks import FURTHER, RANKED, TASKS
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +303,7 @@ def test_a_file_that_is_not_an_evaluation_is_refused_by_name(tmp_path, text):
 
 
 def test_importing_the_registry_loads_no_heavy_library():
-    code = "import sys, kd.evaluation.tasks, kd.evaluation.report; print([m for m in ('torch', 'transformers', " \
+    code = "import sys, kd.evaluation.evaluate, kd.evaluation.report; print([m for m in ('torch', 'transformers', " \
            "'zarr', 'pyarrow', 'matplotlib') if m in sys.modules])"  # fmt: skip
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
