@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -283,8 +284,7 @@ def test_a_task_without_what_it_needs_says_which_option(task, option):
 
 
 def test_another_tokenizer_than_the_caches_is_refused_before_weights_are_loaded(tmp_path, exact_cache, tokenizer_dir):
-    for file in tokenizer_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
     document = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     document["model"]["vocab"]["x"], document["model"]["vocab"]["y"] = (document["model"]["vocab"][c] for c in "yx")
     (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
