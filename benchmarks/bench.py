@@ -26,16 +26,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from workload import Memory
 
 SEQ_LEN = 256
 READ_ROWS = 220_000
@@ -84,26 +84,6 @@ def resident(model: Any) -> Any:
     return model
 
 
-class Memory:
-    """Highest resident memory while it runs, in MB, above `base` MB (default: what is resident at the start)."""
-
-    def __init__(self, base: float | None = None) -> None:
-        self.base = resident_mb() if base is None else base
-        self.peak = 0.0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.peak = max(self.peak, resident_mb())
-
-    def stop(self) -> float:
-        self._done.set()
-        self._thread.join()
-        return self.peak - self.base
-
-
 class Clock:
     """Wall-clock and CPU seconds of this process, all threads, since it was made."""
 
@@ -113,10 +93,6 @@ class Clock:
     def rates(self, tokens: float) -> dict[str, float]:
         return {"tokens_per_second": tokens / (time.perf_counter() - self.wall),
                 "tokens_per_cpu_second": tokens / (time.process_time() - self.cpu)}  # fmt: skip
-
-
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def batches(tokens: int) -> Any:
