@@ -26,20 +26,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from workload import Memory
+
 SEQ_LEN = 256
 READ_ROWS = 220_000
 BATCH = 8
+VOCABULARY = 50257  # GPT-2's
+T5 = "random:flan-t5-small"
 
 
 def shape_config(name: str) -> Any:
@@ -65,7 +67,7 @@ def make_model(folder: Path, shape: str) -> None:
     path = folder / "tokenizer.json"  # as many entries as logits, so that top-k ranges over the real vocabulary
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), 50257)}
+    vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), VOCABULARY)}
     path.write_text(json.dumps(tokenizer))
 
 
@@ -82,26 +84,6 @@ def resident(model: Any) -> Any:
     return model
 
 
-class Memory:
-    """Highest resident memory while it runs, in MB, above `base` MB (default: what is resident at the start)."""
-
-    def __init__(self, base: float | None = None) -> None:
-        self.base = resident_mb() if base is None else base
-        self.peak = 0.0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.peak = max(self.peak, resident_mb())
-
-    def stop(self) -> float:
-        self._done.set()
-        self._thread.join()
-        return self.peak - self.base
-
-
 class Clock:
     """Wall-clock and CPU seconds of this process, all threads, since it was made."""
 
@@ -113,16 +95,12 @@ class Clock:
                 "tokens_per_cpu_second": tokens / (time.process_time() - self.cpu)}  # fmt: skip
 
 
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
 def batches(tokens: int) -> Any:
     import torch
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(max(1, tokens // (BATCH * SEQ_LEN))):
-        yield torch.randint(50257, (BATCH, SEQ_LEN), generator=generator)
+        yield torch.randint(VOCABULARY, (BATCH, SEQ_LEN), generator=generator)
 
 
 def case_bare(work: Path, tokens: int, keep: bool = False) -> dict[str, float]:
@@ -198,7 +176,7 @@ def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
     from kd.data.models import ModelRequest, load_model
     from kd.data.sources import load_corpus
 
-    request = ModelRequest("random:flan-t5-small", tokenizer="demo-t5", device="cpu")
+    request = ModelRequest(T5, tokenizer="demo-t5", device="cpu")
     model = model or resident(load_model(request).eval())
     corpus = load_corpus("mini", limit=tokens // 35)
     return plan_build(BuildRequest(out, request, corpus, BlockConfig(SEQ_LEN), TargetConfig(),
@@ -353,8 +331,8 @@ def make_read_cache(work: Path) -> None:
         log_z = np.stack([np.log(np.exp(-relative / t).sum(1)) + 0.3 for t in (1, 2, 4)], axis=1)
         raw = RawTargets(
             gold_ids=np.concatenate([r.target_ids for r in rows]), log_z=log_z.astype(np.float32),
-            gold_logprob=-rng.exponential(3, n).astype(np.float32), gold_rank=rng.zipf(1.5, n) % 50257,
-            byte_end=np.concatenate([r.byte_end for r in rows]), token_ids=rng.zipf(1.1, (n, 64)) % 50257,
+            gold_logprob=-rng.exponential(3, n).astype(np.float32), gold_rank=rng.zipf(1.5, n) % VOCABULARY,
+            byte_end=np.concatenate([r.byte_end for r in rows]), token_ids=rng.zipf(1.1, (n, 64)) % VOCABULARY,
             relative=-relative.astype(np.float32),
         )  # fmt: skip
         write_shard(writer, index, rows, raw, plan, seconds, claims)

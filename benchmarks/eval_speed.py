@@ -58,7 +58,8 @@ def load(name: str, shared: Path) -> tuple[Any, Any]:
 
 def boolq(shared: Path, limit: int) -> Corpus:
     """A passage, a question and four answers: a long context, options of a few tokens."""
-    rows = [json.loads(line) for line in (shared / "tasks/boolq/sample200.jsonl").open(encoding="utf-8")][:limit]
+    lines = (shared / "tasks/boolq/sample200.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:limit]]
     choices = (" yes", " no", " it is not possible to say", " that depends on the passage")
     examples = tuple(
         Example(f"boolq/{i}", choices[0], f"{row['passage'][:600]}\n\nQuestion: {row['question']}?\nAnswer:",
@@ -109,7 +110,7 @@ def compare(name: str, task: str, shared: Path, rows: int, repeats: int) -> str:
     shares = shared_context.shares_context
 
     def separate() -> np.ndarray:
-        shared_context.shares_context = lambda _: False
+        shared_context.shares_context = lambda head: False
         try:
             return ours()
         finally:

@@ -35,7 +35,6 @@ from workload import (
     make_model,
     make_texts,
     one_thread,
-    read_texts,
     train_plain,
 )
 
@@ -79,7 +78,7 @@ def measure(point: Point, work: Path) -> dict[str, float]:
     if not texts.exists():
         make_texts(texts, point.tokens // point.length, point.length)
     teacher, out = load_model(model).eval(), work / "cache"
-    batches = batches_of([t["input_ids"] for t in read_texts(texts)], max(1, point.batch // point.length))
+    batches = batches_of(texts, max(1, point.batch // point.length))
     count = min(2, len(batches))
     scored = count * len(batches[0]) * point.length
     plan, steps = build_cache(model, texts, out, batch_tokens=point.batch, top_k=point.top_k, model=teacher)

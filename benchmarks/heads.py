@@ -33,8 +33,8 @@ def made_up(rows: int, vocabulary: int, edges: tuple[int, ...]) -> tuple[LossTar
     for start in range(0, rows, 128):
         log_p = (2 * torch.randn(min(128, rows - start), vocabulary)).log_softmax(1)
         values, ids = log_p.sort(1, descending=True)
-        bands = [values[:, a:b].logsumexp(1) for a, b in pairwise(edges)]
-        parts.append((values[:, :64].clone(), ids[:, :64].clone(), torch.stack(bands, 1)))
+        masses = [values[:, a:b].logsumexp(1) for a, b in pairwise(edges)]
+        parts.append((values[:, :64].clone(), ids[:, :64].clone(), torch.stack(masses, 1)))
     values, ids, bands = (torch.cat(column) for column in zip(*parts, strict=True))
     first, zeros = torch.arange(rows), torch.zeros(rows)
     groups = GroupTargets(first, first + 1, gold, zeros, zeros - 1, zeros + 1 / 16, values[:, :16], bands,
@@ -67,7 +67,7 @@ def main() -> None:
     }  # fmt: skip
 
     def plain() -> None:
-        F.cross_entropy(F.linear(hidden, weight), by_row.gold_ids).backward()
+        F.cross_entropy(F.linear(hidden, weight), by_row.gold_ids).backward()  # type: ignore[no-untyped-call]
 
     def ours(objective: Objective) -> Callable[[], None]:
         targets = over_groups if objective.groups else by_row

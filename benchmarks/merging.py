@@ -10,41 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from workload import Memory
+
 METHODS = ("simple-average", "task-arithmetic", "ties", "fisher", "regmean")
-
-
-def resident() -> int:
-    """Bytes of this process in memory, mapped files included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-class Peak:
-    """The largest resident set while it is open."""
-
-    def __enter__(self) -> Peak:
-        self.start = self.highest = resident()
-        self.open = True
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self.open:
-            self.highest = max(self.highest, resident())
-            time.sleep(0.005)
-
-    def __exit__(self, *_: object) -> None:
-        self.open = False
-        self.thread.join()
 
 
 def write_models(folder: Path, config: Any, count: int) -> int:
@@ -96,11 +71,10 @@ def worker(folder: Path, method: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     merge_once(folder / "small", method)  # libraries are loaded and warm
-    with Peak() as peak:
-        started = time.perf_counter()
-        merge_once(folder, method)
-        seconds = time.perf_counter() - started
-    return {"held": peak.highest - peak.start, "seconds": seconds}
+    memory, started = Memory(), time.perf_counter()
+    merge_once(folder, method)
+    seconds = time.perf_counter() - started
+    return {"held": memory.stop() * 2**20, "seconds": seconds}
 
 
 def measure_shape(config: Any, count: int, methods: tuple[str, ...]) -> dict[str, Any]:

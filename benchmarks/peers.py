@@ -47,7 +47,6 @@ from workload import (
     make_model,
     make_texts,
     one_thread,
-    read_texts,
     step,
     train_plain,
 )
@@ -101,7 +100,7 @@ def prepare(work: Path, sizes: Sizes) -> None:
 
 
 def token_batches(work: Path, name: str, size: int) -> list[list[list[int]]]:
-    return batches_of([t["input_ids"] for t in read_texts(work / f"{name}.jsonl")], size)
+    return batches_of(work / f"{name}.jsonl", size)
 
 
 def score(model: Any, batch: list[list[int]], top_k: int) -> tuple[Any, Any]:

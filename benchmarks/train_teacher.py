@@ -35,11 +35,11 @@ def step_loss(model: GPT2LMHeadModel, batch: torch.Tensor, frequent: torch.Tenso
     gold, total = batch[:, 1:].flatten(), 0.0
     if frequent is None:
         leaf = hidden.detach().requires_grad_()
-        for rows, ids in zip(leaf.split(64), gold.split(64), strict=True):
+        for rows, ids in zip(leaf.split(64), gold.split(64), strict=True):  # type: ignore[no-untyped-call]
             with torch.autocast("cpu", torch.bfloat16):
                 logits = functional.linear(rows, weight)
             loss = functional.cross_entropy(logits.float(), ids, reduction="sum") / len(gold)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         hidden.backward(leaf.grad)
         return total
@@ -54,12 +54,12 @@ def step_loss(model: GPT2LMHeadModel, batch: torch.Tensor, frequent: torch.Tenso
     rest = torch.where(torch.isin(gold, frequent), -torch.inf, own)
     loss = (torch.logaddexp((logits + share).logsumexp(1), rest) - own).mean()
     loss.backward()
-    return loss.item()
+    return float(loss.item())
 
 
 @torch.no_grad()
 def held_out_loss(model: GPT2LMHeadModel, rows: torch.Tensor) -> float:
-    return sum(model(r[None], labels=r[None]).loss.item() for r in rows) / len(rows)
+    return sum(float(model(r[None], labels=r[None]).loss) for r in rows) / len(rows)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,9 +49,9 @@ def hidden_and_logits(name: str, rows: list[TokenRows], count: int) -> tuple[Ten
 def cached(logits: Tensor, gold: Tensor, config: TargetConfig, temperature: float) -> tuple[Tensor, Tensor | None]:
     """Head and bands at `temperature` as a student reads them from a cache."""
     chunk = Sparsifier(config, logits.shape[1])(logits, gold)
-    kept = {n: getattr(chunk, n) for n in ("log_z", "gold_logprob", "gold_rank", "relative", "tail_bands")}
-    raw = RawTargets(gold_ids=gold.numpy(), byte_end=np.arange(len(gold)),
-                     **{n: None if v is None else v.numpy() for n, v in kept.items()})  # fmt: skip
+    names = ("log_z", "gold_logprob", "gold_rank", "relative", "tail_bands")
+    kept: dict[str, Any] = {n: None if (v := getattr(chunk, n)) is None else v.numpy() for n in names}
+    raw = RawTargets(gold_ids=gold.numpy(), byte_end=np.arange(len(gold)), **kept)
     stored, _ = codecs.encode(raw, config)
     dtypes = {spec.name: spec.dtype for spec in codecs.array_specs(config, logits.shape[1])}
     packed = {name: value.astype(dtypes.get(name, value.dtype)) for name, value in stored.items()}

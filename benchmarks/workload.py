@@ -1,4 +1,5 @@
-"""What `peers.py` and `growth.py` give to everyone alike: texts of an exact length, models of a chosen size, a meter.
+"""What `peers.py` and `growth.py` give to everyone alike: texts of an exact length, models of a chosen size, a meter; and
+what `bench.py` and `merging.py` measure memory with.
 
 At import it needs neither kd nor torch, so that a peer's own interpreter can use it: what is shared lies in a folder
 as `teacher/` and `student/` (what `save_pretrained` writes) and `texts.jsonl` (prompt, target, `input_ids`).
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +44,29 @@ class Meter:
             "peak_mb": status_mb("VmHWM") - self.base,
             **rest,
         }
+
+
+class Memory:
+    """Highest resident memory while it runs, in MB (2^20 bytes), above what is resident when made; mapped files count."""
+
+    def __init__(self) -> None:
+        self.base = self.peak = resident_mb()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.peak = max(self.peak, resident_mb())
+
+    def stop(self) -> float:
+        self._done.set()
+        self._thread.join()
+        return self.peak - self.base
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def status_mb(name: str) -> float:
@@ -115,9 +140,10 @@ def read_texts(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def batches_of(ids: Sequence[Sequence[int]], size: int) -> list[list[list[int]]]:
-    """Whole batches, the examples in their order."""
-    return [[list(i) for i in ids[n : n + size]] for n in range(0, len(ids) - size + 1, size)]
+def batches_of(path: Path, size: int) -> list[list[list[int]]]:
+    """The token ids of the texts, in their order; whole batches."""
+    ids = [t["input_ids"] for t in read_texts(path)]
+    return [ids[n : n + size] for n in range(0, len(ids) - size + 1, size)]
 
 
 def build_cache(model_folder: Path | str, texts: Path, out: Path, *, batch_tokens: int, profile: str = "kl",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
     """Drive an evaluation and its progress bar to the end."""
-    from kd.evaluation.tasks import run_tasks
+    from kd.evaluation.evaluate import run_tasks
 
     last = follow(f"evaluating {model}", run_tasks(model, tasks, **options), lambda p: (p.done, p.total, p.task))
     assert last.report is not None

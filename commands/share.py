@@ -34,7 +34,7 @@ def cache_push(path: Path, url: str, license: str | None, private: bool, workers
 
     Example: kd cache push runs/cache runs/copy
     """
-    from kd.cache_builder.transfer import push
+    from kd.cache_builder.push import push
 
     last = follow("pushing", push(path, url, license=license, private=private, workers=workers), _show)
     emit(_result(last) | {"url": url}, as_json, f"{url}: complete")
@@ -63,7 +63,7 @@ def cache_pull(url: str, path: Path, examples: tuple[int, int] | None, arrays: s
 
     Example: kd cache pull runs/cache runs/part --examples 0:10 --for ce
     """
-    from kd.cache_builder.transfer import pull
+    from kd.cache_builder.pull import pull
     from kd.data.errors import DataError
 
     if top_k is not None:

@@ -18,8 +18,9 @@ from kd.data.models import Model, ModelRequest, load_request_tokenizer
 from kd.data.rendering import InstructionConfig
 from kd.data.sources import takes_instructions
 from kd.data.tokenizer import Tokenizer
+from kd.evaluation.evaluate import contaminated_tasks, score_model, with_texts
 from kd.evaluation.task import Settings
-from kd.evaluation.tasks import check_tasks, check_ways, contaminated_tasks, figures_of, score_model, with_texts
+from kd.evaluation.tasks import check_tasks, check_ways, figures_of
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder.files import canonical_json, write_atomic
+from kd.evaluation.columns import Column
 from kd.evaluation.comparison import Comparison, Entry, compare, short_name
 from kd.evaluation.figures import Bar, Delta, Series, draw_bars, draw_deltas, draw_losses
 from kd.evaluation.page import Sample, Section, Table, markdown_samples, markdown_table, render_page
 from kd.evaluation.pairs import Arm, Pair, arms_of, pairs_of
 from kd.evaluation.progress import progress_sections
-from kd.evaluation.reference import Column, Reference, reference_of
+from kd.evaluation.reference import Reference, reference_of
 from kd.evaluation.runs import Run, collect, is_number
 
 LOSSES = {"ce": "cross-entropy (nats per token)", "kd": "distillation loss (nats per token)"}

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kd.data.models import Model
 from kd.data.sources import Corpus
 from kd.data.tokenizer import Tokenizer
 from kd.evaluation.estimates import Documents, Estimate
-from kd.evaluation.scoring import Progress
+from kd.evaluation.scoring import Progress, Result
 from kd.evaluation.task import LiveTeacher, Settings, TaskResult
 
 if TYPE_CHECKING:
+    from kd.evaluation.agreement import AgreementResult
     from kd.evaluation.choices import ChoicesResult
+    from kd.evaluation.generation import GenerationResult
+    from kd.evaluation.hellaswag import HellaSwagResult
+    from kd.evaluation.perplexity import PerplexityResult
+    from kd.evaluation.samples import SamplesResult
 
 AGREEMENT = ("kl", "jsd", "top1_agreement", "nll_per_token", "teacher_nll_per_token", "ece", "teacher_ece")
 SAMPLES = 20
@@ -30,53 +35,51 @@ def run_perplexity(model: Model, tokenizer: Tokenizer, settings: Settings) -> It
     from kd.evaluation.perplexity import evaluate_perplexity
 
     assert settings.corpus is not None
+    corpus = settings.corpus
     steps = evaluate_perplexity(
-        model, tokenizer, settings.corpus, seq_len=settings.seq_len, stride=settings.stride, bos=settings.bos,
+        model, tokenizer, corpus, seq_len=settings.seq_len, stride=settings.stride, bos=settings.bos,
         separator=settings.separator, tokens_per_batch=settings.tokens_per_batch, limit_tokens=settings.limit_tokens,
     )  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            estimates = {name: getattr(found, name) for name in ("perplexity", "bits_per_byte", "nll_per_token", "ece")}
-            used = {
-                "text_digest": settings.corpus.digest,
-                "seq_len": found.blocks.seq_len,
-                "stride": found.blocks.stride,
-                "bos": found.blocks.bos,
-                "limit_tokens": settings.limit_tokens,
-                "pairs_cut": found.pairs_cut or None,
-            }
-            if settings.corpus.kind == "pairs":
-                used["separator"] = settings.separator
-            result = TaskResult(estimates, found.documents, used)
-        yield Progress(step.done, step.total, result)
+
+    def told(found: PerplexityResult) -> TaskResult:
+        estimates = {name: getattr(found, name) for name in ("perplexity", "bits_per_byte", "nll_per_token", "ece")}
+        used = {
+            "text_digest": corpus.digest,
+            "seq_len": found.blocks.seq_len,
+            "stride": found.blocks.stride,
+            "bos": found.blocks.bos,
+            "limit_tokens": settings.limit_tokens,
+            "pairs_cut": found.pairs_cut or None,
+        }
+        if corpus.kind == "pairs":
+            used["separator"] = settings.separator
+        return TaskResult(estimates, found.documents, used)
+
+    return _progress(steps, told)
 
 
 def run_agreement(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
     from kd.evaluation.agreement import evaluate_agreement
 
     if settings.teacher is not None:
-        yield from _live_agreement(model, tokenizer, settings, settings.teacher)
-        return
+        return _live_agreement(model, tokenizer, settings, settings.teacher)
     assert settings.reader is not None
     reader, temperature = settings.reader, settings.temperature
     steps = evaluate_agreement(
         model, reader, temperature=temperature, limit=settings.limit, tokens_per_batch=settings.tokens_per_batch
     )
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            estimates = {name: getattr(found, name) for name in AGREEMENT}
-            used = {
-                "cache_fingerprint": reader.manifest.fingerprint,
-                "temperature": temperature,
-                "limit": settings.limit,
-                "top_k": reader.top_k or reader.config.top_k,
-            }
-            result = TaskResult(estimates, found.documents, used)
-        yield Progress(step.done, step.total, result)
+
+    def told(found: AgreementResult) -> TaskResult:
+        estimates = {name: getattr(found, name) for name in AGREEMENT}
+        used = {
+            "cache_fingerprint": reader.manifest.fingerprint,
+            "temperature": temperature,
+            "limit": settings.limit,
+            "top_k": reader.top_k or reader.config.top_k,
+        }
+        return TaskResult(estimates, found.documents, used)
+
+    return _progress(steps, told)
 
 
 def _live_agreement(
@@ -91,21 +94,20 @@ def _live_agreement(
         stride=settings.stride, bos=settings.bos, separator=settings.separator,
         tokens_per_batch=settings.tokens_per_batch, limit_tokens=settings.limit_tokens,
     )  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            used = _asked(settings) | {
-                "seq_len": min(window(m, settings.seq_len) for m in (model, teacher.model)),
-                "teacher": teacher.name,
-                "teacher_fingerprint": _digest([dict(teacher.identity)]),
-                "temperature": settings.temperature,
-                "stride": settings.stride,
-                "limit_tokens": settings.limit_tokens,
-                "pairs_cut": found.pairs_cut or None,
-            }
-            result = TaskResult({name: getattr(found, name) for name in AGREEMENT}, found.documents, used)
-        yield Progress(step.done, step.total, result)
+
+    def told(found: AgreementResult) -> TaskResult:
+        used = _asked(settings) | {
+            "seq_len": min(window(m, settings.seq_len) for m in (model, teacher.model)),
+            "teacher": teacher.name,
+            "teacher_fingerprint": _digest([dict(teacher.identity)]),
+            "temperature": settings.temperature,
+            "stride": settings.stride,
+            "limit_tokens": settings.limit_tokens,
+            "pairs_cut": found.pairs_cut or None,
+        }
+        return TaskResult({name: getattr(found, name) for name in AGREEMENT}, found.documents, used)
+
+    return _progress(steps, told)
 
 
 def run_choices(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
@@ -162,30 +164,30 @@ def run_generation(model: Model, tokenizer: Tokenizer, settings: Settings) -> It
     from kd.evaluation.generation import Sampling, evaluate_generation
 
     assert settings.corpus is not None
+    corpus = settings.corpus
     steps = evaluate_generation(
-        model, tokenizer, settings.corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
+        model, tokenizer, corpus, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
         max_new_tokens=settings.max_new_tokens, stop=settings.stop, tokens_per_batch=settings.tokens_per_batch,
         sampling=Sampling(settings.sample_temperature, settings.sample_seed), metrics=settings.metrics,
         metric_settings=settings.metric_settings,
     )  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            used = _asked(settings) | {
-                "references_digest": _digest([e.id, references(e)] for e in settings.corpus.examples),
-                "max_new_tokens": settings.max_new_tokens or "as the longest reference needs",
-                "stop": settings.stop,
-                "decoding": _decoding(settings),
-                "prompts_cut": found.prompts_cut,
-                **found.made_by,
-            }
-            samples = [
-                {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
-                for e, answer in zip(settings.corpus.examples[:SAMPLES], found.answers, strict=False)
-            ]
-            result = TaskResult(found.estimates, found.documents, used, samples)
-        yield Progress(step.done, step.total, result)
+
+    def told(found: GenerationResult) -> TaskResult:
+        used = _asked(settings) | {
+            "references_digest": _digest([e.id, references(e)] for e in corpus.examples),
+            "max_new_tokens": settings.max_new_tokens or "as the longest reference needs",
+            "stop": settings.stop,
+            "decoding": _decoding(settings),
+            "prompts_cut": found.prompts_cut,
+            **found.made_by,
+        }
+        samples = [
+            {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
+            for e, answer in zip(corpus.examples[:SAMPLES], found.answers, strict=False)
+        ]
+        return TaskResult(found.estimates, found.documents, used, samples)
+
+    return _progress(steps, told)
 
 
 def run_hellaswag(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
@@ -195,27 +197,26 @@ def run_hellaswag(model: Model, tokenizer: Tokenizer, settings: Settings) -> Ite
     scenes = settings.scenes
     steps = evaluate_hellaswag(model, tokenizer, scenes, protocol=settings.protocol, seq_len=settings.seq_len,
                                tokens_per_batch=settings.tokens_per_batch)  # fmt: skip
-    for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            used = {
-                "protocol": settings.protocol,
-                "protocol_digest": _digest([settings.protocol]),
-                "source": scenes.source,
-                "rows_digest": _digest([s.activity, s.context, s.parts, s.endings, s.answer] for s in scenes.rows),
-                "seq_len": settings.seq_len,
-                "contexts_cut": found.contexts_cut,
-                "rows_joined": found.rows_joined or None,
-                "rows_unlabelled": scenes.unlabelled or None,
-            }
-            chosen = found.chosen[f"acc_norm_{settings.protocol}"].tolist()
-            samples = [
-                {"prompt": a.context, "expected": a.endings[a.scene.answer], "got": a.endings[c]}
-                for a, c in zip(found.asked[:SAMPLES], chosen, strict=False)
-            ]
-            result = TaskResult(found.estimates, found.documents, used, samples)
-        yield Progress(step.done, step.total, result)
+
+    def told(found: HellaSwagResult) -> TaskResult:
+        used = {
+            "protocol": settings.protocol,
+            "protocol_digest": _digest([settings.protocol]),
+            "source": scenes.source,
+            "rows_digest": _digest([s.activity, s.context, s.parts, s.endings, s.answer] for s in scenes.rows),
+            "seq_len": settings.seq_len,
+            "contexts_cut": found.contexts_cut,
+            "rows_joined": found.rows_joined or None,
+            "rows_unlabelled": scenes.unlabelled or None,
+        }
+        chosen = found.chosen[f"acc_norm_{settings.protocol}"].tolist()
+        samples = [
+            {"prompt": a.context, "expected": a.endings[a.scene.answer], "got": a.endings[c]}
+            for a, c in zip(found.asked[:SAMPLES], chosen, strict=False)
+        ]
+        return TaskResult(found.estimates, found.documents, used, samples)
+
+    return _progress(steps, told)
 
 
 def run_samples(model: Model, tokenizer: Tokenizer, settings: Settings) -> Iterator[Progress[TaskResult]]:
@@ -227,22 +228,29 @@ def run_samples(model: Model, tokenizer: Tokenizer, settings: Settings) -> Itera
         model, tokenizer, prompts, seq_len=settings.seq_len, separator=settings.separator, bos=settings.bos,
         max_new_tokens=settings.max_new_tokens, tokens_per_batch=settings.tokens_per_batch,
     )  # fmt: skip
+
+    def told(found: SamplesResult) -> TaskResult:
+        used = {
+            "source": prompts.name,
+            "prompts_digest": _digest(zip(prompts.texts, prompts.expected, strict=True)),
+            "max_new_tokens": found.max_new_tokens,
+            "prompts_cut": found.prompts_cut,
+        }
+        samples = [
+            {"prompt": prompt, "got": answer} | ({} if expected is None else {"expected": expected})
+            for prompt, expected, answer in zip(prompts.texts, prompts.expected, found.answers, strict=True)
+        ]
+        return TaskResult(found.estimates, found.documents, used, samples)
+
+    return _progress(steps, told)
+
+
+def _progress(
+    steps: Iterator[Progress[Result]], told: Callable[[Result], TaskResult]
+) -> Iterator[Progress[TaskResult]]:
+    """The same steps, with what is `told` of the result."""
     for step in steps:
-        result = None
-        if step.result is not None:
-            found = step.result
-            used = {
-                "source": prompts.name,
-                "prompts_digest": _digest(zip(prompts.texts, prompts.expected, strict=True)),
-                "max_new_tokens": found.max_new_tokens,
-                "prompts_cut": found.prompts_cut,
-            }
-            samples = [
-                {"prompt": prompt, "got": answer} | ({} if expected is None else {"expected": expected})
-                for prompt, expected, answer in zip(prompts.texts, prompts.expected, found.answers, strict=True)
-            ]
-            result = TaskResult(found.estimates, found.documents, used, samples)
-        yield Progress(step.done, step.total, result)
+        yield Progress(step.done, step.total, None if step.result is None else told(step.result))
 
 
 def _decoding(settings: Settings) -> str:

@@ -51,6 +51,7 @@ def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
 
 def stream(tokenizer: Tokenizer, split: str) -> torch.Tensor:
     end = tokenizer.token_to_id(END)
+    assert end is not None
     ids: list[int] = []
     for _, text in documents(split):
         ids += [end, *tokenizer.encode(text).ids]
@@ -61,7 +62,7 @@ def stream(tokenizer: Tokenizer, split: str) -> torch.Tensor:
 def held_out_loss(model: GPT2LMHeadModel, ids: torch.Tensor, width: int) -> float:
     model.eval()
     blocks = ids[: len(ids) // width * width].view(-1, width)
-    total = sum(model(b, labels=b).loss.item() * len(b) for b in blocks.split(32))
+    total = sum(model(b, labels=b).loss.item() * len(b) for b in blocks.split(32))  # type: ignore[no-untyped-call]
     model.train()
     return total / len(blocks)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -64,7 +65,7 @@ def table(name: str, text: str) -> list[str]:
     return rows
 
 
-def summary(documents: dict[str, dict[str, object]]) -> list[str]:
+def summary(documents: dict[str, dict[str, Any]]) -> list[str]:
     """One line per experiment and pair: its chief figure, the mean where there is one, else the first column."""
     lines = [
         "| experiment | pair | figure | difference | seeds better | p (t / permutation) | verdict |",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client: no test may reach the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +65,26 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def load_benchmark():
+    """`load_benchmark(name)`: a script of benchmarks/ as a module, always the same one."""
+    folder, loaded = Path(__file__).parents[1] / "benchmarks", {}
+
+    def load(name: str) -> ModuleType:
+        if name not in loaded:
+            spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module.__name__] = loaded[name] = module  # dataclasses look their module up
+            with pytest.MonkeyPatch.context() as patch:
+                patch.syspath_prepend(str(folder))  # they import each other by bare names
+                spec.loader.exec_module(module)
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 400 ids with `<|endoftext|>` as BOS and EOS, in the layout of the embedded one."""
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -89,18 +114,33 @@ def tokenizer(tokenizer_dir: Path):
 @pytest.fixture(scope="session")
 def save_model():
     """`save_model(folder, seed=…)`: a GPT-2 of 2 layers, d=32, 64 positions; weights that give peaked predictions."""
-    from transformers import GPT2Config, GPT2LMHeadModel
 
     def save(folder: Path, *, seed: int = 0, vocab: int = 400) -> None:
-        config = GPT2Config(
-            vocab_size=vocab, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.4,
-        )  # fmt: skip
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            GPT2LMHeadModel(config).save_pretrained(folder)
+        save_gpt2(folder, seed, vocab_size=vocab, initializer_range=0.4)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def save_student(tokenizer_dir: Path):
+    """`save_student(folder, seed=…, dropout=…, …)`: the same shape, or another, as `GPT2Config` starts it; the tokenizer too."""
+
+    def save(folder: Path, *, seed: int = 1, dropout: float = 0.0, **shape: Any) -> Path:
+        save_gpt2(folder, seed, **{f"{part}_pdrop": dropout for part in ("resid", "embd", "attn")} | shape)
+        return shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+
+    return save
+
+
+def save_gpt2(folder: Path, seed: int, **changes: Any) -> None:
+    """A random GPT-2 of 400 ids, 64 positions, 2 layers, d=32, without dropout, but for `changes`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"vocab_size": 400, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0,
+             "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(GPT2Config(**shape | changes)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -108,8 +148,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, sav
     """The tiny GPT-2 beside its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     save_model(folder)
-    for file in tokenizer_dir.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     return folder
 
 

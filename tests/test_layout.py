@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "recipes", "cache_builder", "student_trainer", "evaluation", "commands")
 FORMAT_HALF = {"targets", "codecs", "chunks", "files", "manifest", "claims", "commits", "rows", "store", "reader", "summary",
                "verify", "tables", "repair", "home", "registry", "derive", "mixture", "part", "remotes", "hub",
-               "fetching", "transfer", "mirror", "card"}  # fmt: skip
+               "fetching", "transfer", "push", "pull", "mirror", "card"}  # fmt: skip
 BUILD_HALF = {"sparsify", "teacher", "generate", "plan", "build", "estimate", "reuse"}
 LAYERS = {"data": 0, "recipes": 0, "cache_builder": 1, "student_trainer": 2, "evaluation": 3,
           "commands": 4, "cli": 5}  # fmt: skip
@@ -51,6 +51,18 @@ def test_every_package_folder_is_listed_for_the_wheel() -> None:
     folders = {f"kd.{p.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
                for package in PACKAGES for p in (ROOT / package).rglob("__init__.py")}  # fmt: skip
     assert {"kd", *folders} == set(settings["tool"]["setuptools"]["packages"])
+
+
+def test_all_code_but_the_tests_is_type_checked() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    folders = {
+        p.parent.relative_to(ROOT).parts[0]
+        for p in ROOT.glob("*/**/*.py")
+        if not p.relative_to(ROOT).parts[0].startswith(".")
+    }
+    assert {f".typing/kd/{x}" for x in ("cli.py", *PACKAGES)} | (folders - {*PACKAGES, "tests"}) == set(
+        settings["files"]
+    )
 
 
 def test_every_data_file_of_the_package_is_in_the_wheel() -> None:

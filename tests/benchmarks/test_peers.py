@@ -21,16 +21,9 @@ ROOT = Path(__file__).parents[2]
 MACHINE = {"cores": 2, "cpu": "any", "python": "3", "versions": {}}
 
 
-@pytest.fixture
-def encodings(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return module("peer_encodings", monkeypatch)
-
-
-def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import importlib
-
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module(name)
+@pytest.fixture(scope="session")
+def encodings(load_benchmark) -> ModuleType:
+    return load_benchmark("peer_encodings")
 
 
 def rows(vocabulary: int, k: int = 64, n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -72,9 +65,9 @@ def test_a_curve_that_the_terms_span_survives_distillkits_encoding(encodings: Mo
 
 
 @given(width=st.integers(1, 18), k=st.integers(1, 40), seed=st.integers(0, 10**6))
-def test_packed_ids_come_back_and_fill_no_byte_more_than_needed(width: int, k: int, seed: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        encodings = module("peer_encodings", patch)
+def test_packed_ids_come_back_and_fill_no_byte_more_than_needed(
+    encodings: ModuleType, width: int, k: int, seed: int
+) -> None:
     ids = np.random.default_rng(seed).integers(0, 2**width, (3, k))
     packed = encodings.pack_bits(ids, width)
     assert packed.shape == (3, -(-k * width // 8))
@@ -107,7 +100,7 @@ def tables(page: str) -> dict[str, list[list[str]]]:
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_page_with_a_row_for_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command_writes_a_page_with_a_row_for_every_case(load_benchmark, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--quick", "--out", str(tmp_path),
                "--cases", "kd,uld,stored"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -128,12 +121,14 @@ def test_the_command_writes_a_page_with_a_row_for_every_case(monkeypatch: pytest
     raw = json.loads((tmp_path / "figures" / "benchmarks.json").read_text())
     assert raw["sizes"]["top_k"] == 64
 
-    module("peers_page", monkeypatch).write_page(raw, tmp_path / "figures")  # --page-from
+    load_benchmark("peers_page").write_page(raw, tmp_path / "figures")  # --page-from
     assert (tmp_path / "figures" / "benchmarks.md").read_bytes() == (tmp_path / "benchmarks.md").read_bytes()
 
 
-def test_growth_gives_every_line_a_value_for_every_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    growth = module("growth", monkeypatch)
+def test_growth_gives_every_line_a_value_for_every_size(
+    load_benchmark, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    growth = load_benchmark("growth")
     monkeypatch.setattr(growth, "Point", partial(growth.Point, vocabulary=2048, length=32, batch=64, tokens=128))
     found = growth.grow("k", tmp_path, values=(4, 64), turns=1)
     assert found["x"] == [4, 64]
@@ -141,15 +136,15 @@ def test_growth_gives_every_line_a_value_for_every_size(monkeypatch: pytest.Monk
     assert all(len(values) == 2 and min(values) > 0 for values in found["lines"].values())
     assert found["lines"]["bytes"][1] - found["lines"]["bytes"][0] > 60  # sixty more tokens take a byte each, and more
 
-    page = module("peers_page", monkeypatch)
+    page = load_benchmark("peers_page")
     page.write_page({"machine": MACHINE, "growth": {"k": found}}, tmp_path)
     (table,) = tables((tmp_path / "benchmarks.md").read_text(encoding="utf-8")).values()
     assert [row[0] for row in table[1:]] == ["4", "64"]
     assert (tmp_path / "figures" / "growth.png").stat().st_size > 10_000
 
 
-def test_a_page_made_without_trl_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    page = module("peers_page", monkeypatch)
+def test_a_page_made_without_trl_says_so(load_benchmark, tmp_path: Path) -> None:
+    page = load_benchmark("peers_page")
     row = {"us": 2.0, "us_ratio": 1.0, "peak_mb": 3.0, "peak_mb_ratio": 1.0}
     results = {
         "sizes": {"student": (64, 2), "vocabulary": 100, "student_batch": 2, "length": 8, "top_k": 4}, "repeats": 1,

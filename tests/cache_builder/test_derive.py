@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -205,8 +206,7 @@ def test_a_cache_of_another_teacher_is_not_extended(tmp_path, build_request, run
     import dataclasses
 
     save_model(tmp_path / "other", seed=9)
-    for file in tokenizer_dir.iterdir():
-        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tokenizer_dir, tmp_path / "other", dirs_exist_ok=True)
     run_build(build_request(tmp_path / "old", model=tmp_path / "other"))
     with pytest.raises(CacheMismatchError, match="made from something else") as caught:
         run_build(dataclasses.replace(build_request(tmp_path / "new"), extend=tmp_path / "old"))

@@ -15,9 +15,10 @@ from servers import Answer, FileServer, HubServer, Proxy
 from kd.cache_builder import commits
 from kd.cache_builder.manifest import load_manifest
 from kd.cache_builder.mirror import byte_count, cache_bytes, open_cache
+from kd.cache_builder.pull import pull
+from kd.cache_builder.push import push
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.summary import cache_summary
-from kd.cache_builder.transfer import pull, push
 from kd.cache_builder.verify import verify
 from kd.data.errors import CacheDamageError, CacheError, DataError
 

@@ -155,17 +155,8 @@ def test_more_tokens_per_row_than_there_are(tmp_path, built, student_of):
 
 
 @pytest.fixture
-def student_of(tmp_path, tokenizer_dir):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+def student_of(tmp_path, save_student):
     def make(positions: int = 64) -> Path:
-        folder = tmp_path / f"student{positions}"
-        config = GPT2Config(
-            vocab_size=400, n_positions=positions, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-        )
-        GPT2LMHeadModel(config).save_pretrained(folder)
-        for file in tokenizer_dir.iterdir():
-            shutil.copy(file, folder)
-        return folder
+        return save_student(tmp_path / f"student{positions}", n_positions=positions, n_embd=16, n_layer=1)
 
     return make

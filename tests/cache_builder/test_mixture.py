@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,7 @@ def pair(tmp_path_factory, build_request, run_build, save_model, tokenizer_dir) 
     """Two teachers over the same text."""
     folder = tmp_path_factory.mktemp("mixture")
     save_model(folder / "other", seed=9)
-    for file in tokenizer_dir.iterdir():
-        (folder / "other" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tokenizer_dir, folder / "other", dirs_exist_ok=True)
     run_build(build_request(folder / "a"))
     run_build(build_request(folder / "b", model=folder / "other"))
     return folder / "a", folder / "b"

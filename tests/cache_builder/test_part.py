@@ -14,9 +14,11 @@ import pytest
 from kd.cache_builder import commits, store
 from kd.cache_builder.manifest import load_manifest
 from kd.cache_builder.part import ALWAYS, PARTIAL, Part, load_part, part_of, whole
+from kd.cache_builder.pull import pull
+from kd.cache_builder.push import push
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.summary import cache_summary
-from kd.cache_builder.transfer import TransferProgress, pull, push
+from kd.cache_builder.transfer import TransferProgress
 from kd.cache_builder.verify import verify
 from kd.data.errors import CacheDamageError, CacheError, DataError
 from kd.student_trainer.compatibility import needed_arrays, resolve_objective

@@ -21,8 +21,10 @@ from servers import Answer, HubServer, Proxy, Server
 
 from kd.cache_builder import commits
 from kd.cache_builder.manifest import load_manifest
+from kd.cache_builder.pull import STAGING, pull
+from kd.cache_builder.push import push
 from kd.cache_builder.remotes import Folder, Web
-from kd.cache_builder.transfer import STAGING, TransferProgress, pull, push
+from kd.cache_builder.transfer import TransferProgress
 from kd.cache_builder.verify import verify
 from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, KdError
 
@@ -469,9 +471,7 @@ def test_a_push_during_a_pull_does_not_mix_two_states(small: Path, hub: HubServe
 def test_a_pull_that_is_killed_again_and_again_ends_with_the_same_bytes(cache: Path, tmp_path: Path, tree: Tree, serve):
     server, copy = serve(cache), tmp_path / "copy"
     server.fault = lambda path, before, answer: setattr(answer, "pause", 0.02)
-    program = (
-        f"from kd.cache_builder.transfer import pull\nfor _ in pull({server.url!r}, {str(copy)!r}, workers=2): pass"
-    )
+    program = f"from kd.cache_builder.pull import pull\nfor _ in pull({server.url!r}, {str(copy)!r}, workers=2): pass"
     killed = 0
     for moment in (0.2, 0.5, 0.9, 1.4, 2.0, 2.7):  # seconds after the first bytes
         before = server.sent

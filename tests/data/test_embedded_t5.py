@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kd.data import mini_mixture
+from kd.data import mini_world
 from kd.data.mini_mixture import examples, is_right
 from kd.data.tokenizer import load_tokenizer, token_bytes, vocabulary_size
 
-FOLDER = Path(mini_mixture.__file__).parent / "embedded_t5"
+FOLDER = Path(mini_world.__file__).parent / "embedded_t5"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_every_word_of_the_mixture_is_one_piece(tokenizer: Any):
     for example in examples("heldout", 350):
         ids = tokenizer.encode(example.prompt, add_special_tokens=False)
         assert tokenizer.unk_token_id not in ids
-    for words in (mini_mixture.PEOPLE, mini_mixture.THINGS, mini_mixture.PLACES, mini_mixture.COLOURS):
+    for words in (mini_world.PEOPLE, mini_world.THINGS, mini_world.PLACES, mini_world.COLOURS):
         assert all(len(tokenizer.encode(word, add_special_tokens=False)) == 1 for word in words)
 
 

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import LAYOUTS, tiny_model, with_kinds
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from kd.data.errors import DataError
@@ -33,29 +21,14 @@ from kd.data.forward import require_packable, segment_mask, split_head
 from kd.data.packing import lay_out
 
 V = 50
-ROPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 64}  # fmt: skip
-LAYOUTS: dict[str, Callable[[], Any]] = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4)),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**ROPE)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**ROPE, num_key_value_heads=2)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**ROPE, num_key_value_heads=2, sliding_window=3)),
-    "gpt_neo": lambda: GPTNeoForCausalLM(
-        GPTNeoConfig(vocab_size=V, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4, window_size=3,
-                     attention_types=[[["global", "local"], 1]])),
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)),
-}  # fmt: skip
-EVERY = [(name, kind) for name in LAYOUTS for kind in ("sdpa", "eager") if (name, kind) != ("gpt_neo", "sdpa")]
+EVERY = with_kinds(LAYOUTS)
 # layers that compute in float32 whatever the model's dtype: RMS norms, rotary positions, GPT-Neo's scores
 ROUNDING = {"gpt2": 1e-12, "gpt_neox": 1e-6, "llama": 1e-6, "mistral": 1e-6, "gpt_neo": 1e-6, "t5": 1e-6}
 
 
 def model_of(name: str, kind: str = "eager") -> Any:
-    """A random model in float64, without dropout."""
-    torch.manual_seed(0)
-    model = LAYOUTS[name]().double().eval()
-    model.set_attn_implementation(kind)
+    """A tiny model that is to score."""
+    model = tiny_model(name, kind, V, window=3).eval()
     with torch.no_grad():  # predictions that depend on what is looked at
         for parameter in model.parameters():
             parameter.mul_(3.0)

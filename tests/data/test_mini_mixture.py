@@ -12,7 +12,8 @@ import pytest
 
 from kd.data.errors import DataError
 from kd.data.example import Example, text_digest
-from kd.data.mini_mixture import DEFAULT_COUNTS, FAMILIES, PEOPLE, THINGS, examples, is_right, split_of
+from kd.data.mini_mixture import DEFAULT_COUNTS, FAMILIES, examples, is_right
+from kd.data.mini_world import PEOPLE, THINGS, split_of
 from kd.data.sources import load_corpus
 
 COUNT = 2520

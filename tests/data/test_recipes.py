@@ -90,15 +90,10 @@ def test_show_prints_what_run_would_do(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory, tokenizer_dir: Path, t5_dir: Path, model_dir: Path) -> dict[str, dict[str, str]]:
+def stand_ins(tmp_path_factory, save_student, t5_dir: Path, model_dir: Path) -> dict[str, dict[str, str]]:
     """A tiny teacher, student and data set for each recipe."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     folder = tmp_path_factory.mktemp("stand-ins")
-    config = GPT2Config(vocab_size=400, n_positions=512, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(folder / "student")
-    for file in tokenizer_dir.iterdir():
-        (folder / "student" / file.name).write_bytes(file.read_bytes())
+    save_student(folder / "student", n_positions=512, n_embd=16, n_layer=1)
     text = "".join(f"The keeper counted {n} ships in the fog. " * 8 + "\n<|endoftext|>\n" for n in range(12))
     (folder / "text.txt").write_text(text)
     (folder / "held.txt").write_text("The baker sold bread to the keeper. " * 12)  # what was trained on is refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,7 @@ def student_dirs(tmp_path_factory: pytest.TempPathFactory, save_model, tokenizer
     for seed in (1, 2):
         folder = tmp_path_factory.mktemp("students") / f"student-{seed}"
         save_model(folder, seed=seed, vocab=PADDED)
-        for file in tokenizer_dir.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
         folders.append(folder)
     return folders
 

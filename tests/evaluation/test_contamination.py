@@ -24,8 +24,8 @@ from kd.evaluation.contamination import (
     source_place,
     trained_on,
 )
+from kd.evaluation.evaluate import run_tasks
 from kd.evaluation.hellaswag import Scene, Scenes
-from kd.evaluation.tasks import run_tasks
 
 LONG = "a man sits on a roof and starts pulling up roofing on a roof while it rains"
 PAIRS = tuple(Example(f"p/{i}", f"answer {i}", f"Question {i}?") for i in range(4))

@@ -14,10 +14,10 @@ from kd.data.example import Example
 from kd.data.sources import Corpus
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.evaluation.agreement import evaluate_agreement, jensen_shannon, rest_bucket_jsd
+from kd.evaluation.evaluate import run_tasks
 from kd.evaluation.live_agreement import evaluate_live_agreement
 from kd.evaluation.perplexity import evaluate_perplexity
 from kd.evaluation.scoring import final
-from kd.evaluation.tasks import run_tasks
 
 LN2 = float(np.log(2))
 

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from kd import cli
 from kd.data.errors import DataError
 from kd.data.models import ModelRequest
+from kd.evaluation.evaluate import run_tasks
 from kd.evaluation.figures import Curve, draw_progress
 from kd.evaluation.midway_scores import headline, plan_scores
 from kd.evaluation.progress import curves_of, progress_sections
-from kd.evaluation.tasks import run_tasks
 from kd.student_trainer.records import RECORDS, read_evaluations
 
 SCENE = {

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from kd.data.errors import DataError
+from kd.evaluation.columns import Column
 from kd.evaluation.comparison import Entry, compare
 from kd.evaluation.pairs import arms_of, pairs_of
-from kd.evaluation.reference import Column, Reference, reference_of
+from kd.evaluation.reference import Reference, reference_of
 from kd.evaluation.report import write_report
 from kd.evaluation.results import EvalReport
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,10 +21,11 @@ from kd.data.sources import SOURCES, Corpus, load_corpus
 from kd.evaluation.agreement import evaluate_agreement
 from kd.evaluation.answer_metrics import MetricSettings
 from kd.evaluation.estimates import standard_error
+from kd.evaluation.evaluate import run_tasks
 from kd.evaluation.perplexity import evaluate_perplexity
 from kd.evaluation.results import EvalReport, load_report
 from kd.evaluation.scoring import final
-from kd.evaluation.tasks import FURTHER, RANKED, TASKS, run_tasks
+from kd.evaluation.tasks import FURTHER, RANKED, TASKS
 
 
 @pytest.fixture(scope="module")
@@ -282,8 +284,7 @@ def test_a_task_without_what_it_needs_says_which_option(task, option):
 
 
 def test_another_tokenizer_than_the_caches_is_refused_before_weights_are_loaded(tmp_path, exact_cache, tokenizer_dir):
-    for file in tokenizer_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
     document = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     document["model"]["vocab"]["x"], document["model"]["vocab"]["y"] = (document["model"]["vocab"][c] for c in "yx")
     (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
@@ -302,7 +303,7 @@ def test_a_file_that_is_not_an_evaluation_is_refused_by_name(tmp_path, text):
 
 
 def test_importing_the_registry_loads_no_heavy_library():
-    code = "import sys, kd.evaluation.tasks, kd.evaluation.report; print([m for m in ('torch', 'transformers', " \
+    code = "import sys, kd.evaluation.evaluate, kd.evaluation.report; print([m for m in ('torch', 'transformers', " \
            "'zarr', 'pyarrow', 'matplotlib') if m in sys.modules])"  # fmt: skip
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, tokenizer
         with torch.random.fork_rng():
             torch.manual_seed(0)
             cls(config).save_pretrained(folder)
-        for file in tokenizer_dir.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
         found[name] = folder
     return found
 
@@ -75,8 +75,7 @@ def make_classifier(tokenizer_dir: Path) -> Callable[..., Path]:
                 parameter += step * torch.randn(parameter.shape, generator=noise)
             model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=noise))
         model.save_pretrained(folder)
-        for file in tokenizer_dir.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
         return folder
 
     return make
@@ -105,19 +104,10 @@ def _pool(folder: Path, base: Path, make: Callable[..., Path]) -> ModelPool:
 
 
 @pytest.fixture(scope="session")
-def make_student(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[..., Path]:
+def make_student(tmp_path_factory: pytest.TempPathFactory, save_student) -> Callable[..., Path]:
     """`make_student(seed=…, tied=…)`: a folder with a random GPT-2 language model of 2 layers and a tokenizer."""
-    from transformers import GPT2Config, GPT2LMHeadModel
 
     def make(*, seed: int, tied: bool = True) -> Path:
-        folder = tmp_path_factory.mktemp("student")
-        config = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
-                            tie_word_embeddings=tied)  # fmt: skip
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            GPT2LMHeadModel(config).save_pretrained(folder)
-        for file in tokenizer_dir.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-        return folder
+        return save_student(tmp_path_factory.mktemp("student"), seed=seed, dropout=0.1, tie_word_embeddings=tied)
 
     return make

@@ -21,22 +21,12 @@ from kd.student_trainer.trainer import StepRecord
 
 
 @pytest.fixture(scope="session")
-def make_student(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[..., Path]:
+def make_student(tmp_path_factory: pytest.TempPathFactory, save_student) -> Callable[..., Path]:
     """`make_student(…)`: a folder with a random GPT-2 of 2 layers, d=32, and the teacher's tokenizer."""
-    from transformers import GPT2Config, GPT2LMHeadModel
 
     def make(*, seed: int = 1, dropout: float = 0.0, tied: bool = True, vocab: int = 400, positions: int = 64) -> Path:
-        folder = tmp_path_factory.mktemp("student")
-        config = GPT2Config(
-            vocab_size=vocab, n_positions=positions, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, tie_word_embeddings=tied,
-        )  # fmt: skip
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            GPT2LMHeadModel(config).save_pretrained(folder)
-        for file in tokenizer_dir.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-        return folder
+        return save_student(tmp_path_factory.mktemp("student"), seed=seed, dropout=dropout, tie_word_embeddings=tied,
+                            vocab_size=vocab, n_positions=positions)  # fmt: skip
 
     return make
 

@@ -10,8 +10,8 @@ import torch
 from servers import FileServer
 
 from kd.cache_builder import commits
+from kd.cache_builder.pull import pull
 from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.transfer import pull
 from kd.data.errors import CacheError, CacheMismatchError
 from kd.student_trainer.compatibility import needed_arrays, resolve_objective
 

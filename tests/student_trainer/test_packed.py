@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tiny_models import tiny_model, with_kinds
+from transformers import BloomConfig, BloomForCausalLM
 
 from kd.cache_builder.reader import CachedExample, CacheReader
 from kd.cache_builder.targets import band_edges
@@ -39,20 +27,8 @@ from kd.student_trainer.text import StudentText
 from kd.student_trainer.train import read_metrics
 
 V = 400
-ROPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 64}  # fmt: skip
-LAYOUTS: dict[str, Callable[[], Any]] = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4,
-        bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**ROPE)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**ROPE, num_key_value_heads=2)),
-    "gpt_neo": lambda: GPTNeoForCausalLM(GPTNeoConfig(vocab_size=V, max_position_embeddings=64, hidden_size=32,
-        num_layers=2, num_heads=4, window_size=8, attention_types=[[["global", "local"], 1]], bos_token_id=0,
-        eos_token_id=0, resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2,
-        num_heads=4, dropout_rate=0.0, decoder_start_token_id=0)),
-}  # fmt: skip
-EVERY = [(name, kind) for name in LAYOUTS for kind in ("sdpa", "eager") if (name, kind) != ("gpt_neo", "sdpa")]
+LAYOUTS = ("gpt2", "gpt_neox", "llama", "gpt_neo", "t5")
+EVERY = with_kinds(LAYOUTS)
 OBJECTIVES = {
     "kl": Objective(),
     "ce": Objective("ce", "none", 0.0, 1.0),
@@ -70,10 +46,8 @@ def every_rank(tmp_path_factory: pytest.TempPathFactory, build_request, run_buil
 
 
 def model_of(name: str, kind: str, objective: Objective) -> Any:
-    """A random model in float64 with the loss in its forward."""
-    torch.manual_seed(0)
-    model = LAYOUTS[name]().double()
-    model.set_attn_implementation(kind)
+    """A tiny model with the loss in its forward."""
+    model = tiny_model(name, kind, V, window=8)
     attach_loss(model, objective, V, chunk=32)
     return model
 
@@ -261,8 +235,7 @@ def test_a_student_whose_positions_cannot_be_passed_is_refused_by_its_class(
     run, pairs_cache, tokenizer_dir, tmp_path: Path
 ) -> None:
     BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "b")
-    for file in tokenizer_dir.iterdir():
-        (tmp_path / "b" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tokenizer_dir, tmp_path / "b", dirs_exist_ok=True)
     run("plain", cache=str(pairs_cache), student=str(tmp_path / "b"), max_steps=1)
     with pytest.raises(DataError, match="positions cannot be passed") as caught:
         run("packed", cache=str(pairs_cache), student=str(tmp_path / "b"), packing=True)

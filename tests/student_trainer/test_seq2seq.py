@@ -24,8 +24,8 @@ from kd.data.example import Example
 from kd.data.models import ModelRequest, load_model, random_model
 from kd.data.tokenizer import load_tokenizer, token_bytes
 from kd.evaluation.agreement import evaluate_agreement
+from kd.evaluation.evaluate import run_tasks
 from kd.evaluation.scoring import final
-from kd.evaluation.tasks import run_tasks
 from kd.student_trainer.card import write_card
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.head import attach_loss
