@@ -82,6 +82,7 @@ class _ChunkedHead(torch.autograd.Function):
                     grad_weight[:vocabulary_size] += narrow.T @ h
                 if grad_bias is not None:
                     grad_bias[:vocabulary_size] += grad.sum(dim=0)
+                del grad, narrow  # or they would still be there while the next chunk's are made
         ctx.save_for_backward(  # freed by the backward pass, unless it is told to retain the graph
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
