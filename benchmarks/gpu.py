@@ -223,8 +223,7 @@ def idle_share(run: Callable[[], None]) -> float:
 
 def busy_seconds(events: Iterable[Any]) -> float:
     """Seconds in which the device was at work: calls of the host do not count, streams side by side count once."""
-    device = torch.autograd.DeviceType.CUDA
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == device)
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type.name == "CUDA")
     total, reached = 0.0, -float("inf")
     for start, end in spans:
         total += max(0.0, end - max(start, reached))
@@ -323,7 +322,7 @@ def student_steps(method: Method, shape: str, positions: int, args: argparse.Nam
         clock = Clock(args.device, base)
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
             loss = loss_of(batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         runs.append(clock.stop())

@@ -83,6 +83,7 @@ class Teacher:
                 self.tokens += sum(sum(size) if isinstance(size, tuple) else size for size in sizes)
                 self.padded += padded_tokens(sizes)
                 yield scored.batch, chunks
+                del scored, chunks  # or they would still be there while the next batch is scored
                 continue
             batch, full = pending.pop(0), None
             try:

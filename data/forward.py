@@ -166,7 +166,7 @@ class LanguageModelHead:
 
         lengths = [len(c) + len(t) for c, t in zip(contexts, targets, strict=True)]
         joined = [np.concatenate(pair) for pair in zip(contexts, targets, strict=True)]
-        hidden = self.hidden(*_padded(joined, self.weight.device))
+        hidden = self.hidden(*padded_ids(joined, self.weight.device))
         return torch.cat([hidden[b, len(c) - 1 : lengths[b] - 1] for b, c in enumerate(contexts)])
 
     def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,7 @@ class LanguageModelHead:
         return self.hidden(ids, None)
 
 
-def _padded(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def padded_ids(sequences: Sequence[np.ndarray], device: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`[B, T]` ids padded with 0 on the right and their mask, None where all are of one length."""
     import torch
 
@@ -225,8 +225,8 @@ class EncoderDecoderHead(LanguageModelHead):
         import torch
 
         shifted = [np.concatenate([[self.start_id], t[:-1]]) for t in targets]
-        encoder_ids, mask = _padded(contexts, self.weight.device)
-        hidden = self.decode(encoder_ids, mask, _padded(shifted, self.weight.device)[0])
+        encoder_ids, mask = padded_ids(contexts, self.weight.device)
+        hidden = self.decode(encoder_ids, mask, padded_ids(shifted, self.weight.device)[0])
         return torch.cat([hidden[b, : len(t)] for b, t in enumerate(targets)])
 
     def batch_hidden(self, batch: Mapping[str, Any]) -> torch.Tensor:
