@@ -1,20 +1,28 @@
 """Build and training on one GPU, as ratios to the bare forward pass and to plain fine-tuning, with random weights.
 
-    python benchmarks/gpu.py                       # every case; about twenty minutes on one H200
-    python benchmarks/gpu.py --cases neo,t5-nf4    # some of them
-    python benchmarks/gpu.py --device cpu --tiny   # the same code on a CPU and small shapes, in a minute: figures mean nothing
+    python benchmarks/gpu.py                       # every case, one after the other
+    python benchmarks/gpu.py --cases neo           # one of them: ten minutes at most on one H200
+    python benchmarks/gpu.py --cases gpt2 --positions 8192 --methods plain,kl,kl_compiled
+    python benchmarks/gpu.py --device cpu --tiny   # the same code on a CPU and small shapes: figures mean nothing
 
     teachers   neo        GPT-Neo-2.7B, bfloat16, sequences of 1,024 tokens
                t5-bf16    FLAN-T5-XXL, bfloat16, prompts of 512 and targets of 64 tokens
-               t5-nf4     the same in 4 bits (bitsandbytes nf4, double quantisation)
-    students   gpt2, pythia, smollm with `kl` (k=64) and `uld` (k=16, 16 bands), 1,024 and 8,192 positions a step, bfloat16 autocast
+               t5-nf4     the same in 4 bits (bitsandbytes nf4, double quantisation; quantised from a file made on the CPU)
+    students   gpt2, pythia, smollm: GPT-2 124M, Pythia-410M, SmolLM-360M, 1,024 and 8,192 positions a step, bfloat16
+               autocast, by the methods of `gpu_steps.py`; the teacher of those that need one has GPT-Neo-2.7B's shape and the
+               student's vocabulary
+    head       GPT-2's output layer on one chunk of rows, in parts: products that end in float32 or bfloat16, each kernel as
+               it is and through torch.compile, with the largest difference of the two gradients
 
-Per teacher: tokens/s and model FLOP utilisation (2 x parameters x tokens / seconds, of --peak-tflops) of the bare forward that
-materialises its logits, and of the build's own teacher pass on the same batches (selection and copies to the host included;
-encoding and writing run on another thread and are timed apart), their ratio, peak memory above the weights, and the share
-of the pass in which the GPU had nothing to do. Per student: seconds per step of transformers' own loss and of ours, their
-ratio, peak memory; where Liger-Kernel is installed, its fused cross-entropy beside them.
+Per teacher: tokens/s and model FLOP utilisation (2 x weights of the linear layers x tokens that go through them / seconds, of
+--peak-tflops) of the bare forward that materialises its logits, and of the build's own teacher pass on the same batches
+(selection and copies to the host included; encoding and writing run on another thread and are timed apart), their ratio, and
+peak memory above the weights. In one pass more, under the profiler: the share of it in which the GPU had nothing to do; in
+another: how often a batch waits for the GPU.
+Per student: seconds per step, the highest memory above what was in use before the student was loaded, and their ratios to
+transformers' own loss.
 
+What cannot be run is left out with its reason: a library that is not installed, memory, time (--minutes per case).
 Text is made of random ids: speed does not depend on it. The last line is one JSON document with every figure.
 """
 
@@ -23,18 +31,22 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from gpu_steps import METHODS, Case, Method
+from heads import Compiled, made_up
 
 from kd.cache_builder import codecs
 from kd.cache_builder.sparsify import Sparsifier
@@ -42,15 +54,16 @@ from kd.cache_builder.targets import TargetConfig, band_edges
 from kd.cache_builder.teacher import Teacher, collect
 from kd.data.blocks import TokenRows
 from kd.data.example import Example
-from kd.data.forward import EncoderDecoderHead, LanguageModelHead, batches_by_length, split_head
-from kd.data.models import ModelRequest, load_model
+from kd.data.forward import EncoderDecoderHead, LanguageModelHead, batches_by_length, head_rows, on_device, split_head
+from kd.data.models import ModelRequest, load_model, random_model
 from kd.data.shapes import SHAPES
 from kd.student_trainer.groups import GroupSettings
-from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses import Objective
 
 H200_BF16_TFLOPS = 989.0
 """Dense, without sparsity (NVIDIA's data sheet)."""
+Result = dict[str, float | str]
+"""Figures by name; under `… left out` the reason."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +87,14 @@ TINY = {"gpt-neo-2.7B": "demo-student", "flan-t5-xxl": "demo-t5-student", "gpt2"
 
 
 class Clock:
-    """Seconds of device work, and the most memory above what was there at its start."""
+    """Seconds of device work, and the most memory above `base` bytes, or above what was there at its start."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, base: int | None = None) -> None:
         self.cuda = device.startswith("cuda")
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        self.base = torch.cuda.memory_allocated() if self.cuda else 0
+        self.base = in_use(device) if base is None else base
         self.started = time.perf_counter()
 
     def stop(self) -> tuple[float, float]:
@@ -90,6 +103,20 @@ class Clock:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.started
         return seconds, (torch.cuda.max_memory_allocated() - self.base) / 2**20 if self.cuda else 0.0
+
+
+def in_use(device: str) -> int:
+    """Bytes of tensors on a GPU."""
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else 0
+
+
+def tidy(device: str) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:  # it keeps what it has compiled, and compiles no function more than eight times
+        torch.compiler.reset()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def rows_of(case: TeacherCase, vocabulary: int, tokens: int) -> list[TokenRows]:
@@ -108,7 +135,7 @@ def bare_pass(head: LanguageModelHead, model: Any, rows: list[TokenRows], budget
     device = head.weight.device
     for batch in batches_by_length(sizes, budget):
         context, target = (
-            torch.from_numpy(np.stack([getattr(rows[i], f"{side}_ids") for i in batch])).long().to(device)
+            on_device(torch.from_numpy(np.stack([getattr(rows[i], f"{side}_ids") for i in batch])).long(), device)
             for side in ("context", "target")
         )
         with torch.inference_mode():
@@ -119,79 +146,102 @@ def bare_pass(head: LanguageModelHead, model: Any, rows: list[TokenRows], budget
         yield context.numel() + target.numel()
 
 
-def teacher_case(case: TeacherCase, args: argparse.Namespace) -> dict[str, float]:
+def flops_of(model: Any, context: int, target: int) -> float:
+    """Of one forward pass over so many tokens on either side, without attention's own products."""
+    two_sides, total = model.config.is_encoder_decoder, 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):  # 4-bit layers are too, but their weights are packed
+            reads_prompt = name.startswith("encoder.") or "EncDecAttention.k" in name or "EncDecAttention.v" in name
+            tokens = context + target if not two_sides else context if reads_prompt else target
+            total += 2.0 * module.in_features * module.out_features * tokens
+    return total
+
+
+def teacher_case(case: TeacherCase, args: argparse.Namespace) -> Result:
     """Bare pass and build pass in turn, `--repeats` times."""
     request = ModelRequest(f"random:{case.shape}", device=args.device, dtype="bfloat16", load_in_4bit=case.load_in_4bit)
+    started = time.perf_counter()
     model = load_model(request)
     head = split_head(model)
-    parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())  # two 4-bit a byte
+    loading = time.perf_counter() - started
     vocabulary = int(model.config.vocab_size)
     rows = rows_of(case, vocabulary, args.tokens)
-    tokens = sum(len(r.context_ids) + len(r.target_ids) for r in rows)
+    sides = [sum(len(getattr(r, f"{side}_ids")) for r in rows) for side in ("context", "target")]
+    tokens, flops = sum(sides), flops_of(model, *sides)
     config = TargetConfig()
     teacher = Teacher(head, Sparsifier(config, vocabulary), tokens_per_batch=args.tokens_per_batch)
+    base = in_use(args.device)  # what the sparsifier keeps from one batch to the next is the build's
     bare: list[tuple[float, float]] = []
     built: list[tuple[float, float]] = []
-    busy: list[float] = []
     for number in range(args.repeats + 1):  # the first warms up
+        if number > 1 and time.perf_counter() > args.deadline:
+            break
         clock = Clock(args.device)
-        for _ in bare_pass(head, model, rows, args.tokens_per_batch):
-            pass
+        batches = sum(1 for _ in bare_pass(head, model, rows, args.tokens_per_batch))
         bare.append(clock.stop())
-        clock = Clock(args.device)
-        with gpu_activity(args.device) as activity:
-            *_, (_, raw) = collect(rows, teacher.run(rows, 0))
+        clock = Clock(args.device, base)
+        *_, (_, raw) = collect(rows, teacher.run(rows, 0))
         built.append(clock.stop())
-        busy.append(activity() / built[-1][0])
         if number == 0:
-            bare, built, busy = [], [], []
+            bare, built = [], []
     assert raw is not None
     started = time.perf_counter()
     codecs.encode(raw, config)
     encode = time.perf_counter() - started
     times = [statistics.median(t for t, _ in runs) for runs in (bare, built)]
-    flops = 2 * parameters * tokens
-    return {
-        "parameters": parameters, "tokens": tokens,
+    found: Result = {
+        "tokens": tokens, "load_seconds": loading,
         "bare_tokens_per_second": tokens / times[0], "build_tokens_per_second": tokens / times[1],
         "ratio": times[0] / times[1],
         "bare_mfu": flops / times[0] / (args.peak_tflops * 1e12),
         "build_mfu": flops / times[1] / (args.peak_tflops * 1e12),
         "bare_peak_mb": statistics.median(m for _, m in bare), "build_peak_mb": statistics.median(m for _, m in built),
-        "idle_share": 1 - statistics.median(busy), "encode_seconds_beside": encode,
+        "encode_seconds_beside": encode, "encode_share_of_pass": encode / times[1],
     }  # fmt: skip
 
+    def once() -> None:
+        for _ in collect(rows, teacher.run(rows, 0)):
+            pass
 
-class gpu_activity:
-    """Seconds in which at least one kernel or copy ran, from the profiler; all of the time on a CPU."""
+    if not args.device.startswith("cuda"):
+        return found | {"idle_share left out": "no GPU", "waits_per_batch left out": "no GPU"}
+    return found | {"idle_share": idle_share(once), "waits_per_batch": waits(once) / batches}
 
-    def __init__(self, device: str) -> None:
-        self.profiler: Any = None
-        if device.startswith("cuda"):
-            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
-    def __enter__(self) -> Callable[[], float]:
-        self.started = time.perf_counter()
-        if self.profiler is not None:
-            self.profiler.__enter__()
-        return self._seconds
+def idle_share(run: Callable[[], None]) -> float:
+    """Share of the time in which no kernel and no copy ran, by the profiler (which slows the host down a little)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    events = profiler.events()
+    assert events is not None
+    return 1 - busy_seconds(events) / seconds
 
-    def __exit__(self, *failure: Any) -> None:
-        self.ended = time.perf_counter()
-        if self.profiler is not None:
-            torch.cuda.synchronize()
-            self.ended = time.perf_counter()
-            self.profiler.__exit__(*failure)
 
-    def _seconds(self) -> float:
-        if self.profiler is None:
-            return self.ended - self.started
-        spans = sorted((e.time_range.start, e.time_range.end) for e in self.profiler.events())
-        total, reached = 0.0, -float("inf")
-        for start, end in spans:  # overlapping streams count once
-            total += max(0.0, end - max(start, reached))
-            reached = max(reached, end)
-        return total / 1e6
+def busy_seconds(events: Iterable[Any]) -> float:
+    """Seconds in which the device was at work: calls of the host do not count, streams side by side count once."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type.name == "CUDA")
+    total, reached = 0.0, -float("inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total / 1e6
+
+
+def waits(run: Callable[[], None]) -> int:
+    """How often the host waited for the GPU where torch makes it wait; events waited for on purpose are not among them."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: int) -> dict[str, torch.Tensor]:
@@ -226,67 +276,133 @@ def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: i
                     "group_logprobs": found["logprobs"], "group_bands": found["bands"]}  # fmt: skip
 
 
-def student_case(shape: str, positions: int, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds per step: transformers' own loss, ours, and Liger's where it is installed, in turn."""
-    vocabulary = int(SHAPES[shape]().vocab_size)
-    seq_len = min(args.seq_len, positions)
+def student_case(shape: str, positions: int, args: argparse.Namespace) -> Result:
+    """Seconds per step and memory of every method; plain first, those with a teacher in memory last."""
+    found: Result = {}
+    for name in args.methods:
+        try:
+            if time.perf_counter() > args.deadline:
+                raise TimeoutError(f"more than {args.minutes:g} minutes")
+            seconds, memory = student_steps(METHODS[name], shape, positions, args)
+        except Exception as error:
+            found[f"{name} left out"] = reason(error)
+        else:
+            found |= {f"{name}_seconds": seconds, f"{name}_peak_mb": memory}
+        tidy(args.device)
+    for figure, ratio in (("seconds", "ratio"), ("peak_mb", "peak_ratio")):
+        base = found.get(f"plain_{figure}")
+        for name in args.methods:
+            own = found.get(f"{name}_{figure}")
+            if name != "plain" and isinstance(own, float) and isinstance(base, float) and base > 0:
+                found[f"{name}_{ratio}"] = own / base
+    return found
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def student_steps(method: Method, shape: str, positions: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Median seconds of a step, and its most memory in MB: weights, optimizer, batch and all."""
+    base = in_use(args.device)
+    model = load_model(ModelRequest(f"random:{shape}", device=args.device, dtype="float32")).train()
+    vocabulary = int(model.config.vocab_size)
+    teacher = None
+    if method.teacher:
+        config = SHAPES[TINY["gpt-neo-2.7B"] if args.tiny else "gpt-neo-2.7B"]()
+        config.vocab_size = vocabulary
+        with torch.device(args.device):
+            teacher = random_model(config, torch.bfloat16).eval()
+    batch = batch_of(method.targets, positions, vocabulary, args.device, min(args.seq_len, positions))
+    loss_of = method.make(Case(model, vocabulary, tuple(band_edges(16, vocabulary, 16)), teacher))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=args.device != "cpu")
+    kind = args.device.partition(":")[0]
+    runs: list[tuple[float, float]] = []
+    for number in range(args.repeats + 2):  # the first two allocate, and compile
+        clock = Clock(args.device, base)
+        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
+            loss = loss_of(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        runs.append(clock.stop())
+        if number == 0 and not math.isfinite(float(loss.detach())):
+            raise ValueError(f"loss {float(loss.detach())}")
+        if number > 2 and time.perf_counter() > args.deadline:
+            break
+    return statistics.median(t for t, _ in runs[2:]), statistics.median(m for _, m in runs[2:])
+
+
+def head_case(args: argparse.Namespace) -> Result:
+    """Parts of the output layer and its losses, seconds each, on as many rows as training takes at once."""
+    vocabulary, width = (2048, 96) if args.tiny else (50257, 768)
+    device = torch.device(args.device)
+    count = 32 if args.tiny else head_rows(vocabulary, device.type, training=True)
+    torch.manual_seed(0)
     edges = tuple(band_edges(16, vocabulary, 16))
+    targets = [moved(part, device) for part in made_up(count, vocabulary, edges)]
+    hidden, weight = (torch.randn(n, width, device=device).bfloat16() for n in (count, vocabulary))
+    logits = torch.randn(count, vocabulary, device=device)
+    narrow, total = logits.bfloat16(), torch.zeros(vocabulary, width, device=device)
     uld = Objective("uld", "bands", 0.5, settings=GroupSettings(edges=edges, ranking="fast"))
-    objectives = {"kl": Objective(), "uld": uld, "uld_exact": replace(uld, settings=GroupSettings(edges=edges)),
-                  "ce": Objective("ce", "none", 0.0)}  # fmt: skip
-    figures: dict[str, float] = {}
-    names = ["plain", *objectives, *(["liger"] if find_spec("liger_kernel") and args.device != "cpu" else [])]
-    for name in names:
-        model = load_model(ModelRequest(f"random:{shape}", device=args.device, dtype="float32")).train()
-        batch = batch_of("uld" if name.startswith("uld") else "kl", positions, vocabulary, args.device, seq_len)
-        if name == "ce":
-            batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "gold_ids", "positions")}
-        if name == "liger":
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    parts: dict[str, Callable[[], object]] = {
+        "product_rounded": lambda: F.linear(hidden, weight).float(),
+        "product_float32": lambda: torch.mm(hidden, weight.t(), out_dtype=torch.float32),
+        "weight_gradient_rounded": lambda: total.add_(narrow.t() @ hidden),
+        "weight_gradient_float32": lambda: torch.addmm(total, narrow.t(), hidden, out_dtype=torch.float32),
+    }
+    found: Result = {"rows": count}
+    for name, objective in {"ce": Objective("ce", "none", 0.0), "kl": Objective(), "uld": uld}.items():
+        own = targets[1] if objective.groups else targets[0]
+        parts[f"{name}_kernel"] = partial(objective.gradient_, torch.empty_like(logits), own)
+        if not args.compile:
+            found[f"{name}_compiled left out"] = "--no-compile"
+            continue
+        compiled = Compiled(objective)
+        parts[f"{name}_compiled"] = partial(compiled.gradient_, torch.empty_like(logits), own)
+        try:
+            eager, other = logits.clone(), logits.clone()
+            objective.gradient_(eager, own)
+            compiled.gradient_(other, own)
+            found[f"{name}_compiled_difference"] = float((eager - other).abs().max() / eager.abs().max())
+        except Exception as error:
+            found[f"{name}_compiled_difference left out"] = reason(error)
+    for name, part in parts.items():
+        try:
+            found[f"{name}_seconds"] = seconds_of(part, logits, args)
+        except Exception as error:
+            found[f"{name} left out"] = reason(error)
+    return found
 
-            _apply_liger_kernel_to_instance(model=model)
-        elif name != "plain":
-            attach_loss(model, objectives[name], vocabulary)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=args.device != "cpu")
 
-        def step(model: Any = model, batch: dict[str, torch.Tensor] = batch, optimizer: Any = optimizer,
-                 name: str = name) -> None:  # fmt: skip
-            context = (
-                torch.autocast(args.device.partition(":")[0], torch.bfloat16) if args.device != "cpu" else nullcontext()
-            )
-            with context:
-                if name in ("plain", "liger"):
-                    ids = batch["input_ids"]
-                    loss = model(
-                        input_ids=ids, attention_mask=batch["attention_mask"], labels=ids, use_cache=False
-                    ).loss
-                else:
-                    loss = model(**batch)["loss"] / len(batch["gold_ids"])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+def moved(targets: Any, device: torch.device) -> Any:
+    """A dataclass of tensors (and of such) on a device."""
+    values = {f.name: getattr(targets, f.name) for f in fields(targets)}
+    return replace(targets, **{n: v.to(device) if isinstance(v, torch.Tensor) else moved(v, device)
+                               for n, v in values.items() if v is not None})  # fmt: skip
 
-        runs = []
-        for number in range(args.repeats + 2):
-            clock = Clock(args.device)
-            step()
-            if number >= 2:
-                runs.append(clock.stop())
-        figures[f"{name}_seconds"] = statistics.median(t for t, _ in runs)
-        figures[f"{name}_peak_mb"] = statistics.median(m for _, m in runs)
-        del model, optimizer, batch, step
-        gc.collect()
-        if args.device != "cpu":
-            torch.cuda.empty_cache()
-    for name in names[1:]:
-        figures[f"{name}_ratio"] = figures[f"{name}_seconds"] / figures["plain_seconds"]
-    return figures
+
+def seconds_of(part: Callable[[], object], logits: torch.Tensor, args: argparse.Namespace) -> float:
+    """Median; a kernel writes over its logits, which are copied there again before each run."""
+    buffer = part.args[0] if isinstance(part, partial) else None
+    runs = []
+    for _ in range(args.repeats + 2):
+        if buffer is not None:
+            buffer.copy_(logits)
+        clock = Clock(args.device)
+        part()
+        runs.append(clock.stop()[0])
+    return statistics.median(runs[2:])
 
 
 def main() -> None:
+    known = [*TEACHERS, *STUDENTS, "head"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cases", help="comma-separated; default all of " + ", ".join([*TEACHERS, *STUDENTS]))
+    parser.add_argument("--cases", help="comma-separated; default all of " + ", ".join(known))
+    parser.add_argument("--methods", help="of students, comma-separated; default all of " + ", ".join(METHODS))
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which a case begins nothing new")
     parser.add_argument("--tokens", type=int, default=131_072, help="a teacher reads per repeat")
     parser.add_argument("--tokens-per-batch", type=int, default=16_384)
     parser.add_argument("--positions", default="1024,8192", help="scored per student step")
@@ -299,34 +415,51 @@ def main() -> None:
         sys.exit("no CUDA device: run this on a GPU, or --device cpu --tiny to see that it works")
     if args.tiny:
         args.tokens, args.tokens_per_batch, args.positions, args.seq_len, args.repeats = 2048, 512, "128", 63, 1
-    wanted = args.cases.split(",") if args.cases else [*TEACHERS, *STUDENTS]
-    unknown = [name for name in wanted if name not in TEACHERS and name not in STUDENTS]
-    if unknown:
-        sys.exit(f"unknown case {unknown[0]!r}; known: {', '.join([*TEACHERS, *STUDENTS])}")
-    results: dict[str, dict[str, float]] = {}
+    wanted = args.cases.split(",") if args.cases else known
+    args.methods = (
+        args.methods.split(",") if args.methods else [m for m in METHODS if args.compile or "compiled" not in m]
+    )
+    for kind, names, choices in (("case", wanted, known), ("method", args.methods, list(METHODS))):
+        for name in names:
+            if name not in choices:
+                sys.exit(f"unknown {kind} {name!r}; known: {', '.join(choices)}")
+    results: dict[str, Result] = {}
     for name in wanted:
-        if name in TEACHERS:
-            case = TEACHERS[name]
-            if args.tiny:
-                short = (
-                    TeacherCase(TINY[case.shape], 1, 63) if case.context == 1 else TeacherCase(TINY[case.shape], 48, 16)
-                )
-                case = replace(short, load_in_4bit=case.load_in_4bit)
-            results[name] = teacher_case(case, args)
-            show(name, results[name])
-            continue
-        for positions in (int(n) for n in args.positions.split(",")):
+        started = time.perf_counter()
+        args.deadline = started + 60 * args.minutes
+        if name in STUDENTS:
+            sizes = [int(n) for n in args.positions.split(",")]
             shape = TINY[STUDENTS[name]] if args.tiny else STUDENTS[name]
-            results[f"{name} {positions}"] = student_case(shape, positions, args)
-            show(f"{name}, {positions} positions", results[f"{name} {positions}"])
+            for number, positions in enumerate(sizes, 1):
+                args.deadline = started + 60 * args.minutes * number / len(sizes)
+                results[f"{name} {positions}"] = student_case(shape, positions, args)
+                show(f"{name}, {positions} positions", results[f"{name} {positions}"])
+            continue
+        try:
+            results[name] = head_case(args) if name == "head" else teacher_case(case_of(name, tiny=args.tiny), args)
+        except Exception as error:  # no bitsandbytes, no memory, …
+            results[name] = {"left out": reason(error)}
+        show(name, results[name])
+        tidy(args.device)
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     print(json.dumps({"device": device, "torch": torch.__version__, "tiny": args.tiny, "results": results}))
 
 
-def show(name: str, figures: dict[str, float]) -> None:
+def case_of(name: str, *, tiny: bool) -> TeacherCase:
+    case = TEACHERS[name]
+    if not tiny:
+        return case
+    lengths = (1, 63) if case.context == 1 else (48, 16)
+    return TeacherCase(TINY[case.shape], *lengths, load_in_4bit=case.load_in_4bit)
+
+
+def show(name: str, figures: Result) -> None:
     print(name)
     for key, value in figures.items():
-        print(f"  {key:<26}{value:>16,.4g}" if value < 1000 else f"  {key:<26}{value:>16,.0f}", flush=True)
+        if isinstance(value, str):
+            print(f"  {key}: {value}", flush=True)
+        else:
+            print(f"  {key:<32}{value:>16,.4g}" if value < 1000 else f"  {key:<32}{value:>16,.0f}", flush=True)
 
 
 if __name__ == "__main__":

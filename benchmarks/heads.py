@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/heads.py                      # kernels
     OMP_NUM_THREADS=1 python benchmarks/heads.py --autograd --chunk 128   # the definitions, by autograd on each chunk
+    OMP_NUM_THREADS=1 python benchmarks/heads.py --compile            # the kernels through torch.compile
 
 `plain` is `F.cross_entropy(F.linear(h, w), gold)` and its backward pass; the others are `chunked_head_loss` on the same
 hidden states. Targets are made up: k=64 values for losses by row, 16 values and 16 bands for losses over groups, every group
-one token. Cases take turns; shown is the least of the turns, with its ratio to the least of `plain`.
+one token. Cases take turns; shown is the least of the turns, with its ratio to the least of `plain`. The first turn of compiled
+kernels compiles them (a minute or two each).
 """
 
 from __future__ import annotations
@@ -21,9 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.cache_builder.targets import band_edges
+from kd.student_trainer import gradients
 from kd.student_trainer.groups import GroupSettings, GroupTargets
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+
+
+class Compiled:
+    """An objective whose kernel goes through torch.compile, all rows of a chunk at once.
+
+    Numbers of the objective are made constants: left to itself, inductor of torch 2.13 takes the ones it has seen before
+    for those of the next objective (pytorch issue 194976).
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._kernel = torch.compile(objective.gradient_)
+
+    def gradient_(self, logits: Tensor, targets: LossTargets) -> Tensor:
+        with torch._dynamo.config.patch(specialize_float=True):
+            return self._kernel(logits, targets)
 
 
 def made_up(rows: int, vocabulary: int, edges: tuple[int, ...]) -> tuple[LossTargets, LossTargets]:
@@ -50,8 +68,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--autograd", action="store_true", help="without the kernels")
+    parser.add_argument("--compile", action="store_true", help="the kernels through torch.compile")
+    parser.add_argument("--losses", help="comma-separated; default all")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.compile:
+        gradients.TILE_BYTES = 1 << 62  # the compiler sees to the caches
     if args.autograd:
         LOSSES.update({name: replace(loss, kernels={}) for name, loss in LOSSES.items()})
     hidden = torch.randn(args.rows, args.width, requires_grad=True)
@@ -71,16 +93,18 @@ def main() -> None:
 
     def ours(objective: Objective) -> Callable[[], None]:
         targets = over_groups if objective.groups else by_row
+        loss = Compiled(objective) if args.compile else objective
 
         def step() -> None:
             total, _, _ = chunked_head_loss(
-                hidden, weight, None, objective, targets, vocabulary_size=args.vocabulary, chunk=args.chunk
+                hidden, weight, None, loss, targets, vocabulary_size=args.vocabulary, chunk=args.chunk
             )
             (total / args.rows).backward()
 
         return step
 
-    cases = {"plain": plain} | {name: ours(objective) for name, objective in objectives.items()}
+    wanted = args.losses.split(",") if args.losses else list(objectives)
+    cases = {"plain": plain} | {name: ours(objectives[name]) for name in wanted}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(args.repeats):
         for name, case in cases.items():

@@ -26,6 +26,7 @@ BLOCK_BYTES = 3 * 2**20
 more than the passes (benchmarks/chunks.py)."""
 BLOCK_COLUMNS = 64
 """Most columns per block of the vocabulary; fewer where k is large, so that there are 8 k blocks, see `top_k_by_threshold`."""
+Uniforms = np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Chunk:
     sample_ids: torch.Tensor | None = None
     sample_counts: torch.Tensor | None = None
     boundary_logprob: torch.Tensor | None = None
+    doubt: torch.Tensor | None = None
+    """[n] uint8, of `Sparsifier.marked` alone: 0, TIED or NOT_FINITE"""
+
+
+TIED, NOT_FINITE = 1, 2
+"""Ids of the row may be others than `Sparsifier.__call__` keeps; it would raise NonFiniteRow."""
 
 
 class NonFiniteRow(Exception):
@@ -76,7 +83,7 @@ class Sparsifier:
         return self._buffers[number][: like.shape[0]]
 
     @torch.no_grad()
-    def __call__(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: np.ndarray | None = None) -> Chunk:
+    def __call__(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None = None) -> Chunk:
         """`logits [n, V]` (any float dtype; columns beyond the vocabulary are ignored), `gold_ids [n]`,
         `uniforms [n, R]` in [0, 1) for the draws. Raises NonFiniteRow."""
         logits = logits[:, : self.vocabulary_size]
@@ -96,12 +103,23 @@ class Sparsifier:
         merged: dict[str, Any] = {n: None if parts[0] is None else torch.cat(parts) for n, parts in columns.items()}
         return Chunk(**merged)
 
-    def _block(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: np.ndarray | None) -> Chunk:
+    @torch.no_grad()
+    def marked(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None = None) -> Chunk:
+        """The same without a wait for the device: rows that would need one are marked in `doubt`. For a GPU."""
+        return self._block(logits[:, : self.vocabulary_size].float(), gold_ids, uniforms, marks=True)
+
+    def _block(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None, *,
+               marks: bool = False) -> Chunk:  # fmt: skip
         """`logits [r, V]` float32, `gold_ids [r]`, `uniforms [r, R]`."""
         config = self.config
-        ids = relative = None
+        ids = relative = tied = doubt = None
         if config.top_k:
-            values, ids = (top_k_by_threshold if logits.device.type == "cpu" else top_k_by_topk)(logits, config.top_k)
+            if marks:
+                values, ids, tied = top_k_at_once(logits, config.top_k)
+            else:
+                values, ids = (top_k_by_threshold if logits.device.type == "cpu" else top_k_by_topk)(
+                    logits, config.top_k
+                )
             top = values[:, :1]
             relative = values - top
         else:
@@ -110,13 +128,15 @@ class Sparsifier:
         gold = shifted.gather(1, gold_ids.unsqueeze(1))
         ranks = self._ranks(shifted, gold, relative)
         log_z = self._log_normalisers(shifted)
-        finite = torch.isfinite(log_z).all(dim=1) & torch.isfinite(top.squeeze(1))
-        if not bool(finite.all()):
-            raise NonFiniteRow(int((~finite).nonzero()[0]))
         one = log_z[:, config.temperatures.index(1.0)]
         kept = gold if relative is None else torch.minimum(gold, relative[:, -1:])
-        if not bool(torch.isfinite(kept).all()):  # minus infinity: no stored number can hold it
-            raise NonFiniteRow(int((~torch.isfinite(kept)).nonzero()[0, 0]))
+        # a kept logit of minus infinity: no stored number can hold it
+        bad = ~torch.isfinite(torch.cat([log_z, top, kept], dim=1)).all(dim=1)
+        if marks:
+            doubt = bad.to(torch.uint8) * NOT_FINITE
+            doubt = doubt if tied is None else torch.maximum(doubt, tied.to(torch.uint8) * TIED)
+        elif bool(bad.any()):
+            raise NonFiniteRow(int(bad.nonzero()[0]))
         bands = self._bands(shifted, log_z) if self.edges else None
         sample_ids = counts = None
         if config.samples:
@@ -136,6 +156,7 @@ class Sparsifier:
             sample_ids=sample_ids,
             sample_counts=counts,
             boundary_logprob=boundary,
+            doubt=doubt,
         )
 
     def _ranks(self, shifted: torch.Tensor, gold: torch.Tensor, relative: torch.Tensor | None) -> torch.Tensor:
@@ -199,6 +220,20 @@ def top_k_by_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
     return values, ids
 
 
+def top_k_at_once(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same where nothing may wait for the device, and `tied [n]`: where the k-th logit equals one that is left out.
+
+    Equal logits among the kept are put in order by sorting those alone. Which of several at the k-th place are kept is
+    `torch.topk`'s choice, and looking for the lowest ids takes as long as topk itself for every row: such rows are
+    told, to be looked at again (docs/log.md).
+    """
+    values, ids = logits.topk(min(k + 1, logits.shape[1]), dim=1)
+    tied = (values[:, k - 1 : k] == values[:, k : k + 1]).any(dim=1)
+    ids, order = ids[:, :k].sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order), tied
+
+
 def top_k_by_threshold(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same on a CPU, twice as fast: `logits [n, V]` float32 with contiguous rows -> values, ids `[n, k]`.
 
@@ -225,13 +260,13 @@ def top_k_by_threshold(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torc
     return ordered.values[:, :k], torch.from_numpy(places).gather(1, ordered.indices[:, :k])
 
 
-def draw(shifted: torch.Tensor, uniforms: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(shifted: torch.Tensor, uniforms: Uniforms) -> tuple[torch.Tensor, torch.Tensor]:
     """R draws per row from softmax(shifted) by inverting its cumulative sum (float64) at `uniforms [n, R]`.
 
     Returns unique ids `[n, R]` and counts `[n, R]` (int64, most drawn first, unused slots 0). The draws depend
     on the row's logits and its uniforms only, never on batch or chunk.
     """
-    points = torch.from_numpy(uniforms).to(shifted.device)
+    points = torch.as_tensor(uniforms).to(shifted.device)
     cumulative = shifted.double().exp().cumsum(dim=1)
     drawn = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
     drawn = drawn.clamp(max=shifted.shape[1] - 1).sort(dim=1).values

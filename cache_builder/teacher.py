@@ -4,32 +4,45 @@ Hidden states are computed for whole batches, the output layer only for the scor
 time (see `kd.data.forward`). Batches are made inside a shard by length and token budget, so that a resumed build
 makes the same batches; results go back to the original order. Out of memory halves the batch, then the chunk, and
 carries on; nothing of it is remembered for the next shard, or a resumed build would make other batches.
+
+On a GPU nothing waits: a batch is launched before the one before it is read (see `host_copies`), so that there are the
+chunks of two batches at most. What needs a wait to be right, equal logits at the k-th place, is noticed when a batch is
+read; it is scored again with that wait, and so is the rest of its shard.
 """
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 
-from kd.cache_builder.sparsify import Chunk, NonFiniteRow, Sparsifier, uniforms_for
+from kd.cache_builder.host_copies import Arrival, HostCopies, Laps
+from kd.cache_builder.sparsify import NOT_FINITE, Chunk, NonFiniteRow, Sparsifier, uniforms_for
 from kd.cache_builder.targets import RawTargets
 from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
-from kd.data.forward import LanguageModelHead, batches_by_length, head_rows, padded_tokens
+from kd.data.forward import LanguageModelHead, batches_by_length, head_rows, on_device, padded_tokens
 
 
 @dataclass
 class PassTimes:
-    """Seconds spent in the parts of the teacher pass (wall clock of the thread that drives the model)."""
+    """Seconds spent in the parts of the teacher pass (wall clock of the thread that drives the model, or of the GPU)."""
 
     forward: float = 0.0
     head: float = 0.0
     select: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch whose chunks are on their way to the host."""
+
+    batch: list[int]
+    chunks: list[Arrival]
+    laps: Laps
 
 
 class Teacher:
@@ -42,6 +55,7 @@ class Teacher:
         self.tokens_per_batch = tokens_per_batch
         self.device = head.weight.device
         self.head_chunk = head_chunk or head_rows(sparsifier.vocabulary_size, self.device.type)
+        self.copies = HostCopies(self.device)
         self.times = PassTimes()
         self.tokens = self.padded = 0
         """Tokens the model has read, without and with padding."""
@@ -55,20 +69,30 @@ class Teacher:
         lengths = [self.head.size(len(r.context_ids), len(r.target_ids)) for r in rows]
         budget, head_chunk = self.tokens_per_batch, self.head_chunk
         pending = batches_by_length(lengths, budget)
-        while pending:
-            batch = pending.pop(0)
-            chunks, full = None, ""
+        launched: deque[Scored] = deque()
+        waits = self.copies.ahead == 0
+        while pending or launched:
+            if not pending or len(launched) > self.copies.ahead:
+                scored = launched.popleft()
+                chunks = self._arrived(scored, rows)
+                if chunks is None:
+                    pending.insert(0, scored.batch)
+                    waits = True
+                    continue
+                sizes = [lengths[i] for i in scored.batch]
+                self.tokens += sum(sum(size) if isinstance(size, tuple) else size for size in sizes)
+                self.padded += padded_tokens(sizes)
+                yield scored.batch, chunks
+                del scored, chunks  # or they would still be there while the next batch is scored
+                continue
+            batch, full = pending.pop(0), None
             try:
-                chunks = self._score([rows[i] for i in batch], [first_example + i for i in batch], head_chunk)
+                launched.append(self._score(batch, rows, first_example, head_chunk, waits))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
                 full = str(error).splitlines()[0]
-            if chunks is not None:
-                sizes = [lengths[i] for i in batch]
-                self.tokens += sum(sum(size) if isinstance(size, tuple) else size for size in sizes)
-                self.padded += padded_tokens(sizes)
-                yield batch, chunks
+            if full is None:
                 continue
             if self.device.type == "cuda":  # here, where no traceback holds the tensors any more
                 torch.cuda.empty_cache()
@@ -89,38 +113,51 @@ class Teacher:
         return 1 - self.tokens / self.padded if self.padded else 0.0
 
     @torch.inference_mode()
-    def _score(self, rows: list[TokenRows], examples: list[int], head_chunk: int) -> list[Chunk]:
-        started = time.perf_counter()
-        scored = self.head.scored_hidden([r.context_ids for r in rows], [r.target_ids for r in rows])
-        gold = torch.from_numpy(np.concatenate([r.target_ids for r in rows]).astype(np.int64)).to(self.device)
+    def _score(self, batch: list[int], rows: Sequence[TokenRows], first_example: int, head_chunk: int,
+               waits: bool) -> Scored:  # fmt: skip
+        """Launch one batch. `waits`: equal logits and rows that are not finite are seen to here."""
+        laps = Laps(self.device)
+        own = [rows[i] for i in batch]
+        hidden = self.head.scored_hidden([r.context_ids for r in own], [r.target_ids for r in own])
+        gold = on_device(torch.from_numpy(np.concatenate([r.target_ids for r in own]).astype(np.int64)), self.device)
         config = self.sparsifier.config
         uniforms = None
         if config.samples:
-            draws = [uniforms_for(config.seed, e, len(r.target_ids), config.samples)
-                     for e, r in zip(examples, rows, strict=True)]  # fmt: skip
-            uniforms = np.concatenate(draws)
-        self._lap("forward", started)
+            draws = [
+                uniforms_for(config.seed, first_example + i, len(rows[i].target_ids), config.samples) for i in batch
+            ]
+            uniforms = on_device(torch.from_numpy(np.concatenate(draws)), self.device)
+        laps.mark("forward")
         chunks, memory = [], None
         if self.device.type == "cpu":  # the same for every chunk of the batch, gone before the next forward pass
-            memory = torch.empty(min(head_chunk, len(scored)), self.head.weight.shape[0])
-        for start in range(0, len(scored), head_chunk):
+            memory = torch.empty(min(head_chunk, len(hidden)), self.head.weight.shape[0])
+        for start in range(0, len(hidden), head_chunk):
             part = slice(start, start + head_chunk)
-            started = time.perf_counter()
-            logits = self.head.logits(scored[part], None if memory is None else memory[: len(scored[part])])
-            started = self._lap("head", started)
+            logits = self.head.logits(hidden[part], None if memory is None else memory[: len(hidden[part])])
+            laps.mark("head")
+            select = self.sparsifier if waits else self.sparsifier.marked
             try:
-                chunk = self.sparsifier(logits, gold[part], None if uniforms is None else uniforms[part])
+                chunk = select(logits, gold[part], None if uniforms is None else uniforms[part])
             except NonFiniteRow as error:
-                raise self._not_finite(rows, start + error.row) from None
-            on_host: dict[str, Any] = {f.name: _to_host(getattr(chunk, f.name)) for f in fields(Chunk)}
-            chunks.append(Chunk(**on_host))
-            self._lap("select", started)
-        return chunks
+                raise self._not_finite(own, start + error.row) from None
+            del logits  # or it would still be there while the next chunk's are made
+            laps.mark("select")
+            chunks.append(self.copies.start({f.name: getattr(chunk, f.name) for f in fields(Chunk)}))
+        return Scored(batch, chunks, laps)
 
-    def _lap(self, name: str, started: float) -> float:
-        now = time.perf_counter()
-        setattr(self.times, name, getattr(self.times, name) + now - started)
-        return now
+    def _arrived(self, scored: Scored, rows: Sequence[TokenRows]) -> list[Chunk] | None:
+        """A launched batch on the host; None where it has to be scored again, with waits."""
+        found = [arrival.wait() for arrival in scored.chunks]
+        for part, seconds in scored.laps.seconds():
+            setattr(self.times, part, getattr(self.times, part) + seconds)
+        doubts = [chunk.pop("doubt") for chunk in found if "doubt" in chunk]
+        if doubts:
+            doubt = torch.cat(doubts)
+            if bool((doubt == NOT_FINITE).any()):
+                raise self._not_finite([rows[i] for i in scored.batch], int((doubt == NOT_FINITE).nonzero()[0]))
+            if bool(doubt.any()):
+                return None
+        return [Chunk(**chunk) for chunk in found]
 
     def _not_finite(self, rows: list[TokenRows], position: int) -> TeacherError:
         for row in rows:
@@ -158,10 +195,6 @@ def collect(
     arrays["gold_ids"] = np.concatenate([r.target_ids for r in rows]).astype(np.int64)
     arrays["byte_end"] = np.concatenate([r.byte_end for r in rows])
     yield done, RawTargets(**arrays)
-
-
-def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.cpu()
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -143,7 +143,9 @@ class LanguageModelHead:
         """
         import torch
 
-        if hidden.dtype != torch.float32 and hidden.device.type == "cuda":  # tensor cores, float32 out
+        if (
+            hidden.device.type == "cuda" and hidden.dtype == self.weight.dtype != torch.float32
+        ):  # tensor cores, float32 out
             product = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
             return product if self.bias is None else product.add_(self.bias)
         if self.bias is None:
@@ -182,8 +184,13 @@ def padded_ids(sequences: Sequence[np.ndarray], device: Any) -> tuple[torch.Tens
         ids[b, : lengths[b]] = sequence
     mask = None
     if min(lengths) != max(lengths):  # positions are counted from it
-        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
-    return torch.from_numpy(ids).to(device), mask
+        mask = on_device((torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(), device)
+    return on_device(torch.from_numpy(ids), device), mask
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`. From ordinary memory, `to` would wait until a GPU has done all it was given before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)

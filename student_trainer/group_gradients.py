@@ -50,7 +50,6 @@ def group_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> 
     settings = replace(objective.settings, temperature=temperature)
     compare = COMPARISONS[objective.loss, settings.ranking]
     weight = _weights(groups, targets, objective, logits)
-    owner = _first_rows(groups, len(logits))
     shared = objective.ce if temperature == 1.0 else 0.0  # one softmax serves both losses
     gold_weight = torch.full_like(logits[:, 0], shared)  # c of every row
     further, late, late_group = _further(logits, groups, temperature)
@@ -68,16 +67,16 @@ def group_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> 
         log_z = softmax_(q)
         if temperature == 1.0:
             ce += log_z.sum()
-        chosen = owner[rows]
-        at = (chosen >= 0).nonzero().squeeze(1)
-        chosen = chosen[at]
+        chosen = slice(*groups.bounds[0].searchsorted([rows.start, rows.stop]).tolist())
+        at = groups.first[chosen] - rows.start
         every = len(at) == len(z)
         u, probabilities = (z, q) if every else (z[at], q[at])
         values[chosen], slope, asked, mean = compare(
             u, probabilities, groups[chosen], further[chosen], weight[chosen], settings
         )
         if len(late):  # rows of these groups may lie in this tile or in a later one: their first row is always before
-            slopes = logits.new_zeros(len(groups)).index_add_(0, chosen, slope)
+            slopes = logits.new_zeros(len(groups))
+            slopes[chosen] = slope
             gold_weight[late] -= slopes[late_group]
         c = gold_weight[rows].unsqueeze(1)
         if every:
@@ -106,9 +105,9 @@ def alm_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> Te
         value = alm_of(leaf, groups)
         (slope,) = torch.autograd.grad(value.sum(), leaf)
     weight = _weights(groups, targets, objective, logits)
-    owner = torch.repeat_interleave(torch.arange(len(groups), device=logits.device), groups.stop - groups.first)
+    members, owner = _members(groups)
     c = torch.full_like(log_q, objective.ce)
-    c.index_add_(0, _members(groups), -(weight * slope)[owner])
+    c.index_add_(0, members, -(weight * slope)[owner])
     for rows in tiles(logits):
         logits[rows].mul_(c[rows].unsqueeze(1))
     logits.scatter_add_(1, gold, -c.unsqueeze(1))
@@ -123,24 +122,18 @@ def _weights(groups: GroupTargets, targets: LossTargets, objective: Objective, l
     return weight if targets.kd_scale is None else weight * targets.kd_scale.to(like.dtype)
 
 
-def _first_rows(groups: GroupTargets, rows: int) -> Tensor:
-    """`[rows]` the group whose first row this is, -1 for others."""
-    numbers = torch.arange(len(groups), device=groups.first.device)
-    return torch.full((rows,), -1, device=numbers.device).index_copy_(0, groups.first, numbers)
-
-
-def _members(groups: GroupTargets) -> Tensor:
-    """All rows of all groups, group after group."""
-    size = groups.stop - groups.first
-    starts = torch.repeat_interleave(groups.first - (size.cumsum(0) - size), size)
-    return starts + torch.arange(len(starts), device=starts.device)
+def _members(groups: GroupTargets, skip: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of all groups but the first `skip` of each, group after group, and the group of each."""
+    count = int((groups.bounds[1] - groups.bounds[0] - skip).sum())  # told, or a GPU would be waited for
+    size = groups.stop - groups.first - skip
+    starts = groups.first + skip - (size.cumsum(0) - size)
+    owner = torch.arange(len(groups), device=size.device).repeat_interleave(size, output_size=count)
+    return starts[owner] + torch.arange(count, device=size.device), owner
 
 
 def _further(logits: Tensor, groups: GroupTargets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each group's tokens after the first `[G]`; those tokens' rows `[L]` and groups `[L]`."""
-    later = replace(groups, first=groups.first + 1)
-    rows = _members(later)
-    owner = torch.repeat_interleave(torch.arange(len(groups), device=rows.device), later.stop - later.first)
+    rows, owner = _members(groups, skip=1)
     total = logits.new_zeros(len(groups))
     for part in tiles(logits, len(rows)):
         some = rows[part]

@@ -11,8 +11,10 @@ Add a loss: one function `(logits, groups, settings) -> [G]` and one line in `kd
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,8 +56,13 @@ class GroupTargets:
     def __len__(self) -> int:
         return len(self.first)
 
-    def __getitem__(self, groups: Tensor) -> GroupTargets:
-        """Some of the groups, by number `[g]`; rows stay as they are."""
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """`[2, G]` first and stop on the host: one wait for a GPU, then none for all ranges of rows."""
+        return torch.stack([self.first, self.stop]).cpu().numpy()
+
+    def __getitem__(self, groups: slice) -> GroupTargets:
+        """A range of groups; rows stay as they are."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
         return replace(self, **{name: v[groups] for name, v in values.items() if v is not None})
 
@@ -64,7 +71,9 @@ class GroupTargets:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
         cut = {name: v[groups] for name, v in values.items() if v is not None}
         cut["first"], cut["stop"] = cut["first"] - rows.start, cut["stop"] - rows.start
-        return replace(self, gold_ids=self.gold_ids[rows], **cut)
+        found = replace(self, gold_ids=self.gold_ids[rows], **cut)
+        vars(found)["bounds"] = self.bounds[:, groups] - rows.start
+        return found
 
 
 @dataclass(frozen=True)

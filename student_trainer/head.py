@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.data.forward import head_rows, split_head
-from kd.student_trainer.losses import LossTargets, Objective
+from kd.student_trainer.losses import LossTargets
 from kd.student_trainer.stream import loss_targets
 
 
@@ -82,6 +82,7 @@ class _ChunkedHead(torch.autograd.Function):
                     grad_weight[:vocabulary_size] += narrow.T @ h
                 if grad_bias is not None:
                     grad_bias[:vocabulary_size] += grad.sum(dim=0)
+                del grad, narrow  # or they would still be there while the next chunk's are made
         ctx.save_for_backward(  # freed by the backward pass, unless it is told to retain the graph
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -97,7 +98,7 @@ class _ChunkedHead(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: int | None = None) -> None:
+def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | None = None) -> None:
     """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits.
 
     `chunk` rows of the output layer at once; None = `head_rows`.
@@ -107,7 +108,7 @@ def attach_loss(model: Any, objective: Objective, vocabulary_size: int, chunk: i
     def forward(self: Any, positions: Tensor, **batch: Any) -> dict[str, Tensor]:
         rows = parts.batch_hidden(batch).flatten(0, 1).index_select(0, positions)
         total, kd, ce = chunked_head_loss(
-            rows, *output_layer(model), objective, loss_targets(batch), vocabulary_size=vocabulary_size,
+            rows, *output_layer(model), loss, loss_targets(batch), vocabulary_size=vocabulary_size,
             chunk=chunk or head_rows(vocabulary_size, rows.device.type, training=True),
         )  # fmt: skip
         return {"loss": total, "kd": kd, "ce": ce}

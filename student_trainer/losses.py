@@ -55,9 +55,8 @@ class LossTargets:
         cut = {name: v[rows] for name, v in values.items() if v is not None}
         if self.groups is not None:
             rows = slice(rows.start or 0, len(self.gold_ids) if rows.stop is None else rows.stop)
-            stop = rows.stop
-            chosen = int(torch.searchsorted(self.groups.first, rows.start))
-            last = int(torch.searchsorted(self.groups.stop, stop, right=True))
+            first, stop = self.groups.bounds
+            chosen, last = int(first.searchsorted(rows.start)), int(stop.searchsorted(rows.stop, side="right"))
             cut["groups"] = self.groups.within(rows, slice(chosen, max(last, chosen)))
         return replace(self, **cut)
 
@@ -67,7 +66,7 @@ class LossTargets:
         if self.groups is None:
             return [slice(start, min(start + size, total)) for start in range(0, total, size)]
         inside = np.zeros(total + 1, dtype=np.int64)  # +1 where a group's second row begins, -1 where it stops
-        first, stop = self.groups.first.cpu().numpy(), self.groups.stop.cpu().numpy()
+        first, stop = self.groups.bounds
         np.add.at(inside, first + 1, 1)
         np.add.at(inside, stop, -1)
         allowed = np.flatnonzero(inside.cumsum() == 0)  # borders that no group crosses

@@ -31,9 +31,8 @@ def sorted_row(logprobs: Tensor, bands: Tensor | None, edges: tuple[int, ...]) -
     head = logprobs.exp()
     if bands is None:
         return head
-    ranks = torch.arange(edges[0], edges[-1], device=head.device)
+    ranks, owner = _every_rank(edges, head.device)
     density = _density(logprobs, bands, edges, ranks)
-    owner = torch.bucketize(ranks, torch.tensor(edges[1:], device=head.device), right=True)
     sums = torch.zeros_like(bands).index_add_(1, owner, density)
     return torch.cat([head, density * (bands.exp() / sums.clamp(min=1e-38)).index_select(1, owner)], dim=1)
 
@@ -48,10 +47,8 @@ def cumulative_curve(logprobs: Tensor, bands: Tensor | None, edges: tuple[int, .
     k = logprobs.shape[1]
     if bands is None:
         return torch.arange(k + 1, device=head.device), head
-    steps, owner = _steps(edges)
-    points = torch.tensor(steps, device=head.device, dtype=torch.int64)  # none, where bands have no ranks
-    owners = torch.tensor(owner, device=head.device, dtype=torch.int64)
-    low = torch.cat([points.new_tensor([edges[0]]), points[:-1]])
+    points, owners = _steps(edges, head.device)
+    low = torch.nn.functional.pad(points[:-1], (1, 0), value=edges[0])
     middle = ((low + 1).double() * points.double()).sqrt() - 1  # of the ranks [low, point)
     share = _density(logprobs, bands, edges, middle) * (points - low)
     sums = torch.zeros_like(bands).index_add_(1, owners, share)
@@ -60,8 +57,20 @@ def cumulative_curve(logprobs: Tensor, bands: Tensor | None, edges: tuple[int, .
     return knots, torch.cat([head, head[:, -1:] + mass.cumsum(dim=1)], dim=1)
 
 
+# what follows from the edges alone is made once per device: from the host's memory it would be waited for every time
+
+
 @lru_cache(maxsize=16)
-def _steps(edges: tuple[int, ...]) -> tuple[list[int], list[int]]:
+@torch.inference_mode(False)
+def _every_rank(edges: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ranks beyond the head, and the band of each."""
+    ranks = torch.arange(edges[0], edges[-1], device=device)
+    return ranks, torch.bucketize(ranks, torch.tensor(edges[1:], device=device), right=True)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _steps(edges: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Upper ends of the steps inside all bands, and the band of each; empty bands have none."""
     steps: list[int] = []
     owner: list[int] = []
@@ -73,7 +82,21 @@ def _steps(edges: tuple[int, ...]) -> tuple[list[int], list[int]]:
         ends = [*sorted(e for e in inner if low < e < high), high]
         steps += ends
         owner += [band] * len(ends)
-    return steps, owner
+    points, owners = (torch.tensor(numbers, device=device, dtype=torch.int64) for numbers in (steps, owner))
+    return points, owners
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _middles(edges: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Bands that have ranks, their log-widths (float64), and the logs of the ranks of the knots (float64)."""
+    filled = [b for b in range(len(edges) - 1) if edges[b + 1] > edges[b]]
+    places = [math.log((edges[b] + 1 + edges[b + 1]) / 2) if edges[b + 1] - edges[b] == 1
+              else 0.5 * (math.log(edges[b] + 1) + math.log(edges[b + 1])) for b in filled]  # fmt: skip
+    widths = [math.log(edges[b + 1] - edges[b]) for b in filled]
+    x = [math.log(max(edges[0], 1)), *places]
+    return (torch.tensor(filled, device=device, dtype=torch.int64), torch.tensor(widths, device=device, dtype=torch.float64),
+            torch.tensor(x, device=device, dtype=torch.float64))  # fmt: skip
 
 
 def _density(logprobs: Tensor, bands: Tensor, edges: tuple[int, ...], ranks: Tensor) -> Tensor:
@@ -82,12 +105,8 @@ def _density(logprobs: Tensor, bands: Tensor, edges: tuple[int, ...], ranks: Ten
     Knots: the k-th value at rank k - 1, then each band's mean at its geometric middle; beyond the last knot its
     slope goes on.
     """
-    filled = [b for b in range(len(edges) - 1) if edges[b + 1] > edges[b]]
-    places = [math.log((edges[b] + 1 + edges[b + 1]) / 2) if edges[b + 1] - edges[b] == 1
-              else 0.5 * (math.log(edges[b] + 1) + math.log(edges[b + 1])) for b in filled]  # fmt: skip
-    widths = torch.tensor([math.log(edges[b + 1] - edges[b]) for b in filled], device=bands.device, dtype=bands.dtype)
-    x = torch.tensor([math.log(max(edges[0], 1)), *places], device=bands.device, dtype=torch.float64)
-    y = torch.cat([logprobs[:, -1:], bands[:, filled] - widths], dim=1)
+    filled, widths, x = _middles(edges, bands.device)
+    y = torch.cat([logprobs[:, -1:], bands.index_select(1, filled) - widths.to(bands.dtype)], dim=1)
     at = (ranks.double() + 1).log()
     right = torch.bucketize(at, x).clamp(1, len(x) - 1)
     weight = ((at - x[right - 1]) / (x[right] - x[right - 1]).clamp(min=1e-12)).to(y.dtype)

@@ -178,6 +178,7 @@ def train(
 
 
 def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+    pinned = torch.cuda.is_available() and config.device != "cpu"
     arguments = TrainingArguments(
         output_dir=str(out),
         learning_rate=config.lr,
@@ -200,9 +201,10 @@ def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         report_to=config.report_to,
         remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        dataloader_pin_memory=pinned,
         ddp_find_unused_parameters=False,  # every parameter takes part in the loss
-        accelerator_config={"even_batches": False, "dispatch_batches": False},
+        # batches go to a GPU between steps: reading ahead must not wait for the steps that were launched before
+        accelerator_config={"even_batches": False, "dispatch_batches": False, "non_blocking": pinned},
     )
     if arguments.n_gpu > 1:  # one process uses one device: DataParallel would split positions apart from their rows
         arguments._n_gpu = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from kd.data.errors import DataError
+from kd.data.forward import on_device
 from kd.student_trainer.stream import BatchPlan, PlannedBatches, Prefetcher
 
 
@@ -48,9 +49,9 @@ class StepRecord:
     """share of the time since the last line that training waited for data"""
 
 
-def _units(batch: Mapping[str, Tensor]) -> int:
+def _units(batch: Mapping[str, Any]) -> int:
     """What a distillation loss is a mean over: examples with groups, or positions."""
-    return int(batch["units"]) if "units" in batch else len(batch["gold_ids"])
+    return batch["units"] if "units" in batch else len(batch["gold_ids"])
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -86,10 +87,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> Any:
         """The plan's batches, each decoded as a whole."""
         loader = DataLoader(
-            self.train_dataset, batch_sampler=PlannedBatches(self.plan), collate_fn=self.data_collator,
+            self.train_dataset, batch_sampler=PlannedBatches(self.plan), collate_fn=self._collated,
             pin_memory=self.args.dataloader_pin_memory,
         )  # fmt: skip
         return self.accelerator.prepare(loader)
+
+    def _collated(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """A batch; what the host counts with stays there, as a number: a GPU's tensor would have to be waited for."""
+        batch: dict[str, Any] = self.data_collator(examples)
+        return batch | {"units": int(batch["units"])} if "units" in batch else batch
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -100,9 +106,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self._iterator, self._prefetcher = epoch_iterator, Prefetcher(epoch_iterator)
         assert self._prefetcher is not None
         batches = [batch for _, batch in zip(range(num_batches), self._prefetcher, strict=False)]
-        counts = torch.tensor(
-            [sum(len(batch["gold_ids"]) for batch in batches), sum(map(_units, batches))], device=device
-        )
+        counted = torch.tensor([sum(len(batch["gold_ids"]) for batch in batches), sum(map(_units, batches))])
+        counts = on_device(counted, device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts.unsqueeze(0)).sum(dim=0)
         # an all-empty batch of groups must not divide by zero

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 from kd.cache_builder.sparsify import (
     LOG_MASS_FLOOR,
+    NOT_FINITE,
+    TIED,
     Chunk,
     NonFiniteRow,
     Sparsifier,
     boundary_token_ids,
     draw,
+    top_k_at_once,
     top_k_by_threshold,
     top_k_by_topk,
     uniforms_for,
@@ -106,6 +109,47 @@ def test_the_top_k_are_those_of_a_full_sort_and_ties_go_to_the_lowest_id(top_k, 
     np.testing.assert_array_equal(values.numpy(), expected)
     np.testing.assert_array_equal(ids.numpy(), order)
     np.testing.assert_array_equal(values.numpy(), torch.from_numpy(logits).topk(k, dim=1).values.numpy())
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=rows_and_k())
+def test_without_a_wait_the_top_k_are_the_same_but_for_rows_whose_k_th_place_is_tied(case):
+    logits, k = case
+    values, ids, tied = (x.numpy() for x in top_k_at_once(torch.from_numpy(logits), k))
+    expected, order = by_sorting(logits, k)
+    following = by_sorting(logits, k + 1)[0][:, k:]
+    np.testing.assert_array_equal(tied, (expected[:, k - 1 :] == following).any(axis=1))
+    np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(ids[~tied], order[~tied])
+    np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), expected)  # of tied rows, some of the equal ones
+
+
+@pytest.mark.parametrize("config", [full(), TargetConfig(top_k=10), TargetConfig.of_profile("sampled", samples=4)])
+def test_marked_rows_are_those_that_need_a_wait_and_all_others_are_the_same(config: TargetConfig):
+    logits, gold = logits_of(v=999), np.arange(N) * 40
+    logits[3, 500], logits[8] = math.nan, -math.inf
+    logits[11, gold[11]] = -math.inf
+    logits[5], logits[6, :10] = np.round(logits[5]), 50.0  # equal at the k-th place; equal in front of it
+    uniforms = uniforms_for(0, 0, N, config.samples) if config.samples else None
+    sparsifier = Sparsifier(config, 999)
+    got = sparsifier.marked(torch.from_numpy(logits), torch.from_numpy(gold), uniforms)
+    doubt = got.doubt.tolist()
+    assert {r: d for r, d in enumerate(doubt) if d} == {3: NOT_FINITE, 8: NOT_FINITE, 11: NOT_FINITE} | (
+        {5: TIED} if config.top_k else {}
+    )
+    for row in range(N):
+        one = (torch.from_numpy(logits[[row]]), torch.from_numpy(gold[[row]]))
+        part = None if uniforms is None else uniforms[[row]]
+        if doubt[row] == NOT_FINITE:
+            with pytest.raises(NonFiniteRow):
+                sparsifier(*one, part)
+        elif not doubt[row]:
+            alone = sparsifier(*one, part)
+            for name in ("log_z", "gold_rank", "token_ids", "relative", "tail_bands", "sample_ids", "sample_counts"):
+                x, y = getattr(got, name), getattr(alone, name)
+                assert (x is None) == (y is None)
+                if x is not None:  # sums over a row taken in another order for another shape
+                    torch.testing.assert_close(x[[row]], y, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("k", [1, 64, 256, 3000])
