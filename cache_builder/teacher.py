@@ -100,18 +100,17 @@ class Teacher:
                      for e, r in zip(examples, rows, strict=True)]  # fmt: skip
             uniforms = np.concatenate(draws)
         self._lap("forward", started)
-        chunks, memory = [], None
-        if self.device.type == "cpu":  # the same for every chunk of the batch, gone before the next forward pass
-            memory = torch.empty(min(head_chunk, len(scored)), self.head.weight.shape[0])
+        chunks = []
         for start in range(0, len(scored), head_chunk):
             part = slice(start, start + head_chunk)
             started = time.perf_counter()
-            logits = self.head.logits(scored[part], None if memory is None else memory[: len(scored[part])])
+            logits = self.head.logits(scored[part])
             started = self._lap("head", started)
             try:
                 chunk = self.sparsifier(logits, gold[part], None if uniforms is None else uniforms[part])
             except NonFiniteRow as error:
                 raise self._not_finite(rows, start + error.row) from None
+            del logits  # before the next are made: one chunk of them at a time
             on_host: dict[str, Any] = {f.name: _to_host(getattr(chunk, f.name)) for f in fields(Chunk)}
             chunks.append(Chunk(**on_host))
             self._lap("select", started)
