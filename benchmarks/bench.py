@@ -383,13 +383,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        results: dict[str, list[dict[str, float]]] = {n: [] for n in (args.only.split(",") if args.only else CASES)}
         make_model(work / "model", args.shape)
         for _ in build_cache(work, work / "cache", args.tokens)[1]:
             pass
-        for _ in build_cache(work, work / "cache-uld", args.tokens, profile="uld")[1]:
+        for _ in build_cache(work, work / "cache-uld", args.tokens, profile="uld")[1] if "uld" in results else ():
             pass
-        make_read_cache(work)
-        results: dict[str, list[dict[str, float]]] = {n: [] for n in (args.only.split(",") if args.only else CASES)}
+        if "read" in results:
+            make_read_cache(work)
         for _ in range(args.repeats):
             for name in results:
                 command = [sys.executable, __file__, "--case", name, "--work", folder, "--tokens", str(args.tokens)]

@@ -2,9 +2,9 @@
 
     python benchmarks/chunks.py --width 256 --vocabulary 50257 --rows 2048
 
-Teacher side: output layer into a reused buffer, then top-k, normalisers, gold rank, per chunk size; against log_softmax and
-top-k on the full tensor. Head: the output layer alone, into the reused buffer and into fresh memory. Select: what follows on
-256 rows, per rows worked through at once. Top-k: by threshold and by `torch.topk`. Student side: `chunked_head_loss` with KL,
+Teacher side: output layer, then top-k, normalisers, gold rank, per chunk size; against log_softmax and top-k on the full
+tensor. Head: the output layer alone, as a teacher's pass takes it, and by `torch.mm` into a reused buffer. Select: what follows
+on 256 rows, per rows worked through at once. Top-k: by threshold and by `torch.topk`. Student side: `chunked_head_loss` with KL,
 forward and backward. Microseconds of CPU time per row, median of `--repeats` turns; with OMP_NUM_THREADS=1 other work on the
 machine hardly shows in them.
 """
@@ -20,6 +20,7 @@ import torch
 
 from kd.cache_builder.sparsify import Sparsifier, top_k_by_threshold, top_k_by_topk
 from kd.cache_builder.targets import TargetConfig
+from kd.data.forward import LanguageModelHead
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import LossTargets, Objective
 
@@ -48,15 +49,14 @@ def main() -> None:
             with torch.inference_mode():
                 for start in range(0, args.rows, size):
                     part = slice(start, start + size)
-                    sparsify(torch.mm(hidden[part], weight.T, out=buffer[: len(gold[part])]), gold[part])
+                    sparsify(output.logits(hidden[part]), gold[part])
 
         return run
 
-    def head(size: int, reused: bool) -> Callable[[], None]:
+    def head(size: int, by: Callable[[torch.Tensor], object]) -> Callable[[], None]:
         def run() -> None:
             for start in range(0, args.rows, size):
-                rows = hidden[start : start + size]
-                torch.mm(rows, weight.T, out=buffer[: len(rows)] if reused else None)
+                by(hidden[start : start + size])
 
         return run
 
@@ -77,7 +77,11 @@ def main() -> None:
 
         return run
 
+    def reused(rows: torch.Tensor) -> torch.Tensor:
+        return torch.mm(rows, weight.T, out=buffer[: len(rows)])
+
     buffer, logits = torch.empty(max(SIZES), args.vocabulary), hidden[:256] @ weight.T
+    output = LanguageModelHead(None, weight, None)
 
     def full() -> None:
         with torch.inference_mode():
@@ -95,7 +99,7 @@ def main() -> None:
 
     sides: dict[str, dict[str, Callable[[], None]]] = {
         "teacher": {**{str(s): teacher(s) for s in SIZES}, "full log_softmax + top-k": full},
-        "head": {f"{s} {'reused' if r else 'fresh'}": head(s, r) for s in SIZES for r in (True, False)},
+        "head": {f"{s} {name}": head(s, by) for s in SIZES for name, by in (("taken", output.logits), ("mm", reused))},
         "select": {str(rows): select(rows) for rows in (2, 4, 8, 16, 32, 128)},
         "top-k": {by.__name__: top_k(by) for by in (top_k_by_threshold, top_k_by_topk)},
         "student": {str(s): student(s) for s in SIZES},

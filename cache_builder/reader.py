@@ -46,6 +46,15 @@ class CachedExample:
         return np.concatenate([self.context_ids, self.targets.gold_ids.astype(np.int32)])
 
 
+class CachedBatch(list[CachedExample]):
+    """Examples that were decoded together."""
+
+    def __init__(self, examples: Sequence[CachedExample], rows: SoftTargets) -> None:
+        super().__init__(examples)
+        self.rows = rows
+        """Of all examples, one after another: what `targets` of each are views of."""
+
+
 class CacheReader:
     """Random access to a complete cache by example number; thread-safe."""
 
@@ -174,7 +183,10 @@ class CacheReader:
         return self.read([example])[0]
 
     def read(self, examples: Sequence[int]) -> list[CachedExample]:
-        """Decode several examples at once. Raises CacheDamageError where rows and tokens do not belong together."""
+        """Decode several examples at once: a `CachedBatch`, or nothing for nothing.
+
+        Raises CacheDamageError where rows and tokens do not belong together.
+        """
         if not len(examples):
             return []
         located, decoded = self._decode(examples)
@@ -186,10 +198,10 @@ class CacheReader:
             result.append(CachedExample(int(number), table["id"][i], table["prompt"][i], table["target"][i],
                                         table["context_ids"][i], take_rows(decoded, slice(start, stop))))  # fmt: skip
             start = stop
-        return result
+        return CachedBatch(result, decoded)
 
     def read_rows(self, examples: Sequence[int]) -> SoftTargets:
-        """The rows of several examples, one after another, without their texts: half the work of `read`."""
+        """The rows of several examples, one after another, without their texts."""
         return self._decode(examples)[1]
 
     def _decode(self, examples: Sequence[int]) -> tuple[list[tuple[store.Shard, int]], SoftTargets]:
@@ -240,9 +252,8 @@ def _root(path: str | Path, cache_bytes: int | None) -> Path:
 
 def take_rows(targets: SoftTargets, rows: slice) -> SoftTargets:
     """A range of rows of every array."""
-    values: dict[str, Any] = {f.name: getattr(targets, f.name) for f in fields(targets)}
-    taken: dict[str, Any] = {n: v[rows] for n, v in values.items() if isinstance(v, np.ndarray)}
-    return replace(targets, **taken)
+    taken: dict[str, Any] = {n: v[rows] if isinstance(v, np.ndarray) else v for n, v in vars(targets).items()}
+    return SoftTargets(**taken)
 
 
 def concatenate(parts: Sequence[SoftTargets]) -> SoftTargets:

@@ -2,14 +2,18 @@
 
 Everything is taken from one chunk `[n, V]` of float32 logits: top-k on the raw logits, one log-normaliser per
 temperature, gold log-probability and rank, seeded draws, rank bands. No log_softmax over the vocabulary is formed. On a
-CPU the chunk is worked through in blocks of rows that stay in the cache from the first pass to the last, and the top-k
-are found by a threshold: 0.6 of the time of whole-chunk passes and `torch.topk` (docs/log.md).
+CPU the chunk is worked through in blocks of rows that stay in the cache from the first pass to the last, the top-k are
+found by a threshold, and numpy's exp is taken: half of the time of whole-chunk passes, torch's exp and `torch.topk`
+(docs/log.md). Several threads take whole blocks each: what torch shares out within every pass waits for the slowest
+thread at each, which on a machine with other work costs more than the passes.
 
 Where temperatures double (1, 2, 4), exp(x/2) is squared into exp(x): one pass of exp serves the whole grid.
 """
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -75,12 +79,14 @@ class Sparsifier:
         self._in_place = doubling and not later  # nothing looks at the logits again once they are powers
         self._buffers: list[torch.Tensor] = []
 
-    def _buffer(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """A reused `[n, V]` float32 scratch tensor: fresh memory of this size costs more than the arithmetic in it."""
-        if not self._buffers or self._buffers[0].shape[0] < like.shape[0] or self._buffers[0].device != like.device:
+    def _scratch(self, rows: int, workers: int, device: torch.device) -> list[torch.Tensor]:
+        """Of each worker a reused `[1 or 2, rows, V]` float32: fresh memory of this size costs more than the arithmetic in it."""
+        shape = (1 if self._in_place else 2, rows, self.vocabulary_size)
+        found = self._buffers
+        if len(found) < workers or found[0].shape[1] < rows or found[0].device != device:
             with torch.inference_mode(False):
-                self._buffers = [torch.empty(like.shape, device=like.device) for _ in range(1 if self._in_place else 2)]
-        return self._buffers[number][: like.shape[0]]
+                self._buffers = [torch.empty(shape, device=device) for _ in range(workers)]
+        return self._buffers
 
     @torch.no_grad()
     def __call__(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None = None) -> Chunk:
@@ -88,15 +94,37 @@ class Sparsifier:
         `uniforms [n, R]` in [0, 1) for the draws. Raises NonFiniteRow."""
         logits = logits[:, : self.vocabulary_size]
         whole = len(logits) if logits.device.type != "cpu" else max(1, BLOCK_BYTES // (4 * self.vocabulary_size))
-        step = self.block_rows or whole
-        blocks = []
-        for start in range(0, len(logits), step):
-            part = slice(start, start + step)
-            try:
-                blocks.append(self._block(logits[part].float(), gold_ids[part],
-                                          None if uniforms is None else uniforms[part]))  # fmt: skip
-            except NonFiniteRow as error:
-                raise NonFiniteRow(start + error.row) from None
+        step = self.block_rows or max(whole, 1)
+        starts = range(0, len(logits), step)
+        # where bands or draws follow, torch's own threads sort and sum
+        workers = 1
+        if logits.device.type == "cpu" and self._in_place:
+            workers = max(1, min(torch.get_num_threads(), len(starts)))
+        scratch = self._scratch(min(step, len(logits)), workers, logits.device)
+
+        def work(worker: int) -> list[Chunk | NonFiniteRow]:
+            """Every `workers`-th block, up to one that is not finite."""
+            done: list[Chunk | NonFiniteRow] = []
+            for start in starts[worker::workers]:
+                part = slice(start, start + step)
+                drawn = None if uniforms is None else uniforms[part]
+                try:
+                    with torch.no_grad():
+                        done.append(self._block(logits[part].float(), gold_ids[part], drawn, scratch[worker]))
+                except NonFiniteRow as error:
+                    return [*done, NonFiniteRow(start + error.row)]
+            return done
+
+        if workers < 2:
+            shares = [work(0)]
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                shares = list(pool.map(work, range(workers)))
+        rows = [found.row for share in shares for found in share if isinstance(found, NonFiniteRow)]
+        if rows:
+            raise NonFiniteRow(min(rows))
+        ordered = [shares[i % workers][i // workers] for i in range(len(starts))]
+        blocks = [block for block in ordered if isinstance(block, Chunk)]
         if len(blocks) == 1:
             return blocks[0]
         columns: dict[str, list[Any]] = {f.name: [getattr(block, f.name) for block in blocks] for f in fields(Chunk)}
@@ -106,11 +134,12 @@ class Sparsifier:
     @torch.no_grad()
     def marked(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None = None) -> Chunk:
         """The same without a wait for the device: rows that would need one are marked in `doubt`. For a GPU."""
-        return self._block(logits[:, : self.vocabulary_size].float(), gold_ids, uniforms, marks=True)
+        scratch = self._scratch(len(logits), 1, logits.device)[0]
+        return self._block(logits[:, : self.vocabulary_size].float(), gold_ids, uniforms, scratch, marks=True)
 
-    def _block(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None, *,
+    def _block(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None, scratch: torch.Tensor, *,
                marks: bool = False) -> Chunk:  # fmt: skip
-        """`logits [r, V]` float32, `gold_ids [r]`, `uniforms [r, R]`."""
+        """`logits [r, V]` float32, `gold_ids [r]`, `uniforms [r, R]`; `scratch [1 or 2, >= r, V]` is written over."""
         config = self.config
         ids = relative = tied = doubt = None
         if config.top_k:
@@ -124,10 +153,10 @@ class Sparsifier:
             relative = values - top
         else:
             top = logits.amax(dim=1, keepdim=True)
-        shifted = torch.sub(logits, top, out=self._buffer(0, logits))
+        shifted = subtract(logits, top, scratch[0, : len(logits)])
         gold = shifted.gather(1, gold_ids.unsqueeze(1))
         ranks = self._ranks(shifted, gold, relative)
-        log_z = self._log_normalisers(shifted)
+        log_z = self._log_normalisers(shifted, scratch[-1, : len(logits)])
         one = log_z[:, config.temperatures.index(1.0)]
         kept = gold if relative is None else torch.minimum(gold, relative[:, -1:])
         # a kept logit of minus infinity: no stored number can hold it
@@ -176,19 +205,19 @@ class Sparsifier:
             ranks[row] = int(np.count_nonzero(rows[row] > values[row]))
         return ranks
 
-    def _log_normalisers(self, shifted: torch.Tensor) -> torch.Tensor:
+    def _log_normalisers(self, shifted: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
         """`[n, V]` logits with maximum 0 -> `[n, T]`; the sum holds exp(0) = 1, so the logarithm is safe.
 
-        Overwrites the logits where nothing else needs them.
+        `powers` is written over; it may be `shifted` where temperatures double.
         """
         columns: dict[float, torch.Tensor] = {}
-        previous, powers = 0.0, shifted if self._in_place else self._buffer(1, shifted)
+        previous = 0.0
         for temperature in reversed(self.config.temperatures):
             if previous == 2 * temperature:
-                powers.mul_(powers)
+                square(powers)
             else:
-                torch.div(shifted, temperature, out=powers).exp_()
-            columns[temperature] = powers.sum(dim=1).log()
+                exp_of_quotient(shifted, temperature, powers)
+            columns[temperature] = row_sums(powers).log()
             previous = temperature
         return torch.stack([columns[t] for t in self.config.temperatures], dim=1)
 
@@ -204,6 +233,50 @@ class Sparsifier:
                 else:
                     columns.append((ordered[:, low:high] / temperature).logsumexp(dim=1) - norm)
         return torch.stack(columns, dim=1).clamp(min=LOG_MASS_FLOOR)
+
+
+def subtract(logits: torch.Tensor, top: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`logits [n, V] - top [n, 1]` into `out`."""
+    if logits.device.type != "cpu":
+        return torch.sub(logits, top, out=out)
+    with np.errstate(invalid="ignore"):  # infinity less infinity: such rows are refused by their normalisers
+        np.subtract(logits.numpy(), top.numpy(), out=out.numpy())
+    return out
+
+
+def exp_of_quotient(shifted: torch.Tensor, temperature: float, out: torch.Tensor) -> None:
+    """`exp(shifted / temperature)` into `out`, which may be `shifted`; all `[n, V]` float32.
+
+    numpy's exp rounds a little worse than torch's and takes half as long on a CPU; what `log_z` is off by does not
+    change, as its own rounding weighs more. A quotient by a power of two is a product, exactly.
+    """
+    if shifted.device.type != "cpu":
+        torch.div(shifted, temperature, out=out).exp_()
+        return
+    x, y = shifted.numpy(), out.numpy()
+    if math.frexp(temperature)[0] == 0.5:
+        np.multiply(x, np.float32(1 / temperature), out=y)
+    else:
+        np.divide(x, np.float32(temperature), out=y)
+    np.exp(y, out=y)
+
+
+def square(x: torch.Tensor) -> None:
+    """In place."""
+    if x.device.type != "cpu":
+        x.mul_(x)
+    else:
+        np.multiply(x.numpy(), x.numpy(), out=x.numpy())
+
+
+def row_sums(x: torch.Tensor) -> torch.Tensor:
+    """`[n, V] -> [n]`; on a CPU of 32 columns a stride apart first: whole vectors, and as accurate as sums by pairs."""
+    if x.device.type != "cpu":
+        return x.sum(dim=1)
+    rows = x.numpy()
+    width = rows.shape[1] // 32
+    sums = rows[:, : 32 * width].reshape(len(rows), 32, width).sum(axis=1).sum(axis=1)
+    return torch.from_numpy(sums + rows[:, 32 * width :].sum(axis=1))
 
 
 def top_k_by_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,24 +87,28 @@ EXAMPLE_SCHEMA = pa.schema(
 def create_group(
     path: Path, arrays: Sequence[ArraySpec], layout: Layout, shards: int, attributes: Mapping[str, Any]
 ) -> None:
-    """Write the metadata of the Zarr group and its arrays (no data)."""
-    group = zarr.create_group(path, zarr_format=3, attributes=dict(attributes), overwrite=True)
-    for spec in arrays:
-        columns = () if spec.columns is None else (spec.columns,)
-        order = [TransposeCodec(order=(1, 0))] if spec.by_column else []
-        group.create_array(
-            spec.name,
-            shape=(shards * layout.shard_rows, *columns),
-            dtype=spec.dtype,
-            chunks=(layout.chunk_rows, *columns),
-            shards=(layout.shard_rows, *columns),
-            filters=order,
-            serializer=BytesCodec(),
-            compressors=[BloscCodec(cname="zstd", clevel=5, shuffle=spec.shuffle), Crc32cCodec()],
-            fill_value=0,
-            attributes=dict(spec.attributes),
-            dimension_names=("row",) if spec.columns is None else ("row", "column"),
-        )
+    """Write the metadata of the Zarr group and its arrays (no data), on one line each: a scale has thousands of numbers."""
+    with zarr.config.set({"json_indent": None}):
+        group = zarr.create_group(path, zarr_format=3, attributes=dict(attributes), overwrite=True)
+        for spec in arrays:
+            columns = () if spec.columns is None else (spec.columns,)
+            order = [TransposeCodec(order=(1, 0))] if spec.by_column else []
+            level = (
+                5 if spec.ids else 8
+            )  # 8 takes 1 % off ids for four times the time, 4 % off rank bands for 3 us a row
+            group.create_array(
+                spec.name,
+                shape=(shards * layout.shard_rows, *columns),
+                dtype=spec.dtype,
+                chunks=(layout.chunk_rows, *columns),
+                shards=(layout.shard_rows, *columns),
+                filters=order,
+                serializer=BytesCodec(),
+                compressors=[BloscCodec(cname="zstd", clevel=level, shuffle=spec.shuffle), Crc32cCodec()],
+                fill_value=0,
+                attributes=dict(spec.attributes),
+                dimension_names=("row",) if spec.columns is None else ("row", "column"),
+            )
 
 
 def write_answers(path: Path, ids: Sequence[str], answers: Sequence[tuple[str, bool]]) -> None:
@@ -170,7 +174,7 @@ class ShardWriter:
         table = pa.table({"id": pa.array(range(len(vocabulary)), pa.int32()), "piece": pa.array(vocabulary, pa.binary()),
                           "code": pa.array(codes, pa.int32())})  # fmt: skip
         encodings = {"id": "DELTA_BINARY_PACKED", "piece": "DELTA_LENGTH_BYTE_ARRAY", "code": "BYTE_STREAM_SPLIT"}
-        pq.write_table(table, self.staging / VOCABULARY, compression="zstd", compression_level=9, use_dictionary=False,
+        pq.write_table(table, self.staging / VOCABULARY, compression="zstd", compression_level=19, use_dictionary=False,
                        column_encoding=encodings, write_statistics=False)  # fmt: skip
         files = {n: file_entry(self.staging / n) for n in names}
         answers = sorted((self.root / ANSWERS).glob("*.*"))
@@ -225,7 +229,8 @@ class ShardWriter:
         parquet = self.staging / files["examples"]
         parquet.parent.mkdir(exist_ok=True)
         columns = {name: [e[name] for e in examples] for name in EXAMPLE_SCHEMA.names}
-        pq.write_table(pa.table(columns, EXAMPLE_SCHEMA), parquet, compression="zstd")
+        pq.write_table(pa.table(columns, EXAMPLE_SCHEMA), parquet, compression="zstd", compression_level=15,
+                       use_dictionary=["task", "split", "prompt"], write_statistics=False)  # fmt: skip
         if commit_path(self.root, index).exists():
             for name in files.values():
                 (self.staging / name).unlink()

@@ -213,6 +213,8 @@ class SoftTargets:
         """`[N, K]` float64 log-probabilities of the kept tokens at a temperature of the grid; exact, not re-estimated."""
         if self.logprobs is None:
             raise CacheError("this cache holds no top-k log-probabilities", try_="kd cache info PATH shows its profile")
+        if temperature == 1.0:
+            return self.logprobs.astype(np.float64)
         top = self.log_z[:, [self.grid_index(1.0)]].astype(np.float64)
         relative = self.logprobs.astype(np.float64) + top
         return np.asarray(relative / temperature - self.log_z[:, [self.grid_index(temperature)]].astype(np.float64))

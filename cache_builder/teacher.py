@@ -128,12 +128,10 @@ class Teacher:
             ]
             uniforms = on_device(torch.from_numpy(np.concatenate(draws)), self.device)
         laps.mark("forward")
-        chunks, memory = [], None
-        if self.device.type == "cpu":  # the same for every chunk of the batch, gone before the next forward pass
-            memory = torch.empty(min(head_chunk, len(hidden)), self.head.weight.shape[0])
+        chunks = []
         for start in range(0, len(hidden), head_chunk):
             part = slice(start, start + head_chunk)
-            logits = self.head.logits(hidden[part], None if memory is None else memory[: len(hidden[part])])
+            logits = self.head.logits(hidden[part])
             laps.mark("head")
             select = self.sparsifier if waits else self.sparsifier.marked
             try:

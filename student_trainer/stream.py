@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd.cache_builder.reader import CachedExample, CacheReader
+from kd.cache_builder.reader import CachedBatch, CachedExample, CacheReader, concatenate
 from kd.cache_builder.targets import SoftTargets
 from kd.data.packing import Packer, Size, lay_out, pack
 from kd.student_trainer.alignment import Side, align
@@ -202,14 +202,18 @@ class Collator:
     def _rows(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
         kind, temperature = self.objective.tail, self.objective.temperature
         batch: dict[str, np.ndarray] = {}
+        # rows that were decoded together lie one after another already: not taken apart and joined again
+        rows = examples.rows if isinstance(examples, CachedBatch) else concatenate([e.targets for e in examples])
         if kind in ("ghost", "renorm"):
-            batch["token_ids"] = np.concatenate([e.targets.token_ids for e in examples])
-            logprobs = np.concatenate([e.targets.logprobs_at(temperature) for e in examples])
+            assert rows.token_ids is not None
+            batch["token_ids"] = rows.token_ids
+            logprobs = rows.logprobs_at(temperature)
             batch["logprobs"] = logprobs.astype(np.float32)
             batch["tail_mass"] = np.maximum(0.0, 1.0 - np.exp(logprobs).sum(axis=1)).astype(np.float32)
         if kind == "sampled":
-            batch["sample_ids"] = np.concatenate([e.targets.sample_ids for e in examples])
-            batch["sample_counts"] = np.concatenate([e.targets.sample_counts for e in examples])
+            assert rows.sample_ids is not None
+            assert rows.sample_counts is not None
+            batch["sample_ids"], batch["sample_counts"] = rows.sample_ids, rows.sample_counts
         return batch
 
     def _groups(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:

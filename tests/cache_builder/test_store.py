@@ -61,6 +61,14 @@ def test_the_store_is_plain_zarr_of_registered_codecs(cache: Path):
             assert inner["index_codecs"][-1]["name"] == "crc32c"
 
 
+def test_metadata_carries_no_indentation_and_tables_no_second_copy_of_their_texts(cache: Path):
+    """A scale of thousands of numbers, and the longest texts, would stand there again: 1 B per token of a small cache."""
+    assert not any("\n" in path.read_text() for path in cache.rglob("zarr.json"))
+    for path in cache.rglob("*.parquet"):
+        group = pq.read_metadata(path).row_group(0)
+        assert not any(group.column(i).is_stats_set for i in range(group.num_columns)), path.name
+
+
 def test_attributes_say_how_to_decode_without_this_code(tmp_path: Path, build_request, run_build):
     cache = tmp_path / "cache"
     run_build(build_request(cache, logprob_codec="linear8"))
