@@ -78,6 +78,7 @@ class Sparsifier:
         doubling = all(high == 2 * low for low, high in pairwise(config.temperatures))
         self._in_place = doubling and not later  # nothing looks at the logits again once they are powers
         self._buffers: list[torch.Tensor] = []
+        self._pool: ThreadPoolExecutor | None = None
 
     def _scratch(self, rows: int, workers: int, device: torch.device) -> list[torch.Tensor]:
         """Of each worker a reused `[1 or 2, rows, V]` float32: fresh memory of this size costs more than the arithmetic in it."""
@@ -118,8 +119,9 @@ class Sparsifier:
         if workers < 2:
             shares = [work(0)]
         else:
-            with ThreadPoolExecutor(workers) as pool:
-                shares = list(pool.map(work, range(workers)))
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(torch.get_num_threads(), "kd-select")
+            shares = list(self._pool.map(work, range(workers)))
         rows = [found.row for share in shares for found in share if isinstance(found, NonFiniteRow)]
         if rows:
             raise NonFiniteRow(min(rows))

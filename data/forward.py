@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CPU_CHUNK_BYTES = 30 * 2**20
 """A chunk of float32 logits on a CPU: above 32 MB glibc maps and zeroes fresh pages for every tensor, which costs 30-80 % of
 the time of the output layer, and twice as many rows make the product 4 % faster (benchmarks/chunks.py)."""
+CPU_THREADS_BYTES = 44 * 2**20
+"""The same where several threads select: their small tensors leave holes that no second chunk fits into, and memory grows by
+hundreds of MB; what is above 32 MB goes back to the system at once."""
 CPU_TRAINING_BYTES = 64 * 2**20
 """The same in training, where one buffer serves all chunks and the weight's gradient is read and written once per chunk."""
 GPU_CHUNK_BYTES = 256 * 2**20
@@ -71,7 +74,10 @@ def padded_tokens(lengths: Sequence[Size]) -> int:
 
 def head_rows(vocabulary_size: int, device_type: str, *, training: bool = False) -> int:
     """Rows of the output layer to compute at once: 64 to 1,024, a multiple of 16, whose logits fit the budget."""
-    budget = GPU_CHUNK_BYTES if device_type != "cpu" else CPU_TRAINING_BYTES if training else CPU_CHUNK_BYTES
+    import torch
+
+    on_cpu = CPU_CHUNK_BYTES if torch.get_num_threads() == 1 else CPU_THREADS_BYTES
+    budget = GPU_CHUNK_BYTES if device_type != "cpu" else CPU_TRAINING_BYTES if training else on_cpu
     return min(1024, max(64, budget // (4 * vocabulary_size) // 16 * 16))
 
 

@@ -20,6 +20,7 @@ from kd.cache_builder.sparsify import (
     Sparsifier,
     boundary_token_ids,
     draw,
+    row_sums,
     top_k_at_once,
     top_k_by_threshold,
     top_k_by_topk,
@@ -174,6 +175,54 @@ def test_the_blocks_of_rows_change_nothing(config: TargetConfig, block_rows: int
         assert (x is None) == (y is None), name
         if x is not None:
             torch.testing.assert_close(x, y, rtol=0, atol=1e-6 if x.is_floating_point() else 0, msg=name)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("config", [full(), TargetConfig(top_k=10), TargetConfig.of_profile("sampled", samples=4)])
+def test_the_number_of_threads_changes_no_bit(config: TargetConfig, three_threads):
+    logits, gold, uniforms = torch.from_numpy(logits_of(v=999)), torch.arange(N) * 40, uniforms_for(0, 0, N, 6)
+    many = Sparsifier(config, 999, block_rows=5)(logits, gold, uniforms)
+    torch.set_num_threads(1)
+    one = Sparsifier(config, 999, block_rows=5)(logits, gold, uniforms)
+    for name in Chunk.__dataclass_fields__:
+        x, y = getattr(many, name), getattr(one, name)
+        assert (x is None and y is None) or torch.equal(x, y), name
+
+
+def test_of_several_bad_rows_the_first_is_reported_whichever_thread_sees_it_first(three_threads):
+    logits = logits_of(v=999)
+    for first, second in ((3, 20), (9, 13), (11, 12)):
+        bad = logits.copy()
+        bad[[first, second], 7] = math.nan
+        with pytest.raises(NonFiniteRow) as caught:
+            Sparsifier(TargetConfig(top_k=10), 999, block_rows=2)(
+                torch.from_numpy(bad), torch.zeros(N, dtype=torch.long)
+            )
+        assert caught.value.row == first
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 999, 50257])
+def test_row_sums_are_those_of_float64(width: int):
+    values = np.exp(logits_of(n=5, v=width, scale=8.0))
+    exact = values.astype(np.float64).sum(1)
+    # 8 roundings of 2^-24 where numpy adds by pairs, 32 where whole vectors are added, all with one sign
+    np.testing.assert_allclose(row_sums(torch.from_numpy(values)).numpy(), exact, rtol=40 * 2**-24)
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 20.0])
+def test_normalisers_of_a_real_vocabulary_are_those_of_float64(scale: float):
+    logits = logits_of(n=6, v=50257, scale=scale)
+    log_z = sparsify(logits, TargetConfig(top_k=10), v=50257).log_z.numpy()
+    exact = np.stack([-log_softmax(logits, t).max(axis=1) for t in (1.0, 2.0, 4.0)], axis=1)
+    # measured 6e-7 with torch's exp and numpy's alike; float32 holds a number up to 11 to within 4.8e-7
+    np.testing.assert_allclose(log_z, exact, rtol=0, atol=1.5e-6)
 
 
 def test_the_logits_are_left_as_they_were():

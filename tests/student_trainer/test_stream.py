@@ -193,6 +193,18 @@ def test_head_and_tail_are_those_of_the_objective_s_temperature(kl_reader, tail:
     assert batch["tail_mass"].min() >= 0
 
 
+@pytest.mark.parametrize("kind", ["ghost", "renorm", "sampled"])
+def test_rows_decoded_together_are_those_of_the_examples_one_by_one(cache, kind: str) -> None:
+    reader = CacheReader(cache)
+    order = [3, 0, len(reader) - 1]
+    together, joined = (
+        Collator(Objective("kl", kind))(examples) for examples in (reader.read(order), [reader[i] for i in order])
+    )
+    assert together.keys() == joined.keys()
+    for name, value in together.items():
+        assert torch.equal(value, joined[name]), name
+
+
 def test_a_batch_holds_what_its_objective_needs_and_nothing_else(cache) -> None:
     always = {"input_ids", "attention_mask", "positions", "gold_ids"}
     head, draws = {"token_ids", "logprobs", "tail_mass"}, {"sample_ids", "sample_counts"}
