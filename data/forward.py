@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +79,17 @@ def head_rows(vocabulary_size: int, device_type: str, *, training: bool = False)
     on_cpu = CPU_CHUNK_BYTES if torch.get_num_threads() == 1 else CPU_THREADS_BYTES
     budget = GPU_CHUNK_BYTES if device_type != "cpu" else CPU_TRAINING_BYTES if training else on_cpu
     return min(1024, max(64, budget // (4 * vocabulary_size) // 16 * 16))
+
+
+@cache
+def _onednn_linear() -> Any | None:
+    """torch's operator for a product by oneDNN; None where this build has no MKL to go around, or this release no such operator."""
+    import torch
+
+    try:
+        return torch.ops.mkldnn._linear_pointwise if torch._C.has_mkl and torch._C._has_mkldnn else None
+    except AttributeError:  # both are torch's own business
+        return None
 
 
 @dataclass(frozen=True)
@@ -152,15 +163,14 @@ class LanguageModelHead:
         """
         import torch
 
-        if (
-            hidden.device.type == "cuda" and hidden.dtype == self.weight.dtype != torch.float32
-        ):  # tensor cores, float32 out
+        if hidden.device.type == "cuda" and hidden.dtype == self.weight.dtype != torch.float32:
+            # tensor cores, float32 out
             product = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
             return product if self.bias is None else product.add_(self.bias)
         bias = None if self.bias is None else self.bias.float()
-        if hidden.device.type == "cpu" and torch._C.has_mkl and torch._C._has_mkldnn:
-            linear = torch.ops.mkldnn._linear_pointwise
-            return linear(hidden.float(), self._weight32, bias, "none", [], "")  # type: ignore[no-any-return]
+        onednn = _onednn_linear() if hidden.device.type == "cpu" else None
+        if onednn is not None:
+            return onednn(hidden.float(), self._weight32, bias, "none", [], "")  # type: ignore[no-any-return]
         return torch.nn.functional.linear(hidden.float(), self._weight32, bias)
 
     @cached_property

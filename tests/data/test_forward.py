@@ -17,6 +17,7 @@ from transformers import (
     BloomForCausalLM,
 )
 
+from kd.data import forward
 from kd.data.errors import DataError
 from kd.data.forward import LanguageModelHead, require_packable, segment_mask, split_head
 from kd.data.packing import lay_out
@@ -153,7 +154,14 @@ def test_a_model_whose_tokens_leak_past_the_mask_is_refused(monkeypatch: pytest.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 7, 144])
-def test_logits_are_the_product_in_float64(rows: int, bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+def test_logits_are_the_product_in_float64(
+    monkeypatch: pytest.MonkeyPatch, onednn: bool, rows: int, bias: bool, dtype: torch.dtype
+) -> None:
+    if not onednn:
+        monkeypatch.setattr(forward, "_onednn_linear", lambda: None)
+    elif forward._onednn_linear() is None:
+        pytest.skip("this torch has no such operator")
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 96, generator=generator).to(dtype) for n in (rows, 1000))
     head = LanguageModelHead(None, weight, torch.randn(1000, generator=generator).to(dtype) if bias else None)
