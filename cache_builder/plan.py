@@ -1,6 +1,8 @@
 """What a build will be: the text in tokens, cut into shards, and the identity that names it. Nothing is written.
 
-plan = plan_build(request)            # loads no weights; before the teacher's answers: an upper bound
+    plan = plan_build(request)            # loads no weights; before the teacher's answers: an upper bound
+
+`build` is given the plan; `kd cache plan` prints it.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
     config = load_config(request)
     classes = is_classifier(config)
     if classes:  # a handful of numbers per text: all of them, as they are
-        top_k, logprob_codec = top_k or int(config.num_labels), logprob_codec or "float32"
+        top_k = int(config.num_labels) if top_k is None else top_k
+        logprob_codec = logprob_codec or "float32"
     targets = TargetConfig.of_profile(
         profile, top_k=top_k, samples=samples, tail_bands=tail_bands, temperatures=temperatures,
         band_temperatures=band_temperatures or (1.0,), logprob_codec=logprob_codec, seed=seed,

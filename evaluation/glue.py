@@ -177,6 +177,7 @@ def load_heads(pool: ModelPool, *, task_root: Path | None = None, limit: int | N
         task = glue_task(model.name)
         rows = load_glue(model.data, task=task.name, split="dev", limit=limit, task_root=task_root)
         request = ModelRequest(model.path, model.revision)
+        refuse_other_classes(request, load_config(request), task.labels)
         tokenizer = load_request_tokenizer(request)
         pad_token_id(tokenizer)
         encoded = encode_rows(tokenizer, rows.rows, max_length=_longest(request, max_length))

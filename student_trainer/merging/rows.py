@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kd.data.classifiers import load_classifier
+from kd.data.classifiers import load_classifier, refuse_other_classes
 from kd.data.errors import DataError
 from kd.data.glue import load_glue
 from kd.data.models import ModelRequest, load_config, load_model, load_request_tokenizer, max_positions
@@ -55,10 +55,11 @@ class RowSampler:
         pad = pad_token_id(tokenizer)
         limit = min(self.max_length, max_positions(load_config(request)) or self.max_length)
         if self.classifiers:
-            rows = load_glue(model.data, task=model.name, split="train", task_root=self.task_root).rows
-            chosen = [rows[i] for i in self._drawn(len(rows))]
+            found = load_glue(model.data, task=model.name, split="train", task_root=self.task_root)
+            chosen = [found.rows[i] for i in self._drawn(len(found.rows))]
             ids: Sequence[Sequence[int]] = encode_rows(tokenizer, chosen, max_length=limit).ids
             whole = load_classifier(request, pad_id=pad)
+            refuse_other_classes(request, whole.config, found.task.labels)
             part = whole.base_model
             for parameter in whole.parameters():
                 parameter.requires_grad_(False)

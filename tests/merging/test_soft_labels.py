@@ -32,10 +32,12 @@ from kd.data.models import ModelRequest, load_model
 from kd.data.rendering import InstructionConfig
 from kd.data.sources import load_classes, load_corpus
 from kd.data.tokenizer import load_tokenizer
+from kd.evaluation.glue import evaluate_classifier, load_heads
 from kd.student_trainer.classify.encoding import PadBatch, encode_rows, pad_rows
 from kd.student_trainer.classify.soft import read_classes
 from kd.student_trainer.classify.train import ClassifyConfig, train_classifier
 from kd.student_trainer.losses import LossTargets, Objective
+from kd.student_trainer.merging.pool import read_pool
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 
@@ -138,6 +140,11 @@ def test_a_classifier_that_numbers_its_classes_otherwise_is_refused(
     swapped = renamed(request.teacher, tmp_path / "swapped", ("Positive", "Negative"))
     with pytest.raises(DataError, match="another order"):
         list(build(plan_build(replace(request, teacher=swapped))))
+    (pool := tmp_path / "pool.yaml").write_text(f"base: {sst2_teacher}\nmodels: {{sst2: {swapped.name}}}\n")
+    with pytest.raises(DataError, match="another order"):
+        load_heads(read_pool(pool), task_root=glue_root, max_length=64)
+    with pytest.raises(DataError, match="another order"):
+        list(evaluate_classifier(swapped.name, data=str(glue_root / "sst2"), max_length=64, device="cpu"))
     nameless = renamed(request.teacher, tmp_path / "nameless", ("LABEL_0", "LABEL_1"))
     list(build(plan_build(replace(request, teacher=nameless))))  # says nothing about the order: the reference's files
 
