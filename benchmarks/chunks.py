@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 import torch
 
-from kd.cache_builder.sparsify import Sparsifier, top_k_by_threshold, top_k_by_topk
+from kd.cache_builder.selection import top_k_by_threshold, top_k_by_topk
+from kd.cache_builder.sparsify import Sparsifier
 from kd.cache_builder.targets import TargetConfig
 from kd.data.forward import LanguageModelHead
 from kd.student_trainer.head import chunked_head_loss

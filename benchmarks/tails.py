@@ -16,7 +16,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from kd.cache_builder.sparsify import draw
+from kd.cache_builder.selection import draw
 from kd.data.blocks import BlockConfig, tokenize_corpus
 from kd.data.models import ModelRequest, load_model, load_request_tokenizer
 from kd.data.sources import load_corpus

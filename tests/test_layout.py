@@ -16,7 +16,18 @@ PACKAGES = ("data", "recipes", "cache_builder", "student_trainer", "evaluation",
 FORMAT_HALF = {"targets", "codecs", "chunks", "files", "manifest", "claims", "commits", "rows", "store", "reader", "summary",
                "verify", "tables", "repair", "home", "registry", "derive", "mixture", "part", "remotes", "hub",
                "fetching", "transfer", "push", "pull", "mirror", "card"}  # fmt: skip
-BUILD_HALF = {"sparsify", "host_copies", "teacher", "generate", "plan", "build", "estimate", "reuse"}
+BUILD_HALF = {
+    "selection",
+    "normalisers",
+    "sparsify",
+    "host_copies",
+    "teacher",
+    "generate",
+    "plan",
+    "build",
+    "estimate",
+    "reuse",
+}
 LAYERS = {"data": 0, "recipes": 0, "cache_builder": 1, "student_trainer": 2, "evaluation": 3,
           "commands": 4, "cli": 5}  # fmt: skip
 DOORS = {

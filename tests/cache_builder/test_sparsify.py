@@ -8,9 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from kd.cache_builder.selection import draw
 from kd.cache_builder.sparsify import (
     LOG_MASS_FLOOR,
     NOT_FINITE,
@@ -19,11 +18,6 @@ from kd.cache_builder.sparsify import (
     NonFiniteRow,
     Sparsifier,
     boundary_token_ids,
-    draw,
-    row_sums,
-    top_k_at_once,
-    top_k_by_threshold,
-    top_k_by_topk,
     uniforms_for,
 )
 from kd.cache_builder.targets import TargetConfig, band_edges
@@ -83,48 +77,6 @@ def test_the_top_k_are_the_most_probable_tokens_in_order():
     assert (chunk.relative.numpy()[:, 0] == 0).all()
 
 
-def by_sorting(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The twin: a stable sort of whole rows in float64, the lowest id first where logits are equal."""
-    order = np.argsort(-logits.astype(np.float64), axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(logits, order, 1), order
-
-
-@st.composite
-def rows_and_k(draw_from) -> tuple[np.ndarray, int]:
-    """Few different logits (ties everywhere, some at minus infinity) or all different, any k up to V."""
-    v = draw_from(st.integers(1, 700))
-    rng = np.random.default_rng(draw_from(st.integers(0, 2**32)))
-    n, different = draw_from(st.integers(1, 5)), draw_from(st.sampled_from([1, 2, 5, 40, 10**9]))
-    logits = (rng.integers(0, different, (n, v)) * 4.0 / different).astype(np.float32)
-    logits[rng.random((n, v)) < draw_from(st.sampled_from([0.0, 0.1, 0.99]))] = -np.inf
-    return logits, draw_from(st.integers(1, min(v, 20)) | st.integers(1, v))
-
-
-@pytest.mark.parametrize("top_k", [top_k_by_threshold, top_k_by_topk])
-@settings(max_examples=300, deadline=None)
-@given(case=rows_and_k())
-def test_the_top_k_are_those_of_a_full_sort_and_ties_go_to_the_lowest_id(top_k, case):
-    logits, k = case
-    values, ids = top_k(torch.from_numpy(logits), k)
-    expected, order = by_sorting(logits, k)
-    np.testing.assert_array_equal(values.numpy(), expected)
-    np.testing.assert_array_equal(ids.numpy(), order)
-    np.testing.assert_array_equal(values.numpy(), torch.from_numpy(logits).topk(k, dim=1).values.numpy())
-
-
-@settings(max_examples=300, deadline=None)
-@given(case=rows_and_k())
-def test_without_a_wait_the_top_k_are_the_same_but_for_rows_whose_k_th_place_is_tied(case):
-    logits, k = case
-    values, ids, tied = (x.numpy() for x in top_k_at_once(torch.from_numpy(logits), k))
-    expected, order = by_sorting(logits, k)
-    following = by_sorting(logits, k + 1)[0][:, k:]
-    np.testing.assert_array_equal(tied, (expected[:, k - 1 :] == following).any(axis=1))
-    np.testing.assert_array_equal(values, expected)
-    np.testing.assert_array_equal(ids[~tied], order[~tied])
-    np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), expected)  # of tied rows, some of the equal ones
-
-
 @pytest.mark.parametrize("config", [full(), TargetConfig(top_k=10), TargetConfig.of_profile("sampled", samples=4)])
 def test_marked_rows_are_those_that_need_a_wait_and_all_others_are_the_same(config: TargetConfig):
     logits, gold = logits_of(v=999), np.arange(N) * 40
@@ -151,15 +103,6 @@ def test_marked_rows_are_those_that_need_a_wait_and_all_others_are_the_same(conf
                 assert (x is None) == (y is None)
                 if x is not None:  # sums over a row taken in another order for another shape
                     torch.testing.assert_close(x[[row]], y, rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("k", [1, 64, 256, 3000])
-def test_the_top_k_of_a_real_vocabulary_are_those_of_a_full_sort(k: int):
-    logits = logits_of(n=3, v=50257)[:, :-7]  # rows with a stride of their own, as padded columns leave them
-    values, ids = top_k_by_threshold(torch.from_numpy(logits), k)
-    expected, order = by_sorting(logits, k)
-    np.testing.assert_array_equal(values.numpy(), expected)
-    np.testing.assert_array_equal(ids.numpy(), order)
 
 
 @pytest.mark.parametrize("block_rows", [1, 5, N])
@@ -206,14 +149,6 @@ def test_of_several_bad_rows_the_first_is_reported_whichever_thread_sees_it_firs
                 torch.from_numpy(bad), torch.zeros(N, dtype=torch.long)
             )
         assert caught.value.row == first
-
-
-@pytest.mark.parametrize("width", [1, 31, 32, 33, 999, 50257])
-def test_row_sums_are_those_of_float64(width: int):
-    values = np.exp(logits_of(n=5, v=width, scale=8.0))
-    exact = values.astype(np.float64).sum(1)
-    # 8 roundings of 2^-24 where numpy adds by pairs, 32 where whole vectors are added, all with one sign
-    np.testing.assert_allclose(row_sums(torch.from_numpy(values)).numpy(), exact, rtol=40 * 2**-24)
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0, 20.0])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.cache_builder.sparsify import draw
+from kd.cache_builder.selection import draw
 from kd.data.errors import DataError
 from kd.student_trainer.losses import (
     LOSSES,
