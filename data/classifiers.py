@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kd.data.batches import Size, padded_ids
 from kd.data.errors import DataError, TeacherError
-from kd.data.forward import LanguageModelHead, Size, padded_ids
+from kd.data.forward import LanguageModelHead
 from kd.data.models import ModelRequest, cannot_load, is_classifier, load_config, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
