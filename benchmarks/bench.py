@@ -186,7 +186,7 @@ def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
 def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
     import torch
 
-    from kd.data.forward import batches_by_length
+    from kd.data.batches import batches_by_length
 
     plan = t5_plan(work / "none", tokens)
     model = plan.request.model

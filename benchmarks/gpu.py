@@ -52,9 +52,10 @@ from kd.cache_builder import codecs
 from kd.cache_builder.sparsify import Sparsifier
 from kd.cache_builder.targets import TargetConfig, band_edges
 from kd.cache_builder.teacher import Teacher, collect
+from kd.data.batches import batches_by_length, head_rows, on_device
 from kd.data.blocks import TokenRows
 from kd.data.example import Example
-from kd.data.forward import EncoderDecoderHead, LanguageModelHead, batches_by_length, head_rows, on_device, split_head
+from kd.data.forward import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.data.models import ModelRequest, load_model, random_model
 from kd.data.shapes import SHAPES
 from kd.student_trainer.groups import GroupSettings

@@ -24,7 +24,7 @@ from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.example import Example
 from kd.data.identity import model_identity, pinned
-from kd.data.models import is_encoder_decoder, load_config, load_model, load_request_tokenizer
+from kd.data.models import is_encoder_decoder, load_config, load_model, load_request_tokenizer, refuse_classifier
 from kd.data.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
     """Answer every prompt of `request.corpus`. Raises KdError; what was answered stays, and the same call continues."""
     generation = request.generation or GenerationConfig()
     config = load_config(request.teacher)
+    refuse_classifier(request.teacher, config)
     request = replace(
         request, teacher=pinned(request.teacher), blocks=replace(request.blocks, encoder=is_encoder_decoder(config))
     )

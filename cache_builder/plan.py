@@ -30,7 +30,7 @@ from kd.cache_builder.manifest import (
 from kd.cache_builder.rows import codes_by_count
 from kd.cache_builder.targets import TargetConfig
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
-from kd.data.classifiers import refuse_other_classes
+from kd.data.classifiers import refuse_other_classes, refuse_other_heads
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.glue import CLASSES
 from kd.data.identity import model_identity, pinned
@@ -117,6 +117,8 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         raise DataError("a classifier is a teacher of classes, and of nothing else", where=request.teacher.name,
                         found=f"{(config.architectures or [type(config).__name__])[0]} over {request.corpus.spec}",
                         expected="a classifier over glue/TASK, or a language model over text")  # fmt: skip
+    if classes:
+        refuse_other_heads(request.teacher, config)
     tokenizer = load_request_tokenizer(request.teacher)
     own, width = vocabulary_size(tokenizer), int(config.vocab_size)
     if own > width:

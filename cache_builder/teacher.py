@@ -22,9 +22,10 @@ import torch
 from kd.cache_builder.host_copies import Arrival, HostCopies, Laps
 from kd.cache_builder.sparsify import NOT_FINITE, Chunk, NonFiniteRow, Sparsifier, uniforms_for
 from kd.cache_builder.targets import RawTargets
+from kd.data.batches import batches_by_length, head_rows, on_device, padded_tokens
 from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
-from kd.data.forward import LanguageModelHead, batches_by_length, head_rows, on_device, padded_tokens
+from kd.data.forward import LanguageModelHead
 
 
 @dataclass

@@ -10,13 +10,15 @@ pass over a classifier is that over a language model with one scored position pe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kd.data.batches import Size, padded_ids
 from kd.data.errors import DataError, TeacherError
-from kd.data.forward import LanguageModelHead, Size, padded_ids
+from kd.data.forward import LanguageModelHead
 from kd.data.models import ModelRequest, cannot_load, is_classifier, load_config, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
@@ -62,10 +64,33 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
                 )
     except Exception as error:
         raise cannot_load(request, error) from error
+    _require_head(request, model)
+    return model.to(device).eval()
+
+
+def refuse_other_heads(request: ModelRequest, config: Any) -> None:
+    """Raise DataError where the classifier that a configuration describes has a head of another kind, as encoders do.
+
+    transformers' classes know it, no configuration says it: the model is made on the meta device, without weights or memory.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    try:
+        with torch.device("meta"):
+            model = Auto.from_config(deepcopy(config), trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load(request, error) from error
+    _require_head(request, model)
+
+
+def _require_head(request: ModelRequest, model: Any) -> None:
+    import torch
+
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise DataError("the model's classification head is of another kind", where=request.name,
-                        found=type(model).__name__, expected="a decoder-only model: GPT-2, GPT-NeoX, Llama, …")  # fmt: skip
-    return model.to(device).eval()
+                        found=type(model).__name__, expected="a decoder-only model: GPT-2, GPT-NeoX, Llama, …",
+                        try_="kd classify train with such a --model")  # fmt: skip
 
 
 def refuse_other_classes(request: ModelRequest, config: Any, labels: Sequence[str]) -> None:

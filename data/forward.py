@@ -1,13 +1,12 @@
-"""A model run over examples: taken apart at the output layer, batches by length, rows of logits in chunks.
+"""A model run over examples, taken apart at the output layer: hidden states, and logits of a few rows of them.
 
 Shared by the teacher pass, the student's loss and the evaluation, so that all of them see the same positions.
 `[batch, T, V]` logits are never formed: hidden states come for whole batches, the output layer is applied to a few
-rows at a time (at V = 50k and 8,192 tokens the full tensor would be 1.6 GB per copy).
+rows at a time (at V = 50k and 8,192 tokens the full tensor would be 1.6 GB per copy); how many: `kd.data.batches`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -15,70 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.data.errors import DataError, TeacherError
-from kd.data.models import RELATIVE_POSITIONS, Model, decoder_start, is_encoder_decoder
+from kd.data.batches import Size, padded_ids
+from kd.data.errors import TeacherError
+from kd.data.models import Model, decoder_start, is_encoder_decoder
+from kd.data.packing import segment_mask
 
 if TYPE_CHECKING:
     import torch
-
-CPU_CHUNK_BYTES = 30 * 2**20
-"""A chunk of float32 logits on a CPU: above 32 MB glibc maps and zeroes fresh pages for every tensor, which costs 30-80 % of
-the time of the output layer, and twice as many rows make the product 4 % faster (benchmarks/chunks.py)."""
-CPU_THREADS_BYTES = 44 * 2**20
-"""The same where several threads select: their small tensors leave holes that no second chunk fits into, and memory grows by
-hundreds of MB; what is above 32 MB goes back to the system at once."""
-CPU_TRAINING_BYTES = 64 * 2**20
-"""The same in training, where one buffer serves all chunks and the weight's gradient is read and written once per chunk."""
-GPU_CHUNK_BYTES = 256 * 2**20
-
-
-Size = int | tuple[int, int]
-"""Tokens of an example; for an encoder-decoder, (encoder, decoder)."""
-
-
-BATCH_TOKENS = 16
-"""What starting a batch is worth, in tokens of padding: an encoder-decoder's batch ends where one more example would
-pad it by more than that (docs/log.md)."""
-
-
-def batches_by_length(lengths: Sequence[Size], tokens_per_batch: int) -> list[list[int]]:
-    """Numbers into `lengths`, longest first, each batch at most `tokens_per_batch` tokens with its padding.
-
-    A single example longer than that is a batch of its own. Both sides of an encoder-decoder are padded on their own, and
-    neither follows from the other: examples are bucketed by the decoder's length (1, 2-3, 4-7, ...), sorted by the
-    encoder's within, and a batch ends early where filling it up would mostly add padding.
-    """
-    sizes = [size if isinstance(size, tuple) else (size, 0) for size in lengths]
-    two_sides = any(isinstance(size, tuple) for size in lengths)
-    result: list[list[int]] = []
-    width = (0, 0)
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][1].bit_length(), -sizes[i][0], -sizes[i][1], i)):
-        wider = (max(width[0], sizes[i][0]), max(width[1], sizes[i][1]))
-        count = len(result[-1]) if result else 0
-        joined = (count + 1) * sum(wider)
-        wasted = joined - count * sum(width) - sum(sizes[i])
-        if result and joined <= tokens_per_batch and not (two_sides and wasted > BATCH_TOKENS):
-            result[-1].append(i)
-            width = wider
-        else:
-            result.append([i])
-            width = sizes[i]
-    return result
-
-
-def padded_tokens(lengths: Sequence[Size]) -> int:
-    """Tokens of one batch, padding included."""
-    sizes = [size if isinstance(size, tuple) else (size, 0) for size in lengths]
-    return len(sizes) * (max(a for a, _ in sizes) + max(b for _, b in sizes))
-
-
-def head_rows(vocabulary_size: int, device_type: str, *, training: bool = False) -> int:
-    """Rows of the output layer to compute at once: 64 to 1,024, a multiple of 16, whose logits fit the budget."""
-    import torch
-
-    on_cpu = CPU_CHUNK_BYTES if torch.get_num_threads() == 1 else CPU_THREADS_BYTES
-    budget = GPU_CHUNK_BYTES if device_type != "cpu" else CPU_TRAINING_BYTES if training else on_cpu
-    return min(1024, max(64, budget // (4 * vocabulary_size) // 16 * 16))
 
 
 @cache
@@ -123,7 +65,7 @@ class LanguageModelHead:
         if segments is None:
             return self.hidden(batch["input_ids"], batch["attention_mask"])
         ids, positions = batch["input_ids"], batch["position_ids"]
-        if self._takes_masks:
+        if self.takes_masks:
             return self.hidden(ids, self._mask(segment_mask(segments, segments, causal=True)), position_ids=positions)
         if self.backbone.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
             # flash attention looks for segments in one row alone; every row begins with position 0
@@ -131,7 +73,7 @@ class LanguageModelHead:
         return self.hidden(ids, None, position_ids=positions)
 
     @cached_property
-    def _takes_masks(self) -> bool:
+    def takes_masks(self) -> bool:
         """Is a mask of our own the whole truth? Else transformers finds the segments by their positions.
 
         Kernels such as flash attention take no mask, and where some layers look at a window alone, one mask for all
@@ -193,25 +135,6 @@ class LanguageModelHead:
     def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """`[1, T] -> [1, T, d]` of a whole sequence: what `split_head` compares with the model's own logits."""
         return self.hidden(ids, None)
-
-
-def padded_ids(sequences: Sequence[np.ndarray], device: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`[B, T]` ids padded with 0 on the right and their mask, None where all are of one length."""
-    import torch
-
-    lengths = [len(s) for s in sequences]
-    ids = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
-    for b, sequence in enumerate(sequences):
-        ids[b, : lengths[b]] = sequence
-    mask = None
-    if min(lengths) != max(lengths):  # positions are counted from it
-        mask = on_device((torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(), device)
-    return on_device(torch.from_numpy(ids), device), mask
-
-
-def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on `device`. From ordinary memory, `to` would wait until a GPU has done all it was given before."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -319,56 +242,3 @@ def _parts(model: Model, head: Any) -> LanguageModelHead:
     return EncoderDecoderHead(
         model.get_decoder(), head.weight, head.bias, model.get_encoder(), decoder_start(config), scale
     )
-
-
-def segment_mask(queries: torch.Tensor, keys: torch.Tensor, *, causal: bool = False) -> torch.Tensor:
-    """`[B, Q], [B, K] -> [B, Q, K]` bool: may a token look there? Only within its segment, backwards alone if `causal`.
-
-    Segment ids as `kd.data.packing.lay_out` gives them; padding is a segment like any other, so on one side no token
-    looks at nothing.
-    """
-    mask = queries.unsqueeze(2) == keys.unsqueeze(1)
-    return mask.tril() if causal else mask
-
-
-def require_packable(model: Model) -> None:
-    """Prove on a few tokens that a model keeps packed examples apart. Raises DataError naming its class.
-
-    Positions must be given (they restart in every segment) or be relative, and nothing but attention under the mask
-    may carry one token's state to another: recurrent layers do.
-    """
-    import torch
-
-    from kd.data.packing import lay_out
-
-    parts = split_head(model)
-    two_sides = isinstance(parts, EncoderDecoderHead)
-    advice = "without --packing"
-    takes = "position_ids" in inspect.signature(parts.backbone.forward).parameters
-    if not (model.config.model_type in RELATIVE_POSITIONS if two_sides else takes):
-        raise DataError("the model's positions cannot be passed, and packed examples need their own",
-                        where=type(model).__name__, found=f"model type {model.config.model_type}",
-                        expected="relative positions" if two_sides else "a forward that takes position_ids",
-                        try_=advice)  # fmt: skip
-    if two_sides and not parts._takes_masks:
-        raise DataError("this attention takes no mask, and packed examples need one on either side",
-                        where=type(model).__name__, found=model.config._attn_implementation, expected="sdpa or eager",
-                        try_=advice)  # fmt: skip
-    ids = np.arange(1, 15) % len(parts.weight)
-    examples = [ids[:5], ids[5:9][::-1], ids[9:]]
-    batch = {name: torch.from_numpy(v).to(parts.weight.device) for name, v in lay_out(examples, [[0, 1], [2]]).items()}
-    batch |= {f"decoder_{name}": batch[name] for name in ("input_ids", "segment_ids")}
-    places = [(0, slice(5)), (0, slice(5, 9)), (1, slice(5))]
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        packed = parts.batch_hidden(batch)
-        together = torch.cat([packed[place] for place in places]).float()
-        alone = torch.cat([parts.example_hidden(batch["input_ids"][b : b + 1, part])[0] for b, part in places]).float()
-    model.train(training)
-    # rounding of float32 sums; one token that sees its neighbour moves by a share of its own size
-    difference = float((together - alone).abs().max())
-    if difference > 1e-3 * float(alone.abs().max()):
-        raise DataError("packed examples see each other in this model", where=type(model).__name__,
-                        found=f"largest difference {difference:.3g}",
-                        expected="attention alone between tokens", try_=advice)  # fmt: skip

@@ -126,9 +126,7 @@ def load_model(request: ModelRequest) -> Model:
 
     device, dtype = resolve_device(request.device), resolve_dtype(request)
     config = load_config(request)
-    if is_classifier(config):  # transformers would give it a new output layer and a warning
-        raise TeacherError("the model is a classifier and predicts no tokens", where=request.name,
-                           found=config.architectures[0], expected="a language model", try_="kd classify eval")  # fmt: skip
+    refuse_classifier(request, config)
     if request.load_in_4bit:
         model = _load_4bit(request, device, dtype)
     elif request.random_shape is not None:
@@ -154,6 +152,13 @@ def is_encoder_decoder(config: Any) -> bool:
 def is_classifier(config: Any) -> bool:
     """Does a configuration say that its weights have a trained classification head?"""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def refuse_classifier(request: ModelRequest, config: Any) -> None:
+    """Raise TeacherError for a classifier: transformers would give it a new output layer and a warning."""
+    if is_classifier(config):
+        raise TeacherError("the model is a classifier and predicts no tokens", where=request.name,
+                           found=config.architectures[0], expected="a language model", try_="kd classify eval")  # fmt: skip
 
 
 def decoder_start(config: Any) -> int:

@@ -7,16 +7,21 @@ packing changes neither the order of examples nor what an epoch is.
 
 A *side* is what a model reads as one sequence. A causal model has one, of prompt and target; an encoder-decoder has
 two, each with its own room. Packed examples must not see each other: positions start at 0 in every segment, and
-attention stays within it (`kd.data.forward.segment_mask`). Padding has segment id 0; segments count from 1.
+attention stays within it (`segment_mask`; `kd.data.packable` tries it with a model). Padding has segment id 0; segments
+count from 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kd.data.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 Size = tuple[int, ...]
 """Tokens of an example on each side."""
@@ -101,3 +106,13 @@ def lay_out(ids: Sequence[np.ndarray], sequences: Sequence[Sequence[int]]) -> di
             starts[i] = b * width + start
             start = place.stop
     return {"input_ids": tokens, "segment_ids": segments, "position_ids": positions, "starts": starts}
+
+
+def segment_mask(queries: torch.Tensor, keys: torch.Tensor, *, causal: bool = False) -> torch.Tensor:
+    """`[B, Q], [B, K] -> [B, Q, K]` bool: may a token look there? Only within its segment, backwards alone if `causal`.
+
+    Segment ids as `lay_out` gives them; padding is a segment like any other, so on one side no token looks
+    at nothing.
+    """
+    mask = queries.unsqueeze(2) == keys.unsqueeze(1)
+    return mask.tril() if causal else mask

@@ -36,10 +36,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kd.data.batches import Size, batches_by_length
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
 from kd.data.errors import DataError
 from kd.data.example import Example
-from kd.data.forward import Size, batches_by_length
 from kd.data.models import Model, is_encoder_decoder, max_positions
 from kd.data.rendering import keyed
 from kd.data.sources import Corpus

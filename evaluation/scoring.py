@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from kd.data.batches import batches_by_length, head_rows
 from kd.data.errors import DataError
-from kd.data.forward import LanguageModelHead, batches_by_length, head_rows, split_head
+from kd.data.forward import LanguageModelHead, split_head
 from kd.data.models import Model, max_positions
 
 if TYPE_CHECKING:

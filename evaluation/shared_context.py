@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.data.forward import EncoderDecoderHead, LanguageModelHead, Size, batches_by_length, head_rows, split_head
+from kd.data.batches import Size, batches_by_length, head_rows
+from kd.data.forward import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.data.models import Model
 from kd.evaluation.scoring import Progress, ScoredText, gold_nll, not_finite, out_of_memory, require_vocabulary
 

@@ -106,7 +106,7 @@ class TrainConfig:
     report_to: str = "none"
     """Any tracker transformers knows: tensorboard, wandb, …"""
     head_chunk: int | None = None
-    """Rows of the output layer computed at once; None = what suits vocabulary and device (`kd.data.forward.head_rows`)."""
+    """Rows of the output layer computed at once; None = what suits vocabulary and device (`kd.data.batches.head_rows`)."""
 
     def __post_init__(self) -> None:
         _check_types(self)

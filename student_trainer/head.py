@@ -4,7 +4,7 @@
 Here each chunk of rows computes its logits, its loss and, at once, its gradient, which is folded into the
 gradients of hidden states and weight; nothing of size V outlives its chunk. One matrix product forward and two
 backward, as in plain training, with no recomputation. Idea: Liger-Kernel's fused linear losses, arXiv:2410.10989.
-How many rows: `kd.data.forward.head_rows`.
+How many rows: `kd.data.batches.head_rows`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.data.forward import head_rows, split_head
+from kd.data.batches import head_rows
+from kd.data.forward import split_head
 from kd.student_trainer.losses import LossTargets
 from kd.student_trainer.stream import loss_targets
 

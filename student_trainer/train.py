@@ -32,7 +32,6 @@ from kd.cache_builder.files import canonical_json, sweep, unfinished, write_atom
 from kd.cache_builder.mixture import open_cache
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
-from kd.data.forward import require_packable
 from kd.data.models import (
     ModelRequest,
     is_encoder_decoder,
@@ -42,6 +41,7 @@ from kd.data.models import (
     max_positions,
     resolve_device,
 )
+from kd.data.packable import require_packable
 from kd.student_trainer.compatibility import (
     needed_arrays,
     resolve_objective,

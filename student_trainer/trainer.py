@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from kd.data.batches import on_device
 from kd.data.errors import DataError
-from kd.data.forward import on_device
 from kd.student_trainer.stream import BatchPlan, PlannedBatches, Prefetcher
 
 

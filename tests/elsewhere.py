@@ -25,8 +25,8 @@ from kd.cache_builder.targets import PROFILES, TargetConfig, band_edges
 from kd.cache_builder.teacher import Teacher
 from kd.data.blocks import TokenRows
 from kd.data.example import Example
-from kd.data.forward import EncoderDecoderHead, LanguageModelHead, decoder_start
-from kd.data.models import random_model
+from kd.data.forward import EncoderDecoderHead, LanguageModelHead
+from kd.data.models import decoder_start, random_model
 from kd.data.shapes import SHAPES
 from kd.student_trainer.groups import GroupSettings, GroupTargets
 from kd.student_trainer.head import chunked_head_loss

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.data.forward import batches_by_length
+from kd.data.batches import batches_by_length
 from kd.data.glue import LabelledRow
 from kd.data.tokenizer import Tokenizer, encode_texts, pad_token_id
 

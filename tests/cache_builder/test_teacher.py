@@ -16,7 +16,7 @@ from kd.cache_builder.teacher import Teacher, collect
 from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
 from kd.data.example import Example
-from kd.data.forward import LanguageModelHead, batches_by_length, padded_tokens, split_head
+from kd.data.forward import LanguageModelHead, split_head
 from kd.data.models import ModelRequest, load_model
 
 V = 400
@@ -112,16 +112,6 @@ def test_the_order_of_the_examples_is_restored(head, reference):
     np.testing.assert_array_equal(shuffled.token_ids, reference.token_ids[rows])
     np.testing.assert_array_equal(shuffled.gold_ids, reference.gold_ids[rows])
     np.testing.assert_allclose(shuffled.log_z, reference.log_z[rows], atol=ROUNDING)
-
-
-def test_every_example_is_in_one_batch_within_the_token_budget():
-    lengths = [len(r.input_ids) for r in ROWS]
-    for budget in (1, 25, 64, 200, 4096):
-        batches = batches_by_length(lengths, budget)
-        assert sorted(i for b in batches for i in b) == list(range(len(ROWS)))
-        for batch in batches:
-            width = max(lengths[i] for i in batch)
-            assert len(batch) == 1 or len(batch) * width <= budget
 
 
 def test_draws_depend_on_seed_and_example_number_only(head, reference):
@@ -302,41 +292,6 @@ def test_an_encoder_decoder_s_rows_are_its_own_teacher_forced_predictions(t5):
     assert got.token_ids.max() < 300  # the model has 320 logits
 
 
-def two_sided(seed: int, n: int = 400) -> list[tuple[int, int]]:
-    rng = np.random.default_rng(seed)
-    return [(int(s), int(t)) for s, t in zip(rng.integers(1, 60, n), rng.geometric(0.2, n), strict=True)]
-
-
-@pytest.mark.parametrize("budget", [64, 512, 2048])
-def test_both_sides_of_an_encoder_decoder_are_bucketed(budget: int):
-    sizes = two_sided(0)
-    batches = batches_by_length(sizes, budget)
-    assert sorted(i for b in batches for i in b) == list(range(len(sizes)))
-    tokens = sum(map(sum, sizes))
-    padded = sum(padded_tokens([sizes[i] for i in b]) for b in batches)
-    # what filling batches from examples sorted by their whole length pads
-    filled, width = [[]], (0, 0)
-    for i in sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), i)):
-        width = (max(width[0], sizes[i][0]), max(width[1], sizes[i][1]))
-        if (len(filled[-1]) + 1) * sum(width) > budget:
-            filled, width = [*filled, []], sizes[i]
-        filled[-1].append(i)
-    naive = sum(padded_tokens([sizes[i] for i in b]) for b in filled if b)
-    assert padded - tokens < (naive - tokens) / 2
-
-
-def test_batches_of_one_side_are_filled_to_the_budget_from_the_longest_down():
-    """Stored bytes follow from them: this rule must not change."""
-    lengths = [s for s, _ in two_sided(1)]
-    expected: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if expected and (len(expected[-1]) + 1) * lengths[expected[-1][0]] <= 512:
-            expected[-1].append(i)
-        else:
-            expected.append([i])
-    assert batches_by_length(lengths, 512) == expected
-
-
 def test_the_share_of_padding_is_counted_on_both_sides(t5):
     rows = [dataclasses.replace(r, context_ids=r.context_ids % 300, target_ids=r.target_ids % 300)
             for r in make_rows([(10, 3), (10, 2), (8, 3)])]  # fmt: skip
@@ -344,12 +299,3 @@ def test_the_share_of_padding_is_counted_on_both_sides(t5):
     assert teacher.padding_share == 0.0
     score(teacher, rows)
     assert teacher.padding_share == pytest.approx(1 - 36 / 39)  # 3 * (10 + 3) positions, one batch
-
-
-def test_batches_of_an_encoder_decoder_count_the_padding_of_both_sides():
-    sizes = [(10, 2), (2, 10), (6, 6), (1, 1)]
-    for budget in (12, 24, 40, 80):
-        for batch in batches_by_length(sizes, budget):
-            padded = len(batch) * (max(sizes[i][0] for i in batch) + max(sizes[i][1] for i in batch))
-            assert padded <= budget or len(batch) == 1
-    assert sorted(i for b in batches_by_length(sizes, 24) for i in b) == [0, 1, 2, 3]

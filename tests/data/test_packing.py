@@ -1,14 +1,15 @@
-"""Packing loses nothing, overfills nothing, and says where each example lies."""
+"""Packing loses nothing, overfills nothing, and says where each example lies and what it sees."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.data.errors import DataError
-from kd.data.packing import Packer, Size, lay_out, pack
+from kd.data.packing import Packer, Size, lay_out, pack, segment_mask
 
 ONE_SIDE = st.lists(st.tuples(st.integers(1, 20)), max_size=40)
 TWO_SIDES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), max_size=40)
@@ -91,3 +92,12 @@ def test_an_example_larger_than_a_sequence_is_an_error_that_says_how_large(size:
     assert caught.value.details["found"] == f"{size[0]} + {size[1]} tokens"
     assert caught.value.details["expected"] == "at most 20 + 9"
     assert caught.value.details["where"] == "example 1"
+
+
+def test_the_mask_lets_nothing_cross_a_border() -> None:
+    queries, keys = torch.tensor([[1, 1, 2, 0, 0]]), torch.tensor([[1, 2, 2, 2, 0]])
+    found = segment_mask(queries, keys)[0]
+    assert found.tolist() == [[q == k for k in keys[0].tolist()] for q in queries[0].tolist()]
+    causal = segment_mask(queries, queries, causal=True)[0]
+    assert causal.tolist() == [[bool(queries[0, q] == queries[0, k]) and k <= q for k in range(5)] for q in range(5)]
+    assert causal.diagonal().all()  # nobody looks at nothing

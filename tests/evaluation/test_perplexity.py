@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from kd.data.errors import DataError
-from kd.data.forward import batches_by_length
 from kd.data.sources import load_corpus
 from kd.evaluation.perplexity import evaluate_perplexity
 from kd.evaluation.scoring import final
@@ -198,11 +197,3 @@ def test_logits_that_are_not_finite_name_their_example(student, tokenizer, prose
     with pytest.raises(DataError, match="not finite") as error:
         final(evaluate_perplexity(broken, tokenizer, prose, seq_len=24))
     assert error.value.details["where"] == f"example {prose.examples[0].id}#0"
-
-
-def test_batches_hold_every_example_once_within_the_budget():
-    lengths = [5, 9, 2, 9, 30, 1, 7]
-    found = batches_by_length(lengths, 20)
-    assert sorted(i for batch in found for i in batch) == list(range(7))
-    assert all(len(b) * max(lengths[i] for i in b) <= 20 or len(b) == 1 for b in found)
-    assert found[0] == [4]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from kd.data.classifiers import load_classifier
 from kd.data.errors import DataError
@@ -96,12 +97,18 @@ def test_a_new_head_follows_the_seed_and_takes_the_labels_names(layouts: dict[st
     assert not torch.equal(head(3), head(4))
 
 
-def test_what_is_no_classifier_or_has_other_classes_is_refused(layouts: dict[str, Path], gpt2_pool: Any) -> None:
+def test_what_is_no_classifier_or_has_other_classes_or_heads_is_refused(
+    layouts: dict[str, Path], gpt2_pool: Any, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="no classifier"):
         load_classifier(ModelRequest(str(layouts["gpt2"]), device="cpu"), pad_id=0)
     cola = ModelRequest(gpt2_pool.models[0].path, device="cpu")
     with pytest.raises(DataError, match="another number of classes"):
         load_classifier(cola, ("a", "b", "c"), pad_id=0)
+    encoder = BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertForSequenceClassification(encoder).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="head is of another kind"):
+        load_classifier(ModelRequest(str(tmp_path), device="cpu"), pad_id=0)
 
 
 @pytest.fixture

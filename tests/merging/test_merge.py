@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from kd.data.classifiers import load_classifier
@@ -271,6 +273,23 @@ def test_language_models_with_texts_merge_by_fisher_and_regmean(
     with pytest.raises(DataError, match="no text is named"):
         merged(replace(pool, models=(replace(models[0], data=None),)), MergeSettings("fisher"), tmp_path,
                sampler(tmp_path, classifiers=False))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_a_classifier_that_numbers_its_classes_otherwise_is_not_measured(
+    gpt2_pool: ModelPool, glue_root: Path, tmp_path: Path, method: str
+) -> None:
+    cola = gpt2_pool.models[0]
+    folder = shutil.copytree(cola.path, tmp_path / "swapped")
+    config = AutoConfig.from_pretrained(folder)
+    config.id2label = {0: config.id2label[1], 1: config.id2label[0]}
+    config.save_pretrained(folder)
+    pool = replace(gpt2_pool, models=(replace(cola, path=str(folder)), *gpt2_pool.models[1:]))
+    with pytest.raises(DataError, match="another order") as caught:
+        merged(pool, MergeSettings(method), tmp_path, sampler(glue_root, examples=2))
+    assert caught.value.details["where"] == str(folder)
+    assert caught.value.details["found"] == "acceptable, unacceptable"
+    assert caught.value.details["expected"] == "unacceptable, acceptable"
 
 
 def test_blocks_of_rows_cover_a_tensor_once() -> None:

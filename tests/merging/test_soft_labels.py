@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 from kd.cache_builder.build import build
 from kd.cache_builder.card import dataset_card
@@ -26,7 +27,7 @@ from kd.cache_builder.verify import verify
 from kd.cli import cli
 from kd.data.blocks import BlockConfig
 from kd.data.classifiers import load_classifier, split_classifier
-from kd.data.errors import CacheMismatchError, DataError, TeacherError
+from kd.data.errors import CacheMismatchError, DataError, KdError, TeacherError
 from kd.data.glue import PAIR, load_glue
 from kd.data.models import ModelRequest, load_model
 from kd.data.rendering import InstructionConfig
@@ -124,8 +125,6 @@ def test_a_text_of_several_lines_stays_one_text(sst2_teacher: Path, tmp_path: Pa
 
 def renamed(request: ModelRequest, folder: Path, words: tuple[str, ...]) -> ModelRequest:
     """The same classifier with other words for its classes."""
-    import shutil
-
     shutil.copytree(request.path, folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"id2label": dict(enumerate(words)), "label2id": {w: i for i, w in enumerate(words)}}
@@ -311,6 +310,41 @@ def test_what_does_not_belong_together_is_refused(
         load_classifier(replace(request.teacher, load_in_4bit=True), pad_id=0)
     with pytest.raises(DataError, match="GLUE's own columns"):
         load_classes("glue/sst2", columns={"text": "sentence"})
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.fixture
+def encoder(tokenizer_dir: Path, tmp_path: Path) -> Path:
+    """A classifier of BERT's layout by its configuration and tokenizer; there are no weights."""
+    config = BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                        id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})  # fmt: skip
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path / "encoder")
+    shutil.copytree(tokenizer_dir, tmp_path / "encoder", dirs_exist_ok=True)
+    return tmp_path / "encoder"
+
+
+def test_an_encoder_is_refused_by_the_plan_from_its_configuration_alone(
+    encoder: Path, glue_root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="head is of another kind") as caught:
+        plan_build(classes_request(encoder, glue_root, tmp_path / "c", "sst2"))
+    details = caught.value.details
+    assert (details["where"], details["found"]) == (str(encoder), "BertForSequenceClassification")
+    assert "GPT-2" in details["expected"]
+    assert "kd classify train" in details["try"]
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [([], "head is of another kind"), (["--targets", "teacher"], "predicts no tokens")]
+)
+def test_a_refused_teacher_leaves_no_folder(
+    encoder: Path, glue_root: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    with pytest.raises(KdError, match=message):
+        run_cli("cache", "build", "--teacher", str(encoder), "--data", "glue/sst2", "--task-root", str(glue_root),
+                "--device", "cpu", "--out", str(tmp_path / "c"), *more)  # fmt: skip
     assert not (tmp_path / "c").exists()
 
 
