@@ -29,6 +29,7 @@ from kd.data.classifiers import load_classifier, split_classifier
 from kd.data.errors import DataError
 from kd.data.forward import LanguageModelHead, split_head
 from kd.data.glue import CLASSES
+from kd.data.memory import keep_freed_memory
 from kd.data.models import load_model, load_request_tokenizer
 from kd.data.tokenizer import pad_token_id
 
@@ -69,6 +70,7 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
         raise DataError("the teacher has not answered", where=plan.request.corpus.spec, found="the plan of an upper bound",
                         expected="its answers as targets", try_="the request on the last record of generate")  # fmt: skip
     request, manifest = plan.request, plan.manifest
+    keep_freed_memory()
     writer = store.ShardWriter(request.out, manifest)
     pool = ThreadPoolExecutor(1, thread_name_prefix="kd-writer")
     try:

@@ -55,28 +55,30 @@ def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.
 
     Raises CacheError where the bytes are not such a shard; nothing larger than the layout says is allocated.
     """
-    index, dtype = read_index(data, layout), np.dtype(spec.dtype).newbyteorder("<")
+    index, dtype, view = read_index(data, layout), np.dtype(spec.dtype).newbyteorder("<"), memoryview(data)
     width = 1 if spec.columns is None else spec.columns
     out = np.empty((width, rows) if spec.by_column else (rows, width), dtype=dtype)
     whole = np.empty((width, layout.chunk_rows) if spec.by_column else (layout.chunk_rows, width), dtype=dtype)
     for first, (offset, length) in zip(range(0, rows, layout.chunk_rows), index.tolist(), strict=False):
         n = min(layout.chunk_rows, rows - first)
+        # a whole chunk of rows lies in `out` as it lies in the file
+        into = out[first : first + n] if n == layout.chunk_rows and not spec.by_column else whole
         if offset == length == MISSING:
-            whole[...] = 0
+            into[...] = 0
         elif length < CHECKSUM + HEADER or offset + length > len(data) - CHECKSUM - 16 * len(index):
             raise CacheError("a shard's index points elsewhere", found=f"{length} bytes from {offset}")
         else:
-            _decompress(data[offset : offset + length - CHECKSUM], whole)
+            _decompress(view[offset : offset + length - CHECKSUM], into)
         if spec.by_column:
             out[:, first : first + n] = whole[:, :n]
-        else:
+        elif into is whole:
             out[first : first + n] = whole[:n]
     if spec.columns is None:
         return out.reshape(rows)
     return out.T if spec.by_column else out
 
 
-def _decompress(chunk: bytes, into: np.ndarray) -> None:
+def _decompress(chunk: memoryview, into: np.ndarray) -> None:
     """Raises CacheError unless blosc's header says what is there: c-blosc believes it, and reads where it points."""
     size, block, compressed = (int.from_bytes(chunk[i : i + 4], "little") for i in (4, 8, 12))
     if len(chunk) < HEADER or size != into.nbytes:

@@ -299,7 +299,7 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
         log_z = _log_z(stored, relative, config.temperatures)
         optional["logprobs"] = np.ascontiguousarray(relative[:, :k] - log_z[:, [config.temperatures.index(1.0)]])
         if "token_ids" in stored:
-            optional["token_ids"] = stored["token_ids"][:, :k].astype(np.int64, order="C")
+            optional["token_ids"] = stored["token_ids"][:, :k].astype(np.int64, order="C", copy=False)
     elif "log_z" in stored:
         log_z = stored["log_z"]
     else:  # the head was left out, and what is there answers for no temperature

@@ -25,6 +25,7 @@ from kd.cache_builder.registry import located
 from kd.cache_builder.rows import read_vocabulary, tokens_digest
 from kd.cache_builder.targets import SoftTargets
 from kd.data.errors import CacheDamageError, CacheError
+from kd.data.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class CacheReader:
         self._open(root, manifest, top_k, window)
 
     def _open(self, root: Path, manifest: CacheManifest, top_k: int | None, window: int) -> None:
+        keep_freed_memory()
         self.root, self.manifest, self.config = root, manifest, manifest.targets
         if top_k is not None and not 1 <= top_k <= self.config.top_k:
             raise CacheError("this cache does not hold that many tokens per row", found=f"top-k {top_k}",
@@ -87,6 +89,7 @@ class CacheReader:
         self.shards: Sequence[int] = range(len(manifest.shards)) if self.part is None else self.part.shards
         """Shards that this copy holds: all, but for a part of a cache."""
         self._arrays: Sequence[str] | None = None
+        self._dtypes = {"token_ids": np.int64}  # as `codecs.decode` gives them out: copied once
         self._position: dict[tuple[int, ...], int] = {}
         """Of each announced batch."""
         self._loads: list[tuple[int, int]] = []
@@ -210,8 +213,8 @@ class CacheReader:
             self._ask(batch)
         located = [self.locate(int(e)) for e in examples]
         spans = [(s, slice(s.examples["row_start"][i], s.examples["row_end"][i])) for s, i in located]
-        names = list(located[0][0].arrays)
-        stored = {name: np.concatenate([s.arrays[name][rows] for s, rows in spans]) for name in names}
+        stored = {name: np.concatenate([s.arrays[name][rows] for s, rows in spans], dtype=self._dtypes.get(name))
+                  for name in located[0][0].arrays}  # fmt: skip
         decoded = codecs.decode(stored, self.config, self.top_k)
         self._refuse_broken(decoded)
         start = 0

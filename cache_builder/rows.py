@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd.cache_builder.codecs import Arrays, ArraySpec, id_dtype
@@ -96,10 +97,15 @@ def pack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes:
 
 def unpack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
     """The inverse of `pack`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
-    unpacked = {a.name: ids.take(stored[a.name]) if a.ids and ids is not None else stored[a.name] for a in arrays}
+    unpacked = {a.name: _take(ids, stored[a.name]) if a.ids and ids is not None else stored[a.name] for a in arrays}
     if "byte_length" in unpacked:
         ends = np.cumsum(unpacked.pop("byte_length"), dtype=np.uint32)
         before = ends[starts - 1]
         before[starts == 0] = 0
         unpacked["byte_end"] = ends - np.repeat(before, np.diff(starts, append=len(ends)))
     return unpacked
+
+
+def _take(table: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """`table[places]` by Arrow, which takes indices as they are; numpy makes int64 of them first. Raises IndexError."""
+    return pc.take(pa.array(table), pa.array(places.reshape(-1))).to_numpy().reshape(places.shape)  # type: ignore[no-any-return]
