@@ -10,7 +10,7 @@ noise; read the ratios. On a machine with other work to do read the ratios of CP
 
     build   bare      model(ids).logits, materialised, nothing kept
             naive     the same, then log_softmax and top-k on the full tensor (what most scripts do)
-            kd        the whole `build`: head in chunks, top-k, normalisers, encoding, writing
+            kd        the whole `build`: head in chunks, top-k, normalisers, encoding, writing; batches of its own choice
             t5-bare   an encoder-decoder (flan-t5-small's shape, 32,128 logits, random weights) over the embedded
                       mixture: model(...).logits on the batches of `t5-kd`
             t5-kd     the whole `build` of the same; both count unpadded tokens
@@ -143,8 +143,8 @@ def build_cache(work: Path, out: Path, tokens: int, model: Any = None, profile: 
     from kd.data.models import ModelRequest
 
     request = ModelRequest(str(work / "model"), device="cpu")
-    plan = plan_build(BuildRequest(out, request, corpus(tokens), BlockConfig(SEQ_LEN), TargetConfig.of_profile(profile),
-                                   tokens_per_batch=BATCH * SEQ_LEN, model=model))  # fmt: skip
+    targets = TargetConfig.of_profile(profile)
+    plan = plan_build(BuildRequest(out, request, corpus(tokens), BlockConfig(SEQ_LEN), targets, model=model))
     return plan, build(plan)
 
 
@@ -179,14 +179,13 @@ def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
     request = ModelRequest(T5, tokenizer="demo-t5", device="cpu")
     model = model or resident(load_model(request).eval())
     corpus = load_corpus("mini", limit=tokens // 35)
-    return plan_build(BuildRequest(out, request, corpus, BlockConfig(SEQ_LEN), TargetConfig(),
-                                   tokens_per_batch=BATCH * SEQ_LEN, model=model))  # fmt: skip
+    return plan_build(BuildRequest(out, request, corpus, BlockConfig(SEQ_LEN), TargetConfig(), model=model))
 
 
 def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
     import torch
 
-    from kd.data.batches import batches_by_length
+    from kd.data.batches import batches_by_length, forward_tokens
 
     plan = t5_plan(work / "none", tokens)
     model = plan.request.model
@@ -195,7 +194,7 @@ def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
     with torch.inference_mode():
         model(input_ids=ids, decoder_input_ids=ids)
         clock = Clock()
-        for batch in batches_by_length(sizes, BATCH * SEQ_LEN):
+        for batch in batches_by_length(sizes, forward_tokens("cpu")):
             pad = torch.nn.utils.rnn.pad_sequence
             contexts, targets = (
                 pad(

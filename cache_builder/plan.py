@@ -57,7 +57,8 @@ class BuildRequest:
     targets: TargetConfig
     layout: Layout | None = None
     """None: the default, or that of the cache already there."""
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int | None = None
+    """Of the teacher's forward passes; None: what suits the device."""
     shard: tuple[int, int] = (1, 1)
     """(i, n): do every n-th shard, starting with the i-th, counted from 1."""
     generation: GenerationConfig | None = None

@@ -30,9 +30,9 @@ from kd.cache_builder.targets import PROFILES, TargetConfig, band_edges
 
 LOG_MASS_FLOOR = -60.0
 """Log-mass of an empty rank band: e^-60 is below anything float32 can sum."""
-BLOCK_BYTES = 3 * 2**20
-"""Logits worked through at once on a CPU: larger blocks leave the caches between passes, below half of it the calls cost
-more than the passes (benchmarks/chunks.py)."""
+BLOCK_BYTES = 5 * 2**20
+"""Logits worked through at once on a CPU: larger blocks leave the caches between passes, in smaller ones the calls cost too
+much, and several threads wait for the interpreter's lock between them (benchmarks/chunks.py)."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,14 @@ class Sparsifier:
         """`logits [n, V]` (any float dtype; columns beyond the vocabulary are ignored), `gold_ids [n]`,
         `uniforms [n, R]` in [0, 1) for the draws. Raises NonFiniteRow."""
         logits = logits[:, : self.vocabulary_size]
-        whole = len(logits) if logits.device.type != "cpu" else max(1, BLOCK_BYTES // (4 * self.vocabulary_size))
-        step = self.block_rows or max(whole, 1)
-        starts = range(0, len(logits), step)
         # where bands or draws follow, torch's own threads sort and sum
-        workers = 1
-        if logits.device.type == "cpu" and self._in_place:
-            workers = max(1, min(torch.get_num_threads(), len(starts)))
+        workers = torch.get_num_threads() if logits.device.type == "cpu" and self._in_place else 1
+        step = self.block_rows or max(1, len(logits))
+        if self.block_rows is None and logits.device.type == "cpu":
+            blocks = -(-4 * self.vocabulary_size * len(logits) // BLOCK_BYTES)
+            step = max(1, -(-len(logits) // (-(-blocks // workers) * workers)))  # as many blocks for each worker
+        starts = range(0, len(logits), step)
+        workers = max(1, min(workers, len(starts)))
         scratch = self._scratch(min(step, len(logits)), workers, logits.device)
 
         def work(worker: int) -> list[Chunk | NonFiniteRow]:

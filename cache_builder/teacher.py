@@ -22,7 +22,7 @@ import torch
 from kd.cache_builder.host_copies import Arrival, HostCopies, Laps
 from kd.cache_builder.sparsify import NOT_FINITE, Chunk, NonFiniteRow, Sparsifier, uniforms_for
 from kd.cache_builder.targets import RawTargets
-from kd.data.batches import batches_by_length, head_rows, on_device, padded_tokens
+from kd.data.batches import batches_by_length, even_rows, forward_tokens, head_rows, on_device, padded_tokens
 from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
 from kd.data.forward import LanguageModelHead
@@ -49,12 +49,12 @@ class Scored:
 class Teacher:
     """A loaded model, its output layer apart, and what to keep of its predictions."""
 
-    def __init__(self, head: LanguageModelHead, sparsifier: Sparsifier, *, tokens_per_batch: int = 4096,
+    def __init__(self, head: LanguageModelHead, sparsifier: Sparsifier, *, tokens_per_batch: int | None = None,
                  head_chunk: int | None = None) -> None:  # fmt: skip
         self.head = head
         self.sparsifier = sparsifier
-        self.tokens_per_batch = tokens_per_batch
         self.device = head.weight.device
+        self.tokens_per_batch = tokens_per_batch or forward_tokens(self.device.type)
         self.head_chunk = head_chunk or head_rows(sparsifier.vocabulary_size, self.device.type)
         self.copies = HostCopies(self.device)
         self.times = PassTimes()
@@ -129,9 +129,9 @@ class Teacher:
             ]
             uniforms = on_device(torch.from_numpy(np.concatenate(draws)), self.device)
         laps.mark("forward")
-        chunks = []
-        for start in range(0, len(hidden), head_chunk):
-            part = slice(start, start + head_chunk)
+        chunks, step = [], even_rows(len(hidden), head_chunk)
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
             logits = self.head.logits(hidden[part])
             laps.mark("head")
             select = self.sparsifier if waits else self.sparsifier.marked

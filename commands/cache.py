@@ -42,7 +42,7 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
           seq_len: int | None, target_source: str, sample_temperature: float,
           target_len: int | None, overlong: str, stride: int | None,
           bos: bool, eos: bool, separator: str, load_in_4bit: bool,
-          dtype: str, device: str, revision: str | None, tokenizer: str | None, tokens_per_batch: int,
+          dtype: str, device: str, revision: str | None, tokenizer: str | None, tokens_per_batch: int | None,
           shard_rows: int | None, shard: tuple[int, int], seed: int) -> BuildRequest:  # fmt: skip
     quiet_libraries()
     from kd.cache_builder.generate import GenerationConfig

@@ -32,6 +32,17 @@ CPU_TRAINING_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 256 * 2**20
 
 
+def forward_tokens(device_type: str) -> int:
+    """Tokens of a forward pass, padding included, where nobody asks for another number.
+
+    On a CPU few: the activations of 512 tokens a thread stay in the cache, those of 4,096 are written to memory by every
+    layer, which takes 10-30 % longer (docs/log.md). A GPU has to be filled.
+    """
+    import torch
+
+    return 4096 if device_type != "cpu" else min(4096, max(1024, 512 * torch.get_num_threads()))
+
+
 def batches_by_length(lengths: Sequence[Size], tokens_per_batch: int) -> list[list[int]]:
     """Numbers into `lengths`, longest first, each batch at most `tokens_per_batch` tokens with its padding.
 
@@ -70,6 +81,13 @@ def head_rows(vocabulary_size: int, device_type: str, *, training: bool = False)
     on_cpu = CPU_CHUNK_BYTES if torch.get_num_threads() == 1 else CPU_THREADS_BYTES
     budget = GPU_CHUNK_BYTES if device_type != "cpu" else CPU_TRAINING_BYTES if training else on_cpu
     return min(1024, max(64, budget // (4 * vocabulary_size) // 16 * 16))
+
+
+def even_rows(rows: int, most: int) -> int:
+    """Rows per chunk, at most `most`: as few chunks as that allows, and no small one at the end."""
+    rows = max(rows, 1)
+    chunks = -(-rows // most)
+    return min(most, -(-rows // chunks // 16) * 16)
 
 
 def padded_ids(sequences: Sequence[np.ndarray], device: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -70,7 +70,7 @@ FIGURES = ("kl", "jsd", "same", "nll", "confidence", "right", "teacher_nll", "te
 
 
 def evaluate_agreement(model: Model, reader: CacheReader, *, temperature: float = 1.0, limit: int | None = None,
-                       tokens_per_batch: int = 4096) -> Iterator[Progress[AgreementResult]]:  # fmt: skip
+                       tokens_per_batch: int | None = None) -> Iterator[Progress[AgreementResult]]:  # fmt: skip
     """Score `model` on the rows of a cache; the last record carries the result.
 
     temperature  one of the cache's grid

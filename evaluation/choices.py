@@ -84,7 +84,7 @@ class ChoicesResult:
 
 def evaluate_choices(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,
                      separator: str = "\n", bos: bool = True, encoding: str = "apart",
-                     tokens_per_batch: int = 4096) -> Iterator[Progress[ChoicesResult]]:  # fmt: skip
+                     tokens_per_batch: int | None = None) -> Iterator[Progress[ChoicesResult]]:  # fmt: skip
     """Score every option of `corpus`; the last record carries the result.
 
     seq_len     tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024 (`together`: lm-eval's)

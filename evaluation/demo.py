@@ -81,7 +81,7 @@ BUILD_DEFAULTS: dict[str, Any] = {
     "samples": None, "tail_bands": None, "temperatures": (1.0, 2.0, 4.0), "band_temperatures": None,
     "logprob_codec": None, "seq_len": None, "target_source": "data", "sample_temperature": 0.0, "target_len": None,
     "overlong": "error", "stride": None, "bos": True, "eos": False, "separator": "\\n", "load_in_4bit": False,
-    "dtype": "auto", "device": "cpu", "revision": None, "tokenizer": None, "tokens_per_batch": 4096, "shard_rows": None,
+    "dtype": "auto", "device": "cpu", "revision": None, "tokenizer": None, "tokens_per_batch": None, "shard_rows": None,
     "shard": (1, 1), "seed": 0,
 }  # fmt: skip
 

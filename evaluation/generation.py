@@ -109,7 +109,7 @@ def evaluate_generation(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, s
                         separator: str = "\n", bos: bool = True, max_new_tokens: int | None = None,
                         stop: str | None = None, sampling: Sampling = GREEDY, metrics: Sequence[str] | None = None,
                         metric_settings: MetricSettings | None = None,
-                        tokens_per_batch: int = 4096) -> Iterator[Progress[GenerationResult]]:  # fmt: skip
+                        tokens_per_batch: int | None = None) -> Iterator[Progress[GenerationResult]]:  # fmt: skip
     """Answer every prompt of `corpus`; progress counts examples, the last record carries the result.
 
     seq_len          tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024
@@ -191,9 +191,13 @@ def prompt_ids(corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, room: 
         yield fitted.context_ids
 
 
+GENERATION_TOKENS = 4096
+"""Of a batch where nobody asks for another number: every token that is written reads all weights once for the whole batch."""
+
+
 def greedy_answers(model: Model, contexts: Sequence[np.ndarray], *, max_new_tokens: int, eos_id: int | None,
                    vocabulary_size: int, sampling: Sampling = GREEDY,
-                   tokens_per_batch: int = 4096) -> Iterator[tuple[list[int], list[Answer]]]:  # fmt: skip
+                   tokens_per_batch: int | None = None) -> Iterator[tuple[list[int], list[Answer]]]:  # fmt: skip
     """Numbers into `contexts` and the answers to them, batch by batch, each context exactly once; greedy or sampled.
 
     contexts[e]   [C >= 1] token ids, special tokens included
@@ -204,6 +208,7 @@ def greedy_answers(model: Model, contexts: Sequence[np.ndarray], *, max_new_toke
     device = next(model.parameters()).device
     pad = 0 if eos_id is None else eos_id  # never looked at: the attention mask says what is padding
     width = int(model.get_output_embeddings().weight.shape[0])
+    tokens_per_batch = tokens_per_batch or GENERATION_TOKENS
     sizes: list[Size] = [(len(c), max_new_tokens) for c in contexts]
     with greedy_config(model, max_new_tokens, eos_id, pad, suppressed=list(range(vocabulary_size, width))):
         for batch in batches_by_length(sizes, tokens_per_batch):

@@ -151,7 +151,7 @@ def without_marks(text: str) -> str:
 
 def evaluate_hellaswag(model: Model, tokenizer: Tokenizer, scenes: Scenes, *, protocol: str = "nanogpt",
                        seq_len: int | None = None,
-                       tokens_per_batch: int = 4096) -> Iterator[Progress[HellaSwagResult]]:  # fmt: skip
+                       tokens_per_batch: int | None = None) -> Iterator[Progress[HellaSwagResult]]:  # fmt: skip
     """Score every ending; the last record carries the result.
 
     seq_len   tokens a model sees at once; None = its positions (harness: what lm-eval takes for them)

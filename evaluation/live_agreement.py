@@ -34,7 +34,7 @@ from kd.evaluation.scoring import (
 
 def evaluate_live_agreement(model: Model, teacher: Model, tokenizer: Tokenizer, corpus: Corpus, *,
                             temperature: float = 1.0, seq_len: int | None = None, stride: int | None = None,
-                            bos: bool = True, separator: str = "\n", tokens_per_batch: int = 4096,
+                            bos: bool = True, separator: str = "\n", tokens_per_batch: int | None = None,
                             limit_tokens: int | None = None) -> Iterator[Progress[AgreementResult]]:  # fmt: skip
     """Score `model` against `teacher` on the rows of `corpus`; the last record carries the result.
 

@@ -63,7 +63,7 @@ class PerplexityResult:
 
 def evaluate_perplexity(model: Model, tokenizer: Tokenizer, corpus: Corpus, *, seq_len: int | None = None,
                         stride: int | None = None, bos: bool = True, separator: str = "\n",
-                        tokens_per_batch: int = 4096,
+                        tokens_per_batch: int | None = None,
                         limit_tokens: int | None = None) -> Iterator[Progress[PerplexityResult]]:  # fmt: skip
     """Score `corpus`; the last record carries the result.
 

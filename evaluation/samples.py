@@ -91,7 +91,7 @@ def _row(line: str, where: str) -> tuple[str, str | None]:
 
 def write_samples(model: Model, tokenizer: Tokenizer, prompts: Prompts, *, seq_len: int | None = None,
                   separator: str = "\n", bos: bool = True, max_new_tokens: int | None = None,
-                  tokens_per_batch: int = 4096) -> Iterator[Progress[SamplesResult]]:  # fmt: skip
+                  tokens_per_batch: int | None = None) -> Iterator[Progress[SamplesResult]]:  # fmt: skip
     """Let the model continue or answer every prompt; the last record carries the texts. Options as in `generation`."""
     encoder = is_encoder_decoder(model.config)
     blocks = BlockConfig(seq_len=window(model, seq_len), separator="" if prompts.continued else separator, bos=bos,

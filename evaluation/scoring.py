@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from kd.data.batches import batches_by_length, head_rows
+from kd.data.batches import batches_by_length, forward_tokens, head_rows
 from kd.data.errors import DataError
 from kd.data.forward import LanguageModelHead, split_head
 from kd.data.models import Model, max_positions
@@ -112,7 +112,7 @@ def out_of_memory(error: BaseException, tokens_per_batch: int) -> DataError:
 
 
 def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabulary_size: int,
-                 tokens_per_batch: int = 4096) -> Iterator[LogitChunk]:  # fmt: skip
+                 tokens_per_batch: int | None = None) -> Iterator[LogitChunk]:  # fmt: skip
     """Logits of every scored position of `texts`, each exactly once, in the order of the batches.
 
     Columns from `vocabulary_size` on (padding of the output layer: ids no tokenizer emits) are cut off.
@@ -121,6 +121,7 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
     import torch
 
     require_vocabulary(int(head.weight.shape[0]), vocabulary_size)
+    tokens_per_batch = tokens_per_batch or forward_tokens(head.weight.device.type)
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
     for batch in batches_by_length([head.size(len(t.context_ids), len(t.target_ids)) for t in texts], tokens_per_batch):
         chosen = [texts[i] for i in batch]
@@ -155,7 +156,7 @@ class TokenScores:
 
 
 def token_scores(model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int,
-                 tokens_per_batch: int = 4096) -> Generator[Progress[Any], None, TokenScores]:  # fmt: skip
+                 tokens_per_batch: int | None = None) -> Generator[Progress[Any], None, TokenScores]:  # fmt: skip
     """As `gold_nll`, and the most probable token of every position: yields progress, returns the scores."""
     total, done = sum(len(t.target_ids) for t in texts), 0
     scores = np.empty((3, total), dtype=np.float64)
@@ -178,7 +179,7 @@ def chunk_scores(chunk: LogitChunk) -> np.ndarray:
 
 
 def gold_nll(model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int,
-             tokens_per_batch: int = 4096) -> Generator[Progress[Any], None, np.ndarray]:  # fmt: skip
+             tokens_per_batch: int | None = None) -> Generator[Progress[Any], None, np.ndarray]:  # fmt: skip
     """Negative log-probability of every scored token: yields progress, returns `[N]` float64 nats in the texts' order.
 
     Raises as `logit_chunks`, and TeacherError when the model's output layer cannot be taken apart.

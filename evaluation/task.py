@@ -57,7 +57,7 @@ class Settings:
     stride: int | None = None
     bos: bool = True
     temperature: float = 1.0
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int | None = None
     separator: str = "\n"
     """Between the prompt and what follows it; an encoder-decoder needs none."""
     max_new_tokens: int | None = None
