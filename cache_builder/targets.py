@@ -146,7 +146,7 @@ class RawTargets:
     byte_end: np.ndarray
     """[n] int64"""
     token_ids: np.ndarray | None = None
-    """[n, K] int64, most probable first"""
+    """[n, K] int32, most probable first"""
     relative: np.ndarray | None = None
     """[n, K] float32 logits minus the top logit, descending, first 0"""
     tail_bands: np.ndarray | None = None

@@ -186,7 +186,10 @@ def collect(
                 value = getattr(chunk, f.name)
                 if value is not None:
                     if f.name not in arrays:
-                        arrays[f.name] = np.empty((total, *value.shape[1:]), dtype=value.numpy().dtype)
+                        dtype = (
+                            np.int32 if f.name == "token_ids" else value.numpy().dtype
+                        )  # of a shard they are the most
+                        arrays[f.name] = np.empty((total, *value.shape[1:]), dtype=dtype)
                     arrays[f.name][places[offset : offset + n]] = value.numpy()
             offset += n
         done += offset

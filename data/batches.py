@@ -35,12 +35,12 @@ GPU_CHUNK_BYTES = 256 * 2**20
 def forward_tokens(device_type: str) -> int:
     """Tokens of a forward pass, padding included, where nobody asks for another number.
 
-    On a CPU few: the activations of 512 tokens a thread stay in the cache, those of 4,096 are written to memory by every
-    layer, which takes 10-30 % longer (docs/log.md). A GPU has to be filled.
+    On a CPU few: the activations of 512 tokens stay in the cache, those of 4,096 are written to memory by every layer, which
+    takes 10-30 % longer (docs/log.md). Many threads, and a GPU, have to be filled.
     """
     import torch
 
-    return 4096 if device_type != "cpu" else min(4096, max(1024, 512 * torch.get_num_threads()))
+    return 4096 if device_type != "cpu" else min(4096, max(512, 256 * torch.get_num_threads()))
 
 
 def batches_by_length(lengths: Sequence[Size], tokens_per_batch: int) -> list[list[int]]:
