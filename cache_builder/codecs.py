@@ -258,7 +258,8 @@ ENCODED_ROWS = 2000
 
 
 def _rows(raw: RawTargets, part: slice) -> RawTargets:
-    return RawTargets(**{name: None if value is None else value[part] for name, value in vars(raw).items()})
+    own: dict[str, Any] = {name: None if value is None else value[part] for name, value in vars(raw).items()}
+    return RawTargets(**own)
 
 
 def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:

@@ -112,8 +112,8 @@ class Sparsifier:
         workers = torch.get_num_threads() if logits.device.type == "cpu" and self._in_place else 1
         step = self.block_rows or max(1, len(logits))
         if self.block_rows is None and logits.device.type == "cpu":
-            blocks = -(-4 * self.vocabulary_size * len(logits) // BLOCK_BYTES)
-            step = max(1, -(-len(logits) // (-(-blocks // workers) * workers)))  # as many blocks for each worker
+            count = -(-4 * self.vocabulary_size * len(logits) // BLOCK_BYTES)
+            step = max(1, -(-len(logits) // (-(-count // workers) * workers)))  # as many blocks for each worker
         starts = range(0, len(logits), step)
         workers = max(1, min(workers, len(starts)))
         scratch = self._scratch(min(step, len(logits)), workers, logits.device)
