@@ -194,7 +194,7 @@ def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
     with torch.inference_mode():
         model(input_ids=ids, decoder_input_ids=ids)
         clock = Clock()
-        for batch in batches_by_length(sizes, forward_tokens("cpu")):
+        for batch in batches_by_length(sizes, forward_tokens("cpu", two_sides=True)):
             pad = torch.nn.utils.rnn.pad_sequence
             contexts, targets = (
                 pad(

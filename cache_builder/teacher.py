@@ -22,7 +22,7 @@ import torch
 from kd.cache_builder.host_copies import Arrival, HostCopies, Laps
 from kd.cache_builder.sparsify import NOT_FINITE, Chunk, NonFiniteRow, Sparsifier, uniforms_for
 from kd.cache_builder.targets import RawTargets
-from kd.data.batches import batches_by_length, even_rows, forward_tokens, head_rows, on_device, padded_tokens
+from kd.data.batches import batches_by_length, even_rows, head_rows, on_device, padded_tokens
 from kd.data.blocks import TokenRows
 from kd.data.errors import TeacherError
 from kd.data.forward import LanguageModelHead
@@ -54,7 +54,7 @@ class Teacher:
         self.head = head
         self.sparsifier = sparsifier
         self.device = head.weight.device
-        self.tokens_per_batch = tokens_per_batch or forward_tokens(self.device.type)
+        self.tokens_per_batch = tokens_per_batch or head.forward_tokens
         self.head_chunk = head_chunk or head_rows(sparsifier.vocabulary_size, self.device.type)
         self.copies = HostCopies(self.device)
         self.times = PassTimes()

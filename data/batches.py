@@ -32,15 +32,16 @@ CPU_TRAINING_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 256 * 2**20
 
 
-def forward_tokens(device_type: str) -> int:
-    """Tokens of a forward pass, padding included, where nobody asks for another number.
+def forward_tokens(device_type: str, *, two_sides: bool = False) -> int:
+    """Tokens of a forward pass, padding included, where nobody asks for another number; `two_sides`: encoder and decoder.
 
     On a CPU few: the activations of 512 tokens stay in the cache, those of 4,096 are written to memory by every layer, which
-    takes 10-30 % longer (docs/log.md). Many threads, and a GPU, have to be filled.
+    takes 10-30 % longer; of an encoder-decoder each side has about half (docs/log.md). Many threads, and a GPU, have to be filled.
     """
     import torch
 
-    return 4096 if device_type != "cpu" else min(4096, max(512, 256 * torch.get_num_threads()))
+    per_thread = 512 if two_sides else 256
+    return 4096 if device_type != "cpu" else min(4096, per_thread * max(2, torch.get_num_threads()))
 
 
 def batches_by_length(lengths: Sequence[Size], tokens_per_batch: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.data.batches import Size, padded_ids
+from kd.data.batches import Size, forward_tokens, padded_ids
 from kd.data.errors import TeacherError
 from kd.data.models import Model, decoder_start, is_encoder_decoder
 from kd.data.packing import segment_mask
@@ -43,6 +43,11 @@ class LanguageModelHead:
     """[V, d]"""
     bias: torch.Tensor | None
     """[V] or None"""
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of a forward pass where nobody asks for another number."""
+        return forward_tokens(self.weight.device.type)
 
     def size(self, context: int, target: int) -> Size:
         """What an example costs a forward pass, for `batches_by_length`."""
@@ -146,6 +151,10 @@ class EncoderDecoderHead(LanguageModelHead):
     """Token the decoder starts from; the row of the first target token is predicted there."""
     scale: float
     """Of the decoder's output before the output layer: d^-0.5 in T5 with tied embeddings, else 1."""
+
+    @property
+    def forward_tokens(self) -> int:
+        return forward_tokens(self.weight.device.type, two_sides=True)
 
     def size(self, context: int, target: int) -> Size:
         """Both sides are padded on their own."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.data.batches import Size, batches_by_length, forward_tokens, head_rows
+from kd.data.batches import Size, batches_by_length, head_rows
 from kd.data.forward import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.data.models import Model
 from kd.evaluation.scoring import Progress, ScoredText, gold_nll, not_finite, out_of_memory, require_vocabulary
@@ -56,7 +56,7 @@ def shared_nll(model: Model, texts: Sequence[ScoredText], *, vocabulary_size: in
     require_vocabulary(int(head.weight.shape[0]), size)
     if not shares_context(head):
         return (yield from gold_nll(model, texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch))
-    tokens_per_batch = tokens_per_batch or forward_tokens(head.weight.device.type)
+    tokens_per_batch = tokens_per_batch or head.forward_tokens
     branches, places = group_by_context(texts)
     total, done = sum(len(t.target_ids) for t in texts), 0
     found: list[list[np.ndarray]] = [[] for _ in branches]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from kd.data.batches import batches_by_length, padded_tokens
+from kd.data.batches import batches_by_length, even_rows, forward_tokens, padded_tokens
 
 
 @pytest.mark.parametrize("budget", [1, 20, 25, 64, 200, 4096])
@@ -60,3 +61,22 @@ def test_batches_of_an_encoder_decoder_count_the_padding_of_both_sides() -> None
             padded = len(batch) * (max(sizes[i][0] for i in batch) + max(sizes[i][1] for i in batch))
             assert padded <= budget or len(batch) == 1
     assert sorted(i for b in batches_by_length(sizes, 24) for i in b) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("most", [5, 16, 128, 208])
+def test_chunks_are_as_few_as_the_limit_allows_and_of_one_size_but_for_rounding(most: int) -> None:
+    for rows in range(1, 700):
+        step = even_rows(rows, most)
+        sizes = [min(step, rows - start) for start in range(0, rows, step)]
+        assert sum(sizes) == rows
+        assert max(sizes) <= most
+        if most % 16 == 0:
+            assert len(sizes) == -(-rows // most)
+            assert step - sizes[-1] < 16 * len(sizes)  # each chunk is rounded up to 16
+
+
+def test_a_forward_pass_grows_with_the_threads_and_stays_that_of_a_gpu_at_most(monkeypatch) -> None:
+    for threads, one, two in ((1, 512, 1024), (2, 512, 1024), (6, 1536, 3072), (64, 4096, 4096)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert (forward_tokens("cpu"), forward_tokens("cpu", two_sides=True)) == (one, two)
+    assert forward_tokens("cuda") == forward_tokens("cuda", two_sides=True) == 4096
