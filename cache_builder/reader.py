@@ -231,7 +231,8 @@ class CacheReader:
         """Raise CacheDamageError for what no teacher gives, and no loss survives: cheap enough for every batch."""
         broken = not (np.isfinite(targets.log_z).all() and np.isfinite(targets.gold_logprob).all())
         for values in (targets.tail_bands, targets.boundary_logprob, targets.logprobs):
-            broken |= values is not None and bool(np.isnan(values).any() or (values == np.inf).any())
+            if values is not None and values.size:
+                broken |= not values.max() < np.inf  # of values with NaN the largest is NaN
         if broken:
             raise CacheDamageError("cached targets are not finite", where=self.root, try_="kd cache verify")
         size = self.manifest.vocabulary_size
