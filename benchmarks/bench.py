@@ -18,8 +18,8 @@ noise; read the ratios. On a machine with other work to do read the ratios of CP
             ce, kl    the same student through `attach_loss`, batches read from the cache
             uld       the same from a cache of profile `uld`, text tokenised again and aligned beforehand
             loop      the whole of `kd train` over the batches of `kl`; its ratios are to `kl`
-    read    rows per second of an epoch over a cache of READ_ROWS made-up rows at k=64: opening, checksums, decoding,
-            to tensors of 32 examples at a time, shuffled by window
+    read    rows per second of an epoch over a cache of READ_ROWS made-up rows at k=64: opening, checksums, decoding, to
+            batches of 16 examples as the loss takes them (`--loss kl`), shuffled by window
 """
 
 from __future__ import annotations
@@ -339,19 +339,20 @@ def make_read_cache(work: Path) -> None:
 
 
 def case_read(work: Path, tokens: int) -> dict[str, float]:
-    import numpy as np
-    import torch
-
     from kd.cache_builder.reader import CacheReader
+    from kd.student_trainer.compatibility import needed_arrays
+    from kd.student_trainer.losses import Objective
+    from kd.student_trainer.stream import Collator
 
+    objective = Objective()
+    collate = Collator(objective)
     for warm in (False, True):
         rows, started, cpu = 0, time.perf_counter(), time.process_time()
         reader = CacheReader(work / "read")
+        reader.keep(needed_arrays(objective, reader.manifest))
         order = reader.epoch_order(0, 0).tolist()
-        for first in range(0, len(order) if warm else 32, 32):
-            targets = reader.read_rows(order[first : first + 32])
-            tensors = [torch.from_numpy(v) for v in vars(targets).values() if isinstance(v, np.ndarray)]
-            rows += len(tensors[0])
+        for first in range(0, len(order) if warm else 16, 16):
+            rows += len(collate(reader.read(order[first : first + 16]))["gold_ids"])
     return {"tokens_per_second": rows / (time.perf_counter() - started),
             "tokens_per_cpu_second": rows / (time.process_time() - cpu), "peak_mb": 0.0}  # fmt: skip
 

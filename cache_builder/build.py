@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.cache_builder import codecs, commits, store
+from kd.cache_builder.arrays import Arrays
 from kd.cache_builder.claims import Claims
 from kd.cache_builder.files import write_error
 from kd.cache_builder.plan import BuildPlan
@@ -214,7 +215,7 @@ def write_shard(writer: store.ShardWriter, index: int, rows: list[TokenRows], ra
     _write(writer, index, rows, stored, quality, plan, seconds, claims)
 
 
-def _write(writer: store.ShardWriter, index: int, rows: list[TokenRows], stored: codecs.Arrays, quality: dict[str, float],
+def _write(writer: store.ShardWriter, index: int, rows: list[TokenRows], stored: Arrays, quality: dict[str, float],
            plan: BuildPlan, seconds: dict[str, float], claims: Claims) -> None:  # fmt: skip
     started = time.perf_counter()
     position = index * plan.manifest.layout.shard_rows

@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from kd.cache_builder.codecs import ArraySpec
+from kd.cache_builder.arrays import ArraySpec
 from kd.cache_builder.manifest import Layout
 from kd.data.errors import CacheError
 

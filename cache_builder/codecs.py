@@ -1,186 +1,22 @@
-"""Log-probabilities as small numbers, and back: the mapping between `RawTargets` and the stored arrays.
+"""The mapping between `RawTargets`, stored arrays and `SoftTargets`; the head's own coding is `logprob_codecs`'.
 
-A head row is stored relative to its top value (0 >= r_1 >= ... >= r_k), as one of
-
-    graded         r_j = -scale[sum_{i<=j} steps_i], steps uint16; the scale's points lie the further apart the less
-    graded-fine    probable a value is, so every value costs about the same error; fine and coarse differ in density
-    graded-coarse
-    linear8        r_j = -q_j * span / 255, q uint8, span float16 per row     1 byte per value
-    float16        r_j as float16                                             2 bytes
-    float32        r_j as float32                                             4 bytes, exact
-
-What each weighs after compression and what it costs in KL is a table in docs/cache-format.md (benchmarks/sizes.py).
-float16 ends at -65504 nats, and so do the scales; what lies below is stored as that, and its probability, 0, is the same.
-
-The top value itself is not stored: it is -log_z at temperature 1. Neither is log_z, but the odds of the tail: its
+The top value of a row is not stored: it is -log_z at temperature 1. Neither is log_z, but the odds of the tail: its
 exact mass over that of the *decoded* head. So kept mass plus tail mass is 1 for what a reader decodes, at every
 temperature, the tail's mass is right whatever the head's codec, and where there is no tail none is decoded.
-
-Add a codec: a class with `arrays`, `encode`, `decode` and one line in `CODECS`; the test battery finds it there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import pairwise
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from kd.cache_builder.arrays import Arrays, ArraySpec, id_dtype
+from kd.cache_builder.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
 from kd.cache_builder.targets import PROFILES, RawTargets, SoftTargets, TargetConfig, band_edges
-
-Arrays = dict[str, np.ndarray]
-
-FLOAT16_MIN = float(np.finfo(np.float16).min)
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """One stored array: `[rows]` or `[rows, columns]`."""
-
-    name: str
-    dtype: str
-    columns: int | None
-    attributes: Mapping[str, Any]
-    """What a reader without our code needs: quantity, unit, decoding rule."""
-    ids: bool = False
-    """Token ids: the array holds their codes, see `codes_by_count`."""
-    by_column: bool = False
-    """A chunk holds one column after another (the `transpose` codec): the values of a rank are alike."""
-    shuffle: Literal["shuffle", "bitshuffle"] = "bitshuffle"
-    """What blosc reorders before zstd: bits, or whole bytes (`shuffle`)."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row before compression."""
-        return int(np.dtype(self.dtype).itemsize) * (1 if self.columns is None else self.columns)
-
-
-class LogprobCodec(Protocol):
-    """How a head row, relative to its top value, becomes stored arrays."""
-
-    tail: str
-    """dtype of the tail's odds; as logarithms in float16 they cost at most 5e-8 nats of KL."""
-
-    def arrays(self, k: int) -> list[ArraySpec]:
-        """The arrays this codec stores."""
-
-    def encode(self, relative: np.ndarray) -> Arrays:
-        """`[N, K]` float32 descending from 0 -> stored arrays."""
-
-    def decode(self, stored: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Stored arrays -> `[N, K]` float32, descending."""
-
-
-@cache
-def graded_scale(step: float) -> np.ndarray:
-    """`[G]` float32 ascending from 0 to 65504: nats below the top value, `step * e^(y/5)` (at most y/2) apart at y.
-
-    With steps s_j the KL is about sum_j p_j s_j^2 / 24; for a given number of points on the way it is least where
-    p_j s_j^2 is the same for all j, which is e^(y/2). The slower growth spares what weighs at temperatures 2 and 4
-    (docs/log.md has the comparison).
-    """
-    points = [0.0]
-    while points[-1] < -FLOAT16_MIN:
-        y = points[-1]
-        points.append(min(y + min(step * math.exp(min(y, 100.0) / 5), max(y / 2, step)), -FLOAT16_MIN))
-    return np.array(points, dtype=np.float32)
-
-
-@cache
-def _decimals(step: float) -> list[float]:
-    """The scale as the shortest decimals that are the same float32."""
-    return [float(str(y)) for y in graded_scale(step)]
-
-
-_QUANTITY = "log p(token_j) - log p(token_1) at temperature 1, nats; add -log_z[T=1] for log p"
-
-
-class Linear8:
-    """8 bits linear between the first and the k-th value of each row."""
-
-    tail = "float16"
-
-    def arrays(self, k: int) -> list[ArraySpec]:
-        rule = {"quantity": _QUANTITY, "codec": "linear8", "decode": "-logprobs * logprob_span / 255"}
-        return [
-            ArraySpec("logprobs", "uint8", k, rule),
-            ArraySpec("logprob_span", "float16", None, {"quantity": "first minus k-th log-probability, nats"}),
-        ]
-
-    def encode(self, relative: np.ndarray) -> Arrays:
-        span = np.minimum(-relative[:, -1], -FLOAT16_MIN).astype(np.float16)
-        step = np.maximum(span.astype(np.float32), 1e-6)[:, None] / 255
-        return {"logprobs": np.clip(np.rint(-relative / step), 0, 255).astype(np.uint8), "logprob_span": span}
-
-    def decode(self, stored: Mapping[str, np.ndarray]) -> np.ndarray:
-        step = stored["logprob_span"].astype(np.float32)[:, None] / np.float32(255)
-        return stored["logprobs"].astype(np.float32) * -step
-
-
-class Graded:
-    """Places on `graded_scale(step)`, as differences between neighbours; no error is carried along a row."""
-
-    tail = "float16"
-
-    def __init__(self, step: float) -> None:
-        self.step = step
-
-    def arrays(self, k: int) -> list[ArraySpec]:
-        scale = graded_scale(self.step)
-        rule = {
-            "quantity": _QUANTITY, "codec": "graded", "decode": "-scale[logprobs[0] + ... + logprobs[j]] for value j",
-            "scale": _decimals(self.step),
-        }  # fmt: skip
-        return [ArraySpec("logprobs", "uint8" if len(scale) <= 2**8 else "uint16", k, rule)]
-
-    def encode(self, relative: np.ndarray) -> Arrays:
-        scale = graded_scale(self.step)
-        places = np.searchsorted((scale[1:] + scale[:-1]) / 2, -relative.T)
-        return {"logprobs": np.diff(places, axis=0, prepend=0).astype(np.min_scalar_type(len(scale) - 1)).T}
-
-    def decode(self, stored: Mapping[str, np.ndarray]) -> np.ndarray:
-        scale = -graded_scale(self.step)
-        places = np.array(stored["logprobs"].T, dtype=np.min_scalar_type(len(scale) - 1), order="C")
-        for above, below in pairwise(places):  # [K, N]: whole columns at once
-            np.add(below, above, out=below)
-        return scale.take(places, mode="clip").T
-
-
-class Float:
-    """Values as floats of one width."""
-
-    def __init__(self, dtype: str) -> None:
-        self.dtype = self.tail = dtype
-
-    def arrays(self, k: int) -> list[ArraySpec]:
-        return [
-            ArraySpec("logprobs", self.dtype, k, {"quantity": _QUANTITY, "codec": self.dtype, "decode": "logprobs"})
-        ]
-
-    def encode(self, relative: np.ndarray) -> Arrays:
-        return {"logprobs": np.maximum(relative, np.finfo(self.dtype).min).astype(self.dtype)}
-
-    def decode(self, stored: Mapping[str, np.ndarray]) -> np.ndarray:
-        return stored["logprobs"].astype(np.float32)
-
-
-CODECS: dict[str, LogprobCodec] = {
-    "graded": Graded(1 / 46),
-    "graded-fine": Graded(1 / 640),
-    "graded-coarse": Graded(1 / 20),
-    "linear8": Linear8(),
-    "float16": Float("float16"),
-    "float32": Float("float32"),
-}
-
-
-def id_dtype(vocabulary_size: int) -> str:
-    """Smallest unsigned dtype that holds every id."""
-    return "uint16" if vocabulary_size <= 2**16 else "uint32"
 
 
 def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) -> list[ArraySpec]:
@@ -313,11 +149,11 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
     temperatures = config.temperatures
     if config.top_k and "logprobs" in stored:
         k = config.top_k if top_k is None else top_k
-        relative = CODECS[config.logprob_codec].decode(stored)
-        log_z = _log_z(stored, relative, config.temperatures)
-        optional["logprobs"] = np.ascontiguousarray(relative[:, :k] - log_z[:, [config.temperatures.index(1.0)]])
+        log_z, optional["logprobs"], mass = _decode_head(stored, config, k)
+        if k == config.top_k:
+            optional["tail_mass"] = mass
         if "token_ids" in stored:
-            optional["token_ids"] = stored["token_ids"][:, :k].astype(np.int64, order="C", copy=False)
+            optional["token_ids"] = stored["token_ids"][:, :k].astype(np.int32, order="C", copy=False)
     elif "log_z" in stored:
         log_z = stored["log_z"]
     else:  # the head was left out, and what is there answers for no temperature
@@ -342,18 +178,31 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
     )
 
 
-def _log_z(stored: Mapping[str, np.ndarray], relative: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
-    """`[N, T]` float32 normalisers: stored (format version 1), or from the decoded head and the odds of the tail."""
-    if "log_z" in stored:
-        return np.asarray(stored["log_z"], dtype=np.float32)
-    log_z = np.empty((len(relative), len(temperatures)), dtype=np.float32)
-    powers, previous = np.empty_like(relative), 0.0
-    for t in reversed(range(len(temperatures))):
-        if previous == 2 * temperatures[t]:  # a product is a tenth of an exponential
-            np.multiply(powers, powers, out=powers)
+DECODED_ROWS = 2000
+"""Rows of the head decoded at once: what is made of them on the way stays in the caches, and calls cost little."""
+
+
+def _decode_head(
+    stored: Mapping[str, np.ndarray], config: TargetConfig, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """`log_z [N, T]`, log-probabilities `[N, k]`, mass beyond all stored tokens `[N, T]` (None in format version 1); float32."""
+    codec, one, version1 = CODECS[config.logprob_codec], config.temperatures.index(1.0), "log_z" in stored
+    size, grid = len(stored["logprobs"]), len(config.temperatures)
+    log_z, logprobs = np.empty((size, grid), dtype=np.float32), np.empty((size, k), dtype=np.float32)
+    mass = None if version1 else np.empty_like(log_z)
+    head = {name: stored[name] for name in ("logprobs", "logprob_span") if name in stored}
+    for first in range(0, size, DECODED_ROWS):
+        rows = slice(first, first + DECODED_ROWS)
+        part = {name: values[rows] for name, values in head.items()}
+        if mass is None:
+            relative, log_z[rows] = codec.decode(part), stored["log_z"][rows]
         else:
-            np.exp(np.divide(relative, np.float32(temperatures[t]), out=powers), out=powers)
-        previous = temperatures[t]
-        odds = np.exp(stored["tail_odds"][:, t].astype(np.float32))
-        log_z[:, t] = np.log(powers.sum(axis=1)) + np.log1p(odds)
-    return log_z
+            relative = codec.decode(part)
+            sums = power_sums(codec, part, relative, config.temperatures)
+            odds = np.exp(stored["tail_odds"][rows].astype(np.float32))
+            whole = 1 + odds  # of the kept mass
+            np.log(sums * whole, out=log_z[rows])
+            with np.errstate(invalid="ignore"):  # odds of infinity, which the normaliser then shows
+                np.divide(odds, whole, out=mass[rows])
+        np.subtract(relative[:, :k], log_z[rows, one : one + 1], out=logprobs[rows])
+    return log_z, logprobs, mass

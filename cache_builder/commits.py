@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from kd.cache_builder.codecs import ArraySpec
+from kd.cache_builder.arrays import ArraySpec
 from kd.cache_builder.files import read_json, sha256_of
 from kd.cache_builder.manifest import (
     ANSWERS,

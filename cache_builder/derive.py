@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder import codecs, commits
-from kd.cache_builder.codecs import CODECS, FLOAT16_MIN, Arrays
+from kd.cache_builder.arrays import Arrays
 from kd.cache_builder.files import digest_of, write_error
+from kd.cache_builder.logprob_codecs import CODECS, FLOAT16_MIN
 from kd.cache_builder.manifest import (
     CacheManifest,
     existing_cache,

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.codecs import CODECS, ArraySpec, array_specs
+from kd.cache_builder.arrays import ArraySpec
+from kd.cache_builder.codecs import array_specs
 from kd.cache_builder.files import canonical_json, digest_of, read_json, unfinished, write_atomic
+from kd.cache_builder.logprob_codecs import CODECS
 from kd.cache_builder.targets import TargetConfig
 from kd.data.blocks import BlockConfig
 from kd.data.errors import CacheDamageError, CacheError, CacheMismatchError

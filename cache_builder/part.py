@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.codecs import CODECS
 from kd.cache_builder.files import canonical_json, digest_of, read_json, write_atomic
+from kd.cache_builder.logprob_codecs import CODECS
 from kd.cache_builder.manifest import CacheManifest
 from kd.data.errors import CacheDamageError, CacheError, unknown_name
 

@@ -89,7 +89,7 @@ class CacheReader:
         self.shards: Sequence[int] = range(len(manifest.shards)) if self.part is None else self.part.shards
         """Shards that this copy holds: all, but for a part of a cache."""
         self._arrays: Sequence[str] | None = None
-        self._dtypes = {"token_ids": np.int64}  # as `codecs.decode` gives them out: copied once
+        self._dtypes = {"token_ids": np.int32}  # as `codecs.decode` gives them out: copied once
         self._position: dict[tuple[int, ...], int] = {}
         """Of each announced batch."""
         self._loads: list[tuple[int, int]] = []
@@ -237,7 +237,8 @@ class CacheReader:
             raise CacheDamageError("cached targets are not finite", where=self.root, try_="kd cache verify")
         size = self.manifest.vocabulary_size
         for ids in (targets.token_ids, targets.sample_ids) if self.manifest.format_version == 1 else ():
-            if ids is not None and ids.size and ids.max() >= size:  # later versions: no code stands for such an id
+            # later versions: no code stands for such an id
+            if ids is not None and ids.size and not 0 <= ids.min() <= ids.max() < size:
                 raise CacheDamageError("a cached id is beyond the vocabulary", where=self.root, try_="kd cache verify")
 
     def vocabulary(self) -> list[bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder import commits
-from kd.cache_builder.codecs import Arrays
+from kd.cache_builder.arrays import Arrays
 from kd.cache_builder.manifest import CacheManifest, refuse_mismatch
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.rows import tokens_digest

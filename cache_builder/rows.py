@@ -1,7 +1,7 @@
-"""The teacher's vocabulary, and the three things that are stored in another form than they are handed out in.
+"""The teacher's vocabulary, and the four things that are stored in another form than they are held in memory.
 
 Ids are stored as codes (the most frequent token of the corpus is 0, so that the high bits of most are zero), `byte_end`
-as lengths, and columns one after another; none of it loses anything. `pack` and `unpack` translate.
+as lengths, places on a scale as steps, and columns one after another; none of it loses anything. `pack` and `unpack` translate.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kd.cache_builder.codecs import Arrays, ArraySpec, id_dtype
+from kd.cache_builder.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.commits import verified_bytes
 from kd.cache_builder.manifest import VOCABULARY, CacheManifest
 from kd.cache_builder.tables import read_table
@@ -88,6 +89,11 @@ def _code_table(root: Path, size: int, sha256: str, vocabulary_size: int) -> tup
 def pack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes: np.ndarray) -> Arrays:
     """Rows of whole examples, beginning at `starts [E]`, in the form the arrays hold."""
     packed = {a.name: codes[stored[a.name]] if a.ids else stored[a.name] for a in arrays if a.name in stored}
+    for spec in arrays:
+        if spec.steps and spec.name in packed:
+            places = packed[spec.name]
+            packed[spec.name] = places.copy(order="K")
+            packed[spec.name][:, 1:] -= places[:, :-1]
     if any(a.name == "byte_length" for a in arrays):
         lengths = np.diff(stored["byte_end"], prepend=0)
         lengths[starts] = stored["byte_end"][starts]
@@ -98,6 +104,12 @@ def pack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes:
 def unpack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
     """The inverse of `pack`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
     unpacked = {a.name: _take(ids, stored[a.name]) if a.ids and ids is not None else stored[a.name] for a in arrays}
+    for spec in arrays:
+        if spec.steps:
+            columns = np.array(unpacked[spec.name].T, order="C")
+            for above, below in pairwise(columns):  # whole columns at once
+                np.add(below, above, out=below)
+            unpacked[spec.name] = np.ascontiguousarray(columns.T)
     if "byte_length" in unpacked:
         ends = np.cumsum(unpacked.pop("byte_length"), dtype=np.uint32)
         before = ends[starts - 1]
@@ -108,4 +120,6 @@ def unpack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids:
 
 def _take(table: np.ndarray, places: np.ndarray) -> np.ndarray:
     """`table[places]` by Arrow, which takes indices as they are; numpy makes int64 of them first. Raises IndexError."""
-    return pc.take(pa.array(table), pa.array(places.reshape(-1))).to_numpy().reshape(places.shape)  # type: ignore[no-any-return]
+    if places.size and places.max() >= len(table):  # Arrow's own check takes as long as everything else
+        raise IndexError(f"code {places.max()} of {len(table)}")
+    return pc.take(pa.array(table), pa.array(places.reshape(-1)), boundscheck=False).to_numpy().reshape(places.shape)  # type: ignore[no-any-return]

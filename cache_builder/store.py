@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
+from kd.cache_builder.arrays import Arrays, ArraySpec
 from kd.cache_builder.chunks import decode_shard
 from kd.cache_builder.claims import void_claims
-from kd.cache_builder.codecs import Arrays, ArraySpec
 from kd.cache_builder.commits import (
     commit_path,
     file_entry,

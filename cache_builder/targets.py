@@ -58,7 +58,7 @@ class TargetConfig:
     band_temperatures: tuple[float, ...] = (1.0,)
     """Temperatures whose rank bands are stored."""
     logprob_codec: str = "graded"
-    """One of `codecs.CODECS`."""
+    """One of `logprob_codecs.CODECS`."""
     seed: int = 0
     """Of the draws."""
 
@@ -178,9 +178,11 @@ class SoftTargets:
     band_temperatures: tuple[float, ...] = ()
     """temperatures of `tail_bands`"""
     token_ids: np.ndarray | None = field(default=None)
-    """[N, K] int64, most probable first"""
+    """[N, K] int32, most probable first"""
     logprobs: np.ndarray | None = field(default=None)
     """[N, K] float32 nats at temperature 1, descending"""
+    tail_mass: np.ndarray | None = field(default=None)
+    """[N, T] float32 probability beyond the kept tokens, where it is stored; None = what the kept ones leave of 1"""
     tail_bands: np.ndarray | None = field(default=None)
     """[N, band temperatures, B] float32 log-mass of rank bands beyond k"""
     sample_ids: np.ndarray | None = field(default=None)
@@ -221,4 +223,6 @@ class SoftTargets:
 
     def tail_mass_at(self, temperature: float) -> np.ndarray:
         """`[N]` float64: probability beyond the kept tokens at a temperature of the grid."""
+        if self.tail_mass is not None:
+            return self.tail_mass[:, self.grid_index(temperature)].astype(np.float64)
         return np.asarray(np.maximum(0.0, 1.0 - np.exp(self.logprobs_at(temperature)).sum(axis=1)))

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from kd.cache_builder import codecs, commits, store
+from kd.cache_builder.arrays import ArraySpec
 from kd.cache_builder.chunks import broken_chunks
-from kd.cache_builder.codecs import ArraySpec
 from kd.cache_builder.files import unfinished
 from kd.cache_builder.manifest import CacheManifest, load_manifest
 from kd.cache_builder.part import PARTIAL, load_part
@@ -215,7 +215,7 @@ def broken_promises(
     yield "a log-probability that is not finite", "gold_logprob", ~np.isfinite(targets.gold_logprob)
     if targets.token_ids is not None:
         ids = np.sort(targets.token_ids, axis=1)
-        yield "an id beyond the vocabulary", "token_ids", np.asarray(ids[:, -1] >= vocabulary_size)
+        yield "an id beyond the vocabulary", "token_ids", np.asarray((ids[:, 0] < 0) | (ids[:, -1] >= vocabulary_size))
         yield "an id that occurs twice", "token_ids", np.asarray((ids[:, 1:] == ids[:, :-1]).any(axis=1))
     if targets.logprobs is not None:
         yield (

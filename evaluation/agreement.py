@@ -191,7 +191,7 @@ def _compare(chunk: LogitChunk, token_ids: np.ndarray, log_p: np.ndarray, rest: 
     """`[6, m]` float64: the first six of FIGURES."""
     import torch
 
-    ids = torch.from_numpy(token_ids).to(chunk.logits.device)
+    ids = torch.from_numpy(token_ids).to(chunk.logits.device).long()
     soft = chunk.logits / temperature
     log_z = soft.logsumexp(dim=1, keepdim=True)
     log_q = (soft.gather(1, ids) - log_z).cpu().double().numpy()

@@ -207,9 +207,10 @@ class Collator:
         if kind in ("ghost", "renorm"):
             assert rows.token_ids is not None
             batch["token_ids"] = rows.token_ids
-            logprobs = rows.logprobs_at(temperature)
-            batch["logprobs"] = logprobs.astype(np.float32)
-            batch["tail_mass"] = np.maximum(0.0, 1.0 - np.exp(logprobs).sum(axis=1)).astype(np.float32)
+            logprobs = rows.logprobs if temperature == 1.0 else rows.logprobs_at(temperature)
+            assert logprobs is not None
+            batch["logprobs"] = logprobs.astype(np.float32, copy=False)
+            batch["tail_mass"] = rows.tail_mass_at(temperature).astype(np.float32)
         if kind == "sampled":
             assert rows.sample_ids is not None
             assert rows.sample_counts is not None
@@ -287,6 +288,8 @@ def loss_targets(batch: dict[str, Tensor]) -> LossTargets:
     if "group_first" in batch:
         found = {name: batch[f"group_{name}"] for name in GROUP_FIELDS if f"group_{name}" in batch}
         rows["groups"] = GroupTargets(gold_ids=batch["gold_ids"], **found)
+    if "token_ids" in rows:
+        rows["token_ids"] = rows["token_ids"].long()  # here, on the model's device: half the bytes on the way there
     return LossTargets(kd_scale=batch.get("kd_scale"), **rows)
 
 

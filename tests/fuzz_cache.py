@@ -16,8 +16,8 @@ import atheris
 import pyarrow as pa
 
 with atheris.instrument_imports(include=["kd"]):
+    from kd.cache_builder.arrays import ArraySpec
     from kd.cache_builder.chunks import decode_shard
-    from kd.cache_builder.codecs import ArraySpec
     from kd.cache_builder.files import canonical_json, digest_of, read_json
     from kd.cache_builder.manifest import Layout, load_manifest, shard_record
     from kd.cache_builder.store import EXAMPLE_SCHEMA

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "recipes", "cache_builder", "student_trainer", "evaluation", "commands")
-FORMAT_HALF = {"targets", "codecs", "chunks", "files", "manifest", "claims", "commits", "rows", "store", "reader", "summary",
+FORMAT_HALF = {"targets", "arrays", "logprob_codecs", "codecs", "chunks", "files", "manifest", "claims", "commits", "rows",
+               "store", "reader", "summary",
                "verify", "tables", "repair", "home", "registry", "derive", "mixture", "part", "remotes", "hub",
                "fetching", "transfer", "push", "pull", "mirror", "card"}  # fmt: skip
 BUILD_HALF = {

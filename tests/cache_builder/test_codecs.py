@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.cache_builder.codecs import CODECS, Graded, array_specs, decode, encode, graded_scale, id_dtype
+from kd.cache_builder.arrays import id_dtype
+from kd.cache_builder.codecs import array_specs, decode, encode
+from kd.cache_builder.logprob_codecs import CODECS, Graded, graded_scale, power_sums
 from kd.cache_builder.rows import pack, unpack
 from kd.cache_builder.targets import PROFILES, RawTargets, TargetConfig
 
@@ -92,6 +94,30 @@ def test_kept_plus_tail_is_one_at_every_temperature(codec: str, case):
 
 def store_head(raw: RawTargets, codec: str) -> dict:
     return CODECS[codec].encode(raw.relative)
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 2.0, 4.0), (0.5, 1.0, 3.0)])
+@pytest.mark.parametrize("codec", CODECS)
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_sums_of_powers_are_those_of_the_decoded_values(codec: str, temperatures, case):
+    logits, k = case
+    stored = store_head(make_raw(logits, k), codec)
+    relative = CODECS[codec].decode(stored)
+    found = power_sums(CODECS[codec], stored, relative, temperatures)
+    exact = np.stack([np.exp(relative.astype(np.float64) / t).sum(axis=1) for t in temperatures], axis=1)
+    # float32: a power squared twice is off by 4 half units, a sum of at most 8 terms or more by the same again
+    np.testing.assert_allclose(found, exact, rtol=2e-6)
+
+
+def test_the_tail_s_mass_is_the_stored_odds_and_keeps_its_digits_where_kept_mass_is_one():
+    """One minus the kept sum has no digits left of a tail of 1e-9; its odds do."""
+    odds = np.array([[-20.0], [-4.0], [3.0]], dtype=np.float16)
+    config = TargetConfig(top_k=2, temperatures=(1.0,))
+    stored = {"logprobs": np.zeros((3, 2), dtype=np.uint8), "tail_odds": odds}
+    rest = {name: np.zeros(3, dtype=np.float16) for name in ("gold_ids", "gold_logprob", "gold_rank", "byte_end")}
+    found = decode(stored | rest, config).tail_mass_at(1.0)
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-odds[:, 0].astype(np.float64))), rtol=2e-7)  # float32
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from kd.cache_builder.codecs import CODECS
 from kd.cache_builder.derive import converted, merge_caches, slice_cache
+from kd.cache_builder.logprob_codecs import CODECS
 from kd.cache_builder.manifest import Layout, load_manifest
 from kd.cache_builder.reader import CacheReader, concatenate
 from kd.cache_builder.verify import verify

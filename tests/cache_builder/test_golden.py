@@ -42,7 +42,11 @@ def test_a_store_reads_as_it_was_written(version: str):
         assert example.context_ids.tolist() == values.pop("context_ids")
         for name, value in values.items():
             found = getattr(example.targets, name)
-            np.testing.assert_array_equal(found, np.array(value, dtype=found.dtype), err_msg=name)
+            # normalisers are stored in version 1; since then they are worked out in float32, whose exp, log and sums of
+            # up to 16 nats differ in the last bit from processor to processor, and from one way of summing to another
+            worked_out = version != "v1" and name in ("log_z", "logprobs")
+            expected_values, atol = np.array(value, dtype=found.dtype), 1e-6 if worked_out else 0
+            np.testing.assert_allclose(found, expected_values, rtol=0, atol=atol, err_msg=name)
     *_, last = verify(GOLDEN / version)
     assert last.findings == ()
 

@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd.cache_builder import commits, store
+from kd.cache_builder.arrays import ArraySpec
 from kd.cache_builder.chunks import decode_shard
-from kd.cache_builder.codecs import CODECS, ArraySpec, array_specs
+from kd.cache_builder.codecs import array_specs
 from kd.cache_builder.files import canonical_json, digest_of
+from kd.cache_builder.logprob_codecs import CODECS
 from kd.cache_builder.manifest import Layout, load_manifest
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.rows import code_table, codes_by_count, pack, tokens_digest, unpack

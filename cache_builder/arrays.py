@@ -1,0 +1,41 @@
+"""What a stored array is: its name, dtype and columns, and how its chunks are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+"""Stored arrays of some rows, by name."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One stored array: `[rows]` or `[rows, columns]`."""
+
+    name: str
+    dtype: str
+    columns: int | None
+    attributes: Mapping[str, Any]
+    """What a reader without our code needs: quantity, unit, decoding rule."""
+    ids: bool = False
+    """Token ids: the array holds their codes, see `codes_by_count`."""
+    steps: bool = False
+    """The array holds the differences between neighbours of a row, in memory a row holds their sums."""
+    by_column: bool = False
+    """A chunk holds one column after another (the `transpose` codec): the values of a rank are alike."""
+    shuffle: Literal["shuffle", "bitshuffle"] = "bitshuffle"
+    """What blosc reorders before zstd: bits, or whole bytes (`shuffle`)."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression."""
+        return int(np.dtype(self.dtype).itemsize) * (1 if self.columns is None else self.columns)
+
+
+def id_dtype(vocabulary_size: int) -> str:
+    """Smallest unsigned dtype that holds every id."""
+    return "uint16" if vocabulary_size <= 2**16 else "uint32"
