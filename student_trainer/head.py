@@ -99,14 +99,32 @@ class _ChunkedHead(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
+class Unrounded:
+    """Float targets of a batch on their way into `forward`.
+
+    FSDP in mixed precision casts every floating-point tensor among a forward's arguments, in dictionaries, lists and
+    dataclasses too, to the precision of the weights: log-probabilities would lose all but 8 bits, and nothing would say so.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+
+def forward_arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """A collated batch as arguments of the forward that `attach_loss` makes, its float targets kept as they are."""
+    floats = {name: value for name, value in batch.items() if value.is_floating_point()}
+    return {name: value for name, value in batch.items() if name not in floats} | {"unrounded": Unrounded(floats)}
+
+
 def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | None = None) -> None:
-    """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits.
+    """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits; see `forward_arguments`.
 
     `chunk` rows of the output layer at once; None = `head_rows`.
     """
     parts = split_head(model)
 
-    def forward(self: Any, positions: Tensor, **batch: Any) -> dict[str, Tensor]:
+    def forward(self: Any, positions: Tensor, unrounded: Unrounded | None = None, **batch: Any) -> dict[str, Tensor]:
+        batch |= {} if unrounded is None else unrounded.tensors
         rows = parts.batch_hidden(batch).flatten(0, 1).index_select(0, positions)
         total, kd, ce = chunked_head_loss(
             rows, *output_layer(model), loss, loss_targets(batch), vocabulary_size=vocabulary_size,

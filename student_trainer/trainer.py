@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 
 from kd.data.batches import on_device
 from kd.data.errors import DataError
+from kd.student_trainer.head import forward_arguments
 from kd.student_trainer.stream import BatchPlan, PlannedBatches, Prefetcher
 
 
@@ -123,7 +124,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self._aligned = self._aligned.to(aligned.device) + aligned  # moved once, then no wait per step
         if self._kd_scale is not None:
             inputs["kd_scale"] = self._kd_scale
-        outputs = model(**inputs)
+        outputs = model(**forward_arguments(inputs))
         self._sums.append(torch.stack([outputs["loss"], outputs["kd"], outputs["ce"]]).detach())
         self._positions += len(inputs["gold_ids"])
         # DDP averages gradients over devices; the sum is wanted
