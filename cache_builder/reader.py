@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -98,6 +98,7 @@ class CacheReader:
         self._starts = np.array([first for first, _, _ in manifest.shards])
         self._shards: OrderedDict[int, store.Shard] = OrderedDict()
         self._lock = threading.Lock()
+        self._loading: Mapping[int, threading.Lock] = defaultdict(threading.Lock)
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -134,18 +135,27 @@ class CacheReader:
 
     def shard(self, index: int) -> store.Shard:
         """A verified shard, from memory where it was touched lately."""
+        found = self._held(index)
+        if found is not None:
+            return found
+        with self._loading[index]:  # who comes second waits, instead of loading it too
+            found = self._held(index)
+            if found is not None:
+                return found
+            if not self._loads:
+                commits.ask(self.root, [index], self._names())
+            loaded = store.read_shard(self.root, self.manifest, index, names=self._arrays)
+            with self._lock:
+                self._shards[index] = loaded
+                while len(self._shards) > self.window + 1:
+                    self._shards.popitem(last=False)
+        return loaded
+
+    def _held(self, index: int) -> store.Shard | None:
         with self._lock:
             if index in self._shards:
                 self._shards.move_to_end(index)
-                return self._shards[index]
-        if not self._loads:
-            commits.ask(self.root, [index], self._names())
-        loaded = store.read_shard(self.root, self.manifest, index, names=self._arrays)
-        with self._lock:
-            self._shards[index] = loaded
-            while len(self._shards) > self.window + 1:
-                self._shards.popitem(last=False)
-        return loaded
+            return self._shards.get(index)
 
     def announce(self, batches: Sequence[Sequence[int]]) -> None:
         """Say in which order `read` will be asked for examples: a mirror then fetches shards before they are needed."""

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,9 @@ from kd.student_trainer.pieces import SharedPieces
 from kd.student_trainer.text import StudentExample, StudentText
 
 PREFETCHED_BATCHES = 4
+TOUCHED_EXAMPLES = 256
+"""Of the first epoch, whose shards are loaded early: enough to touch nearly every shard of a window of 16."""
+TOUCHING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,26 @@ def _cut(order: np.ndarray, sizes: Sequence[Size], tokens: int | None, count: in
         batch.add(example, sizes[example])
     if batch.examples:
         yield batch
+
+
+def touch_shards(reader: CacheReader, examples: Sequence[int]) -> list[threading.Thread]:
+    """Have the reader load the shards of these examples on threads, which are returned, while the student is being loaded.
+
+    The first batches touch most shards of their window, and would all be waited for. What is wrong with one of them is said
+    when it is read in earnest. One thread would not get far: for each of a shard's hundred short calls it waits until whoever
+    loads the student lets go of the interpreter.
+    """
+
+    def touch(own: Sequence[int]) -> None:
+        with suppress(Exception):
+            for example in own:
+                reader.locate(example)
+
+    threads = [threading.Thread(target=touch, args=(examples[i::TOUCHING_THREADS],), name="kd-touch", daemon=True)
+               for i in range(TOUCHING_THREADS)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 class PlannedBatches:

@@ -54,7 +54,7 @@ from kd.student_trainer.losses import Objective
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import packed_capacity, prepare, rank_edges
 from kd.student_trainer.records import keep_evaluations
-from kd.student_trainer.stream import CachedExamples, plan_batches
+from kd.student_trainer.stream import TOUCHED_EXAMPLES, CachedExamples, plan_batches, touch_shards
 from kd.student_trainer.trainer import DistillationTrainer, StepRecord
 
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -98,6 +98,8 @@ def train(
         ce_weight=config.ce_weight, settings=settings,
     )  # fmt: skip
     reader.keep(needed_arrays(objective, reader.manifest))
+    if not resume:  # where a resumed run begins is known later
+        touch_shards(reader, reader.epoch_order(config.seed, 0)[:TOUCHED_EXAMPLES].tolist())
     request = ModelRequest(
         "random:demo-student" if config.student == "demo" else config.student,
         revision=config.revision, device="cpu", dtype="float32", tokenizer=config.tokenizer, seed=config.seed,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -151,6 +153,26 @@ def test_examples_of_a_window_are_shuffled_together(reader: CacheReader):
         falls += sum(int((np.diff(order[shards == s]) < 0).sum()) for s in range(len(starts)))
     assert changes > len(starts) - 1  # as many as whole shards one after another would have
     assert falls > 0  # nor does a shard keep its own order
+
+
+def test_threads_that_ask_for_one_shard_load_it_once(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    reader, loads, together = CacheReader(cache), list[int](), Barrier(4)
+    read_shard: Callable = store.read_shard
+
+    def slow(root, manifest, index, names=None):
+        loads.append(index)
+        time.sleep(0.05)  # long enough for the others to come
+        return read_shard(root, manifest, index, names)
+
+    def ask(_: int) -> store.Shard:
+        together.wait()
+        return reader.shard(0)
+
+    monkeypatch.setattr(store, "read_shard", slow)
+    with ThreadPoolExecutor(4) as pool:
+        shards = list(pool.map(ask, range(4)))
+    assert loads == [0]
+    assert all(shard is shards[0] for shard in shards)
 
 
 def test_an_epoch_touches_each_shard_in_one_window(cache: Path, monkeypatch: pytest.MonkeyPatch):

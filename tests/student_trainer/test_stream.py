@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from kd.cache_builder import store
 from kd.cache_builder.reader import CacheReader
+from kd.data.errors import CacheDamageError
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.stream import (
     PREFETCHED_BATCHES,
@@ -23,6 +26,7 @@ from kd.student_trainer.stream import (
     Prefetcher,
     loss_targets,
     plan_batches,
+    touch_shards,
 )
 
 
@@ -232,6 +236,38 @@ def test_a_smaller_k_moves_the_rest_of_the_head_into_the_tail(kl_cache) -> None:
 
 
 # Reading ahead
+
+
+def test_touched_shards_are_in_memory_when_they_are_read(kl_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, loads = CacheReader(kl_cache), list[int]()
+    read_shard: Callable = store.read_shard
+
+    def counted(root, manifest, index, names=None):
+        loads.append(index)
+        return read_shard(root, manifest, index, names)
+
+    monkeypatch.setattr(store, "read_shard", counted)
+    order = reader.epoch_order(0, 0)
+    for thread in touch_shards(reader, order.tolist()):
+        thread.join()
+    assert sorted(loads) == list(range(len(reader.manifest.shards)))  # fewer than a window holds
+    reader.read(order.tolist())
+    assert len(loads) == len(reader.manifest.shards)
+
+
+def test_a_shard_that_cannot_be_touched_is_told_when_it_is_read(
+    kl_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = CacheReader(kl_cache)
+
+    def damaged(*_: object, **__: object) -> None:
+        raise CacheDamageError("a file of the cache was changed")
+
+    monkeypatch.setattr(store, "read_shard", damaged)
+    for thread in touch_shards(reader, range(len(reader))):
+        thread.join()
+    with pytest.raises(CacheDamageError):
+        reader.read([0])
 
 
 def test_a_prefetcher_yields_the_source_s_items_in_order() -> None:
