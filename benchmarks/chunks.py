@@ -18,10 +18,10 @@ from collections.abc import Callable
 
 import torch
 
-from kd.cache_builder.selection import top_k_by_threshold, top_k_by_topk
 from kd.cache_builder.sparsify import Sparsifier
 from kd.cache_builder.targets import TargetConfig
 from kd.data.forward import LanguageModelHead
+from kd.data.top_k import top_k_by_threshold, top_k_by_topk
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import LossTargets, Objective
 

@@ -3,7 +3,7 @@
 Everything is taken from one chunk `[n, V]` of float32 logits: top-k on the raw logits, one log-normaliser per
 temperature, gold log-probability and rank, seeded draws, rank bands. No log_softmax over the vocabulary is formed. On a
 CPU the chunk is worked through in blocks of rows that stay in the cache from the first pass to the last, and several
-threads take whole blocks each (`selection` and `normalisers` hold the passes).
+threads take whole blocks each (`kd.data.top_k`, `selection` and `normalisers` hold the passes).
 """
 
 from __future__ import annotations
@@ -17,16 +17,9 @@ import numpy as np
 import torch
 
 from kd.cache_builder.normalisers import log_normalisers, padded_width, subtract
-from kd.cache_builder.selection import (
-    Uniforms,
-    count_larger,
-    draw,
-    marks_for,
-    top_k_at_once,
-    top_k_by_threshold,
-    top_k_by_topk,
-)
+from kd.cache_builder.selection import Uniforms, count_larger, draw
 from kd.cache_builder.targets import PROFILES, TargetConfig, band_edges
+from kd.data.top_k import marks_for, top_k_at_once, top_k_by_threshold, top_k_by_topk
 
 LOG_MASS_FLOOR = -60.0
 """Log-mass of an empty rank band: e^-60 is below anything float32 can sum."""

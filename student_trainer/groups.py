@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.data.top_k import top_k_by_threshold
 from kd.student_trainer.ranks import cumulative_curve, mass_of_first, sorted_row
 
 FAST_HEAD = 64
 """Ranks that the fast mode of `uld` compares one by one."""
 FAST_BINS = 256
-"""Of log-probability beyond them."""
+"""Of log-probability beyond them; a bin is a byte."""
 FAST_RANGE = 16.0
 """Nats below the last of those ranks that the bins cover at most; what lies lower shares the last bin."""
 ALM_TEMPERATURE = 100.0
@@ -150,9 +151,11 @@ def uld_bins(z: Tensor, groups: GroupTargets, settings: GroupSettings) -> tuple[
     ranks `[G]`. The first FAST_HEAD ranks have a bin each, the last bins; all others share FAST_BINS by value.
     """
     head = min(FAST_HEAD, z.shape[1])
-    top, ids = z.topk(head, dim=1)
+    on_host = z.device.type == "cpu" and z.dtype == torch.float32
+    top, ids = top_k_by_threshold(z, head) if on_host else z.topk(head, dim=1)
     span = (top[:, -1:] - z.amin(dim=1, keepdim=True)).clamp(min=1e-6, max=FAST_RANGE)  # a flat row: finer bins
-    bins = (top[:, -1:] - z).mul_(FAST_BINS / span).clamp_(0, FAST_BINS - 1).long()
+    places = (top[:, -1:] - z).mul_(FAST_BINS / span).clamp_(0, FAST_BINS - 1)
+    bins = places.to(torch.uint8).long()  # a student that has diverged has NaN for places: any byte is still a bin
     bins.scatter_(1, ids, FAST_BINS + torch.arange(head, device=z.device).expand_as(ids))
     counts = torch.zeros(len(z), FAST_BINS + head, device=z.device, dtype=z.dtype)
     counts.scatter_add_(1, bins, torch.ones_like(z))

@@ -13,7 +13,6 @@ import torch
 
 from kd.cache_builder import host_copies
 from kd.cache_builder.host_copies import HostCopies, Laps
-from kd.cache_builder.selection import top_k_by_topk
 from kd.cache_builder.sparsify import Sparsifier
 from kd.cache_builder.targets import TargetConfig
 from kd.cache_builder.teacher import Teacher, collect
@@ -22,6 +21,7 @@ from kd.data.errors import TeacherError
 from kd.data.example import Example
 from kd.data.forward import LanguageModelHead, split_head
 from kd.data.models import ModelRequest, load_model
+from kd.data.top_k import top_k_by_topk
 
 V = 400
 CONFIG = TargetConfig(profile="full", top_k=8, samples=5, tail_bands=4)
