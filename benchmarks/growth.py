@@ -1,4 +1,4 @@
-"""How cost grows with k, vocabulary, sequence length, rows per batch, and workers; `peers.py` runs this and draws it.
+"""How cost grows with k, vocabulary, sequence length, rows, rows per batch, and workers; `peers.py` runs this and draws it.
 
     python benchmarks/growth.py k            # one line of JSON: x, and per x the CPU microseconds per row of each stage
 
@@ -62,6 +62,7 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "k": ("top_k", (16, 32, 64, 128, 256)),
     "vocabulary": ("vocabulary", (2048, 8192, 32768, 131072)),
     "length": ("length", (64, 128, 256, 512)),
+    "rows": ("tokens", (2048, 8192, 32768)),
     "batch": ("batch", (128, 256, 512, 1024, 2048)),
     "workers": ("workers", (1, 2, 4)),
 }
@@ -72,7 +73,7 @@ def measure(point: Point, work: Path) -> dict[str, float]:
     """CPU microseconds per row of each stage, and bytes per row."""
     import torch
 
-    model, texts = work / f"model-{point.vocabulary}", work / f"texts-{point.length}.jsonl"
+    model, texts = work / f"model-{point.vocabulary}", work / f"texts-{point.length}-{point.tokens}.jsonl"
     if not model.exists():
         make_model(model, point.vocabulary, WIDTH, LAYERS)
     if not texts.exists():

@@ -22,7 +22,7 @@ TRL_CASES = ("trl-sft", "trl-gkd", "trl-gold")
 HOLDS = {"trl-gkd": "student and teacher", "trl-gold": "student and teacher"}
 AXES = {
     "k": "tokens kept per row, k", "vocabulary": "vocabulary, entries", "length": "sequence length, tokens",
-    "batch": "rows per batch", "workers": "workers (--shard i/n)",
+    "rows": "rows in all", "batch": "rows per batch", "workers": "workers (--shard i/n)",
 }  # fmt: skip
 LINES = {"build": "build", "read": "read", "kl": "step, kl", "plain": "step, plain"}
 
@@ -136,9 +136,9 @@ def _growth(growth: Mapping[str, Any], figures: Path) -> str:
         heads = [n if n == "bytes" else LINES.get(n, n) for n in names]
         tables.append(_table((AXES[axis], *heads), rows))
     text = _text(
-        "CPU microseconds per row, and bytes on disk: one size at a time changes from k = 64, 8,192 entries, 128 tokens, 512",
-        "rows per batch, with a GPT-2 of width 64 and two layers as teacher and student (`benchmarks/growth.py`). Workers are",
-        "processes that build every n-th shard of one cache (32,768 entries); each tokenises the text for itself.",
+        "CPU microseconds per row, and bytes on disk: one size at a time changes from k = 64, 8,192 entries, 128 tokens, 2,048",
+        "rows, 512 rows per batch, with a GPT-2 of width 64 and two layers as teacher and student (`benchmarks/growth.py`).",
+        "Workers are processes that build every n-th shard of one cache (32,768 entries); each tokenises the text for itself.",
     )
     return _section("How cost grows", text, "\n".join(tables), "growth.png", "How cost grows")
 

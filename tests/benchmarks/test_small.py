@@ -90,6 +90,12 @@ def test_verify_reads_whole_caches_and_refuses_damaged_ones(printed, cache: Path
         printed("verify", str(tmp_path / "damaged"), "--repeats", "1")
 
 
+def test_readers_all_read_the_same_values(printed, cache: Path) -> None:
+    lines = printed("readers", str(cache), "--repeats", "1")
+    assert {"kd", "tensorstore", "zarr-python"} <= {line.split()[0] for line in lines[1:]}
+    assert all(min(numbers(line[14:])) > 0 for line in lines[1:])
+
+
 def test_packing_leaves_less_padding_than_batches_by_length(printed, t5_cache: Path) -> None:
     lines = printed("packing", "--cache", str(t5_cache), "--seq-len", "112", "--batches", "1")
     rows = [line.split() for line in lines[1:]]
