@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kd.cache_builder.plan import BuildPlan, BuildRequest
     from kd.data.rendering import InstructionConfig
 
-NOT_RECORDED = {"out", "as_json", "shard", "profile_build", "extend", "reuse"}
+NOT_RECORDED = {"out", "as_json", "shard", "profile_build", "extend", "reuse", "workers", "engine"}
 """Options of a build that say nothing about what is in it."""
 
 
@@ -126,15 +126,29 @@ def cache_plan(as_json: bool, **options: Any) -> None:
 @cache.command("build", cls=RecordedCommand)
 @build_options
 @reuse_options
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Builders at once: a GPU each, or a share of the processors.",
+)
+@click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    help="local: processes of this machine; ray: tasks of the cluster that RAY_ADDRESS names.",
+)
 @click.option("--profile-build", is_flag=True, help="Say where the time went.")
-def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, **options: Any) -> None:
+def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str,
+                **options: Any) -> None:  # fmt: skip
     """Run the teacher over the text and write its soft targets. The same command again continues.
 
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
     from kd.cache_builder.summary import cache_summary
 
-    last = _build(options, extend, reuse)
+    last = _build(options, extend, reuse, workers, engine)
     result = cache_summary(options["out"]) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
     if profile_build and last.seconds is not None:
         result |= {"seconds": last.seconds, "padding_share": last.padding_share}
@@ -153,7 +167,9 @@ def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: 
     emit(result, as_json)
 
 
-def _build(options: dict[str, Any], extend: Path | None, reuse: bool) -> BuildProgress:
+def _build(
+    options: dict[str, Any], extend: Path | None, reuse: bool, workers: int = 1, engine: str = "local"
+) -> BuildProgress:
     from kd.cache_builder.commits import OWN_NAMES
     from kd.cache_builder.manifest import existing_cache
     from kd.cache_builder.plan import plan_build
@@ -166,7 +182,7 @@ def _build(options: dict[str, Any], extend: Path | None, reuse: bool) -> BuildPr
     plan = plan_build(request if request.generation is None else _generated(request))
     if reuse and extend is None and existing_cache(request.out, OWN_NAMES) is None:
         plan = reused(plan)
-    last = run_build(plan)
+    last = run_build(plan, workers, engine)
     if last.complete:
         remember(request.out)
     return last
@@ -195,15 +211,17 @@ def rebuild(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool
     _build(options, extend, reuse)
 
 
-def run_build(plan: BuildPlan) -> BuildProgress:
+def run_build(plan: BuildPlan, workers: int = 1, engine: str = "local") -> BuildProgress:
     """Drive a build and its progress bar to the end."""
     from kd.cache_builder.build import build
+    from kd.cache_builder.engines import build_together
 
     def show(step: BuildProgress) -> tuple[int, int, str]:
         rate = f"{step.tokens_per_second:,.0f} tokens/s, shard {step.shards_done}/{step.shards_total}"
         return step.rows_done, step.rows_total, rate
 
-    return follow("building", build(plan), show)
+    alone = workers == 1 and engine == "local"
+    return follow("building", build(plan) if alone else build_together(plan, workers=workers, engine=engine), show)
 
 
 @cache.command("info")
@@ -217,7 +235,4 @@ def cache_info(path: str, as_json: bool) -> None:
     from kd.cache_builder.mirror import open_cache
     from kd.cache_builder.summary import cache_summary
 
-    result = cache_summary(open_cache(path))
-    if not as_json:
-        result["array_bytes_per_token"] = ", ".join(f"{k} {v}" for k, v in result["array_bytes_per_token"].items())
-    emit(result, as_json, path)
+    emit(cache_summary(open_cache(path)), as_json, path)

@@ -42,6 +42,8 @@ def readable(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {readable(v)}" for name, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(readable(v) for v in value)
     return str(value)

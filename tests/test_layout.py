@@ -28,6 +28,7 @@ BUILD_HALF = {
     "build",
     "estimate",
     "reuse",
+    "engines",
 }
 LAYERS = {"data": 0, "recipes": 0, "cache_builder": 1, "student_trainer": 2, "evaluation": 3,
           "commands": 4, "cli": 5}  # fmt: skip
@@ -38,6 +39,7 @@ DOORS = {
     "bitsandbytes": {"data/models.py"},
     "click": {"cli.py", "commands/"},
     "rich": {"commands/console.py"},
+    "ray": {"cache_builder/engines.py"},
     "peft": {"student_trainer/lora.py", "student_trainer/merging/methods.py"},
 }
 """Heavy library -> the modules, or folders of modules, that may import it."""
