@@ -18,7 +18,10 @@ Per teacher: tokens/s and model FLOP utilisation (2 x weights of the linear laye
 --peak-tflops) of the bare forward that materialises its logits, and of the build's own teacher pass on the same batches
 (selection and copies to the host included; encoding and writing run on another thread and are timed apart), their ratio, and
 peak memory above the weights. In one pass more, under the profiler: the share of it in which the GPU had nothing to do; in
-another: how often a batch waits for the GPU.
+two others: how often a batch waits for the GPU in the build and in the bare pass. Those waits are the model's own: transformers
+asks once per forward whether positions are those of several sequences, and GPT-Neo sends a number to the GPU in every layer.
+GPT-Neo's attention is eager, in float32, and about half of its bare pass; of T5 in 4 bits the `wo` layers and the output layer
+are bfloat16.
 Per student: seconds per step, the highest memory above what was in use before the student was loaded, and their ratios to
 transformers' own loss.
 
@@ -34,6 +37,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -117,6 +121,7 @@ def tidy(device: str) -> None:
     if "torch._dynamo" in sys.modules:  # it keeps what it has compiled, and compiles no function more than eight times
         torch.compiler.reset()
     if device.startswith("cuda"):
+        torch._C._cuda_clearCublasWorkspaces()  # or the first case alone pays for them
         torch.cuda.empty_cache()
 
 
@@ -158,11 +163,23 @@ def flops_of(model: Any, context: int, target: int) -> float:
     return total
 
 
+def teacher_of(case: TeacherCase, device: str) -> Any:
+    """The case's model. Weights are drawn on the GPU: XXL's would take a CPU seven minutes; in 4 bits they go through a file."""
+    with torch.device(device):
+        model = random_model(SHAPES[case.shape](), torch.bfloat16).eval()
+    if not case.load_in_4bit:
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        tidy(device)
+        return load_model(ModelRequest(folder, device=device, dtype="bfloat16", load_in_4bit=True))
+
+
 def teacher_case(case: TeacherCase, args: argparse.Namespace) -> Result:
     """Bare pass and build pass in turn, `--repeats` times."""
-    request = ModelRequest(f"random:{case.shape}", device=args.device, dtype="bfloat16", load_in_4bit=case.load_in_4bit)
     started = time.perf_counter()
-    model = load_model(request)
+    model = teacher_of(case, args.device)
     head = split_head(model)
     loading = time.perf_counter() - started
     vocabulary = int(model.config.vocab_size)
@@ -204,9 +221,14 @@ def teacher_case(case: TeacherCase, args: argparse.Namespace) -> Result:
         for _ in collect(rows, teacher.run(rows, 0)):
             pass
 
+    def bare_once() -> None:
+        for _ in bare_pass(head, model, rows, args.tokens_per_batch):
+            pass
+
     if not args.device.startswith("cuda"):
         return found | {"idle_share left out": "no GPU", "waits_per_batch left out": "no GPU"}
-    return found | {"idle_share": idle_share(once), "waits_per_batch": waits(once) / batches}
+    return found | {"idle_share": idle_share(once), "waits_per_batch": waits(once) / batches,
+                    "bare_waits_per_batch": waits(bare_once) / batches}  # fmt: skip
 
 
 def idle_share(run: Callable[[], None]) -> float:
@@ -242,7 +264,7 @@ def waits(run: Callable[[], None]) -> int:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: int) -> dict[str, torch.Tensor]:
@@ -350,7 +372,7 @@ def head_case(args: argparse.Namespace) -> Result:
         "product_rounded": lambda: F.linear(hidden, weight).float(),
         "product_float32": lambda: torch.mm(hidden, weight.t(), out_dtype=torch.float32),
         "weight_gradient_rounded": lambda: total.add_(narrow.t() @ hidden),
-        "weight_gradient_float32": lambda: torch.addmm(total, narrow.t(), hidden, out_dtype=torch.float32),
+        "weight_gradient_float32": lambda: torch.addmm(total, narrow.t(), hidden, out_dtype=torch.float32, out=total),
     }
     found: Result = {"rows": count}
     for name, objective in {"ce": Objective("ce", "none", 0.0), "kl": Objective(), "uld": uld}.items():

@@ -6,8 +6,8 @@ makes the same batches; results go back to the original order. Out of memory hal
 carries on; nothing of it is remembered for the next shard, or a resumed build would make other batches.
 
 On a GPU nothing waits: a batch is launched before the one before it is read (see `host_copies`), so that there are the
-chunks of two batches at most. What needs a wait to be right, equal logits at the k-th place, is noticed when a batch is
-read; it is scored again with that wait, and so is the rest of its shard.
+chunks of two batches at most. What needs a wait to be right, many equal logits at the k-th place, is noticed when a batch
+is read; it is scored again with that wait.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class Teacher:
         budget, head_chunk = self.tokens_per_batch, self.head_chunk
         pending = batches_by_length(lengths, budget)
         launched: deque[Scored] = deque()
-        waits = self.copies.ahead == 0
+        doubtful: list[int] | None = None  # a batch that is to be scored again
         while pending or launched:
             if not pending or len(launched) > self.copies.ahead:
                 scored = launched.popleft()
                 chunks = self._arrived(scored, rows)
                 if chunks is None:
-                    pending.insert(0, scored.batch)
-                    waits = True
+                    doubtful = scored.batch
+                    pending.insert(0, doubtful)
                     continue
                 sizes = [lengths[i] for i in scored.batch]
                 self.tokens += sum(sum(size) if isinstance(size, tuple) else size for size in sizes)
@@ -88,6 +88,7 @@ class Teacher:
                 continue
             batch, full = pending.pop(0), None
             try:
+                waits = self.copies.ahead == 0 or batch is doubtful
                 launched.append(self._score(batch, rows, first_example, head_chunk, waits))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):

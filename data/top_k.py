@@ -10,6 +10,8 @@ import torch
 
 BLOCK_COLUMNS = 64
 """Most columns per block of the vocabulary; fewer where k is large, so that there are 8 k blocks, see `top_k_by_threshold`."""
+SPARE = 8
+"""Logits beyond the k-th that are put in order with it, see `top_k_at_once`."""
 WORD = 8
 """Booleans that are looked at at once."""
 
@@ -29,17 +31,19 @@ def top_k_by_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def top_k_at_once(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same where nothing may wait for the device, and `tied [n]`: where the k-th logit equals one that is left out.
+    """The same where nothing may wait for the device, and `tied [n]`: where `SPARE` logits more all equal the k-th.
 
-    Equal logits among the kept are put in order by sorting those alone. Which of several at the k-th place are kept is
-    `torch.topk`'s choice, and looking for the lowest ids takes as long as topk itself for every row: such rows are
-    told, to be looked at again (docs/log.md).
+    Two float32 logits of 100,000 rows or so are equal at the k-th place in one or two; then which are kept is `torch.topk`'s
+    choice, and looking for the lowest ids takes as long as topk itself for every row. So a few more are taken, and
+    those are put in order; rows where even they do not reach beyond the equal ones are told, to be looked at again.
     """
-    values, ids = logits.topk(min(k + 1, logits.shape[1]), dim=1)
-    tied = (values[:, k - 1 : k] == values[:, k : k + 1]).any(dim=1)
-    ids, order = ids[:, :k].sort(dim=1)
+    values, ids = logits.topk(min(k + SPARE, logits.shape[1]), dim=1)
+    tied = values[:, k - 1] == values[:, -1]
+    if values.shape[1] == logits.shape[1]:  # there are no others
+        tied = torch.zeros_like(tied)
+    ids, order = ids.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, order), tied
+    return values[:, :k], ids.gather(1, order)[:, :k], tied
 
 
 def top_k_by_threshold(

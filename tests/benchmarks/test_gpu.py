@@ -51,10 +51,11 @@ def test_what_cannot_be_run_is_left_out_with_its_reason(gpu, monkeypatch, capsys
     found = run(gpu, monkeypatch, capsys, "--cases", "gpt2", "--methods", "plain,kl", "--minutes", "0")["gpt2 128"]
     assert found == {f"{n} left out": "TimeoutError: more than 0 minutes" for n in ("plain", "kl")}
 
-    def fails(request):
+    def fails(*_: object):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
     monkeypatch.setattr(gpu, "load_model", fails)
+    monkeypatch.setattr(gpu, "random_model", fails)
     results = run(gpu, monkeypatch, capsys, "--cases", "t5-bf16,gpt2", "--methods", "plain")
     message = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"
     assert results == {"t5-bf16": {"left out": message}, "gpt2 128": {"plain left out": message}}

@@ -254,12 +254,12 @@ def topk_from_behind(logits: torch.Tensor, k: int, dim: int) -> tuple[torch.Tens
     return found.values[:, :k], logits.shape[1] - 1 - found.indices[:, :k]
 
 
-@pytest.mark.parametrize("k", [7, 8])
-def test_equal_logits_are_kept_lowest_id_first_and_only_those_at_the_k_th_place_cost_a_second_look(
-    head, gpu, monkeypatch, k: int
+@pytest.mark.parametrize(("k", "copies"), [(7, 2), (8, 2), (7, 25)])
+def test_equal_logits_are_kept_lowest_id_first_and_only_many_at_the_k_th_place_cost_a_second_look(
+    head, gpu, monkeypatch, k: int, copies: int
 ):
-    doubled = torch.cat([head.weight[: V // 2]] * 2)  # every logit twice: an odd k takes one of two
-    watched = LanguageModelHead(Backbone(head.backbone, gpu.log), doubled, None)
+    repeated = torch.cat([head.weight[: V // copies]] * copies)  # every logit so many times
+    watched = LanguageModelHead(Backbone(head.backbone, gpu.log), repeated, None)
     config = TargetConfig(top_k=k)
     expected = score(teacher_of(watched, config=config))
     launches = gpu.log.count("launch")
@@ -268,5 +268,5 @@ def test_equal_logits_are_kept_lowest_id_first_and_only_those_at_the_k_th_place_
     teacher = teacher_of(watched, GPU, config)
     assert_same(score(teacher), expected)
     again = gpu.log.count("launch") - 2 * launches
-    assert again == (0 if k == 8 else 2)  # what was under way; everything after it is right at once
+    assert again == (0 if copies == 2 else launches)  # each batch once more
     assert teacher.tokens == sum(len(r.input_ids) for r in ROWS)  # counted once

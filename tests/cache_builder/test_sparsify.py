@@ -82,7 +82,8 @@ def test_marked_rows_are_those_that_need_a_wait_and_all_others_are_the_same(conf
     logits, gold = logits_of(v=999), np.arange(N) * 40
     logits[3, 500], logits[8] = math.nan, -math.inf
     logits[11, gold[11]] = -math.inf
-    logits[5], logits[6, :10] = np.round(logits[5]), 50.0  # equal at the k-th place; equal in front of it
+    logits[5, :30], logits[6, :10] = 50.0, 50.0  # too many equal at the k-th place; equal in front of it
+    logits[7, :9], logits[7, [100, 200, 300]] = 60.0, 50.0  # three equal at the tenth
     uniforms = uniforms_for(0, 0, N, config.samples) if config.samples else None
     sparsifier = Sparsifier(config, 999)
     got = sparsifier.marked(torch.from_numpy(logits), torch.from_numpy(gold), uniforms)
