@@ -10,7 +10,7 @@ import click
 
 from kd.commands.console import emit, follow, quiet_libraries
 from kd.commands.lazy import LazyCommands
-from kd.commands.options import RECORDED, RecordedCommand, build_options, json_option, reuse_options, unescaped
+from kd.commands.options import RECORDED, RecordedCommand, build_options, json_option, running_options, unescaped
 
 if TYPE_CHECKING:
     from kd.cache_builder.build import BuildProgress
@@ -109,8 +109,10 @@ def _generated(request: BuildRequest) -> BuildRequest:
 
 @cache.command("plan")
 @build_options
-def cache_plan(as_json: bool, **options: Any) -> None:
-    """Say what a build would cost: rows, bytes, time. Loads no model weights, writes nothing.
+@running_options
+def cache_plan(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str,
+               **options: Any) -> None:  # fmt: skip
+    """Say what a build would cost one builder: rows, bytes, time. Loads no model weights, writes nothing.
 
     With --targets teacher: an upper bound, from the longest answers there may be, until the teacher has answered.
 
@@ -125,21 +127,7 @@ def cache_plan(as_json: bool, **options: Any) -> None:
 
 @cache.command("build", cls=RecordedCommand)
 @build_options
-@reuse_options
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Builders at once: a GPU each, or a share of the processors.",
-)
-@click.option(
-    "--engine",
-    default="local",
-    show_default=True,
-    help="local: processes of this machine; ray: tasks of the cluster that RAY_ADDRESS names.",
-)
-@click.option("--profile-build", is_flag=True, help="Say where the time went.")
+@running_options
 def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str,
                 **options: Any) -> None:  # fmt: skip
     """Run the teacher over the text and write its soft targets. The same command again continues.
@@ -167,9 +155,7 @@ def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: 
     emit(result, as_json)
 
 
-def _build(
-    options: dict[str, Any], extend: Path | None, reuse: bool, workers: int = 1, engine: str = "local"
-) -> BuildProgress:
+def _build(options: dict[str, Any], extend: Path | None, reuse: bool, workers: int, engine: str) -> BuildProgress:
     from kd.cache_builder.commits import OWN_NAMES
     from kd.cache_builder.manifest import existing_cache
     from kd.cache_builder.plan import plan_build
@@ -204,11 +190,11 @@ def reused(plan: BuildPlan) -> BuildPlan:
 
 @click.command("build", cls=RecordedCommand)
 @build_options
-@reuse_options
-@click.option("--profile-build", is_flag=True)
-def rebuild(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, **options: Any) -> None:
+@running_options
+def rebuild(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str,
+            **options: Any) -> None:  # fmt: skip
     """Build without a word: what `kd cache repair` does with the options that a cache was built with."""
-    _build(options, extend, reuse)
+    _build(options, extend, reuse, workers, engine)
 
 
 def run_build(plan: BuildPlan, workers: int = 1, engine: str = "local") -> BuildProgress:

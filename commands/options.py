@@ -187,10 +187,19 @@ def build_options(function: Function) -> Function:
     return function
 
 
-def reuse_options(function: Function) -> Function:
-    """What else may fill a build."""
-    extend = click.option("--extend", type=PATH, metavar="CACHE", help="A cache of the beginning of this text: its shards are "
-                          "copied, the teacher runs over the rest.")  # fmt: skip
-    reuse = click.option("--reuse/--no-reuse", default=True, show_default=True, help="Copy a cache of this fingerprint where one "
-                         "was finished on this machine (kd cache ls).")  # fmt: skip
-    return extend(reuse(function))
+def running_options(function: Function) -> Function:
+    """How a build runs: what else may fill it, who does it, what is told of it. None of these changes a value."""
+    options = (
+        click.option("--extend", type=PATH, metavar="CACHE", help="A cache of the beginning of this text: its shards are "
+                     "copied, the teacher runs over the rest."),
+        click.option("--reuse/--no-reuse", default=True, show_default=True, help="Copy a cache of this fingerprint where one "
+                     "was finished on this machine (kd cache ls)."),
+        click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True,
+                     help="Builders at once: a GPU each, or a share of the processors."),
+        click.option("--engine", default="local", show_default=True,
+                     help="local: processes of this machine; ray: tasks of the cluster that RAY_ADDRESS names."),
+        click.option("--profile-build", is_flag=True, help="Say where the time went."),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
