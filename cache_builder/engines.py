@@ -39,8 +39,8 @@ class Job:
     request: BuildRequest
     threads: int | None
     """Of torch; None: as it finds them."""
-    gpu: int | None = None
-    """Number of the only GPU it sees; None: as it finds them."""
+    gpu: str | None = None
+    """The only GPU it sees, as CUDA_VISIBLE_DEVICES names it; None: as it finds them."""
     folder: str | None = None
     """Where relative names in the request begin."""
 
@@ -97,10 +97,15 @@ def together(done: set[int], last: BuildProgress, records: Sequence[BuildProgres
 
 def jobs(request: BuildRequest, workers: int) -> list[Job]:
     """One for each builder: a GPU each where the teacher runs on one, else an equal share of the processors."""
-    if resolve_device(request.teacher.device).startswith("cuda"):
+    device = resolve_device(request.teacher.device)
+    if device == "cuda":
         import torch
 
-        return [Job(request, None, gpu % torch.cuda.device_count()) for gpu in range(workers)]
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        gpus = names if names[0] else [str(number) for number in range(torch.cuda.device_count())]
+        return [Job(request, None, gpus[number % len(gpus)]) for number in range(workers)]
+    if device.startswith("cuda"):  # that one GPU is for all
+        return [Job(request, None) for _ in range(workers)]
     return [Job(request, max(1, len(os.sched_getaffinity(0)) // workers)) for _ in range(workers)]
 
 
@@ -109,7 +114,7 @@ def work(job: Job) -> Answer:
     if job.folder is not None and Path(job.folder).is_dir():
         os.chdir(job.folder)
     if job.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(job.gpu)  # before CUDA is asked for the first time
+        os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu  # before CUDA is asked for the first time
     if job.threads is not None:
         import torch
 

@@ -118,6 +118,22 @@ def test_builders_share_the_processors(build_request, tmp_path: Path, monkeypatc
     assert [job.threads for job in jobs(build_request(tmp_path / "c"), 20)] == [1] * 20
 
 
+def test_each_builder_has_one_of_the_gpus_that_are_to_be_seen(build_request, tmp_path: Path, monkeypatch) -> None:
+    request = build_request(tmp_path / "c")
+
+    def gpus(device: str, workers: int) -> list[str | None]:
+        teacher = replace(request.teacher, device=device)
+        return [job.gpu for job in jobs(replace(request, teacher=teacher), workers)]
+
+    monkeypatch.setattr(engines, "resolve_device", lambda device: device)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus("cuda", 3) == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8932f937")  # those of a neighbour stay his
+    assert gpus("cuda", 3) == ["5", "GPU-8932f937", "5"]
+    assert gpus("cuda:1", 2) == [None, None]
+
+
 @pytest.mark.parametrize(("options", "words"), [({"workers": 0}, "needs a builder"),
                                                 ({"workers": 2, "engine": "rays"}, "unknown engine")])  # fmt: skip
 def test_what_cannot_be_done_is_refused_before_a_process_starts(
