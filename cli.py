@@ -25,7 +25,9 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 def main() -> None:
     """Entry point: errors the user can cause become a few lines on stderr and an exit code."""
     from kd.data.errors import KdError
+    from kd.data.memory import share_one_heap
 
+    share_one_heap()
     signal.signal(signal.SIGTERM, _interrupt)  # what Slurm and Docker send before they kill
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read-ahead threads and its fork check do not mix
     try:

@@ -37,6 +37,8 @@ from typing import Any
 
 from workload import Memory
 
+from kd.data.memory import share_one_heap
+
 SEQ_LEN = 256
 READ_ROWS = 220_000
 BATCH = 8
@@ -379,6 +381,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
+        if args.case in ("kd", "t5-kd"):
+            share_one_heap()  # as the `kd` command does
         print(json.dumps(CASES[args.case](args.work, args.tokens)))
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -27,6 +27,7 @@ from kd.cache_builder import commits
 from kd.cache_builder.build import BuildProgress, build
 from kd.cache_builder.plan import BuildPlan, BuildRequest, plan_build
 from kd.data.errors import CacheError, DataError, KdError, unknown_name
+from kd.data.memory import share_one_heap
 from kd.data.models import resolve_device
 
 POLL_SECONDS = 0.5
@@ -111,6 +112,7 @@ def jobs(request: BuildRequest, workers: int) -> list[Job]:
 
 def work(job: Job) -> Answer:
     """Build until nothing is left that nobody has claimed."""
+    share_one_heap()
     if job.folder is not None and Path(job.folder).is_dir():
         os.chdir(job.folder)
     if job.gpu is not None:

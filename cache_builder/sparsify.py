@@ -85,6 +85,10 @@ class Sparsifier:
         self._scratches: list[Scratch] = []
         self._pool: ThreadPoolExecutor | None = None
 
+    def twin(self) -> Sparsifier:
+        """Another one, with memory of its own: one of them is for one thread at a time."""
+        return Sparsifier(self.config, self.vocabulary_size, self.boundary_ids, block_rows=self.block_rows)
+
     def _scratch(self, rows: int, workers: int, device: torch.device) -> list[Scratch]:
         """Of each worker its own, reused: fresh memory of this size costs more than the arithmetic in it."""
         found = self._scratches

@@ -2,24 +2,26 @@
 
 Hidden states are computed for whole batches, the output layer only for the scored rows, `head_chunk` rows at a
 time (see `kd.data.forward`). Batches are made inside a shard by length and token budget, so that a resumed build
-makes the same batches; results go back to the original order. Out of memory halves the batch, then the chunk, and
-carries on; nothing of it is remembered for the next shard, or a resumed build would make other batches.
+makes the same batches; results go back to the original order. Out of memory ends the lanes, halves the batch, then the
+chunk, and carries on; nothing of it is remembered for the next shard, or a resumed build would make other batches.
 
-On a GPU nothing waits: a batch is launched before the one before it is read (see `host_copies`), so that there are the
-chunks of two batches at most. What needs a wait to be right, many equal logits at the k-th place, is noticed when a batch
-is read; it is scored again with that wait.
+On a CPU several batches are scored at once, see `lanes`. On a GPU nothing waits: a batch is launched before the one
+before it is read (see `host_copies`), so that there are the chunks of two batches at most. What needs a wait to be right,
+many equal logits at the k-th place, is noticed when a batch is read; it is scored again with that wait.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
 
 from kd.cache_builder.host_copies import Arrival, HostCopies, Laps
+from kd.cache_builder.lanes import Lanes, lane_count, leaves_no_trace
 from kd.cache_builder.sparsify import NOT_FINITE, Chunk, NonFiniteRow, Sparsifier, uniforms_for
 from kd.cache_builder.targets import RawTargets
 from kd.data.batches import batches_by_length, even_rows, head_rows, on_device, padded_tokens
@@ -30,7 +32,7 @@ from kd.data.forward import LanguageModelHead
 
 @dataclass
 class PassTimes:
-    """Seconds spent in the parts of the teacher pass (wall clock of the thread that drives the model, or of the GPU)."""
+    """Seconds spent in the parts of the teacher pass, by the clock or of the GPU; with several lanes, the mean of them."""
 
     forward: float = 0.0
     head: float = 0.0
@@ -41,7 +43,6 @@ class PassTimes:
 class Scored:
     """A batch whose chunks are on their way to the host."""
 
-    batch: list[int]
     chunks: list[Arrival]
     laps: Laps
 
@@ -51,63 +52,116 @@ class Teacher:
 
     def __init__(self, head: LanguageModelHead, sparsifier: Sparsifier, *, tokens_per_batch: int | None = None,
                  head_chunk: int | None = None) -> None:  # fmt: skip
+        """`tokens_per_batch`, `head_chunk`: tokens of a forward pass, rows of the output layer; None: what suits the device."""
         self.head = head
         self.sparsifier = sparsifier
         self.device = head.weight.device
-        self.tokens_per_batch = tokens_per_batch or head.forward_tokens
-        self.head_chunk = head_chunk or head_rows(sparsifier.vocabulary_size, self.device.type)
+        self.tokens_per_batch = tokens_per_batch
+        self.head_chunk = head_chunk
         self.copies = HostCopies(self.device)
         self.times = PassTimes()
         self.tokens = self.padded = 0
         """Tokens the model has read, without and with padding."""
+        self._tried = [0, 0, 0]
+        """Longest context, target and both together that the model was tried with, see `_lanes`."""
+        self._alone = self.device.type != "cpu"
+        self._sparsifiers = [sparsifier]
 
     def run(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[list[int], list[Chunk]]]:
         """Score `rows`, which are examples `first_example`, …: yields `(numbers into rows, chunks)` per batch.
 
         The chunks hold the batch's rows one example after another. Raises TeacherError naming the example
-        when logits are not finite.
+        when logits are not finite. On a CPU torch has fewer threads of its own until this is at its end.
         """
+        with self._lanes(rows) as lanes:
+            yield from self._run(rows, first_example, lanes)
+
+    def _lanes(self, rows: Sequence[TokenRows]) -> Lanes[Sparsifier]:
+        """As many as threads and memory allow, and one for a model that could not stand several."""
+        count = 1
+        if not self._alone:
+            sides = ("context_ids", "target_ids", "input_ids")
+            widest = [max(rows, key=lambda r, side=side: len(getattr(r, side))) for side in sides]  # type: ignore[misc]
+            lengths = [len(getattr(row, side)) for row, side in zip(widest, sides, strict=True)]
+            usual = self.tokens_per_batch or self.head.forward_tokens(1)
+            count = lane_count(torch.get_num_threads(), max(usual, lengths[-1]))
+            if count > 1 and any(n > tried for n, tried in zip(lengths, self._tried, strict=True)):
+                self._tried = [max(pair) for pair in zip(lengths, self._tried, strict=True)]
+                self._alone = not self._stands_several(widest)
+        count = 1 if self._alone else count
+        while len(self._sparsifiers) < count:
+            self._sparsifiers.append(self.sparsifier.twin())
+        return Lanes(self._sparsifiers[:count])
+
+    def _stands_several(self, widest: Sequence[TokenRows]) -> bool:
+        """Whether the model may be run by several threads, tried with what is longest."""
+
+        @torch.inference_mode()
+        def run() -> None:
+            for row in {id(row): row for row in widest}.values():
+                hidden = self.head.scored_hidden([row.context_ids], [row.target_ids])
+            self.head.logits(hidden[:1])  # which may make another copy of its weight, once
+
+        try:
+            return leaves_no_trace(self.head.bodies, run)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            return False
+
+    def _run(self, rows: Sequence[TokenRows], first_example: int,
+             lanes: Lanes[Sparsifier]) -> Iterator[tuple[list[int], list[Chunk]]]:  # fmt: skip
         lengths = [self.head.size(len(r.context_ids), len(r.target_ids)) for r in rows]
-        budget, head_chunk = self.tokens_per_batch, self.head_chunk
+        budget = self.tokens_per_batch or self.head.forward_tokens()
+        head_chunk = self.head_chunk or head_rows(self.sparsifier.vocabulary_size, self.device.type)
+        ahead = self.copies.ahead if lanes.count == 1 else lanes.count
         pending = batches_by_length(lengths, budget)
-        launched: deque[Scored] = deque()
+        launched: deque[tuple[list[int], bool, Callable[[], Scored]]] = (
+            deque()
+        )  # (batch, were others under way, its result)
         doubtful: list[int] | None = None  # a batch that is to be scored again
         while pending or launched:
-            if not pending or len(launched) > self.copies.ahead:
-                scored = launched.popleft()
-                chunks = self._arrived(scored, rows)
-                if chunks is None:
-                    doubtful = scored.batch
-                    pending.insert(0, doubtful)
-                    continue
-                sizes = [lengths[i] for i in scored.batch]
-                self.tokens += sum(sum(size) if isinstance(size, tuple) else size for size in sizes)
-                self.padded += padded_tokens(sizes)
-                yield scored.batch, chunks
-                del scored, chunks  # or they would still be there while the next batch is scored
-                continue
-            batch, full = pending.pop(0), None
+            full, chunks, crowded = None, None, False
+            launching = bool(pending) and len(launched) <= ahead
             try:
-                waits = self.copies.ahead == 0 or batch is doubtful
-                launched.append(self._score(batch, rows, first_example, head_chunk, waits))
+                if launching:
+                    batch = pending.pop(0)
+                    waits = self.copies.ahead == 0 or batch is doubtful
+                    work = partial(self._score, batch=batch, rows=rows, first_example=first_example, head_chunk=head_chunk,
+                                   waits=waits)  # fmt: skip
+                    launched.append((batch, lanes.count > 1 and ahead > 0, lanes.start(work)))
+                else:
+                    batch, crowded, scored = launched.popleft()
+                    chunks = self._arrived(scored(), batch, rows, lanes.count)
+                    del scored  # or its chunks would still be there while the next batch is scored
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
                 full = str(error).splitlines()[0]
-            if full is None:
-                continue
-            if self.device.type == "cuda":  # here, where no traceback holds the tensors any more
-                torch.cuda.empty_cache()
-            if len(batch) > 1:
-                budget = padded_tokens([lengths[i] for i in batch]) // 2
-                left = sorted(i for waiting in [batch, *pending] for i in waiting)
-                pending = [[left[i] for i in b] for b in batches_by_length([lengths[i] for i in left], budget)]
-            elif head_chunk > 16:
-                head_chunk //= 2
-                pending.insert(0, batch)
-            else:
-                raise TeacherError("not enough memory for a single example", where=rows[batch[0]].example.id,
-                                   found=full, try_="a smaller --seq-len")  # fmt: skip
+            if full is not None:
+                if self.device.type == "cuda":  # here, where no traceback holds the tensors any more
+                    torch.cuda.empty_cache()
+                if crowded:
+                    ahead = 0  # from here on one batch at a time
+                    pending.insert(0, batch)
+                elif len(batch) > 1:
+                    budget = padded_tokens([lengths[i] for i in batch]) // 2
+                    left = sorted(i for waiting in [batch, *pending] for i in waiting)
+                    pending = [[left[i] for i in b] for b in batches_by_length([lengths[i] for i in left], budget)]
+                elif head_chunk > 16:
+                    head_chunk //= 2
+                    pending.insert(0, batch)
+                else:
+                    raise TeacherError("not enough memory for a single example", where=rows[batch[0]].example.id,
+                                       found=full, try_="a smaller --seq-len")  # fmt: skip
+            elif chunks is not None:
+                sizes = [lengths[i] for i in batch]
+                self.tokens += sum(sum(size) if isinstance(size, tuple) else size for size in sizes)
+                self.padded += padded_tokens(sizes)
+                yield batch, chunks
+            elif not launching:
+                doubtful = batch
+                pending.insert(0, doubtful)
 
     @property
     def padding_share(self) -> float:
@@ -115,14 +169,14 @@ class Teacher:
         return 1 - self.tokens / self.padded if self.padded else 0.0
 
     @torch.inference_mode()
-    def _score(self, batch: list[int], rows: Sequence[TokenRows], first_example: int, head_chunk: int,
-               waits: bool) -> Scored:  # fmt: skip
+    def _score(self, sparsifier: Sparsifier, *, batch: list[int], rows: Sequence[TokenRows], first_example: int,
+               head_chunk: int, waits: bool) -> Scored:  # fmt: skip
         """Launch one batch. `waits`: equal logits and rows that are not finite are seen to here."""
         laps = Laps(self.device)
         own = [rows[i] for i in batch]
         hidden = self.head.scored_hidden([r.context_ids for r in own], [r.target_ids for r in own])
         gold = on_device(torch.from_numpy(np.concatenate([r.target_ids for r in own]).astype(np.int64)), self.device)
-        config = self.sparsifier.config
+        config = sparsifier.config
         uniforms = None
         if config.samples:
             draws = [
@@ -135,7 +189,7 @@ class Teacher:
             part = slice(start, start + step)
             logits = self.head.logits(hidden[part])
             laps.mark("head")
-            select = self.sparsifier if waits else self.sparsifier.marked
+            select = sparsifier if waits else sparsifier.marked
             try:
                 chunk = select(logits, gold[part], None if uniforms is None else uniforms[part])
             except NonFiniteRow as error:
@@ -143,18 +197,18 @@ class Teacher:
             del logits  # or it would still be there while the next chunk's are made
             laps.mark("select")
             chunks.append(self.copies.start({f.name: getattr(chunk, f.name) for f in fields(Chunk)}))
-        return Scored(batch, chunks, laps)
+        return Scored(chunks, laps)
 
-    def _arrived(self, scored: Scored, rows: Sequence[TokenRows]) -> list[Chunk] | None:
+    def _arrived(self, scored: Scored, batch: list[int], rows: Sequence[TokenRows], lanes: int) -> list[Chunk] | None:
         """A launched batch on the host; None where it has to be scored again, with waits."""
         found = [arrival.wait() for arrival in scored.chunks]
         for part, seconds in scored.laps.seconds():
-            setattr(self.times, part, getattr(self.times, part) + seconds)
+            setattr(self.times, part, getattr(self.times, part) + seconds / lanes)
         doubts = [chunk.pop("doubt") for chunk in found if "doubt" in chunk]
         if doubts:
             doubt = torch.cat(doubts)
             if bool((doubt == NOT_FINITE).any()):
-                raise self._not_finite([rows[i] for i in scored.batch], int((doubt == NOT_FINITE).nonzero()[0]))
+                raise self._not_finite([rows[i] for i in batch], int((doubt == NOT_FINITE).nonzero()[0]))
             if bool(doubt.any()):
                 return None
         return [Chunk(**chunk) for chunk in found]

@@ -174,8 +174,8 @@ def build_options(function: Function) -> Function:
         click.option("--revision", help="Branch, tag or commit of a hub teacher."),
         click.option("--tokenizer", help="Folder or hub id, where the tokenizer is not beside the teacher."),
         click.option("--tokens-per-batch", type=click.IntRange(min=1),
-                     help="Tokens per forward pass, padding included; halved on out-of-memory. Default: 4096; on a CPU 256 "
-                     "per thread and side, at least 512."),
+                     help="Tokens per forward pass, padding included; halved on out-of-memory. Default: 4096; on a CPU 512 "
+                     "per side, with a batch on each thread."),
         click.option("--shard-rows", type=click.IntRange(min=1), help="Rows per shard; 32768 by default."),
         click.option("--shard", callback=parse_part, default="1/1", show_default=True, metavar="I/N",
                      help="Build every N-th shard, starting with the I-th."),

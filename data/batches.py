@@ -24,16 +24,14 @@ pad it by more than that (docs/log.md)."""
 CPU_CHUNK_BYTES = 30 * 2**20
 """A chunk of float32 logits on a CPU: above 32 MB glibc maps and zeroes fresh pages for every tensor, which costs 30-80 % of
 the time of the output layer, and twice as many rows make the product 4 % faster (benchmarks/chunks.py)."""
-CPU_THREADS_BYTES = 44 * 2**20
-"""The same where several threads select: their small tensors leave holes that no second chunk fits into, and memory grows by
-hundreds of MB; what is above 32 MB goes back to the system at once."""
 CPU_TRAINING_BYTES = 64 * 2**20
 """The same in training, where one buffer serves all chunks and the weight's gradient is read and written once per chunk."""
 GPU_CHUNK_BYTES = 256 * 2**20
 
 
-def forward_tokens(device_type: str, *, two_sides: bool = False) -> int:
+def forward_tokens(device_type: str, threads: int | None = None, *, two_sides: bool = False) -> int:
     """Tokens of a forward pass, padding included, where nobody asks for another number; `two_sides`: encoder and decoder.
+    `threads` of a CPU work at it, None: as many as torch has.
 
     On a CPU few: the activations of 512 tokens stay in the cache, those of 4,096 are written to memory by every layer, which
     takes 10-30 % longer; of an encoder-decoder each side has about half (docs/log.md). Many threads, and a GPU, have to be filled.
@@ -41,7 +39,9 @@ def forward_tokens(device_type: str, *, two_sides: bool = False) -> int:
     import torch
 
     per_thread = 512 if two_sides else 256
-    return 4096 if device_type != "cpu" else min(4096, per_thread * max(2, torch.get_num_threads()))
+    if device_type != "cpu":
+        return 4096
+    return min(4096, per_thread * max(2, threads or torch.get_num_threads()))
 
 
 def batches_by_length(lengths: Sequence[Size], tokens_per_batch: int) -> list[list[int]]:
@@ -77,10 +77,7 @@ def padded_tokens(lengths: Sequence[Size]) -> int:
 
 def head_rows(vocabulary_size: int, device_type: str, *, training: bool = False) -> int:
     """Rows of the output layer to compute at once: 64 to 1,024, a multiple of 16, whose logits fit the budget."""
-    import torch
-
-    on_cpu = CPU_CHUNK_BYTES if torch.get_num_threads() == 1 else CPU_THREADS_BYTES
-    budget = GPU_CHUNK_BYTES if device_type != "cpu" else CPU_TRAINING_BYTES if training else on_cpu
+    budget = GPU_CHUNK_BYTES if device_type != "cpu" else CPU_TRAINING_BYTES if training else CPU_CHUNK_BYTES
     return min(1024, max(64, budget // (4 * vocabulary_size) // 16 * 16))
 
 

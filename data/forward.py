@@ -45,9 +45,13 @@ class LanguageModelHead:
     """[V] or None"""
 
     @property
-    def forward_tokens(self) -> int:
-        """Tokens of a forward pass where nobody asks for another number."""
-        return forward_tokens(self.weight.device.type)
+    def bodies(self) -> tuple[Any, ...]:
+        """The modules that hidden states come from."""
+        return (self.backbone,)
+
+    def forward_tokens(self, threads: int | None = None) -> int:
+        """Tokens of a forward pass where nobody asks for another number; `threads` of a CPU, None: as many as torch has."""
+        return forward_tokens(self.weight.device.type, threads)
 
     def size(self, context: int, target: int) -> Size:
         """What an example costs a forward pass, for `batches_by_length`."""
@@ -153,8 +157,11 @@ class EncoderDecoderHead(LanguageModelHead):
     """Of the decoder's output before the output layer: d^-0.5 in T5 with tied embeddings, else 1."""
 
     @property
-    def forward_tokens(self) -> int:
-        return forward_tokens(self.weight.device.type, two_sides=True)
+    def bodies(self) -> tuple[Any, ...]:
+        return self.backbone, self.encoder
+
+    def forward_tokens(self, threads: int | None = None) -> int:
+        return forward_tokens(self.weight.device.type, threads, two_sides=True)
 
     def size(self, context: int, target: int) -> Size:
         """Both sides are padded on their own."""

@@ -121,7 +121,7 @@ def logit_chunks(head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabu
     import torch
 
     require_vocabulary(int(head.weight.shape[0]), vocabulary_size)
-    tokens_per_batch = tokens_per_batch or head.forward_tokens
+    tokens_per_batch = tokens_per_batch or head.forward_tokens()
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
     for batch in batches_by_length([head.size(len(t.context_ids), len(t.target_ids)) for t in texts], tokens_per_batch):
         chosen = [texts[i] for i in batch]

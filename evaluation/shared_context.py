@@ -56,7 +56,7 @@ def shared_nll(model: Model, texts: Sequence[ScoredText], *, vocabulary_size: in
     require_vocabulary(int(head.weight.shape[0]), size)
     if not shares_context(head):
         return (yield from gold_nll(model, texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch))
-    tokens_per_batch = tokens_per_batch or head.forward_tokens
+    tokens_per_batch = tokens_per_batch or head.forward_tokens()
     branches, places = group_by_context(texts)
     total, done = sum(len(t.target_ids) for t in texts), 0
     found: list[list[np.ndarray]] = [[] for _ in branches]

@@ -76,9 +76,10 @@ def teacher_pass(shape: str) -> Callable[[torch.device], None]:
                 model.get_decoder(), weight, None, model.get_encoder(), decoder_start(model.config), 0.1
             )
         config = TargetConfig.of_profile("full")
-        teacher = Teacher(head, Sparsifier(config, V, torch.arange(0, V, 3, device=device)), head_chunk=7)
+        sparsifier = Sparsifier(config, V, torch.arange(0, V, 3, device=device))
+        teacher = Teacher(head, sparsifier)
         rows = [TokenRows(Example("e", "x"), np.arange(c), np.arange(5), np.arange(5)) for c in (9, 9, 9)]
-        scored = teacher._score([2, 0, 1], rows, 0, 7, waits=False)
+        scored = teacher._score(sparsifier, batch=[2, 0, 1], rows=rows, first_example=0, head_chunk=7, waits=False)
         for arrival in scored.chunks:
             assert {t.device for t in arrival.wait().values()} == {device}
 

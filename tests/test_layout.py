@@ -22,6 +22,7 @@ BUILD_HALF = {
     "normalisers",
     "sparsify",
     "host_copies",
+    "lanes",
     "teacher",
     "generate",
     "plan",

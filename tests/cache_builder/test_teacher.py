@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from stand_ins import OutOfMemory, Poisoned, make_rows
 
 from kd.cache_builder.sparsify import Sparsifier
 from kd.cache_builder.targets import RawTargets, TargetConfig
@@ -30,16 +30,6 @@ ROUNDING = 1e-4
 @pytest.fixture(scope="module")
 def head(model_dir: Path) -> LanguageModelHead:
     return split_head(load_model(ModelRequest(str(model_dir), device="cpu")))
-
-
-def make_rows(lengths: list[tuple[int, int]], seed: int = 0) -> list[TokenRows]:
-    """Random tokens: `(context, target)` lengths per example."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number, (c, n) in enumerate(lengths):
-        context, target = (rng.integers(1, V, size).astype(np.int32) for size in (c, n))
-        rows.append(TokenRows(Example(f"e{number}", "x" * n), context, target, np.arange(1, n + 1)))
-    return rows
 
 
 ROWS = make_rows([(1, 7), (3, 20), (1, 1), (5, 5), (2, 40), (1, 20), (10, 2), (1, 7), (4, 33)])
@@ -162,19 +152,6 @@ def test_progress_counts_rows_to_the_end(head):
     assert steps[-1] == sum(len(r.target_ids) for r in ROWS)
 
 
-class Poisoned:
-    """A backbone that answers NaN from one position of one example on."""
-
-    def __init__(self, backbone, token: int) -> None:
-        self.backbone, self.token = backbone, token
-
-    def __call__(self, input_ids, **options):
-        result = self.backbone(input_ids=input_ids, **options)
-        seen = (input_ids == self.token).long().cumsum(1) > 0
-        result.last_hidden_state = result.last_hidden_state.masked_fill(seen[..., None], math.nan)
-        return result
-
-
 @pytest.mark.parametrize(("tokens_per_batch", "head_chunk"), [(1, 256), (4096, 5), (4096, 256)])
 def test_nan_names_the_example_and_the_token(head, tokens_per_batch: int, head_chunk: int):
     rows = make_rows([(1, 7), (3, 9), (2, 30)], seed=1)
@@ -186,19 +163,6 @@ def test_nan_names_the_example_and_the_token(head, tokens_per_batch: int, head_c
         score(teacher_of(poisoned, tokens_per_batch=tokens_per_batch, head_chunk=head_chunk), rows)
     assert caught.value.details["where"] == "example e1"
     assert caught.value.details["found"].endswith("target token 4")  # the first token predicted from the poisoned one
-
-
-class OutOfMemory:
-    """A backbone that cannot hold more than so many tokens."""
-
-    def __init__(self, backbone, tokens: int, error: type[RuntimeError] = torch.OutOfMemoryError) -> None:
-        self.backbone, self.tokens, self.error, self.failures = backbone, tokens, error, 0
-
-    def __call__(self, input_ids, **options):
-        if input_ids.numel() > self.tokens:
-            self.failures += 1
-            raise self.error("CUDA out of memory. Tried to allocate 2 GiB")
-        return self.backbone(input_ids=input_ids, **options)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
