@@ -241,12 +241,13 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
 
     from kd.cache_builder.reader import CacheReader
     from kd.data.models import ModelRequest, load_config, load_request_tokenizer
+    from kd.student_trainer.batch_plan import plan_batches
     from kd.student_trainer.compatibility import resolve_objective
     from kd.student_trainer.config import TrainConfig
     from kd.student_trainer.groups import GroupSettings
     from kd.student_trainer.head import attach_loss
     from kd.student_trainer.prepare import prepare, rank_edges
-    from kd.student_trainer.stream import CachedExamples, plan_batches
+    from kd.student_trainer.read_ahead import CachedExamples
 
     folder = work / ("cache-uld" if loss == "uld" else "cache")
     reader = CacheReader(folder)
@@ -342,9 +343,9 @@ def make_read_cache(work: Path) -> None:
 
 def case_read(work: Path, tokens: int) -> dict[str, float]:
     from kd.cache_builder.reader import CacheReader
+    from kd.student_trainer.collate import Collator
     from kd.student_trainer.compatibility import needed_arrays
     from kd.student_trainer.losses import Objective
-    from kd.student_trainer.stream import Collator
 
     objective = Objective()
     collate = Collator(objective)

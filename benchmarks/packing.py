@@ -20,9 +20,10 @@ import torch
 
 from kd.cache_builder.reader import CacheReader
 from kd.data.models import ModelRequest, load_model, load_request_tokenizer
+from kd.student_trainer.batch_plan import plan_batches
+from kd.student_trainer.collate import Collator
 from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses import Objective
-from kd.student_trainer.stream import Collator, plan_batches
 from kd.student_trainer.text import StudentText
 
 KL, CE = Objective(), Objective("ce", "none", 0.0, 1.0)

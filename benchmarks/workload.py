@@ -178,11 +178,11 @@ class CachedStudent:
         from kd.cache_builder.reader import CacheReader
         from kd.cache_builder.targets import band_edges
         from kd.data.tokenizer import vocabulary_size
+        from kd.student_trainer.collate import Collator
         from kd.student_trainer.compatibility import resolve_objective
         from kd.student_trainer.config import TrainConfig
         from kd.student_trainer.groups import GroupSettings
         from kd.student_trainer.head import attach_loss
-        from kd.student_trainer.stream import Collator
         from kd.student_trainer.text import StudentText
 
         self.cache = cache
@@ -202,7 +202,8 @@ class CachedStudent:
     def train(self, count: int, batch_tokens: int) -> None:
         """`count` steps in the cache's order, its files opened, verified and decoded on the way."""
         from kd.cache_builder.reader import CacheReader
-        from kd.student_trainer.stream import CachedExamples, plan_batches
+        from kd.student_trainer.batch_plan import plan_batches
+        from kd.student_trainer.read_ahead import CachedExamples
 
         reader = CacheReader(self.cache)
         data = CachedExamples(reader)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kd.data.batches import head_rows
 from kd.data.forward import split_head
+from kd.student_trainer.collate import loss_targets
 from kd.student_trainer.losses import LossTargets
-from kd.student_trainer.stream import loss_targets
 
 
 class ChunkLoss(Protocol):

@@ -30,8 +30,8 @@ from transformers import TrainerCallback
 from kd.data.errors import DataError
 from kd.data.models import Model
 from kd.data.tokenizer import Tokenizer
+from kd.student_trainer.batch_plan import BatchPlan
 from kd.student_trainer.records import RECORDS
-from kd.student_trainer.stream import BatchPlan
 from kd.student_trainer.trainer import DistillationTrainer
 
 

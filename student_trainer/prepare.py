@@ -13,6 +13,7 @@ from kd.data.errors import DataError
 from kd.data.models import decoder_start, is_encoder_decoder, max_positions
 from kd.data.packing import Size
 from kd.data.tokenizer import Tokenizer, vocabulary_size
+from kd.student_trainer.collate import Collator
 from kd.student_trainer.compatibility import (
     refuse_classes,
     refuse_narrow_student,
@@ -24,7 +25,6 @@ from kd.student_trainer.compatibility import (
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.pieces import shared_pieces
-from kd.student_trainer.stream import Collator
 from kd.student_trainer.text import StudentText
 
 PACKED_TOKENS = 1024

@@ -3,7 +3,7 @@
     result = train(TrainConfig(cache="runs/cache", student="openai-community/gpt2", out="runs/student"))
 
 Devices, DDP, FSDP, mixed precision, checkpoints, trackers and LoRA are the Trainer's, accelerate's and peft's.
-Ours are the batches (`stream`), the loss inside the model's forward (`head`), and the checks that refuse a cache
+Ours are the batches (`batch_plan`, `collate`), the loss inside the model's forward (`head`), and the checks that refuse a cache
 that does not belong to the student (`compatibility`). The loss runs *inside* `model.forward`, so that DDP and FSDP
 see every parameter where they expect it, and `[B, T, V]` logits never exist.
 
@@ -42,6 +42,7 @@ from kd.data.models import (
     resolve_device,
 )
 from kd.data.packable import require_packable
+from kd.student_trainer.batch_plan import plan_batches
 from kd.student_trainer.compatibility import (
     needed_arrays,
     resolve_objective,
@@ -53,8 +54,8 @@ from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import packed_capacity, prepare, rank_edges
+from kd.student_trainer.read_ahead import TOUCHED_EXAMPLES, CachedExamples, touch_shards
 from kd.student_trainer.records import keep_evaluations
-from kd.student_trainer.stream import TOUCHED_EXAMPLES, CachedExamples, plan_batches, touch_shards
 from kd.student_trainer.trainer import DistillationTrainer, StepRecord
 
 RUN, METRICS = "run.json", "metrics.jsonl"

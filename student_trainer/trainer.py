@@ -23,8 +23,9 @@ from transformers import Trainer, TrainerCallback
 
 from kd.data.batches import on_device
 from kd.data.errors import DataError
+from kd.student_trainer.batch_plan import BatchPlan, PlannedBatches
 from kd.student_trainer.head import forward_arguments
-from kd.student_trainer.stream import BatchPlan, PlannedBatches, Prefetcher
+from kd.student_trainer.read_ahead import Prefetcher
 
 
 @dataclass(frozen=True)

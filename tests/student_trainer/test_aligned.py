@@ -13,10 +13,11 @@ from kd.cache_builder.targets import band_edges
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.models import ModelRequest, load_model
 from kd.data.tokenizer import encode_with_ends, load_tokenizer, token_bytes
+from kd.student_trainer.batch_plan import plan_batches
+from kd.student_trainer.collate import Collator, loss_targets, teacher_groups
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.pieces import shared_pieces
-from kd.student_trainer.stream import Collator, loss_targets, plan_batches, teacher_groups
 from kd.student_trainer.text import StudentText
 
 ALIGNED = ("uld", "hybrid", "alm")

@@ -15,6 +15,7 @@ from torch import Tensor
 from kd.cache_builder.reader import CacheReader
 from kd.cache_builder.targets import band_edges
 from kd.data.models import ModelRequest, load_model, load_request_tokenizer
+from kd.student_trainer.collate import Collator, loss_targets
 from kd.student_trainer.groups import (
     ALM_TEMPERATURE,
     GroupSettings,
@@ -26,7 +27,6 @@ from kd.student_trainer.groups import (
     uld,
 )
 from kd.student_trainer.losses import LossTargets, Objective
-from kd.student_trainer.stream import Collator, loss_targets
 from kd.student_trainer.text import StudentText
 
 N, V, TEACHER_V = 6, 40, 53

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd.data.errors import DataError
+from kd.student_trainer.batch_plan import BatchPlan
 from kd.student_trainer.midway import Midway, evaluation_steps
 from kd.student_trainer.records import RECORDS, keep_evaluations, read_evaluations
-from kd.student_trainer.stream import BatchPlan
 from kd.student_trainer.train import read_metrics
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -19,10 +19,11 @@ from kd.cache_builder.targets import band_edges
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.packing import Size, pack
 from kd.data.tokenizer import load_tokenizer
+from kd.student_trainer.batch_plan import plan_batches
+from kd.student_trainer.collate import Collator
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses import Objective
-from kd.student_trainer.stream import Collator, plan_batches
 from kd.student_trainer.text import StudentText
 from kd.student_trainer.train import read_metrics
 

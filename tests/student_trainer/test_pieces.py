@@ -13,9 +13,9 @@ from kd.cache_builder.reader import CacheReader
 from kd.data.tokenizer import load_tokenizer, token_bytes
 from kd.student_trainer import pieces
 from kd.student_trainer.alignment import Side, align
+from kd.student_trainer.collate import Collator
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.pieces import SharedPieces, shared_pieces
-from kd.student_trainer.stream import Collator
 from kd.student_trainer.text import StudentText
 
 

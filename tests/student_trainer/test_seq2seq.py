@@ -27,11 +27,11 @@ from kd.evaluation.agreement import evaluate_agreement
 from kd.evaluation.evaluate import run_tasks
 from kd.evaluation.scoring import final
 from kd.student_trainer.card import write_card
+from kd.student_trainer.collate import Collator
 from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses import Objective
 from kd.student_trainer.pieces import shared_pieces
-from kd.student_trainer.stream import Collator
 from kd.student_trainer.text import StudentText
 from kd.student_trainer.train import read_metrics
 

@@ -16,8 +16,9 @@ from kd.cache_builder.manifest import Layout
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheMismatchError, DataError
 from kd.data.models import ModelRequest, load_model
+from kd.student_trainer.batch_plan import plan_batches
+from kd.student_trainer.collate import Collator, loss_targets
 from kd.student_trainer.losses import Objective
-from kd.student_trainer.stream import Collator, loss_targets, plan_batches
 from kd.student_trainer.train import METRICS, read_metrics
 
 TIMING = ("tokens_per_second", "wait_share")

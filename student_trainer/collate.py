@@ -1,163 +1,23 @@
-"""From a cache to batches: which examples, in which order, as which tensors.
-
-All batches of a run are laid out before the first step: epoch after epoch in the reader's (seed, epoch) order,
-cut by token budget or by count. So the number of steps is known, resuming means skipping, and neither batch size,
-packing nor world size changes the order. Reading and decoding run on a thread beside the training step.
-"""
+"""Examples of a cache become the tensors of a batch: the student's tokens, which of them are scored, and the targets."""
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from kd.cache_builder.reader import CachedBatch, CachedExample, CacheReader, concatenate
+from kd.cache_builder.reader import CachedBatch, CachedExample, concatenate
 from kd.cache_builder.targets import SoftTargets
-from kd.data.packing import Packer, Size, lay_out, pack
+from kd.data.packing import Size, lay_out, pack
 from kd.student_trainer.alignment import Side, align
 from kd.student_trainer.groups import GroupTargets
 from kd.student_trainer.losses import LOSSES, LossTargets, Objective
 from kd.student_trainer.pieces import SharedPieces
 from kd.student_trainer.text import StudentExample, StudentText
-
-PREFETCHED_BATCHES = 4
-TOUCHED_EXAMPLES = 256
-"""Of the first epoch, whose shards are loaded early: enough to touch nearly every shard of a window of 16."""
-TOUCHING_THREADS = 4
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Every micro-batch of a run, in order."""
-
-    batches: tuple[tuple[int, ...], ...]
-    """Example numbers."""
-    epochs: tuple[int, ...]
-    """Epoch of each batch."""
-    tokens: tuple[int, ...]
-    """Of each batch, without padding."""
-    padded: tuple[int, ...]
-    """Of each batch, with padding."""
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    @property
-    def padding_share(self) -> float:
-        """Share of the tokens a model reads that are padding."""
-        return 1 - sum(self.tokens) / sum(self.padded)
-
-
-def plan_batches(reader: CacheReader, lengths: np.ndarray, *, seed: int, epochs: float = 1.0,
-                 count: int | None = None, tokens_per_batch: int | None = None, batch_size: int | None = None,
-                 capacity: Size | None = None, multiple_of: int = 1) -> BatchPlan:  # fmt: skip
-    """Lay out `epochs` epochs (at least one example), or exactly `count` micro-batches.
-
-    `lengths [E, sides]` tokens per example, `[E]` where there is one side. A batch holds `batch_size` sequences, or as
-    many as fit `tokens_per_batch` with their padding; a sequence is one example, or, with a `capacity`, what
-    `kd.data.packing` puts into so many tokens. The number of batches is rounded down to a multiple of `multiple_of`
-    (accumulation steps times world size), so that every step is whole.
-    """
-    sizes = [tuple(size) for size in lengths.reshape(len(lengths), -1).tolist()]
-    batches: list[Packer] = []
-    numbers: list[int] = []
-    epoch = 0
-    while True:
-        order = reader.epoch_order(seed, epoch)
-        if count is None:
-            remaining = epochs - epoch
-            if remaining <= 0:
-                break
-            order = order[: max(round(len(order) * min(1.0, remaining)), 0 if batches else 1)]
-        cut = list(_cut(order, sizes, tokens_per_batch, batch_size, capacity))
-        batches += cut
-        numbers += [epoch] * len(cut)
-        epoch += 1
-        if count is not None and len(batches) >= count:
-            batches, numbers = batches[:count], numbers[:count]
-            break
-    whole = max(len(batches) // multiple_of, 1) * multiple_of
-    missing = max(0, whole - len(batches))  # fewer batches than one step needs: repeat from the start
-    batches += [batches[i % len(batches)] for i in range(missing)]
-    numbers += [numbers[-1]] * missing
-    kept = batches[:whole]
-    return BatchPlan(tuple(tuple(b.examples) for b in kept), tuple(numbers[:whole]), tuple(b.tokens for b in kept),
-                     tuple(b.padded for b in kept))  # fmt: skip
-
-
-def _cut(order: np.ndarray, sizes: Sequence[Size], tokens: int | None, count: int | None,
-         capacity: Size | None) -> Iterator[Packer]:  # fmt: skip
-    batch = Packer(capacity)
-    for example in order.tolist():
-        sequences, padded = batch.with_one_more(sizes[example])
-        full = sequences > count if count is not None else bool(batch.examples) and padded > (tokens or 0)
-        if full:
-            yield batch
-            batch = Packer(capacity)
-        batch.add(example, sizes[example])
-    if batch.examples:
-        yield batch
-
-
-def touch_shards(reader: CacheReader, examples: Sequence[int]) -> list[threading.Thread]:
-    """Have the reader load the shards of these examples on threads, which are returned, while the student is being loaded.
-
-    The first batches touch most shards of their window, and would all be waited for. What is wrong with one of them is said
-    when it is read in earnest. One thread would not get far: for each of a shard's hundred short calls it waits until whoever
-    loads the student lets go of the interpreter.
-    """
-
-    def touch(own: Sequence[int]) -> None:
-        with suppress(Exception):
-            for example in own:
-                reader.locate(example)
-
-    threads = [threading.Thread(target=touch, args=(examples[i::TOUCHING_THREADS],), name="kd-touch", daemon=True)
-               for i in range(TOUCHING_THREADS)]  # fmt: skip
-    for thread in threads:
-        thread.start()
-    return threads
-
-
-class PlannedBatches:
-    """A batch sampler for `torch.utils.data.DataLoader`: the plan, as it stands."""
-
-    batch_size = None
-    drop_last = False
-
-    def __init__(self, plan: BatchPlan) -> None:
-        self.plan = plan
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(batch) for batch in self.plan.batches)
-
-
-class CachedExamples(Dataset[CachedExample]):
-    """The cache as a map-style data set that reads whole batches at once."""
-
-    def __init__(self, reader: CacheReader) -> None:
-        self.reader = reader
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, example: int) -> CachedExample:
-        return self.reader[example]
-
-    def __getitems__(self, examples: Sequence[int]) -> list[CachedExample]:
-        return self.reader.read(examples)
 
 
 @dataclass(frozen=True)
@@ -315,52 +175,3 @@ def loss_targets(batch: dict[str, Tensor]) -> LossTargets:
     if "token_ids" in rows:
         rows["token_ids"] = rows["token_ids"].long()  # here, on the model's device: half the bytes on the way there
     return LossTargets(kd_scale=batch.get("kd_scale"), **rows)
-
-
-class Prefetcher:
-    """Pulls an iterator on a thread, at most `PREFETCHED_BATCHES` ahead; exceptions surface at `next`."""
-
-    def __init__(self, source: Iterator[Any]) -> None:
-        self.source = source
-        self.waited = 0.0
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(PREFETCHED_BATCHES)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._pull, name="kd-prefetch", daemon=True)
-        self._thread.start()
-
-    def _pull(self) -> None:
-        try:
-            for item in self.source:
-                if not self._put(("item", item)):
-                    return
-            self._put(("end", None))
-        except BaseException as error:
-            self._put(("error", error))
-
-    def _put(self, message: tuple[str, Any]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(message, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Prefetcher:
-        return self
-
-    def __next__(self) -> Any:
-        started = time.perf_counter()
-        kind, value = self._queue.get()
-        self.waited += time.perf_counter() - started
-        if kind == "item":
-            return value
-        self._queue.put((kind, value))  # asked again, the same answer
-        if kind == "error":
-            raise value
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop the thread; what it had read ahead is dropped."""
-        self._stop.set()
-        self._thread.join(timeout=5.0)
