@@ -203,7 +203,9 @@ def load_teacher(plan: BuildPlan) -> Teacher:
     boundary = None
     if PROFILES[config.profile].boundary:
         boundary = boundary_token_ids(plan.vocabulary, plan.special_ids, head.weight.device)
-    return Teacher(head, Sparsifier(config, size, boundary), tokens_per_batch=plan.request.tokens_per_batch)
+    teacher = Teacher(head, Sparsifier(config, size, boundary), tokens_per_batch=plan.request.tokens_per_batch)
+    teacher.prepare(plan.rows)
+    return teacher
 
 
 def write_shard(writer: store.ShardWriter, index: int, rows: list[TokenRows], raw: RawTargets, plan: BuildPlan,

@@ -63,7 +63,7 @@ class Teacher:
         self.tokens = self.padded = 0
         """Tokens the model has read, without and with padding."""
         self._tried = [0, 0, 0]
-        """Longest context, target and both together that the model was tried with, see `_lanes`."""
+        """Longest context, target and both together that the model was tried with, see `prepare`."""
         self._alone = self.device.type != "cpu"
         self._sparsifiers = [sparsifier]
 
@@ -76,19 +76,29 @@ class Teacher:
         with self._lanes(rows) as lanes:
             yield from self._run(rows, first_example, lanes)
 
+    def prepare(self, rows: Sequence[TokenRows]) -> None:
+        """Find out with the longest of `rows` whether several threads may run the model.
+
+        Of all rows that will ever be given to `run`: what is found here decides how batches are made and rounded, and a
+        resumed build must not know less than one that was never stopped.
+        """
+        if self._alone or torch.get_num_threads() == 1:
+            return
+        sizes = np.array([(len(r.context_ids), len(r.target_ids)) for r in rows])
+        sizes = np.column_stack([sizes, sizes.sum(axis=1)])
+        widest, lengths = [rows[i] for i in sizes.argmax(axis=0)], sizes.max(axis=0).tolist()
+        if any(n > tried for n, tried in zip(lengths, self._tried, strict=True)):
+            self._tried = [max(pair) for pair in zip(lengths, self._tried, strict=True)]
+            self._alone = not self._stands_several(widest)
+
     def _lanes(self, rows: Sequence[TokenRows]) -> Lanes[Sparsifier]:
         """As many as threads and memory allow, and one for a model that could not stand several."""
+        self.prepare(rows)
         count = 1
         if not self._alone:
-            sides = ("context_ids", "target_ids", "input_ids")
-            widest = [max(rows, key=lambda r, side=side: len(getattr(r, side))) for side in sides]  # type: ignore[misc]
-            lengths = [len(getattr(row, side)) for row, side in zip(widest, sides, strict=True)]
+            longest = max(len(r.context_ids) + len(r.target_ids) for r in rows)
             usual = self.tokens_per_batch or self.head.forward_tokens(1)
-            count = lane_count(torch.get_num_threads(), max(usual, lengths[-1]))
-            if count > 1 and any(n > tried for n, tried in zip(lengths, self._tried, strict=True)):
-                self._tried = [max(pair) for pair in zip(lengths, self._tried, strict=True)]
-                self._alone = not self._stands_several(widest)
-        count = 1 if self._alone else count
+            count = lane_count(torch.get_num_threads(), max(usual, longest))
         while len(self._sparsifiers) < count:
             self._sparsifiers.append(self.sparsifier.twin())
         return Lanes(self._sparsifiers[:count])

@@ -14,7 +14,9 @@ import torch
 from stand_ins import OutOfMemory, Poisoned, make_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kd.cache_builder.build import build
 from kd.cache_builder.lanes import TOKENS_IN_FLIGHT, Lanes, lane_count, leaves_no_trace
+from kd.cache_builder.plan import plan_build
 from kd.cache_builder.sparsify import Sparsifier
 from kd.cache_builder.targets import TargetConfig
 from kd.cache_builder.teacher import Teacher, collect
@@ -299,6 +301,38 @@ def test_short_texts_do_not_speak_for_long_ones(threads):
     assert teacher._lanes(short).count == THREADS
     assert teacher._lanes(ROWS).count == 1
     assert teacher._lanes(short).count == 1
+
+
+def test_what_is_tried_with_all_rows_holds_from_the_first_shard_on(threads):
+    """A build that goes on at the second shard makes the batches that one from the start makes."""
+    threads(THREADS)
+    teacher = teacher_of(llama(DYNAMIC))
+    teacher.prepare(ROWS)
+    assert teacher._lanes([r for r in ROWS if len(r.input_ids) < 16]).count == 1
+
+
+def test_a_build_tries_the_model_with_all_its_rows(threads, build_request, tmp_path: Path, monkeypatch):
+    threads(THREADS)
+    prepared = []
+    monkeypatch.setattr(Teacher, "prepare", lambda self, rows: prepared.append(list(rows)))
+    plan = plan_build(build_request(tmp_path / "cache"))
+    for _ in build(plan):
+        pass
+    assert prepared[0] == plan.rows
+    assert len(plan.manifest.shards) > 1
+
+
+@pytest.mark.parametrize("profile", ["kl", "uld"])
+def test_a_cache_is_the_same_to_the_byte_with_any_number_of_threads(threads, build_request, tmp_path, profile: str):
+    found = []
+    for count in (1, 2, THREADS):
+        threads(count)
+        out = tmp_path / str(count)
+        for _ in build(plan_build(build_request(out, profile=profile, tokens_per_batch=None))):
+            pass
+        found.append({p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()})
+    assert len(found[0]) > 10
+    assert found[0] == found[1] == found[2]
 
 
 def test_hooks_get_one_lane(threads, model_dir: Path):
