@@ -5,6 +5,7 @@ Bars come from `kd.evaluation.figures`, as in a report. A part that was not meas
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from peer_encodings import ENCODINGS
 LABELS = {
     "bare": "bare forward pass", "kd": "kd cache build", "plain": "plain cross-entropy (transformers)",
     "ce": "kd train --loss ce", "kl": "kd train --loss kl", "uld": "kd train --loss uld",
-    "naive": "script: top-k KL on whole logits", "trl-sft": "TRL SFTTrainer", "trl-gkd": "TRL GKDTrainer, forward KL",
+    "naive": "script, top-k KL on whole logits", "trl-sft": "TRL SFTTrainer", "trl-gkd": "TRL GKDTrainer, forward KL",
     "trl-gold": "TRL GOLDTrainer, ULD", **{name: encoding.label for name, encoding in ENCODINGS.items()},
 }  # fmt: skip
 TRL_CASES = ("trl-sft", "trl-gkd", "trl-gold")
@@ -173,15 +174,23 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
 
 def _bars(path: Path, rows: Mapping[str, Mapping[str, float]], base: str) -> None:
     _draw_bars(path, {
-        f"CPU time, {base} = 1": [(_label(n), r["us_ratio"]) for n, r in rows.items()],
-        f"peak memory, {base} = 1": [(_label(n), r["peak_mb_ratio"]) for n, r in rows.items()],
-    })  # fmt: skip
+        f"CPU time, {base} = 1": [(_label(n), round(r["us_ratio"], 2)) for n, r in rows.items()],
+        f"peak memory, {base} = 1": [(_label(n), round(r["peak_mb_ratio"], 2)) for n, r in rows.items()],
+    }, longest=LONGEST)  # fmt: skip
 
 
-def _draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, float]]]) -> None:
+LONGEST = 4.0
+"""Ratio at which bars are cut."""
+
+
+def _draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, float]]], longest: float = math.inf) -> None:
     from kd.evaluation.figures import Bar, draw_bars
 
-    draw_bars(path, {title: [Bar(label, value, None) for label, value in bars] for title, bars in panels.items()})
+    def short(label: str) -> str:  # the table has all of it
+        return label.partition(" (")[0].partition(", ")[0]
+
+    bars = {title: [Bar(short(label), value, None) for label, value in found] for title, found in panels.items()}
+    draw_bars(path, bars, longest=longest)
 
 
 def _draw_growth(path: Path, growth: Mapping[str, Any]) -> None:

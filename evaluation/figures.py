@@ -11,6 +11,7 @@ that a phone's width is enough. Students over several seeds are one curve: their
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,8 +97,13 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Seque
     return _save(path, draw, 3.2 * len(panels))
 
 
-def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]], order: Sequence[str] = ()) -> Path:
-    """Write one panel of horizontal bars per metric, from 0: the key is its title with unit; `order` as above."""
+def draw_bars(
+    path: Path, panels: Mapping[str, Sequence[Bar]], order: Sequence[str] = (), *, longest: float = math.inf
+) -> Path:
+    """Write one panel of horizontal bars per metric, from 0: the key is its title with unit; `order` as above.
+
+    longest   bars end there, those that go on with an arrow: one that is far longer than the rest would hide them
+    """
     order = list(dict.fromkeys([*order, *(b.label for bars in panels.values() for b in bars)]))
     heights = [0.9 + 0.4 * len(bars) for bars in panels.values()]
 
@@ -107,12 +113,14 @@ def draw_bars(path: Path, panels: Mapping[str, Sequence[Bar]], order: Sequence[s
             values = np.array([b.value for b in bars])
             errors = np.array([b.stderr or 0.0 for b in bars])
             colours = [COLOURS[order.index(b.label) % len(COLOURS)] for b in bars]
-            axes.barh(places, values, height=0.6, color=colours, alpha=0.85)
+            axes.barh(places, np.minimum(values, longest), height=0.6, color=colours, alpha=0.85)
             known = np.array([b.stderr is not None for b in bars])
             axes.errorbar(values[known], places[known], xerr=errors[known], fmt="none", ecolor="#222222", capsize=3)
-            reach = max(float((values + errors).max()), 1e-12)
+            ends = np.minimum(values + errors, longest)
+            reach = max(float(ends.max()), 1e-12)
             for place, bar in enumerate(bars):
-                axes.text(bar.value + errors[place] + 0.02 * reach, place, f"{bar.value:.4g}", va="center")
+                on = " →" if bar.value > longest else ""
+                axes.text(ends[place] + 0.02 * reach, place, f"{bar.value:.4g}{on}", va="center")
             axes.set_yticks(places, [_short(b.label) for b in bars])
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
