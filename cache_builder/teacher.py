@@ -56,8 +56,8 @@ class Teacher:
         self.head = head
         self.sparsifier = sparsifier
         self.device = head.weight.device
-        self.tokens_per_batch = tokens_per_batch
-        self.head_chunk = head_chunk
+        self._budget = tokens_per_batch or head.forward_tokens(threads=1)  # whatever the threads: batches decide bits
+        self.head_chunk = head_chunk or head_rows(sparsifier.vocabulary_size, self.device.type)
         self.copies = HostCopies(self.device)
         self.times = PassTimes()
         self.tokens = self.padded = 0
@@ -77,10 +77,10 @@ class Teacher:
             yield from self._run(rows, first_example, lanes)
 
     def prepare(self, rows: Sequence[TokenRows]) -> None:
-        """Find out with the longest of `rows` whether several threads may run the model.
+        """Find out with the longest of `rows` whether several threads may run the model; where there is but one, nothing.
 
-        Of all rows that will ever be given to `run`: what is found here decides how batches are made and rounded, and a
-        resumed build must not know less than one that was never stopped.
+        Of all rows that will ever be given to `run`: what is found here decides how sums are rounded, and a resumed build
+        must not know less than one that was never stopped.
         """
         if self._alone or torch.get_num_threads() == 1:
             return
@@ -89,7 +89,8 @@ class Teacher:
         widest, lengths = [rows[i] for i in sizes.argmax(axis=0)], sizes.max(axis=0).tolist()
         if any(n > tried for n, tried in zip(lengths, self._tried, strict=True)):
             self._tried = [max(pair) for pair in zip(lengths, self._tried, strict=True)]
-            self._alone = not self._stands_several(widest)
+            shortest = rows[int(sizes[:, 2].argmin())]
+            self._alone = not self._stands_several([shortest, *sorted(widest, key=lambda r: len(r.input_ids))])
 
     def _lanes(self, rows: Sequence[TokenRows]) -> Lanes[Sparsifier]:
         """As many as threads and memory allow, and one for a model that could not stand several."""
@@ -97,18 +98,18 @@ class Teacher:
         count = 1
         if not self._alone:
             longest = max(len(r.context_ids) + len(r.target_ids) for r in rows)
-            usual = self.tokens_per_batch or self.head.forward_tokens(1)
-            count = lane_count(torch.get_num_threads(), max(usual, longest))
+            count = lane_count(torch.get_num_threads(), max(self._budget, longest))
         while len(self._sparsifiers) < count:
             self._sparsifiers.append(self.sparsifier.twin())
         return Lanes(self._sparsifiers[:count])
 
-    def _stands_several(self, widest: Sequence[TokenRows]) -> bool:
-        """Whether the model may be run by several threads, tried with what is longest."""
+    def _stands_several(self, rows: Sequence[TokenRows]) -> bool:
+        """Whether the model may be run by several threads: tried with a short row first, which resets what has grown,
+        and with the longest last, so that what grows stays so."""
 
         @torch.inference_mode()
         def run() -> None:
-            for row in {id(row): row for row in widest}.values():
+            for row in rows:
                 hidden = self.head.scored_hidden([row.context_ids], [row.target_ids])
             self.head.logits(hidden[:1])  # which may make another copy of its weight, once
 
@@ -122,13 +123,11 @@ class Teacher:
     def _run(self, rows: Sequence[TokenRows], first_example: int,
              lanes: Lanes[Sparsifier]) -> Iterator[tuple[list[int], list[Chunk]]]:  # fmt: skip
         lengths = [self.head.size(len(r.context_ids), len(r.target_ids)) for r in rows]
-        budget = self.tokens_per_batch or self.head.forward_tokens()
-        head_chunk = self.head_chunk or head_rows(self.sparsifier.vocabulary_size, self.device.type)
+        budget, head_chunk = self._budget, self.head_chunk
         ahead = self.copies.ahead if lanes.count == 1 else lanes.count
         pending = batches_by_length(lengths, budget)
-        launched: deque[tuple[list[int], bool, Callable[[], Scored]]] = (
-            deque()
-        )  # (batch, were others under way, its result)
+        # batch, may others be under way beside it, its result
+        launched: deque[tuple[list[int], bool, Callable[[], Scored]]] = deque()
         doubtful: list[int] | None = None  # a batch that is to be scored again
         while pending or launched:
             full, chunks, crowded = None, None, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from functools import cache
 
 LARGEST = 32 * 2**20 - 2**16
@@ -36,6 +37,5 @@ def share_one_heap() -> None:
     """
     if "MALLOC_ARENA_MAX" in os.environ or "GLIBC_TUNABLES" in os.environ:
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_ARENA_MAX, 1)
+    with suppress(OSError, AttributeError):  # no C library to ask, or another one
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)

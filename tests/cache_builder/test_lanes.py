@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +132,45 @@ def test_leaving_waits_for_what_runs_and_drops_what_does_not(threads):
         leave()
     assert sorted(done) == ["a", "b"]
     assert torch.get_num_threads() == 2
+
+
+def test_passes_that_overlap_give_back_what_the_first_one_found(threads):
+    threads(8)
+    one, other = Lanes(["a", "b"]), Lanes(["a", "b"])
+    one.__enter__()
+    assert torch.get_num_threads() == 4
+    other.__enter__()
+    assert torch.get_num_threads() == 2
+    one.__exit__()
+    assert other.start(lambda own: torch.get_num_threads())() == 2
+    other.__exit__()
+    assert torch.get_num_threads() == 8
+
+
+def test_what_a_failed_lane_held_is_free_before_anybody_asks(threads):
+    threads(2)
+    held: list[weakref.ref] = []
+    failed = threading.Event()
+
+    class Large:
+        pass
+
+    def work(own: str) -> None:
+        large = Large()
+        held.append(weakref.ref(large))
+        raise MemoryError
+
+    with Lanes(["a", "b"]) as lanes:
+        result = lanes.start(work)
+        lanes.start(lambda own: failed.set())
+        assert failed.wait(30)
+        for _ in range(100):
+            if held and held[0]() is None:
+                break
+            time.sleep(0.01)
+        assert held[0]() is None
+        with pytest.raises(MemoryError):
+            result()
 
 
 # the pass
@@ -303,6 +344,44 @@ def test_short_texts_do_not_speak_for_long_ones(threads):
     assert teacher._lanes(short).count == 1
 
 
+@pytest.mark.parametrize("longest_first", [True, False])
+def test_what_grows_is_seen_although_a_shorter_text_resets_it(threads, longest_first: bool):
+    """A model that has grown and was reset before: what it is reset to is an object that it has had."""
+    threads(THREADS)
+    head = llama(DYNAMIC)
+    long, short = make_rows(
+        [(30, 10), (1, 12)], 0, V
+    )  # the longest has the wider context, the short one the wider target
+    for row in (long, short):
+        head.scored_hidden([row.context_ids], [row.target_ids])
+    rows = [long, short] if longest_first else [short, long]
+    assert teacher_of(head)._lanes(rows).count == 1
+
+
+@pytest.mark.parametrize(("rope", "count"), [(LONG, 4), (None, 48)])
+def test_batches_do_not_depend_on_the_threads_of_a_lane(threads, rope, count: int):
+    """A model of one lane, which has all the threads; and more threads than there may be lanes."""
+    rows, batches = make_rows([(1, 300)] * 9, 0, V), []
+    for n in (1, count):
+        threads(n)
+        teacher = teacher_of(llama(rope), tokens_per_batch=0)
+        batches.append([batch for batch, _ in teacher.run(rows, 0)])
+    assert teacher._lanes(rows).count == (1 if rope is not None else 16)
+    assert batches[0] == batches[1]
+    assert max(map(len, batches[0])) == 1
+
+
+def test_an_example_longer_than_all_lanes_together_is_scored_like_any_other(heads, threads):
+    rows, found = make_rows([(4200, 60), (1, 7), (1, 9)], 0, V), []
+    for count in (1, 4):
+        threads(count)
+        teacher = teacher_of(heads["t5"], tokens_per_batch=0)
+        assert teacher._lanes(rows).count == 1
+        found.append(score(teacher, rows))
+    np.testing.assert_array_equal(found[0]["gold_rank"], found[1]["gold_rank"])
+    np.testing.assert_allclose(found[0]["log_z"], found[1]["log_z"], atol=1e-4)  # sums of four threads
+
+
 def test_what_is_tried_with_all_rows_holds_from_the_first_shard_on(threads):
     """A build that goes on at the second shard makes the batches that one from the start makes."""
     threads(THREADS)
@@ -348,12 +427,20 @@ class Writes(torch.nn.Module):
         super().__init__()
         self.register_buffer("buffer", torch.zeros(3))
         self.inner = torch.nn.Linear(2, 2)
-        self.count, self.cache, self.seen, self.state = 0, {}, [], SimpleNamespace()
+        self.inner.weight.quant_state = SimpleNamespace(scale=1)
+        self.config = SimpleNamespace(scale=1, rope={"layer": {"type": "x"}})
+        self.count, self.cache, self.seen, self.last = 0, {"inner": {}}, [], deque()
 
 
 @pytest.mark.parametrize(("write", "clean"), [
     (lambda m: m.inner(torch.ones(1, 2)), True),
     (lambda m: setattr(m, "count", m.count + 1), False),
+    (lambda m: setattr(m, "count", m.count), False),
+    (lambda m: setattr(m.config, "scale", 2), False),
+    (lambda m: m.config.rope["layer"].update(type="y"), False),
+    (lambda m: setattr(m.inner.weight.quant_state, "scale", 2), False),
+    (lambda m: m.cache["inner"].update(key=1), False),
+    (lambda m: m.last.append(1), False),
     (lambda m: m.cache.update(key=1), False),
     (lambda m: m.seen.append(1), False),
     (lambda m: setattr(m, "late", 1), False),
@@ -377,3 +464,22 @@ def test_what_cannot_be_looked_into_is_not_trusted():
     patched.forward = patched.forward  # as accelerate puts its own in the place of it
     assert not leaves_no_trace([patched], lambda: ran.append(1))
     assert not ran
+
+
+def test_a_hook_on_all_modules_is_not_trusted():
+    module = torch.nn.Linear(2, 2)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not leaves_no_trace([module], lambda: None)
+    finally:
+        handle.remove()
+    assert leaves_no_trace([module], lambda: None)
+
+
+def test_setting_attributes_is_watched_only_meanwhile_and_only_of_these_modules():
+    plain, other = torch.nn.Module.__setattr__, torch.nn.Linear(2, 2)
+    assert leaves_no_trace([torch.nn.Linear(2, 2)], lambda: setattr(other, "mark", 1))
+    assert other.mark == 1
+    with pytest.raises(ZeroDivisionError):
+        leaves_no_trace([other], lambda: 1 // 0)
+    assert torch.nn.Module.__setattr__ is plain
