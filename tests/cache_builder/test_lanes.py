@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from stand_ins import OutOfMemory, Poisoned, make_rows
+from tiny_models import LAYOUTS, tiny_model, with_kinds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.cache_builder.build import build
@@ -302,6 +303,18 @@ def test_a_pass_that_is_given_up_gives_torch_its_threads_back(heads, threads):
     steps.close()
     assert torch.get_num_threads() == THREADS
     assert not [t for t in threading.enumerate() if t.name.startswith("kd-lane")]
+
+
+@pytest.mark.parametrize(("layout", "kind"), with_kinds(LAYOUTS))
+def test_every_layout_gets_its_lanes_and_the_bits_of_one_thread(threads, layout: str, kind: str):
+    rows, found = make_rows([(3, 9), (1, 14), (2, 4)] * 4, 0, 60), []
+    for count in (1, THREADS):
+        threads(count)
+        head = split_head(tiny_model(layout, kind, 60, window=8).eval())
+        teacher = Teacher(head, Sparsifier(TargetConfig(top_k=8), 60), tokens_per_batch=20, head_chunk=16)
+        found.append(score(teacher, rows))
+        assert teacher._lanes(rows).count == count
+    assert_equal(*found)
 
 
 # models that several threads must not share
