@@ -17,7 +17,7 @@ import io
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HELD_OUT_SHARE = 0.1
@@ -80,12 +80,12 @@ def module_prose(path: Path) -> str:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():  # under `-W error` an invalid escape would count as a syntax error
             warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-        comments = _comment_blocks(source)
+            nodes = list(ast.walk(ast.parse(source)))
+        comments = comment_blocks(source, nodes)
     except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
         return ""
     pieces = list(comments)
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring:
@@ -94,19 +94,40 @@ def module_prose(path: Path) -> str:
     return "\n\n".join(text for _, text in sorted(pieces) if _is_prose(text))
 
 
-def _comment_blocks(source: str) -> list[tuple[int, str]]:
-    """Runs of whole-line comments as `(first line, text without the hash signs)`."""
+def comment_blocks(source: str, nodes: Iterable[ast.AST]) -> list[tuple[int, str]]:
+    """Runs of whole-line comments of a source and its syntax tree's nodes as `(first line, text without the hash signs)`.
+
+    A line that starts with a hash sign is one, unless a string goes on there: then, and only then, Python's tokenizer is
+    asked, which takes longer than all the rest.
+    """
+    lines = source.split("\n")
+    hashes = [n for n, line in enumerate(lines, 1) if line.lstrip().startswith("#")]
+    inside: set[int] = set()
+    for node in nodes:
+        if isinstance(node, (ast.Constant, ast.JoinedStr)):
+            inside.update(range(node.lineno + 1, (node.end_lineno or 0) + 1))
+    if inside.isdisjoint(hashes):
+        return _joined((n, lines[n - 1].strip()) for n in hashes)
+    return _joined(tokenized_comments(source))
+
+
+def tokenized_comments(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of whole-line comments, by Python's tokenizer."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
+            yield token.start[0], token.string
+
+
+def _joined(comments: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     blocks: list[tuple[int, list[str]]] = []
     last_line = -2
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT or token.line[: token.start[1]].strip():
-            continue
-        text = token.string.lstrip("#!").removeprefix(" ").rstrip()
-        if token.start[0] == last_line + 1:
+    for line, comment in comments:
+        text = comment.lstrip("#!").removeprefix(" ").rstrip()
+        if line == last_line + 1:
             blocks[-1][1].append(text)
         else:
-            blocks.append((token.start[0], [text]))
-        last_line = token.start[0]
+            blocks.append((line, [text]))
+        last_line = line
     return [(line, "\n".join(lines).strip()) for line, lines in blocks]
 
 

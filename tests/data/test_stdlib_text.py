@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -44,6 +45,25 @@ def test_docstrings_and_comment_blocks_are_kept_in_source_order(tmp_path: Path):
 
 def test_a_file_that_cannot_be_parsed_is_empty(tmp_path: Path):
     assert module_prose(write(tmp_path, "def broken(:\n")) == ""
+
+
+TRICKY = (
+    '"""A text\n# in it, no comment\n"""\n# a comment\n',
+    'x = ("one"  # beside\n     # alone\n     "two")\n',
+    "f = f'''{x}\n# no comment {y}\n'''\n  # a comment\n",
+    "\x0c# after a form feed\nb = b'''\n#\n'''\n#",
+    "# one\n# two\n\n    # three\nif x:\n    # four\n    pass\n",
+)
+
+
+def test_comments_are_those_of_the_tokenizer():
+    sources = [path.read_text(encoding="utf-8") for _, path in list(stdlib_text._modules())[::7]]
+    assert len(sources) > 50
+    for source in (*TRICKY, *sources):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = stdlib_text.comment_blocks(source, ast.walk(ast.parse(source)))
+        assert found == stdlib_text._joined(stdlib_text.tokenized_comments(source))
 
 
 def test_warnings_as_errors_do_not_change_the_text(tmp_path: Path):
