@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 
+SCALED_WHERE_TIED = ("umt5", "switch_transformers")
+"""Model types that scale the decoder's output by d^-0.5 where the output layer is tied to the embedding."""
+
+
 @cache
 def _onednn_linear() -> Any | None:
     """torch's operator for a product by oneDNN; None where this build has no MKL to go around, or this release no such operator."""
@@ -254,7 +258,11 @@ def _parts(model: Model, head: Any) -> LanguageModelHead:
     if not is_encoder_decoder(model.config):
         return LanguageModelHead(model.base_model, head.weight, head.bias)
     config = model.config
-    scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
+    # UMT5 and Switch Transformers have no entry of their own for it
+    scales = getattr(
+        config, "scale_decoder_outputs", config.tie_word_embeddings and config.model_type in SCALED_WHERE_TIED
+    )
+    scale = config.d_model**-0.5 if scales else 1.0
     return EncoderDecoderHead(
         model.get_decoder(), head.weight, head.bias, model.get_encoder(), decoder_start(config), scale
     )

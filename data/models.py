@@ -163,10 +163,11 @@ def refuse_classifier(request: ModelRequest, config: Any) -> None:
 
 def decoder_start(config: Any) -> int:
     """The token an encoder-decoder's decoder starts from. Raises TeacherError where its configuration says none."""
-    if config.decoder_start_token_id is None:
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
         raise TeacherError("the model does not say what its decoder starts from", where=config.model_type,
                            expected="decoder_start_token_id in its configuration")  # fmt: skip
-    return int(config.decoder_start_token_id)
+    return int(start)
 
 
 def _auto_class(config: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from kd.data.errors import DataError, TeacherError
 from kd.data.forward import split_head
 from kd.data.models import (
     ModelRequest,
+    decoder_start,
     load_config,
     load_model,
     load_request_tokenizer,
@@ -169,19 +171,19 @@ def test_hidden_states_times_the_head_are_the_models_logits(family: str):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # the same float32 product twice
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_decoder_s_hidden_states_times_the_head_are_the_model_s_logits(t5_dir: Path, tied: bool):
-    """T5 scales the decoder's output where the head is tied to the embedding."""
+@pytest.mark.parametrize(("family", "tied"), [
+    ("T5", False), ("T5", True), ("MT5", True), ("UMT5", False), ("UMT5", True), ("LongT5", True), ("SwitchTransformers", True),
+    ("SwitchTransformers", False)])  # fmt: skip
+def test_a_decoder_s_hidden_states_times_the_head_are_the_model_s_logits(family: str, tied: bool):
+    """T5 and its kin scale the decoder's output where the head is tied to the embedding."""
     import transformers as t
 
-    if tied:
-        config = t.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
-                            decoder_start_token_id=0)  # fmt: skip
-        torch.manual_seed(0)
-        model = t.T5ForConditionalGeneration(config).eval()
-        assert model.lm_head.weight is model.shared.weight
-    else:
-        model = load_model(ModelRequest(str(t5_dir), device="cpu"))
+    config = getattr(t, f"{family}Config")(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                                           decoder_start_token_id=0, tie_word_embeddings=tied)  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(t, f"{family}ForConditionalGeneration")(config).eval()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(50, 16))
     head = split_head(model)
     rng = np.random.default_rng(0)
     contexts, targets = ([rng.integers(3, 50, n) for n in sizes] for sizes in ((7, 3, 1), (2, 5, 1)))
@@ -214,3 +216,11 @@ def test_an_output_layer_that_is_not_linear_is_refused():
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(TeacherError, match="not a plain linear layer"):
         split_head(model)
+
+
+@pytest.mark.parametrize("config", [
+    SimpleNamespace(model_type="t5gemma"), SimpleNamespace(model_type="t5", decoder_start_token_id=None)])  # fmt: skip
+def test_a_model_that_does_not_say_what_its_decoder_starts_from_is_refused(config: SimpleNamespace):
+    with pytest.raises(TeacherError, match="what its decoder starts from") as caught:
+        decoder_start(config)
+    assert caught.value.details["where"] == config.model_type
