@@ -147,7 +147,7 @@ def test_a_teacher_for_sizes_learns(printed, load_benchmark, monkeypatch: pytest
     text.write_text("\n\n".join(e.target for e in load_corpus("demo:heldout", limit=6).examples), encoding="utf-8")
     embedded = Path(__file__).parents[2] / "data" / "embedded"
     lines = printed("train_teacher", "--tokenizer", str(embedded), "--data", str(text), "--out", str(tmp_path / "teacher"),
-                    "--seconds", "3", "--width", "32", "--layers", "1")  # fmt: skip
+                    "--steps", "60", "--width", "32", "--layers", "1")  # fmt: skip
     assert numbers(lines[-1])[-1] < math.log(2048)  # nats per token of guessing
     assert load_model(ModelRequest(str(tmp_path / "teacher"), device="cpu")).config.vocab_size == 2048
 
