@@ -59,7 +59,7 @@ def top_k_by_threshold(
     """
     n, size = logits.shape
     columns = min(BLOCK_COLUMNS, size // (8 * k))
-    if columns < 4:
+    if columns < 4 or not n:
         return top_k_by_topk(logits, k)
     rows, blocks = logits.numpy(), size // columns
     maxima = rows[:, : blocks * columns].reshape(n, columns, blocks).max(axis=1)

@@ -71,3 +71,11 @@ def test_memory_that_is_used_again_changes_nothing():
         logits = torch.from_numpy(rng.normal(0, 3, (n, 999)).astype(np.float32))
         for got, fresh in zip(top_k_by_threshold(logits, 20, marks), top_k_by_threshold(logits, 20), strict=True):
             assert torch.equal(got, fresh)
+
+
+@pytest.mark.parametrize("top_k", [top_k_by_threshold, top_k_by_topk])
+def test_no_rows_have_no_top_k(top_k):
+    """Tiles of rows in which no group begins, in ULD."""
+    values, ids = top_k(torch.empty(0, 50257), 64)
+    assert values.shape == ids.shape == (0, 64)
+    assert ids.dtype == torch.int64

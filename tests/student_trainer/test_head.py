@@ -127,6 +127,20 @@ def test_tiles_of_any_size_change_nothing(objective, rows: int, monkeypatch: pyt
     assert_same([objective.gradient_(cut, targets()), cut], [expected, whole], 1e-12)
 
 
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.values[0].groups])
+def test_a_tile_in_which_no_group_begins_is_like_any_other(objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 and with a vocabulary whose largest logits are found by a threshold."""
+    wide, data = 50257, narrowed(targets())
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(N, wide, generator=generator) * 3
+    whole, cut = logits.clone(), logits.clone()
+    expected = objective.gradient_(whole, data)
+    monkeypatch.setattr(gradients_module, "TILE_BYTES", wide * logits.element_size())  # a row a tile; groups begin in five
+    assert len(list(gradients_module.tiles(logits))) == N > len(data.groups.first)
+    # rows are worked through alone or together: float32's sums over 50,257 numbers in another order
+    assert_same([objective.gradient_(cut, data), cut], [expected, whole], 1e-5)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_kernels_in_float32_and_on_extreme_logits_agree_with_autograd_in_float64(objective) -> None:
     hidden, weight, _ = layer()
