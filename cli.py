@@ -35,8 +35,10 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted; run the same command again to continue", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        said = str(error.__cause__ or "") if isinstance(error, click.exceptions.Abort) else str(error)
+        again = "" if "command" in said else "; run the same command again to continue"
+        click.echo(f"{said or 'interrupted'}{again}", err=True)
         sys.exit(130)
     except KdError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)

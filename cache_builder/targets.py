@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from kd.cache_builder.logprob_codecs import CODECS
 from kd.data.errors import CacheError, DataError, unknown_name
 
 
@@ -65,6 +66,8 @@ class TargetConfig:
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise unknown_name("profile", self.profile, PROFILES)
+        if self.logprob_codec not in CODECS:
+            raise unknown_name("logprob codec", self.logprob_codec, CODECS)
         kept = PROFILES[self.profile]
         if kept.top_k and self.top_k < 1:
             raise DataError("top-k is too small", found=self.top_k, expected=f"at least 1 for profile {self.profile}")

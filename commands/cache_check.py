@@ -14,6 +14,7 @@ from kd.commands.console import emit_json, follow
 from kd.commands.options import PATH, json_option
 
 if TYPE_CHECKING:
+    from kd.cache_builder.manifest import CacheManifest
     from kd.cache_builder.verify import Finding
 
 
@@ -24,22 +25,26 @@ if TYPE_CHECKING:
 )
 @json_option
 def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
-    """Check every checksum and promise; name the damaged shard, array and rows. Exit code 3 on damage.
+    """Check every checksum and promise; name the damaged shard, array and rows. Exit code 3 on damage, 1 where shards are missing.
 
     Example: kd cache verify runs/cache
     """
+    from kd.cache_builder.commits import committed
     from kd.cache_builder.manifest import load_manifest
     from kd.cache_builder.mirror import open_cache
     from kd.cache_builder.part import load_part
     from kd.cache_builder.verify import verify
+    from kd.data.errors import CacheError
 
     root = open_cache(path)
-    part = load_part(root, load_manifest(root))
+    manifest = load_manifest(root)
+    part = load_part(root, manifest)
     steps = verify(root, promises=not checksums)
     last = follow("verifying", steps, lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
     findings = [asdict(f) for f in last.findings]
     if as_json:
-        emit_json({"path": path, "bytes": last.bytes_total, "sound": not findings, "findings": findings}
+        emit_json({"path": path, "bytes": last.bytes_total, "sound": not findings, "complete": manifest.complete,
+                   "findings": findings}
                   | ({} if part is None else {"part": {"shards": len(part.shards), "arrays": list(part.arrays)}}))  # fmt: skip
     else:
         if part is not None:
@@ -48,6 +53,10 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
         click.echo(f"{last.bytes_total:,} bytes checked")
     if findings:
         sys.exit(3)
+    if not manifest.complete:
+        total, done = len(manifest.shards), len(committed(root, len(manifest.shards)))
+        raise CacheError("what is here is sound, but this cache is not complete", where=path, found=f"{done} of {total} shards",
+                         try_="run its kd cache build command again: it continues")  # fmt: skip
 
 
 @click.command("repair")
@@ -80,8 +89,11 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
 
     mended: list[str] = []
     copy = None if place is None else open_cache(place)
-    if copy is not None and mend_manifest(path, copy):
-        mended.append("manifest.json")
+    if copy is not None:
+        theirs = load_manifest(copy)  # no cache there: said before anything is looked at
+        if mend_manifest(path, copy):
+            mended.append("manifest.json")
+        require_copy(load_manifest(path), theirs, path, place)
     before, findings = load_manifest(path), verified(path)
     if copy is not None and findings:
         done = follow("mending", mend(path, copy, findings), lambda p: (p.done, p.total, f"{len(p.mended)} files"))
@@ -117,6 +129,15 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
         print_findings(path, findings)
     if findings:
         sys.exit(3)
+
+
+def require_copy(ours: CacheManifest, theirs: CacheManifest, path: Path, place: str | None) -> None:
+    """Raise CacheMismatchError where the second copy is of another cache."""
+    from kd.data.errors import CacheMismatchError
+
+    if ours.fingerprint != theirs.fingerprint:
+        raise CacheMismatchError("the copy is of another cache", cache=path, copy=place, found=theirs.fingerprint,
+                                 expected=ours.fingerprint)  # fmt: skip
 
 
 def verified(path: Path) -> tuple[Finding, ...]:

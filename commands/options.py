@@ -178,7 +178,7 @@ def build_options(function: Function) -> Function:
                      "per side, with a batch on each thread."),
         click.option("--shard-rows", type=click.IntRange(min=1), help="Rows per shard; 32768 by default."),
         click.option("--shard", callback=parse_part, default="1/1", show_default=True, metavar="I/N",
-                     help="Build every N-th shard, starting with the I-th."),
+                     help="Build every N-th shard, starting with the I-th; all parts into one --out, which all machines see."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of draws and of random weights."),
         json_option,
     )  # fmt: skip

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -156,7 +160,12 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     midway = None
     if eval_tasks and plan is not None:
         midway = partial(with_scores, plan, every_steps(eval_every))
-    result = asdict(run_training(config, resume, midway)) | result
+    if resume and Path(config.out).is_dir() and not any(Path(config.out).glob("checkpoint-*")):
+        click.echo(f"{config.out} holds no checkpoint: training starts from the first step", err=True)
+    try:
+        result = asdict(run_training(config, resume, midway)) | result
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; the same command with --resume continues") from None
     if int(os.environ.get("RANK", "0")) != 0:
         return
     if eval_tasks:
@@ -182,8 +191,31 @@ def run_training(config: Any, resume: bool = False, midway: Callable[[], Any] | 
     from kd.student_trainer.train import train as run
 
     with progress_bar(f"training ({config.loss})") as advance:
-        return run(config, resume=resume, midway=None if midway is None else midway(), on_step=lambda s: advance(
+        return run(config, resume=resume, midway=None if midway is None else midway(), stoppable=stop_on_signals(),
+                   on_step=lambda s: advance(
             s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"))  # fmt: skip
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second interrupts as ever."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        click.echo("stopping after this step, with a checkpoint; once more stops at once", err=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def with_scores(plan: ScorePlan, every: int | None) -> Midway:

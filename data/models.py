@@ -75,11 +75,17 @@ class ModelRequest:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` -> `cuda` or `cpu`; refuses cuda where there is none."""
+    """`auto` -> `cuda` or `cpu`; refuses cuda where there is none, and what torch does not know."""
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise DataError(
+            "torch knows no such device", found=f"--device {device}", expected="auto, cpu, cuda or cuda:N"
+        ) from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DataError("no CUDA device on this machine", found=f"--device {device}", try_="--device cpu")
     return device
@@ -278,7 +284,8 @@ def parameter_count(request: ModelRequest) -> int:
 
 def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return TeacherError("cannot load the model", where=request.name, found=f"{type(error).__name__}: {reason}",
+    here = {} if request.local else {"here": f"no folder of this name in {Path.cwd()}"}
+    return TeacherError("cannot load the model", where=request.name, **here, found=f"{type(error).__name__}: {reason}",
                         expected="a folder written by save_pretrained, a hub id, demo, or random:NAME",
                         known_shapes=", ".join(SHAPES))  # fmt: skip
 

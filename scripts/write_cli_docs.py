@@ -21,7 +21,7 @@ Results go to stdout (one JSON document with `--json`), progress and messages to
 | 1 | a clear error: bad input, a mismatch |
 | 2 | wrong usage |
 | 3 | a check found damage |
-| 130 | interrupted; the same command again continues |
+| 130 | interrupted; the same command again continues (`kd train`: with `--resume`) |
 
 `--data SPEC`: `demo[:heldout]`, `mini[:heldout]`, `wikitext-2[:validation|test]`, a local file or folder (`.txt .tokens .jsonl
 .csv .tsv .parquet`, with `--columns` where names differ), `hub-id[:config][@revision]`, or instruction tasks: `flan:four`,

@@ -15,9 +15,11 @@ exactly with `resume=True`.
 from __future__ import annotations
 
 import json
+import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import packed_capacity, prepare, rank_edges
 from kd.student_trainer.read_ahead import TOUCHED_EXAMPLES, CachedExamples, touch_shards
 from kd.student_trainer.records import keep_evaluations
-from kd.student_trainer.trainer import DistillationTrainer, StepRecord
+from kd.student_trainer.trainer import DistillationTrainer, StepRecord, StopWithCheckpoint
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 
@@ -86,11 +88,13 @@ class TrainResult:
 
 def train(
     config: TrainConfig, *, resume: bool = False, on_step: Callable[[StepRecord], None] | None = None,
-    midway: Midway | None = None,
+    midway: Midway | None = None, stoppable: AbstractContextManager[threading.Event] | None = None,
 ) -> TrainResult:  # fmt: skip
     """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch.
 
-    midway   what to score while the student learns; changes nothing of the training
+    midway      what to score while the student learns; changes nothing of the training
+    stoppable   entered while steps are made: once its event is set, the step under way is finished, a checkpoint is written,
+                and KeyboardInterrupt raised. Of one process alone: several would have to agree on the step
     """
     reader = open_cache(config.cache, top_k=config.top_k, cache_bytes=config.cache_bytes)
     settings = GroupSettings(edges=rank_edges(reader), ranking=config.ranking, beta=config.beta)
@@ -119,9 +123,6 @@ def train(
     arguments = _training_arguments(config, out)  # under torchrun, joins the other processes
     identity = _identity(config, reader, arguments.world_size)
     checkpoint = _resume_point(identity, out, resume)
-    PartialState().wait_for_everyone()  # each process has looked at the folder before one of them writes
-    if PartialState().is_main_process:
-        _open_folder(identity, reader, out, checkpoint)
 
     set_seed(config.seed)
     model = load_model(request)
@@ -152,11 +153,23 @@ def train(
     )  # fmt: skip
     if midway is not None:
         trainer.add_callback(MidwayEvaluations(trainer, midway, model, tokenizer, out))
+    PartialState().wait_for_everyone()  # each process has looked at the folder before one of them writes
+    if PartialState().is_main_process:
+        _open_folder(identity, reader, out, checkpoint)
     started = time.perf_counter()
+    stop = threading.Event()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with nullcontext(stop) if stoppable is None or arguments.world_size > 1 else stoppable as stop:
+            trainer.add_callback(StopWithCheckpoint(stop))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except BaseException:
+        if PartialState().is_main_process and checkpoint is None and not trainer.state.global_step:
+            _leave_folder(out)
+        raise
     finally:
         trainer.close()
+    if stop.is_set() and trainer.state.global_step < steps:
+        raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step} of {steps}, with a checkpoint")
     seconds = time.perf_counter() - started - trainer.paused
     last = trainer.last_record or read_metrics(out)[-1]  # none, where only the last checkpoint was left to write out
     detach_loss(model)
@@ -180,7 +193,18 @@ def train(
     return result
 
 
+def _require_tracker(name: str) -> None:
+    """Raise DataError for a tracker that transformers does not know, or that is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        get_reporting_integration_callbacks([] if name == "none" else [name])
+    except ValueError as error:
+        raise DataError("transformers cannot report there", found=f"--report-to {name}", expected=str(error)) from error
+
+
 def _training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+    _require_tracker(config.report_to)
     pinned = torch.cuda.is_available() and config.device != "cpu"
     arguments = TrainingArguments(
         output_dir=str(out),
@@ -271,6 +295,13 @@ def _open_folder(identity: dict[str, Any], reader: CacheReader, out: Path, check
         kept = [json.dumps(asdict(record)) for record in read_metrics(out) if record.step <= step]
         write_atomic(out / METRICS, "".join(f"{line}\n" for line in kept))
     keep_evaluations(out, step if checkpoint else None)
+
+
+def _leave_folder(out: Path) -> None:
+    """A run that came to nothing leaves no folder behind, or the corrected command would be refused."""
+    if [path.name for path in out.glob("*")] == [RUN]:
+        (out / RUN).unlink()
+        out.rmdir()
 
 
 def _write_run(config: TrainConfig, identity: dict[str, Any], reader: CacheReader, out: Path, result: TrainResult,

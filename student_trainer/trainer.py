@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -196,6 +197,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self._prefetcher.close()
             self.waited += self._prefetcher.waited
             self._prefetcher = self._iterator = None
+
+
+class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
+    """Ends the training after the step in which `event` was set, with a checkpoint."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the Trainer."""
+        if self.event.is_set():
+            control.should_save = control.should_training_stop = True
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]

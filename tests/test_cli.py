@@ -242,6 +242,24 @@ def test_damage_is_exit_code_3_and_names_the_place(built: tuple[Path, dict[str, 
     assert [(f["shard"], f["array"]) for f in findings] == [(0, "logprobs")]
 
 
+def test_a_second_copy_that_is_not_one_is_refused(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    assert "not a cache" in kd("cache", "repair", built[0], "--from", tmp_path / "nowhere", code=1).stderr
+    other = tmp_path / "other"
+    kd("cache", "slice", built[0], "--top-k", 8, "--out", other)
+    assert "another cache" in kd("cache", "repair", built[0], "--from", other, code=1).stderr
+
+
+def test_what_is_there_of_an_unfinished_cache_is_checked_and_the_rest_named(tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    kd("cache", "build", "--teacher", "demo", "--data", "demo:heldout", "--limit", 3, "--shard-rows", 4096, "--shard", "1/2",
+       "--no-reuse", "--out", out)  # fmt: skip
+    done = kd("cache", "verify", out, code=1)
+    assert "sound" in done.stdout
+    assert re.search(r"not complete\n +where .*\n +found +\d of \d shards", done.stderr)
+    found = json.loads(kd("cache", "verify", out, "--json", code=1).stdout)
+    assert (found["sound"], found["complete"]) == (True, False)
+
+
 def test_info_of_a_cache_with_a_missing_file_names_it(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built[0], copy)
@@ -280,6 +298,10 @@ def test_an_encoder_decoder_teacher_over_documents_is_refused(t5_dir: Path, tmp_
         (("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN", "--device", "cuda:1"), "torchrun"),
         (("eval", "demo", "--tasks", "perplexity"), "--data"),
         (("report", "NOWHERE", "--out", "REPORT"), "NOWHERE"),
+        ((*PLAN, "--logprob-codec", "grad"), "did you mean"),
+        (("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", "1", "--out", "NOWHERE", "--device", "gpu"),
+         "knows no such device"),
+        (("cache", "plan", "--teacher", "./nosuch", "--data", "demo", "--out", "NOWHERE"), "no folder of this name"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_clear_error(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,22 +149,29 @@ def small_heap(student_dir: Path) -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path, kl_cache: Path, student_dir: Path, small_heap: None) -> Callable[..., Run]:
-    """`run(name, …)`: train in `tmp_path / name`, four examples a batch, every step logged."""
+    """`run(name, …)`: train in `tmp_path / name`, four examples a batch, every step logged.
+
+    stop_after   interrupted at the line of that step; asked_at: asked to stop, by then
+    """
 
     def go(name: str = "run", *, resume: bool = False, stop_after: int | None = None, midway: Midway | None = None,
-           **settings: Any) -> Run:  # fmt: skip
+           asked_at: int | None = None, **settings: Any) -> Run:  # fmt: skip
         defaults: dict[str, Any] = {
             "cache": str(kl_cache), "student": str(student_dir), "out": str(tmp_path / name), "device": "cpu",
             "max_steps": 3, "batch_size": 4, "log_every": 1, "lr": 1e-3, "head_chunk": 64,
         }  # fmt: skip
         records: list[StepRecord] = []
+        asked = threading.Event()
 
         def on_step(record: StepRecord) -> None:
             records.append(record)
             if record.step == stop_after:
                 raise KeyboardInterrupt
+            if record.step == asked_at:
+                asked.set()
 
-        result = train(TrainConfig(**defaults | settings), resume=resume, on_step=on_step, midway=midway)
+        result = train(TrainConfig(**defaults | settings), resume=resume, on_step=on_step, midway=midway,
+                       stoppable=nullcontext(asked))  # fmt: skip
         return Run(tmp_path / name, result, records)
 
     return go

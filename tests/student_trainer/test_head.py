@@ -135,7 +135,9 @@ def test_a_tile_in_which_no_group_begins_is_like_any_other(objective, monkeypatc
     logits = torch.randn(N, wide, generator=generator) * 3
     whole, cut = logits.clone(), logits.clone()
     expected = objective.gradient_(whole, data)
-    monkeypatch.setattr(gradients_module, "TILE_BYTES", wide * logits.element_size())  # a row a tile; groups begin in five
+    monkeypatch.setattr(
+        gradients_module, "TILE_BYTES", wide * logits.element_size()
+    )  # a row a tile; groups begin in five
     assert len(list(gradients_module.tiles(logits))) == N > len(data.groups.first)
     # rows are worked through alone or together: float32's sums over 50,257 numbers in another order
     assert_same([objective.gradient_(cut, data), cut], [expected, whole], 1e-5)

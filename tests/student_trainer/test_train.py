@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.cache_builder.manifest import Layout
 from kd.cache_builder.reader import CacheReader
-from kd.data.errors import CacheMismatchError, DataError
+from kd.data.errors import CacheDamageError, CacheMismatchError, DataError
 from kd.data.models import ModelRequest, load_model
 from kd.student_trainer.batch_plan import plan_batches
 from kd.student_trainer.collate import Collator, loss_targets
@@ -195,6 +196,40 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(run, mak
     assert_equal(resumed.weights, whole.weights)
     assert without_times(read_metrics(resumed.out)) == without_times(read_metrics(whole.out))
     assert resumed.result.tokens == whole.result.tokens
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2, "batch_size": 2, "alpha": 0.5}, {"lora": 2}],
+                         ids=lambda settings: ",".join(settings) or "plain")  # fmt: skip
+def test_a_run_that_was_asked_to_stop_writes_a_checkpoint_and_ends_with_the_same_bytes(run, make_student, settings):
+    settings = {"student": str(make_student(dropout=0.1)), "max_steps": 9, **settings}
+    whole = run("whole", **settings)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step [56] of 9, with a checkpoint"):
+        run("stopped", asked_at=5, **settings)
+    resumed = run("stopped", resume=True, **settings)
+    assert resumed.records[0].step in (6, 7)
+    assert_equal(resumed.weights, whole.weights)
+    assert without_times(read_metrics(resumed.out)) == without_times(read_metrics(whole.out))
+
+
+def test_a_run_asked_to_stop_at_its_last_step_is_finished(run):
+    assert run(asked_at=3, max_steps=3).result.steps == 3
+
+
+@pytest.mark.parametrize("settings", [{"lora": 2, "lora_targets": "nope"}, {"report_to": "nowhere"}])
+def test_a_run_that_came_to_nothing_leaves_no_folder(run, tmp_path: Path, settings):
+    with pytest.raises(DataError):
+        run(**settings)
+    assert not (tmp_path / "run").exists()
+    run()
+
+
+def test_a_cache_damaged_at_the_first_batch_leaves_no_folder(run, kl_cache: Path, tmp_path: Path):
+    shutil.copytree(kl_cache, tmp_path / "cache")
+    for path in (tmp_path / "cache" / "targets.zarr" / "logprobs").rglob("c/*/*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CacheDamageError):
+        run(cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(run) -> None:
