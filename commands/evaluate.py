@@ -107,15 +107,19 @@ def evaluate(models: tuple[str, ...], tasks: str, spec: str | None, cache: str |
     quiet_libraries()
     from kd.evaluation.answer_metrics import MetricSettings
     from kd.evaluation.comparison import with_error
+    from kd.evaluation.results import folders_of, refuse_other_scores
 
     options |= {"separator": unescaped(separator), "stop": stop and unescaped(stop)}
     options["metrics"] = None if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
     options["metric_settings"] = MetricSettings(rouge_stemmer, bertscore_model, bertscore_layer, options["device"])
+    names = [t.strip() for t in tasks.split(",")]
+    if out is not None:
+        refuse_other_scores(out, models, names)
     reports: list[EvalReport] = []
-    for model in models:
-        report = run_evaluation(model, [t.strip() for t in tasks.split(",")], data=spec, cache=cache, **options)
+    for number, model in enumerate(models):
+        report = run_evaluation(model, names, data=spec, cache=cache, **options)
         if out is not None:
-            report.save(out if len(models) == 1 else out / f"{len(reports)}-{Path(model).name.replace(':', '-')}")
+            report.save(folders_of(out, models)[number])
         reports.append(report)
     if as_json:
         emit_json([r.to_dict() for r in reports])

@@ -11,6 +11,7 @@ A report names model, text or cache, settings and versions, and holds no date: t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,33 @@ def load_report(folder: Path) -> EvalReport:
     if missing or not isinstance(document["tasks"], dict) or not isinstance(document["settings"], dict):
         raise DataError("an evaluation is not complete", where=path, found=f"no {', '.join(missing) or 'tasks'}")
     return EvalReport(**{n: document[n] for n in names}, documents=documents)
+
+
+def folders_of(out: Path, models: Sequence[str]) -> list[Path]:
+    """Where each model's `eval.json` goes: `out` itself, or `0-NAME`, `1-NAME`, … in it where there are several."""
+    if len(models) == 1:
+        return [out]
+    return [out / f"{number}-{Path(model).name.replace(':', '-')}" for number, model in enumerate(models)]
+
+
+def numbered(out: Path) -> list[Path]:
+    """The folders of `folders_of` that are in `out`, in the order of their numbers."""
+    found = [path.parent for path in out.glob(f"*-*/{EVAL}") if path.parent.name.partition("-")[0].isdigit()]
+    return sorted(found, key=lambda folder: (int(folder.name.partition("-")[0]), folder.name))
+
+
+def refuse_other_scores(out: Path, models: Sequence[str], tasks: Sequence[str]) -> None:
+    """Raise DataError where `out` holds scores of other models, or of other tasks: they would be lost, or mixed up."""
+    planned = dict(zip(folders_of(out, models), models, strict=True))
+    there = [out] if (out / EVAL).is_file() else []
+    if len(models) > 1:
+        there += numbered(out)
+    for folder in there:
+        before = load_report(folder)
+        if planned.get(folder) != before.model or not set(tasks) & set(before.tasks):
+            found, expected = f"{before.model}: {', '.join(before.tasks)}", f"{planned.get(folder)}: {', '.join(tasks)}"
+            raise DataError("the output folder holds other scores", where=folder, found=found,
+                            expected=expected if folder in planned else "nothing", try_="another --out")  # fmt: skip
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     run.json  metrics.jsonl      a training run (`kd train --out`); one JSON object per logged step
     eval.json                    an evaluation (`kd eval --out`), in the folder itself or, of a run, in `eval`, `eval-2`, …
+    0-NAME  1-NAME  …            evaluations of several models at once
 
 Runs that are still going or were killed can be read: a last line that was cut off is left out, and a step logged twice
 counts once, the later.
@@ -21,7 +22,7 @@ import numpy as np
 from kd.data.errors import DataError
 from kd.evaluation.comparison import Entry, short_name
 from kd.evaluation.figures import Series, smooth
-from kd.evaluation.results import EVAL, EvalReport, load_report, read_object
+from kd.evaluation.results import EVAL, EvalReport, load_report, numbered, read_object
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 
@@ -68,7 +69,7 @@ def collect(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
     runs: list[Run] = []
     entries: list[Entry] = []
     names: dict[str, int] = {}
-    for folder in inputs:
+    for folder in (one for given in inputs for one in numbered(given) or [given]):
         is_run = (folder / RUN).is_file() and (folder / METRICS).is_file()
         reports = [load_report(f) for f in _evaluations(folder)]
         if not is_run and not reports:

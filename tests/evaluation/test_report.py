@@ -19,7 +19,7 @@ from kd.evaluation.estimates import standard_error
 from kd.evaluation.figures import smooth
 from kd.evaluation.page import Section, Table, markdown_table, render_page
 from kd.evaluation.report import write_report
-from kd.evaluation.results import EvalReport
+from kd.evaluation.results import EvalReport, folders_of, refuse_other_scores
 from kd.evaluation.runs import collect, read_steps
 
 
@@ -370,6 +370,29 @@ def test_losses_that_are_not_finite_are_left_out_of_the_curve(tmp_path):
     (run,), _ = collect([folder])
     assert run.series("loss").values.tolist() == [2.0]
     assert write_report([folder], tmp_path / "out").loss_png.exists()
+
+
+def test_the_folder_of_several_models_evaluations_stands_for_them_in_their_order(tmp_path):
+    models = [f"m{i}" for i in range(11)]
+    for model, folder in zip(models, folders_of(tmp_path, models), strict=True):
+        evaluation(model, HARD, 8.0).save(folder)
+    _, entries = collect([tmp_path])
+    assert [e.name for e in entries] == models  # 10 after 9
+    assert folders_of(tmp_path, ["one"]) == [tmp_path]
+
+
+def test_scores_of_other_models_or_tasks_are_not_overwritten_or_mixed(tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    evaluation("a", HARD, 8.0).save(alone)
+    for model, folder in zip("ab", folders_of(both, ["a", "b"]), strict=True):
+        evaluation(model, HARD, 8.0).save(folder)
+    refuse_other_scores(alone, ["a"], ["perplexity", "hellaswag"])  # the same again
+    refuse_other_scores(both, ["a", "b"], ["perplexity"])
+    refuse_other_scores(tmp_path / "new", ["a", "b"], ["perplexity"])
+    for out, models, tasks in ((alone, ["b"], ["perplexity"]), (alone, ["a"], ["samples"]), (alone, ["a", "b"], ["perplexity"]),
+                               (both, ["a", "c"], ["perplexity"]), (both, ["c", "b"], ["perplexity"])):  # fmt: skip
+        with pytest.raises(DataError, match="other scores"):
+            refuse_other_scores(out, models, tasks)
 
 
 @pytest.mark.parametrize("make", [lambda p: p / "absent", lambda p: p])
