@@ -46,7 +46,11 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
     if known:
         text = sum(len(r.example.target.encode()) for r in plan.rows)
         overlong = plan.manifest.provenance["overlong"]
-        own = {"pairs_dropped": overlong["dropped"], "pairs_truncated": overlong["truncated"]}
+        own = {
+            "left_out_without_text": plan.request.corpus.without_text,
+            "pairs_dropped": overlong["dropped"],
+            "pairs_truncated": overlong["truncated"],
+        }
     else:
         text = rows * max(len(piece) for i, piece in enumerate(plan.vocabulary) if i not in plan.special_ids)
         counts = {f"{name}_at_most": count for name, count in counts.items()}

@@ -59,6 +59,8 @@ class Corpus:
     """What identifies the source besides its text, e.g. hub id, config, revision."""
     metrics: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Task -> metrics that its file names; empty where there are no task files."""
+    without_text: int = 0
+    """Rows of the source that were left out: empty, or white space alone."""
 
     @property
     def digest(self) -> str:
@@ -106,13 +108,14 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
             "data source", spec, (*SOURCES, *TASK_SOURCES), try_="a local file or folder, or a hub id like owner/name"
         )
     examples = tuple(e for e in corpus.examples if e.target.strip())
+    without_text = len(corpus.examples) - len(examples)
     if limit is not None:
         examples = examples[:limit]
     if not examples:
         raise DataError("no text found", where=f"{spec} (split {corpus.split})", found="0 non-empty examples",
                         try_="kd data show SPEC")  # fmt: skip
     _check_ids(spec, examples)
-    return replace(corpus, examples=examples)
+    return replace(corpus, examples=examples, without_text=without_text)
 
 
 def load_classes(spec: str, *, split: str | None = None, columns: Columns | None = None, limit: int | None = None,

@@ -203,7 +203,9 @@ def test_two_examples_of_one_id_are_refused(tmp_path: Path):
 
 def test_empty_examples_are_left_out_and_nothing_else(tmp_path: Path):
     path = write(tmp_path / "t.jsonl", [{"text": " \n"}, {"text": "a"}, {"text": None}, {"text": ""}, {"text": "b"}])
-    assert [(e.id, e.target) for e in load_corpus(str(path)).examples] == [("t.jsonl:1", "a"), ("t.jsonl:4", "b")]
+    corpus = load_corpus(str(path))
+    assert [(e.id, e.target) for e in corpus.examples] == [("t.jsonl:1", "a"), ("t.jsonl:4", "b")]
+    assert (corpus.without_text, load_corpus(str(path), limit=1).without_text) == (3, 3)
 
 
 def test_no_text_at_all_is_refused(tmp_path: Path):
