@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -166,6 +167,8 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
         result = asdict(run_training(config, resume, midway)) | result
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; the same command with --resume continues") from None
+    if "RANK" in os.environ:
+        atexit.register(leave_group)
     if int(os.environ.get("RANK", "0")) != 0:
         return
     if eval_tasks:
@@ -184,6 +187,14 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
 
     write_card(Path(config.out), scores)
     emit(result, as_json, f"{config.out}: trained")
+
+
+def leave_group() -> None:
+    """Leave the group of processes, if there is one, before the interpreter ends: torch's threads must not outlive it."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run_training(config: Any, resume: bool = False, midway: Callable[[], Any] | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -27,11 +28,21 @@ def touch_shards(reader: CacheReader, examples: Sequence[int]) -> list[threading
     loads the student lets go of the interpreter.
     """
 
+    stop = threading.Event()
+
     def touch(own: Sequence[int]) -> None:
         with suppress(Exception):
             for example in own:
+                if stop.is_set():
+                    return
                 reader.locate(example)
 
+    def finish() -> None:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=5.0)  # as long as a shard takes from a disk, not from a network that does not answer
+
+    atexit.register(finish)
     threads = [threading.Thread(target=touch, args=(examples[i::TOUCHING_THREADS],), name="kd-touch", daemon=True)
                for i in range(TOUCHING_THREADS)]  # fmt: skip
     for thread in threads:

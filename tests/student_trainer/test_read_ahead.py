@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import pytest
 from kd.cache_builder import store
 from kd.cache_builder.reader import CacheReader
 from kd.data.errors import CacheDamageError
-from kd.student_trainer.read_ahead import PREFETCHED_BATCHES, Prefetcher, touch_shards
+from kd.student_trainer.read_ahead import PREFETCHED_BATCHES, TOUCHING_THREADS, Prefetcher, touch_shards
 
 
 def test_touched_shards_are_in_memory_when_they_are_read(kl_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +47,36 @@ def test_a_shard_that_cannot_be_touched_is_told_when_it_is_read(
         thread.join()
     with pytest.raises(CacheDamageError):
         reader.read([0])
+
+
+ENDS = """
+import sys, time
+from kd.cache_builder import store
+from kd.cache_builder.reader import CacheReader
+from kd.student_trainer.read_ahead import touch_shards
+
+read = store.read_shard
+
+def slow(root, manifest, index, names=None):
+    print("begun", flush=True)
+    time.sleep(1.0)
+    found = read(root, manifest, index, names)
+    print("whole", flush=True)
+    return found
+
+store.read_shard = slow
+reader = CacheReader(sys.argv[1])
+touch_shards(reader, list(range(len(reader))) * 3)
+time.sleep(0.3)
+raise SystemExit(7)
+"""
+
+
+def test_a_program_that_ends_lets_threads_finish_the_shard_they_are_at_and_no_more(kl_cache: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS, str(kl_cache)], capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.count("begun") == done.stdout.count("whole") > 0
+    assert done.stdout.count("begun") <= TOUCHING_THREADS
 
 
 def test_a_prefetcher_yields_the_source_s_items_in_order() -> None:
