@@ -21,9 +21,10 @@ BATCH_TOKENS = 16
 """What starting a batch is worth, in tokens of padding: an encoder-decoder's batch ends where one more example would
 pad it by more than that (docs/log.md)."""
 
-CPU_CHUNK_BYTES = 30 * 2**20
+CPU_CHUNK_BYTES = 24 * 2**20
 """A chunk of float32 logits on a CPU: above 32 MB glibc maps and zeroes fresh pages for every tensor, which costs 30-80 % of
-the time of the output layer, and twice as many rows make the product 4 % faster (benchmarks/chunks.py)."""
+the time of the output layer, and twice as many rows make the product 4 % faster (benchmarks/chunks.py); each lane of a teacher
+pass has one or two of them (docs/log.md)."""
 CPU_TRAINING_BYTES = 64 * 2**20
 """The same in training, where one buffer serves all chunks and the weight's gradient is read and written once per chunk."""
 GPU_CHUNK_BYTES = 256 * 2**20
