@@ -36,9 +36,11 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        said = str(error.__cause__ or "") if isinstance(error, click.exceptions.Abort) else str(error)
-        again = "" if "command" in said else "; run the same command again to continue"
-        click.echo(f"{said or 'interrupted'}{again}", err=True)
+        cause = error.__cause__ if isinstance(error, click.exceptions.Abort) else error  # click's own, or ours
+        said = cause.args if isinstance(cause, KeyboardInterrupt) else ()
+        what = said[0] if said else "interrupted"
+        how = said[1] if len(said) > 1 else "run the same command again to continue"
+        click.echo(f"{what}; {how}", err=True)
         sys.exit(130)
     except KdError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)

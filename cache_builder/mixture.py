@@ -23,9 +23,11 @@ from kd.data.errors import CacheError, DataError
 
 def weighted(spec: str) -> list[tuple[str, float]]:
     """`A=0.7,B=0.3` -> `[("A", 0.7), ("B", 0.3)]`; one cache has the weight 1. Raises DataError."""
-    if Path(spec).exists() or not re.search(r"=[^,/]*(,|$)", spec):
+    if Path(spec).exists():
+        return [(spec, 1.0)]
+    if not re.search(r"=[^,/]*(,|$)", spec):
         several = spec.split(",")
-        if len(several) > 1 and not Path(spec).exists() and all("://" in one or Path(one).exists() for one in several):
+        if len(several) > 1 and all("://" in one or Path(one).exists() for one in several):
             raise DataError("several caches are mixed by weights", found=spec, expected="PATH=WEIGHT of each",
                             try_="--cache runs/a=0.7 --cache runs/b=0.3")  # fmt: skip
         return [(spec, 1.0)]

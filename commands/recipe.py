@@ -95,4 +95,7 @@ def run_step(command: list[str]) -> None:
             if json.loads(state.read_text(encoding="utf-8")).get("complete"):
                 return
             command = [*command, "--resume"]
-    click.get_current_context().find_root().command.main(args=command, standalone_mode=False)
+    try:
+        click.get_current_context().find_root().command.main(args=command, standalone_mode=False)
+    except click.exceptions.Abort:  # how a single training goes on is not how the recipe does
+        raise KeyboardInterrupt from None

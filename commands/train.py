@@ -166,7 +166,7 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     try:
         result = asdict(run_training(config, resume, midway)) | result
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; the same command with --resume continues") from None
+        raise KeyboardInterrupt(str(error) or "interrupted", "the same command with --resume continues") from None
     if "RANK" in os.environ:
         atexit.register(leave_group)
     if int(os.environ.get("RANK", "0")) != 0:

@@ -96,10 +96,7 @@ def numbered(out: Path) -> list[Path]:
 def refuse_other_scores(out: Path, models: Sequence[str], tasks: Sequence[str]) -> None:
     """Raise DataError where `out` holds scores of other models, or of other tasks: they would be lost, or mixed up."""
     planned = dict(zip(folders_of(out, models), models, strict=True))
-    there = [out] if (out / EVAL).is_file() else []
-    if len(models) > 1:
-        there += numbered(out)
-    for folder in there:
+    for folder in [*([out] if (out / EVAL).is_file() else []), *numbered(out)]:
         before = load_report(folder)
         if planned.get(folder) != before.model or not set(tasks) & set(before.tasks):
             found, expected = f"{before.model}: {', '.join(before.tasks)}", f"{planned.get(folder)}: {', '.join(tasks)}"

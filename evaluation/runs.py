@@ -69,8 +69,8 @@ def collect(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
     runs: list[Run] = []
     entries: list[Entry] = []
     names: dict[str, int] = {}
-    for folder in (one for given in inputs for one in numbered(given) or [given]):
-        is_run = (folder / RUN).is_file() and (folder / METRICS).is_file()
+    for folder in (one for given in inputs for one in _folders(given)):
+        is_run = _is_run(folder)
         reports = [load_report(f) for f in _evaluations(folder)]
         if not is_run and not reports:
             found = "no such directory" if not folder.is_dir() else f"no {EVAL}, no {RUN} with {METRICS}"
@@ -86,6 +86,15 @@ def collect(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
     if not runs and not entries:
         raise DataError("there is nothing to report", expected="at least one evaluation or training run")
     return runs, entries
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RUN).is_file() and (folder / METRICS).is_file()
+
+
+def _folders(given: Path) -> list[Path]:
+    """The folder, or where it is nothing itself those of several models' evaluations in it."""
+    return [given] if _is_run(given) or _evaluations(given) else numbered(given) or [given]
 
 
 def _evaluations(folder: Path) -> list[Path]:

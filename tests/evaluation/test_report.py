@@ -390,6 +390,7 @@ def test_scores_of_other_models_or_tasks_are_not_overwritten_or_mixed(tmp_path):
     refuse_other_scores(both, ["a", "b"], ["perplexity"])
     refuse_other_scores(tmp_path / "new", ["a", "b"], ["perplexity"])
     for out, models, tasks in ((alone, ["b"], ["perplexity"]), (alone, ["a"], ["samples"]), (alone, ["a", "b"], ["perplexity"]),
+                               (both, ["a"], ["perplexity"]),
                                (both, ["a", "c"], ["perplexity"]), (both, ["c", "b"], ["perplexity"])):  # fmt: skip
         with pytest.raises(DataError, match="other scores"):
             refuse_other_scores(out, models, tasks)
