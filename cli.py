@@ -24,8 +24,8 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point: errors the user can cause become a few lines on stderr and an exit code."""
-    from kd.data.errors import KdError
-    from kd.data.memory import share_one_heap
+    from kd.common.errors import KdError
+    from kd.common.memory import share_one_heap
 
     share_one_heap()
     signal.signal(signal.SIGTERM, _interrupt)  # what Slurm and Docker send before they kill
@@ -52,11 +52,11 @@ COMMANDS = {
     "classify": "kd.commands.classify:classify",
     "data": "kd.commands.data:data",
     "demo": "kd.commands.demo:demo",
-    "eval": "kd.commands.evaluate:evaluate",
+    "eval": "kd.commands.eval:evaluate",
     "experiment": "kd.commands.experiment:experiment",
     "merge": "kd.commands.merge:merge",
     "recipe": "kd.commands.recipe:recipe",
-    "report": "kd.commands.evaluate:report",
+    "report": "kd.commands.eval:report",
     "train": "kd.commands.train:train",
 }
 """Name -> "module:attribute"."""

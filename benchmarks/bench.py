@@ -37,7 +37,7 @@ from typing import Any
 
 from workload import Memory
 
-from kd.data.memory import share_one_heap
+from kd.common.memory import share_one_heap
 
 SEQ_LEN = 256
 READ_ROWS = 220_000
@@ -48,7 +48,7 @@ T5 = "random:flan-t5-small"
 
 def shape_config(name: str) -> Any:
     """`gpt2`, or `small`: the GPT-2 vocabulary on a body a laptop can run (d=256, 4 layers)."""
-    from kd.data.shapes import SHAPES
+    from kd.models.shapes import SHAPES
 
     config = SHAPES["gpt2"]()
     if name == "small":
@@ -61,7 +61,7 @@ def make_model(folder: Path, shape: str) -> None:
     import torch
     from transformers import GPT2LMHeadModel
 
-    from kd.data.tokenizer import load_tokenizer
+    from kd.models.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
     GPT2LMHeadModel(shape_config(shape)).save_pretrained(folder)
@@ -93,8 +93,10 @@ class Clock:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def rates(self, tokens: float) -> dict[str, float]:
-        return {"tokens_per_second": tokens / (time.perf_counter() - self.wall),
-                "tokens_per_cpu_second": tokens / (time.process_time() - self.cpu)}  # fmt: skip
+        return {
+            "tokens_per_second": tokens / (time.perf_counter() - self.wall),
+            "tokens_per_cpu_second": tokens / (time.process_time() - self.cpu),
+        }
 
 
 def batches(tokens: int) -> Any:
@@ -138,11 +140,12 @@ def corpus(tokens: int) -> Any:
 
 
 def build_cache(work: Path, out: Path, tokens: int, model: Any = None, profile: str = "kl") -> Any:
-    from kd.cache_builder.build import build
-    from kd.cache_builder.plan import BuildRequest, plan_build
-    from kd.cache_builder.targets import TargetConfig
+    from kd.cache_builder.build.builder import build
+    from kd.cache_builder.build.plan import plan_build
+    from kd.cache_builder.build.request import BuildRequest
+    from kd.cache_builder.store.targets import TargetConfig
     from kd.data.blocks import BlockConfig
-    from kd.data.models import ModelRequest
+    from kd.models.loading import ModelRequest
 
     request = ModelRequest(str(work / "model"), device="cpu")
     targets = TargetConfig.of_profile(profile)
@@ -172,11 +175,12 @@ def drive(plan: Any, steps: Any, warm: Any) -> dict[str, float]:
 
 def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
     """About `tokens` tokens of the mixture's examples, some 35 each; the model is `plan.request.model`."""
-    from kd.cache_builder.plan import BuildRequest, plan_build
-    from kd.cache_builder.targets import TargetConfig
+    from kd.cache_builder.build.plan import plan_build
+    from kd.cache_builder.build.request import BuildRequest
+    from kd.cache_builder.store.targets import TargetConfig
     from kd.data.blocks import BlockConfig
-    from kd.data.models import ModelRequest, load_model
     from kd.data.sources import load_corpus
+    from kd.models.loading import ModelRequest, load_model
 
     request = ModelRequest(T5, tokenizer="demo-t5", device="cpu")
     model = model or resident(load_model(request).eval())
@@ -187,7 +191,7 @@ def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
 def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
     import torch
 
-    from kd.data.batches import batches_by_length, forward_tokens
+    from kd.models.padded_batches import batches_by_length, forward_tokens
 
     plan = t5_plan(work / "none", tokens)
     model = plan.request.model
@@ -211,7 +215,7 @@ def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
 
 
 def case_t5_kd(work: Path, tokens: int) -> dict[str, float]:
-    from kd.cache_builder.build import build
+    from kd.cache_builder.build.builder import build
 
     out = Path(tempfile.mkdtemp(dir=work)) / "cache"
     plan = t5_plan(out, tokens)
@@ -239,15 +243,15 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
     """Reading, decoding, collating and a step, one after another."""
     import torch
 
-    from kd.cache_builder.reader import CacheReader
-    from kd.data.models import ModelRequest, load_config, load_request_tokenizer
-    from kd.student_trainer.batch_plan import plan_batches
-    from kd.student_trainer.compatibility import resolve_objective
+    from kd.cache_builder.store.reader import CacheReader
+    from kd.models.loading import ModelRequest, load_config, load_request_tokenizer
+    from kd.student_trainer.batches.batch_plan import plan_batches
+    from kd.student_trainer.batches.compatibility import resolve_objective
+    from kd.student_trainer.batches.read_ahead import CachedExamples
     from kd.student_trainer.config import TrainConfig
-    from kd.student_trainer.groups import GroupSettings
     from kd.student_trainer.head import attach_loss
+    from kd.student_trainer.losses.by_group import GroupSettings
     from kd.student_trainer.prepare import prepare, rank_edges
-    from kd.student_trainer.read_ahead import CachedExamples
 
     folder = work / ("cache-uld" if loss == "uld" else "cache")
     reader = CacheReader(folder)
@@ -292,7 +296,7 @@ def case_student_uld(work: Path, tokens: int) -> dict[str, float]:
 def case_loop(work: Path, tokens: int) -> dict[str, float]:
     """The whole of `kd train` over the batches of `kl`, from the end of its first step to that of its last."""
     from kd.student_trainer.config import TrainConfig
-    from kd.student_trainer.train import train
+    from kd.student_trainer.training import train
 
     marks: list[tuple[Clock, int]] = []
     found: dict[str, float] = {}
@@ -306,9 +310,20 @@ def case_loop(work: Path, tokens: int) -> dict[str, float]:
     steps = 1 + max(1, tokens // (BATCH * SEQ_LEN))
     with tempfile.TemporaryDirectory(dir=work) as folder:
         memory = Memory()
-        train(TrainConfig(cache=str(work / "cache"), student=str(work / "model"), out=str(Path(folder) / "run"), loss="kl",
-                          max_steps=steps, lr=1e-5, tokens_per_batch=BATCH * SEQ_LEN, device="cpu", log_every=steps),
-              on_step=on_step)  # fmt: skip
+        train(
+            TrainConfig(
+                cache=str(work / "cache"),
+                student=str(work / "model"),
+                out=str(Path(folder) / "run"),
+                loss="kl",
+                max_steps=steps,
+                lr=1e-5,
+                tokens_per_batch=BATCH * SEQ_LEN,
+                device="cpu",
+                log_every=steps,
+            ),
+            on_step=on_step,
+        )
         size = (work / "model" / "model.safetensors").stat().st_size / 2**20
         return found | {"peak_mb": memory.stop() - size}
 
@@ -317,10 +332,10 @@ def make_read_cache(work: Path) -> None:
     """`work/read`: the embedded text with made-up heads, written without a teacher."""
     import numpy as np
 
-    from kd.cache_builder.build import write_shard
-    from kd.cache_builder.claims import Claims
-    from kd.cache_builder.store import ShardWriter
-    from kd.cache_builder.targets import RawTargets
+    from kd.cache_builder.build.builder import write_shard
+    from kd.cache_builder.store.claims import Claims
+    from kd.cache_builder.store.shard_store import ShardWriter
+    from kd.cache_builder.store.targets import RawTargets
 
     plan, _ = build_cache(work, work / "read", READ_ROWS)
     writer, rng = ShardWriter(work / "read", plan.manifest), np.random.default_rng(0)
@@ -332,20 +347,23 @@ def make_read_cache(work: Path) -> None:
         relative = np.cumsum(gaps, axis=1) - gaps[:, :1]
         log_z = np.stack([np.log(np.exp(-relative / t).sum(1)) + 0.3 for t in (1, 2, 4)], axis=1)
         raw = RawTargets(
-            gold_ids=np.concatenate([r.target_ids for r in rows]), log_z=log_z.astype(np.float32),
-            gold_logprob=-rng.exponential(3, n).astype(np.float32), gold_rank=rng.zipf(1.5, n) % VOCABULARY,
-            byte_end=np.concatenate([r.byte_end for r in rows]), token_ids=rng.zipf(1.1, (n, 64)) % VOCABULARY,
+            gold_ids=np.concatenate([r.target_ids for r in rows]),
+            log_z=log_z.astype(np.float32),
+            gold_logprob=-rng.exponential(3, n).astype(np.float32),
+            gold_rank=rng.zipf(1.5, n) % VOCABULARY,
+            byte_end=np.concatenate([r.byte_end for r in rows]),
+            token_ids=rng.zipf(1.1, (n, 64)) % VOCABULARY,
             relative=-relative.astype(np.float32),
-        )  # fmt: skip
+        )
         write_shard(writer, index, rows, raw, plan, seconds, claims)
     writer.finish()
 
 
 def case_read(work: Path, tokens: int) -> dict[str, float]:
-    from kd.cache_builder.reader import CacheReader
-    from kd.student_trainer.collate import Collator
-    from kd.student_trainer.compatibility import needed_arrays
-    from kd.student_trainer.losses import Objective
+    from kd.cache_builder.store.reader import CacheReader
+    from kd.student_trainer.batches.collate import Collator
+    from kd.student_trainer.batches.compatibility import needed_arrays
+    from kd.student_trainer.losses.by_row import Objective
 
     objective = Objective()
     collate = Collator(objective)
@@ -356,19 +374,39 @@ def case_read(work: Path, tokens: int) -> dict[str, float]:
         order = reader.epoch_order(0, 0).tolist()
         for first in range(0, len(order) if warm else 16, 16):
             rows += len(collate(reader.read(order[first : first + 16]))["gold_ids"])
-    return {"tokens_per_second": rows / (time.perf_counter() - started),
-            "tokens_per_cpu_second": rows / (time.process_time() - cpu), "peak_mb": 0.0}  # fmt: skip
+    return {
+        "tokens_per_second": rows / (time.perf_counter() - started),
+        "tokens_per_cpu_second": rows / (time.process_time() - cpu),
+        "peak_mb": 0.0,
+    }
 
 
 CASES = {
-    "bare": case_bare, "naive": case_naive, "kd": case_kd, "plain": case_plain, "ce": case_student_ce,
-    "kl": case_student, "uld": case_student_uld, "loop": case_loop, "read": case_read, "t5-bare": case_t5_bare, "t5-kd": case_t5_kd,
-}  # fmt: skip
+    "bare": case_bare,
+    "naive": case_naive,
+    "kd": case_kd,
+    "plain": case_plain,
+    "ce": case_student_ce,
+    "kl": case_student,
+    "uld": case_student_uld,
+    "loop": case_loop,
+    "read": case_read,
+    "t5-bare": case_t5_bare,
+    "t5-kd": case_t5_kd,
+}
 
 BASES = {
-    "bare": "bare", "naive": "bare", "kd": "bare", "plain": "plain", "ce": "plain", "kl": "plain",
-    "uld": "plain", "loop": "kl", "t5-bare": "t5-bare", "t5-kd": "t5-bare",
-}  # fmt: skip
+    "bare": "bare",
+    "naive": "bare",
+    "kd": "bare",
+    "plain": "plain",
+    "ce": "plain",
+    "kl": "plain",
+    "uld": "plain",
+    "loop": "kl",
+    "t5-bare": "t5-bare",
+    "t5-kd": "t5-bare",
+}
 """What each case's ratios are to."""
 
 
@@ -407,8 +445,8 @@ def main() -> None:
 
 
 def report(results: dict[str, list[dict[str, float]]], cache: Path) -> None:
-    from kd.cache_builder.manifest import load_manifest
-    from kd.cache_builder.reader import quality_means
+    from kd.cache_builder.store.manifest import load_manifest
+    from kd.cache_builder.store.reader import quality_means
 
     middle = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
     print(f"{'case':<8}{'tokens/s':>12}{'ratio':>8}{'by CPU time':>14}{'peak MB above the model':>26}{'ratio':>8}")
@@ -433,8 +471,10 @@ def report(results: dict[str, list[dict[str, float]]], cache: Path) -> None:
     manifest = load_manifest(cache)
     size = sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
     means = quality_means(manifest)
-    print(f"cache of random weights (incompressible ids): {size / manifest.rows:.1f} B/token at k={manifest.targets.top_k}, "
-          f"head KL {means['head_kl']:.1e}")  # fmt: skip
+    print(
+        f"cache of random weights (incompressible ids): {size / manifest.rows:.1f} B/token at k={manifest.targets.top_k}, "
+        f"head KL {means['head_kl']:.1e}"
+    )
 
 
 if __name__ == "__main__":

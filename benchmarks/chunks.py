@@ -18,12 +18,12 @@ from collections.abc import Callable
 
 import torch
 
-from kd.cache_builder.sparsify import Sparsifier
-from kd.cache_builder.targets import TargetConfig
-from kd.data.forward import LanguageModelHead
-from kd.data.top_k import top_k_by_threshold, top_k_by_topk
+from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.teacher.sparsify import Sparsifier
+from kd.models.heads import LanguageModelHead
+from kd.models.top_k import top_k_by_threshold, top_k_by_topk
 from kd.student_trainer.head import chunked_head_loss
-from kd.student_trainer.losses import LossTargets, Objective
+from kd.student_trainer.losses.by_row import LossTargets, Objective
 
 SIZES = (32, 64, 128, 256, 512, 1024)
 

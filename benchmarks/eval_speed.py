@@ -28,22 +28,37 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, T5Config
 
-from kd.data.example import Example
-from kd.data.models import random_model
+from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.data.tokenizer import load_tokenizer
-from kd.evaluation import shared_context
-from kd.evaluation.choices import evaluate_choices
-from kd.evaluation.hellaswag import Scenes, evaluate_hellaswag, load_scenes
-from kd.evaluation.scoring import final
+from kd.evaluation.scoring import shared_context
+from kd.evaluation.scoring.scored_text import final
+from kd.evaluation.tasks.choices import evaluate_choices
+from kd.evaluation.tasks.hellaswag import Scenes, evaluate_hellaswag, load_scenes
+from kd.models.loading import random_model
+from kd.models.tokenizer import load_tokenizer
 
 CONFIGS = {
     "gpt2-small": ("gpt2", GPT2Config(n_embd=256, n_layer=4, n_head=4)),
-    "neox-small": ("gpt-neox-20b", GPTNeoXConfig(vocab_size=50304, hidden_size=256, num_hidden_layers=4,
-                                                 num_attention_heads=4, intermediate_size=1024)),
-    "t5-small": ("t5", T5Config(vocab_size=32128, d_model=256, d_kv=64, d_ff=512, num_layers=4, num_heads=4,
-                                decoder_start_token_id=0, feed_forward_proj="gated-gelu")),
-}  # fmt: skip
+    "neox-small": (
+        "gpt-neox-20b",
+        GPTNeoXConfig(
+            vocab_size=50304, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
+        ),
+    ),
+    "t5-small": (
+        "t5",
+        T5Config(
+            vocab_size=32128,
+            d_model=256,
+            d_kv=64,
+            d_ff=512,
+            num_layers=4,
+            num_heads=4,
+            decoder_start_token_id=0,
+            feed_forward_proj="gated-gelu",
+        ),
+    ),
+}
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 
 
@@ -62,9 +77,15 @@ def boolq(shared: Path, limit: int) -> Corpus:
     rows = [json.loads(line) for line in lines[:limit]]
     choices = (" yes", " no", " it is not possible to say", " that depends on the passage")
     examples = tuple(
-        Example(f"boolq/{i}", choices[0], f"{row['passage'][:600]}\n\nQuestion: {row['question']}?\nAnswer:",
-                choices=choices, answer=0) for i, row in enumerate(rows)
-    )  # fmt: skip
+        Example(
+            f"boolq/{i}",
+            choices[0],
+            f"{row['passage'][:600]}\n\nQuestion: {row['question']}?\nAnswer:",
+            choices=choices,
+            answer=0,
+        )
+        for i, row in enumerate(rows)
+    )
     return Corpus("boolq", "dev", "pairs", examples, {})
 
 

@@ -52,18 +52,18 @@ import torch.nn.functional as F
 from gpu_steps import METHODS, Case, Method
 from heads import Compiled, made_up
 
-from kd.cache_builder import codecs
-from kd.cache_builder.sparsify import Sparsifier
-from kd.cache_builder.targets import TargetConfig, band_edges
-from kd.cache_builder.teacher import Teacher, collect
-from kd.data.batches import batches_by_length, head_rows, on_device
+from kd.cache_builder.store import codecs
+from kd.cache_builder.store.targets import TargetConfig, band_edges
+from kd.cache_builder.teacher.sparsify import Sparsifier
+from kd.cache_builder.teacher.teacher_pass import Teacher, collect
 from kd.data.blocks import TokenRows
-from kd.data.example import Example
-from kd.data.forward import EncoderDecoderHead, LanguageModelHead, split_head
-from kd.data.models import ModelRequest, load_model, random_model
-from kd.data.shapes import SHAPES
-from kd.student_trainer.groups import GroupSettings
-from kd.student_trainer.losses import Objective
+from kd.data.rows.example import Example
+from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
+from kd.models.loading import ModelRequest, load_model, random_model
+from kd.models.padded_batches import batches_by_length, head_rows, on_device
+from kd.models.shapes import SHAPES
+from kd.student_trainer.losses.by_group import GroupSettings
+from kd.student_trainer.losses.by_row import Objective
 
 H200_BF16_TFLOPS = 989.0
 """Dense, without sparsity (NVIDIA's data sheet)."""
@@ -87,8 +87,13 @@ TEACHERS = {
     "t5-nf4": TeacherCase("flan-t5-xxl", 512, 64, load_in_4bit=True),
 }
 STUDENTS = {"gpt2": "gpt2", "pythia": "pythia-410m", "smollm": "SmolLM-360M"}
-TINY = {"gpt-neo-2.7B": "demo-student", "flan-t5-xxl": "demo-t5-student", "gpt2": "demo-student",
-        "pythia-410m": "demo-student", "SmolLM-360M": "demo-student"}  # fmt: skip
+TINY = {
+    "gpt-neo-2.7B": "demo-student",
+    "flan-t5-xxl": "demo-t5-student",
+    "gpt2": "demo-student",
+    "pythia-410m": "demo-student",
+    "SmolLM-360M": "demo-student",
+}
 
 
 class Clock:
@@ -208,14 +213,18 @@ def teacher_case(case: TeacherCase, args: argparse.Namespace) -> Result:
     encode = time.perf_counter() - started
     times = [statistics.median(t for t, _ in runs) for runs in (bare, built)]
     found: Result = {
-        "tokens": tokens, "load_seconds": loading,
-        "bare_tokens_per_second": tokens / times[0], "build_tokens_per_second": tokens / times[1],
+        "tokens": tokens,
+        "load_seconds": loading,
+        "bare_tokens_per_second": tokens / times[0],
+        "build_tokens_per_second": tokens / times[1],
         "ratio": times[0] / times[1],
         "bare_mfu": flops / times[0] / (args.peak_tflops * 1e12),
         "build_mfu": flops / times[1] / (args.peak_tflops * 1e12),
-        "bare_peak_mb": statistics.median(m for _, m in bare), "build_peak_mb": statistics.median(m for _, m in built),
-        "encode_seconds_beside": encode, "encode_share_of_pass": encode / times[1],
-    }  # fmt: skip
+        "bare_peak_mb": statistics.median(m for _, m in bare),
+        "build_peak_mb": statistics.median(m for _, m in built),
+        "encode_seconds_beside": encode,
+        "encode_share_of_pass": encode / times[1],
+    }
 
     def once() -> None:
         for _ in collect(rows, teacher.run(rows, 0)):
@@ -227,8 +236,11 @@ def teacher_case(case: TeacherCase, args: argparse.Namespace) -> Result:
 
     if not args.device.startswith("cuda"):
         return found | {"idle_share left out": "no GPU", "waits_per_batch left out": "no GPU"}
-    return found | {"idle_share": idle_share(once), "waits_per_batch": waits(once) / batches,
-                    "bare_waits_per_batch": waits(bare_once) / batches}  # fmt: skip
+    return found | {
+        "idle_share": idle_share(once),
+        "waits_per_batch": waits(once) / batches,
+        "bare_waits_per_batch": waits(bare_once) / batches,
+    }
 
 
 def idle_share(run: Callable[[], None]) -> float:
@@ -274,10 +286,13 @@ def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: i
     ids = torch.randint(2, vocabulary, (n, seq_len + 1), generator=generator, device=device)
     rows = n * seq_len
     batch = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "gold_ids": ids[:, 1:].reshape(-1),
-        "positions": (torch.arange(n, device=device)[:, None] * (seq_len + 1)
-                      + torch.arange(seq_len, device=device)).reshape(-1),
-    }  # fmt: skip
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "gold_ids": ids[:, 1:].reshape(-1),
+        "positions": (
+            torch.arange(n, device=device)[:, None] * (seq_len + 1) + torch.arange(seq_len, device=device)
+        ).reshape(-1),
+    }
     k, bands = (64, 0) if loss == "kl" else (16, 16)
     edges = band_edges(k, vocabulary, bands) if bands else [k, vocabulary]
     pieces: dict[str, list[torch.Tensor]] = {"ids": [], "logprobs": [], "bands": []}
@@ -290,13 +305,22 @@ def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: i
         pieces["bands"].append(torch.stack([values[:, a:b].logsumexp(dim=1) for a, b in pairwise(edges)], dim=1))
     found = {name: torch.cat(parts) for name, parts in pieces.items()}
     if loss == "kl":
-        return batch | {"token_ids": found["ids"], "logprobs": found["logprobs"],
-                        "tail_mass": 1 - found["logprobs"].exp().sum(dim=1)}  # fmt: skip
+        return batch | {
+            "token_ids": found["ids"],
+            "logprobs": found["logprobs"],
+            "tail_mass": 1 - found["logprobs"].exp().sum(dim=1),
+        }
     first = torch.arange(rows, device=device)
     zeros = torch.zeros(rows, device=device)
-    return batch | {"group_first": first, "group_stop": first + 1, "group_log_scale": zeros,
-                    "group_chunk_logprob": zeros - 1, "group_weight": zeros + 1 / seq_len,
-                    "group_logprobs": found["logprobs"], "group_bands": found["bands"]}  # fmt: skip
+    return batch | {
+        "group_first": first,
+        "group_stop": first + 1,
+        "group_log_scale": zeros,
+        "group_chunk_logprob": zeros - 1,
+        "group_weight": zeros + 1 / seq_len,
+        "group_logprobs": found["logprobs"],
+        "group_bands": found["bands"],
+    }
 
 
 def student_case(shape: str, positions: int, args: argparse.Namespace) -> Result:
@@ -401,8 +425,14 @@ def head_case(args: argparse.Namespace) -> Result:
 def moved(targets: Any, device: torch.device) -> Any:
     """A dataclass of tensors (and of such) on a device."""
     values = {f.name: getattr(targets, f.name) for f in fields(targets)}
-    return replace(targets, **{n: v.to(device) if isinstance(v, torch.Tensor) else moved(v, device)
-                               for n, v in values.items() if v is not None})  # fmt: skip
+    return replace(
+        targets,
+        **{
+            n: v.to(device) if isinstance(v, torch.Tensor) else moved(v, device)
+            for n, v in values.items()
+            if v is not None
+        },
+    )
 
 
 def seconds_of(part: Callable[[], object], logits: torch.Tensor, args: argparse.Namespace) -> float:

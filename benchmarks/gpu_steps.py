@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from heads import Compiled
 from torch import Tensor
 
-from kd.student_trainer.groups import GroupSettings
 from kd.student_trainer.head import attach_loss
-from kd.student_trainer.losses import Objective
+from kd.student_trainer.losses.by_group import GroupSettings
+from kd.student_trainer.losses.by_row import Objective
 
 Step = Callable[[dict[str, Tensor]], Tensor]
 
@@ -55,9 +55,10 @@ class Method:
 def ours(loss: str, *, compiled: bool = False, **settings: Any) -> Callable[[Case], Step]:
     def make(case: Case) -> Step:
         objective = {
-            "ce": Objective("ce", "none", 0.0), "kl": Objective(),
+            "ce": Objective("ce", "none", 0.0),
+            "kl": Objective(),
             "uld": Objective("uld", "bands", 0.5, settings=GroupSettings(edges=case.edges, ranking="fast")),
-        }[loss]  # fmt: skip
+        }[loss]
         objective = replace(objective, settings=replace(objective.settings, **settings))
         attach_loss(case.model, Compiled(objective) if compiled else objective, case.vocabulary)
         return lambda batch: case.model(**batch)["loss"] / len(batch["gold_ids"])
@@ -170,11 +171,19 @@ def liger_jsd(case: Case) -> Step:
 
 
 METHODS: dict[str, Method] = {
-    "plain": Method(plain), "ce": Method(ours("ce")), "kl": Method(ours("kl")),
-    "kl_compiled": Method(ours("kl", compiled=True)), "uld": Method(ours("uld"), "uld"),
-    "uld_compiled": Method(ours("uld", compiled=True), "uld"), "uld_exact": Method(ours("uld", ranking="exact"), "uld"),
-    "sparse_kl": Method(sparse_kl), "liger_ce": Method(liger_ce), "dense_kl": Method(taught(dense_kl), teacher=True),
-    "trl_gkd": Method(taught(trl_gkd), teacher=True), "liger_jsd": Method(liger_jsd, teacher=True),
-    "dense_uld": Method(taught(dense_uld), "uld", teacher=True), "trl_gold": Method(taught(trl_gold), "uld", teacher=True),
-}  # fmt: skip
+    "plain": Method(plain),
+    "ce": Method(ours("ce")),
+    "kl": Method(ours("kl")),
+    "kl_compiled": Method(ours("kl", compiled=True)),
+    "uld": Method(ours("uld"), "uld"),
+    "uld_compiled": Method(ours("uld", compiled=True), "uld"),
+    "uld_exact": Method(ours("uld", ranking="exact"), "uld"),
+    "sparse_kl": Method(sparse_kl),
+    "liger_ce": Method(liger_ce),
+    "dense_kl": Method(taught(dense_kl), teacher=True),
+    "trl_gkd": Method(taught(trl_gkd), teacher=True),
+    "liger_jsd": Method(liger_jsd, teacher=True),
+    "dense_uld": Method(taught(dense_uld), "uld", teacher=True),
+    "trl_gold": Method(taught(trl_gold), "uld", teacher=True),
+}
 """The first is what the others are compared with; those with a teacher come last, when it is loaded."""

@@ -98,7 +98,7 @@ def measure(point: Point, work: Path) -> dict[str, float]:
 
 
 def read_all(cache: Path) -> None:
-    from kd.cache_builder.reader import CacheReader
+    from kd.cache_builder.store.reader import CacheReader
 
     reader = CacheReader(cache)
     reader.read(range(len(reader)))
@@ -134,13 +134,20 @@ def measure_workers(point: Point, work: Path) -> dict[str, float]:
 
 def worker(work: Path, shard: tuple[int, int]) -> float:
     """Build every n-th shard; CPU microseconds."""
-    import kd.cache_builder.teacher  # noqa: F401  # imports are not what grows
+    import kd.cache_builder.teacher.teacher_pass  # noqa: F401  # imports are not what grows
 
     model = load_model(work / "model").eval()
 
     def run() -> None:
-        for _ in build_cache(work / "model", work / "texts.jsonl", work / "cache", batch_tokens=512, shard=shard,
-                             shard_rows=SHARD_ROWS, model=model)[1]:  # fmt: skip
+        for _ in build_cache(
+            work / "model",
+            work / "texts.jsonl",
+            work / "cache",
+            batch_tokens=512,
+            shard=shard,
+            shard_rows=SHARD_ROWS,
+            model=model,
+        )[1]:
             pass
 
     return cpu(run)

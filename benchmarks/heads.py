@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.cache_builder.targets import band_edges
-from kd.student_trainer import gradients
-from kd.student_trainer.groups import GroupSettings, GroupTargets
+from kd.cache_builder.store.targets import band_edges
 from kd.student_trainer.head import chunked_head_loss
-from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses import row_kernels
+from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets
+from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
 
 
 class Compiled:
@@ -55,8 +55,9 @@ def made_up(rows: int, vocabulary: int, edges: tuple[int, ...]) -> tuple[LossTar
         parts.append((values[:, :64].clone(), ids[:, :64].clone(), torch.stack(masses, 1)))
     values, ids, bands = (torch.cat(column) for column in zip(*parts, strict=True))
     first, zeros = torch.arange(rows), torch.zeros(rows)
-    groups = GroupTargets(first, first + 1, gold, zeros, zeros - 1, zeros + 1 / 16, values[:, :16], bands,
-                          student_ids=ids[:, :16])  # fmt: skip
+    groups = GroupTargets(
+        first, first + 1, gold, zeros, zeros - 1, zeros + 1 / 16, values[:, :16], bands, student_ids=ids[:, :16]
+    )
     return LossTargets(gold, ids, values, 1 - values.exp().sum(1)), LossTargets(gold, groups=groups)
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.compile:
-        gradients.TILE_BYTES = 1 << 62  # the compiler sees to the caches
+        row_kernels.TILE_BYTES = 1 << 62  # the compiler sees to the caches
     if args.autograd:
         LOSSES.update({name: replace(loss, kernels={}) for name, loss in LOSSES.items()})
     hidden = torch.randn(args.rows, args.width, requires_grad=True)
@@ -82,11 +83,15 @@ def main() -> None:
     by_row, over_groups = made_up(args.rows, args.vocabulary, edges)
     fast, exact = (GroupSettings(edges=edges, ranking=ranking, overlap=0.5) for ranking in ("fast", "exact"))
     objectives = {
-        "ce": Objective("ce", "none", 0.0), "kl": Objective(), "kl T=2, CE": Objective(alpha=0.5, temperature=2.0),
-        "jsd": Objective("jsd"), "alm": Objective("alm", "none", 0.5), "uld fast": Objective("uld", "bands", 0.5, settings=fast),
+        "ce": Objective("ce", "none", 0.0),
+        "kl": Objective(),
+        "kl T=2, CE": Objective(alpha=0.5, temperature=2.0),
+        "jsd": Objective("jsd"),
+        "alm": Objective("alm", "none", 0.5),
+        "uld fast": Objective("uld", "bands", 0.5, settings=fast),
         "uld exact": Objective("uld", "bands", 0.5, settings=exact),
         "hybrid": Objective("hybrid", "bands", 0.5, settings=exact),
-    }  # fmt: skip
+    }
 
     def plain() -> None:
         F.cross_entropy(F.linear(hidden, weight), by_row.gold_ids).backward()  # type: ignore[no-untyped-call]

@@ -47,9 +47,9 @@ def merge_once(folder: Path, method: str) -> None:
     import torch
     import transformers
 
-    from kd.student_trainer.merging.merge import MergeSettings, prepare
+    from kd.student_trainer.merging.merger import MergeSettings, prepare
     from kd.student_trainer.merging.pool import PoolModel, read_pool
-    from kd.student_trainer.merging.weights import skeleton
+    from kd.student_trainer.merging.stored_weights import skeleton
 
     def measure(model: PoolModel) -> Any:
         whole = transformers.AutoModel.from_pretrained(model.path)
@@ -102,7 +102,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(worker(Path(options.worker[0]), options.worker[1])))
         return
-    from kd.data.shapes import SHAPES
+    from kd.models.shapes import SHAPES
 
     found = measure_shape(SHAPES[options.shape](), options.models, tuple(options.methods.split(",")))
     print(f"{options.models} models of {options.shape}, {found['bytes'] / 1e6:,.0f} MB each\n")

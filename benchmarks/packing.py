@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd.cache_builder.reader import CacheReader
-from kd.data.models import ModelRequest, load_model, load_request_tokenizer
-from kd.student_trainer.batch_plan import plan_batches
-from kd.student_trainer.collate import Collator
+from kd.cache_builder.store.reader import CacheReader
+from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.student_trainer.batches.batch_plan import plan_batches
+from kd.student_trainer.batches.collate import Collator
+from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.head import attach_loss
-from kd.student_trainer.losses import Objective
-from kd.student_trainer.text import StudentText
+from kd.student_trainer.losses.by_row import Objective
 
 KL, CE = Objective(), Objective("ce", "none", 0.0, 1.0)
 STUDENTS = {"random:demo-t5-student": ("demo-t5", KL, 1216), "random:demo-student": ("demo", CE, 2048)}
@@ -33,8 +33,16 @@ STUDENTS = {"random:demo-t5-student": ("demo-t5", KL, 1216), "random:demo-studen
 class Contender:
     """One way to cut the same examples into batches."""
 
-    def __init__(self, reader: CacheReader, text: StudentText, objective: Objective, *, two_sides: bool, budget: int,
-                 seq_len: int | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        reader: CacheReader,
+        text: StudentText,
+        objective: Objective,
+        *,
+        two_sides: bool,
+        budget: int,
+        seq_len: int | None,
+    ) -> None:
         tokens, rows = text.lengths()
         lengths = np.stack([tokens - rows, rows], axis=1) if two_sides else tokens[:, None]
         capacity = None if seq_len is None else (seq_len,) * lengths.shape[1]
@@ -70,8 +78,10 @@ def main() -> None:
         size = reader.manifest.vocabulary_size if objective is KL else width
         attach_loss(model, objective, size)
         text = StudentText(reader, load_request_tokenizer(request), window=None, encoder=two_sides)
-        contenders = [Contender(reader, text, objective, two_sides=two_sides, budget=args.tokens_per_batch, seq_len=n)
-                      for n in (None, *args.seq_len)]  # fmt: skip
+        contenders = [
+            Contender(reader, text, objective, two_sides=two_sides, budget=args.tokens_per_batch, seq_len=n)
+            for n in (None, *args.seq_len)
+        ]
         for _, *_ in zip(range(args.batches), *(c.steps(model) for c in contenders), strict=False):
             pass
         for c in contenders:

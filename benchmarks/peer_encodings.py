@@ -112,8 +112,10 @@ def write_distillkit(folder: Path, number: int, ids: Array, logprobs: Array, voc
         design = _terms(ids.shape[1] - exact)
         coefficients = np.linalg.lstsq(design, logprobs[:, exact:].T.astype(np.float64), rcond=None)[0].T
     tail = np.ascontiguousarray(coefficients, dtype=np.float32).view(np.uint8)
-    rows = {"compressed_logprobs": _lists(np.concatenate([head, tail], axis=1)),
-            "bytepacked_indices": _lists(pack_bits(ids, width_of(vocabulary)))}  # fmt: skip
+    rows = {
+        "compressed_logprobs": _lists(np.concatenate([head, tail], axis=1)),
+        "bytepacked_indices": _lists(pack_bits(ids, width_of(vocabulary))),
+    }
     pq.write_table(pa.table(rows), folder / f"{number}.parquet")
     (folder / "compression_config.txt").write_text(f"k={ids.shape[1]} exact_k={exact}")
 

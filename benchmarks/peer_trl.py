@@ -32,10 +32,21 @@ def case(name: str, work: Path, batch: int, steps: int) -> dict[str, Any]:
     mask = [0] * PROMPT_TOKENS + [1] * (length - PROMPT_TOKENS)
     pretokenized = [{"input_ids": t["input_ids"], "completion_mask": mask, "prompt": t["prompt"]} for t in texts]
     common = {
-        "output_dir": str(work / "trl"), "per_device_train_batch_size": batch, "max_steps": steps + 1, "max_length": length,
-        "optim": "adamw_torch", "learning_rate": 1e-5, "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "packing": False,
-    }  # fmt: skip
+        "output_dir": str(work / "trl"),
+        "per_device_train_batch_size": batch,
+        "max_steps": steps + 1,
+        "max_length": length,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-5,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "packing": False,
+    }
 
     class Timer(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -71,8 +82,13 @@ def case(name: str, work: Path, batch: int, steps: int) -> dict[str, Any]:
     models = {"model": load_model(work / "student")}
     if name != "sft":
         models["teacher_model"] = load_model(work / "teacher")
-    trainer = Trainer(**models, args=Config(**common, **settings), train_dataset=Dataset.from_list(pretokenized),
-                      processing_class=tokenizer, callbacks=[Timer()])  # fmt: skip
+    trainer = Trainer(
+        **models,
+        args=Config(**common, **settings),
+        train_dataset=Dataset.from_list(pretokenized),
+        processing_class=tokenizer,
+        callbacks=[Timer()],
+    )
     trainer.train()
     found = meter.result(steps * batch * length)
     return found | {"versions": {"trl": trl.__version__, "transformers": transformers.__version__}}

@@ -76,8 +76,18 @@ class Sizes:
     """Values of some axes; None = all axes and their own"""
 
 
-QUICK = Sizes(vocabulary=2048, teacher=(64, 1), student=(32, 1), length=32, teacher_batches=1, teacher_batch=2,
-              student_batch=2, steps=1, stored_texts=4, growth={"k": (16, 64)})  # fmt: skip
+QUICK = Sizes(
+    vocabulary=2048,
+    teacher=(64, 1),
+    student=(32, 1),
+    length=32,
+    teacher_batches=1,
+    teacher_batch=2,
+    student_batch=2,
+    steps=1,
+    stored_texts=4,
+    growth={"k": (16, 64)},
+)
 
 
 def prepare(work: Path, sizes: Sizes) -> None:
@@ -90,8 +100,13 @@ def prepare(work: Path, sizes: Sizes) -> None:
     make_texts(work / "one.jsonl", 1, sizes.length)
     make_texts(work / "stored.jsonl", sizes.stored_texts, sizes.length)
     for profile in ("kl", "uld"):
-        for _ in build_cache(work / "teacher", work / "texts.jsonl", work / f"cache-{profile}", profile=profile,
-                             batch_tokens=sizes.student_batch * sizes.length)[1]:  # fmt: skip
+        for _ in build_cache(
+            work / "teacher",
+            work / "texts.jsonl",
+            work / f"cache-{profile}",
+            profile=profile,
+            batch_tokens=sizes.student_batch * sizes.length,
+        )[1]:
             pass
     (work / "naive").mkdir()
     teacher = load_model(work / "teacher").eval()
@@ -116,7 +131,7 @@ def score(model: Any, batch: list[list[int]], top_k: int) -> tuple[Any, Any]:
 def teacher_case(name: str, work: Path, sizes: Sizes) -> dict[str, float]:
     import torch
 
-    import kd.cache_builder.teacher  # noqa: F401  # the meter's base has all imports
+    import kd.cache_builder.teacher.teacher_pass  # noqa: F401  # the meter's base has all imports
 
     meter = Meter()
     model = load_model(work / "teacher").eval()
@@ -131,8 +146,14 @@ def teacher_case(name: str, work: Path, sizes: Sizes) -> dict[str, float]:
             else:
                 ENCODINGS[name].write(out, number, *score(model, batch, sizes.top_k), sizes.vocabulary)
         if name == "kd":
-            _, steps = build_cache(work / "teacher", work / texts, out / "cache", top_k=sizes.top_k,
-                                   batch_tokens=sizes.teacher_batch * sizes.length, model=model)  # fmt: skip
+            _, steps = build_cache(
+                work / "teacher",
+                work / texts,
+                out / "cache",
+                top_k=sizes.top_k,
+                batch_tokens=sizes.teacher_batch * sizes.length,
+                model=model,
+            )
             meter.start()  # tokenising and fingerprints are the plan's
             for _ in steps:
                 pass
@@ -150,9 +171,9 @@ def stored_case(work: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     import numpy as np
     import torch
 
-    from kd.cache_builder.reader import CacheReader
-    from kd.data.models import ModelRequest
-    from kd.data.models import load_model as load_request
+    from kd.cache_builder.store.reader import CacheReader
+    from kd.models.loading import ModelRequest
+    from kd.models.loading import load_model as load_request
 
     model = load_request(ModelRequest("demo", device="cpu")).eval()
     batches = token_batches(work, "stored", min(32, sizes.stored_texts))
@@ -195,7 +216,7 @@ def stored_case(work: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
 def student_case(name: str, work: Path, sizes: Sizes) -> dict[str, float]:
     import torch
 
-    import kd.student_trainer.train  # noqa: F401  # the meter's base has all imports
+    import kd.student_trainer.training  # noqa: F401  # the meter's base has all imports
 
     meter = Meter()
     tokens = sizes.student_batch * sizes.length
@@ -250,8 +271,19 @@ def run_case(name: str, work: Path, sizes: Sizes, trl_python: str | None) -> Any
     if name in TRL_CASES:
         assert trl_python is not None
         steps = 1 if name == "trl-gold" else sizes.steps  # minutes each on a CPU
-        return run_child([trl_python, str(HERE / "peer_trl.py"), name.removeprefix("trl-"), "--work", str(work),
-                          "--batch", str(sizes.student_batch), "--steps", str(steps)])  # fmt: skip
+        return run_child(
+            [
+                trl_python,
+                str(HERE / "peer_trl.py"),
+                name.removeprefix("trl-"),
+                "--work",
+                str(work),
+                "--batch",
+                str(sizes.student_batch),
+                "--steps",
+                str(steps),
+            ]
+        )
     return run_child([sys.executable, str(HERE / "peers.py"), "--case", name, "--work", str(work)])
 
 
@@ -288,8 +320,9 @@ def machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "cpu": cpu, "python": platform.python_version(), "versions": versions}
 
 
-def measure(sizes: Sizes, cases: set[str] | None, repeats: int, trl_python: str | None,
-            save: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
+def measure(
+    sizes: Sizes, cases: set[str] | None, repeats: int, trl_python: str | None, save: Callable[[dict[str, Any]], None]
+) -> None:
     """Run everything; `save` gets what the page is made of after every turn, so that a run cut short is not lost."""
     results: dict[str, Any] = {"sizes": asdict(sizes), "machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
@@ -346,8 +379,11 @@ def main() -> None:
     if args.case:
         sizes = Sizes(**json.loads((args.work / "sizes.json").read_text()))
         run = {"teacher": teacher_case, "student": student_case}
-        found = stored_case(args.work, sizes) if args.case == "stored" else next(
-            run[stage](args.case, args.work, sizes) for stage, names in STAGES.items() if args.case in names)  # fmt: skip
+        found = (
+            stored_case(args.work, sizes)
+            if args.case == "stored"
+            else next(run[stage](args.case, args.work, sizes) for stage, names in STAGES.items() if args.case in names)
+        )
         print(json.dumps(found))
         return
     known = {name for names in STAGES.values() for name in names} | {"stored", "growth"}

@@ -1,6 +1,6 @@
 """The page and the figures of `peers.py`, from its raw figures alone: nothing on the page was typed in.
 
-Bars come from `kd.evaluation.figures`, as in a report. A part that was not measured is left out.
+Bars come from `kd.evaluation.report.figures`, as in a report. A part that was not measured is left out.
 """
 
 from __future__ import annotations
@@ -14,17 +14,28 @@ from typing import Any
 from peer_encodings import ENCODINGS
 
 LABELS = {
-    "bare": "bare forward pass", "kd": "kd cache build", "plain": "plain cross-entropy (transformers)",
-    "ce": "kd train --loss ce", "kl": "kd train --loss kl", "uld": "kd train --loss uld",
-    "naive": "script, top-k KL on whole logits", "trl-sft": "TRL SFTTrainer", "trl-gkd": "TRL GKDTrainer, forward KL",
-    "trl-gold": "TRL GOLDTrainer, ULD", **{name: encoding.label for name, encoding in ENCODINGS.items()},
-}  # fmt: skip
+    "bare": "bare forward pass",
+    "kd": "kd cache build",
+    "plain": "plain cross-entropy (transformers)",
+    "ce": "kd train --loss ce",
+    "kl": "kd train --loss kl",
+    "uld": "kd train --loss uld",
+    "naive": "script, top-k KL on whole logits",
+    "trl-sft": "TRL SFTTrainer",
+    "trl-gkd": "TRL GKDTrainer, forward KL",
+    "trl-gold": "TRL GOLDTrainer, ULD",
+    **{name: encoding.label for name, encoding in ENCODINGS.items()},
+}
 TRL_CASES = ("trl-sft", "trl-gkd", "trl-gold")
 HOLDS = {"trl-gkd": "student and teacher", "trl-gold": "student and teacher"}
 AXES = {
-    "k": "tokens kept per row, k", "vocabulary": "vocabulary, entries", "length": "sequence length, tokens",
-    "rows": "rows in all", "batch": "rows per batch", "workers": "workers (--shard i/n)",
-}  # fmt: skip
+    "k": "tokens kept per row, k",
+    "vocabulary": "vocabulary, entries",
+    "length": "sequence length, tokens",
+    "rows": "rows in all",
+    "batch": "rows per batch",
+    "workers": "workers (--shard i/n)",
+}
 LINES = {"build": "build", "read": "read", "kl": "step, kl", "plain": "step, plain"}
 
 
@@ -54,8 +65,11 @@ def _head(results: Mapping[str, Any]) -> str:
     if results.get("trl"):
         versions |= {"trl": results["trl"]["trl"]}
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
-    counts = {stage: len(next(iter(results[f"{stage}_turns"].values()))) for stage in ("teacher", "student")
-              if f"{stage}_turns" in results}  # fmt: skip
+    counts = {
+        stage: len(next(iter(results[f"{stage}_turns"].values())))
+        for stage in ("teacher", "student")
+        if f"{stage}_turns" in results
+    }
     turns = f" ({', '.join(f'{stage} {n}' for stage, n in counts.items())})" if counts else ""
     what = _text(
         "The same texts, teacher, k and student through this project and through others. `benchmarks/peers.py` wrote this",
@@ -83,8 +97,13 @@ def _teacher(results: Mapping[str, Any], figures: Path) -> str:
         "them in the encoding named; those are re-implementations of ours from their authors' documents",
         "(`benchmarks/peer_encodings.py`), not their programs, and leave out what surrounds them there.",
     )
-    return _section("Stage one: the teacher's pass", text, _ratios(rows, "the bare pass"), "teacher.png",
-                    "Time and memory of the teacher's pass")  # fmt: skip
+    return _section(
+        "Stage one: the teacher's pass",
+        text,
+        _ratios(rows, "the bare pass"),
+        "teacher.png",
+        "Time and memory of the teacher's pass",
+    )
 
 
 def _stored(results: Mapping[str, Any], figures: Path) -> str:
@@ -93,10 +112,13 @@ def _stored(results: Mapping[str, Any], figures: Path) -> str:
         ("", "bytes per row", "KL of what is read back, nats", "to read, CPU µs per row"),
         [(_label(n), f"{r['bytes']:.1f}", f"{r['head_kl']:.1e}", f"{r['read_us']:.2f}") for n, r in _ours_first(rows)],
     )
-    _draw_bars(figures / "stored.png", {
-        "bytes per row": [(_label(n), r["bytes"]) for n, r in _ours_first(rows)],
-        "to read, CPU µs per row": [(_label(n), r["read_us"]) for n, r in _ours_first(rows)],
-    })  # fmt: skip
+    _draw_bars(
+        figures / "stored.png",
+        {
+            "bytes per row": [(_label(n), r["bytes"]) for n, r in _ours_first(rows)],
+            "to read, CPU µs per row": [(_label(n), r["read_us"]) for n, r in _ours_first(rows)],
+        },
+    )
     text = _text(
         f"{sizes['stored_texts'] * (sizes['length'] - 1):,} rows of the embedded teacher (trained, 2,048 entries),",
         f"k = {sizes['top_k']}. Ours is the whole folder: text, token ids, normalisers at three temperatures, the gold token's",
@@ -124,8 +146,13 @@ def _student(results: Mapping[str, Any], figures: Path) -> str:
         "while a step from the cache stays the same. The teacher's",
         "pass, once per cache, is stage one's.",
     )
-    return _section("Stage two: a training step", text + gone, _ratios(rows, "plain"), "student.png",
-                    "Time and memory of a training step")  # fmt: skip
+    return _section(
+        "Stage two: a training step",
+        text + gone,
+        _ratios(rows, "plain"),
+        "student.png",
+        "Time and memory of a training step",
+    )
 
 
 def _growth(growth: Mapping[str, Any], figures: Path) -> str:
@@ -158,10 +185,16 @@ def _ours_first(rows: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _ratios(rows: Mapping[str, Mapping[str, float]], base: str) -> str:
     body = [
-        (_label(n), f"{r['us_ratio']:.2f}", f"{r['peak_mb_ratio']:.2f}", f"{r['us']:,.0f}", f"{r['peak_mb']:,.0f}",
-         HOLDS.get(n, "student") if base == "plain" else None)
+        (
+            _label(n),
+            f"{r['us_ratio']:.2f}",
+            f"{r['peak_mb_ratio']:.2f}",
+            f"{r['us']:,.0f}",
+            f"{r['peak_mb']:,.0f}",
+            HOLDS.get(n, "student") if base == "plain" else None,
+        )
         for n, r in rows.items()
-    ]  # fmt: skip
+    ]
     head = ("", f"time, {base} = 1", f"memory, {base} = 1", "CPU µs per token", "peak, MB", "models in memory")
     used = len(head) if base == "plain" else len(head) - 1
     return _table(head[:used], [row[:used] for row in body])
@@ -173,10 +206,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
 
 
 def _bars(path: Path, rows: Mapping[str, Mapping[str, float]], base: str) -> None:
-    _draw_bars(path, {
-        f"CPU time, {base} = 1": [(_label(n), round(r["us_ratio"], 2)) for n, r in rows.items()],
-        f"peak memory, {base} = 1": [(_label(n), round(r["peak_mb_ratio"], 2)) for n, r in rows.items()],
-    }, longest=LONGEST)  # fmt: skip
+    _draw_bars(
+        path,
+        {
+            f"CPU time, {base} = 1": [(_label(n), round(r["us_ratio"], 2)) for n, r in rows.items()],
+            f"peak memory, {base} = 1": [(_label(n), round(r["peak_mb_ratio"], 2)) for n, r in rows.items()],
+        },
+        longest=LONGEST,
+    )
 
 
 LONGEST = 4.0
@@ -184,7 +221,7 @@ LONGEST = 4.0
 
 
 def _draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, float]]], longest: float = math.inf) -> None:
-    from kd.evaluation.figures import Bar, draw_bars
+    from kd.evaluation.report.figures import Bar, draw_bars
 
     def short(label: str) -> str:  # the table has all of it
         return label.partition(" (")[0].partition(", ")[0]
@@ -199,7 +236,7 @@ def _draw_growth(path: Path, growth: Mapping[str, Any]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    from kd.evaluation.figures import COLOURS, DPI, WIDTH
+    from kd.evaluation.report.figures import COLOURS, DPI, WIDTH
 
     path.parent.mkdir(parents=True, exist_ok=True)
     height = 3.0 * ((len(growth) + 1) // 2)

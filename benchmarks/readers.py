@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 python benchmarks/readers.py CACHE --repeats 5
 
-    kd            the decoder of `kd.cache_builder.chunks` on bytes whose SHA-256 is compared with the commit
+    kd            the decoder of `kd.cache_builder.store.chunks` on bytes whose SHA-256 is compared with the commit
     tensorstore   one thread, crc32c checked
     zarr-python   crc32c checked
     zarrs         the same through the Rust pipeline, where the package `zarrs` is installed
@@ -24,9 +24,9 @@ import numpy as np
 import tensorstore
 import zarr
 
-from kd.cache_builder.chunks import decode_shard
-from kd.cache_builder.commits import read_commit, shard_files, verified_bytes
-from kd.cache_builder.manifest import CacheManifest, load_manifest
+from kd.cache_builder.store.chunks import decode_shard
+from kd.cache_builder.store.commits import read_commit, shard_files, verified_bytes
+from kd.cache_builder.store.manifest import CacheManifest, load_manifest
 
 Read = dict[str, list[np.ndarray]]
 """Of every array, its shards."""
@@ -73,8 +73,11 @@ def parts(manifest: CacheManifest) -> list[slice]:
 
 
 READERS: dict[str, Callable[[Path, CacheManifest], Read]] = {
-    "kd": by_kd, "tensorstore": by_tensorstore, "zarr-python": by_zarr, "zarrs": by_zarrs,
-}  # fmt: skip
+    "kd": by_kd,
+    "tensorstore": by_tensorstore,
+    "zarr-python": by_zarr,
+    "zarrs": by_zarrs,
+}
 
 
 def main() -> None:

@@ -27,29 +27,38 @@ import numpy as np
 import torch
 from numcodecs import blosc, zstd
 
-from kd.cache_builder import store
-from kd.cache_builder.build import load_teacher, write_shard
-from kd.cache_builder.claims import Claims
-from kd.cache_builder.manifest import load_manifest
-from kd.cache_builder.plan import BuildPlan, BuildRequest, plan_build
-from kd.cache_builder.reader import CacheReader, quality_means
-from kd.cache_builder.rows import codes_by_count
-from kd.cache_builder.targets import RawTargets, TargetConfig
-from kd.cache_builder.teacher import collect
+from kd.cache_builder.build.builder import load_teacher, write_shard
+from kd.cache_builder.build.plan import BuildPlan, plan_build
+from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.store import shard_store
+from kd.cache_builder.store.claims import Claims
+from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.store.reader import CacheReader, quality_means
+from kd.cache_builder.store.targets import RawTargets, TargetConfig
+from kd.cache_builder.store.vocabulary import codes_by_count
+from kd.cache_builder.teacher.teacher_pass import collect
 from kd.data.blocks import BlockConfig
-from kd.data.models import ModelRequest
 from kd.data.sources import load_corpus
+from kd.models.loading import ModelRequest
 
 CACHES = (
-    ("kl", "graded"), ("kl", "graded-fine"), ("kl", "float16"), ("kl", "float32"), ("kl", "linear8"),
-    ("compact", "graded-coarse"), ("uld", "graded-fine"), ("uld", "float16"), ("sampled", ""),
-)  # fmt: skip
+    ("kl", "graded"),
+    ("kl", "graded-fine"),
+    ("kl", "float16"),
+    ("kl", "float32"),
+    ("kl", "linear8"),
+    ("compact", "graded-coarse"),
+    ("uld", "graded-fine"),
+    ("uld", "float16"),
+    ("sampled", ""),
+)
 
 
 def plan_of(args: argparse.Namespace, config: TargetConfig) -> BuildPlan:
     corpus = load_corpus(args.data, limit=args.limit)
-    request = BuildRequest(Path(args.work) / "unused", ModelRequest(args.teacher, device="cpu"), corpus,
-                           BlockConfig(args.seq_len), config)  # fmt: skip
+    request = BuildRequest(
+        Path(args.work) / "unused", ModelRequest(args.teacher, device="cpu"), corpus, BlockConfig(args.seq_len), config
+    )
     return plan_build(request)
 
 
@@ -76,7 +85,7 @@ def kept_by(raw: RawTargets, config: TargetConfig) -> RawTargets:
 def write(plan: BuildPlan, shards: list[RawTargets], root: Path) -> float:
     """Encode and write a whole cache; CPU-seconds."""
     started = time.process_time()
-    writer = store.ShardWriter(root, plan.manifest)
+    writer = shard_store.ShardWriter(root, plan.manifest)
     writer.create(plan.vocabulary, plan.codes)
     seconds, claims = {"encode": 0.0, "write": 0.0}, Claims(root)
     for index, ((first, stop, _), raw) in enumerate(zip(plan.manifest.shards, shards, strict=True)):
@@ -115,8 +124,10 @@ def line(name: str, root: Path, seconds: float) -> str:
     rest, fixed = shards - ids - values, total - shards - text
     kl = quality_means(manifest).get("head_kl")
     error = "" if kl is None else f"{kl:.1e}"
-    return (f"| {name} | {ids:.1f} | {values:.1f} | {rest:.1f} | {text:.1f} | {fixed:.1f} | **{total:.1f}** | {error} | "
-            f"{rows / seconds / 1000:,.0f} | {max(read_rate(root) for _ in range(3)) / 1000:,.0f} |")  # fmt: skip
+    return (
+        f"| {name} | {ids:.1f} | {values:.1f} | {rest:.1f} | {text:.1f} | {fixed:.1f} | **{total:.1f}** | {error} | "
+        f"{rows / seconds / 1000:,.0f} | {max(read_rate(root) for _ in range(3)) / 1000:,.0f} |"
+    )
 
 
 def references(plan: BuildPlan, shards: list[RawTargets]) -> None:
@@ -135,14 +146,19 @@ def references(plan: BuildPlan, shards: list[RawTargets]) -> None:
     print(f"\n| ids and values of {len(ids):,} rows, k={ids.shape[1]} | B/token |\n|---|---|")
     print(f"| uint16 ids and float16 values, as they are | {ids[0].nbytes + values[0].nbytes} |")
     print(f"| the same through zstd, 512 rows at a time | {len(zstd.compress(both, 5)) / len(ids):.1f} |")
-    for name, table in (("teacher's own", None), ("place by corpus frequency (stored)", plan.codes.astype(np.uint16)),
-                        ("place by frequency in the heads", by_heads)):  # fmt: skip
+    for name, table in (
+        ("teacher's own", None),
+        ("place by corpus frequency (stored)", plan.codes.astype(np.uint16)),
+        ("place by frequency in the heads", by_heads),
+    ):
         numbers = ids if table is None else table[ids]
         sizes = packed(numbers, blosc.SHUFFLE), packed(numbers, blosc.BITSHUFFLE)
         print(f"| ids, {name}: bytes shuffled, bits shuffled | {sizes[0]:.1f}, {sizes[1]:.1f} |")
     mass = float(np.exp(raw.relative.astype(np.float64) - raw.log_z[:, :1]).sum(1).mean())
-    print(f"\nteacher: {-float(raw.gold_logprob.mean()):.3f} nats per token on this text; mass in the top {ids.shape[1]}: "
-          f"{mass:.3f}; different ids in the heads: {len(np.unique(ids)):,}")  # fmt: skip
+    print(
+        f"\nteacher: {-float(raw.gold_logprob.mean()):.3f} nats per token on this text; mass in the top {ids.shape[1]}: "
+        f"{mass:.3f}; different ids in the heads: {len(np.unique(ids)):,}"
+    )
 
 
 def main() -> None:
@@ -167,8 +183,9 @@ def main() -> None:
         for profile, codec in CACHES:
             config = TargetConfig.of_profile(profile, logprob_codec=codec or None).normalised()
             plan, shards = scored["uld" if profile == "uld" else "kl"]
-            identity = plan.manifest.identity | {"targets": {k: list(v) if isinstance(v, tuple) else v
-                                                             for k, v in vars(config).items()}}  # fmt: skip
+            identity = plan.manifest.identity | {
+                "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
+            }
             one = replace(plan, manifest=replace(plan.manifest, identity=identity))
             root = Path(folder) / "cache"
             seconds = write(one, [kept_by(raw, config) for raw in shards], root)

@@ -16,11 +16,11 @@ import argparse
 import torch
 from torch import Tensor
 
-from kd.cache_builder.selection import draw
+from kd.cache_builder.teacher.selection import draw
 from kd.data.blocks import BlockConfig, tokenize_corpus
-from kd.data.models import ModelRequest, load_model, load_request_tokenizer
 from kd.data.sources import load_corpus
-from kd.student_trainer.losses import LossTargets, kl_ghost, kl_renorm, kl_sampled
+from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.student_trainer.losses.by_row import LossTargets, kl_ghost, kl_renorm, kl_sampled
 
 
 def logits_of(name: str, rows: list[Tensor]) -> Tensor:

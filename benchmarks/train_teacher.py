@@ -77,9 +77,15 @@ def main() -> None:
     ids = torch.tensor(tokenizer(args.data.read_text(encoding="utf-8"), verbose=False)["input_ids"])
     train, held_out = ids[:-8192], ids[-8192:].view(-1, WIDTH)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=WIDTH, n_embd=args.width, n_layer=args.layers, n_head=args.width // 32,
-        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=WIDTH,
+        n_embd=args.width,
+        n_layer=args.layers,
+        n_head=args.width // 32,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.0,
+    )
     model = GPT2LMHeadModel(config)
     frequent = torch.bincount(train, minlength=config.vocab_size).topk(FREQUENT).indices
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} training tokens", flush=True)

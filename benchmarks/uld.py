@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.cache_builder import codecs
-from kd.cache_builder.sparsify import Sparsifier
-from kd.cache_builder.targets import RawTargets, TargetConfig, band_edges
+from kd.cache_builder.store import codecs
+from kd.cache_builder.store.targets import RawTargets, TargetConfig, band_edges
+from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
-from kd.data.forward import split_head
-from kd.data.models import ModelRequest, load_model, load_request_tokenizer
 from kd.data.sources import load_corpus
-from kd.student_trainer.groups import GroupSettings, GroupTargets, sorted_distance, uld
+from kd.models.heads import split_head
+from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets, sorted_distance, uld
 
 SPLITS = ((16, 0), (16, 8), (16, 16), (20, 12), (24, 8), (64, 0), (64, 8), (64, 16))
 """Values and bands of a row; the third to fifth cost the same."""
@@ -101,8 +101,14 @@ def main() -> None:
         (dense,) = torch.autograd.grad(exact.sum(), leaf)
         print(f"T={temperature:g}, mean value {float(exact.detach().mean()):.4f}")
         for (k, bands), codec in product(SPLITS, ("linear8", "graded", "graded-fine", "float16")):
-            config = TargetConfig("uld", top_k=k, tail_bands=bands, temperatures=(1.0, 2.0),
-                                  band_temperatures=(temperature,), logprob_codec=codec)  # fmt: skip
+            config = TargetConfig(
+                "uld",
+                top_k=k,
+                tail_bands=bands,
+                temperatures=(1.0, 2.0),
+                band_temperatures=(temperature,),
+                logprob_codec=codec,
+            )
             head, mass = cached(teacher, gold, config, temperature)
             edges = tuple(band_edges(k, teacher.shape[1], bands)) if bands else ()
             zeros = torch.zeros(n)

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kd.cache_builder.files import sha256_of
-from kd.cache_builder.verify import verify
+from kd.cache_builder.upkeep.verify import verify
+from kd.common.files import sha256_of
 
 
 def main() -> None:
@@ -28,9 +28,11 @@ def main() -> None:
             raise SystemExit(f"this cache is damaged: {last.findings[0]}")
 
     cases: dict[str, Callable[[], object]] = {
-        "read": lambda: [p.read_bytes() for p in files], "sha256": lambda: [sha256_of(p) for p in files],
-        "verify --checksums": lambda: drain(False), "verify": lambda: drain(True),
-    }  # fmt: skip
+        "read": lambda: [p.read_bytes() for p in files],
+        "sha256": lambda: [sha256_of(p) for p in files],
+        "verify --checksums": lambda: drain(False),
+        "verify": lambda: drain(True),
+    }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for turn in range(args.repeats + 1):
         for name, case in cases.items():

@@ -77,8 +77,13 @@ def status_mb(name: str) -> float:
 
 def one_thread() -> dict[str, str]:
     """Environment of a case: one thread, no network, no chatter."""
-    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-             "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS": "ignore"}  # fmt: skip
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     return os.environ | quiet
 
 
@@ -87,11 +92,21 @@ def make_model(folder: Path, vocabulary: int, width: int, layers: int, *, seed: 
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from kd.data.tokenizer import load_tokenizer
+    from kd.models.tokenizer import load_tokenizer
 
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=vocabulary, n_positions=POSITIONS, n_embd=width, n_layer=layers, n_head=max(1, width // 64),
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=POSITIONS,
+        n_embd=width,
+        n_layer=layers,
+        n_head=max(1, width // 64),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     load_tokenizer("demo").save_pretrained(folder)
     path = folder / "tokenizer.json"
@@ -117,7 +132,7 @@ def make_texts(path: Path, count: int, length: int) -> None:
 
 def _windows(length: int) -> Iterator[tuple[str, str, list[int]]]:
     from kd.data.sources import load_corpus
-    from kd.data.tokenizer import load_tokenizer
+    from kd.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("demo")
     tokenizer.model_max_length = 10**9  # whole documents, without a warning
@@ -146,44 +161,60 @@ def batches_of(path: Path, size: int) -> list[list[list[int]]]:
     return [ids[n : n + size] for n in range(0, len(ids) - size + 1, size)]
 
 
-def build_cache(model_folder: Path | str, texts: Path, out: Path, *, batch_tokens: int, profile: str = "kl",
-                top_k: int | None = None, shard_rows: int | None = None, shard: tuple[int, int] = (1, 1),
-                model: Any = None) -> tuple[Any, Any]:  # fmt: skip
+def build_cache(
+    model_folder: Path | str,
+    texts: Path,
+    out: Path,
+    *,
+    batch_tokens: int,
+    profile: str = "kl",
+    top_k: int | None = None,
+    shard_rows: int | None = None,
+    shard: tuple[int, int] = (1, 1),
+    model: Any = None,
+) -> tuple[Any, Any]:
     """The plan of a cache of `texts`, and the build's iterator, not yet begun."""
-    from kd.cache_builder.build import build
-    from kd.cache_builder.manifest import Layout
-    from kd.cache_builder.plan import BuildRequest, plan_build
-    from kd.cache_builder.targets import TargetConfig
+    from kd.cache_builder.build.builder import build
+    from kd.cache_builder.build.plan import plan_build
+    from kd.cache_builder.build.request import BuildRequest
+    from kd.cache_builder.store.manifest import Layout
+    from kd.cache_builder.store.targets import TargetConfig
     from kd.data.blocks import BlockConfig
-    from kd.data.models import ModelRequest
     from kd.data.sources import load_corpus
+    from kd.models.loading import ModelRequest
 
     length = len(read_texts(texts)[0]["input_ids"])
     request = BuildRequest(
-        out, ModelRequest(str(model_folder), device="cpu"), load_corpus(str(texts)), BlockConfig(length, bos=False, separator=""),
-        TargetConfig.of_profile(profile, top_k=top_k), tokens_per_batch=batch_tokens, shard=shard, model=model,
+        out,
+        ModelRequest(str(model_folder), device="cpu"),
+        load_corpus(str(texts)),
+        BlockConfig(length, bos=False, separator=""),
+        TargetConfig.of_profile(profile, top_k=top_k),
+        tokens_per_batch=batch_tokens,
+        shard=shard,
+        model=model,
         layout=None if shard_rows is None else Layout(shard_rows, shard_rows),
-    )  # fmt: skip
+    )
     plan = plan_build(request)
     return plan, build(plan)
 
 
 class CachedStudent:
-    """A student of `folder` that learns from `cache` with one of our losses: what `kd.student_trainer.train` sets up."""
+    """A student of `folder` that learns from `cache` with one of our losses: what `kd.student_trainer.training` sets up."""
 
     def __init__(self, folder: Path, cache: Path, loss: str) -> None:
         import torch
         from transformers import AutoTokenizer
 
-        from kd.cache_builder.reader import CacheReader
-        from kd.cache_builder.targets import band_edges
-        from kd.data.tokenizer import vocabulary_size
-        from kd.student_trainer.collate import Collator
-        from kd.student_trainer.compatibility import resolve_objective
+        from kd.cache_builder.store.reader import CacheReader
+        from kd.cache_builder.store.targets import band_edges
+        from kd.models.tokenizer import vocabulary_size
+        from kd.student_trainer.batches.collate import Collator
+        from kd.student_trainer.batches.compatibility import resolve_objective
+        from kd.student_trainer.batches.student_text import StudentText
         from kd.student_trainer.config import TrainConfig
-        from kd.student_trainer.groups import GroupSettings
         from kd.student_trainer.head import attach_loss
-        from kd.student_trainer.text import StudentText
+        from kd.student_trainer.losses.by_group import GroupSettings
 
         self.cache = cache
         reader = CacheReader(cache)
@@ -201,9 +232,9 @@ class CachedStudent:
 
     def train(self, count: int, batch_tokens: int) -> None:
         """`count` steps in the cache's order, its files opened, verified and decoded on the way."""
-        from kd.cache_builder.reader import CacheReader
-        from kd.student_trainer.batch_plan import plan_batches
-        from kd.student_trainer.read_ahead import CachedExamples
+        from kd.cache_builder.store.reader import CacheReader
+        from kd.student_trainer.batches.batch_plan import plan_batches
+        from kd.student_trainer.batches.read_ahead import CachedExamples
 
         reader = CacheReader(self.cache)
         data = CachedExamples(reader)

@@ -13,20 +13,24 @@ from kd.commands.lazy import LazyCommands
 from kd.commands.options import RECORDED, RecordedCommand, build_options, json_option, running_options, unescaped
 
 if TYPE_CHECKING:
-    from kd.cache_builder.build import BuildProgress
-    from kd.cache_builder.plan import BuildPlan, BuildRequest
-    from kd.data.rendering import InstructionConfig
+    from kd.cache_builder.build.builder import BuildProgress
+    from kd.cache_builder.build.plan import BuildPlan
+    from kd.cache_builder.build.request import BuildRequest
+    from kd.data.tasks.rendering import InstructionConfig
 
 NOT_RECORDED = {"out", "as_json", "shard", "profile_build", "extend", "reuse", "workers", "engine"}
 """Options of a build that say nothing about what is in it."""
 
 
 ELSEWHERE = {
-    "ls": "kd.commands.cache_copies:cache_ls", "merge": "kd.commands.cache_copies:cache_merge",
-    "pull": "kd.commands.share:cache_pull", "push": "kd.commands.share:cache_push",
-    "repair": "kd.commands.cache_check:cache_repair", "slice": "kd.commands.cache_copies:cache_slice",
+    "ls": "kd.commands.cache_copies:cache_ls",
+    "merge": "kd.commands.cache_copies:cache_merge",
+    "pull": "kd.commands.cache_share:cache_pull",
+    "push": "kd.commands.cache_share:cache_push",
+    "repair": "kd.commands.cache_check:cache_repair",
+    "slice": "kd.commands.cache_copies:cache_slice",
     "verify": "kd.commands.cache_check:cache_verify",
-}  # fmt: skip
+}
 """The group's commands in other modules."""
 
 
@@ -35,24 +39,48 @@ def cache() -> None:
     """Build, inspect, check and share teacher-logit caches."""
 
 
-def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dict[str, str], limit: int | None,
-          instructions: InstructionConfig | None, profile: str, top_k: int | None, samples: int | None,
-          tail_bands: int | None,
-          temperatures: tuple[float, ...], band_temperatures: tuple[float, ...] | None, logprob_codec: str | None,
-          seq_len: int | None, target_source: str, sample_temperature: float,
-          target_len: int | None, overlong: str, stride: int | None,
-          bos: bool, eos: bool, separator: str, load_in_4bit: bool,
-          dtype: str, device: str, revision: str | None, tokenizer: str | None, tokens_per_batch: int | None,
-          shard_rows: int | None, shard: tuple[int, int], seed: int) -> BuildRequest:  # fmt: skip
+def _request(
+    teacher: str,
+    spec: str,
+    out: Path,
+    split: str | None,
+    columns: dict[str, str],
+    limit: int | None,
+    instructions: InstructionConfig | None,
+    profile: str,
+    top_k: int | None,
+    samples: int | None,
+    tail_bands: int | None,
+    temperatures: tuple[float, ...],
+    band_temperatures: tuple[float, ...] | None,
+    logprob_codec: str | None,
+    seq_len: int | None,
+    target_source: str,
+    sample_temperature: float,
+    target_len: int | None,
+    overlong: str,
+    stride: int | None,
+    bos: bool,
+    eos: bool,
+    separator: str,
+    load_in_4bit: bool,
+    dtype: str,
+    device: str,
+    revision: str | None,
+    tokenizer: str | None,
+    tokens_per_batch: int | None,
+    shard_rows: int | None,
+    shard: tuple[int, int],
+    seed: int,
+) -> BuildRequest:
     quiet_libraries()
-    from kd.cache_builder.generate import GenerationConfig
-    from kd.cache_builder.manifest import Layout
-    from kd.cache_builder.plan import BuildRequest
-    from kd.cache_builder.targets import TargetConfig
+    from kd.cache_builder.build.request import BuildRequest, GenerationConfig
+    from kd.cache_builder.store.manifest import Layout
+    from kd.cache_builder.store.targets import TargetConfig
+    from kd.common.errors import DataError, unknown_name
     from kd.data.blocks import BlockConfig
-    from kd.data.errors import DataError, unknown_name
-    from kd.data.models import ModelRequest, is_classifier, is_encoder_decoder, load_config, max_positions
     from kd.data.sources import load_classes, load_corpus
+    from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config, max_positions
 
     request = ModelRequest(teacher, revision, dtype, device, load_in_4bit, tokenizer, seed)
     config = load_config(request)
@@ -61,15 +89,27 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
         top_k = int(config.num_labels) if top_k is None else top_k
         logprob_codec = logprob_codec or "float32"
     targets = TargetConfig.of_profile(
-        profile, top_k=top_k, samples=samples, tail_bands=tail_bands, temperatures=temperatures,
-        band_temperatures=band_temperatures or (1.0,), logprob_codec=logprob_codec, seed=seed,
-    )  # fmt: skip
+        profile,
+        top_k=top_k,
+        samples=samples,
+        tail_bands=tail_bands,
+        temperatures=temperatures,
+        band_temperatures=band_temperatures or (1.0,),
+        logprob_codec=logprob_codec,
+        seed=seed,
+    )
     window, encoder = max_positions(config), is_encoder_decoder(config)
     most = 1024 if encoder else 512
     blocks = BlockConfig(
-        seq_len or min(most, window or most), stride, bos, eos, unescaped(separator),
-        encoder, target_len or (256 if encoder else None), overlong,
-    )  # fmt: skip
+        seq_len or min(most, window or most),
+        stride,
+        bos,
+        eos,
+        unescaped(separator),
+        encoder,
+        target_len or (256 if encoder else None),
+        overlong,
+    )
     layout = None if shard_rows is None else Layout(shard_rows, min(4096, shard_rows))
     if target_source == "teacher" and "prompt" in columns:  # prompts are enough: the answers become the targets
         columns = {"target": columns["prompt"], **columns}
@@ -91,8 +131,8 @@ def _request(teacher: str, spec: str, out: Path, split: str | None, columns: dic
 
 def plan_of(**options: Any) -> BuildPlan:
     """The plan of a build; an upper bound where the teacher is to write the targets and has not."""
-    from kd.cache_builder.generate import answered
-    from kd.cache_builder.plan import plan_build
+    from kd.cache_builder.build.generate import answered
+    from kd.cache_builder.build.plan import plan_build
 
     request = _request(**options)
     return plan_build(_generated(request) if request.generation is not None and answered(request) else request)
@@ -100,7 +140,7 @@ def plan_of(**options: Any) -> BuildPlan:
 
 def _generated(request: BuildRequest) -> BuildRequest:
     """Drive the generation of targets and its progress bar to the end."""
-    from kd.cache_builder.generate import generate
+    from kd.cache_builder.build.generate import generate
 
     last = follow("generating", generate(request), lambda p: (p.done, p.total, f"{p.done:,} of {p.total:,} answers"))
     assert last.request is not None
@@ -110,15 +150,16 @@ def _generated(request: BuildRequest) -> BuildRequest:
 @cache.command("plan")
 @build_options
 @running_options
-def cache_plan(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str,
-               **options: Any) -> None:  # fmt: skip
+def cache_plan(
+    as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str, **options: Any
+) -> None:
     """Say what a build would cost one builder: rows, bytes, time. Loads no model weights, writes nothing.
 
     With --targets teacher: an upper bound, from the longest answers there may be, until the teacher has answered.
 
     Example: kd cache plan --teacher demo --data demo --out runs/cache
     """
-    from kd.cache_builder.estimate import estimate
+    from kd.cache_builder.build.estimate import estimate
 
     cost = estimate(plan_of(**options))
     bound = "" if cost["targets_known"] else " at most (the teacher has not answered yet: this is an upper bound)"
@@ -128,13 +169,14 @@ def cache_plan(as_json: bool, profile_build: bool, extend: Path | None, reuse: b
 @cache.command("build", cls=RecordedCommand)
 @build_options
 @running_options
-def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str,
-                **options: Any) -> None:  # fmt: skip
+def cache_build(
+    as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str, **options: Any
+) -> None:
     """Run the teacher over the text and write its soft targets. The same command again continues.
 
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
-    from kd.cache_builder.summary import cache_summary
+    from kd.cache_builder.upkeep.summary import cache_summary
 
     last = _build(options, extend, reuse, workers, engine)
     result = cache_summary(options["out"]) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
@@ -156,10 +198,10 @@ def cache_build(as_json: bool, profile_build: bool, extend: Path | None, reuse: 
 
 
 def _build(options: dict[str, Any], extend: Path | None, reuse: bool, workers: int, engine: str) -> BuildProgress:
-    from kd.cache_builder.commits import OWN_NAMES
-    from kd.cache_builder.manifest import existing_cache
-    from kd.cache_builder.plan import plan_build
-    from kd.cache_builder.registry import remember
+    from kd.cache_builder.build.plan import plan_build
+    from kd.cache_builder.store.commits import OWN_NAMES
+    from kd.cache_builder.store.manifest import existing_cache
+    from kd.cache_builder.upkeep.cache_registry import remember
 
     given = click.get_current_context().meta[RECORDED]
     request = replace(
@@ -176,9 +218,9 @@ def _build(options: dict[str, Any], extend: Path | None, reuse: bool, workers: i
 
 def reused(plan: BuildPlan) -> BuildPlan:
     """The plan, to be filled from a cache of the same fingerprint, where one was finished on this machine."""
-    from kd.cache_builder.manifest import load_manifest
-    from kd.cache_builder.plan import plan_build
-    from kd.cache_builder.registry import found
+    from kd.cache_builder.build.plan import plan_build
+    from kd.cache_builder.store.manifest import load_manifest
+    from kd.cache_builder.upkeep.cache_registry import found
 
     request = plan.request
     for path in found(plan.manifest.fingerprint):
@@ -191,16 +233,17 @@ def reused(plan: BuildPlan) -> BuildPlan:
 @click.command("build", cls=RecordedCommand)
 @build_options
 @running_options
-def rebuild(as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str,
-            **options: Any) -> None:  # fmt: skip
+def rebuild(
+    as_json: bool, profile_build: bool, extend: Path | None, reuse: bool, workers: int, engine: str, **options: Any
+) -> None:
     """Build without a word: what `kd cache repair` does with the options that a cache was built with."""
     _build(options, extend, reuse, workers, engine)
 
 
 def run_build(plan: BuildPlan, workers: int = 1, engine: str = "local") -> BuildProgress:
     """Drive a build and its progress bar to the end."""
-    from kd.cache_builder.build import build
-    from kd.cache_builder.engines import build_together
+    from kd.cache_builder.build.builder import build
+    from kd.cache_builder.build.engines import build_together
 
     def show(step: BuildProgress) -> tuple[int, int, str]:
         rate = f"{step.tokens_per_second:,.0f} tokens/s, shard {step.shards_done}/{step.shards_total}"
@@ -218,7 +261,7 @@ def cache_info(path: str, as_json: bool) -> None:
 
     Example: kd cache info runs/cache
     """
-    from kd.cache_builder.mirror import open_cache
-    from kd.cache_builder.summary import cache_summary
+    from kd.cache_builder.opening import cache_folder
+    from kd.cache_builder.upkeep.summary import cache_summary
 
-    emit(cache_summary(open_cache(path)), as_json, path)
+    emit(cache_summary(cache_folder(path)), as_json, path)

@@ -14,8 +14,8 @@ from kd.commands.console import emit_json, follow
 from kd.commands.options import PATH, json_option
 
 if TYPE_CHECKING:
-    from kd.cache_builder.manifest import CacheManifest
-    from kd.cache_builder.verify import Finding
+    from kd.cache_builder.store.manifest import CacheManifest
+    from kd.cache_builder.upkeep.verify import Finding
 
 
 @click.command("verify")
@@ -29,23 +29,30 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
 
     Example: kd cache verify runs/cache
     """
-    from kd.cache_builder.commits import committed
-    from kd.cache_builder.manifest import load_manifest
-    from kd.cache_builder.mirror import open_cache
-    from kd.cache_builder.part import load_part
-    from kd.cache_builder.verify import verify
-    from kd.data.errors import CacheError
+    from kd.cache_builder.opening import cache_folder
+    from kd.cache_builder.store.commits import committed
+    from kd.cache_builder.store.manifest import load_manifest
+    from kd.cache_builder.store.part import load_part
+    from kd.cache_builder.upkeep.verify import verify
+    from kd.common.errors import CacheError
 
-    root = open_cache(path)
+    root = cache_folder(path)
     manifest = load_manifest(root)
     part = load_part(root, manifest)
     steps = verify(root, promises=not checksums)
     last = follow("verifying", steps, lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
     findings = [asdict(f) for f in last.findings]
     if as_json:
-        emit_json({"path": path, "bytes": last.bytes_total, "sound": not findings, "complete": manifest.complete,
-                   "findings": findings}
-                  | ({} if part is None else {"part": {"shards": len(part.shards), "arrays": list(part.arrays)}}))  # fmt: skip
+        emit_json(
+            {
+                "path": path,
+                "bytes": last.bytes_total,
+                "sound": not findings,
+                "complete": manifest.complete,
+                "findings": findings,
+            }
+            | ({} if part is None else {"part": {"shards": len(part.shards), "arrays": list(part.arrays)}})
+        )
     else:
         if part is not None:
             click.echo(f"{path}: a part of a cache, {len(part.shards)} shards of arrays {', '.join(part.arrays)}")
@@ -55,8 +62,12 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
         sys.exit(3)
     if not manifest.complete:
         total, done = len(manifest.shards), len(committed(root, len(manifest.shards)))
-        raise CacheError("what is here is sound, but this cache is not complete", where=path, found=f"{done} of {total} shards",
-                         try_="run its kd cache build command again: it continues")  # fmt: skip
+        raise CacheError(
+            "what is here is sound, but this cache is not complete",
+            where=path,
+            found=f"{done} of {total} shards",
+            try_="run its kd cache build command again: it continues",
+        )
 
 
 @click.command("repair")
@@ -80,15 +91,15 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
 
     Example: kd cache repair runs/cache
     """
-    from kd.cache_builder.commits import committed
-    from kd.cache_builder.manifest import load_manifest
-    from kd.cache_builder.mirror import open_cache
-    from kd.cache_builder.repair import mend, mend_manifest, reopen
+    from kd.cache_builder.opening import cache_folder
+    from kd.cache_builder.store.commits import committed
+    from kd.cache_builder.store.manifest import load_manifest
+    from kd.cache_builder.upkeep.repair import mend, mend_manifest, reopen
     from kd.commands.cache import rebuild
-    from kd.data.errors import CacheDamageError
+    from kd.common.errors import CacheDamageError
 
     mended: list[str] = []
-    copy = None if place is None else open_cache(place)
+    copy = None if place is None else cache_folder(place)
     if copy is not None:
         theirs = load_manifest(copy)  # no cache there: said before anything is looked at
         if mend_manifest(path, copy):
@@ -106,16 +117,27 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
         rebuilt = sorted(set(range(len(before.shards))) - set(committed(path, len(before.shards))))
         recorded = before.provenance.get("options")
         if not isinstance(recorded, dict):
-            raise CacheDamageError("the damaged shards were given up, and what they were built with is not recorded", where=path,
-                                   found=f"shards {', '.join(map(str, rebuilt)) or 'none'}",
-                                   try_="its kd cache build command: it builds these alone")  # fmt: skip
+            raise CacheDamageError(
+                "the damaged shards were given up, and what they were built with is not recorded",
+                where=path,
+                found=f"shards {', '.join(map(str, rebuilt)) or 'none'}",
+                try_="its kd cache build command: it builds these alone",
+            )
         given = {name: str(value) for name, value in moved.items() if value is not None}
         rebuild.main(rebuild.spelled(recorded | given | {"out": str(path)}), "kd cache build", standalone_mode=False)
         findings = verified(path)
     same = load_manifest(path) == before
     if as_json:
-        emit_json({"path": str(path), "mended": mended, "rebuilt_shards": rebuilt, "byte_identical": same,
-                   "sound": not findings, "findings": [asdict(f) for f in findings]})  # fmt: skip
+        emit_json(
+            {
+                "path": str(path),
+                "mended": mended,
+                "rebuilt_shards": rebuilt,
+                "byte_identical": same,
+                "sound": not findings,
+                "findings": [asdict(f) for f in findings],
+            }
+        )
     else:
         for name in mended:
             click.echo(f"{name}: taken from {place}")
@@ -133,16 +155,17 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
 
 def require_copy(ours: CacheManifest, theirs: CacheManifest, path: Path, place: str | None) -> None:
     """Raise CacheMismatchError where the second copy is of another cache."""
-    from kd.data.errors import CacheMismatchError
+    from kd.common.errors import CacheMismatchError
 
     if ours.fingerprint != theirs.fingerprint:
-        raise CacheMismatchError("the copy is of another cache", cache=path, copy=place, found=theirs.fingerprint,
-                                 expected=ours.fingerprint)  # fmt: skip
+        raise CacheMismatchError(
+            "the copy is of another cache", cache=path, copy=place, found=theirs.fingerprint, expected=ours.fingerprint
+        )
 
 
 def verified(path: Path) -> tuple[Finding, ...]:
     """Drive a verification and its progress bar to the end."""
-    from kd.cache_builder.verify import verify
+    from kd.cache_builder.upkeep.verify import verify
 
     return follow(
         "verifying", verify(path), lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings")
@@ -152,7 +175,10 @@ def verified(path: Path) -> tuple[Finding, ...]:
 def print_findings(path: Path | str, findings: Sequence[Finding]) -> None:
     """A line for each, and the verdict."""
     for finding in findings:
-        place = [f"shard {finding.shard}" if finding.shard is not None else "", finding.array or "",
-                 f"rows {finding.rows}" if finding.rows else ""]  # fmt: skip
+        place = [
+            f"shard {finding.shard}" if finding.shard is not None else "",
+            finding.array or "",
+            f"rows {finding.rows}" if finding.rows else "",
+        ]
         click.echo(f"{finding.where}: {finding.problem} ({', '.join(p for p in place if p) or 'whole file'})")
     click.echo(f"{path}: {'sound' if not findings else f'{len(findings)} findings'}")

@@ -13,7 +13,7 @@ from kd.commands.options import PATH, json_option, parse_range
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kd.cache_builder.derive import DeriveProgress
+    from kd.cache_builder.upkeep.derive import DeriveProgress
 
 
 @click.command("slice")
@@ -34,8 +34,8 @@ def cache_slice(path: str, out: Path, as_json: bool, **options: Any) -> None:
 
     Example: kd cache slice runs/cache --top-k 16 --out runs/cache-16
     """
-    from kd.cache_builder.derive import slice_cache
-    from kd.cache_builder.registry import located
+    from kd.cache_builder.upkeep.cache_registry import located
+    from kd.cache_builder.upkeep.derive import slice_cache
 
     _derived(slice_cache(located(path), out, **options), out, as_json, "slicing")
 
@@ -49,15 +49,15 @@ def cache_merge(paths: tuple[str, ...], out: Path, as_json: bool) -> None:
 
     Example: kd cache merge runs/one runs/two --out runs/both
     """
-    from kd.cache_builder.derive import merge_caches
-    from kd.cache_builder.registry import located
+    from kd.cache_builder.upkeep.cache_registry import located
+    from kd.cache_builder.upkeep.derive import merge_caches
 
     _derived(merge_caches([located(p) for p in paths], out), out, as_json, "merging")
 
 
 def _derived(steps: Iterator[DeriveProgress], out: Path, as_json: bool, label: str) -> None:
-    from kd.cache_builder.registry import remember
-    from kd.cache_builder.summary import cache_summary
+    from kd.cache_builder.upkeep.cache_registry import remember
+    from kd.cache_builder.upkeep.summary import cache_summary
 
     follow(label, steps, lambda p: (p.done, p.total, f"shard {p.done}/{p.total}"))
     remember(out)
@@ -74,8 +74,8 @@ def cache_ls(root: Path | None, as_json: bool) -> None:
 
     Example: kd cache ls runs
     """
-    from kd.cache_builder.registry import listing
-    from kd.data.errors import CacheError
+    from kd.cache_builder.upkeep.cache_registry import listing
+    from kd.common.errors import CacheError
 
     if root is not None and not root.is_dir():
         raise CacheError("there is no such folder", where=root)

@@ -80,7 +80,7 @@ def classify_train(as_json: bool, **options: Any) -> None:
     Example: kd classify train --task sst2 --model openai-community/gpt2 --out runs/sst2
     """
     quiet_libraries()
-    from kd.student_trainer.classify.train import ClassifyConfig, train_classifier
+    from kd.student_trainer.classify.classifier_training import ClassifyConfig, train_classifier
 
     config = ClassifyConfig(**options)
     with progress_bar(f"training ({config.task or config.data or config.cache})") as advance:
@@ -106,7 +106,7 @@ def classify_eval(models: tuple[str, ...], as_json: bool, **options: Any) -> Non
     Example: kd classify eval runs/sst2 --data glue/sst2
     """
     quiet_libraries()
-    from kd.evaluation.glue import evaluate_classifier
+    from kd.evaluation.merged.glue_scores import evaluate_classifier
 
     found = {}
     for model in models:
@@ -130,14 +130,22 @@ def classify_eval(models: tuple[str, ...], as_json: bool, **options: Any) -> Non
 @click.option("--tokens-per-batch", type=click.IntRange(min=1), default=4096, show_default=True, help="With padding.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @json_option
-def classify_matrix(pool: Path, out: Path | None, task_root: Path | None, limit: int | None, max_length: int,
-                    tokens_per_batch: int, device: str, as_json: bool) -> None:  # fmt: skip
+def classify_matrix(
+    pool: Path,
+    out: Path | None,
+    task_root: Path | None,
+    limit: int | None,
+    max_length: int,
+    tokens_per_batch: int,
+    device: str,
+    as_json: bool,
+) -> None:
     """Score every backbone of a pool under every task's head: the table of cross-task transfer.
 
     Example: kd classify matrix --pool pool.yaml --task-root data/glue
     """
     quiet_libraries()
-    from kd.evaluation.glue import cross_task_matrix, load_heads
+    from kd.evaluation.merged.glue_scores import cross_task_matrix, load_heads
     from kd.student_trainer.merging.pool import read_pool
 
     found = read_pool(pool)

@@ -12,7 +12,7 @@ from kd.commands.console import emit, emit_json
 from kd.commands.options import corpus_options, json_option
 
 if TYPE_CHECKING:
-    from kd.data.rendering import InstructionConfig
+    from kd.data.tasks.rendering import InstructionConfig
 
 
 @click.group()
@@ -27,11 +27,11 @@ def data_ls(as_json: bool) -> None:
 
     Example: kd data ls
     """
-    from kd.data.clusters import flan_clusters
-    from kd.data.glue import glue_tasks
-    from kd.data.mixtures import PRESETS
     from kd.data.sources import FILE_READERS, SOURCES, WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
-    from kd.data.task_files import load_task, task_names
+    from kd.data.tasks.clusters import flan_clusters
+    from kd.data.tasks.glue import glue_tasks
+    from kd.data.tasks.mixtures import PRESETS
+    from kd.data.tasks.task_files import load_task, task_names
 
     about = {
         "demo": "the standard library's own English; offline; splits train, heldout",
@@ -59,8 +59,14 @@ def data_ls(as_json: bool) -> None:
 @click.argument("spec")
 @corpus_options
 @json_option
-def data_show(spec: str, split: str | None, columns: dict[str, str], limit: int | None,
-              instructions: InstructionConfig, as_json: bool) -> None:  # fmt: skip
+def data_show(
+    spec: str,
+    split: str | None,
+    columns: dict[str, str],
+    limit: int | None,
+    instructions: InstructionConfig,
+    as_json: bool,
+) -> None:
     """Show the first examples of SPEC, its size and its digest.
 
     Example: kd data show demo --limit 3
@@ -70,8 +76,14 @@ def data_show(spec: str, split: str | None, columns: dict[str, str], limit: int 
     corpus = load_corpus(spec, split=split, columns=columns, instructions=instructions)
     shown = corpus.examples[: limit or 3]
     size = sum(len(e.target.encode()) + len(e.prompt.encode()) for e in corpus.examples)
-    result = {"spec": spec, "split": corpus.split, "kind": corpus.kind, "examples": len(corpus.examples),
-              "bytes": size, "text_digest": corpus.digest}  # fmt: skip
+    result = {
+        "spec": spec,
+        "split": corpus.split,
+        "kind": corpus.kind,
+        "examples": len(corpus.examples),
+        "bytes": size,
+        "text_digest": corpus.digest,
+    }
     if as_json:
         result["source"] = corpus.source
         emit_json(result | {"shown": [asdict(e) for e in shown]})
@@ -94,19 +106,25 @@ def data_templates(task: str, options: bool | None, labels: str, as_json: bool) 
 
     Example: kd data templates boolq
     """
-    from kd.data.mixtures import check_options
-    from kd.data.rendering import InstructionConfig, show_templates
-    from kd.data.task_files import load_task
+    from kd.data.tasks.mixtures import check_options
+    from kd.data.tasks.rendering import InstructionConfig, show_templates
+    from kd.data.tasks.task_files import load_task
 
     found = load_task(task.removeprefix("flan:"))
     config = InstructionConfig(options=options, labels=labels)
     check_options([found], config)
     shown = show_templates(found, config)
     if as_json:
-        settings = {"task": found.name, "about": found.about, "clusters": found.clusters, "metrics": found.metrics,
-                    "hub": None if found.hub is None else asdict(found.hub), "columns": found.columns,
-                    "splits": {name: str(part) for name, part in found.splits.items()},
-                    "example": found.example}  # fmt: skip
+        settings = {
+            "task": found.name,
+            "about": found.about,
+            "clusters": found.clusters,
+            "metrics": found.metrics,
+            "hub": None if found.hub is None else asdict(found.hub),
+            "columns": found.columns,
+            "splits": {name: str(part) for name, part in found.splits.items()},
+            "example": found.example,
+        }
         rendered = [asdict(t) | {"shown": asdict(e)} for t, e in zip(found.templates, shown, strict=True)]
         click.echo(json.dumps(settings | {"templates": rendered}, indent=2, ensure_ascii=False))
         return

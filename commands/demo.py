@@ -1,4 +1,4 @@
-"""kd demo: build, train and evaluate on what comes with the package; the settings are in `evaluation/demo.py`."""
+"""kd demo: build, train and evaluate on what comes with the package; the settings are in `recipes/demo_outcome.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 from kd.commands.cache import plan_of, run_build
 from kd.commands.console import emit_json, quiet_libraries
-from kd.commands.evaluate import run_evaluation
+from kd.commands.eval import run_evaluation
 from kd.commands.options import PATH, json_option
 from kd.commands.train import run_training
 
@@ -26,9 +26,9 @@ def demo(out: Path, as_json: bool) -> None:
 
     Example: kd demo --out demo-out
     """
-    from kd.cache_builder.summary import cache_summary
-    from kd.evaluation import demo as settings
-    from kd.student_trainer.card import write_card
+    from kd.cache_builder.upkeep.summary import cache_summary
+    from kd.recipes import demo_outcome as settings
+    from kd.student_trainer.model_card import write_card
 
     quiet_libraries()
     settings.require_fresh(out)

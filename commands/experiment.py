@@ -15,7 +15,7 @@ from kd.commands.options import PATH, json_option
 from kd.commands.recipe import parse_settings, run_step
 
 if TYPE_CHECKING:
-    from kd.data.experiments import Experiment
+    from kd.recipes.experiment_file import Experiment
 
 STATE = "experiment.json"
 
@@ -30,13 +30,20 @@ def parse_seeds(_: click.Context, __: click.Parameter, value: str | None) -> tup
 @click.command()
 @click.argument("name", metavar="FILE")
 @click.option("--out", type=PATH, help="Folder of cache, runs, scores and report; runs/NAME by default.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", callback=parse_settings,
-              help="Give a variable of the file another value; may be repeated.")  # fmt: skip
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=parse_settings,
+    help="Give a variable of the file another value; may be repeated.",
+)
 @click.option("--seeds", callback=parse_seeds, help="Other seeds than the file's, e.g. 0,1,2,3,4.")
 @click.option("--plan", is_flag=True, help="Print the commands and run nothing.")
 @json_option
-def experiment(name: str, out: Path | None, settings: dict[str, str], seeds: tuple[int, ...] | None, plan: bool,
-               as_json: bool) -> None:  # fmt: skip
+def experiment(
+    name: str, out: Path | None, settings: dict[str, str], seeds: tuple[int, ...] | None, plan: bool, as_json: bool
+) -> None:
     """Train students with and without the teacher over several seeds from one cache, score both, and test the difference.
 
     FILE is a YAML file or the name of an experiment that comes with the package (kl-prose, uld-mini, kl-wikitext,
@@ -45,7 +52,7 @@ def experiment(name: str, out: Path | None, settings: dict[str, str], seeds: tup
 
     Example: kd experiment kl-prose --seeds 0,1 --out runs/kl-prose
     """
-    from kd.data.experiments import load_experiment
+    from kd.recipes.experiment_file import load_experiment
 
     found = load_experiment(name)
     found = found if seeds is None else found.with_seeds(seeds)
@@ -76,10 +83,10 @@ def check_commands(commands: list[list[str]]) -> None:
     """Refuse an unknown option, loss or task before the teacher is loaded, and not an hour later."""
     from dataclasses import fields
 
-    from kd.data.errors import unknown_name
-    from kd.evaluation.tasks import check_tasks
+    from kd.common.errors import unknown_name
+    from kd.evaluation.tasks.task_registry import check_tasks
     from kd.student_trainer.config import TrainConfig, config_from
-    from kd.student_trainer.losses import LOSSES
+    from kd.student_trainer.losses.by_row import LOSSES
 
     root = click.get_current_context().find_root().command
     for words in commands:
@@ -90,21 +97,28 @@ def check_commands(commands: list[list[str]]) -> None:
         told = context.params
         if words[0] == "train":
             settings = {f.name for f in fields(TrainConfig)}
-            config = config_from({k: v for k, v in told.items() if k in settings} | {"cache": ",".join(told["cache"])},
-                                 told["config_file"])  # fmt: skip
+            config = config_from(
+                {k: v for k, v in told.items() if k in settings} | {"cache": ",".join(told["cache"])},
+                told["config_file"],
+            )
             if config.loss not in LOSSES:
                 raise unknown_name("loss", config.loss, LOSSES)
         elif words[0] == "eval":
-            check_tasks([t.strip() for t in told["tasks"].split(",")], data=told["spec"], cache=told["cache"],
-                        teacher=told["teacher"], prompts=told["prompts"])  # fmt: skip
+            check_tasks(
+                [t.strip() for t in told["tasks"].split(",")],
+                data=told["spec"],
+                cache=told["cache"],
+                teacher=told["teacher"],
+                prompts=told["prompts"],
+            )
 
 
 def open_folder(found: Experiment, folder: Path, commands: list[list[str]]) -> None:
     """Write down which command makes which folder. Raises DataError where one was made by another command."""
-    from kd.cache_builder.files import canonical_json, write_atomic
-    from kd.data.errors import DataError
-    from kd.data.experiments import out_of, refuse_other_commands
+    from kd.common.errors import DataError
+    from kd.common.files import canonical_json, write_atomic
     from kd.evaluation.results import read_object
+    from kd.recipes.experiment_file import out_of, refuse_other_commands
 
     state = folder / STATE
     steps = {str(Path(out_of(words)).relative_to(folder)): words for words in commands}
@@ -116,15 +130,22 @@ def open_folder(found: Experiment, folder: Path, commands: list[list[str]]) -> N
     elif folder.exists() and any(folder.iterdir()):
         raise DataError("the output folder is not empty", where=folder, found=f"no {STATE}", try_="another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"format": "kd-experiment", "format_version": 1, "name": found.name, "about": found.about,
-                "baseline": found.baseline, "seeds": list(found.seeds), "steps": before | steps}  # fmt: skip
+    document = {
+        "format": "kd-experiment",
+        "format_version": 1,
+        "name": found.name,
+        "about": found.about,
+        "baseline": found.baseline,
+        "seeds": list(found.seeds),
+        "steps": before | steps,
+    }
     write_atomic(state, canonical_json(document))
 
 
 def finished(command: list[str]) -> bool:
     """Is this evaluation on disk already? (Caches and trainings know for themselves.)"""
-    from kd.data.experiments import out_of
     from kd.evaluation.results import EVAL
+    from kd.recipes.experiment_file import out_of
 
     return command[0] == "eval" and (Path(out_of(command)) / EVAL).exists()
 
@@ -133,9 +154,9 @@ def write_outcome(found: Experiment, folder: Path) -> tuple[dict[str, str], dict
     """The report over teacher and students: its files, and what `report.json` says."""
     from dataclasses import asdict
 
-    from kd.cache_builder.reader import CacheReader
-    from kd.evaluation.certainty import certainty, section
-    from kd.evaluation.report import write_report
+    from kd.cache_builder.store.reader import CacheReader
+    from kd.evaluation.report.certainty import certainty, section
+    from kd.evaluation.report.writing import write_report
     from kd.evaluation.results import read_object
 
     inputs = [folder / "teacher", *(folder / run for run in found.runs)]

@@ -23,7 +23,7 @@ def recipe_ls(as_json: bool) -> None:
 
     Example: kd recipe ls
     """
-    from kd.data.recipes import load_recipe, recipe_names
+    from kd.recipes.recipe_file import load_recipe, recipe_names
 
     emit({name: load_recipe(name).about for name in recipe_names()}, as_json)
 
@@ -32,11 +32,17 @@ def recipe_options(function: Function) -> Function:
     """What `show` and `run` share."""
     for option in (
         json_option,
-        click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", callback=parse_settings,
-                     help="Give a variable of the recipe another value; may be repeated."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="NAME=VALUE",
+            callback=parse_settings,
+            help="Give a variable of the recipe another value; may be repeated.",
+        ),
         click.option("--out", type=PATH, help="Folder of the run; runs/NAME by default."),
         click.argument("name"),
-    ):  # fmt: skip
+    ):
         function = option(function)
     return function
 
@@ -57,7 +63,7 @@ def recipe_show(name: str, out: Path | None, settings: dict[str, str], as_json: 
     """
     import shlex
 
-    from kd.data.recipes import load_recipe
+    from kd.recipes.recipe_file import load_recipe
 
     found = load_recipe(name)
     commands = found.commands(out or Path("runs") / found.name, settings)
@@ -76,7 +82,7 @@ def recipe_run(name: str, out: Path | None, settings: dict[str, str], as_json: b
 
     Example: kd recipe run oscarnav-four --out runs/four
     """
-    from kd.data.recipes import load_recipe
+    from kd.recipes.recipe_file import load_recipe
 
     found = load_recipe(name)
     folder = out or Path("runs") / found.name

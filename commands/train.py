@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.console import emit, progress_bar, quiet_libraries
-from kd.commands.evaluate import run_evaluation
+from kd.commands.eval import run_evaluation
 from kd.commands.options import PATH, json_option, parse_bytes, unescaped
 
 if TYPE_CHECKING:
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--cache", multiple=True, metavar="CACHE[=WEIGHT]",
+    "--cache",
+    multiple=True,
+    metavar="CACHE[=WEIGHT]",
     help="Path, URL (hf://datasets/…, s3://…, https://…), or the beginning of a fingerprint. Several, each with a weight, "
     "are mixed: --cache A=0.7 --cache B=0.3.",
-)  # fmt: skip
+)
 @click.option(
     "--cache-bytes",
     callback=parse_bytes,
@@ -121,9 +123,20 @@ if TYPE_CHECKING:
     help="Train on a benchmark's own text, or on what --eval-data asks; scores are then marked.",
 )
 @json_option
-def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_split: str | None, as_json: bool,
-          eval_tasks: str | None, eval_every: str, eval_limit: int | None, eval_task_root: Path | None,
-          eval_protocol: str, allow_contaminated: bool, **options: Any) -> None:  # fmt: skip
+def train(
+    config_file: Path | None,
+    resume: bool,
+    eval_data: str | None,
+    eval_split: str | None,
+    as_json: bool,
+    eval_tasks: str | None,
+    eval_every: str,
+    eval_limit: int | None,
+    eval_task_root: Path | None,
+    eval_protocol: str,
+    allow_contaminated: bool,
+    **options: Any,
+) -> None:
     """Train a student from a cache; the teacher is never loaded. Runs as is under accelerate launch or torchrun.
 
     Example: kd train --cache runs/cache --student demo --out runs/student --max-steps 20
@@ -137,9 +150,9 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     config = config_from(options, config_file)
     scores: list[tuple[str, str]] = []
     result: dict[str, Any] = {}
-    from kd.data.models import ModelRequest
     from kd.evaluation.contamination import refuse_benchmark_text
     from kd.evaluation.midway_scores import plan_scores
+    from kd.models.loading import ModelRequest
 
     student = "random:demo-student" if config.student == "demo" else config.student
     reason = refuse_benchmark_text(config.cache, allow=allow_contaminated)
@@ -149,11 +162,25 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     if eval_data or eval_tasks:  # also what is measured before and after alone must not be in the cache
         request = ModelRequest(student, config.revision, tokenizer=config.tokenizer, seed=config.seed)
         tasks = [t.strip() for t in (eval_tasks or "perplexity").split(",")]
-        plan = plan_scores(request, config.cache, tasks, data=eval_data, split=eval_split, limit=eval_limit,
-                           task_root=eval_task_root, protocol=eval_protocol, allow_contaminated=allow_contaminated)  # fmt: skip
+        plan = plan_scores(
+            request,
+            config.cache,
+            tasks,
+            data=eval_data,
+            split=eval_split,
+            limit=eval_limit,
+            task_root=eval_task_root,
+            protocol=eval_protocol,
+            allow_contaminated=allow_contaminated,
+        )
     alone = eval_data is not None and not eval_tasks
-    alike = {"data": eval_data, "split": eval_split, "device": config.device, "dtype": "float32",
-             "allow_contaminated": True}  # fmt: skip
+    alike = {
+        "data": eval_data,
+        "split": eval_split,
+        "device": config.device,
+        "dtype": "float32",
+        "allow_contaminated": True,
+    }
     if alone:
         result["perplexity_before"] = held_out_perplexity(
             student, revision=config.revision, tokenizer=config.tokenizer, seed=config.seed, **alike
@@ -172,7 +199,7 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
     if int(os.environ.get("RANK", "0")) != 0:
         return
     if eval_tasks:
-        from kd.student_trainer.records import read_evaluations
+        from kd.student_trainer.run_folder import read_evaluations
 
         records = read_evaluations(Path(config.out))
         result["evaluations"] = records if as_json else len(records)
@@ -183,7 +210,7 @@ def train(config_file: Path | None, resume: bool, eval_data: str | None, eval_sp
             (f"perplexity on {eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}")
             for when in ("before", "after")
         ]
-    from kd.student_trainer.card import write_card
+    from kd.student_trainer.model_card import write_card
 
     write_card(Path(config.out), scores)
     emit(result, as_json, f"{config.out}: trained")
@@ -199,12 +226,16 @@ def leave_group() -> None:
 
 def run_training(config: Any, resume: bool = False, midway: Callable[[], Any] | None = None) -> Any:
     """Drive a training run and its progress bar to the end; `midway` makes what is scored while it runs."""
-    from kd.student_trainer.train import train as run
+    from kd.student_trainer.training import train as run
 
     with progress_bar(f"training ({config.loss})") as advance:
-        return run(config, resume=resume, midway=None if midway is None else midway(), stoppable=stop_on_signals(),
-                   on_step=lambda s: advance(
-            s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"))  # fmt: skip
+        return run(
+            config,
+            resume=resume,
+            midway=None if midway is None else midway(),
+            stoppable=stop_on_signals(),
+            on_step=lambda s: advance(s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"),
+        )
 
 
 @contextmanager

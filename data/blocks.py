@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kd.data.errors import DataError, unknown_name
-from kd.data.example import Example
-from kd.data.glue import CLASSES, PAIR
+from kd.common.errors import DataError, unknown_name
+from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.data.tokenizer import Tokenizer, encode_texts, encode_with_ends, token_bytes
+from kd.data.tasks.glue import CLASSES, PAIR
+from kd.models.tokenizer import Tokenizer, encode_texts, encode_with_ends, token_bytes
 
 OVERLONG = ("error", "drop", "truncate")
 
@@ -59,11 +59,19 @@ class BlockConfig:
         if self.target_len is not None and self.target_len < 1:
             raise DataError("the target length is too small", found=self.target_len, expected="at least 1 token")
         if self.seq_len < 2:
-            raise DataError("the sequence length is too small", found=self.seq_len, expected="at least 2 tokens",
-                            try_="--seq-len 512")  # fmt: skip
+            raise DataError(
+                "the sequence length is too small",
+                found=self.seq_len,
+                expected="at least 2 tokens",
+                try_="--seq-len 512",
+            )
         if self.stride is not None and not 1 <= self.stride < self.seq_len:
-            raise DataError("the stride does not fit the sequence length", found=self.stride,
-                            expected=f"1..{self.seq_len - 1} tokens", try_="--stride")  # fmt: skip
+            raise DataError(
+                "the stride does not fit the sequence length",
+                found=self.stride,
+                expected=f"1..{self.seq_len - 1} tokens",
+                try_="--stride",
+            )
 
     def normalised(self, kind: str, tokenizer: Tokenizer) -> BlockConfig:
         """The same rows by other words: what `tokenize_corpus` does not look at, for this kind of corpus, is set alike.
@@ -103,8 +111,9 @@ class TokenRows:
         return np.concatenate([self.context_ids, self.target_ids])
 
 
-def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig,
-                    counts: Counter[str] | None = None) -> Iterator[TokenRows]:  # fmt: skip
+def tokenize_corpus(
+    corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig, counts: Counter[str] | None = None
+) -> Iterator[TokenRows]:
     """All rows of `corpus` in order. Raises DataError naming the example that cannot be scored.
 
     `counts` receives the number of pairs that were `dropped`, and of those whose prompt or target was `truncated`.
@@ -112,9 +121,13 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig,
     pieces = token_bytes(tokenizer)
     if corpus.kind == "documents":
         if config.encoder:
-            raise DataError("an encoder-decoder teacher needs a prompt for its encoder", where=corpus.spec,
-                            found="documents", expected="prompt and target", try_="--columns prompt=…,target=…, or "
-                            "--data flan:four")  # fmt: skip
+            raise DataError(
+                "an encoder-decoder teacher needs a prompt for its encoder",
+                where=corpus.spec,
+                found="documents",
+                expected="prompt and target",
+                try_="--columns prompt=…,target=…, or --data flan:four",
+            )
         for example in corpus.examples:
             yield from document_blocks(example, tokenizer, pieces, config)
         return
@@ -138,10 +151,13 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig,
             yield fitted
     if refused:
         limits = f"{config.seq_len} " + ("for the prompt" if config.encoder else "in all")
-        raise DataError("examples are longer than the limits", where=corpus.spec,
-                        found=f"{len(refused)} of {len(corpus.examples)}, first {refused[0]}",
-                        expected=limits + (f", {config.target_len} for the target" if config.target_len else ""),
-                        try_="a larger --seq-len or --target-len; cache build also has --overlong drop and truncate")  # fmt: skip
+        raise DataError(
+            "examples are longer than the limits",
+            where=corpus.spec,
+            found=f"{len(refused)} of {len(corpus.examples)}, first {refused[0]}",
+            expected=limits + (f", {config.target_len} for the target" if config.target_len else ""),
+            try_="a larger --seq-len or --target-len; cache build also has --overlong drop and truncate",
+        )
 
 
 def _classified(
@@ -157,8 +173,9 @@ def _classified(
         yield row, row if len(cut) == len(ids) else replace(row, context_ids=np.array(cut, dtype=np.int32))
 
 
-def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],
-                    config: BlockConfig) -> Iterator[TokenRows]:  # fmt: skip
+def document_blocks(
+    example: Example, tokenizer: Tokenizer, pieces: list[bytes], config: BlockConfig
+) -> Iterator[TokenRows]:
     """Cut one document into blocks of at most `seq_len` tokens."""
     ids, ends = encode_with_ends(tokenizer, pieces, example.target)
     data = example.target.encode("utf-8")
@@ -171,9 +188,13 @@ def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],
     whole = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends]  # the token ends on a character boundary
     start = next((i + 1 for i in range(last) if whole[i]), last)
     if start >= last:
-        raise DataError("a document yields no scored position", where=f"example {example.id}",
-                        found=f"{last} tokens", expected="at least 2 tokens, the first being context only",
-                        try_="drop the document, or join short documents")  # fmt: skip
+        raise DataError(
+            "a document yields no scored position",
+            where=f"example {example.id}",
+            found=f"{last} tokens",
+            expected="at least 2 tokens, the first being context only",
+            try_="drop the document, or join short documents",
+        )
     stride = config.stride or config.seq_len - 1
     number = 0
     while start < last:
@@ -185,8 +206,12 @@ def document_blocks(example: Example, tokenizer: Tokenizer, pieces: list[bytes],
             stop = next(i + 1 for i in range(start, last) if whole[i])
             context = max(context, stop - config.seq_len)
         if context >= start:
-            raise DataError("a character does not fit into a block", where=f"example {example.id} token {start}",
-                            found=f"seq-len {config.seq_len}", try_="a larger --seq-len")  # fmt: skip
+            raise DataError(
+                "a character does not fit into a block",
+                where=f"example {example.id} token {start}",
+                found=f"seq-len {config.seq_len}",
+                try_="a larger --seq-len",
+            )
         base = int(ends[start - 1])
         block = Example(
             id=f"{example.id}#{number}",
@@ -214,8 +239,12 @@ def tokenize_pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], c
         target = np.append(target, np.int32(tokenizer.eos_token_id))
         ends = np.append(ends, len(example.target.encode("utf-8")))
     if not len(context):
-        raise DataError("an example has no context to predict from", where=f"example {example.id}",
-                        found="an empty prompt and no BOS token", try_="a prompt, or a tokenizer with BOS")  # fmt: skip
+        raise DataError(
+            "an example has no context to predict from",
+            where=f"example {example.id}",
+            found="an empty prompt and no BOS token",
+            try_="a prompt, or a tokenizer with BOS",
+        )
     return TokenRows(example, context, target, ends)
 
 

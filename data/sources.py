@@ -6,8 +6,8 @@
     FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns where names differ
     hub-id[:config][@revision]            any data set on the hub that loads without code
     flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
-    glue/TASK                             GLUE's rows with their label's word as target (kd.data.glue); a folder too
-    FILE.yaml                             a task of your own (kd.data.task_files)
+    glue/TASK                             GLUE's rows with their label's word as target (kd.data.tasks.glue); a folder too
+    FILE.yaml                             a task of your own (kd.data.tasks.task_files)
 
 A *document* source yields whole texts that are later cut into blocks; a *pairs* source (columns prompt and
 target) yields examples that stay whole. Hub data sets load through `datasets`; scripts are never trusted.
@@ -25,17 +25,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kd.data import mini_mixture, stdlib_text
-from kd.data.errors import DataError, unknown_name
-from kd.data.example import Example, text_digest
-from kd.data.glue import CLASSES, glue_tasks, is_glue, load_glue
-from kd.data.hub import load_hub
-from kd.data.mixtures import load_mixture, mix, select
-from kd.data.rendering import InstructionConfig
-from kd.data.tables import ENCODING, TABLE_READERS, read_table, unreadable
-from kd.data.task import SPLITS, TaskFile
-from kd.data.task_files import load_task
-from kd.data.task_rows import SAME
+from kd.common.errors import DataError, unknown_name
+from kd.data.demo import mini_mixture, stdlib_text
+from kd.data.rows.example import Example, text_digest
+from kd.data.rows.hub import load_hub
+from kd.data.rows.tables import ENCODING, TABLE_READERS, read_table, unreadable
+from kd.data.tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
+from kd.data.tasks.mixtures import load_mixture, mix, select
+from kd.data.tasks.rendering import InstructionConfig
+from kd.data.tasks.task import SPLITS, TaskFile
+from kd.data.tasks.task_files import load_task
+from kd.data.tasks.task_rows import SAME
 
 WIKITEXT_ID = "Salesforce/wikitext"
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
@@ -68,8 +68,14 @@ class Corpus:
         return text_digest(self.examples)
 
 
-def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None = None, limit: int | None = None,
-                instructions: InstructionConfig | None = None) -> Corpus:  # fmt: skip
+def load_corpus(
+    spec: str,
+    *,
+    split: str | None = None,
+    columns: Columns | None = None,
+    limit: int | None = None,
+    instructions: InstructionConfig | None = None,
+) -> Corpus:
     """Load `spec` (see the module's head); `limit` keeps the first examples. Raises DataError on anything unusable.
 
     instructions   how tasks become text (flan and .yaml); other sources refuse settings that are not the defaults
@@ -79,12 +85,19 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
     instructions = instructions or InstructionConfig()
     is_task = takes_instructions(spec)
     if is_task and columns:
-        raise DataError("tasks name their columns themselves", where=spec, found="--columns",
-                        try_="a task file of your own: docs/extending.md")  # fmt: skip
+        raise DataError(
+            "tasks name their columns themselves",
+            where=spec,
+            found="--columns",
+            try_="a task file of your own: docs/extending.md",
+        )
     if not is_task and instructions != InstructionConfig():
-        raise DataError("the source has no templates", where=spec,
-                        found=", ".join(_changed(instructions)) + " given",
-                        expected="flan:… or a task's .yaml file")  # fmt: skip
+        raise DataError(
+            "the source has no templates",
+            where=spec,
+            found=", ".join(_changed(instructions)) + " given",
+            expected="flan:… or a task's .yaml file",
+        )
     if name in TASK_SOURCES:
         corpus = TASK_SOURCES[name](spec, split or "train", instructions)
     elif is_task:
@@ -112,23 +125,40 @@ def load_corpus(spec: str, *, split: str | None = None, columns: Columns | None 
     if limit is not None:
         examples = examples[:limit]
     if not examples:
-        raise DataError("no text found", where=f"{spec} (split {corpus.split})", found="0 non-empty examples",
-                        try_="kd data show SPEC")  # fmt: skip
+        raise DataError(
+            "no text found",
+            where=f"{spec} (split {corpus.split})",
+            found="0 non-empty examples",
+            try_="kd data show SPEC",
+        )
     _check_ids(spec, examples)
     return replace(corpus, examples=examples, without_text=without_text)
 
 
-def load_classes(spec: str, *, split: str | None = None, columns: Columns | None = None, limit: int | None = None,
-                 instructions: InstructionConfig | None = None) -> Corpus:  # fmt: skip
+def load_classes(
+    spec: str,
+    *,
+    split: str | None = None,
+    columns: Columns | None = None,
+    limit: int | None = None,
+    instructions: InstructionConfig | None = None,
+) -> Corpus:
     """`glue/TASK`, of the hub, of a folder, or of the settings' `task_root`, as texts to classify. Raises DataError."""
     settings = instructions or InstructionConfig()
     given = [name for name in _changed(settings) if name != "task_root"]
     if given or columns:
-        raise DataError("labelled rows have no templates, and GLUE's own columns", where=spec,
-                        found=", ".join([*given, *(["columns"] if columns else [])]) + " given")  # fmt: skip
+        raise DataError(
+            "labelled rows have no templates, and GLUE's own columns",
+            where=spec,
+            found=", ".join([*given, *(["columns"] if columns else [])]) + " given",
+        )
     if not is_glue(spec):
-        raise DataError("a classifier needs labelled rows", where=spec, expected="glue/TASK: "
-                        + ", ".join(glue_tasks()), try_="--data glue/sst2, with --task-root DIR for local rows")  # fmt: skip
+        raise DataError(
+            "a classifier needs labelled rows",
+            where=spec,
+            expected="glue/TASK: " + ", ".join(glue_tasks()),
+            try_="--data glue/sst2, with --task-root DIR for local rows",
+        )
     rows = load_glue(spec, split=split or "train", limit=limit, task_root=settings.task_root)
     examples = rows.labelled
     _check_ids(spec, examples)
@@ -159,11 +189,19 @@ def _check_ids(spec: str, examples: tuple[Example, ...]) -> None:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair; no tokenizer takes it
-                raise DataError("a text is not valid Unicode", where=f"{spec} example {example.id}", found=str(error),
-                                expected="text without lone surrogates") from error  # fmt: skip
+                raise DataError(
+                    "a text is not valid Unicode",
+                    where=f"{spec} example {example.id}",
+                    found=str(error),
+                    expected="text without lone surrogates",
+                ) from error
         if example.id in seen:
-            raise DataError("two examples have the same id", where=spec, found=example.id,
-                            try_="another column for --columns id=…, or none")  # fmt: skip
+            raise DataError(
+                "two examples have the same id",
+                where=spec,
+                found=example.id,
+                try_="another column for --columns id=…, or none",
+            )
         seen.add(example.id)
 
 
@@ -270,8 +308,11 @@ def _local(spec: str, path: Path, split: str, columns: Columns) -> Corpus:
             raise unreadable(file, error) from error
         kinds.add(kind)
     if len(kinds) > 1:
-        raise DataError("the folder mixes plain text and prompt/target files", where=str(path),
-                        try_="one folder for each, or --columns")  # fmt: skip
+        raise DataError(
+            "the folder mixes plain text and prompt/target files",
+            where=str(path),
+            try_="one folder for each, or --columns",
+        )
     return Corpus(spec, split, kinds.pop(), tuple(examples), {"source": "local"})
 
 
@@ -295,8 +336,9 @@ def _read_table(file: Path, prefix: str, columns: Columns, split: str) -> tuple[
     return kind, list(examples)
 
 
-def _rows_to_examples(where: str, names: list[str], rows: Any, columns: Columns, prefix: str,
-                      split: str) -> tuple[str, Iterator[Example]]:  # fmt: skip
+def _rows_to_examples(
+    where: str, names: list[str], rows: Any, columns: Columns, prefix: str, split: str
+) -> tuple[str, Iterator[Example]]:
     """Map columns to fields: `text` alone makes documents, `prompt` + `target` make pairs."""
     allowed = ("text", "prompt", "target", "id")
     for field in columns:
@@ -306,9 +348,13 @@ def _rows_to_examples(where: str, names: list[str], rows: Any, columns: Columns,
     missing = [c for f, c in chosen.items() if f in columns and c not in names]
     pairs = chosen["prompt"] in names and chosen["target"] in names and "text" not in columns
     if missing or not (pairs or chosen["text"] in names):
-        raise DataError("columns are missing", where=where, found=", ".join(names) or "none",
-                        expected=", ".join(missing) or "text, or prompt and target",
-                        try_="--columns text=NAME or --columns prompt=NAME,target=NAME")  # fmt: skip
+        raise DataError(
+            "columns are missing",
+            where=where,
+            found=", ".join(names) or "none",
+            expected=", ".join(missing) or "text, or prompt and target",
+            try_="--columns text=NAME or --columns prompt=NAME,target=NAME",
+        )
     present = {"prompt": chosen["prompt"], "target": chosen["target"]} if pairs else {"target": chosen["text"]}
     id_column = columns.get("id")
 
@@ -319,8 +365,12 @@ def _rows_to_examples(where: str, names: list[str], rows: Any, columns: Columns,
             }
             for field, value in values.items():
                 if not isinstance(value, str):
-                    raise DataError("a value is not text", where=f"{where} row {number} column {present[field]}",
-                                    found=type(value).__name__, expected="a string")  # fmt: skip
+                    raise DataError(
+                        "a value is not text",
+                        where=f"{where} row {number} column {present[field]}",
+                        found=type(value).__name__,
+                        expected="a string",
+                    )
             identity = row.get(id_column) if id_column else f"{prefix}:{number}"
             if identity is None:
                 raise DataError("an id is missing", where=f"{where} row {number} column {id_column}")

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.data.errors import DataError, KdError
-from kd.data.example import Example
-from kd.data.task_files import load_task, task_names
+from kd.common.errors import DataError, KdError
+from kd.data.rows.example import Example
+from kd.data.tasks.task_files import load_task, task_names
 
 if TYPE_CHECKING:
     from kd.data.sources import Corpus
-    from kd.evaluation.hellaswag import Scenes
+    from kd.evaluation.tasks.hellaswag import Scenes
 
 RUN = "run.json"
 SHINGLE = 13
@@ -86,26 +86,34 @@ def cache_texts(cache: str | Path, *, run: str = "", whole: bool = True) -> list
 
     `cache` as `kd train --cache` takes it. Raises CacheError.
     """
-    from kd.cache_builder.manifest import load_manifest
-    from kd.cache_builder.mirror import open_cache
-    from kd.cache_builder.mixture import weighted
-    from kd.cache_builder.part import load_part
-    from kd.cache_builder.store import read_example_table
+    from kd.cache_builder.opening import cache_folder, weighted
+    from kd.cache_builder.store.manifest import load_manifest
+    from kd.cache_builder.store.part import load_part
+    from kd.cache_builder.store.shard_store import read_example_table
 
     texts = []
     for place, _ in weighted(str(cache)):
-        root = open_cache(place if "://" in place else Path(place).expanduser())
+        root = cache_folder(place if "://" in place else Path(place).expanduser())
         manifest = load_manifest(root)
         provenance, part = manifest.provenance, load_part(root, manifest)
         shards = range(len(manifest.shards)) if part is None else part.shards
         examples: list[Example] = []
         for index in shards if whole else ():
             table = read_example_table(root, manifest, index, ["id", "prompt", "target"])
-            examples += [Example(i, target, prompt) for i, prompt, target in
-                         zip(table["id"], table["prompt"], table["target"], strict=True)]  # fmt: skip
-        texts.append(TrainingText(run, str(provenance.get("corpus")), str(provenance.get("split")),
-                                  json.dumps(provenance.get("source")), str(manifest.identity["corpus"]["text_digest"]),
-                                  tuple(examples)))  # fmt: skip
+            examples += [
+                Example(i, target, prompt)
+                for i, prompt, target in zip(table["id"], table["prompt"], table["target"], strict=True)
+            ]
+        texts.append(
+            TrainingText(
+                run,
+                str(provenance.get("corpus")),
+                str(provenance.get("split")),
+                json.dumps(provenance.get("source")),
+                str(manifest.identity["corpus"]["text_digest"]),
+                tuple(examples),
+            )
+        )
     return texts
 
 
@@ -119,9 +127,13 @@ def refuse_benchmark_text(cache: str | Path, *, allow: bool) -> str | None:
     """Why a cache's text is a benchmark's own; raises DataError where it is, unless `allow`."""
     reason = next(filter(None, map(benchmark_text, cache_texts(cache, whole=False))), None)
     if reason is not None and not allow:
-        raise DataError("this cache holds a benchmark's own text", where=cache, found=reason,
-                        expected="text that the student will not be measured on",
-                        try_="--allow-contaminated: the run and its scores are then marked")  # fmt: skip
+        raise DataError(
+            "this cache holds a benchmark's own text",
+            where=cache,
+            found=reason,
+            expected="text that the student will not be measured on",
+            try_="--allow-contaminated: the run and its scores are then marked",
+        )
     return reason
 
 
@@ -144,8 +156,13 @@ def contamination(texts: Sequence[TrainingText], corpus: Corpus | None, scenes: 
 def refuse_contaminated(found: Mapping[str, str]) -> None:
     """Raise DataError where a task (the key) was trained on."""
     for task, reason in found.items():
-        raise DataError("the model was trained on what it would be asked", where=f"task {task}", found=reason,
-                        expected="text it has not seen", try_="--allow-contaminated: the result is then marked")  # fmt: skip
+        raise DataError(
+            "the model was trained on what it would be asked",
+            where=f"task {task}",
+            found=reason,
+            expected="text it has not seen",
+            try_="--allow-contaminated: the result is then marked",
+        )
 
 
 def shared_examples(corpus: Corpus, text: TrainingText) -> int:

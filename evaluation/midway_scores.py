@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.data.models import Model, ModelRequest, load_request_tokenizer
-from kd.data.rendering import InstructionConfig
 from kd.data.sources import takes_instructions
-from kd.data.tokenizer import Tokenizer
-from kd.evaluation.evaluate import contaminated_tasks, score_model, with_texts
-from kd.evaluation.task import Settings
-from kd.evaluation.tasks import check_tasks, check_ways, figures_of
+from kd.data.tasks.rendering import InstructionConfig
+from kd.evaluation.evaluator import contaminated_tasks, score_model, with_texts
+from kd.evaluation.tasks.eval_task import Settings
+from kd.evaluation.tasks.task_registry import check_tasks, check_ways, figures_of
+from kd.models.loading import Model, ModelRequest, load_request_tokenizer
+from kd.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,41 @@ class ScorePlan:
                 break
             if self.on_progress is not None:
                 self.on_progress(step.task, step.done, step.total)
-        found = {"tasks": {name: figures_of(name, result) for name, result in results.items()},
-                 "settings": {name: dict(result.settings) for name, result in results.items()}}  # fmt: skip
+        found = {
+            "tasks": {name: figures_of(name, result) for name, result in results.items()},
+            "settings": {name: dict(result.settings) for name, result in results.items()},
+        }
         return found | ({"contaminated": dict(self.contaminated)} if self.contaminated else {})
 
 
-def plan_scores(student: ModelRequest, cache: str | Path, tasks: Sequence[str], *, data: str | None = None,
-                split: str | None = None, limit: int | None = None, task_root: Path | None = None,
-                protocol: str = "nanogpt", allow_contaminated: bool = False,
-                on_progress: Callable[[str, int, int], None] | None = None) -> ScorePlan:  # fmt: skip
+def plan_scores(
+    student: ModelRequest,
+    cache: str | Path,
+    tasks: Sequence[str],
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    task_root: Path | None = None,
+    protocol: str = "nanogpt",
+    allow_contaminated: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> ScorePlan:
     """Check tasks and load their texts. Raises KdError as `run_tasks`, and DataError for text that is in the cache."""
     check_tasks(tasks, data=data, cache=cache)
     check_ways(tasks, "apart", protocol)
     template: str | int = 0 if data is not None and takes_instructions(data) else "random"
     instructions = InstructionConfig(template, task_root=task_root)
     tokenizer = load_request_tokenizer(student)
-    settings = with_texts(Settings(limit=limit, protocol=protocol), tasks, tokenizer, data=data, cache=cache,
-                          split=split, instructions=instructions)  # fmt: skip
+    settings = with_texts(
+        Settings(limit=limit, protocol=protocol),
+        tasks,
+        tokenizer,
+        data=data,
+        cache=cache,
+        split=split,
+        instructions=instructions,
+    )
     found = contaminated_tasks(tasks, settings, student.name, cache=cache, allow=allow_contaminated)
     return ScorePlan(tuple(dict.fromkeys(tasks)), settings, found, on_progress)
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.files import MAX_JSON_BYTES, canonical_json, write_atomic
-from kd.data.errors import DataError
+from kd.common.errors import DataError
+from kd.common.files import MAX_JSON_BYTES, canonical_json, write_atomic
 
 FORMAT, FORMAT_VERSION = "kd-eval", 1
 EVAL, DOCUMENTS = "eval.json", "documents.json"
@@ -32,7 +32,7 @@ class EvalReport:
     parameters: int
     """Counted; tied weights once."""
     identity: dict[str, Any]
-    """Class, dtype, quantisation, weight digests: see `kd.data.identity.model_identity`."""
+    """Class, dtype, quantisation, weight digests: see `kd.models.identity.model_identity`."""
     tokenizer: str
     """Fingerprint."""
     tasks: dict[str, dict[str, dict[str, Any]]]
@@ -52,10 +52,18 @@ class EvalReport:
     def to_dict(self) -> dict[str, Any]:
         """What `eval.json` holds."""
         return {
-            "format": FORMAT, "format_version": FORMAT_VERSION, "model": self.model, "parameters": self.parameters,
-            "identity": self.identity, "tokenizer": self.tokenizer, "tasks": self.tasks, "settings": self.settings,
-            "data": self.data, "cache": self.cache, "versions": self.versions,
-        }  # fmt: skip
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "parameters": self.parameters,
+            "identity": self.identity,
+            "tokenizer": self.tokenizer,
+            "tasks": self.tasks,
+            "settings": self.settings,
+            "data": self.data,
+            "cache": self.cache,
+            "versions": self.versions,
+        }
 
     def save(self, out_dir: Path) -> Path:
         """Write `documents.json`, then `eval.json`, each whole or absent; returns the latter's path."""
@@ -69,9 +77,12 @@ def load_report(folder: Path) -> EvalReport:
     path = folder / EVAL
     document = read_object(path)
     if (document.get("format"), document.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise DataError("this is not an evaluation that this release reads", where=path,
-                        found=f"format {document.get('format')!r} version {document.get('format_version')!r}",
-                        expected=f"{FORMAT!r} version {FORMAT_VERSION}")  # fmt: skip
+        raise DataError(
+            "this is not an evaluation that this release reads",
+            where=path,
+            found=f"format {document.get('format')!r} version {document.get('format_version')!r}",
+            expected=f"{FORMAT!r} version {FORMAT_VERSION}",
+        )
     documents = read_object(folder / DOCUMENTS) if (folder / DOCUMENTS).is_file() else {}
     names = [n for n in EvalReport.__dataclass_fields__ if n != "documents"]
     missing = [n for n in names if n not in document]
@@ -100,8 +111,13 @@ def refuse_other_scores(out: Path, models: Sequence[str], tasks: Sequence[str]) 
         before = load_report(folder)
         if planned.get(folder) != before.model or not set(tasks) & set(before.tasks):
             found, expected = f"{before.model}: {', '.join(before.tasks)}", f"{planned.get(folder)}: {', '.join(tasks)}"
-            raise DataError("the output folder holds other scores", where=folder, found=found,
-                            expected=expected if folder in planned else "nothing", try_="another --out")  # fmt: skip
+            raise DataError(
+                "the output folder holds other scores",
+                where=folder,
+                found=found,
+                expected=expected if folder in planned else "nothing",
+                try_="another --out",
+            )
 
 
 def read_object(path: Path) -> dict[str, Any]:

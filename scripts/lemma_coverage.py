@@ -3,7 +3,8 @@
     python scripts/lemma_coverage.py DATA/tasks/common_gen/dev.jsonl
 
 `right`: a row's own concepts in its own sentence, which people wrote to hold them all. `shuffled`: in another row's
-sentence, where whatever is found beyond what the best way finds is a mistake. The last is `kd.evaluation.answer_metrics`' own.
+sentence, where whatever is found beyond what the best way finds is a mistake. The last is the way of
+`kd.evaluation.answers.answer_metrics`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import simplemma
 from nltk.stem.porter import PorterStemmer
 
-from kd.evaluation.answer_metrics import word_forms
+from kd.evaluation.answers.answer_metrics import word_forms
 
 STEMMER = PorterStemmer()
 WAYS: dict[str, Callable[[str], frozenset[str]]] = {

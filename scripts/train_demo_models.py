@@ -1,9 +1,9 @@
 """Train the embedded demo teacher and its tokenizer, from nothing but this interpreter's standard library.
 
-    python scripts/train_demo_models.py --out data/embedded
+    python scripts/train_demo_models.py --out models/embedded
 
 A byte-level BPE of 2,048 pieces and a GPT-2-layout model of 2.7 M parameters (5 layers, d=192, 256 positions),
-trained on the `train` split of `kd.data.stdlib_text`; weights are stored as float16. Everything is seeded. The
+trained on the `train` split of `kd.data.demo.stdlib_text`; weights are stored as float16. Everything is seeded. The
 figures of the run that made the committed weights are in docs/log.md. Takes about half an hour on two cores.
 """
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kd.data.stdlib_text import documents
+from kd.data.demo.stdlib_text import documents
 
 VOCABULARY_SIZE = 2048
 END = "<|endoftext|>"
@@ -81,9 +81,17 @@ def main() -> None:
     tokenizer = train_tokenizer([text for _, text in documents("train")], args.out)
     train_ids, dev_ids = stream(tokenizer, "train"), stream(tokenizer, "heldout")
     config = GPT2Config(  # no attention dropout: it has no fused kernel and costs 3x
-        vocab_size=VOCABULARY_SIZE, n_positions=256, n_embd=192, n_layer=5, n_head=6,
-        bos_token_id=0, eos_token_id=0, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY_SIZE,
+        n_positions=256,
+        n_embd=192,
+        n_layer=5,
+        n_head=6,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.0,
+    )
     model = GPT2LMHeadModel(config)
     count = sum(p.numel() for p in model.parameters())
     print(f"{count:,} parameters, {len(train_ids):,} training tokens, {len(dev_ids):,} held-out", flush=True)

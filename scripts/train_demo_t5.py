@@ -1,10 +1,10 @@
 """Train the embedded T5-shaped teacher and its tokenizer on the embedded task mixture.
 
-    python scripts/train_demo_t5.py --out data/embedded_t5 --compile
+    python scripts/train_demo_t5.py --out models/embedded_t5 --compile
 
 A sentencepiece-like Unigram tokenizer (1,200 pieces, white space collapsed, no piece for a line break) and a model in the
 layout of T5 v1.1 (gated GELU, RMSNorm, relative positions, an output layer of its own, wider than the tokenizer),
-trained on endless fresh examples of the `train` facts of `kd.data.mini_mixture`; weights are stored as float16.
+trained on endless fresh examples of the `train` facts of `kd.data.demo.mini_mixture`; weights are stored as float16.
 Everything is seeded. The figures of the run that made the committed weights are in docs/log.md. Takes about nine minutes
 on one core with `--compile`, which needs a C++ compiler.
 
@@ -43,9 +43,9 @@ from tokenizers import (
 from torch.nn.functional import cross_entropy
 from transformers import T5Config, T5ForConditionalGeneration
 
-from kd.data.example import Example
-from kd.data.mini_mixture import examples, is_right
-from kd.data.stdlib_text import documents
+from kd.data.demo.mini_mixture import examples, is_right
+from kd.data.demo.stdlib_text import documents
+from kd.data.rows.example import Example
 
 PIECES, EXTRA_IDS, LOGITS = 1200, 8, 1216
 """Tokenizer entries, of these sentinels; rows of the output layer (the next multiple of 64)."""
@@ -111,10 +111,20 @@ def train_tokenizer(path: Path) -> Tokenizer:
 
 def new_model(width: int, inner: int, layers: int, decoder_layers: int, heads: int) -> T5ForConditionalGeneration:
     config = T5Config(
-        vocab_size=LOGITS, d_model=width, d_kv=width // heads, d_ff=inner, num_layers=layers,
-        num_decoder_layers=decoder_layers, num_heads=heads, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-        tie_word_embeddings=False, pad_token_id=PAD_ID, eos_token_id=END_ID, decoder_start_token_id=PAD_ID,
-    )  # fmt: skip
+        vocab_size=LOGITS,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=inner,
+        num_layers=layers,
+        num_decoder_layers=decoder_layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        tie_word_embeddings=False,
+        pad_token_id=PAD_ID,
+        eos_token_id=END_ID,
+        decoder_start_token_id=PAD_ID,
+    )
     model = T5ForConditionalGeneration(config)
     # transformers 5 ties a new model's output layer whatever the config says
     model.lm_head.weight = torch.nn.Parameter(torch.randn(LOGITS, width) * width**-0.5)
@@ -228,8 +238,12 @@ def batches(tokenizer: Tokenizer, size: int, seed: int) -> Iterator[list[tuple[t
         for half in (order[: size // 2], order[size // 2 :]):
             width = min((w for w in WIDTHS if w >= len(prompts[half[-1]])), default=WIDTHS[-1])
             kept = [i for i in half if len(prompts[i]) <= width]  # none was ever longer than the last width
-            parts.append((padded([prompts[i] for i in kept], PAD_ID, width),
-                          padded([targets[i] for i in kept], NO_LABEL, TARGET_WIDTH)))  # fmt: skip
+            parts.append(
+                (
+                    padded([prompts[i] for i in kept], PAD_ID, width),
+                    padded([targets[i] for i in kept], NO_LABEL, TARGET_WIDTH),
+                )
+            )
         yield parts
 
 
@@ -239,8 +253,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--shape", type=int, nargs=5, default=(192, 384, 4, 2, 4),
-                        help="Width, inner width, encoder layers, decoder layers, heads.")  # fmt: skip
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=5,
+        default=(192, 384, 4, 2, 4),
+        help="Width, inner width, encoder layers, decoder layers, heads.",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=300)
     parser.add_argument("--compile", action="store_true", help="Half as fast again; needs a C++ compiler.")
@@ -281,8 +300,11 @@ def main() -> None:
         if last or (step and step % args.log_every == 0):
             marks = accuracy(model, tokenizer, held_out if last else held_out[:350])
             parts = "  ".join(f"{task} {mark:.2f}" for task, mark in marks.items())
-            print(f"step {step:5d}  train {sum(recent) / len(recent):.4f} nats/token  {parts}  "
-                  f"{time.time() - start:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"step {step:5d}  train {sum(recent) / len(recent):.4f} nats/token  {parts}  "
+                f"{time.time() - start:.0f} s",
+                flush=True,
+            )
             recent = []
             save(model, args.out)
         if last:

@@ -35,8 +35,9 @@ flan-t5-small, -base, -large, -xl, -xxl; gpt2-mini is GPT-2 at width 128, no pub
 def commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """`(name, help text)` of every command below `command`."""
     # the names that `cli` gives its help: click remembers the first it is asked for
-    context = click.Context(command, info_name=" ".join(path), max_content_width=110, terminal_width=110,
-                            help_option_names=["-h", "--help"])  # fmt: skip
+    context = click.Context(
+        command, info_name=" ".join(path), max_content_width=110, terminal_width=110, help_option_names=["-h", "--help"]
+    )
     yield " ".join(path), command.get_help(context)
     if isinstance(command, click.Group):
         for name in sorted(command.commands):

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from kd.data.errors import DataError, unknown_name
-from kd.student_trainer.alignment import ALIGNMENTS
+from kd.common.errors import DataError, unknown_name
+from kd.student_trainer.batches.alignment import ALIGNMENTS
 
 RANKINGS = ("exact", "fast")
 """How the student's probabilities are brought into order (`groups.uld`)."""
@@ -106,7 +106,7 @@ class TrainConfig:
     report_to: str = "none"
     """Any tracker transformers knows: tensorboard, wandb, …"""
     head_chunk: int | None = None
-    """Rows of the output layer computed at once; None = what suits vocabulary and device (`kd.data.batches.head_rows`)."""
+    """Rows of the output layer computed at once; None = what suits vocabulary and device (`kd.models.padded_batches.head_rows`)."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -120,18 +120,36 @@ class TrainConfig:
             if value not in known:
                 raise unknown_name(name, value, known)
         if self.device not in ("auto", "cpu", "cuda"):
-            raise DataError("no such kind of device", found=f"--device {self.device}", expected="auto, cpu or cuda",
-                            try_="CUDA_VISIBLE_DEVICES=N chooses one, torchrun or accelerate launch uses several")  # fmt: skip
+            raise DataError(
+                "no such kind of device",
+                found=f"--device {self.device}",
+                expected="auto, cpu or cuda",
+                try_="CUDA_VISIBLE_DEVICES=N chooses one, torchrun or accelerate launch uses several",
+            )
         if self.tokens_per_batch is not None and self.batch_size is not None:
             raise DataError("two batch sizes were given", found="--tokens-per-batch and --batch-size", expected="one")
-        for name in ("tokens_per_batch", "batch_size", "accumulate", "max_steps", "lora", "log_every", "head_chunk",
-                     "seq_len", "target_len", "cache_bytes"):  # fmt: skip
+        for name in (
+            "tokens_per_batch",
+            "batch_size",
+            "accumulate",
+            "max_steps",
+            "lora",
+            "log_every",
+            "head_chunk",
+            "seq_len",
+            "target_len",
+            "cache_bytes",
+        ):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise DataError(f"{name.replace('_', ' ')} must be at least 1", found=number)
         if not 0 < self.beta < 1:  # at either end the mixture is one of the two sides, and the divergence is 0
-            raise DataError("beta is out of bounds", found=f"--beta {self.beta:g}", expected="between 0 and 1",
-                            try_="--loss kl or reverse-kl for the limits")  # fmt: skip
+            raise DataError(
+                "beta is out of bounds",
+                found=f"--beta {self.beta:g}",
+                expected="between 0 and 1",
+                try_="--loss kl or reverse-kl for the limits",
+            )
         for name in ("weight_decay", "max_grad_norm", "warmup", "save_every", "seed"):
             if not getattr(self, name) >= 0:
                 raise DataError(f"{name.replace('_', ' ')} must not be negative", found=getattr(self, name))
@@ -151,8 +169,11 @@ def _check_types(config: TrainConfig) -> None:
         value, kinds = getattr(config, name), get_args(expected) or (expected,)
         fits = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
         if not fits or (isinstance(value, bool) and bool not in kinds):
-            raise DataError("a setting has the wrong type", found=f"{name} {value!r}",
-                            expected=" or ".join("none" if k is type(None) else k.__name__ for k in kinds))  # fmt: skip
+            raise DataError(
+                "a setting has the wrong type",
+                found=f"{name} {value!r}",
+                expected=" or ".join("none" if k is type(None) else k.__name__ for k in kinds),
+            )
 
 
 def config_from(values: Mapping[str, Any], file: Path | None = None) -> TrainConfig:

@@ -4,7 +4,7 @@
 Here each chunk of rows computes its logits, its loss and, at once, its gradient, which is folded into the
 gradients of hidden states and weight; nothing of size V outlives its chunk. One matrix product forward and two
 backward, as in plain training, with no recomputation. Idea: Liger-Kernel's fused linear losses, arXiv:2410.10989.
-How many rows: `kd.data.batches.head_rows`.
+How many rows: `kd.models.padded_batches.head_rows`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.data.batches import head_rows
-from kd.data.forward import split_head
-from kd.student_trainer.collate import loss_targets
-from kd.student_trainer.losses import LossTargets
+from kd.models.heads import split_head
+from kd.models.padded_batches import head_rows
+from kd.student_trainer.batches.collate import loss_targets
+from kd.student_trainer.losses.by_row import LossTargets
 
 
 class ChunkLoss(Protocol):
@@ -29,14 +29,22 @@ class ChunkLoss(Protocol):
         """`logits [n, V]` -> the sums `[3]` of (total, kd, ce); `logits` become d total / d logits."""
 
 
-def chunked_head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: ChunkLoss, targets: LossTargets, *,
-                      vocabulary_size: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def chunked_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: ChunkLoss,
+    targets: LossTargets,
+    *,
+    vocabulary_size: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of `(total, kd, ce)`, nats; gradients flow from `total` to hidden, weight and bias.
 
     hidden   [N, d]
     weight   [V', d], V' >= vocabulary_size; columns of padding are cut off before the loss
     bias     [V'] or None
-    loss     as `kd.student_trainer.losses.Objective`
+    loss     as `kd.student_trainer.losses.by_row.Objective`
     returns  three scalars; kd and ce carry no gradient
     """
     total, parts = _ChunkedHead.apply(hidden, weight, bias, loss, targets, vocabulary_size, chunk)  # type: ignore[no-untyped-call]
@@ -45,8 +53,16 @@ def chunked_head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss:
 
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: ChunkLoss, targets: LossTargets,
-                vocabulary_size: int, chunk: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: ChunkLoss,
+        targets: LossTargets,
+        vocabulary_size: int,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         w = weight.detach()[:vocabulary_size].to(dtype)
@@ -127,9 +143,13 @@ def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | 
         batch |= {} if unrounded is None else unrounded.tensors
         rows = parts.batch_hidden(batch).flatten(0, 1).index_select(0, positions)
         total, kd, ce = chunked_head_loss(
-            rows, *output_layer(model), loss, loss_targets(batch), vocabulary_size=vocabulary_size,
+            rows,
+            *output_layer(model),
+            loss,
+            loss_targets(batch),
+            vocabulary_size=vocabulary_size,
             chunk=chunk or head_rows(vocabulary_size, rows.device.type, training=True),
-        )  # fmt: skip
+        )
         return {"loss": total, "kd": kd, "ce": ce}
 
     model.forward = MethodType(forward, model)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.pytorch_utils import Conv1D
 
-from kd.data.errors import DataError
+from kd.common.errors import DataError
 from kd.student_trainer.config import LORA_TARGETS
 
 
@@ -27,15 +27,22 @@ def with_adapters(
     _refuse_tied_head(model, targets)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps its weights as [in, out]
     adapters = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, fan_in_fan_out=transposed, task_type=task_type,
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        fan_in_fan_out=transposed,
+        task_type=task_type,
         modules_to_save=None if saved is None else list(saved),
         target_modules=targets.split(",") if targets else LORA_TARGETS.get(model.config.model_type),
-    )  # fmt: skip
+    )
     try:
         return get_peft_model(model, adapters)
     except ValueError as error:
-        raise DataError("LoRA cannot adapt this model", found=str(error).splitlines()[0],
-                        try_="--lora-targets with names of its linear layers") from error  # fmt: skip
+        raise DataError(
+            "LoRA cannot adapt this model",
+            found=str(error).splitlines()[0],
+            try_="--lora-targets with names of its linear layers",
+        ) from error
 
 
 def _refuse_tied_head(model: Any, targets: str | None) -> None:
@@ -44,5 +51,9 @@ def _refuse_tied_head(model: Any, targets: str | None) -> None:
         return
     name = next(name for name, module in model.named_modules() if module is head)
     if any(f".{name}".endswith(f".{target}") for target in targets.split(",")):
-        raise DataError("an adapter on the output layer cannot be merged where the embedding is the same tensor",
-                        where=type(model).__name__, found=f"--lora-targets {targets}", try_=f"leave {name} out")  # fmt: skip
+        raise DataError(
+            "an adapter on the output layer cannot be merged where the embedding is the same tensor",
+            where=type(model).__name__,
+            found=f"--lora-targets {targets}",
+            try_=f"leave {name} out",
+        )

@@ -27,11 +27,11 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from kd.data.errors import DataError
-from kd.data.models import Model
-from kd.data.tokenizer import Tokenizer
-from kd.student_trainer.batch_plan import BatchPlan
-from kd.student_trainer.records import RECORDS
+from kd.common.errors import DataError
+from kd.models.loading import Model
+from kd.models.tokenizer import Tokenizer
+from kd.student_trainer.batches.batch_plan import BatchPlan
+from kd.student_trainer.run_folder import RECORDS
 from kd.student_trainer.trainer import DistillationTrainer
 
 
@@ -48,8 +48,9 @@ class Midway:
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
-            raise DataError("evaluations need a distance", found=f"--eval-every {self.every}",
-                            expected="at least 1 step, or epoch")  # fmt: skip
+            raise DataError(
+                "evaluations need a distance", found=f"--eval-every {self.every}", expected="at least 1 step, or epoch"
+            )
 
 
 def evaluation_steps(plan: BatchPlan, multiple: int, every: int | None) -> frozenset[int]:
@@ -67,12 +68,16 @@ def evaluation_steps(plan: BatchPlan, multiple: int, every: int | None) -> froze
 class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
     """Scores the student at its steps, on the main process; the others wait."""
 
-    def __init__(self, trainer: DistillationTrainer, midway: Midway, model: Model, tokenizer: Tokenizer,
-                 folder: Path) -> None:  # fmt: skip
+    def __init__(
+        self, trainer: DistillationTrainer, midway: Midway, model: Model, tokenizer: Tokenizer, folder: Path
+    ) -> None:
         """`model` is the student itself; where `trainer.model` is another, adapters are around it."""
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise DataError("a student in parts cannot be scored in mid-training", found="FSDP or DeepSpeed",
-                            try_="--eval-tasks left out, and kd eval afterwards")  # fmt: skip
+            raise DataError(
+                "a student in parts cannot be scored in mid-training",
+                found="FSDP or DeepSpeed",
+                try_="--eval-tasks left out, and kd eval afterwards",
+            )
         self.trainer, self.midway, self.model, self.tokenizer = trainer, midway, model, tokenizer
         self.path = folder / RECORDS
         multiple = trainer.args.gradient_accumulation_steps * trainer.args.world_size

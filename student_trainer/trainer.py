@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from kd.data.batches import on_device
-from kd.data.errors import DataError
-from kd.student_trainer.batch_plan import BatchPlan, PlannedBatches
+from kd.common.errors import DataError
+from kd.models.padded_batches import on_device
+from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches
+from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.head import forward_arguments
-from kd.student_trainer.read_ahead import Prefetcher
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,16 @@ def _units(batch: Mapping[str, Any]) -> int:
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer over a batch plan, with per-position normalisation across accumulation and devices."""
 
-    def __init__(self, *, plan: BatchPlan, example_rows: np.ndarray, has_kd: bool, log_path: Path,
-                 on_step: Callable[[StepRecord], None] | None, **rest: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        plan: BatchPlan,
+        example_rows: np.ndarray,
+        has_kd: bool,
+        log_path: Path,
+        on_step: Callable[[StepRecord], None] | None,
+        **rest: Any,
+    ) -> None:
         super().__init__(**rest)
         self.model_accepts_loss_kwargs = True  # losses come normalised by the whole step's positions
         self.loss_is_scaled_for_ga = True
@@ -90,9 +98,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> Any:
         """The plan's batches, each decoded as a whole."""
         loader = DataLoader(
-            self.train_dataset, batch_sampler=PlannedBatches(self.plan), collate_fn=self._collated,
+            self.train_dataset,
+            batch_sampler=PlannedBatches(self.plan),
+            collate_fn=self._collated,
             pin_memory=self.args.dataloader_pin_memory,
-        )  # fmt: skip
+        )
         return self.accelerator.prepare(loader)
 
     def _collated(self, examples: Sequence[Any]) -> dict[str, Any]:
@@ -117,8 +127,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._kd_scale = counts[0] / counts[1].clamp(min=1) if any("units" in batch for batch in batches) else None
         return batches, counts[0]
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:  # fmt: skip
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Sum over this micro-batch's positions divided by the positions of the whole step."""
         self._units += _units(inputs)
         inputs.pop("units", None)
@@ -157,8 +168,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             count = int(sums[3])
             loss = float(sums[0] / count)
             if not math.isfinite(loss):
-                raise DataError("training diverged", where=f"step {self.state.global_step}", found=f"loss {loss}",
-                                try_="a smaller --lr, or --warmup")  # fmt: skip
+                raise DataError(
+                    "training diverged",
+                    where=f"step {self.state.global_step}",
+                    found=f"loss {loss}",
+                    try_="a smaller --lr, or --warmup",
+                )
             self.tokens_this_run += count
             now = time.perf_counter()
             waited = self.waited + (self._prefetcher.waited if self._prefetcher else 0.0)

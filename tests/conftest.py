@@ -19,13 +19,14 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from kd.cache_builder.build import build
-from kd.cache_builder.manifest import Layout
-from kd.cache_builder.plan import BuildRequest, plan_build
-from kd.cache_builder.targets import TargetConfig
+from kd.cache_builder.build.builder import build
+from kd.cache_builder.build.plan import plan_build
+from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.store.manifest import Layout
+from kd.cache_builder.store.targets import TargetConfig
 from kd.data.blocks import BlockConfig
-from kd.data.models import ModelRequest
 from kd.data.sources import load_corpus
+from kd.models.loading import ModelRequest
 
 torch.set_num_threads(1)
 
@@ -106,7 +107,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path):
-    from kd.data.tokenizer import load_tokenizer
+    from kd.models.tokenizer import load_tokenizer
 
     return load_tokenizer(str(tokenizer_dir))
 
@@ -136,8 +137,18 @@ def save_gpt2(folder: Path, seed: int, **changes: Any) -> None:
     """A random GPT-2 of 400 ids, 64 positions, 2 layers, d=32, without dropout, but for `changes`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = {"vocab_size": 400, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0,
-             "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+    shape = {
+        "vocab_size": 400,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         GPT2LMHeadModel(GPT2Config(**shape | changes)).save_pretrained(folder)
@@ -167,14 +178,26 @@ def t5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator([s.replace("🦊", "") for s in STORIES] * 4, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
-              "unk_token": "<unk>"}  # fmt: skip
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     shape = T5Config(
-        vocab_size=320, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-        dropout_rate=0.0, decoder_start_token_id=0, tie_word_embeddings=False,
+        vocab_size=320,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
         architectures=["T5ForConditionalGeneration"],
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = T5ForConditionalGeneration(shape)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kd.data.errors import KdError
+from kd.common.errors import KdError
 
 WRITES = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
 

@@ -20,17 +20,17 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from kd.cache_builder.sparsify import Sparsifier
-from kd.cache_builder.targets import PROFILES, TargetConfig, band_edges
-from kd.cache_builder.teacher import Teacher
+from kd.cache_builder.store.targets import PROFILES, TargetConfig, band_edges
+from kd.cache_builder.teacher.sparsify import Sparsifier
+from kd.cache_builder.teacher.teacher_pass import Teacher
 from kd.data.blocks import TokenRows
-from kd.data.example import Example
-from kd.data.forward import EncoderDecoderHead, LanguageModelHead
-from kd.data.models import decoder_start, random_model
-from kd.data.shapes import SHAPES
-from kd.student_trainer.groups import GroupSettings, GroupTargets
+from kd.data.rows.example import Example
+from kd.models.heads import EncoderDecoderHead, LanguageModelHead
+from kd.models.loading import decoder_start, random_model
+from kd.models.shapes import SHAPES
 from kd.student_trainer.head import chunked_head_loss
-from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets
+from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
 
 NAME = "elsewhere"
 N, D, V, K = 24, 16, 900, 8
@@ -95,12 +95,27 @@ def training(objective: Objective, groups_of: int) -> Callable[[torch.device], N
             return number(*shape, dtype=torch.int64)
 
         gold, count = integer(N), N // groups_of
-        groups = GroupTargets(integer(count), integer(count), gold, *(number(count) for _ in range(3)), number(count, K),
-                              number(count, 4), integer(count, K))  # fmt: skip
+        groups = GroupTargets(
+            integer(count),
+            integer(count),
+            gold,
+            *(number(count) for _ in range(3)),
+            number(count, K),
+            number(count, 4),
+            integer(count, K),
+        )
         first = np.arange(0, N, groups_of)
         vars(groups)["bounds"] = np.stack([first, first + groups_of])  # of a real batch asked for once a step
-        targets = LossTargets(gold, integer(N, K), number(N, K), number(N), integer(N, K), integer(N, K),
-                              groups if objective.groups else None, number())  # fmt: skip
+        targets = LossTargets(
+            gold,
+            integer(N, K),
+            number(N, K),
+            number(N),
+            integer(N, K),
+            integer(N, K),
+            groups if objective.groups else None,
+            number(),
+        )
         for dtype in (torch.float32, *([torch.bfloat16] if objective.loss == "ce" else [])):
             hidden, weight, bias = (number(*s, dtype=dtype).requires_grad_() for s in ((N, D), (V + 4, D), (V + 4,)))
             total, kd, ce = chunked_head_loss(hidden, weight, bias, objective, targets, vocabulary_size=V, chunk=10)

@@ -16,13 +16,13 @@ import atheris
 import pyarrow as pa
 
 with atheris.instrument_imports(include=["kd"]):
-    from kd.cache_builder.arrays import ArraySpec
-    from kd.cache_builder.chunks import decode_shard
-    from kd.cache_builder.files import canonical_json, digest_of, read_json
-    from kd.cache_builder.manifest import Layout, load_manifest, shard_record
-    from kd.cache_builder.store import EXAMPLE_SCHEMA
-    from kd.cache_builder.tables import read_table
-    from kd.data.errors import KdError
+    from kd.cache_builder.store.arrays import ArraySpec
+    from kd.cache_builder.store.chunks import decode_shard
+    from kd.cache_builder.store.manifest import Layout, load_manifest, shard_record
+    from kd.cache_builder.store.parquet import read_table
+    from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
+    from kd.common.errors import KdError
+    from kd.common.files import canonical_json, digest_of, read_json
 
 FOLDER = Path(tempfile.mkdtemp())
 SPECS = (ArraySpec("x", "uint16", None, {}), ArraySpec("x", "uint8", 8, {}, by_column=True))

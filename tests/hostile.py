@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.commits import file_entry
-from kd.cache_builder.files import canonical_json, digest_of, sha256_of
-from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.summary import cache_summary
-from kd.cache_builder.verify import verify
+from kd.cache_builder.store.commits import file_entry
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.upkeep.summary import cache_summary
+from kd.cache_builder.upkeep.verify import verify
+from kd.common.files import canonical_json, digest_of, sha256_of
 
 
 def sign_commit(root: Path, document: dict[str, Any], index: int = 0) -> None:

@@ -247,9 +247,11 @@ class HubServer(Server):
             case "GET" | "HEAD", ["blob", oid]:
                 return of_range(self.blobs[oid], headers.get("Range"))
             case "POST", ["datasets", owner, name, "info", "lfs", "objects", "batch"]:
-                upload = [{"oid": o["oid"], "size": o["size"]}
-                          | ({} if o["oid"] in self.blobs else {"actions": {"upload": {"href": f"{own}/lfs/{o['oid']}"}}})
-                          for o in json.loads(body)["objects"]]  # fmt: skip
+                upload = [
+                    {"oid": o["oid"], "size": o["size"]}
+                    | ({} if o["oid"] in self.blobs else {"actions": {"upload": {"href": f"{own}/lfs/{o['oid']}"}}})
+                    for o in json.loads(body)["objects"]
+                ]
                 return reply({"transfer": "basic", "objects": upload})
             case _, ["api", "datasets", owner, name, *rest]:
                 repository = self.repositories.get(f"{owner}/{name}")
@@ -260,8 +262,17 @@ class HubServer(Server):
                 return self._file(self.repositories[f"{owner}/{name}"], revision, "/".join(inside), headers, own)
         return reply({"error": f"not here: {method} {path}"}, 404)
 
-    def _api(self, method: str, repository: Repository, name: str, rest: list[str], query: dict[str, list[str]],
-             body: bytes, path: str, own: str) -> Answer:  # fmt: skip
+    def _api(
+        self,
+        method: str,
+        repository: Repository,
+        name: str,
+        rest: list[str],
+        query: dict[str, list[str]],
+        body: bytes,
+        path: str,
+        own: str,
+    ) -> Answer:
         match method, rest:
             case "GET", [] | ["revision", _]:
                 revision = rest[1] if rest else "main"
@@ -284,9 +295,18 @@ class HubServer(Server):
                 return reply(found[start : start + 20], 200, more if start + 20 < len(found) else {})
             case "POST", ["preupload", _]:
                 files = json.loads(body)["files"]
-                return reply({"files": [{"path": f["path"], "shouldIgnore": False,
-                                         "uploadMode": "regular" if f["path"].endswith((".json", ".md")) else "lfs"}
-                                        for f in files]})  # fmt: skip
+                return reply(
+                    {
+                        "files": [
+                            {
+                                "path": f["path"],
+                                "shouldIgnore": False,
+                                "uploadMode": "regular" if f["path"].endswith((".json", ".md")) else "lfs",
+                            }
+                            for f in files
+                        ]
+                    }
+                )
             case "POST", ["commit", branch]:
                 lines = [json.loads(line) for line in body.splitlines()]
                 files = dict(repository.files(branch) or {})

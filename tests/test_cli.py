@@ -15,7 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from kd.cache_builder.targets import TargetConfig
+from kd.cache_builder.store.targets import TargetConfig
 from kd.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -58,23 +58,23 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
 @pytest.mark.parametrize(
     ("module", "registry", "command", "option"),
     [
-        ("kd.student_trainer.losses", "LOSSES", "train", "loss"),
-        ("kd.student_trainer.losses", "TAILS", "train", "tail"),
+        ("kd.student_trainer.losses.by_row", "LOSSES", "train", "loss"),
+        ("kd.student_trainer.losses.by_row", "TAILS", "train", "tail"),
         ("kd.student_trainer.config", "OPTIMIZERS", "train", "optimizer"),
         ("kd.student_trainer.config", "SCHEDULES", "train", "schedule"),
         ("kd.student_trainer.config", "PRECISIONS", "train", "precision"),
-        ("kd.cache_builder.targets", "PROFILES", "cache build", "profile"),
-        ("kd.cache_builder.codecs", "CODECS", "cache build", "logprob_codec"),
-        ("kd.data.models", "DTYPES", "cache build", "dtype"),
-        ("kd.data.rendering", "TEMPLATE_CHOICES", "cache build", "template"),
-        ("kd.data.task", "WORDINGS", "cache build", "labels"),
-        ("kd.evaluation.tasks", "TASKS", "eval", "tasks"),
+        ("kd.cache_builder.store.targets", "PROFILES", "cache build", "profile"),
+        ("kd.cache_builder.store.codecs", "CODECS", "cache build", "logprob_codec"),
+        ("kd.models.loading", "DTYPES", "cache build", "dtype"),
+        ("kd.data.tasks.rendering", "TEMPLATE_CHOICES", "cache build", "template"),
+        ("kd.data.tasks.task", "WORDINGS", "cache build", "labels"),
+        ("kd.evaluation.tasks.task_registry", "TASKS", "eval", "tasks"),
         ("kd.student_trainer.config", "OPTIMIZERS", "classify train", "optimizer"),
         ("kd.student_trainer.config", "SCHEDULES", "classify train", "schedule"),
         ("kd.student_trainer.config", "PRECISIONS", "classify train", "precision"),
-        ("kd.student_trainer.merging.methods", "MERGE_METHODS", "merge", "method"),
-        ("kd.student_trainer.merging.methods", "ELECTIONS", "merge", "elect"),
-        ("kd.evaluation.merging", "SELECTIONS", "merge", "select_on"),
+        ("kd.student_trainer.merging.merge_methods", "MERGE_METHODS", "merge", "method"),
+        ("kd.student_trainer.merging.merge_methods", "ELECTIONS", "merge", "elect"),
+        ("kd.evaluation.merged.sweep", "SELECTIONS", "merge", "select_on"),
     ],
 )
 def test_help_names_every_entry_of_the_registry(module: str, registry: str, command: str, option: str) -> None:
@@ -110,7 +110,7 @@ def test_data_templates_shows_every_template_offline() -> None:
 @pytest.fixture
 def task_root(tmp_path: Path) -> Path:
     """Made-up rows of two tasks under DIR/TASK/SPLIT.jsonl."""
-    from kd.data.task_files import load_task
+    from kd.data.tasks.task_files import load_task
 
     for name in ("boolq", "xsum"):
         (tmp_path / "root" / name).mkdir(parents=True)
@@ -127,18 +127,38 @@ def test_task_options_reach_show_plan_and_eval(task_root: Path, tmp_path: Path) 
     assert {e["target"] for e in shown["shown"] if e["task"] == "boolq"} == {"no"}
     assert not any("OPTIONS" in e["prompt"] for e in shown["shown"])
     plan = json.loads(
-        kd("cache", "plan", "--teacher", "demo", "--data", "flan:boolq,xsum", *options, "--out", tmp_path / "c",
-           "--json").stdout
-    )  # fmt: skip
+        kd(
+            "cache",
+            "plan",
+            "--teacher",
+            "demo",
+            "--data",
+            "flan:boolq,xsum",
+            *options,
+            "--out",
+            tmp_path / "c",
+            "--json",
+        ).stdout
+    )
     other = json.loads(
-        kd("cache", "plan", "--teacher", "demo", "--data", "flan:boolq,xsum", *options, "--data-seed", "5", "--out",
-           tmp_path / "c", "--json").stdout
-    )  # fmt: skip
+        kd(
+            "cache",
+            "plan",
+            "--teacher",
+            "demo",
+            "--data",
+            "flan:boolq,xsum",
+            *options,
+            "--data-seed",
+            "5",
+            "--out",
+            tmp_path / "c",
+            "--json",
+        ).stdout
+    )
     assert plan["rows"] == other["rows"]
     assert plan["fingerprint"] != other["fingerprint"], "another order is another corpus"
-    scores = json.loads(
-        kd("eval", "demo", "--tasks", "perplexity", "--data", "flan:boolq", *options, "--json").stdout
-    )  # fmt: skip
+    scores = json.loads(kd("eval", "demo", "--tasks", "perplexity", "--data", "flan:boolq", *options, "--json").stdout)
     assert scores[0]["data"]["source"]["template"] == "0"
 
 
@@ -153,8 +173,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 
 def test_build_prints_the_promised_keys(built: tuple[Path, dict[str, Any]]) -> None:
-    promised = {"fingerprint", "complete", "examples", "rows", "bytes", "bytes_per_token", "top_k", "temperatures",
-                "profile", "teacher", "mass_kept_mean", "head_kl_mean"}  # fmt: skip
+    promised = {
+        "fingerprint",
+        "complete",
+        "examples",
+        "rows",
+        "bytes",
+        "bytes_per_token",
+        "top_k",
+        "temperatures",
+        "profile",
+        "teacher",
+        "mass_kept_mean",
+        "head_kl_mean",
+    }
     assert promised <= set(built[1])
     assert built[1]["complete"] is True
     assert 0.5 < built[1]["mass_kept_mean"] <= 1.0
@@ -202,8 +234,20 @@ def test_same_build_again_says_complete(built: tuple[Path, dict[str, Any]]) -> N
 
 def test_prompts_are_enough_for_a_teacher_that_answers(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question": "The file"}\n{"question": "Return"}\n')
-    words = ("--teacher", "demo", "--data", tmp_path / "q.jsonl", "--columns", "prompt=question", "--seq-len", 64,
-             "--target-len", 8, "--targets", "teacher")  # fmt: skip
+    words = (
+        "--teacher",
+        "demo",
+        "--data",
+        tmp_path / "q.jsonl",
+        "--columns",
+        "prompt=question",
+        "--seq-len",
+        64,
+        "--target-len",
+        8,
+        "--targets",
+        "teacher",
+    )
     out = ("--out", tmp_path / "c")
     before = json.loads(kd("cache", "plan", *words, *out, "--json").stdout)
     assert (before["targets_known"], before["fingerprint"], before["rows_at_most"]) == (False, None, 2 * 8)
@@ -224,8 +268,23 @@ def test_prompts_are_enough_for_a_teacher_that_answers(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused_with_the_difference(built: tuple[Path, dict[str, Any]]) -> None:
-    done = kd("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--top-k", 5,
-              "--out", built[0], code=1)  # fmt: skip
+    done = kd(
+        "cache",
+        "build",
+        "--teacher",
+        "demo",
+        "--data",
+        "demo",
+        "--limit",
+        2,
+        "--seq-len",
+        64,
+        "--top-k",
+        5,
+        "--out",
+        built[0],
+        code=1,
+    )
     assert "targets.top_k" in done.stderr
     assert "asked for 5, the cache has 64" in done.stderr
 
@@ -251,8 +310,23 @@ def test_a_second_copy_that_is_not_one_is_refused(built: tuple[Path, dict[str, A
 
 def test_what_is_there_of_an_unfinished_cache_is_checked_and_the_rest_named(tmp_path: Path) -> None:
     out = tmp_path / "half"
-    kd("cache", "build", "--teacher", "demo", "--data", "demo:heldout", "--limit", 3, "--shard-rows", 4096, "--shard", "1/2",
-       "--no-reuse", "--out", out)  # fmt: skip
+    kd(
+        "cache",
+        "build",
+        "--teacher",
+        "demo",
+        "--data",
+        "demo:heldout",
+        "--limit",
+        3,
+        "--shard-rows",
+        4096,
+        "--shard",
+        "1/2",
+        "--no-reuse",
+        "--out",
+        out,
+    )
     done = kd("cache", "verify", out, code=1)
     assert "sound" in done.stdout
     assert re.search(r"not complete\n +where .*\n +found +\d of \d shards", done.stderr)
@@ -299,11 +373,26 @@ def test_an_encoder_decoder_teacher_over_documents_is_refused(t5_dir: Path, tmp_
         (("eval", "demo", "--tasks", "perplexity"), "--data"),
         (("report", "NOWHERE", "--out", "REPORT"), "NOWHERE"),
         ((*PLAN, "--logprob-codec", "grad"), "did you mean"),
-        (("cache", "build", "--teacher", "demo", "--data", "demo", "--limit", "1", "--out", "NOWHERE", "--device", "gpu"),
-         "knows no such device"),
+        (
+            (
+                "cache",
+                "build",
+                "--teacher",
+                "demo",
+                "--data",
+                "demo",
+                "--limit",
+                "1",
+                "--out",
+                "NOWHERE",
+                "--device",
+                "gpu",
+            ),
+            "knows no such device",
+        ),
         (("cache", "plan", "--teacher", "./nosuch", "--data", "demo", "--out", "NOWHERE"), "no folder of this name"),
     ],
-)  # fmt: skip
+)
 def test_wrong_input_is_one_clear_error(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
     places = [str(tmp_path / a) if a.isupper() else a for a in arguments]
     done = kd(*places, code=1)
@@ -322,16 +411,43 @@ def test_train_eval_and_report_end_to_end(built: tuple[Path, dict[str, Any]], tm
     )
     run = tmp_path / "run"
     trained = json.loads(
-        kd("train", "--cache", built[0], "--student", "demo", "--out", run, "--max-steps", 3, "--tokens-per-batch", 512,
-           "--log-every", 1, "--eval-data", tmp_path / "held.txt", "--json").stdout
-    )  # fmt: skip
+        kd(
+            "train",
+            "--cache",
+            built[0],
+            "--student",
+            "demo",
+            "--out",
+            run,
+            "--max-steps",
+            3,
+            "--tokens-per-batch",
+            512,
+            "--log-every",
+            1,
+            "--eval-data",
+            tmp_path / "held.txt",
+            "--json",
+        ).stdout
+    )
     assert trained["cache_fingerprint"] == built[1]["fingerprint"]
     assert trained["perplexity_after"] < trained["perplexity_before"]
     assert built[1]["fingerprint"] in (run / "README.md").read_text(encoding="utf-8")
     scores = json.loads(
-        kd("eval", run, "--tasks", "perplexity,agreement", "--data", tmp_path / "held.txt", "--cache", built[0],
-           "--out", run / "eval", "--json").stdout
-    )  # fmt: skip
+        kd(
+            "eval",
+            run,
+            "--tasks",
+            "perplexity,agreement",
+            "--data",
+            tmp_path / "held.txt",
+            "--cache",
+            built[0],
+            "--out",
+            run / "eval",
+            "--json",
+        ).stdout
+    )
     assert scores[0]["tasks"]["perplexity"]["perplexity"]["value"] == pytest.approx(
         trained["perplexity_after"], rel=1e-6
     )
@@ -350,28 +466,48 @@ def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(mon
     monkeypatch.setattr(module, "run_training", lambda config, resume, midway: TargetConfig())
     monkeypatch.setattr("kd.evaluation.contamination.refuse_benchmark_text", lambda cache, allow: None)
     monkeypatch.setattr("kd.evaluation.midway_scores.plan_scores", lambda *rest, **options: None)
-    monkeypatch.setattr("kd.student_trainer.card.write_card", lambda out, scores: None)
+    monkeypatch.setattr("kd.student_trainer.model_card.write_card", lambda out, scores: None)
     CliRunner().invoke(
         cli,
-        ["train", "--cache", "c", "--student", "owner/s", "--out", "o", "--revision", "v1", "--device", "cpu",
-         "--seed", "3", "--eval-data", "demo", "--eval-split", "heldout"],
+        [
+            "train",
+            "--cache",
+            "c",
+            "--student",
+            "owner/s",
+            "--out",
+            "o",
+            "--revision",
+            "v1",
+            "--device",
+            "cpu",
+            "--seed",
+            "3",
+            "--eval-data",
+            "demo",
+            "--eval-split",
+            "heldout",
+        ],
         catch_exceptions=False,
-    )  # fmt: skip
+    )
     # that the text is none of the cache's was checked before the first step
     alike = {"data": "demo", "split": "heldout", "device": "cpu", "dtype": "float32", "allow_contaminated": True}
     assert asked == [("owner/s", alike | {"revision": "v1", "tokenizer": None, "seed": 3}), ("o", alike)]
 
 
 def test_a_mixture_and_a_fingerprint_stand_for_a_cache_in_kd_train(tmp_path: Path, build_request, run_build, model_dir):
-    from kd.cache_builder.registry import remember
+    from kd.cache_builder.upkeep.cache_registry import remember
 
     for name, seq_len in (("a", 32), ("b", 32)):
         run_build(build_request(tmp_path / name, seq_len=seq_len, top_k=8))
     remember(tmp_path / "a")
     fingerprint = json.loads((tmp_path / "a" / "manifest.json").read_text())["fingerprint"]
     common = ["--student", str(model_dir), "--max-steps", "1", "--batch-size", "2", "--device", "cpu", "--json"]
-    caches = {"mixed": [f"--cache={tmp_path / 'a'}=0.7", f"--cache={tmp_path / 'b'}=0.3"], "named": ["--cache", fingerprint[:12]],
-              "url": ["--cache", f"file://{tmp_path / 'a'}"]}  # fmt: skip
+    caches = {
+        "mixed": [f"--cache={tmp_path / 'a'}=0.7", f"--cache={tmp_path / 'b'}=0.3"],
+        "named": ["--cache", fingerprint[:12]],
+        "url": ["--cache", f"file://{tmp_path / 'a'}"],
+    }
     for name, words in caches.items():
         done = CliRunner().invoke(
             cli, ["train", *words, *common, "--out", str(tmp_path / name)], catch_exceptions=False

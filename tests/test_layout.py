@@ -12,36 +12,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("data", "recipes", "cache_builder", "student_trainer", "evaluation", "commands")
-FORMAT_HALF = {"targets", "arrays", "logprob_codecs", "codecs", "chunks", "files", "manifest", "claims", "commits", "rows",
-               "store", "reader", "summary",
-               "verify", "tables", "repair", "home", "registry", "derive", "mixture", "part", "remotes", "hub",
-               "fetching", "transfer", "push", "pull", "mirror", "card"}  # fmt: skip
-BUILD_HALF = {
-    "selection",
-    "normalisers",
-    "sparsify",
-    "host_copies",
-    "lanes",
-    "teacher",
-    "generate",
-    "plan",
-    "build",
-    "estimate",
-    "reuse",
-    "engines",
+PACKAGES = ("common", "models", "data", "cache_builder", "student_trainer", "evaluation", "recipes", "commands")
+ORDER = (*PACKAGES, "cli")
+"""Each may import itself and those before it."""
+CACHE_ROOMS = {
+    "store": set(),
+    "upkeep": {"store"},
+    "share": {"store", "upkeep"},
+    "teacher": {"store"},
+    "build": {"store", "upkeep", "teacher"},
 }
-LAYERS = {"data": 0, "recipes": 0, "cache_builder": 1, "student_trainer": 2, "evaluation": 3,
-          "commands": 4, "cli": 5}  # fmt: skip
+"""Room of cache_builder -> the rooms it may import."""
 DOORS = {
-    "zarr": {"cache_builder/store.py"},
-    "numcodecs": {"cache_builder/chunks.py"},
-    "datasets": {"data/hub.py"},
-    "bitsandbytes": {"data/models.py"},
+    "zarr": {"cache_builder/store/shard_store.py"},
+    "numcodecs": {"cache_builder/store/chunks.py"},
+    "datasets": {"data/rows/hub.py"},
+    "bitsandbytes": {"models/loading.py"},
     "click": {"cli.py", "commands/"},
     "rich": {"commands/console.py"},
-    "ray": {"cache_builder/engines.py"},
-    "peft": {"student_trainer/lora.py", "student_trainer/merging/methods.py"},
+    "ray": {"cache_builder/build/engines.py"},
+    "peft": {"student_trainer/lora.py", "student_trainer/merging/merge_methods.py"},
 }
 """Heavy library -> the modules, or folders of modules, that may import it."""
 
@@ -61,10 +51,62 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports anywhere: at the top, in functions, for type checking."""
+    known = {module_name(path): path for path in modules()}
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        used = {n.removeprefix("kd.") for n in imports(path) if n.startswith("kd.")}
+        graph[name] = {n for n in used if n in known and n != name}
+    return graph
+
+
+def room_graph(folder: str) -> dict[str, set[str]]:
+    """The modules and folders directly in `folder`, and which of them import which."""
+    prefix = "" if folder == "" else folder.replace("/", ".") + "."
+    graph: dict[str, set[str]] = {}
+    for name, used in module_graph().items():
+        if name.startswith(prefix):
+            room = name.removeprefix(prefix).partition(".")[0]
+            others = {n.removeprefix(prefix).partition(".")[0] for n in used if n.startswith(prefix)}
+            graph.setdefault(room, set()).update(others - {room})
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """One circle of imports for every node that can reach itself, shortest first."""
+    found = []
+    for start in graph:
+        paths, seen = [[start]], set()
+        while paths:
+            path = paths.pop(0)
+            for following in graph.get(path[-1], ()):
+                if following == start:
+                    found.append([*path, start])
+                    paths = []
+                    break
+                if following not in seen:
+                    seen.add(following)
+                    paths.append([*path, following])
+    return sorted(found, key=len)
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"], ["c", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
 def test_every_package_folder_is_listed_for_the_wheel() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = {f"kd.{p.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
-               for package in PACKAGES for p in (ROOT / package).rglob("__init__.py")}  # fmt: skip
+    folders = {
+        f"kd.{p.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
+        for package in PACKAGES
+        for p in (ROOT / package).rglob("__init__.py")
+    }
     assert {"kd", *folders} == set(settings["tool"]["setuptools"]["packages"])
 
 
@@ -82,10 +124,18 @@ def test_all_code_but_the_tests_is_type_checked() -> None:
 
 def test_every_data_file_of_the_package_is_in_the_wheel() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    shipped = {path for package, patterns in settings["package-data"].items() for pattern in patterns
-               for path in (ROOT / package.removeprefix("kd.").replace(".", "/")).glob(pattern)}  # fmt: skip
-    files = {p for package in PACKAGES for suffix in (".yaml", ".json", ".safetensors")
-             for p in (ROOT / package).rglob(f"*{suffix}")}  # fmt: skip
+    shipped = {
+        path
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.removeprefix("kd.").replace(".", "/")).glob(pattern)
+    }
+    files = {
+        p
+        for package in PACKAGES
+        for suffix in (".yaml", ".json", ".safetensors")
+        for p in (ROOT / package).rglob(f"*{suffix}")
+    }
     assert files == shipped
 
 
@@ -104,38 +154,80 @@ def test_root_holds_only_known_entries() -> None:
     if tracked.returncode:
         pytest.skip("not a git checkout")
     top = {line.partition("/")[0] for line in tracked.stdout.splitlines()}
-    known = {"pyproject.toml", "README.md", "cli.py", "data", "cache_builder", "student_trainer", "evaluation", "commands", "tests",
-             "recipes", "docs", "benchmarks", "scripts", "Makefile", "constraints.txt", ".ci", ".typing", ".gitignore",
-             "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "SECURITY.md"}  # fmt: skip
+    known = {
+        "pyproject.toml",
+        "README.md",
+        "cli.py",
+        *PACKAGES,
+        "tests",
+        "docs",
+        "benchmarks",
+        "scripts",
+        "Makefile",
+        "constraints.txt",
+        ".ci",
+        ".typing",
+        ".gitignore",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "SECURITY.md",
+    }
     assert top <= known, top - known
 
 
-def test_imports_point_only_towards_data() -> None:
+def test_no_two_modules_import_each_other_in_a_circle() -> None:
+    assert circles(module_graph()) == []
+
+
+@pytest.mark.parametrize("folder", ["", *sorted({p.parent.relative_to(ROOT).as_posix() for p in modules()} - {"."})])
+def test_no_two_rooms_of_a_folder_import_each_other_in_a_circle(folder: str) -> None:
+    assert circles(room_graph(folder)) == []
+
+
+def test_imports_point_only_downwards() -> None:
     for path in modules():
         layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == "kd" and len(parts) > 1:
-                assert LAYERS[parts[1]] <= LAYERS[layer], f"{path.name} imports {name}"
+                assert ORDER.index(parts[1]) <= ORDER.index(layer), f"{path.name} imports {name}"
             assert parts[0] not in PACKAGES, f"{path.name} imports {name}: spell it kd.{name}"
 
 
-def test_only_the_commands_and_the_build_half_import_the_build_half() -> None:
-    for path in modules():
-        parts = path.relative_to(ROOT).parts
-        allowed = parts[0] == "commands" or (parts[0] == "cache_builder" and path.stem in BUILD_HALF)
+@pytest.mark.parametrize(("room", "may_import"), [*CACHE_ROOMS.items()])
+def test_rooms_of_the_cache_builder_import_only_the_rooms_below_them(room: str, may_import: set[str]) -> None:
+    for path in (ROOT / "cache_builder" / room).glob("*.py"):
         used = {name.split(".")[2] for name in imports(path) if name.startswith("kd.cache_builder.")}
-        assert allowed or not used & BUILD_HALF, f"{path.name} imports {used & BUILD_HALF}"
+        assert used <= may_import | {room}, f"{path.name} imports {used - may_import - {room}}"
 
 
-def test_cache_builder_modules_are_in_one_of_its_halves() -> None:
-    assert {p.stem for p in (ROOT / "cache_builder").glob("*.py")} - {"__init__"} == FORMAT_HALF | BUILD_HALF
-
-
-def test_the_format_half_needs_neither_torch_nor_transformers_to_import() -> None:
+def test_a_training_machine_imports_nothing_that_builds() -> None:
     for path in modules():
-        if path.parts[-2] == "cache_builder" and path.stem in FORMAT_HALF:
+        if path.relative_to(ROOT).parts[0] in ("student_trainer", "evaluation"):
+            used = {name.split(".")[2] for name in imports(path) if name.startswith("kd.cache_builder.")}
+            assert not used & {"build", "teacher"}, f"{path.name} imports {used}"
+
+
+def test_reading_and_sharing_a_cache_imports_neither_torch_nor_transformers() -> None:
+    for path in modules():
+        if path.parts[-2] in ("common", "store", "share", "upkeep") or path.name == "opening.py":
             assert not {n.partition(".")[0] for n in imports(path)} & {"torch", "transformers"}, path
+
+
+def test_no_folder_shows_more_than_about_a_dozen_modules() -> None:
+    for folder in {p.parent for p in modules()}:
+        assert len([p for p in folder.glob("*.py") if p.stem != "__init__"]) <= 16, folder
+
+
+def test_no_two_modules_share_a_name() -> None:
+    names = [p.stem for p in modules() if p.stem != "__init__"]
+    assert [n for n in set(names) if names.count(n) > 1] == []
+
+
+def test_no_two_folders_share_a_name() -> None:
+    names = [p.name for package in PACKAGES for p in (ROOT / package).rglob("*") if (p / "__init__.py").exists()]
+    assert len(names) == len(set(names))
 
 
 def test_each_heavy_library_has_one_door() -> None:
@@ -152,8 +244,10 @@ def test_no_pickle_anywhere() -> None:
 
 
 def test_help_needs_no_torch_and_imports_in_under_half_a_second() -> None:
-    script = "import sys, kd.cli; from click.testing import CliRunner; r = CliRunner().invoke(kd.cli.cli, ['--help']); " \
-             "print(r.exit_code, sorted({'torch', 'transformers', 'zarr', 'datasets', 'numpy'} & set(sys.modules)))"  # fmt: skip
+    script = (
+        "import sys, kd.cli; from click.testing import CliRunner; r = CliRunner().invoke(kd.cli.cli, ['--help']); "
+        "print(r.exit_code, sorted({'torch', 'transformers', 'zarr', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0 []"
     timed = subprocess.run(

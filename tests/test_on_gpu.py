@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from kd.cache_builder.sparsify import Sparsifier
-from kd.cache_builder.targets import TargetConfig
-from kd.cache_builder.teacher import Teacher, collect
+from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.teacher.sparsify import Sparsifier
+from kd.cache_builder.teacher.teacher_pass import Teacher, collect
 from kd.data.blocks import TokenRows
-from kd.data.example import Example
-from kd.data.forward import LanguageModelHead, split_head
-from kd.data.models import ModelRequest, load_model
-from kd.student_trainer.groups import GroupSettings, GroupTargets
+from kd.data.rows.example import Example
+from kd.models.heads import LanguageModelHead, split_head
+from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.head import chunked_head_loss
-from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets
+from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU here")

@@ -3,7 +3,7 @@
 A pair is what the tokenizer makes of `tokenizer(first, second)`: for GPT-2 the two lists of ids one after the other, no
 separator and no space between. Padding is on the right and as short as the batch allows: causal attention never looks
 right, and the head reads the last token that is not padding, so the logits are those of padding to 512
-(`tests/merging/test_classify.py` holds one against the other), and rows of GLUE are far shorter.
+(`tests/student_trainer/classify/test_classifiers.py` holds one against the other), and rows of GLUE are far shorter.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.data.batches import batches_by_length
-from kd.data.glue import LabelledRow
-from kd.data.tokenizer import Tokenizer, encode_texts, pad_token_id
+from kd.data.tasks.glue import LabelledRow
+from kd.models.padded_batches import batches_by_length
+from kd.models.tokenizer import Tokenizer, encode_texts, pad_token_id
 
 Batch = dict[str, Tensor]
 """`input_ids` and `attention_mask` `[B, T]`; `labels` `[B]` and a teacher's log-probabilities `[B, C]` where they are known."""

@@ -19,12 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.data.errors import DataError, unknown_name
+from kd.common.errors import DataError, unknown_name
 
 BASE = "_pretrained_"
 OURS = ("base", "models")
-THEIRS = ("type", "name", "dtype", "models", "_target_", "_recursive_", "_version_", "_usage_", "_model_loader", "_dataset_loader",
-          "train_datasets", "val_datasets", "test_datasets", "tokenizer")  # fmt: skip
+THEIRS = (
+    "type",
+    "name",
+    "dtype",
+    "models",
+    "_target_",
+    "_recursive_",
+    "_version_",
+    "_usage_",
+    "_model_loader",
+    "_dataset_loader",
+    "train_datasets",
+    "val_datasets",
+    "test_datasets",
+    "tokenizer",
+)
 """Keys of FusionBench's files; all but `models` say which of its classes load what."""
 
 

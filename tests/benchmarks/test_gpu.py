@@ -11,10 +11,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from kd.cache_builder.targets import band_edges
-from kd.data.models import ModelRequest, load_model
-from kd.student_trainer.groups import GroupSettings
-from kd.student_trainer.losses import Objective
+from kd.cache_builder.store.targets import band_edges
+from kd.models.loading import ModelRequest, load_model
+from kd.student_trainer.losses.by_group import GroupSettings
+from kd.student_trainer.losses.by_row import Objective
 
 TAUGHT = ("dense_kl", "dense_uld")
 

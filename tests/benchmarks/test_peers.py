@@ -101,8 +101,15 @@ def tables(page: str) -> dict[str, list[list[str]]]:
 
 @pytest.mark.slow
 def test_the_command_writes_a_page_with_a_row_for_every_case(load_benchmark, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--quick", "--out", str(tmp_path),
-               "--cases", "kd,uld,stored"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "peers.py"),
+        "--quick",
+        "--out",
+        str(tmp_path),
+        "--cases",
+        "kd,uld,stored",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     teacher, stored, student = tables((tmp_path / "benchmarks.md").read_text(encoding="utf-8")).values()
@@ -147,9 +154,11 @@ def test_a_page_made_without_trl_says_so(load_benchmark, tmp_path: Path) -> None
     page = load_benchmark("peers_page")
     row = {"us": 2.0, "us_ratio": 1.0, "peak_mb": 3.0, "peak_mb_ratio": 1.0}
     results = {
-        "sizes": {"student": (64, 2), "vocabulary": 100, "student_batch": 2, "length": 8, "top_k": 4}, "repeats": 1,
-        "machine": MACHINE, "student": {"plain": row},
-    }  # fmt: skip
+        "sizes": {"student": (64, 2), "vocabulary": 100, "student_batch": 2, "length": 8, "top_k": 4},
+        "repeats": 1,
+        "machine": MACHINE,
+        "student": {"plain": row},
+    }
     page.write_page(results, tmp_path)
     assert "TRL was not installed" in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     results["student"] |= {"trl-sft": row}
@@ -157,10 +166,13 @@ def test_a_page_made_without_trl_says_so(load_benchmark, tmp_path: Path) -> None
     assert "TRL was not installed" not in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--cases", "kd,speed"], "no such case: speed"),
-    (["--trl-python", "/nowhere/python"], "--trl-python /nowhere/python"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cases", "kd,speed"], "no such case: speed"),
+        (["--trl-python", "/nowhere/python"], "--trl-python /nowhere/python"),
+    ],
+)
 def test_bad_options_are_refused_before_anything_runs(arguments: list[str], words: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--out", str(tmp_path), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -49,7 +49,12 @@ def test_heads_has_a_ratio_to_plain_for_every_objective(printed) -> None:
 def test_chunks_has_a_line_for_each_side(printed) -> None:
     lines = printed("chunks", "--rows", "512", "--width", "8", "--vocabulary", "300", "--repeats", "1")
     assert {side: len(rest.split(",")) for side, _, rest in (line.partition(":") for line in lines)} == {
-        "teacher": 7, "head": 12, "select": 6, "top-k": 2, "student": 6}  # fmt: skip
+        "teacher": 7,
+        "head": 12,
+        "select": 6,
+        "top-k": 2,
+        "student": 6,
+    }
 
 
 def test_uld_is_off_by_less_the_more_bands_there_are(printed, monkeypatch: pytest.MonkeyPatch, load_benchmark) -> None:
@@ -110,14 +115,21 @@ def test_packing_leaves_less_padding_than_batches_by_length(printed, t5_cache: P
 @pytest.fixture(scope="session")
 def t5_cache(tmp_path_factory: pytest.TempPathFactory, run_build) -> Path:
     """Two dozen examples of the made-up mixture, by the embedded encoder-decoder."""
-    from kd.cache_builder.plan import BuildRequest
-    from kd.cache_builder.targets import TargetConfig
+    from kd.cache_builder.build.request import BuildRequest
+    from kd.cache_builder.store.targets import TargetConfig
     from kd.data.blocks import BlockConfig
-    from kd.data.models import ModelRequest
+    from kd.models.loading import ModelRequest
 
     out = tmp_path_factory.mktemp("caches") / "t5"
-    run_build(BuildRequest(out, ModelRequest("demo-t5", device="cpu"), load_corpus("mini", limit=24), BlockConfig(256),
-                           TargetConfig.of_profile("kl")))  # fmt: skip
+    run_build(
+        BuildRequest(
+            out,
+            ModelRequest("demo-t5", device="cpu"),
+            load_corpus("mini", limit=24),
+            BlockConfig(256),
+            TargetConfig.of_profile("kl"),
+        )
+    )
     return out
 
 
@@ -139,15 +151,28 @@ def test_the_parts_of_a_cache_in_sizes_make_up_its_whole(
 
 
 def test_a_teacher_for_sizes_learns(printed, load_benchmark, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kd.data.models import ModelRequest, load_model
+    from kd.models.loading import ModelRequest, load_model
 
     monkeypatch.setattr(load_benchmark("train_teacher"), "FREQUENT", 256)
     monkeypatch.setattr(load_benchmark("train_teacher"), "EXACT", 0.5)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(e.target for e in load_corpus("demo:heldout", limit=6).examples), encoding="utf-8")
-    embedded = Path(__file__).parents[2] / "data" / "embedded"
-    lines = printed("train_teacher", "--tokenizer", str(embedded), "--data", str(text), "--out", str(tmp_path / "teacher"),
-                    "--steps", "60", "--width", "32", "--layers", "1")  # fmt: skip
+    embedded = Path(__file__).parents[2] / "models" / "embedded"
+    lines = printed(
+        "train_teacher",
+        "--tokenizer",
+        str(embedded),
+        "--data",
+        str(text),
+        "--out",
+        str(tmp_path / "teacher"),
+        "--steps",
+        "60",
+        "--width",
+        "32",
+        "--layers",
+        "1",
+    )
     assert numbers(lines[-1])[-1] < math.log(2048)  # nats per token of guessing
     assert load_model(ModelRequest(str(tmp_path / "teacher"), device="cpu")).config.vocab_size == 2048
 

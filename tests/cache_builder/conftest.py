@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from servers import FileServer, HubServer, Proxy, Server, nginx
 
-from kd.cache_builder import commits, fetching
-from kd.cache_builder.manifest import Layout
+from kd.cache_builder.share import fetching
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.manifest import Layout
 
 
 @pytest.fixture
@@ -80,8 +81,13 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     import s3fs
 
     proxy = Proxy(moto)
-    for name, value in (("AWS_ENDPOINT_URL", proxy.url), ("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"),
-                        ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_EC2_METADATA_DISABLED", "true")):  # fmt: skip
+    for name, value in (
+        ("AWS_ENDPOINT_URL", proxy.url),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+    ):
         monkeypatch.setenv(name, value)
     files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
     if files.exists("shared"):

@@ -21,9 +21,10 @@ import pytest
 import torch
 from crashing import child, dies_at, fails_at, operations, some_of, watch
 
-from kd.cache_builder.build import build
-from kd.cache_builder.plan import BuildRequest, plan_build
-from kd.cache_builder.verify import verify
+from kd.cache_builder.build.builder import build
+from kd.cache_builder.build.plan import plan_build
+from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.upkeep.verify import verify
 
 
 def run(request: BuildRequest) -> None:
@@ -185,8 +186,25 @@ def test_a_directory_one_may_not_write_is_a_clear_error(tmp_path, build_request)
 def test_a_signal_stops_a_build_cleanly(tmp_path, model_dir, text_file, number: signal.Signals):
     """Exit code 130, nothing staged or claimed is left, and the same command finishes."""
     out = tmp_path / "c"
-    command = ["kd", "cache", "build", "--teacher", str(model_dir), "--data", str(text_file), "--seq-len", "32", "--top-k", "8",
-               "--shard-rows", "128", "--device", "cpu", "--out", str(out)]  # fmt: skip
+    command = [
+        "kd",
+        "cache",
+        "build",
+        "--teacher",
+        str(model_dir),
+        "--data",
+        str(text_file),
+        "--seq-len",
+        "32",
+        "--top-k",
+        "8",
+        "--shard-rows",
+        "128",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
 
     def cli(interrupted: bool) -> Callable[[], None]:
         def action() -> None:

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.cache_builder.chunks import broken_chunks
-from kd.cache_builder.files import canonical_json
-from kd.cache_builder.manifest import Layout, load_manifest
-from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.verify import verify
-from kd.data.errors import CacheDamageError, CacheError
+from kd.cache_builder.store.chunks import broken_chunks
+from kd.cache_builder.store.manifest import Layout, load_manifest
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.upkeep.verify import verify
+from kd.common.errors import CacheDamageError, CacheError
+from kd.common.files import canonical_json
 
 Harm = Callable[[Path, Path, random.Random], "list[Path]"]
 """`(root, file, dice)` -> the files that are not what they were."""
@@ -93,8 +93,18 @@ def edit(root: Path, path: Path, dice: random.Random) -> list[Path]:
     return flip_a_bit(root, path, dice)
 
 
-HARMS: tuple[Harm, ...] = (flip_a_bit, flip_a_bit, flip_a_bit, truncate, remove, empty, lengthen, zero_a_range,
-                           swap_with_another_shard, edit)  # fmt: skip
+HARMS: tuple[Harm, ...] = (
+    flip_a_bit,
+    flip_a_bit,
+    flip_a_bit,
+    truncate,
+    remove,
+    empty,
+    lengthen,
+    zero_a_range,
+    swap_with_another_shard,
+    edit,
+)
 
 
 def found_by_verify(root: Path) -> set[str] | None:
@@ -133,8 +143,9 @@ def one_after_another(root: Path, rounds: int, seed: int) -> None:
             assert set(places) <= named, (harm.__name__, places, named)
             findings = [f for f in list(verify(root))[-1].findings if f.where in places]
             assert all(f.shard == shard_of.get(root / f.where) for f in findings)
-            assert all((f.array is not None and f.rows) or f.shard is None or f.where.startswith("commits/")
-                       for f in findings), findings  # fmt: skip
+            assert all(
+                (f.array is not None and f.rows) or f.shard is None or f.where.startswith("commits/") for f in findings
+            ), findings
         assert found_by_reader(root), (harm.__name__, places)
         for p in harmed:
             p.write_bytes(whole[p])
@@ -170,8 +181,8 @@ def test_a_link_out_of_the_cache_and_what_is_no_file_are_refused(copy: Path, tmp
 
 
 def test_an_edited_commit_of_an_unfinished_build_is_found(tmp_path, build_request):
-    from kd.cache_builder.build import build
-    from kd.cache_builder.plan import plan_build
+    from kd.cache_builder.build.builder import build
+    from kd.cache_builder.build.plan import plan_build
 
     request = build_request(tmp_path / "c", shard=(1, 2))
     list(build(plan_build(request)))

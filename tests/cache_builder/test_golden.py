@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import tensorstore
 
-from kd.cache_builder.manifest import READABLE_VERSIONS, refuse_mismatch
-from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.verify import verify
-from kd.data.errors import CacheMismatchError
+from kd.cache_builder.store.manifest import READABLE_VERSIONS, refuse_mismatch
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.upkeep.verify import verify
+from kd.common.errors import CacheMismatchError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VERSIONS = ("v1", "v2")
@@ -89,14 +89,23 @@ def read_independently(root: Path) -> list[dict[str, Any]]:
     for index in range(len(manifest["shards"])):
         for row in pq.read_table(root / "examples" / f"{index:05d}.parquet").to_pylist():
             rows = slice(row["row_start"], row["row_end"])
-            examples.append({
-                "id": row["id"], "target": row["target"], "context_ids": row["context_ids"],
-                "gold_ids": ids["gold_ids"][rows], "token_ids": ids["token_ids"][rows], "sample_ids": ids["sample_ids"][rows],
-                "sample_counts": stored["sample_counts"][rows], "gold_rank": stored["gold_rank"][rows],
-                "gold_logprob": stored["gold_logprob"][rows], "boundary_logprob": stored["boundary_logprob"][rows],
-                "byte_end": np.cumsum(stored["byte_length"][rows]), "log_z": log_z[rows],
-                "logprobs": (relative - log_z[:, [temperatures.index(1.0)]])[rows],
-            })  # fmt: skip
+            examples.append(
+                {
+                    "id": row["id"],
+                    "target": row["target"],
+                    "context_ids": row["context_ids"],
+                    "gold_ids": ids["gold_ids"][rows],
+                    "token_ids": ids["token_ids"][rows],
+                    "sample_ids": ids["sample_ids"][rows],
+                    "sample_counts": stored["sample_counts"][rows],
+                    "gold_rank": stored["gold_rank"][rows],
+                    "gold_logprob": stored["gold_logprob"][rows],
+                    "boundary_logprob": stored["boundary_logprob"][rows],
+                    "byte_end": np.cumsum(stored["byte_length"][rows]),
+                    "log_z": log_z[rows],
+                    "logprobs": (relative - log_z[:, [temperatures.index(1.0)]])[rows],
+                }
+            )
     return examples
 
 
@@ -135,16 +144,26 @@ def test_zarrita_reads_it_too(tmp_path: Path):
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
     (tmp_path / "package.json").write_text('{"type": "module", "private": true}')
-    done = subprocess.run(["npm", "install", "--silent", "zarrita@0.7.5", "@zarrita/storage"], cwd=tmp_path, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        ["npm", "install", "--silent", "zarrita@0.7.5", "@zarrita/storage"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"zarrita cannot be installed here: {done.stderr[-200:]}")
     (tmp_path / "read.mjs").write_text(SCRIPT)
     root = GOLDEN / "v2"
     names = [a["name"] for a in json.loads((root / "manifest.json").read_text())["arrays"] if a["dtype"] != "float16"]
     assert {"token_ids", "logprobs", "gold_rank", "byte_length"} <= set(names)
-    read = subprocess.run(["node", "read.mjs", str(root / "targets.zarr"), *names], cwd=tmp_path, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    read = subprocess.run(
+        ["node", "read.mjs", str(root / "targets.zarr"), *names],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert read.returncode == 0, read.stderr
     found = json.loads(read.stdout)
     for name in names:

@@ -26,11 +26,11 @@ from hostile import change_file, change_manifest, sign_commit, sign_manifest, us
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kd.cache_builder.commits import file_entry
-from kd.cache_builder.files import canonical_json
-from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.tables import footer_sizes
-from kd.cache_builder.verify import verify
+from kd.cache_builder.store.commits import file_entry
+from kd.cache_builder.store.parquet import footer_sizes
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.upkeep.verify import verify
+from kd.common.files import canonical_json
 
 MEMORY = 3 * 2**29
 """Bytes a child may allocate beyond what it has: a whole text column of 1 GB is allowed, its copies are not."""
@@ -107,23 +107,49 @@ def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     "change",
     [
-        put("layout", "shard_rows", value=2**40), put("layout", "chunk_rows", value=0), put("layout", "chunk_rows", value=2**40),
-        put("layout", "shard_rows", value=-1), put("layout", "shard_rows", value=True), put("layout", "shard_rows", value=1e9),
-        put("layout", value=[]), put("rows", value=2**63), put("examples", value=10**400), put("examples", value=-1),
-        put("shards", value=[[0, 2**40, 1]]), put("shards", value=[]), put("shards", 0, value=[0, 1]), put("shards", value={}),
-        put("identity", "teacher", "vocabulary_size", value=10**30), put("identity", "teacher", "vocabulary_size", value=0),
-        put("identity", "teacher", value=None), put("identity", "targets", "top_k", value=10**30),
-        put("identity", "targets", "top_k", value="8"), put("identity", "targets", "samples", value=2**40),
-        put("identity", "targets", "tail_bands", value=2**31), put("identity", "targets", "temperatures", value=[1.0] * 10**5),
-        put("identity", "targets", "temperatures", value=[1e-300, 1.0]), put("identity", "targets", "profile", value="../kl"),
-        put("identity", "targets", "logprob_codec", value="zip"), put("identity", "blocks", value={"seq_len": 1, "evil": 1}),
-        put("identity", "targets", "band_temperatures", value=[3.0]), put("identity", "corpus", value=7),
-        put("commits", value=["0" * 64]), put("commits", 0, value=7), put("quality", value={"rows": "many"}),
-        put("files", value={"vocabulary.parquet": {"bytes": -1, "sha256": ""}}), put("files", value=[]), put("files", value={}),
-        put("arrays", value=[]), put("format", value="zip"), put("format_version", value=3), put("format_version", value=None),
-        put("provenance", value=None), put("identity", value={}), put("identity", value=[]),
+        put("layout", "shard_rows", value=2**40),
+        put("layout", "chunk_rows", value=0),
+        put("layout", "chunk_rows", value=2**40),
+        put("layout", "shard_rows", value=-1),
+        put("layout", "shard_rows", value=True),
+        put("layout", "shard_rows", value=1e9),
+        put("layout", value=[]),
+        put("rows", value=2**63),
+        put("examples", value=10**400),
+        put("examples", value=-1),
+        put("shards", value=[[0, 2**40, 1]]),
+        put("shards", value=[]),
+        put("shards", 0, value=[0, 1]),
+        put("shards", value={}),
+        put("identity", "teacher", "vocabulary_size", value=10**30),
+        put("identity", "teacher", "vocabulary_size", value=0),
+        put("identity", "teacher", value=None),
+        put("identity", "targets", "top_k", value=10**30),
+        put("identity", "targets", "top_k", value="8"),
+        put("identity", "targets", "samples", value=2**40),
+        put("identity", "targets", "tail_bands", value=2**31),
+        put("identity", "targets", "temperatures", value=[1.0] * 10**5),
+        put("identity", "targets", "temperatures", value=[1e-300, 1.0]),
+        put("identity", "targets", "profile", value="../kl"),
+        put("identity", "targets", "logprob_codec", value="zip"),
+        put("identity", "blocks", value={"seq_len": 1, "evil": 1}),
+        put("identity", "targets", "band_temperatures", value=[3.0]),
+        put("identity", "corpus", value=7),
+        put("commits", value=["0" * 64]),
+        put("commits", 0, value=7),
+        put("quality", value={"rows": "many"}),
+        put("files", value={"vocabulary.parquet": {"bytes": -1, "sha256": ""}}),
+        put("files", value=[]),
+        put("files", value={}),
+        put("arrays", value=[]),
+        put("format", value="zip"),
+        put("format_version", value=3),
+        put("format_version", value=None),
+        put("provenance", value=None),
+        put("identity", value={}),
+        put("identity", value=[]),
     ],
-)  # fmt: skip
+)
 def test_absurd_manifests(copy: Path, change: Callable[[dict[str, Any]], None]):
     change_manifest(copy, change)
     code, text = bounded(copy)
@@ -210,10 +236,18 @@ def constant(value: float) -> Callable[[np.ndarray], np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("gold_logprob", constant(np.nan)), ("gold_logprob", constant(-np.inf)), ("tail_odds", constant(np.nan)),
-     ("tail_odds", constant(np.inf)), ("tail_bands", constant(np.nan)), ("boundary_logprob", constant(np.nan)),
-     ("gold_ids", constant(2**16 - 1)), ("token_ids", constant(400)), ("sample_ids", constant(2**16 - 1))],
-)  # fmt: skip
+    [
+        ("gold_logprob", constant(np.nan)),
+        ("gold_logprob", constant(-np.inf)),
+        ("tail_odds", constant(np.nan)),
+        ("tail_odds", constant(np.inf)),
+        ("tail_bands", constant(np.nan)),
+        ("boundary_logprob", constant(np.nan)),
+        ("gold_ids", constant(2**16 - 1)),
+        ("token_ids", constant(400)),
+        ("sample_ids", constant(2**16 - 1)),
+    ],
+)
 def test_values_that_no_teacher_gives_are_not_handed_out(copy: Path, name: str, change: Callable):
     rewritten(copy, name, change)
     refused(copy, "not finite", "cannot be decoded", "do not belong to their tokens")
@@ -254,7 +288,7 @@ def forged_table(copy: Path, **columns: Any) -> None:
 @pytest.fixture
 def small_tables(monkeypatch: pytest.MonkeyPatch) -> int:
     """The bound of a table, 16 MB for these tests, so that nobody has to make a gigabyte."""
-    monkeypatch.setattr("kd.cache_builder.tables.MAX_TABLE_BYTES", 2**24)
+    monkeypatch.setattr("kd.cache_builder.store.parquet.MAX_TABLE_BYTES", 2**24)
     return 2**24
 
 
@@ -313,13 +347,25 @@ def test_a_list_repeated_until_it_fills_the_memory(copy: Path, small_tables: int
 
 @pytest.mark.parametrize(
     "columns",
-    [{"target": None}, {"row_start": None}, {"tokens_digest": None}, {"row_start": "text"}, {"context_ids": "text"},
-     {"row_end": "far"}, {"row_start": "negative"}, {"row_end": "null"}],
-)  # fmt: skip
+    [
+        {"target": None},
+        {"row_start": None},
+        {"tokens_digest": None},
+        {"row_start": "text"},
+        {"context_ids": "text"},
+        {"row_end": "far"},
+        {"row_start": "negative"},
+        {"row_end": "null"},
+    ],
+)
 def test_tables_of_another_make(copy: Path, columns: dict[str, Any]):
     count = pq.read_metadata(copy / EXAMPLES).num_rows
-    kinds = {"text": pa.array(["x"] * count), "far": pa.array([2**62] * count), "negative": pa.array([-5] * count),
-             "null": pa.array([None] * count, pa.int64())}  # fmt: skip
+    kinds = {
+        "text": pa.array(["x"] * count),
+        "far": pa.array([2**62] * count),
+        "negative": pa.array([-5] * count),
+        "null": pa.array([None] * count, pa.int64()),
+    }
     forged_table(copy, **{name: None if kind is None else kinds[kind] for name, kind in columns.items()})
     code, text = bounded(copy)
     assert code in (1, 3), (code, text)
@@ -329,9 +375,12 @@ def test_tables_of_another_make(copy: Path, columns: dict[str, Any]):
 
 
 LEAF = (
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from(["", "..", "kl", "0" * 64, "x" * 300, "a/b"])
-)  # fmt: skip
+)
 JSON = LEAF | st.lists(LEAF, max_size=3) | st.dictionaries(st.sampled_from(["a", "bytes", "rows"]), LEAF, max_size=3)
 
 

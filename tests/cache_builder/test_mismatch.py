@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from kd.cache_builder.build import build
-from kd.cache_builder.manifest import load_manifest
-from kd.cache_builder.plan import plan_build
+from kd.cache_builder.build.builder import build
+from kd.cache_builder.build.plan import plan_build
+from kd.cache_builder.store.manifest import load_manifest
+from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import BlockConfig
-from kd.data.errors import CacheMismatchError, DataError
-from kd.data.rendering import InstructionConfig
 from kd.data.sources import load_corpus
+from kd.data.tasks.rendering import InstructionConfig
 from kd.student_trainer.config import TrainConfig
-from kd.student_trainer.train import train
+from kd.student_trainer.training import train
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,12 @@ def test_changed_weights_under_the_same_name(tmp_path, built, build_request, sav
     shutil.copytree(teacher, tmp_path / "teacher")
     again(build_request(tmp_path / "c", model=tmp_path / "teacher"))
     save_model(tmp_path / "teacher", seed=5)
-    refused(lambda: again(build_request(tmp_path / "c", model=tmp_path / "teacher")), "made from something else",
-            r"differs teacher\.weights\S*\s+asked for \w+…\w+, the cache has \w+…\w+", "another --out")  # fmt: skip
+    refused(
+        lambda: again(build_request(tmp_path / "c", model=tmp_path / "teacher")),
+        "made from something else",
+        r"differs teacher\.weights\S*\s+asked for \w+…\w+, the cache has \w+…\w+",
+        "another --out",
+    )
 
 
 def test_other_text(tmp_path, built, build_request, text_file):
@@ -97,8 +101,9 @@ def test_another_template(tmp_path, build_request, run_build):
 
     def request(template: int):
         corpus = load_corpus("flan:boolq", instructions=InstructionConfig(template, task_root=tmp_path))
-        return dataclasses.replace(build_request(tmp_path / "c"), corpus=corpus,
-                                   blocks=BlockConfig(seq_len=64, overlong="truncate"))  # fmt: skip
+        return dataclasses.replace(
+            build_request(tmp_path / "c"), corpus=corpus, blocks=BlockConfig(seq_len=64, overlong="truncate")
+        )
 
     run_build(request(0))
     refused(lambda: again(request(1)), r"differs corpus\.text_digest\s+asked for")
@@ -134,19 +139,29 @@ def test_a_student_with_another_tokenizer(tmp_path, built, student_of):
     (a, i), (b, j) = list(vocabulary.items())[-2:]
     vocabulary[a], vocabulary[b] = j, i
     (student / "tokenizer.json").write_text(json.dumps(document))
-    refused(lambda: train(settings(built[0], student, tmp_path)), "tokenizer is not the teacher's", r"differs +2 of 400 ids",
-            r"first +id 398: teacher '.*', model '.*'", "--loss uld, hybrid or alm")  # fmt: skip
+    refused(
+        lambda: train(settings(built[0], student, tmp_path)),
+        "tokenizer is not the teacher's",
+        r"differs +2 of 400 ids",
+        r"first +id 398: teacher '.*', model '.*'",
+        "--loss uld, hybrid or alm",
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_student_whose_window_is_too_short(tmp_path, built, student_of):
-    refused(lambda: train(settings(built[0], student_of(positions=16), tmp_path)), "longer than the student's window",
-            r"found +32 tokens", r"expected +at most 16", "--seq-len 16")  # fmt: skip
+    refused(
+        lambda: train(settings(built[0], student_of(positions=16), tmp_path)),
+        "longer than the student's window",
+        r"found +32 tokens",
+        r"expected +at most 16",
+        "--seq-len 16",
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_more_tokens_per_row_than_there_are(tmp_path, built, student_of):
-    from kd.data.errors import CacheError
+    from kd.common.errors import CacheError
 
     with pytest.raises(CacheError, match="does not hold that many tokens") as caught:
         train(settings(built[0], student_of(), tmp_path, top_k=9))

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from kd.cli import cli
 from kd.commands import experiment as module
-from kd.data.errors import DataError
-from kd.data.experiments import experiment_names, load_experiment
+from kd.common.errors import DataError
+from kd.recipes.experiment_file import experiment_names, load_experiment
 
 TEXT = "The fox went down to the river to look at the fish, and came home with a story. There were {} ships.\n"
 
@@ -81,10 +81,13 @@ def test_it_runs_continues_and_takes_more_seeds(file: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("old", "new", "error", "words"),
-    [("loss: kl", "loss: klx", DataError, "unknown loss"), ("max-steps", "max-step", click.UsageError, "--max-step"),
-     ("tasks: \"perplexity\"", "tasks: perplexty", DataError, "unknown task"),
-     ("batch-size: 2", "batch-size: x", click.UsageError, "'x'")],
-)  # fmt: skip
+    [
+        ("loss: kl", "loss: klx", DataError, "unknown loss"),
+        ("max-steps", "max-step", click.UsageError, "--max-step"),
+        ('tasks: "perplexity"', "tasks: perplexty", DataError, "unknown task"),
+        ("batch-size: 2", "batch-size: x", click.UsageError, "'x'"),
+    ],
+)
 def test_what_is_wrong_in_a_late_step_is_said_before_the_first(
     file: Path, tmp_path: Path, old: str, new: str, error, words: str
 ):

@@ -14,9 +14,11 @@ from kd.commands.lazy import LazyCommands
 
 def loaded(*words: str) -> set[str]:
     """Command modules in memory after `kd WORDS --help`, in a fresh process."""
-    script = "import sys; from click.testing import CliRunner; from kd.cli import cli; " \
-             "r = CliRunner().invoke(cli, [*sys.argv[1:], '--help']); assert r.exit_code == 0, r.output; " \
-             "print(*(n for n in sys.modules if n.startswith('kd.commands.')))"  # fmt: skip
+    script = (
+        "import sys; from click.testing import CliRunner; from kd.cli import cli; "
+        "r = CliRunner().invoke(cli, [*sys.argv[1:], '--help']); assert r.exit_code == 0, r.output; "
+        "print(*(n for n in sys.modules if n.startswith('kd.commands.')))"
+    )
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 

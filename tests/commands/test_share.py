@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner
 from servers import Answer, FileServer, HubServer
 
-from kd.cache_builder import commits, fetching
-from kd.cache_builder.manifest import load_manifest
+from kd.cache_builder.share import fetching
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.manifest import load_manifest
 from kd.cli import cli
 
 
@@ -77,8 +78,14 @@ def test_the_hub_is_found_by_its_environment_variable(cache: Path, tmp_path: Pat
     """The client reads HF_ENDPOINT when it is imported: another process."""
     hub = HubServer()
     program = [sys.executable, "-c", "from kd.cli import main; main()", "cache"]
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test",
-                   "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_test",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     try:
         for arguments in (("push", cache, "hf://datasets/us/it"), ("pull", "hf://datasets/us/it", tmp_path / "copy")):
             done = subprocess.run(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kd.cache_builder.mixture import weighted
+from kd.cache_builder.opening import weighted
 from kd.commands.train import stop_on_signals
-from kd.data.errors import DataError
+from kd.common.errors import DataError
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig, TokenRows, document_blocks, tokenize_corpus
-from kd.data.errors import DataError
-from kd.data.example import Example
+from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.data.tokenizer import encode_with_ends, token_bytes
+from kd.models.tokenizer import encode_with_ends, token_bytes
 
 TEXT = "The keeper of the lighthouse counted the ships: seven on Monday, five on Tuesday, and on Wednesday fog."
 EMOJI = "a😀b👩‍👩‍👧 日本語 naïve — “too much” 😀😀😀"
@@ -272,7 +272,7 @@ def test_both_sides_of_an_encoder_decoder_have_limits_of_their_own(tokenizer):
 
 @pytest.mark.parametrize("name", ["tokenizers/gpt2", "tokenizers/smollm2", "weights/stories260K"])
 def test_real_tokenizers_give_back_the_document(shared, name: str):
-    from kd.data.tokenizer import load_tokenizer
+    from kd.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared / name))
     for seq_len in (10, 16, 17):

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kd.data.errors import DataError
-from kd.data.example import Example, text_digest
+from kd.common.errors import DataError
+from kd.data.rows.example import Example, text_digest
 from kd.data.sources import WIKITEXT_ID, WIKITEXT_REVISION, load_corpus, wikitext_articles
 
 ROWS = [{"text": "first, with a comma"}, {"text": 'second "quoted"\nand a line'}, {"text": "third é 😀"}]
@@ -375,7 +375,8 @@ def test_an_unknown_demo_split_suggests_the_nearest():
 
 
 def test_the_demo_loads_by_name_with_a_limit(monkeypatch: pytest.MonkeyPatch):
-    from kd.data import sources, stdlib_text
+    from kd.data import sources
+    from kd.data.demo import stdlib_text
 
     monkeypatch.setattr(stdlib_text, "documents", lambda split: iter([("topic:a", f"A of {split}"), ("topic:b", "B")]))
     sources._demo.cache_clear()

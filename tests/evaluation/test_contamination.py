@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kd.data.errors import DataError
-from kd.data.example import Example
+from kd.common.errors import DataError
+from kd.data.rows.example import Example
 from kd.data.sources import Corpus, load_corpus
 from kd.evaluation.contamination import (
     SHINGLE,
@@ -24,8 +24,8 @@ from kd.evaluation.contamination import (
     source_place,
     trained_on,
 )
-from kd.evaluation.evaluate import run_tasks
-from kd.evaluation.hellaswag import Scene, Scenes
+from kd.evaluation.evaluator import run_tasks
+from kd.evaluation.tasks.hellaswag import Scene, Scenes
 
 LONG = "a man sits on a roof and starts pulling up roofing on a roof while it rains"
 PAIRS = tuple(Example(f"p/{i}", f"answer {i}", f"Question {i}?") for i in range(4))
@@ -104,9 +104,14 @@ def test_thirteen_words_in_a_row_make_a_row_known() -> None:
 
 @pytest.mark.parametrize(
     ("spec", "source", "known"),
-    [("Rowan/hellaswag", "", True), ("data.jsonl", '{"source": "friedrichor/ActivityNet_Captions"}', True),
-     ("sentence-transformers/wikihow", "", True), ("wikitext-2", "Salesforce/wikitext", False), ("hello.txt", "", False)],
-)  # fmt: skip
+    [
+        ("Rowan/hellaswag", "", True),
+        ("data.jsonl", '{"source": "friedrichor/ActivityNet_Captions"}', True),
+        ("sentence-transformers/wikihow", "", True),
+        ("wikitext-2", "Salesforce/wikitext", False),
+        ("hello.txt", "", False),
+    ],
+)
 def test_hellaswags_text_is_known_by_the_names_of_its_sources(spec, source, known) -> None:
     text = text_of(spec=spec, source=source)
     assert (benchmark_text(text) is not None) is known
@@ -117,8 +122,10 @@ def test_a_model_that_no_run_made_was_trained_on_nothing_we_know(model_dir, trai
     assert trained_on(str(model_dir)) == trained_on("random:gpt2") == []
     second = tmp_path / "second"
     second.mkdir()
-    run = {"corpus": {"corpus": "gone.txt", "split": "train"},
-           "settings": {"cache": str(tmp_path / "gone"), "student": str(trained)}}  # fmt: skip
+    run = {
+        "corpus": {"corpus": "gone.txt", "split": "train"},
+        "settings": {"cache": str(tmp_path / "gone"), "student": str(trained)},
+    }
     (second / "run.json").write_text(json.dumps(run))
     found = trained_on(str(second))  # through the run it began with
     assert found[0].spec == "gone.txt"
@@ -142,8 +149,9 @@ def test_text_of_the_training_is_refused_before_weights_are_loaded_and_marked_wh
     assert "3 of 3 examples" in report.settings["perplexity"]["contaminated"]
     assert "contaminated" not in report.settings["agreement"]  # asked about the training text on purpose
     assert list(run_tasks(str(trained), ["agreement"], cache=exact_cache, device="cpu"))[-1].report is not None
-    clean = list(run_tasks(str(trained), ["perplexity"], data="demo", split="heldout", limit=1, limit_tokens=20,
-                           device="cpu"))[-1].report  # fmt: skip
+    clean = list(
+        run_tasks(str(trained), ["perplexity"], data="demo", split="heldout", limit=1, limit_tokens=20, device="cpu")
+    )[-1].report
     assert "contaminated" not in clean.settings["perplexity"]
 
 
@@ -158,8 +166,20 @@ def test_training_on_a_benchmarks_own_text_is_refused_and_marked_where_allowed(
     with pytest.raises(DataError, match="benchmark's own text"):
         refuse_benchmark_text(cache, allow=False)
     assert "hellaswag" in str(refuse_benchmark_text(cache, allow=True))
-    command = ["train", "--cache", str(cache), "--student", str(student_dirs[0]), "--out", str(tmp_path / "run"),
-               "--device", "cpu", "--max-steps", "1", "--json"]  # fmt: skip
+    command = [
+        "train",
+        "--cache",
+        str(cache),
+        "--student",
+        str(student_dirs[0]),
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+        "--max-steps",
+        "1",
+        "--json",
+    ]
     refused = CliRunner().invoke(cli.cli, command)
     assert refused.exit_code == 1
     assert not (tmp_path / "run").exists()

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from kd import cli
-from kd.data.errors import DataError
-from kd.data.models import ModelRequest
-from kd.evaluation.evaluate import run_tasks
-from kd.evaluation.figures import Curve, draw_progress
+from kd.common.errors import DataError
+from kd.evaluation.evaluator import run_tasks
 from kd.evaluation.midway_scores import headline, plan_scores
-from kd.evaluation.progress import curves_of, progress_sections
-from kd.student_trainer.records import RECORDS, read_evaluations
+from kd.evaluation.report.figures import Curve, draw_progress
+from kd.evaluation.report.progress import curves_of, progress_sections
+from kd.models.loading import ModelRequest
+from kd.student_trainer.run_folder import RECORDS, read_evaluations
 
 SCENE = {
     "activity_label": "Fog",
@@ -43,10 +43,36 @@ def rows(tmp_path_factory) -> Path:
 def trained(tmp_path_factory, student_dirs, exact_cache, rows) -> tuple[Path, str]:
     """A run that was scored at every second step, and what the command said on stderr."""
     out = tmp_path_factory.mktemp("runs") / "student"
-    command = ["train", "--cache", str(exact_cache), "--student", str(student_dirs[0]), "--out", str(out), "--device", "cpu",
-               "--max-steps", "3", "--batch-size", "4", "--lr", "0.01", "--eval-tasks", "hellaswag,choices,agreement",
-               "--eval-every", "2", "--eval-limit", "3", "--eval-data", "flan:anli_r1", "--eval-split", "test",
-               "--eval-task-root", str(rows), "--json"]  # fmt: skip
+    command = [
+        "train",
+        "--cache",
+        str(exact_cache),
+        "--student",
+        str(student_dirs[0]),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--lr",
+        "0.01",
+        "--eval-tasks",
+        "hellaswag,choices,agreement",
+        "--eval-every",
+        "2",
+        "--eval-limit",
+        "3",
+        "--eval-data",
+        "flan:anli_r1",
+        "--eval-split",
+        "test",
+        "--eval-task-root",
+        str(rows),
+        "--json",
+    ]
     done = CliRunner().invoke(cli.cli, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["evaluations"] == read_evaluations(out)
@@ -54,15 +80,24 @@ def trained(tmp_path_factory, student_dirs, exact_cache, rows) -> tuple[Path, st
 
 
 def test_lines_are_what_kd_eval_finds_before_and_after(trained, student_dirs, exact_cache, rows):
-    from kd.data.rendering import InstructionConfig
+    from kd.data.tasks.rendering import InstructionConfig
 
     out, _ = trained
     records = read_evaluations(out)
     assert [r["step"] for r in records] == [0, 2, 3]
     for record, model in ((records[0], student_dirs[0]), (records[-1], out)):
-        report = list(run_tasks(str(model), ["hellaswag", "choices", "agreement"], data="flan:anli_r1", split="test",
-                                cache=exact_cache, limit=3, device="cpu",
-                                instructions=InstructionConfig(0, task_root=rows)))[-1].report  # fmt: skip
+        report = list(
+            run_tasks(
+                str(model),
+                ["hellaswag", "choices", "agreement"],
+                data="flan:anli_r1",
+                split="test",
+                cache=exact_cache,
+                limit=3,
+                device="cpu",
+                instructions=InstructionConfig(0, task_root=rows),
+            )
+        )[-1].report
         for task, metrics in report.tasks.items():
             for name, figure in metrics.items():
                 found = record["tasks"][task][name]
@@ -85,8 +120,12 @@ def test_the_command_says_each_line_and_the_card_the_change(trained):
 def test_the_report_draws_the_scores_with_their_baseline(trained, tmp_path):
     out, _ = trained
     panels = curves_of([out, tmp_path])
-    assert set(panels) == {"hellaswag: acc_norm (nanogpt) [share of examples]", "choices: accuracy [share of examples]",
-                           "agreement: KL to teacher [nats per token]", "agreement: top-1 agreement [share of tokens]"}  # fmt: skip
+    assert set(panels) == {
+        "hellaswag: acc_norm (nanogpt) [share of examples]",
+        "choices: accuracy [share of examples]",
+        "agreement: KL to teacher [nats per token]",
+        "agreement: top-1 agreement [share of tokens]",
+    }
     curve = panels["agreement: KL to teacher [nats per token]"][0]
     assert curve.label == "student"
     assert curve.steps.tolist() == [0, 2, 3]
@@ -135,8 +174,20 @@ def test_what_cannot_be_scored_is_refused_before_the_first_step(
     options, message, exact_cache, student_dirs, prose_file, tmp_path
 ):
     options = [str(prose_file) if o == "PROSE" else o for o in options]
-    command = ["train", "--cache", str(exact_cache), "--student", str(student_dirs[0]), "--out", str(tmp_path / "run"),
-               "--device", "cpu", "--max-steps", "1", *options]  # fmt: skip
+    command = [
+        "train",
+        "--cache",
+        str(exact_cache),
+        "--student",
+        str(student_dirs[0]),
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+        "--max-steps",
+        "1",
+        *options,
+    ]
     done = CliRunner().invoke(cli.cli, command)
     assert done.exit_code == 1
     assert message in str(done.exception) or message in done.output
@@ -144,15 +195,27 @@ def test_what_cannot_be_scored_is_refused_before_the_first_step(
 
 
 def test_a_distance_that_is_no_number_is_wrong_usage(exact_cache, student_dirs, tmp_path):
-    command = ["train", "--cache", str(exact_cache), "--student", str(student_dirs[0]), "--out", str(tmp_path / "run"),
-               "--eval-tasks", "agreement", "--eval-every", "often"]  # fmt: skip
+    command = [
+        "train",
+        "--cache",
+        str(exact_cache),
+        "--student",
+        str(student_dirs[0]),
+        "--out",
+        str(tmp_path / "run"),
+        "--eval-tasks",
+        "agreement",
+        "--eval-every",
+        "often",
+    ]
     assert CliRunner().invoke(cli.cli, command).exit_code == 2
 
 
 def test_lines_of_known_text_are_marked(exact_cache, student_dirs, prose_file, student, tokenizer):
     request = ModelRequest(str(student_dirs[0]))
-    plan = plan_scores(request, exact_cache, ["perplexity", "agreement"], data=str(prose_file), limit=2,
-                       allow_contaminated=True)  # fmt: skip
+    plan = plan_scores(
+        request, exact_cache, ["perplexity", "agreement"], data=str(prose_file), limit=2, allow_contaminated=True
+    )
     record = plan.score(student, tokenizer)
     assert set(record["contaminated"]) == {"perplexity"}
     assert record["tasks"]["perplexity"]["perplexity"]["value"] > 1

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from kd.evaluation.page import Sample, Section, Table, render_page
+from kd.evaluation.report.page import Sample, Section, Table, render_page
 
 BINARIES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BINARY = next((path for name in BINARIES if (path := shutil.which(name))), None)
@@ -45,10 +45,20 @@ class Browser:
         flags = "headless no-sandbox disable-gpu disable-dev-shm-usage no-first-run remote-debugging-pipe"
         flags += f" disable-component-update disable-background-networking user-data-dir={profile}"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(read_commands), str(write_answers), str(BINARY),
-             *(f"--{flag}" for flag in flags.split(" ")), "about:blank"],
-            pass_fds=(read_commands, write_answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                START,
+                str(read_commands),
+                str(write_answers),
+                str(BINARY),
+                *(f"--{flag}" for flag in flags.split(" ")),
+                "about:blank",
+            ],
+            pass_fds=(read_commands, write_answers),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(read_commands)
         os.close(write_answers)
         self.buffer, self.number, self.session = b"", 0, ""
@@ -126,12 +136,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything a report may hold, at its worst: many columns, long names, hostile text, a picture."""
-    from kd.evaluation.figures import Bar, draw_bars
+    from kd.evaluation.report.figures import Bar, draw_bars
 
     folder = tmp_path_factory.mktemp("page")
     picture = draw_bars(folder / "bars.png", {"accuracy [share]": [Bar("one", 0.4, 0.1), Bar(LONG, 0.5, None)]})
-    wide = Table(["model", *(f"exact match: task number {n} ↑" for n in range(12))],
-                 [[name, *["0.123 ± 0.045"] * 12] for name in ("teacher", LONG, HOSTILE)], frozenset({(1, 3)}))  # fmt: skip
+    wide = Table(
+        ["model", *(f"exact match: task number {n} ↑" for n in range(12))],
+        [[name, *["0.123 ± 0.045"] * 12] for name in ("teacher", LONG, HOSTILE)],
+        frozenset({(1, 3)}),
+    )
     sections = [
         Section("Models and metrics", text="Some words. " * 30, table=wide, note="A note. " * 20),
         Section(

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from kd.cache_builder.reader import CacheReader
+from kd.cache_builder.store.reader import CacheReader
 from kd.data.blocks import BlockConfig
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.midway import Midway
-from kd.student_trainer.train import TrainResult, train
 from kd.student_trainer.trainer import StepRecord
+from kd.student_trainer.training import TrainResult, train
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +27,14 @@ def make_student(tmp_path_factory: pytest.TempPathFactory, save_student) -> Call
     """`make_student(…)`: a folder with a random GPT-2 of 2 layers, d=32, and the teacher's tokenizer."""
 
     def make(*, seed: int = 1, dropout: float = 0.0, tied: bool = True, vocab: int = 400, positions: int = 64) -> Path:
-        return save_student(tmp_path_factory.mktemp("student"), seed=seed, dropout=dropout, tie_word_embeddings=tied,
-                            vocab_size=vocab, n_positions=positions)  # fmt: skip
+        return save_student(
+            tmp_path_factory.mktemp("student"),
+            seed=seed,
+            dropout=dropout,
+            tie_word_embeddings=tied,
+            vocab_size=vocab,
+            n_positions=positions,
+        )
 
     return make
 
@@ -86,8 +92,10 @@ def story_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("story") / "pairs.jsonl"
     story = "the fox met the keeper at the bridge and told him a long story about seven ships in the fog"
     words = story.split(" ")
-    pairs = [{"prompt": "Tell the story of " + " ".join(words[:n]), "target": " ".join(words[: n + 1]) + ("\n" * (n % 3))}
-             for n in range(1, 19)]  # fmt: skip
+    pairs = [
+        {"prompt": "Tell the story of " + " ".join(words[:n]), "target": " ".join(words[: n + 1]) + ("\n" * (n % 3))}
+        for n in range(1, 19)
+    ]
     pairs[3]["target"] = "Café crème — “too much” 日本語 😀"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return path
@@ -99,8 +107,17 @@ def t5_cache(
 ) -> Path:
     """A teacher with an encoder and another tokenizer."""
     out = tmp_path_factory.mktemp("t5-cache") / "cache"
-    request = build_request(out, model=t5_dir, text=story_pairs, profile="full", top_k=16,
-                            samples=0, tail_bands=8, temperatures=(1.0, 2.0), band_temperatures=(1.0, 2.0))  # fmt: skip
+    request = build_request(
+        out,
+        model=t5_dir,
+        text=story_pairs,
+        profile="full",
+        top_k=16,
+        samples=0,
+        tail_bands=8,
+        temperatures=(1.0, 2.0),
+        band_temperatures=(1.0, 2.0),
+    )
     run_build(replace(request, blocks=BlockConfig(seq_len=64, encoder=True)))
     return out
 
@@ -111,8 +128,9 @@ def t5_exact_cache(
 ) -> Path:
     """Every probability of the teacher with an encoder, in float32."""
     out = tmp_path_factory.mktemp("t5-exact") / "cache"
-    request = build_request(out, model=t5_dir, text=story_pairs, profile="full", top_k=180, samples=4, tail_bands=1,
-                            logprob_codec="float32")  # fmt: skip
+    request = build_request(
+        out, model=t5_dir, text=story_pairs, profile="full", top_k=180, samples=4, tail_bands=1, logprob_codec="float32"
+    )
     run_build(replace(request, blocks=BlockConfig(seq_len=64, encoder=True)))
     return out
 
@@ -154,12 +172,26 @@ def run(tmp_path: Path, kl_cache: Path, student_dir: Path, small_heap: None) -> 
     stop_after   interrupted at the line of that step; asked_at: asked to stop, by then
     """
 
-    def go(name: str = "run", *, resume: bool = False, stop_after: int | None = None, midway: Midway | None = None,
-           asked_at: int | None = None, **settings: Any) -> Run:  # fmt: skip
+    def go(
+        name: str = "run",
+        *,
+        resume: bool = False,
+        stop_after: int | None = None,
+        midway: Midway | None = None,
+        asked_at: int | None = None,
+        **settings: Any,
+    ) -> Run:
         defaults: dict[str, Any] = {
-            "cache": str(kl_cache), "student": str(student_dir), "out": str(tmp_path / name), "device": "cpu",
-            "max_steps": 3, "batch_size": 4, "log_every": 1, "lr": 1e-3, "head_chunk": 64,
-        }  # fmt: skip
+            "cache": str(kl_cache),
+            "student": str(student_dir),
+            "out": str(tmp_path / name),
+            "device": "cpu",
+            "max_steps": 3,
+            "batch_size": 4,
+            "log_every": 1,
+            "lr": 1e-3,
+            "head_chunk": 64,
+        }
         records: list[StepRecord] = []
         asked = threading.Event()
 
@@ -170,8 +202,13 @@ def run(tmp_path: Path, kl_cache: Path, student_dir: Path, small_heap: None) -> 
             if record.step == asked_at:
                 asked.set()
 
-        result = train(TrainConfig(**defaults | settings), resume=resume, on_step=on_step, midway=midway,
-                       stoppable=nullcontext(asked))  # fmt: skip
+        result = train(
+            TrainConfig(**defaults | settings),
+            resume=resume,
+            on_step=on_step,
+            midway=midway,
+            stoppable=nullcontext(asked),
+        )
         return Run(tmp_path / name, result, records)
 
     return go

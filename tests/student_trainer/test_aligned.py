@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from kd.cache_builder.reader import CacheReader
-from kd.cache_builder.targets import band_edges
-from kd.data.errors import CacheMismatchError, DataError
-from kd.data.models import ModelRequest, load_model
-from kd.data.tokenizer import encode_with_ends, load_tokenizer, token_bytes
-from kd.student_trainer.batch_plan import plan_batches
-from kd.student_trainer.collate import Collator, loss_targets, teacher_groups
-from kd.student_trainer.groups import GroupSettings
-from kd.student_trainer.losses import Objective
-from kd.student_trainer.pieces import shared_pieces
-from kd.student_trainer.text import StudentText
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.targets import band_edges
+from kd.common.errors import CacheMismatchError, DataError
+from kd.models.loading import ModelRequest, load_model
+from kd.models.tokenizer import encode_with_ends, load_tokenizer, token_bytes
+from kd.student_trainer.batches.batch_plan import plan_batches
+from kd.student_trainer.batches.collate import Collator, loss_targets, teacher_groups
+from kd.student_trainer.batches.pieces import shared_pieces
+from kd.student_trainer.batches.student_text import StudentText
+from kd.student_trainer.losses.by_group import GroupSettings
+from kd.student_trainer.losses.by_row import Objective
 
 ALIGNED = ("uld", "hybrid", "alm")
 EVERY_RANK = {"profile": "full", "top_k": 400, "tail_bands": 1, "samples": 4, "logprob_codec": "float32"}
@@ -41,8 +41,12 @@ def values_of_own_cache(
     reader, tokenizer = CacheReader(cache), load_tokenizer(str(model_dir))
     pieces = shared_pieces(reader, tokenizer)
     edges = tuple(band_edges(reader.config.top_k, 400, reader.config.tail_bands))
-    objective = Objective(loss, "none" if loss == "alm" else "bands", 1.0,
-                          settings=GroupSettings(edges=edges, ranking=ranking, overlap=pieces.overlap))  # fmt: skip
+    objective = Objective(
+        loss,
+        "none" if loss == "alm" else "bands",
+        1.0,
+        settings=GroupSettings(edges=edges, ranking=ranking, overlap=pieces.overlap),
+    )
     collator = Collator(
         objective, StudentText(reader, tokenizer, window=64), pieces=pieces if loss == "hybrid" else None
     )
@@ -137,9 +141,17 @@ def test_thirty_steps_bring_a_student_nearer_to_a_teacher_with_another_tokenizer
     assert finished.result.truncated == 0
 
 
-@pytest.mark.parametrize("settings", [{"alignment": "positional"}, {"temperature": 2.0}, {"align_eos": False},
-                                      {"ranking": "exact"}, {"loss": "hybrid", "beta": 0.3}],
-                         ids=lambda s: ",".join(s))  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alignment": "positional"},
+        {"temperature": 2.0},
+        {"align_eos": False},
+        {"ranking": "exact"},
+        {"loss": "hybrid", "beta": 0.3},
+    ],
+    ids=lambda s: ",".join(s),
+)
 def test_every_setting_changes_the_run(run, t5_cache, settings: dict[str, object]) -> None:
     plain = run("plain", cache=str(t5_cache), loss=settings.get("loss", "uld"), max_steps=1)
     other = run("other", **{"cache": str(t5_cache), "loss": "uld", "max_steps": 1} | settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.data.errors import DataError
+from kd.common.errors import DataError
 from kd.student_trainer.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig, config_from
 
 NEEDED = {"cache": "c", "student": "s", "out": "o"}
@@ -63,11 +63,24 @@ def test_a_whole_number_will_do_for_a_fraction() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tokens_per_batch", 0), ("batch_size", 0), ("accumulate", 0), ("max_steps", 0), ("lora", 0), ("log_every", 0),
-        ("head_chunk", 0), ("lr", 0.0), ("lr", float("nan")), ("epochs", 0.0), ("temperature", 0.0),
-        ("weight_decay", -0.1), ("max_grad_norm", -1.0), ("warmup", -1.0), ("save_every", -1), ("seed", -1),
+        ("tokens_per_batch", 0),
+        ("batch_size", 0),
+        ("accumulate", 0),
+        ("max_steps", 0),
+        ("lora", 0),
+        ("log_every", 0),
+        ("head_chunk", 0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("epochs", 0.0),
+        ("temperature", 0.0),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", -1.0),
+        ("warmup", -1.0),
+        ("save_every", -1),
+        ("seed", -1),
     ],
-)  # fmt: skip
+)
 def test_numbers_out_of_bounds_are_refused(name: str, value: float) -> None:
     with pytest.raises(DataError, match=name.replace("_", "[ _]")) as caught:
         config(**{name: value})
@@ -129,14 +142,42 @@ def test_where_and_how_often_to_write_is_no_part_of_a_run_s_identity(name: str) 
 
 def test_everything_else_is_part_of_a_run_s_identity() -> None:
     changed = {
-        "student": "t", "loss": "ce", "tail": "renorm", "alpha": 0.5, "temperature": 2.0, "top_k": 3, "epochs": 2.0,
-        "max_steps": 5, "tokens_per_batch": 99, "batch_size": 2, "accumulate": 2, "lr": 1.0, "weight_decay": 0.5,
-        "max_grad_norm": 2.0, "optimizer": "adafactor", "schedule": "cosine", "warmup": 0.1, "precision": "bf16",
-        "lora": 2, "gradient_checkpointing": True, "seed": 1, "revision": "main", "tokenizer": "t", "head_chunk": 7,
-        "ce_weight": 0.2, "beta": 0.1, "alignment": "positional", "align_eos": False, "ranking": "exact",
-        "prompt_loss": True, "separator": " ", "seq_len": 9, "lora_targets": "c_attn",
-            "target_len": 3, "packing": True,
-    }  # fmt: skip
+        "student": "t",
+        "loss": "ce",
+        "tail": "renorm",
+        "alpha": 0.5,
+        "temperature": 2.0,
+        "top_k": 3,
+        "epochs": 2.0,
+        "max_steps": 5,
+        "tokens_per_batch": 99,
+        "batch_size": 2,
+        "accumulate": 2,
+        "lr": 1.0,
+        "weight_decay": 0.5,
+        "max_grad_norm": 2.0,
+        "optimizer": "adafactor",
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "precision": "bf16",
+        "lora": 2,
+        "gradient_checkpointing": True,
+        "seed": 1,
+        "revision": "main",
+        "tokenizer": "t",
+        "head_chunk": 7,
+        "ce_weight": 0.2,
+        "beta": 0.1,
+        "alignment": "positional",
+        "align_eos": False,
+        "ranking": "exact",
+        "prompt_loss": True,
+        "separator": " ",
+        "seq_len": 9,
+        "lora_targets": "c_attn",
+        "target_len": 3,
+        "packing": True,
+    }
     free = {"out", "cache", "cache_bytes", "save_every", "log_every", "report_to", "device"}
     assert {f.name for f in fields(TrainConfig)} == changed.keys() | free  # a new setting must be put on one side
     for name, value in changed.items():

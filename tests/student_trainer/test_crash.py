@@ -10,7 +10,7 @@ from crashing import child, dies_at, operations, some_of, watch
 from safetensors.torch import load_file
 
 from kd.student_trainer.config import TrainConfig
-from kd.student_trainer.train import train
+from kd.student_trainer.training import train
 
 
 @pytest.fixture
@@ -19,8 +19,16 @@ def settings(tmp_path: Path, kl_cache: Path, make_student):
     student = str(make_student(dropout=0.1))
 
     def make(name: str) -> TrainConfig:
-        return TrainConfig(cache=str(kl_cache), student=student, out=str(tmp_path / name), max_steps=6, save_every=2,
-                           batch_size=2, log_every=1, device="cpu")  # fmt: skip
+        return TrainConfig(
+            cache=str(kl_cache),
+            student=student,
+            out=str(tmp_path / name),
+            max_steps=6,
+            save_every=2,
+            batch_size=2,
+            log_every=1,
+            device="cpu",
+        )
 
     return make
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from servers import FileServer
 
-from kd.cache_builder import commits
-from kd.cache_builder.pull import pull
-from kd.cache_builder.reader import CacheReader
-from kd.data.errors import CacheError, CacheMismatchError
-from kd.student_trainer.compatibility import needed_arrays, resolve_objective
+from kd.cache_builder.share.pull import pull
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.reader import CacheReader
+from kd.common.errors import CacheError, CacheMismatchError
+from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.student_trainer import gradients as gradients_module
-from kd.student_trainer.groups import GroupSettings, GroupTargets
 from kd.student_trainer.head import chunked_head_loss
-from kd.student_trainer.losses import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses import row_kernels as gradients_module
+from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets
+from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
 
 N, D, V, PADDED, K = 11, 5, 13, 16, 4
 EDGES = (K, 6, 9, 17)
@@ -61,9 +61,14 @@ def targets(rows: int = N, dtype: torch.dtype = torch.float64, seed: int = 1) ->
 def narrowed(data: Any) -> Any:
     """The same targets in float32."""
     values = {f.name: getattr(data, f.name) for f in fields(data)}
-    return replace(data, **{name: narrowed(v) if isinstance(v, GroupTargets) else v.float()
-                            for name, v in values.items()
-                            if isinstance(v, GroupTargets) or (v is not None and v.is_floating_point())})  # fmt: skip
+    return replace(
+        data,
+        **{
+            name: narrowed(v) if isinstance(v, GroupTargets) else v.float()
+            for name, v in values.items()
+            if isinstance(v, GroupTargets) or (v is not None and v.is_floating_point())
+        },
+    )
 
 
 def groups(gold: Tensor, dtype: torch.dtype, generator: torch.Generator) -> GroupTargets:
@@ -74,15 +79,18 @@ def groups(gold: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Grou
     mass = torch.rand(count, K + 3, generator=generator, dtype=dtype).sort(dim=1, descending=True).values
     log_mass = (mass / mass.sum(dim=1, keepdim=True)).log()
     return GroupTargets(
-        first=torch.tensor(first), stop=torch.tensor(stop), gold_ids=gold,
+        first=torch.tensor(first),
+        stop=torch.tensor(stop),
+        gold_ids=gold,
         log_scale=-torch.rand(count, generator=generator, dtype=dtype),
         chunk_logprob=-3 * torch.rand(count, generator=generator, dtype=dtype),
         weight=torch.rand(count, generator=generator, dtype=dtype),
-        logprobs=log_mass[:, :K], bands=log_mass[:, K:],
+        logprobs=log_mass[:, :K],
+        bands=log_mass[:, K:],
         student_ids=torch.stack([torch.randperm(V, generator=generator)[:K] for _ in first]).where(
             torch.rand(count, K, generator=generator) < 0.6, torch.tensor(-1)
         ),
-    )  # fmt: skip
+    )
 
 
 def materialised(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss, targets: LossTargets) -> Tensor:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd.data.errors import DataError
-from kd.student_trainer.batch_plan import BatchPlan
+from kd.common.errors import DataError
+from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.midway import Midway, evaluation_steps
-from kd.student_trainer.records import RECORDS, keep_evaluations, read_evaluations
-from kd.student_trainer.train import read_metrics
+from kd.student_trainer.run_folder import RECORDS, keep_evaluations, read_evaluations
+from kd.student_trainer.training import read_metrics
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -47,10 +47,16 @@ def nosy(model, tokenizer) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"accumulate": 2, "batch_size": 2}, {"precision": "bf16"}, {"lora": 2}, {"gradient_checkpointing": True},
-     {"packing": True}],
+    [
+        {},
+        {"accumulate": 2, "batch_size": 2},
+        {"precision": "bf16"},
+        {"lora": 2},
+        {"gradient_checkpointing": True},
+        {"packing": True},
+    ],
     ids=lambda settings: ",".join(settings) or "plain",
-)  # fmt: skip
+)
 def test_a_run_that_is_scored_ends_with_the_bytes_of_one_that_is_not(run, make_student, settings) -> None:
     settings = {"student": str(make_student(dropout=0.1)), "max_steps": 5, **settings}  # dropout draws at every step
     plain = run("plain", **settings)

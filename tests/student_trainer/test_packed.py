@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model, with_kinds
 from transformers import BloomConfig, BloomForCausalLM
 
-from kd.cache_builder.reader import CachedExample, CacheReader
-from kd.cache_builder.targets import band_edges
-from kd.data.errors import CacheMismatchError, DataError
-from kd.data.packing import Size, pack
-from kd.data.tokenizer import load_tokenizer
-from kd.student_trainer.batch_plan import plan_batches
-from kd.student_trainer.collate import Collator
-from kd.student_trainer.groups import GroupSettings
+from kd.cache_builder.store.reader import CachedExample, CacheReader
+from kd.cache_builder.store.targets import band_edges
+from kd.common.errors import CacheMismatchError, DataError
+from kd.models.packing import Size, pack
+from kd.models.tokenizer import load_tokenizer
+from kd.student_trainer.batches.batch_plan import plan_batches
+from kd.student_trainer.batches.collate import Collator
+from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.head import attach_loss
-from kd.student_trainer.losses import Objective
-from kd.student_trainer.text import StudentText
-from kd.student_trainer.train import read_metrics
+from kd.student_trainer.losses.by_group import GroupSettings
+from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.training import read_metrics
 
 V = 400
 LAYOUTS = ("gpt2", "gpt_neox", "llama", "gpt_neo", "t5")
@@ -41,8 +41,11 @@ OBJECTIVES = {
 def every_rank(tmp_path_factory: pytest.TempPathFactory, build_request, run_build, pairs_file: Path) -> CacheReader:
     """All probabilities of the tiny GPT-2 over pairs: served to every loss."""
     out = tmp_path_factory.mktemp("packed") / "pairs"
-    run_build(build_request(out, text=pairs_file, seq_len=64, profile="full", top_k=V, tail_bands=1, samples=4,
-                            logprob_codec="float32"))  # fmt: skip
+    run_build(
+        build_request(
+            out, text=pairs_file, seq_len=64, profile="full", top_k=V, tail_bands=1, samples=4, logprob_codec="float32"
+        )
+    )
     return CacheReader(out)
 
 

@@ -16,47 +16,84 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Config
 
-from kd.cache_builder.reader import CachedExample, CacheReader
-from kd.cache_builder.targets import band_edges
+from kd.cache_builder.store.reader import CachedExample, CacheReader
+from kd.cache_builder.store.targets import band_edges
+from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import BlockConfig, tokenize_pair
-from kd.data.errors import CacheMismatchError, DataError
-from kd.data.example import Example
-from kd.data.models import ModelRequest, load_model, random_model
-from kd.data.tokenizer import load_tokenizer, token_bytes
-from kd.evaluation.agreement import evaluate_agreement
-from kd.evaluation.evaluate import run_tasks
-from kd.evaluation.scoring import final
-from kd.student_trainer.card import write_card
-from kd.student_trainer.collate import Collator
-from kd.student_trainer.groups import GroupSettings
+from kd.data.rows.example import Example
+from kd.evaluation.evaluator import run_tasks
+from kd.evaluation.scoring.scored_text import final
+from kd.evaluation.tasks.agreement import evaluate_agreement
+from kd.models.loading import ModelRequest, load_model, random_model
+from kd.models.tokenizer import load_tokenizer, token_bytes
+from kd.student_trainer.batches.collate import Collator
+from kd.student_trainer.batches.pieces import shared_pieces
+from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.head import attach_loss
-from kd.student_trainer.losses import Objective
-from kd.student_trainer.pieces import shared_pieces
-from kd.student_trainer.text import StudentText
-from kd.student_trainer.train import read_metrics
+from kd.student_trainer.losses.by_group import GroupSettings
+from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.model_card import write_card
+from kd.student_trainer.training import read_metrics
 
 V = 180
 """Entries of the teacher's tokenizer."""
 
 
 def t5(vocab: int) -> Any:
-    config = T5Config(vocab_size=vocab, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=3,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0, tie_word_embeddings=False)  # fmt: skip
+    config = T5Config(
+        vocab_size=vocab,
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_decoder_layers=1,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
     return random_model(config, torch.float32)
 
 
 def tied_t5(vocab: int) -> Any:
     """The first T5's layout: the decoder's output is scaled before the output layer."""
-    return random_model(T5Config(vocab_size=vocab, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3,
-                                 dropout_rate=0.0, decoder_start_token_id=0), torch.float32)  # fmt: skip
+    return random_model(
+        T5Config(
+            vocab_size=vocab,
+            d_model=24,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=3,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        ),
+        torch.float32,
+    )
 
 
 def bart(vocab: int) -> Any:
-    return BartForConditionalGeneration(BartConfig(
-        vocab_size=vocab, d_model=24, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=0.0,
-        attention_dropout=0.0, pad_token_id=0, eos_token_id=1, bos_token_id=None, decoder_start_token_id=0,
-        forced_eos_token_id=None))  # fmt: skip
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=vocab,
+            d_model=24,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=64,
+            dropout=0.0,
+            attention_dropout=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+            decoder_start_token_id=0,
+            forced_eos_token_id=None,
+        )
+    )
 
 
 LAYOUTS: dict[str, Callable[[int], Any]] = {"t5": t5, "tied_t5": tied_t5, "bart": bart}
@@ -185,8 +222,9 @@ def test_another_tokenizer_reads_what_an_encoder_teacher_of_that_tokenizer_would
     reader = CacheReader(t5_cache)
     text, pieces = StudentText(reader, tokenizer, window=None, encoder=True), token_bytes(tokenizer)
     for cached in reader.read(range(len(reader))):
-        expected = tokenize_pair(Example(cached.id, cached.target, cached.prompt), tokenizer, pieces,
-                                 BlockConfig(encoder=True))  # fmt: skip
+        expected = tokenize_pair(
+            Example(cached.id, cached.target, cached.prompt), tokenizer, pieces, BlockConfig(encoder=True)
+        )
         mine = text[cached.index]
         assert mine.context_ids.tolist() == expected.context_ids.tolist()
         assert mine.target_ids.tolist() == expected.target_ids.tolist()
@@ -227,8 +265,9 @@ def test_a_target_cut_by_target_len_trains_a_causal_student_too(run, t5_cache) -
 @pytest.mark.parametrize("loss", ["kl", "reverse-kl", "jsd", "ce", "uld", "hybrid", "alm"])
 def test_every_loss_trains_a_student_with_an_encoder(run, t5_cache, seq2seq_dir, loss: str) -> None:
     alpha = 1.0 if loss == "alm" else None  # a random teacher finds its text improbable: the two parts disagree
-    finished = run(cache=str(t5_cache), student=str(seq2seq_dir()), loss=loss, alpha=alpha, max_steps=20, lr=1e-2,
-                   batch_size=18)  # fmt: skip
+    finished = run(
+        cache=str(t5_cache), student=str(seq2seq_dir()), loss=loss, alpha=alpha, max_steps=20, lr=1e-2, batch_size=18
+    )
     assert finished.records[-1].loss < 0.9 * finished.records[0].loss
     assert finished.result.aligned_share == (1.0 if loss in ("uld", "hybrid", "alm") else None)
 
@@ -257,8 +296,14 @@ def test_a_prompt_and_answer_cache_of_a_causal_teacher_serves_losses_over_text(r
 
 
 def test_a_token_budget_counts_both_sides_with_their_padding(run, t5_cache, seq2seq_dir) -> None:
-    finished = run(cache=str(t5_cache), student=str(seq2seq_dir()), loss="kl", max_steps=None, batch_size=None,
-                   tokens_per_batch=120)  # fmt: skip
+    finished = run(
+        cache=str(t5_cache),
+        student=str(seq2seq_dir()),
+        loss="kl",
+        max_steps=None,
+        batch_size=None,
+        tokens_per_batch=120,
+    )
     reader = CacheReader(t5_cache)
     tokens, rows = reader.lengths()
     expected = 0
@@ -285,9 +330,31 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(run, t5_
 
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(run, t5_cache, seq2seq_dir, tmp_path) -> None:
     student, out = str(seq2seq_dir()), tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kd.cli", "train",
-               "--cache", str(t5_cache), "--student", student, "--out", str(out), "--max-steps", "3", "--batch-size", "2",
-               "--device", "cpu", "--lr", "1e-3"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "kd.cli",
+        "train",
+        "--cache",
+        str(t5_cache),
+        "--student",
+        student,
+        "--out",
+        str(out),
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--lr",
+        "1e-3",
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -315,8 +382,16 @@ def test_the_output_loads_with_the_trained_logits_and_is_evaluated(
     card = write_card(finished.out).read_text()
     assert "AutoModelForSeq2SeqLM" in card
     assert "text2text-generation" in card
-    report = list(run_tasks(str(finished.out), ["generation", "agreement"], data=str(story_pairs), cache=t5_cache,
-                            device="cpu", allow_contaminated=True))[-1].report  # fmt: skip
+    report = list(
+        run_tasks(
+            str(finished.out),
+            ["generation", "agreement"],
+            data=str(story_pairs),
+            cache=t5_cache,
+            device="cpu",
+            allow_contaminated=True,
+        )
+    )[-1].report
     assert report is not None
     assert 0.0 <= report.tasks["generation"]["exact_match"]["value"] <= 1.0
     # the last step's loss was measured before it, over one batch; the whole cache after it

@@ -1,0 +1,240 @@
+"""Several builders of one cache at once: processes of this machine, or tasks of a Ray cluster.
+
+    for progress in build_together(plan, workers=4): ...      # records as `build` yields them
+
+Every builder makes the same plan and takes the next shard that nobody has claimed (`claims`), so that a slow one holds up no
+other, and one that dies leaves its shard to the rest. What they share is the directory: on a cluster, a file system that all
+machines see under one path. How far they are is told by the commits.
+
+On CUDA each builder has one GPU, in turn; on a CPU they share the processors. Add an engine: a function in `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kd.cache_builder.build.builder import BuildProgress, build
+from kd.cache_builder.build.plan import BuildPlan, plan_build
+from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.store import commits
+from kd.common.errors import CacheError, DataError, KdError, unknown_name
+from kd.common.memory import share_one_heap
+from kd.models.loading import resolve_device
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one builder is given."""
+
+    request: BuildRequest
+    threads: int | None
+    """Of torch; None: as it finds them."""
+    gpu: str | None = None
+    """The only GPU it sees, as CUDA_VISIBLE_DEVICES names it; None: as it finds them."""
+    folder: str | None = None
+    """Where relative names in the request begin."""
+
+
+Answer = BuildProgress | KdError
+"""A builder's last record, or what the user has to know."""
+Poll = Callable[[float], "list[Answer] | None"]
+"""Waits so many seconds at most; the answers of all builders once the last has come."""
+
+
+def build_together(plan: BuildPlan, *, workers: int, engine: str = "local") -> Iterator[BuildProgress]:
+    """Build with several builders; yields progress, at last one record for all of them.
+
+    Raises the first KdError of a builder; whatever was committed stays, and the same call continues from there.
+    """
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    if workers < 1:
+        raise DataError("a build needs a builder", found=f"--workers {workers}", expected="1 or more")
+    request = replace(plan.request, out=plan.request.out.absolute(), model=None)
+    sizes = [rows for _, _, rows in plan.manifest.shards]
+    before, started = set(commits.committed(request.out, len(sizes))), time.perf_counter()
+    tokens = {i: sum(len(r.target_ids) for r in plan.rows[a:b]) for i, (a, b, _) in enumerate(plan.manifest.shards)}
+
+    def so_far() -> tuple[set[int], BuildProgress]:
+        done = set(commits.committed(request.out, len(sizes)))
+        rate = sum(tokens[i] for i in done - before) / (time.perf_counter() - started)
+        return done, BuildProgress(sum(sizes[i] for i in done), sum(sizes), len(done), len(sizes), rate)
+
+    with ENGINES[engine](jobs(request, workers)) as poll:
+        while (answers := poll(POLL_SECONDS)) is None:
+            yield so_far()[1]
+    errors = [answer for answer in answers if isinstance(answer, KdError)]
+    if errors:
+        raise errors[0]
+    yield together(*so_far(), [answer for answer in answers if isinstance(answer, BuildProgress)])
+
+
+def together(done: set[int], last: BuildProgress, records: Sequence[BuildProgress]) -> BuildProgress:
+    """One record of what all builders did, with these shards `done`; seconds are added up."""
+    spent = [record.seconds for record in records if record.seconds is not None]
+    padding = [record.padding_share for record in records if record.padding_share is not None]
+    elsewhere = {i: who for record in records for i, who in record.elsewhere.items() if i not in done}
+    return replace(
+        last,
+        complete=any(record.complete for record in records),
+        reused=all(record.reused for record in records),
+        copied=sum(record.copied for record in records),
+        elsewhere=elsewhere,
+        seconds={name: sum(s[name] for s in spent) for name in spent[0]} if spent else None,
+        padding_share=sum(padding) / len(padding) if padding else None,
+    )
+
+
+def jobs(request: BuildRequest, workers: int) -> list[Job]:
+    """One for each builder: a GPU each where the teacher runs on one, else an equal share of the processors."""
+    device = resolve_device(request.teacher.device)
+    if device == "cuda":
+        import torch
+
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        gpus = names if names[0] else [str(number) for number in range(torch.cuda.device_count())]
+        return [Job(request, None, gpus[number % len(gpus)]) for number in range(workers)]
+    if device.startswith("cuda"):  # that one GPU is for all
+        return [Job(request, None) for _ in range(workers)]
+    return [Job(request, max(1, len(os.sched_getaffinity(0)) // workers)) for _ in range(workers)]
+
+
+def work(job: Job) -> Answer:
+    """Build until nothing is left that nobody has claimed."""
+    share_one_heap()
+    if job.folder is not None and Path(job.folder).is_dir():
+        os.chdir(job.folder)
+    if job.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu  # before CUDA is asked for the first time
+    if job.threads is not None:
+        import torch
+
+        torch.set_num_threads(job.threads)
+    try:
+        *_, last = build(plan_build(job.request))
+    except KdError as error:
+        return error
+    return last
+
+
+@contextmanager
+def local(todo: Sequence[Job]) -> Iterator[Poll]:
+    """Processes of this machine."""
+    context = multiprocessing.get_context("spawn")  # a forked one could not use CUDA, nor torch's threads
+    running: dict[Connection, Any] = {}
+    answers: list[Answer] = []
+    for job in todo:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(theirs, job), name="kd-builder", daemon=True)
+        process.start()
+        theirs.close()
+        running[ours] = process
+
+    def poll(seconds: float) -> list[Answer] | None:
+        for connection in wait(list(running), seconds):
+            assert isinstance(connection, Connection)
+            process = running.pop(connection)
+            try:
+                answer: Answer = connection.recv()
+            except EOFError:
+                process.join()
+                answer = CacheError(
+                    "a builder died",
+                    found=f"exit code {process.exitcode}",
+                    try_="the same command again: it continues; fewer --workers, if memory was short",
+                )
+            answers.append(answer)
+            if isinstance(answer, KdError):
+                return answers
+        return None if running else answers
+
+    try:
+        yield poll
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
+
+
+def _answer(connection: Connection, job: Job) -> None:
+    """What a local builder's process does; told to stop, it leaves no staging folder behind."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # the terminal is the parent's, who tells how far all are
+    transformers.utils.logging.set_verbosity_error()
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        connection.send(work(job))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        connection.close()
+
+
+@contextmanager
+def on_ray(todo: Sequence[Job]) -> Iterator[Poll]:
+    """Tasks of the Ray cluster that RAY_ADDRESS names, or of one on this machine that ends with the build."""
+    try:
+        import ray
+    except ImportError as error:
+        raise DataError(
+            "Ray is not installed", found="--engine ray", try_="pip install 'kd-logit-cache[ray]'"
+        ) from error
+    begun_here = not ray.is_initialized()
+    if begun_here:
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    needs: dict[str, Any] = {
+        "max_retries": 0,
+        "num_cpus": todo[0].threads or 1,
+        "num_gpus": 0 if todo[0].gpu is None else 1,
+    }
+    task = ray.remote(work).options(**needs)
+    # Ray itself gives each task its GPU
+    left = [task.remote(replace(job, gpu=None, folder=os.getcwd())) for job in todo]
+    answers: list[Answer] = []
+
+    def poll(seconds: float) -> list[Answer] | None:
+        nonlocal left
+        done, left = ray.wait(left, timeout=seconds)
+        for reference in done:
+            try:
+                answers.append(ray.get(reference))
+            except ray.exceptions.RayError as error:
+                answers.append(
+                    CacheError(
+                        "a builder died",
+                        found=str(error).strip().splitlines()[-1],
+                        try_="the same command again: it continues",
+                    )
+                )
+            if isinstance(answers[-1], KdError):
+                return answers
+        return None if left else answers
+
+    try:
+        yield poll
+    finally:
+        for reference in left:
+            ray.cancel(reference)
+        if begun_here:
+            ray.shutdown()
+
+
+ENGINES: dict[str, Callable[[Sequence[Job]], AbstractContextManager[Poll]]] = {"local": local, "ray": on_ray}

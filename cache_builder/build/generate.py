@@ -1,0 +1,236 @@
+"""Targets by the teacher: it answers the prompts, and its answers are what is scored and stored.
+
+    for step in generate(request): ...      # resumable; the last step carries the new request
+    plan = plan_build(step.request)
+
+Answers are written to `generated/NNNNN.parquet`, BLOCK examples each, before the plan is made (its shards depend on
+their lengths), beside `generated/request.json`, which says what they were made from. Greedy, or sampled from the
+whole distribution with a seed; batches are cut the same way every time, so a resumed build has the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd.cache_builder.build.request import BuildRequest, GenerationConfig
+from kd.cache_builder.store.manifest import ANSWERS, Layout, identity_difference
+from kd.cache_builder.store.shard_store import read_answers, write_answers
+from kd.common.errors import CacheMismatchError, DataError
+from kd.common.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
+from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
+from kd.data.rows.example import Example
+from kd.models.identity import model_identity, pinned
+from kd.models.loading import is_encoder_decoder, load_config, load_model, load_request_tokenizer, refuse_classifier
+from kd.models.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
+
+BLOCK = 256
+"""Examples per file: the unit of resuming."""
+BATCH = 16
+"""Prompts per call of `generate`, sorted by length inside a block."""
+
+
+@dataclass(frozen=True)
+class GenerationProgress:
+    """Answers there are so far."""
+
+    done: int
+    total: int
+    request: BuildRequest | None = None
+    """On the last record: the request with the teacher's answers as targets, and the model already loaded."""
+
+
+def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
+    """Answer every prompt of `request.corpus`. Raises KdError; what was answered stays, and the same call continues."""
+    generation = request.generation or GenerationConfig()
+    config = load_config(request.teacher)
+    refuse_classifier(request.teacher, config)
+    request = replace(
+        request, teacher=pinned(request.teacher), blocks=replace(request.blocks, encoder=is_encoder_decoder(config))
+    )
+    tokenizer = load_request_tokenizer(request.teacher)
+    prompts = list(_prompts(request, tokenizer, generation.max_new_tokens))
+    folder = request.out / ANSWERS
+    identity = {
+        "teacher": model_identity(request.teacher),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "prompts": request.corpus.digest,
+        "answers": len(prompts),
+        "blocks": asdict(request.blocks),
+        "generation": generation.identity(),
+    }
+    try:
+        _claim(folder, identity)
+        sweep(folder)
+        answers: list[tuple[str, bool]] = []
+        model = request.model
+        for number, start in enumerate(range(0, len(prompts), BLOCK)):
+            block = prompts[start : start + BLOCK]
+            path = folder / f"{number:05d}.parquet"
+            if not path.exists():
+                model = load_model(request.teacher) if model is None else model
+                texts = _answer_block(model, tokenizer, [ids for _, ids in block], generation, number)
+                temporary = folder / f".staging-{process_tag()}.{number}"
+                write_answers(temporary, [e.id for e, _ in block], texts)
+                publish(temporary, path)
+            answers += read_answers(path, [e.id for e, _ in block])
+            yield GenerationProgress(len(answers), len(prompts))
+    except OSError as error:
+        raise write_error(request.out, error) from error
+    examples = tuple(
+        replace(e, target=text, complete=complete) for (e, _), (text, complete) in zip(prompts, answers, strict=True)
+    )
+    # an answer that is empty and cut short has nothing to score
+    examples = tuple(e for e in examples if e.target or e.complete)
+    corpus = replace(request.corpus, examples=examples)
+    yield GenerationProgress(len(answers), len(prompts), replace(request, corpus=corpus, answered=True, model=model))
+
+
+def answered(request: BuildRequest) -> bool:
+    """Are the answers of a build under `request.out` complete?"""
+    folder = request.out / ANSWERS
+    if not (folder / "request.json").exists():
+        return False
+    answers = int(read_json(folder / "request.json").get("answers", 0))  # fewer than examples where some were dropped
+    return all((folder / f"{n:05d}.parquet").exists() for n in range(-(-answers // BLOCK)))
+
+
+def longest_answers(request: BuildRequest, tokenizer: Tokenizer) -> Iterator[TokenRows]:
+    """Every prompt with as many rows as its answer may have: what a plan counts while there are no answers.
+
+    With a target length near the generation limit or below, that length: the build lets nothing longer through. Else
+    `max_new_tokens`, EOS included, as generated; tokenised again, a text may have a few more (random weights, which write
+    halves of characters: 43 for 40). Never more than a shard holds. The ids are zeros.
+    """
+    generation = request.generation or GenerationConfig()
+    length, limit = request.blocks.target_len, generation.max_new_tokens
+    most = min(length if length is not None and length <= limit + 1 else limit, (request.layout or Layout()).shard_rows)
+    nothing = np.zeros(most, dtype=np.int32)
+    for example, ids in _prompts(request, tokenizer, generation.max_new_tokens):
+        yield TokenRows(replace(example, target=""), ids, nothing, nothing.astype(np.int64))
+
+
+def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int) -> Iterator[tuple[Example, np.ndarray]]:
+    """Examples with the ids the teacher is given to answer in `most` tokens; `overlong` treats those too long."""
+    if request.corpus.kind == "documents":
+        raise DataError(
+            "there is nothing to answer",
+            where=request.corpus.spec,
+            found="documents",
+            expected="prompts",
+            try_="--columns prompt=…,target=…, or --targets data",
+        )
+    pieces = token_bytes(tokenizer)
+    room = request.blocks.seq_len - (0 if request.blocks.encoder else most)
+    if room < 1:
+        raise DataError(
+            "the answers leave no room for a prompt",
+            found=f"--seq-len {request.blocks.seq_len}",
+            expected=f"more than --target-len {most}",
+        )
+    limits = replace(
+        request.blocks,
+        seq_len=room + (0 if request.blocks.encoder else 1),
+        stride=None,
+        target_len=None,
+        overlong="truncate",
+    )
+    refused: list[str] = []
+    for example in request.corpus.examples:
+        row = tokenize_pair(replace(example, target=""), tokenizer, pieces, request.blocks)
+        fitted = fit_pair(row, limits)
+        assert fitted is not None
+        if fitted is row or request.blocks.overlong == "truncate":
+            yield example, fitted.context_ids
+        elif request.blocks.overlong == "error":
+            refused.append(f"{example.id} ({len(row.context_ids)} tokens)")
+    if refused:
+        raise DataError(
+            "prompts are longer than the limit",
+            where=request.corpus.spec,
+            found=f"{len(refused)} of {len(request.corpus.examples)}, first {refused[0]}",
+            expected=f"at most {room} tokens",
+            try_="--overlong drop or truncate",
+        )
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Say what the answers are made from, or check that it is the same."""
+    path = folder / "request.json"
+    if not path.exists():
+        write_atomic(path, canonical_json(identity))
+        return
+    differences = identity_difference(identity, read_json(path))
+    if differences:
+        details = {f"differs {key}": f"asked for {a}, the directory has {b}" for key, a, b in differences[:8]}
+        raise CacheMismatchError(
+            "the directory holds answers to something else",
+            cache=folder.parent,
+            **details,
+            try_="another --out, or the options of that build",
+        )
+
+
+def _answer_block(
+    model: Any, tokenizer: Tokenizer, prompts: list[np.ndarray], config: GenerationConfig, number: int
+) -> list[tuple[str, bool]]:
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    texts = [("", True)] * len(prompts)
+    for part, start in enumerate(range(0, len(order), BATCH)):
+        chosen = order[start : start + BATCH]
+        seed = int(np.random.SeedSequence([config.seed, number, part]).generate_state(1)[0])
+        for i, text in zip(chosen, answer(model, tokenizer, [prompts[i] for i in chosen], config, seed), strict=True):
+            texts[i] = text
+    return texts
+
+
+def answer(
+    model: Any, tokenizer: Tokenizer, prompts: list[np.ndarray], config: GenerationConfig, seed: int
+) -> list[tuple[str, bool]]:
+    """One answer per prompt, cut at EOS and without special tokens, and whether it came to its end."""
+    import torch
+    from transformers import GenerationConfig as Settings
+
+    causal = not is_encoder_decoder(model.config)
+    width = max(len(p) for p in prompts)
+    ids = np.zeros((len(prompts), width), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if causal else slice(0, len(prompt))
+        ids[b, place], mask[b, place] = prompt, 1
+    sampling = (
+        {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0} if config.temperature else {}
+    )
+    eos = tokenizer.eos_token_id
+    settings = Settings(
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=eos,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=0 if eos is None else eos,
+        decoder_start_token_id=model.config.decoder_start_token_id if not causal else None,
+        **sampling,
+    )
+    device = model.get_output_embeddings().weight.device
+    with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        # ids the tokenizer cannot emit (padded logits) are never chosen
+        found = model.generate(
+            input_ids=torch.from_numpy(ids).to(device),
+            attention_mask=torch.from_numpy(mask).to(device),
+            generation_config=settings,
+            suppress_tokens=_beyond(model, tokenizer),
+        )
+    answers = found[:, width if causal else 1 :].cpu().tolist()
+    cut = [(row[: row.index(eos)], True) if eos in row else (row, False) for row in answers]
+    return [(tokenizer.decode(row, skip_special_tokens=True), complete) for row, complete in cut]
+
+
+def _beyond(model: Any, tokenizer: Tokenizer) -> list[int] | None:
+    from kd.models.tokenizer import vocabulary_size
+
+    beyond = range(vocabulary_size(tokenizer), int(model.get_output_embeddings().weight.shape[0]))
+    return list(beyond) or None

@@ -1,0 +1,106 @@
+"""The dataset card: a README.md for a cache on the hub, which says what it was made from, what it holds and how to use it.
+
+Hugging Face's layout: YAML front matter, then text. Every figure is from the manifest, as measured during the build. A
+licence is what whoever pushes says it is: nothing here can know what teacher and text allow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd.cache_builder.upkeep.summary import cache_summary
+
+CARD = "README.md"
+SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+)
+"""Fewer examples than this -> the hub's name for it."""
+
+
+def dataset_card(root: Path, url: str, license: str | None = None) -> str:
+    """The card's text, for a cache at `root` that is shared at `url`."""
+    summary = cache_summary(root)
+    teacher, corpus = _plain(summary["teacher"]), _plain(summary["corpus"])
+    front: dict[str, Any] = {
+        "pretty_name": f"Soft targets of {teacher} on {corpus}",
+        "license": license or "other",
+        **({} if license else {"license_name": "not-stated"}),
+        "tags": ["knowledge-distillation", "soft-targets", "teacher-logits", "kd-cache"],
+        "size_categories": [next((name for most, name in SIZES if summary["examples"] < most), "n>1T")],
+        "configs": [{"config_name": "examples", "data_files": "examples/*.parquet"}],
+    }
+    stated = (
+        f"`{_plain(license)}`, as stated by whoever pushed it" if license else "**not stated** by whoever pushed it"
+    )
+    facts = [
+        ("teacher", teacher),
+        ("class", summary["teacher_class"]),
+        ("dtype", summary["dtype"]),
+        ("quantisation", summary["quantization"] or "none"),
+        ("vocabulary", f"{summary['vocabulary_size']:,}"),
+        ("text", corpus),
+        ("split", summary["split"]),
+        ("examples", f"{summary['examples']:,}"),
+        ("target tokens", f"{summary['rows']:,}"),
+        ("tokens per block", summary["seq_len"]),
+        ("profile", summary["profile"]),
+        ("top-k", summary["top_k"]),
+        ("draws per token", summary["samples"]),
+        ("rank bands", summary["tail_bands"]),
+        ("temperatures", ", ".join(f"{t:g}" for t in summary["temperatures"])),
+        ("bytes", f"{summary['bytes']:,}"),
+        ("bytes per token", _figure(summary["bytes_per_token"])),
+        ("mass of the kept tokens", _figure(summary["mass_kept_mean"])),
+        ("error of the stored head, nats", _figure(summary["head_kl_mean"])),
+        ("teacher's cross-entropy, nats per token", _figure(summary["teacher_nll_mean"])),
+        ("teacher's accuracy", _figure(summary["teacher_top1"])),
+        ("fingerprint", f"`{summary['fingerprint']}`"),
+    ]
+    classes = summary["kind"] == "classes"
+    train = f"kd classify train --cache {url} --model MODEL" if classes else f"kd train --cache {url} --student STUDENT"
+    rows = "\n".join(f"| {name} | {_plain(value)} |" for name, value in facts)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip()}
+---
+
+# Soft targets of {teacher} on {corpus}
+
+What a teacher model predicted at every target token of a text, stored once, so that students can be trained from it
+without the teacher: a cache of `kd`, plain Zarr v3 and Parquet, every file with its SHA-256.
+
+| | |
+|---|---|
+{rows}
+
+## Licence
+
+{stated[0].upper() + stated[1:]}. The predictions derive from the teacher and the text; the terms of both apply.
+
+## Use
+
+```
+pip install kd-logit-cache
+{train} --out runs/student      # streamed, files fetched as they are needed
+kd cache pull {url} cache                                         # or a copy: resumable, verified
+kd cache verify cache
+```
+"""
+
+
+def _plain(value: Any) -> str:
+    """One line without what Markdown or HTML would read as markup: names come from whoever built the cache."""
+    text = " ".join(str(value).split())
+    return "".join(f"\\{c}" if c in "|<>[]*_" else c for c in text) if "`" not in text else text.replace("|", "")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

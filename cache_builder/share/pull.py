@@ -1,0 +1,229 @@
+"""Pull a cache, or a part of one, from where somebody put it: verified, in parallel, continued when cut.
+
+The manifest comes first (its own checksum), commits are checked against the manifest, files against the commits; what has
+arrived lies under `.staging-pull` until it is right, `manifest.json` is published last. So a directory without a manifest
+holds no cache, and the same command again goes on where it stopped: what is there with the right size and SHA-256 is not
+fetched again. That also mends a damaged copy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from kd.cache_builder.share.fetching import fetch, fetch_small, in_parallel
+from kd.cache_builder.share.places import open_remote
+from kd.cache_builder.share.remotes import Entry, Remote, holds
+from kd.cache_builder.share.transfer import COMMIT_BYTES, Tally, TransferProgress, describe, raise_mismatch
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.manifest import (
+    ANSWERS,
+    BUILDING,
+    MANIFEST,
+    TARGETS,
+    VOCABULARY,
+    CacheManifest,
+    load_manifest,
+)
+from kd.cache_builder.store.part import PARTIAL, Part, load_part, part_of, whole
+from kd.cache_builder.upkeep.verify import BESIDE
+from kd.common.errors import CacheDamageError, CacheError
+from kd.common.files import publish, sha256_of, sync_folder, unfinished, write_error
+
+STAGING = ".staging-pull"
+"""Folder of what is on its way; see `files.unfinished`."""
+
+
+def pull(
+    url: str,
+    path: str | Path,
+    *,
+    examples: tuple[int, int] | None = None,
+    arrays: Callable[[CacheManifest], Collection[str]] | None = None,
+    workers: int = 8,
+) -> Iterator[TransferProgress]:
+    """Copy a cache from `url`, or the shards that hold `examples`, or the arrays (and those nobody can miss) alone.
+
+    A copy of a part lists what it holds in `partial.json`; pulling more of it adds to that. Raises CacheError where
+    there is no cache, CacheDamageError for what arrives wrong, CacheMismatchError when another cache is at `path`.
+    """
+    root, remote, tally, stop = Path(path), open_remote(url), Tally(), threading.Event()
+    with _staging(root) as staging:
+        manifest, part = describe(remote, staging)
+        wanted = part_of(manifest, examples=examples, arrays=None if arrays is None else arrays(manifest))
+        wanted = _offered(remote, wanted, part, everything=examples is None and arrays is None)
+        held = _held(root, staging, manifest)
+        part = held.joined(wanted, manifest) if held is not None else wanted
+        wanted = part if held is None or held != whole(manifest) else wanted
+        for name, entry in manifest.files.items():
+            tally.add(total=int(entry["bytes"]))
+            _bring(remote, root, staging, name, entry, tally, stop)
+        jobs: Iterable[Callable[[], None]] = (
+            partial(_bring_commit, remote, root, staging, manifest, i, wanted, tally, stop) for i in wanted.shards
+        )
+        for _ in in_parallel(jobs, workers, stop):
+            yield tally.now()
+        _refuse_full_disk(root, tally)
+        jobs = _data_jobs(remote, root, staging, manifest, wanted, tally, stop)
+        for _ in in_parallel(jobs, workers, stop):
+            yield tally.now()
+        for index in wanted.shards:
+            _publish(staging, root, f"commits/{index:05d}.json")
+        if part == whole(manifest):
+            (root / PARTIAL).unlink(missing_ok=True)
+            sync_folder(root)
+        else:
+            part.save(root, manifest)
+        _publish(staging, root, MANIFEST)
+    yield tally.now(None if part == whole(manifest) else part)
+
+
+def _offered(remote: Remote, wanted: Part, offered: Part | None, everything: bool) -> Part:
+    """What can be had of `wanted` from a remote that may be a part itself."""
+    if offered is None:
+        return wanted
+    if everything:
+        return offered
+    if not (set(wanted.shards) <= set(offered.shards) and set(wanted.arrays) <= set(offered.arrays)):
+        raise CacheError(
+            "this copy does not hold all of that",
+            where=remote.url,
+            found=f"{len(offered.shards)} shards; arrays {', '.join(offered.arrays)}",
+        )
+    return wanted
+
+
+@contextmanager
+def _staging(root: Path) -> Iterator[Path]:
+    """The staging folder, held against another pull; removed when all went well, kept for the next attempt when not."""
+    if root.is_dir() and not (root / MANIFEST).exists():
+        known = {
+            MANIFEST,
+            VOCABULARY,
+            TARGETS,
+            ANSWERS,
+            "commits",
+            "examples",
+            PARTIAL,
+            *BESIDE,
+        }
+        foreign = sorted(p.name for p in root.iterdir() if p.name not in known and not unfinished(p.name))
+        if foreign:
+            building = BUILDING in foreign
+            raise CacheError(
+                "a build is not finished there" if building else "the directory is not empty and not a cache",
+                where=root,
+                found=", ".join(foreign[:5]),
+                expected="an empty or new directory",
+                try_="another path",
+            )
+    try:
+        (root / STAGING).mkdir(parents=True, exist_ok=True)
+        lock = (root / STAGING / "lock").open("w")
+    except OSError as error:
+        raise write_error(root, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CacheError(
+                "another pull is writing there", where=root, try_="wait for it, or another path"
+            ) from error
+        yield root / STAGING
+        shutil.rmtree(root / STAGING)
+        sync_folder(root)
+
+
+def _held(root: Path, staging: Path, manifest: CacheManifest) -> Part | None:
+    """What a copy at `root` has of this cache; None for nothing. Raises CacheMismatchError when it is another's."""
+    if not (root / MANIFEST).exists():
+        return None
+    if (root / MANIFEST).read_bytes() != (staging / MANIFEST).read_bytes():
+        try:
+            other = load_manifest(root)
+        except CacheDamageError:  # it says nothing any more, and will be replaced
+            return None
+        raise_mismatch(root, manifest, other)
+    with suppress(CacheDamageError):
+        return load_part(root, manifest) or whole(manifest)
+    return None
+
+
+def _bring(
+    remote: Remote, root: Path, staging: Path, name: str, entry: Entry, tally: Tally, stop: threading.Event
+) -> None:
+    if holds(root / name, entry):
+        tally.add(done=int(entry["bytes"]))
+        return
+    staged = staging / name
+    tally.add(done=staged.stat().st_size if staged.exists() else 0)
+    fetch(remote, name, staged, entry, stop=stop, arrived=tally.arrived)
+    _publish(staging, root, name)
+    tally.add(files=1)
+
+
+def _publish(staging: Path, root: Path, name: str) -> None:
+    if (staging / name).exists():
+        try:
+            publish(staging / name, root / name)
+        except OSError as error:
+            raise write_error(root / name, error) from error
+
+
+def _bring_commit(
+    remote: Remote,
+    root: Path,
+    staging: Path,
+    manifest: CacheManifest,
+    index: int,
+    part: Part,
+    tally: Tally,
+    stop: threading.Event,
+) -> None:
+    """A commit, checked against the manifest, into staging; its files of this part are added to the total."""
+    name = f"commits/{index:05d}.json"
+    if not any(p.is_file() and sha256_of(p) == manifest.commits[index] for p in (root / name, staging / name)):
+        try:
+            data = fetch_small(remote, name, COMMIT_BYTES, sha256=manifest.commits[index], stop=stop)
+        except FileNotFoundError as error:
+            raise CacheDamageError("a file is missing from the cache", where=remote.url, file=name) from error
+        (staging / "commits").mkdir(exist_ok=True)
+        (staging / name).write_bytes(data)
+        tally.add(moved=len(data), files=1)
+    record = commits.read_commit(staging if (staging / name).exists() else root, manifest, index)
+    tally.add(total=sum(int(record.files[n]["bytes"]) for n in _names(manifest, part, index)))
+
+
+def _names(manifest: CacheManifest, part: Part, index: int) -> list[str]:
+    """Files of a shard that belong to a part. The names are ours: a remote's are only compared with them."""
+    arrays = [a for a in manifest.arrays if a.name in part.arrays]
+    return list(commits.shard_files(arrays, index).values())
+
+
+def _data_jobs(
+    remote: Remote, root: Path, staging: Path, manifest: CacheManifest, part: Part, tally: Tally, stop: threading.Event
+) -> Iterator[Callable[[], None]]:
+    for index in part.shards:
+        staged = (staging / f"commits/{index:05d}.json").exists()
+        record = commits.read_commit(staging if staged else root, manifest, index)
+        for name in _names(manifest, part, index):
+            yield partial(_bring, remote, root, staging, name, record.files[name], tally, stop)
+
+
+def _refuse_full_disk(root: Path, tally: Tally) -> None:
+    """Raise CacheError where what is to come cannot fit: what lies there already may be counted twice, so with room."""
+    there = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    free = shutil.disk_usage(root).free
+    if tally.total - there > free:
+        raise CacheError(
+            "the disk is too small for this",
+            where=root,
+            found=f"{free:,} bytes free",
+            expected=f"{tally.total - there:,}",
+            try_="--examples or --arrays for a part of it",
+        )

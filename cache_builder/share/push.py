@@ -1,0 +1,123 @@
+"""Push a cache to a place where others find it: verified, in parallel, continued when cut.
+
+Every file is checked against its commit before it is sent; data first, then commits, then `manifest.json`. So a place
+without a manifest holds no cache, and the same command again goes on where it stopped: what is there with the right size
+and SHA-256 is not sent again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from kd.cache_builder.share.dataset_card import CARD, dataset_card
+from kd.cache_builder.share.fetching import in_parallel, persist
+from kd.cache_builder.share.hub_remote import Hub
+from kd.cache_builder.share.places import open_remote
+from kd.cache_builder.share.remotes import Entry, Folder, Remote
+from kd.cache_builder.share.transfer import Tally, TransferProgress, fetch_if_there, raise_mismatch
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.manifest import MANIFEST, CacheManifest, load_manifest
+from kd.cache_builder.store.part import PARTIAL, load_part
+from kd.common.errors import CacheDamageError, CacheError
+
+
+def push(
+    path: str | Path, url: str, *, license: str | None = None, private: bool = False, workers: int = 8
+) -> Iterator[TransferProgress]:
+    """Copy a complete cache to `url`; on the hub, with a dataset card that names the `license`.
+
+    Raises CacheError for a cache that is not whole, CacheDamageError for one that is damaged, CacheMismatchError when
+    another cache is there.
+    """
+    root, tally, stop = Path(path), Tally(), threading.Event()
+    manifest = load_manifest(root)
+    if not manifest.complete or load_part(root, manifest) is not None:
+        raise CacheError(
+            "only a whole cache can be shared",
+            where=root,
+            found="a part of one" if manifest.complete else "a build that is not finished",
+            try_="kd cache pull the rest, or run its kd cache build command again",
+        )
+    remote = open_remote(url)
+    if isinstance(remote, Hub):
+        remote.private = private
+    persist(remote.prepare, remote, "", stop)
+    known = _refuse_another(root, manifest, remote)
+    data: dict[str, Entry] = dict(manifest.files)
+    entries: dict[str, Entry] = {}
+    for index in range(len(manifest.shards)):
+        data |= commits.read_commit(root, manifest, index).files
+        entries[f"commits/{index:05d}.json"] = commits.file_entry(commits.commit_path(root, index))
+    tally.add(total=sum(int(e["bytes"]) for e in [*data.values(), *entries.values()]))
+    held: set[str] = set()
+    try:
+        persist(lambda: held.update(remote.held(root, data | entries)), remote, "", stop)
+        for layer in (data, entries):
+            tally.add(done=sum(int(layer[name]["bytes"]) for name in layer if name in held))
+            todo = [name for name in layer if name not in held]
+            jobs = (partial(_send, remote, root, names, layer, tally, stop) for names in _batches(todo, remote.batch))
+            for _ in in_parallel(jobs, min(workers, remote.writers), stop):
+                yield tally.now()
+        arrived: set[str] = set()
+        persist(lambda: arrived.update(remote.held(root, data | entries)), remote, "", stop)
+        if missing := sorted((data | entries).keys() - arrived):
+            raise CacheError(
+                "what was sent is not there, or not as it was sent",
+                where=remote.url,
+                found=missing[0],
+                try_="the same command again; on the hub, no .gitignore that names it",
+            )
+        if isinstance(remote, Hub):
+            _send_card(remote, root, url, license, stop)
+        if not known:
+            persist(lambda: remote.write(root, [MANIFEST]), remote, MANIFEST, stop)
+            tally.add(files=1)
+    finally:
+        if isinstance(remote, Folder):
+            remote.close()
+    yield tally.now()
+
+
+def _batches(names: Sequence[str], size: int) -> Iterator[list[str]]:
+    waiting = iter(names)
+    while batch := list(islice(waiting, size)):
+        yield batch
+
+
+def _send(
+    remote: Remote, root: Path, names: Sequence[str], entries: dict[str, Entry], tally: Tally, stop: threading.Event
+) -> None:
+    for name in names:
+        commits.verify_file(root, name, entries[name])
+    persist(lambda: remote.write(root, names), remote, names[0], stop)
+    size = sum(int(entries[name]["bytes"]) for name in names)
+    tally.add(done=size, moved=size, files=len(names))
+
+
+def _refuse_another(root: Path, manifest: CacheManifest, remote: Remote) -> bool:
+    """Does the place hold this manifest already? Raises where it holds another cache, or a part of one."""
+    theirs, same = fetch_if_there(remote, MANIFEST), False
+    if theirs is not None and not (same := theirs == (root / MANIFEST).read_bytes()):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / MANIFEST).write_bytes(theirs)
+            with suppress(CacheDamageError):  # one that says nothing is replaced
+                other = load_manifest(Path(folder))
+                raise_mismatch(remote.url, manifest, other)
+    if fetch_if_there(remote, PARTIAL) is not None:
+        raise CacheError("this place holds a part of a cache", where=remote.url, try_="another address")
+    return same
+
+
+def _send_card(remote: Remote, root: Path, url: str, license: str | None, stop: threading.Event) -> None:
+    """A dataset card, where there is none yet: one that somebody has edited stays."""
+    if fetch_if_there(remote, CARD) is not None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CARD).write_text(dataset_card(root, url, license), encoding="utf-8")
+        persist(lambda: remote.write(Path(folder), [CARD]), remote, CARD, stop)

@@ -1,0 +1,101 @@
+"""What pushing and pulling share: how far they are, and what cache is at the other end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.cache_builder.share.fetching import fetch_small
+from kd.cache_builder.share.remotes import Remote
+from kd.cache_builder.store.manifest import MANIFEST, CacheManifest, load_manifest, refuse_mismatch
+from kd.cache_builder.store.part import PARTIAL, Part, load_part
+from kd.common.errors import CacheError, CacheMismatchError, KdError
+from kd.common.files import MAX_JSON_BYTES
+
+COMMIT_BYTES = 2**20
+"""A commit is a few kilobytes; nobody says how many, so more is not taken."""
+
+
+@dataclass(frozen=True)
+class TransferProgress:
+    """How far a push or a pull is."""
+
+    bytes_done: int
+    """Right where they should be, those that were there before too."""
+    bytes_total: int
+    bytes_moved: int
+    """Over the wire in this run."""
+    files: int
+    """Moved in this run."""
+    seconds: float
+    part: Part | None = None
+    """Pull: what the copy holds, where that is not the whole cache."""
+
+
+class Tally:
+    """Counts for all threads."""
+
+    def __init__(self) -> None:
+        self.done = self.total = self.moved = self.files = 0
+        self.started = time.monotonic()
+        self.lock = threading.Lock()
+
+    def add(self, *, done: int = 0, total: int = 0, moved: int = 0, files: int = 0) -> None:
+        with self.lock:
+            self.done, self.total = self.done + done, self.total + total
+            self.moved, self.files = self.moved + moved, self.files + files
+
+    def arrived(self, count: int) -> None:
+        """Bytes from the network; a negative number takes back what turned out wrong."""
+        self.add(done=count, moved=max(count, 0))
+
+    def now(self, part: Part | None = None) -> TransferProgress:
+        return TransferProgress(self.done, self.total, self.moved, self.files, time.monotonic() - self.started, part)
+
+
+def describe(remote: Remote, folder: Path) -> tuple[CacheManifest, Part | None]:
+    """Write the remote's manifest (and `partial.json`, where it is a part itself) to `folder`, and read it checked."""
+    try:
+        data = fetch_small(remote, MANIFEST, MAX_JSON_BYTES)
+    except FileNotFoundError as error:
+        raise CacheError(
+            "there is no cache",
+            where=remote.url,
+            found=f"no {MANIFEST}",
+            try_="the address of the folder that holds it",
+        ) from error
+    (folder / MANIFEST).write_bytes(data)
+    listed = fetch_if_there(remote, PARTIAL)
+    if listed is None:
+        (folder / PARTIAL).unlink(missing_ok=True)
+    else:
+        (folder / PARTIAL).write_bytes(listed)
+    try:
+        manifest = load_manifest(folder)
+        if not manifest.complete:
+            raise CacheError("the cache is not complete", found=f"{len(manifest.commits)} commits")
+        return manifest, load_part(folder, manifest)
+    except KdError as error:
+        error.details = {"where": remote.url, **{k: v for k, v in error.details.items() if k != "where"}}
+        raise
+
+
+def raise_mismatch(where: object, wanted: CacheManifest, other: CacheManifest) -> None:
+    """Raise CacheMismatchError with what differs between two caches of which one was expected to be the other."""
+    try:
+        refuse_mismatch(Path(str(where)), wanted.identity, other)
+    except CacheMismatchError as error:
+        details = {k: v for k, v in error.details.items() if k not in ("cache", "try")}
+    else:
+        details = {"differs": "layout or files; made from the same"}
+    raise CacheMismatchError("another cache is there", where=where, **details, try_="another place")
+
+
+def fetch_if_there(remote: Remote, name: str) -> bytes | None:
+    """A small file of the remote; None where it has none of that name."""
+    try:
+        return fetch_small(remote, name, MAX_JSON_BYTES)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,238 @@
+"""The mapping between `RawTargets`, stored arrays and `SoftTargets`; the head's own coding is `logprob_codecs`'.
+
+The top value of a row is not stored: it is -log_z at temperature 1. Neither is log_z, but the odds of the tail: its
+exact mass over that of the *decoded* head. So kept mass plus tail mass is 1 for what a reader decodes, at every
+temperature, the tail's mass is right whatever the head's codec, and where there is no tail none is decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kd.cache_builder.store.arrays import Arrays, ArraySpec, id_dtype
+from kd.cache_builder.store.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
+from kd.cache_builder.store.targets import PROFILES, RawTargets, SoftTargets, TargetConfig, band_edges
+
+
+def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) -> list[ArraySpec]:
+    """All arrays a cache of this configuration and format version stores, in a fixed order."""
+    kept, ids = PROFILES[config.profile], id_dtype(vocabulary_size)
+    coded = version > 1
+
+    def of_ids(name: str, columns: int | None, quantity: str) -> ArraySpec:
+        rule = {"quantity": quantity}
+        if coded:
+            rule["decode"] = (
+                "a value c is the id whose `code` in vocabulary.parquet is c; an id beyond that table is its own code"
+            )
+        return ArraySpec(name, ids, columns, rule, ids=coded)
+
+    grid = {"temperatures": list(config.temperatures)}
+    log_z = ArraySpec(
+        "log_z", "float32", len(config.temperatures), {"quantity": "log sum_v exp((z_v - max z) / T), nats"} | grid
+    )
+    byte_end = ArraySpec("byte_end", "uint32", None, {"quantity": "end of the gold token in the target's UTF-8 bytes"})
+    if coded and config.top_k:
+        log_z = ArraySpec(
+            "tail_odds",
+            CODECS[config.logprob_codec].tail,
+            len(config.temperatures),
+            {
+                "quantity": "log of the mass beyond the kept tokens over the mass of the kept ones, at temperature T",
+                "decode": "log sum_v exp((z_v - max z) / T) = log sum_j exp(r_j / T) + log(1 + exp(tail_odds)), with r_j "
+                "as decoded from `logprobs`",
+            }
+            | grid,
+        )
+    if coded:
+        byte_end = ArraySpec(
+            "byte_length",
+            "uint32",
+            None,
+            {
+                "quantity": "bytes of the target from the end of the token before (of its example) to the end of this one",
+                "decode": "byte_end = sum over the rows of the example so far, modulo 2^32",
+            },
+        )
+    specs = [
+        of_ids("gold_ids", None, "id of the token that was actually there"),
+        log_z,
+        ArraySpec("gold_logprob", "float16", None, {"quantity": "log p(gold token), temperature 1, nats"}),
+        ArraySpec("gold_rank", ids, None, {"quantity": "number of tokens more probable than the gold token"}),
+        byte_end,
+    ]
+    if config.top_k:
+        if kept.ids:
+            specs.append(of_ids("token_ids", config.top_k, "ids, most probable first"))
+        specs += CODECS[config.logprob_codec].arrays(config.top_k)
+    if config.tail_bands:
+        specs.append(
+            ArraySpec(
+                "tail_bands",
+                "float16",
+                config.tail_bands * len(config.band_temperatures),
+                {
+                    "quantity": "log mass of rank band b at a temperature, nats; columns are [temperature, band]",
+                    "edges": band_edges(config.top_k, vocabulary_size, config.tail_bands),
+                    "temperatures": list(config.band_temperatures),
+                },
+            )
+        )
+    if config.samples:
+        counts = "uint8" if config.samples < 256 else "uint16"
+        specs.append(of_ids("sample_ids", config.samples, "distinct ids drawn from p"))
+        specs.append(ArraySpec("sample_counts", counts, config.samples, {"quantity": "draws of each id; 0 = unused"}))
+    if kept.boundary:
+        specs.append(
+            ArraySpec(
+                "boundary_logprob",
+                "float16",
+                None,
+                {"quantity": "log P(next token starts a word or ends the text), nats"},
+            )
+        )
+    if not coded:
+        return specs
+    # Measured (docs/log.md): small numbers want their bits by column; in rows of ids zstd finds what occurred before
+    by_column = ("logprobs", "tail_odds", "sample_counts")
+    return [replace(s, by_column=True) if s.name in by_column else replace(s, shuffle="shuffle") for s in specs]
+
+
+def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
+    """Quantise n rows. Returns the stored arrays and the sums of the quality figures over the rows.
+
+    A few rows at a time: in float64 the head of a shard is larger than everything else a build holds.
+
+    Quality: `mass_kept` = Σ p over the kept tokens at T=1; `head_kl` = KL(teacher || decoded) in nats over the
+    kept tokens and the rest as one outcome; `gold_nll` in nats; `top1` = how often the gold token ranks first.
+    """
+    parts = [
+        _encode(_rows(raw, slice(first, first + ENCODED_ROWS)), config)
+        for first in range(0, max(len(raw.gold_ids), 1), ENCODED_ROWS)
+    ]
+    stored = {name: np.concatenate([arrays[name] for arrays, _ in parts]) for name in parts[0][0]}
+    return stored, {name: math.fsum(sums[name] for _, sums in parts) for name in parts[0][1]}
+
+
+ENCODED_ROWS = 2000
+"""Rows encoded at once; no power of two, or whole columns share a cache line's place."""
+
+
+def _rows(raw: RawTargets, part: slice) -> RawTargets:
+    own: dict[str, Any] = {name: None if value is None else value[part] for name, value in vars(raw).items()}
+    return RawTargets(**own)
+
+
+def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
+    log_z = raw.log_z.astype(np.float64)
+    one = config.temperatures.index(1.0)
+    stored: Arrays = {
+        "gold_ids": raw.gold_ids,
+        "gold_logprob": np.maximum(raw.gold_logprob, FLOAT16_MIN),
+        "gold_rank": raw.gold_rank,
+        "byte_end": raw.byte_end,
+    }
+    quality = {
+        "rows": float(len(raw.gold_ids)),
+        "gold_nll": float(-raw.gold_logprob.astype(np.float64).sum()),
+        "top1": float((raw.gold_rank == 0).sum()),
+    }
+    if raw.relative is not None:
+        codec = CODECS[config.logprob_codec]
+        exact, head = raw.relative.astype(np.float64), codec.encode(raw.relative)
+        decoded = codec.decode(head).astype(np.float64)
+        odds, adjusted = np.empty_like(log_z), np.empty_like(log_z)
+        for t, temperature in enumerate(config.temperatures):
+            tail = np.maximum(np.exp(log_z[:, t]) - np.exp(exact / temperature).sum(1), 0.0)
+            kept = np.exp(decoded / temperature).sum(1)
+            with np.errstate(divide="ignore"):
+                odds[:, t] = np.maximum(np.log(tail / kept), FLOAT16_MIN).astype(codec.tail)
+            adjusted[:, t] = np.log(kept) + np.log1p(np.exp(odds[:, t]))
+        p, log_p, log_q = np.exp(exact - log_z[:, [one]]), exact - log_z[:, [one]], decoded - adjusted[:, [one]]
+        tail = np.maximum(1 - p.sum(1), 1e-12)
+        tail_decoded = np.maximum(1 - np.exp(log_q).sum(1), 1e-12)
+        kl = (p * (log_p - log_q)).sum(1) + tail * np.log(tail / tail_decoded)
+        quality |= {"mass_kept": float(p.sum()), "head_kl": float(np.maximum(kl, 0.0).sum())}
+        stored |= head | {"tail_odds": odds}
+        if PROFILES[config.profile].ids and raw.token_ids is not None:
+            stored["token_ids"] = raw.token_ids
+    else:
+        stored["log_z"] = log_z
+    for name in ("tail_bands", "sample_ids", "sample_counts", "boundary_logprob"):
+        value = getattr(raw, name)
+        if value is not None:
+            stored[name] = value
+    return stored, quality
+
+
+def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | None = None) -> SoftTargets:
+    """Stored arrays of N rows -> `SoftTargets`; `top_k` keeps fewer tokens than stored (a slice, tail re-derived).
+
+    Arrays that were not read are None; without the head's there is no normaliser either, at no temperature.
+    """
+    optional: dict[str, Any] = {}
+    temperatures = config.temperatures
+    if config.top_k and "logprobs" in stored:
+        k = config.top_k if top_k is None else top_k
+        log_z, optional["logprobs"], mass = _decode_head(stored, config, k)
+        if k == config.top_k:
+            optional["tail_mass"] = mass
+        if "token_ids" in stored:
+            optional["token_ids"] = stored["token_ids"][:, :k].astype(np.int32, order="C", copy=False)
+    elif "log_z" in stored:
+        log_z = stored["log_z"]
+    else:  # the head was left out, and what is there answers for no temperature
+        log_z, temperatures = np.empty((len(stored["gold_ids"]), 0), dtype=np.float32), ()
+    if "tail_bands" in stored:
+        bands = stored["tail_bands"].astype(np.float32, order="C")
+        optional["tail_bands"] = bands.reshape(len(bands), len(config.band_temperatures), config.tail_bands)
+    if "sample_ids" in stored:
+        optional["sample_ids"] = stored["sample_ids"].astype(np.int64, order="C")
+        optional["sample_counts"] = stored["sample_counts"].astype(np.int64, order="C")
+    if "boundary_logprob" in stored:
+        optional["boundary_logprob"] = stored["boundary_logprob"].astype(np.float32)
+    return SoftTargets(
+        gold_ids=stored["gold_ids"].astype(np.int64),
+        log_z=log_z,
+        temperatures=temperatures,
+        gold_logprob=stored["gold_logprob"].astype(np.float32),
+        gold_rank=stored["gold_rank"].astype(np.int64),
+        byte_end=stored["byte_end"].astype(np.int64),
+        band_temperatures=config.band_temperatures if "tail_bands" in stored else (),
+        **optional,
+    )
+
+
+DECODED_ROWS = 2000
+"""Rows of the head decoded at once: what is made of them on the way stays in the caches, and calls cost little."""
+
+
+def _decode_head(
+    stored: Mapping[str, np.ndarray], config: TargetConfig, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """`log_z [N, T]`, log-probabilities `[N, k]`, mass beyond all stored tokens `[N, T]` (None in format version 1); float32."""
+    codec, one, version1 = CODECS[config.logprob_codec], config.temperatures.index(1.0), "log_z" in stored
+    size, grid = len(stored["logprobs"]), len(config.temperatures)
+    log_z, logprobs = np.empty((size, grid), dtype=np.float32), np.empty((size, k), dtype=np.float32)
+    mass = None if version1 else np.empty_like(log_z)
+    head = {name: stored[name] for name in ("logprobs", "logprob_span") if name in stored}
+    for first in range(0, size, DECODED_ROWS):
+        rows = slice(first, first + DECODED_ROWS)
+        part = {name: values[rows] for name, values in head.items()}
+        if mass is None:
+            relative, log_z[rows] = codec.decode(part), stored["log_z"][rows]
+        else:
+            relative = codec.decode(part)
+            sums = power_sums(codec, part, relative, config.temperatures)
+            odds = np.exp(stored["tail_odds"][rows].astype(np.float32))
+            whole = 1 + odds  # of the kept mass
+            np.log(sums * whole, out=log_z[rows])
+            with np.errstate(invalid="ignore"):  # odds of infinity, which the normaliser then shows
+                np.divide(odds, whole, out=mass[rows])
+        np.subtract(relative[:, :k], log_z[rows, one : one + 1], out=logprobs[rows])
+    return log_z, logprobs, mass

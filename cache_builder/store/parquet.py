@@ -1,0 +1,157 @@
+"""Parquet, read within bounds: a small file of a stranger must not become a large table.
+
+A dictionary page says a long text once and a run of indices repeats it a million times; a run of one number is as short. So
+counts and sizes in the file's metadata are checked first, texts are read as dictionaries, and what they would come to is added
+up before a single one is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kd.common.errors import CacheError
+
+MAX_TABLE_BYTES = 2**30
+"""What one Parquet file of a cache may hold, decompressed; a shard of 32,768 rows is about 1 MB of text."""
+MAX_METADATA_BYTES = 2**24
+FEW_ROWS = 64
+
+
+def read_table(
+    data: bytes, schema: pa.Schema, *, rows: int | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Columns of a Parquet file's bytes, all of `schema` by default, in its types. Raises CacheError, or what pyarrow raises.
+
+    `rows` it must have, where that is known.
+    """
+    wanted = pa.schema([schema.field(name) for name in columns or schema.names])
+    texts = [f.name for f in wanted if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
+    size, count = footer_sizes(data)
+    if rows is not None and count != rows:
+        raise CacheError("a table has another number of rows", found=count, expected=rows)
+    if size > MAX_TABLE_BYTES:
+        raise CacheError("a table is too large", found=f"{size} bytes", expected=f"at most {MAX_TABLE_BYTES}")
+    file = pq.ParquetFile(
+        pa.BufferReader(data),
+        read_dictionary=texts,
+        thrift_string_size_limit=MAX_METADATA_BYTES,
+        thrift_container_size_limit=MAX_METADATA_BYTES,
+    )
+    batches = []
+    # by few rows at a time: a batch may hold as many copies of the longest text, before it can be added up
+    for batch in _batches(data, file, wanted.names):
+        if any(column.null_count for column in batch.columns):
+            raise CacheError("a table has holes", found="null in a column")
+        size += sum(_expanded(batch.column(name)) for name in texts)
+        if size > MAX_TABLE_BYTES:
+            raise CacheError("a table is too large", found=f"over {size} bytes", expected=f"at most {MAX_TABLE_BYTES}")
+        batches.append(batch)
+    return pa.Table.from_batches(batches).cast(wanted) if batches else wanted.empty_table()
+
+
+def _batches(data: bytes, file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(columns=names, use_threads=False)
+    except (NotImplementedError, OSError) as error:  # texts that lie one after another cannot be read as dictionaries
+        if "DeltaLengthByteArrayDecoder" not in str(error):
+            raise
+        yield from pq.ParquetFile(pa.BufferReader(data)).iter_batches(FEW_ROWS, columns=names, use_threads=False)
+
+
+def _expanded(column: pa.Array) -> int:
+    """Bytes of a text column once every row has its own."""
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    lengths = pc.fill_null(pc.binary_length(column.dictionary), 0).to_numpy(zero_copy_only=False)
+    used = np.bincount(column.indices.drop_null().to_numpy(), minlength=len(lengths))
+    return int((used * lengths.astype(np.float64)).sum())
+
+
+def footer_sizes(data: bytes) -> tuple[int, int]:
+    """`(bytes, rows)` that a Parquet footer says the file holds: decompressed, and at least 4 for every value.
+
+    Read here and not by Arrow, because pyarrow ends the process when the details of a column contradict each other
+    (found by fuzzing). Thrift's compact protocol: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md;
+    the fields are those of parquet.thrift.
+    """
+    length = int.from_bytes(data[-8:-4], "little")
+    if len(data) < 12 or data[-4:] != b"PAR1" or not 0 < length <= min(len(data) - 12, MAX_METADATA_BYTES):
+        raise CacheError("a table's footer cannot be read", found=f"{len(data)} bytes")
+    try:
+        document = _Compact(data[-8 - length : -8]).struct(0)
+        size = 0
+        for group in document[4]:
+            for column in group[1]:
+                uncompressed, values = column[3][6], column[3][5]
+                if uncompressed < 0 or values < 0:
+                    raise CacheError("a table's metadata contradicts itself", found=f"{values} values")
+                size += max(uncompressed, 4 * values)
+        return size, int(document[3])
+    except (LookupError, TypeError, ValueError) as error:
+        raise CacheError("a table's footer cannot be read", found=f"{type(error).__name__}: {error}") from error
+
+
+class _Compact:
+    """A Thrift document in compact protocol: structures as `{field: value}`, nothing allocated beyond its bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.place = 0
+
+    def byte(self) -> int:
+        self.place += 1
+        return self.data[self.place - 1]
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80 or shift > 70:
+                return value
+
+    def zigzag(self) -> int:
+        value = self.varint()
+        return (value >> 1) ^ -(value & 1)
+
+    def value(self, kind: int, depth: int) -> Any:
+        if kind in (1, 2):  # a field's truth is in its type
+            return kind == 1
+        if kind == 3:
+            return self.byte()
+        if kind in (4, 5, 6):
+            return self.zigzag()
+        if kind == 7:
+            self.place += 8
+            return None
+        if kind == 8:
+            length = self.varint()
+            self.place += length
+            return None
+        if kind in (9, 10):
+            head = self.byte()
+            count = head >> 4 if head >> 4 < 15 else self.varint()
+            if count > len(self.data) - self.place:
+                raise ValueError("a list longer than its bytes")
+            element = head & 15
+            return [self.byte() == 1 if element in (1, 2) else self.value(element, depth + 1) for _ in range(count)]
+        if kind == 12:
+            return self.struct(depth + 1)
+        raise ValueError(f"a field of type {kind}")
+
+    def struct(self, depth: int) -> dict[int, Any]:
+        if depth > 16:
+            raise ValueError("too deep")
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self.byte():
+            number = number + (head >> 4) if head >> 4 else self.zigzag()
+            fields[number] = self.value(head & 15, depth)
+        return fields

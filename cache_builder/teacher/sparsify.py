@@ -1,0 +1,242 @@
+"""From a teacher's logits to what is kept of them, a few rows at a time, on the teacher's device.
+
+Everything is taken from one chunk `[n, V]` of float32 logits: top-k on the raw logits, one log-normaliser per
+temperature, gold log-probability and rank, seeded draws, rank bands. No log_softmax over the vocabulary is formed. On a
+CPU the chunk is worked through in blocks of rows that stay in the cache from the first pass to the last, and several
+threads take whole blocks each (`kd.models.top_k`, `selection` and `normalisers` hold the passes).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from kd.cache_builder.store.targets import PROFILES, TargetConfig, band_edges
+from kd.cache_builder.teacher.normalisers import log_normalisers, padded_width, subtract
+from kd.cache_builder.teacher.selection import Uniforms, count_larger, draw
+from kd.models.top_k import marks_for, top_k_at_once, top_k_by_threshold, top_k_by_topk
+
+LOG_MASS_FLOOR = -60.0
+"""Log-mass of an empty rank band: e^-60 is below anything float32 can sum."""
+BLOCK_BYTES = 5 * 2**20
+"""Logits worked through at once on a CPU: larger blocks leave the caches between passes, in smaller ones the calls cost too
+much, and several threads wait for the interpreter's lock between them (benchmarks/chunks.py)."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Kept numbers of n rows, still on the device (shapes as in `RawTargets`)."""
+
+    log_z: torch.Tensor
+    gold_logprob: torch.Tensor
+    gold_rank: torch.Tensor
+    token_ids: torch.Tensor | None = None
+    relative: torch.Tensor | None = None
+    tail_bands: torch.Tensor | None = None
+    sample_ids: torch.Tensor | None = None
+    sample_counts: torch.Tensor | None = None
+    boundary_logprob: torch.Tensor | None = None
+    doubt: torch.Tensor | None = None
+    """[n] uint8, of `Sparsifier.marked` alone: 0, TIED or NOT_FINITE"""
+
+
+TIED, NOT_FINITE = 1, 2
+"""Ids of the row may be others than `Sparsifier.__call__` keeps; it would raise NonFiniteRow."""
+
+
+class NonFiniteRow(Exception):
+    """Row `row` of the chunk holds NaN or infinite logits."""
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+        super().__init__(row)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory to work on one block in."""
+
+    powers: torch.Tensor
+    """[1 or 2, rows, padded_width(V)] float32"""
+    marks: np.ndarray
+    """see `marks_for`; no rows but on a CPU"""
+
+
+class Sparsifier:
+    """Applies one `TargetConfig` to chunks of logits over `vocabulary_size` ids."""
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        vocabulary_size: int,
+        boundary_ids: torch.Tensor | None = None,
+        *,
+        block_rows: int | None = None,
+    ) -> None:
+        """`block_rows`: rows worked through at once; None: what stays in a CPU's cache, whole chunks elsewhere."""
+        config.check_vocabulary(vocabulary_size)
+        self.config = config
+        self.edges = band_edges(config.top_k, vocabulary_size, config.tail_bands) if config.tail_bands else []
+        self.vocabulary_size = vocabulary_size
+        self.boundary_ids = boundary_ids
+        self.block_rows = block_rows
+        later = bool(self.edges or config.samples or PROFILES[config.profile].boundary)
+        doubling = all(high == 2 * low for low, high in pairwise(config.temperatures))
+        self._in_place = doubling and not later  # nothing looks at the logits again once they are powers
+        self._scratches: list[Scratch] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    def twin(self) -> Sparsifier:
+        """Another one, with memory of its own: one of them is for one thread at a time."""
+        return Sparsifier(self.config, self.vocabulary_size, self.boundary_ids, block_rows=self.block_rows)
+
+    def _scratch(self, rows: int, workers: int, device: torch.device) -> list[Scratch]:
+        """Of each worker its own, reused: fresh memory of this size costs more than the arithmetic in it."""
+        found = self._scratches
+        if len(found) < workers or found[0].powers.shape[1] < rows or found[0].powers.device != device:
+            shape = (1 if self._in_place else 2, rows, padded_width(self.vocabulary_size, device.type))
+            marks = rows if device.type == "cpu" else 0
+            with torch.inference_mode(False):
+                self._scratches = [
+                    Scratch(torch.zeros(shape, device=device), marks_for(marks, self.vocabulary_size))
+                    for _ in range(workers)
+                ]
+        return self._scratches
+
+    @torch.no_grad()
+    def __call__(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None = None) -> Chunk:
+        """`logits [n, V]` (any float dtype; columns beyond the vocabulary are ignored), `gold_ids [n]`,
+        `uniforms [n, R]` in [0, 1) for the draws. Raises NonFiniteRow."""
+        logits = logits[:, : self.vocabulary_size]
+        # where bands or draws follow, torch's own threads sort and sum
+        workers = torch.get_num_threads() if logits.device.type == "cpu" and self._in_place else 1
+        step = self.block_rows or max(1, len(logits))
+        if self.block_rows is None and logits.device.type == "cpu":
+            count = -(-4 * self.vocabulary_size * len(logits) // BLOCK_BYTES)
+            step = max(1, -(-len(logits) // (-(-count // workers) * workers)))  # as many blocks for each worker
+        starts = range(0, len(logits), step)
+        workers = max(1, min(workers, len(starts)))
+        scratch = self._scratch(min(step, len(logits)), workers, logits.device)
+
+        def work(worker: int) -> list[Chunk | NonFiniteRow]:
+            """Every `workers`-th block, up to one that is not finite."""
+            done: list[Chunk | NonFiniteRow] = []
+            for start in starts[worker::workers]:
+                part = slice(start, start + step)
+                drawn = None if uniforms is None else uniforms[part]
+                try:
+                    with torch.no_grad():
+                        done.append(self._block(logits[part].float(), gold_ids[part], drawn, scratch[worker]))
+                except NonFiniteRow as error:
+                    return [*done, NonFiniteRow(start + error.row)]
+            return done
+
+        if workers < 2:
+            shares = [work(0)]
+        else:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(torch.get_num_threads(), "kd-select")
+            shares = list(self._pool.map(work, range(workers)))
+        rows = [found.row for share in shares for found in share if isinstance(found, NonFiniteRow)]
+        if rows:
+            raise NonFiniteRow(min(rows))
+        ordered = [shares[i % workers][i // workers] for i in range(len(starts))]
+        blocks = [block for block in ordered if isinstance(block, Chunk)]
+        if len(blocks) == 1:
+            return blocks[0]
+        columns: dict[str, list[Any]] = {f.name: [getattr(block, f.name) for block in blocks] for f in fields(Chunk)}
+        merged: dict[str, Any] = {n: None if parts[0] is None else torch.cat(parts) for n, parts in columns.items()}
+        return Chunk(**merged)
+
+    @torch.no_grad()
+    def marked(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None = None) -> Chunk:
+        """The same without a wait for the device: rows that would need one are marked in `doubt`. For a GPU."""
+        scratch = self._scratch(len(logits), 1, logits.device)[0]
+        return self._block(logits[:, : self.vocabulary_size].float(), gold_ids, uniforms, scratch, waits=False)
+
+    def _block(
+        self,
+        logits: torch.Tensor,
+        gold_ids: torch.Tensor,
+        uniforms: Uniforms | None,
+        scratch: Scratch,
+        *,
+        waits: bool = True,
+    ) -> Chunk:
+        """`logits [r, V]` float32, `gold_ids [r]`, `uniforms [r, R]`; `scratch` has room for r rows or more."""
+        config = self.config
+        ids = relative = tied = doubt = None
+        if config.top_k:
+            if not waits:
+                values, ids, tied = top_k_at_once(logits, config.top_k)
+            elif logits.device.type == "cpu":
+                values, ids = top_k_by_threshold(logits, config.top_k, scratch.marks)
+            else:
+                values, ids = top_k_by_topk(logits, config.top_k)
+            top = values[:, :1]
+            relative = values - top
+        else:
+            top = logits.amax(dim=1, keepdim=True)
+        shifted = subtract(logits, top, scratch.powers[0, : len(logits), : logits.shape[1]])
+        gold = shifted.gather(1, gold_ids.unsqueeze(1))
+        ranks = count_larger(shifted, gold, relative, scratch.marks)
+        log_z = log_normalisers(shifted, config.temperatures, scratch.powers[-1, : len(logits)])
+        one = log_z[:, config.temperatures.index(1.0)]
+        kept = gold if relative is None else torch.minimum(gold, relative[:, -1:])
+        # a kept logit of minus infinity: no stored number can hold it
+        bad = ~torch.isfinite(torch.cat([log_z, top, kept], dim=1)).all(dim=1)
+        if not waits:
+            doubt = bad.to(torch.uint8) * NOT_FINITE
+            doubt = doubt if tied is None else torch.maximum(doubt, tied.to(torch.uint8) * TIED)
+        elif bool(bad.any()):
+            raise NonFiniteRow(int(bad.nonzero()[0]))
+        bands = self._bands(shifted, log_z) if self.edges else None
+        sample_ids = counts = None
+        if config.samples:
+            assert uniforms is not None
+            sample_ids, counts = draw(shifted, uniforms)
+        boundary = None
+        if PROFILES[config.profile].boundary and self.boundary_ids is not None:
+            boundary = shifted.index_select(1, self.boundary_ids).logsumexp(dim=1) - one
+            boundary = boundary.clamp(LOG_MASS_FLOOR, 0.0)
+        return Chunk(
+            log_z=log_z,
+            gold_logprob=gold.squeeze(1) - one,
+            gold_rank=ranks,
+            token_ids=ids if PROFILES[config.profile].ids else None,
+            relative=relative,
+            tail_bands=bands,
+            sample_ids=sample_ids,
+            sample_counts=counts,
+            boundary_logprob=boundary,
+            doubt=doubt,
+        )
+
+    def _bands(self, shifted: torch.Tensor, log_z: torch.Tensor) -> torch.Tensor:
+        """`[n, band temperatures * bands]` log-mass of each rank band beyond k."""
+        ordered = shifted.sort(dim=1, descending=True).values
+        columns = []
+        for temperature in self.config.band_temperatures:
+            norm = log_z[:, self.config.temperatures.index(temperature)]
+            for low, high in zip(self.edges[:-1], self.edges[1:], strict=True):
+                if high <= low:
+                    columns.append(torch.full_like(norm, LOG_MASS_FLOOR))
+                else:
+                    columns.append((ordered[:, low:high] / temperature).logsumexp(dim=1) - norm)
+        return torch.stack(columns, dim=1).clamp(min=LOG_MASS_FLOOR)
+
+
+def uniforms_for(seed: int, example: int, rows: int, samples: int) -> np.ndarray:
+    """`[rows, samples]` float64 in [0, 1): a function of (seed, example number) alone (counter-based Philox)."""
+    return np.random.Generator(np.random.Philox(key=[seed, example])).random((rows, samples))
+
+
+def boundary_token_ids(vocabulary: list[bytes], special_ids: set[int], device: torch.device) -> torch.Tensor:
+    """Ids whose piece starts a word (white space first) or ends the text (special tokens)."""
+    ids = [i for i, piece in enumerate(vocabulary) if i in special_ids or piece[:1].isspace()]
+    return torch.tensor(ids, dtype=torch.long, device=device)

@@ -1,0 +1,63 @@
+"""A cache in figures: identity, sizes on disk, quality as measured during the build. Reads no target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.store.part import load_part
+from kd.cache_builder.store.reader import quality_means
+
+
+def cache_summary(path: Path) -> dict[str, Any]:
+    """What `kd cache info` prints: identity, sizes, measured quality."""
+    manifest = load_manifest(path)
+    part = load_part(path, manifest)
+    means, targets = quality_means(manifest), manifest.targets
+    done = commits.committed(path, len(manifest.shards)) if part is None else part.shards
+    commits.ask(path, done, ())
+    rows = sum(manifest.shards[i][2] for i in done)
+    stored: dict[str, int] = {}
+    for index in done:
+        for array, count in commits.stored_bytes(path, manifest, index).items():
+            stored[array] = stored.get(array, 0) + count
+    arrays = {a.name: round(stored[a.name] / rows, 2) if rows and a.name in stored else None for a in manifest.arrays}
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    if path in commits.ORIGINS:  # what is on this disk just now says little
+        size = sum(stored.values()) + sum(int(entry["bytes"]) for entry in manifest.files.values())
+    return {
+        "fingerprint": manifest.fingerprint,
+        "complete": manifest.complete and part is None,
+        "part_of_a_cache": part is not None,
+        "examples": manifest.examples,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "shards_committed": len(done),
+        "bytes": size,
+        "bytes_per_token": size / rows if rows else None,
+        "bytes_expected": round(size / rows * manifest.rows) if rows else None,
+        "profile": targets.profile,
+        "top_k": targets.top_k,
+        "samples": targets.samples,
+        "tail_bands": targets.tail_bands,
+        "temperatures": list(targets.temperatures),
+        "logprob_codec": targets.logprob_codec,
+        "teacher": manifest.provenance.get("teacher"),
+        "teacher_class": manifest.identity["teacher"].get("model_class"),
+        "dtype": manifest.identity["teacher"].get("dtype"),
+        "quantization": manifest.identity["teacher"].get("quantization"),
+        "vocabulary_size": manifest.vocabulary_size,
+        "kind": manifest.identity["corpus"]["kind"],
+        "corpus": manifest.provenance.get("corpus"),
+        "pairs_dropped": manifest.provenance.get("overlong", {}).get("dropped"),
+        "pairs_truncated": manifest.provenance.get("overlong", {}).get("truncated"),
+        "split": manifest.provenance.get("split"),
+        "seq_len": manifest.blocks.seq_len,
+        "mass_kept_mean": means.get("mass_kept"),
+        "head_kl_mean": means.get("head_kl"),
+        "teacher_nll_mean": means.get("gold_nll"),
+        "teacher_top1": means.get("top1"),
+        "array_bytes_per_token": arrays,
+    }

@@ -1,0 +1,128 @@
+"""kd cache push, kd cache pull: copy a cache to where others find it, and from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kd.commands.console import emit, follow
+from kd.commands.options import PATH, json_option, parse_range
+
+if TYPE_CHECKING:
+    from kd.cache_builder.share.transfer import TransferProgress
+    from kd.cache_builder.store.manifest import CacheManifest
+
+workers_option = click.option(
+    "--workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Files on their way at once."
+)
+
+
+@click.command("push")
+@click.argument("path", type=PATH)
+@click.argument("url")
+@click.option("--license", metavar="ID", help="Licence on the hub's dataset card, e.g. cc-by-4.0. Default: not stated.")
+@click.option("--private", is_flag=True, help="Hub: make a new repository private.")
+@workers_option
+@json_option
+def cache_push(path: Path, url: str, license: str | None, private: bool, workers: int, as_json: bool) -> None:
+    """Copy a whole cache to hf://datasets/OWNER/NAME, s3://BUCKET/PATH or a folder. The same command again continues.
+
+    Every file is checked before it is sent; the manifest goes last, so that half a copy is no cache to anybody.
+
+    Example: kd cache push runs/cache runs/copy
+    """
+    from kd.cache_builder.share.push import push
+
+    last = follow("pushing", push(path, url, license=license, private=private, workers=workers), _show)
+    emit(_result(last) | {"url": url}, as_json, f"{url}: complete")
+
+
+@click.command("pull")
+@click.argument("url")
+@click.argument("path", type=PATH)
+@click.option("--examples", callback=parse_range, metavar="A:B", help="The shards that hold examples A to B - 1 alone.")
+@click.option(
+    "--arrays", metavar="NAMES", help="These arrays alone, and the few bytes per token that every reader needs."
+)
+@click.option(
+    "--for", "losses", multiple=True, metavar="LOSS", help="The arrays that kd train --loss LOSS reads; repeatable."
+)
+@click.option(
+    "--top-k", type=int, help="Fewer tokens per row: what arrives is sliced on the way, and a smaller cache stays."
+)
+@workers_option
+@json_option
+def cache_pull(
+    url: str,
+    path: Path,
+    examples: tuple[int, int] | None,
+    arrays: str | None,
+    losses: tuple[str, ...],
+    top_k: int | None,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Copy a cache, or a part of one, from hf://datasets/…, s3://…, https://… or a folder. The same command again continues.
+
+    Every file is compared with its commit on arrival. A part says what it holds; pulling more of it adds to that.
+
+    Example: kd cache pull runs/cache runs/part --examples 0:10 --for ce
+    """
+    from kd.cache_builder.share.pull import pull
+    from kd.common.errors import DataError
+
+    if top_k is not None:
+        if arrays or losses:
+            raise DataError("a slice has arrays of its own", found="--top-k with --arrays or --for", try_="one of them")
+        _slice(url, path, top_k, examples, as_json)
+        return
+    steps = pull(url, path, examples=examples, arrays=_choice(arrays, losses), workers=workers)
+    last = follow("pulling", steps, _show)
+    part = {} if last.part is None else {"part": {"shards": len(last.part.shards), "arrays": list(last.part.arrays)}}
+    result = _result(last) | part
+    if not as_json and last.part is not None:
+        result |= {"part": f"{len(last.part.shards)} shards of arrays {', '.join(last.part.arrays)}"}
+    emit(result, as_json, f"{path}: {'complete' if last.part is None else 'a part of the cache'}")
+
+
+def _slice(url: str, path: Path, top_k: int, examples: tuple[int, int] | None, as_json: bool) -> None:
+    """Slice a cache through a mirror: the columns of an array lie in the same chunks, so they all travel; only K stay."""
+    from kd.cache_builder.opening import cache_folder
+    from kd.cache_builder.upkeep.cache_registry import remember
+    from kd.cache_builder.upkeep.derive import slice_cache
+    from kd.cache_builder.upkeep.summary import cache_summary
+
+    steps = slice_cache(cache_folder(url), path, top_k=top_k, examples=examples)
+    follow("pulling", steps, lambda p: (p.done, p.total, f"shard {p.done}/{p.total}"))
+    remember(path)
+    emit(cache_summary(path), as_json, f"{path}: a slice of the cache, complete")
+
+
+def _choice(arrays: str | None, losses: tuple[str, ...]) -> Callable[[CacheManifest], Collection[str]] | None:
+    """What of a cache is wanted, once its manifest is there."""
+    if arrays is None and not losses:
+        return None
+
+    def choose(manifest: CacheManifest) -> Collection[str]:
+        wanted = [name.strip() for name in arrays.split(",")] if arrays else []
+        if losses:
+            from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
+
+            for loss in losses:
+                wanted += needed_arrays(resolve_objective(manifest.targets, loss=loss), manifest)
+        return wanted
+
+    return choose
+
+
+def _show(step: TransferProgress) -> tuple[int, int, str]:
+    rate = step.bytes_moved / max(step.seconds, 1e-9) / 1e6
+    return step.bytes_done, step.bytes_total, f"{step.files} files, {rate:,.1f} MB/s"
+
+
+def _result(last: TransferProgress) -> dict[str, Any]:
+    return {k: v for k, v in asdict(last).items() if k in ("bytes_total", "bytes_moved", "files", "seconds")}

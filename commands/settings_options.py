@@ -1,0 +1,134 @@
+"""Command-line options made from a settings class: one per setting, and `--config` for a file of them.
+
+    @click.command()
+    @settings_options(TrainSettings)
+    def train(settings: TrainSettings) -> None: ...
+
+Names, types, choices, defaults and help texts are those of `kd.common.settings`. An option that is given overrides the
+file; a setting that neither names keeps its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import wraps
+from pathlib import Path
+from typing import Any, get_origin
+
+import click
+
+from kd.common.errors import DataError
+from kd.common.settings import MissingSettings, Setting, flattened, make, read_settings, settings_of
+
+GIVEN = "kd.given"
+"""In a context's meta: name -> text of the options that were given, as they were typed."""
+
+
+class Parsed(click.ParamType[Any]):
+    """A value that the setting itself reads from text."""
+
+    def __init__(self, one: Setting) -> None:
+        self.one = one
+        self.name = one.metavar or "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Called by click."""
+        try:
+            return self.one.checked(value)
+        except DataError as error:
+            expected = error.details.get("expected") or error.details.get("known")
+            self.fail(f"{value!r}: {error.headline}" + (f"; expected {expected}" if expected else ""), param, ctx)
+
+
+def settings_options(
+    cls: type, *, leave_out: Collection[str] = (), config: bool = True, argument: str = "settings"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options for every setting of `cls`; the command gets one value of `cls`, as `argument`.
+
+    leave_out   settings that the command sets itself; they must have defaults
+    """
+    shown = [one for one in settings_of(cls).values() if one.name not in leave_out and not one.hidden]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def gathered(*arguments: Any, **options: Any) -> Any:
+            given = {one.name: options.pop(one.name) for one in shown}
+            given = {name: value for name, value in given.items() if value is not None and value != ()}
+            file = options.pop("config_file", None)
+            written = {} if file is None else flattened(cls, read_settings(file), where=file)
+            for name in leave_out:
+                if name in written:
+                    raise DataError("the command sets this itself", where=file, found=name)
+            try:
+                settings: Any = make(cls, written | given, where=file)
+            except MissingSettings as error:
+                raise click.UsageError(f"Missing option: {error.details['expected']}") from error
+            return function(*arguments, **{argument: settings}, **options)
+
+        decorated: Callable[..., Any] = gathered
+        if config:
+            decorated = click.option(
+                "--config",
+                "config_file",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="YAML or JSON file with these settings; options override it.",
+            )(decorated)
+        for one in reversed(shown):
+            decorated = click.option(*declaration(one), **attributes(one))(decorated)
+        return decorated
+
+    return decorate
+
+
+def declaration(one: Setting) -> tuple[str, ...]:
+    """How the option is spelled, and the name of its value."""
+    if bool in one.kinds:
+        return f"{one.option}/--no-{one.option.removeprefix('--')}", one.name
+    return one.option, one.name
+
+
+def attributes(one: Setting) -> dict[str, Any]:
+    """What click is told about the option; without a default, so that what was given is known."""
+    told: dict[str, Any] = {"default": None, "help": help_text(one), "metavar": one.metavar}
+    if bool in one.kinds:
+        return told
+    if one.multiple:
+        return told | {"multiple": True, "default": ()}
+    return told | {"type": option_type(one)}
+
+
+def option_type(one: Setting) -> click.ParamType[Any]:
+    """The type of a setting's values, so that click refuses others before any work."""
+    if one.choices and set(one.kinds) == {str}:
+        return click.Choice(one.choices)
+    plain = one.parse is None and len(one.kinds) == 1 and get_origin(one.kinds[0]) is None
+    if plain and one.kinds[0] is int:
+        return click.IntRange(min=None if one.minimum is None else int(one.minimum))
+    if plain and one.kinds[0] is float and one.minimum is None and one.above is None:
+        return click.FLOAT
+    if plain and one.kinds[0] is Path:
+        return click.Path(path_type=Path)
+    if plain and one.kinds[0] is str:
+        return click.STRING
+    return Parsed(one)
+
+
+def help_text(one: Setting) -> str:
+    """The setting's docstring, and its default."""
+    if one.required:
+        return one.doc
+    shown = one.shown
+    if shown is None and one.default is not None and one.default != "" and one.default != ():
+        shown = _spelled(one.default)
+    return one.doc if not shown else f"{one.doc.rstrip('.')}. [default: {shown}]"
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple | list):
+        return ",".join(_spelled(v) for v in value)
+    return str(value).encode("unicode_escape").decode() if isinstance(value, str) else str(value)

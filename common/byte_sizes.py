@@ -1,0 +1,17 @@
+"""Sizes as people write them: `20GB`, `512MiB`."""
+
+from __future__ import annotations
+
+import re
+
+from kd.common.errors import DataError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def byte_count(text: str) -> int:
+    """`20GB`, `512MiB`, `1.5G` or plain bytes. Raises DataError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in UNITS:
+        raise DataError("this is not a number of bytes", found=repr(text), expected="e.g. 20GB, 512MiB or 1000000")
+    return int(float(match[1]) * UNITS[match[2]])

@@ -1,0 +1,212 @@
+"""Files that are whole or absent: temporary name, flush, rename. And canonical JSON, read with bounds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kd.common.errors import CacheDamageError, CacheError
+
+MAX_JSON_BYTES = 64 * 2**20
+"""No JSON file of a cache is larger; checked before reading a stranger's."""
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no NaN, two-space indent, newline at the end."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def digest_of(value: Any) -> str:
+    """blake2b-256 hex of the canonical JSON."""
+    return hashlib.blake2b(canonical_json(value).encode(), digest_size=32).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 hex of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Force a written file to disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's entries (renames) to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+ABANDONED_SECONDS = 24 * 3600
+"""Unfinished files of a host that cannot be asked are given up when nothing touched them for this long."""
+_TOKEN = secrets.token_hex(4)
+"""Tells this process from an earlier one of the same number."""
+
+
+def unfinished(name: str) -> bool:
+    """Is this the name of a file or folder that a build has not published yet?"""
+    return re.fullmatch(r"\.staging-.*|\..*\.tmp|\.\d+\.claim", name) is not None
+
+
+_TAG = re.compile(r"(?P<host>.+-\d+)-(?P<pid>\d+)-(?P<token>[0-9a-f]+)")
+
+
+def _host() -> str:
+    """Where process numbers mean the same: the host's name, and the pid namespace, for containers that share it."""
+    try:
+        namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:  # not Linux
+        namespace = "0"
+    return f"{socket.gethostname()}-{namespace}"
+
+
+def process_tag() -> str:
+    """`host-namespace-pid-token`: what marks this process's unfinished files."""
+    return f"{_host()}-{os.getpid()}-{_TOKEN}"
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in `folder`: `.NAME.json.TAG.tmp` files, `.staging-TAG` folders.
+
+    Those of this host's dead processes, and those of other hosts that nothing touched for `ABANDONED_SECONDS`; what
+    a live process is about to publish stays.
+    """
+    name = re.compile(r"\.(?:.+\.(?:json|claim)\.|staging-)(.+-\d+-\d+-[0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".staging-*")]:
+        match = name.fullmatch(path.name)
+        alive = holder(match[1])[0] if match else None
+        if alive is False or (alive is None and _untouched(path)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def holder(tag: str) -> tuple[bool | None, str]:
+    """Is the process of a `process_tag` alive (None: it is of another host), and who it is, in words."""
+    match = _TAG.fullmatch(tag)
+    if match is None:
+        return None, tag[:80]
+    host, pid, token = match["host"], int(match["pid"]), match["token"]
+    words = f"process {pid} on {host.rpartition('-')[0]}"
+    if host != _host():
+        return None, words
+    return (token == _TOKEN if pid == os.getpid() else _alive(pid)), words
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _untouched(path: Path) -> bool:
+    with suppress(OSError):  # it may be moved while we look
+        newest = max(p.lstat().st_mtime for p in [path, *path.rglob("*")])
+        return time.time() - newest > ABANDONED_SECONDS
+    return False
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Move a finished, synced file to its name; afterwards it is there, whole, even after a power cut."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    sync_file(temporary)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def publish_first(temporary: Path, final: Path) -> bool:
+    """As `publish`, unless something has that name already: then False, and the temporary file is removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    sync_file(temporary)
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if final.exists():
+            return False
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(final.parent)
+    return True
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    publish(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CacheDamageError when it is absent, too large, not JSON, not an object, or not
+    spelled as `canonical_json` does: whatever was changed is noticed."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CacheDamageError(
+                "a JSON file of the cache is too large",
+                where=path,
+                found=f"{size} bytes",
+                expected=f"at most {MAX_JSON_BYTES}",
+            )
+        data = path.read_bytes()
+        value = json.loads(data)
+    except FileNotFoundError as error:
+        raise CacheDamageError("a file of the cache is missing", where=path) from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise CacheDamageError(
+            "a JSON file of the cache cannot be read", where=path, found=f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(value, dict):
+        raise CacheDamageError("a JSON file of the cache is not an object", where=path, found=type(value).__name__)
+    if _spelled(value) != data:
+        raise CacheDamageError("a JSON file of the cache was changed", where=path, found="not the canonical spelling")
+    return value
+
+
+def _spelled(value: dict[str, Any]) -> bytes | None:
+    try:
+        return canonical_json(value).encode()
+    except ValueError:  # NaN, or half a character
+        return None
+
+
+def write_error(path: Path, error: OSError) -> CacheError:
+    """What to tell the user when writing under `path` failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CacheError(
+            "the disk is full",
+            where=path,
+            found=error.strerror,
+            try_="free some space, then run the same command again: it continues after the last whole shard",
+        )
+    return CacheError(
+        "cannot write the cache",
+        where=error.filename or path,
+        found=error.strerror or str(error),
+        expected="a writable directory",
+        try_="check permissions, then run the same command again: it continues",
+    )

@@ -1,0 +1,85 @@
+"""Data sets over the network, through the `datasets` library: hub ids at one commit, and files at a pinned address.
+
+A branch or tag is replaced by its commit before anything is loaded, so that all splits are of one commit and what a cache
+records can be asked for again.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlparse
+
+from kd.common.errors import DataError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""Suffix -> the loader of `datasets`."""
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """Rows of one split (a `datasets.Dataset`) and the commit they are of."""
+
+    data: Any
+    revision: str
+
+
+def load_hub(name: str, config: str | None, revision: str | None, split: str) -> HubRows:
+    """One split of a hub id; scripts are never run. Raises DataError."""
+    import datasets
+
+    commit = commit_of(name, revision)
+    try:
+        return HubRows(datasets.load_dataset(name, config, revision=commit, split=split), commit or "main")
+    except Exception as error:  # datasets raises a dozen unrelated types; the message is what the user needs
+        raise _unreachable(
+            "cannot load the data set from the hub",
+            f"{name} config {config or 'default'} revision {revision or 'main'} split {split}",
+            error,
+            "check the id, the split and the network, or give a local file (.jsonl, .parquet, …)",
+        ) from error
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit a branch or tag of a hub id stands for now; as given where the hub cannot be asked."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except Exception:  # offline, or no such id: what is asked for next is on this disk, or its error says why not
+        return revision
+
+
+def is_url(text: str) -> bool:
+    """Is this the address of a file?"""
+    return text.startswith(("https://", "http://"))
+
+
+def load_url(url: str) -> Any:
+    """The rows of a CSV, JSON or Parquet file at an address (a `datasets.Dataset`). Raises DataError."""
+    import datasets
+
+    suffix = PurePosixPath(urlparse(url).path).suffix
+    if suffix not in BUILDERS:
+        raise DataError(
+            "the file at this address is of no known kind",
+            where=url,
+            found=suffix or "no suffix",
+            expected=", ".join(BUILDERS),
+        )
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    try:
+        return datasets.load_dataset(BUILDERS[suffix], data_files={"rows": [url]}, split="rows", **options)
+    except Exception as error:
+        advice = "check the network, or download the file and use --task-root DIR"
+        raise _unreachable("cannot load the file", url, error, advice) from error
+
+
+def _unreachable(what: str, where: str, error: Exception, advice: str) -> DataError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DataError(what, where=where, found=f"{type(error).__name__}: {reason}", try_=advice)

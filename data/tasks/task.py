@@ -1,0 +1,222 @@
+"""A task as data: fields read from a row, what the answer is, and templates that put both into words.
+
+The types of a task file and the pure functions on them; `kd.data.tasks.task_files` reads and checks the YAML, and
+`kd.data.tasks.rendering` turns rows into examples with them.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kd.common.errors import DataError
+
+SPLITS = ("train", "dev", "test")
+WORDINGS = ("original", "flan")
+ANSWER = "answer"
+"""The field every template may use: the right choice, or a reference."""
+MAX_INVERTED = 3
+"""FLAN's rule: up to three templates per task turn it around (write the question for the answer)."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """How one field is read from a row."""
+
+    columns: tuple[str, ...]
+    """Columns, dots descend into dicts; several are joined, empty ones left out."""
+    join: str | None = None
+    """Text between the items of a list (or of several columns); lists without it are several references."""
+    numbered: bool = False
+    """A list becomes lines `1. …`, `2. …`."""
+    replace: tuple[tuple[str, str], ...] = ()
+    drop: str | None = None
+    """Regular expression of what is cut out, before `replace`."""
+    wrap: str = "{}"
+    """Text around the value, e.g. a code fence."""
+    group: str | None = None
+    """References only: rows with the same value here share their references."""
+
+    def read(self, row: Mapping[str, Any], where: str) -> str | list[str]:
+        """The field's text, or texts where the column is a list. Raises DataError for what is neither."""
+        values = [column_value(row, column, where) for column in self.columns]
+        value = values[0] if len(values) == 1 else [v for v in values if v not in (None, "")]
+        if isinstance(value, list):
+            texts = [self._clean(item, where) for item in value]
+            if self.numbered:
+                return self.wrap.replace("{}", "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1)))
+            if self.join is None and len(values) == 1:
+                return [self.wrap.replace("{}", text) for text in texts]
+            return self.wrap.replace("{}", (self.join if self.join is not None else "\n").join(texts))
+        return self.wrap.replace("{}", self._clean(value, where))
+
+    def _clean(self, value: Any, where: str) -> str:
+        if value is None or isinstance(value, list | dict):
+            raise DataError(
+                "a value is not text",
+                where=f"{where} column {', '.join(self.columns)}",
+                found="nothing" if value is None else type(value).__name__,
+                expected="a string",
+            )
+        text = str(value)
+        if self.drop is not None:
+            text = re.sub(self.drop, "", text)
+        for old, new in self.replace:
+            text = text.replace(old, new)
+        return text
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A fixed list of answers."""
+
+    column: str
+    words: Mapping[str, tuple[tuple[str, str], ...]]
+    """Wording -> (row value, word) in the order of the choices."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Answers that are texts of the row."""
+
+    columns: tuple[str, ...]
+    label: str
+    """Column with the index of the right one."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """One wording of the task."""
+
+    prompt: str
+    target: str = "{answer}"
+    inverted: bool = False
+    """The target is not the answer: nothing to choose from, no references."""
+    options: bool = True
+    """Lists the choices after the prompt, where there are any."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the hub that loads without code."""
+
+    id: str
+    config: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class SplitPart:
+    """A split at the source, or a part of it: `validation`, `train[:90%]`, `train[-200:]`."""
+
+    name: str
+    start: str = ""
+    stop: str = ""
+
+    @property
+    def whole(self) -> bool:
+        return not (self.start or self.stop)
+
+    def cut(self, rows: int) -> tuple[int, int]:
+        """First and one past the last row of the part, of `rows` in the split; percents round down."""
+
+        def place(text: str, default: int) -> int:
+            if not text:
+                return default
+            value = int(text.removesuffix("%"))
+            value = rows * value // 100 if text.endswith("%") else value
+            return min(max(value + rows if text.startswith("-") else value, 0), rows)
+
+        return place(self.start, 0), place(self.stop, rows)
+
+    def __str__(self) -> str:
+        return self.name if self.whole else f"{self.name}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task as its file says, checked."""
+
+    name: str
+    about: str
+    path: str
+    """Of the YAML file, for messages and relative `files`."""
+    clusters: tuple[str, ...]
+    flan: str | None
+    """Its name among the 62 data sets of FLAN; None = not one of them."""
+    hub: Hub | None
+    files: Mapping[str, str]
+    url: str | None
+    splits: Mapping[str, SplitPart]
+    fields: Mapping[str, Field]
+    labels: Labels | None
+    choices: Choices | None
+    references: Field | None
+    keywords: Field | None
+    """Words that an answer has to use."""
+    max_chars: Mapping[str, int]
+    cap: int | None
+    metrics: tuple[str, ...]
+    """Of generated answers (`kd.evaluation.answers.answer_metrics`), and `accuracy` where there are choices."""
+    example: Mapping[str, Any]
+    templates: tuple[Template, ...]
+
+    @property
+    def has_choices(self) -> bool:
+        return self.labels is not None or self.choices is not None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The top-level columns a row must have, sorted."""
+        names = {c for field in self.fields.values() for c in field.columns} | set(self.max_chars)
+        if self.labels is not None:
+            names.add(self.labels.column)
+        if self.choices is not None:
+            names |= {*self.choices.columns, self.choices.label}
+        if self.keywords is not None:
+            names |= set(self.keywords.columns)
+        if self.references is not None:
+            names |= {*self.references.columns, *([self.references.group] if self.references.group else [])}
+        return tuple(sorted({name.partition(".")[0] for name in names}))
+
+
+def label_key(value: Any) -> str:
+    """A label as it is compared: `True` -> true, `1` -> 1, ` Yes` -> yes, so that CSV and Parquet agree."""
+    return str(value).strip().lower()
+
+
+def template_fields(text: str, where: str) -> tuple[str, ...]:
+    """Names in braces, in order. Raises DataError for anything but a plain `{name}`; `{{` and `}}` are braces."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise DataError("a template has a stray brace", where=where, found=str(error), try_="{{ or }}") from error
+    names = []
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if spec or conversion or not name.isidentifier():
+            raise DataError("a template names fields alone", where=where, found=f"{{{name}}}", expected="{name}")
+        names.append(name)
+    return tuple(names)
+
+
+def fill(text: str, values: Mapping[str, str]) -> str:
+    """Put values into a checked template; braces inside values stay as they are."""
+    return "".join(
+        literal + ("" if name is None else values[name]) for literal, name, _, _ in string.Formatter().parse(text)
+    )
+
+
+def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
+    """The value at a column or dotted path; raises DataError where it is not there."""
+    value: Any = row
+    for key in column.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            found: Iterable[str] = value if isinstance(value, Mapping) else [type(value).__name__]
+            raise DataError("columns are missing", where=where, found=", ".join(map(str, found)), expected=column)
+        value = value[key]
+    return value

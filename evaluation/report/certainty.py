@@ -1,0 +1,84 @@
+"""How much a teacher's soft targets say that the text does not: the first thing to look at where distillation wins nothing.
+
+A teacher that is certain of what comes next gives the student the text once more; one that knows little gives it noise.
+Per row of a cache, with p over the kept tokens and everything else as one more outcome:
+
+    entropy        -Σ p ln p, nats; a lower bound, as the rest is one outcome
+    certain        share of rows whose most probable token has more than CERTAIN
+    top-1          share of rows whose most probable token is the text's
+    NLL            -ln p(text), nats: what the teacher would score itself
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kd.evaluation.report.page import Section, Table
+
+if TYPE_CHECKING:
+    from kd.cache_builder.store.reader import CacheReader
+    from kd.cache_builder.store.targets import SoftTargets
+
+CERTAIN = 0.95
+EXAMPLES = 64
+"""Read at once."""
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """Means over the rows of a cache."""
+
+    rows: int
+    entropy: float
+    """Nats."""
+    certain: float
+    top1: float
+    nll: float
+    """Nats."""
+    kept: float
+    """Probability of the kept tokens."""
+
+
+def certainty(reader: CacheReader) -> Certainty | None:
+    """Of every row; None for a cache that keeps draws alone."""
+    sums = np.zeros(5)
+    rows = 0
+    for start in range(0, len(reader), EXAMPLES):
+        targets = reader.read_rows(range(start, min(start + EXAMPLES, len(reader))))
+        if targets.logprobs is None:
+            return None
+        sums += _sums(targets)
+        rows += len(targets)
+    entropy, certain, top1, nll, kept = (sums / rows).tolist()
+    return Certainty(rows, entropy, certain, top1, nll, kept)
+
+
+def _sums(targets: SoftTargets) -> np.ndarray:
+    assert targets.logprobs is not None
+    logprobs_NK = targets.logprobs.astype(np.float64)
+    p_NK, rest_N = np.exp(logprobs_NK), np.maximum(targets.tail_mass_at(1.0).astype(np.float64), 0.0)
+    tail_N = np.where(rest_N > 0, -rest_N * np.log(np.where(rest_N > 0, rest_N, 1.0)), 0.0)
+    entropy_N = -(p_NK * logprobs_NK).sum(1) + tail_N
+    hit_N = targets.gold_rank == 0  # caches for ULD keep no ids
+    return np.array(
+        [entropy_N.sum(), (p_NK[:, 0] > CERTAIN).sum(), hit_N.sum(), -targets.gold_logprob.sum(), p_NK.sum()],
+        dtype=np.float64,
+    )
+
+
+def section(found: Certainty) -> Section:
+    """For a report."""
+    rows = [
+        ["rows (target tokens)", f"{found.rows:,}"],
+        ["entropy, at least", f"{found.entropy:.3f} nats"],
+        [f"rows with one token above {CERTAIN:g}", f"{found.certain:.1%}"],
+        ["most probable token is the text's", f"{found.top1:.1%}"],
+        ["negative log-likelihood of the text", f"{found.nll:.3f} nats"],
+        ["probability kept in the cache", f"{found.kept:.4f}"],
+    ]
+    note = "Soft targets say more than the text where the teacher is uncertain and right to be so: an entropy near 0 is the "
+    note += "text once more, one far above the negative log-likelihood is a teacher that knows less than it could."
+    return Section("What the cache holds", table=Table(["", "measured"], rows), note=note)

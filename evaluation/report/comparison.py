@@ -1,0 +1,207 @@
+"""Models side by side: which figures may be compared, and which difference is larger than its error.
+
+One table per task and text (or cache). In a table a figure is marked best only when it beats every other by more
+than the standard error of the difference. That error is paired over documents where both evaluations have the
+same ones, which is usual and several times tighter than adding two errors; otherwise the two are added in squares,
+which overstates it. Nothing is marked where the settings differ (window, stride, limit, temperature), where a figure
+per token meets another tokenizer (a share of examples may), or where a text is a single document and no error can
+be given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kd.evaluation.report.page import Table
+from kd.evaluation.results import EvalReport
+from kd.evaluation.statistics.estimates import difference_stderr
+from kd.evaluation.tasks.task_registry import TASKS
+
+ARROWS = {"lower": " ↓", "higher": " ↑"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluated model under the name a table shows."""
+
+    name: str
+    report: EvalReport
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """`run.json` of the training that made the model; empty where nobody trained it here."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries of one task on one text or cache."""
+
+    task: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def title(self) -> str:
+        """Task and what it was measured on, in the user's words."""
+        report = self.entries[0].report
+        if "cache_fingerprint" in report.settings[self.task]:
+            cache = report.cache or {}
+            softened = report.settings[self.task].get("temperature", 1)
+            at = "" if softened == 1 else f" at T = {softened:g}"
+            return f"{self.task}: cache {str(cache.get('fingerprint'))[:12]} of {short_name(str(cache.get('teacher')))}{at}"
+        if "protocol" in report.settings[self.task]:
+            settings = report.settings[self.task]
+            return f"{self.task}, {settings['protocol']} protocol: {settings.get('source')}"
+        if "prompts_digest" in report.settings[self.task]:
+            return f"{self.task}: {report.settings[self.task]['source']}"
+        data = report.data or {}
+        return f"{self.task}: {short_name(str(data.get('spec')))} ({data.get('split')})"
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metric names that any entry has, in the task's own order (a file's keys are sorted)."""
+        found = dict.fromkeys(m for e in self.entries for m in e.report.tasks[self.task])
+        known = list(TASKS[self.task].metrics) if self.task in TASKS else []
+        return [m for m in known if m in found] + [m for m in found if m not in known]
+
+    @property
+    def shown(self) -> list[str]:
+        """Metrics of the table: in a text of one task, its part and the mean of tasks repeat the whole."""
+        parts = {m.partition("/")[2] for m in self.metrics if "/" in m}
+        return [m for m in self.metrics if len(parts) > 1 or not ("/" in m or "_mean_of_tasks" in m)]
+
+    def figure(self, entry: Entry, metric: str) -> dict[str, Any]:
+        """value, stderr, n, over, unit, better, title; empty where the entry lacks the metric."""
+        return dict(entry.report.tasks[self.task].get(metric, {}))
+
+    def best(self, metric: str, among: Sequence[int] | None = None) -> int | None:
+        """Number of the entry that is better than every other by more than the error of the difference, or None.
+
+        among   numbers of the entries that compete; None = all
+        """
+        among = range(len(self.entries)) if among is None else among
+        figures = {i: self.figure(self.entries[i], metric) for i in among}
+        values = {i: float(f["value"]) for i, f in figures.items() if f.get("value") is not None}
+        if (
+            len(figures) < 2
+            or len(values) < len(figures)
+            or not self._comparable([self.entries[i] for i in among], metric)
+        ):
+            return None
+        sign = 1.0 if figures[among[0]]["better"] == "lower" else -1.0
+        winner = min(values, key=lambda i: sign * values[i])
+        for other in values:
+            if other == winner:
+                continue
+            error = self.difference_error(winner, other, metric)
+            if error is None or abs(values[winner] - values[other]) <= error:
+                return None
+        return winner
+
+    def difference_error(self, left: int, right: int, metric: str) -> float | None:
+        """Standard error of the difference of two entries, in the metric's unit; None where it is unknown."""
+        kept = [self.entries[i].report.documents.get(self.task, {}) for i in (left, right)]
+        influences = [k.get("influence", {}).get(metric) for k in kept]
+        same = kept[0].get("digest") == kept[1].get("digest") and all(i is not None for i in influences)
+        if same and len(influences[0]) == len(influences[1]):
+            return difference_stderr(np.array(influences[0]), np.array(influences[1]))
+        errors = [e for i in (left, right) if (e := self.figure(self.entries[i], metric).get("stderr")) is not None]
+        return math.hypot(*errors) if len(errors) == 2 else None
+
+    def comparable_models(self, models: Sequence[str], metric: str) -> bool:
+        """Were these models measured alike, and is one of two values better?"""
+        return self._comparable([e for e in self.entries if e.name in models], metric)
+
+    def _comparable(self, entries: Sequence[Entry], metric: str) -> bool:
+        first = self.figure(entries[0], metric)
+        same_settings = all(e.report.settings[self.task] == entries[0].report.settings[self.task] for e in entries)
+        same_tokenizer = len({e.report.tokenizer for e in entries}) == 1
+        return first.get("better") in ARROWS and same_settings and (same_tokenizer or first["over"] != "token")
+
+    def table(self, pairs: Sequence[tuple[str, str]] = ()) -> Table:
+        """Models down, metrics across; the better of each pair of names is marked, or without pairs the best of all."""
+        first = {m: next(f for e in self.entries if (f := self.figure(e, m))) for m in self.shown}
+        headers = ["model", "parameters", *(f"{f['title']}{ARROWS.get(f['better'], '')}" for f in first.values())]
+        rows = [
+            [e.name, f"{e.report.parameters:,}", *(with_error(self.figure(e, m)) for m in self.shown)]
+            for e in self.entries
+        ]
+        marks = {(row, column) for column, m in enumerate(self.shown, 2) for row in self._marked(m, pairs)}
+        return Table(headers, rows, frozenset(marks))
+
+    def _marked(self, metric: str, pairs: Sequence[tuple[str, str]]) -> set[int]:
+        if not pairs:
+            return {winner for winner in [self.best(metric)] if winner is not None}
+        places = {e.name: number for number, e in enumerate(self.entries)}
+        found = [self.best(metric, [places[a], places[b]]) for a, b in pairs if a in places and b in places]
+        return {winner for winner in found if winner is not None}
+
+    def note(self) -> str:
+        """What was averaged over, in which units, under which settings; parts (`METRIC/TASK`) are left to the table."""
+        lines = []
+        for entry in self.entries:
+            figures = [f for m in self.metrics if "/" not in m and (f := self.figure(entry, m))]
+            counts = dict.fromkeys(f"{f['n']:,} {f['over']}s" for f in figures)
+            documents = entry.report.documents.get(self.task, {}).get("count")
+            settings = entry.report.settings[self.task]
+            used = [
+                f"{k.replace('_', ' ')} {json.dumps(v) if isinstance(v, str) else v}"
+                for k, v in settings.items()
+                if v is not None and not k.endswith(("_digest", "_fingerprint"))
+            ]
+            known = [] if documents is None else [f"{documents:,} document{'' if documents == 1 else 's'}"]
+            lines.append(", ".join([*counts, *known, *used]))
+        units = {
+            f["title"]: f["unit"] for e in self.entries for m in self.shown if "/" not in m and (f := self.figure(e, m))
+        }
+        if len(set(lines)) == 1:
+            over = f"Over {lines[0]}."
+        else:
+            over = "Not under equal conditions: " + "; ".join(
+                f"{e.name} over {x}" for e, x in zip(self.entries, lines, strict=True)
+            )
+            over += "."
+        return f"{over} Units: {', '.join(f'{title} [{unit}]' for title, unit in units.items() if title != unit)}."
+
+
+def compare(entries: Sequence[Entry]) -> list[Comparison]:
+    """Group entries by task, in the registry's order, and by the text or cache they were run on, as first met.
+
+    A model that was scored again on the same (at another temperature, say) begins a further group.
+    """
+    known = list(TASKS)
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        for task in entry.report.tasks:
+            settings = entry.report.settings.get(task, {})
+            key = (task, *(str(v) for k, v in sorted(settings.items()) if k.endswith(("_digest", "_fingerprint"))))
+            while any(entry.name == other.name for other in groups.get(key, ())):
+                key += ("again",)
+            groups.setdefault(key, []).append(entry)
+    ordered = sorted(groups, key=lambda key: known.index(key[0]) if key[0] in known else len(known))
+    return [Comparison(key[0], tuple(groups[key])) for key in ordered]
+
+
+def with_error(figure: dict[str, Any]) -> str:
+    """`5.271 ± 0.083`: the error with two significant digits, the value with as many places."""
+    if not figure:
+        return "–"
+    return "not finite" if figure["value"] is None else value_with_error(figure["value"], figure["stderr"])
+
+
+def value_with_error(value: float, error: float | None, *, signed: bool = False) -> str:
+    """The same of two numbers; `signed` puts a plus before what is not negative."""
+    sign = "+" if signed else ""
+    if not error:
+        return f"{value:{sign}.5g}"
+    places = min(max(0, 1 - math.floor(math.log10(error))), 8)
+    return f"{value:{sign}.{places}f} ± {error:.{places}f}"
+
+
+def short_name(name: str) -> str:
+    """A path that only means something on one machine is shortened to its last part; other names stay."""
+    is_path = name.startswith(("/", "~", ".")) or name.count("/") > 1  # hub ids have one at most
+    return name.rstrip("/").rpartition("/")[2] if is_path else name

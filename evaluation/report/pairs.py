@@ -1,0 +1,164 @@
+"""Which students belong together: arms over seeds, and the fine-tuned and distilled arms that make a pair.
+
+An *arm* is the students whose settings differ in the seed alone. A *pair* is a fine-tuned arm (`--loss ce`, or the baseline
+of an experiment) and another that began with the same student and read the same cache; seed s of one is compared with seed s
+of the other, because they began with the same weights and saw the same examples in the same order. What else than the
+loss differs between them is named beside the comparison, not hidden by it. Models that nobody trained here (teachers,
+models of the hub) are arms of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kd.common.errors import unknown_name
+from kd.evaluation.report.comparison import Entry
+from kd.evaluation.report.runs import fact
+
+PLACE = (
+    "out",
+    "cache",
+    "device",
+    "save_every",
+    "log_every",
+    "report_to",
+    "world_size",
+    "cache_shard_rows",
+    "head_chunk",
+)
+"""Settings that say where and how, not what."""
+LOSS = (
+    "loss",
+    "alpha",
+    "ce_weight",
+    "temperature",
+    "tail",
+    "beta",
+    "alignment",
+    "align_eos",
+    "ranking",
+    "top_k",
+    "objective",
+)
+"""Settings that make the difference between a fine-tuned and a distilled student."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Students that were told the same, or one model that nobody trained here."""
+
+    name: str
+    models: Mapping[int | None, str]
+    """Seed -> name in the report; None where the model was not trained here."""
+    parameters: int
+    """Counted in the weights."""
+    facts: Mapping[str, Any]
+    """`run.json` of one of them; empty where there is none."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the students were told, but for the seed."""
+        told = dict(fact(self.facts, "settings") or self.facts.get("identity") or {})
+        return {k: v for k, v in told.items() if k not in (*PLACE, "seed")}
+
+    @property
+    def loss(self) -> str | None:
+        """What they were trained with; None for a model that nobody trained here."""
+        found = fact(self.facts, "loss")
+        return None if found is None else str(found)
+
+    @property
+    def start(self) -> tuple[Any, ...]:
+        """Student, its tokenizer and the cache: what the arms of a pair share."""
+        same = [self.settings.get(k) for k in ("student", "tokenizer", "revision")]
+        return (*same, fact(self.facts, "cache_fingerprint"))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A fine-tuned arm and a distilled one."""
+
+    baseline: Arm
+    other: Arm
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those that both have, ascending."""
+        return sorted(s for s in self.baseline.models.keys() & self.other.models.keys() if s is not None)
+
+    @property
+    def models(self) -> list[tuple[str, str]]:
+        """Names in the report, seed by seed."""
+        return [(self.baseline.models[s], self.other.models[s]) for s in self.seeds]
+
+    @property
+    def differs(self) -> dict[str, tuple[Any, Any]]:
+        """Settings beside the loss in which the arms differ: fairness is the reader's to judge."""
+        a, b = self.baseline.settings, self.other.settings
+        return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if k not in LOSS and a.get(k) != b.get(k)}
+
+
+def arms_of(entries: Sequence[Entry]) -> list[Arm]:
+    """The arms of evaluated models, in the order of their first one."""
+    groups: dict[str, dict[int | None, Entry]] = {}
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.name in seen:  # another evaluation of the same model
+            continue
+        seen.add(entry.name)
+        seed = _seed(entry)
+        key = (
+            entry.name
+            if seed is None
+            else json.dumps([_told(entry), fact(entry.facts, "cache_fingerprint")], sort_keys=True)
+        )
+        while seed in groups.get(key, {}):  # the same run twice: each for itself
+            key += " "
+        groups.setdefault(key, {})[seed] = entry
+    arms = []
+    taken: dict[str, int] = {}
+    for group in groups.values():
+        first = next(iter(group.values()))
+        name = first.name if None in group else _common_name(group)
+        taken[name] = taken.get(name, 0) + 1
+        name = name if taken[name] == 1 else f"{name} ({taken[name]})"
+        arms.append(Arm(name, {s: e.name for s, e in group.items()}, first.report.parameters, first.facts))
+    return arms
+
+
+def pairs_of(arms: Sequence[Arm], baseline: str | None = None) -> list[Pair]:
+    """Every arm with the baseline that fits it best; none for those without.
+
+    baseline   name of the arm to compare with; None = those trained with `ce`
+    """
+    if baseline is not None and baseline not in {a.name for a in arms}:
+        raise unknown_name("baseline", baseline, [a.name for a in arms])
+    bases = [a for a in arms if (a.name == baseline if baseline is not None else a.loss == "ce")]
+    pairs = []
+    for arm in arms:
+        found = [p for b in bases if b is not arm and b.start == arm.start and (p := Pair(b, arm)).seeds]
+        if found and arm not in bases:
+            pairs.append(min(found, key=lambda p: len(p.differs)))
+    return pairs
+
+
+def _seed(entry: Entry) -> int | None:
+    settings = fact(entry.facts, "settings") or entry.facts.get("identity") or {}
+    seed = settings.get("seed")
+    return seed if isinstance(seed, int) else None
+
+
+def _told(entry: Entry) -> dict[str, Any]:
+    return Arm("", {}, 0, entry.facts).settings
+
+
+def _common_name(group: Mapping[int | None, Entry]) -> str:
+    """`kl` for kl-seed0, kl-seed1; a single run keeps its name unless it ends so too."""
+    stems = {re.sub(rf"[-_. ]?s(eed)?[-_ ]?{seed}$", "", entry.name) for seed, entry in group.items()}
+    if len(stems) == 1 and (stem := stems.pop()):
+        return stem
+    return f"{next(iter(group.values())).name} and {len(group) - 1} more"

@@ -1,0 +1,95 @@
+"""How students' scores move while they learn, from `evaluations.jsonl`: one panel per metric, the start drawn as a line.
+
+The dashed line is the score before the first step: what the student brought along. A curve that stays on it learned nothing
+that the task asks for. Bars are one standard error of the examples asked, the same ones at every step, so that
+differences along a curve are surer than its bars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd.common.errors import DataError
+from kd.evaluation.report.figures import Curve, draw_progress
+from kd.evaluation.report.page import Section
+from kd.evaluation.results import read_object
+from kd.student_trainer.run_folder import read_evaluations
+
+RUN, PICTURE = "run.json", "progress.png"
+SHOWN = (
+    "perplexity",
+    "kl",
+    "top1_agreement",
+    "accuracy",
+    "exact_match",
+    "f1",
+    "rougeL",
+    "coverage",
+    "bleu",
+    "acc_norm_nanogpt",
+    "acc_norm_harness",
+)
+"""Metrics that get a panel."""
+NOTE = (
+    "Scores while the students learn; the dashed line is the score before the first step. Bars are one standard error; "
+    "every step is asked the same examples."
+)
+
+
+def progress_sections(folders: Sequence[Path], out: Path) -> list[Section]:
+    """The section of a report on runs that were scored while they learned; none where no run was."""
+    panels = curves_of(folders)
+    return [Section("Progress", image=draw_progress(out / PICTURE, panels), note=NOTE)] if panels else []
+
+
+def curves_of(folders: Sequence[Path]) -> dict[str, list[Curve]]:
+    """Panel title -> curves, of the run directories among `folders`; runs of one name are numbered."""
+    panels: dict[str, list[Curve]] = {}
+    names: dict[str, int] = {}
+    for folder in folders:
+        records = _records(folder)
+        if not records:
+            continue
+        wanted = str(read_object(folder / RUN).get("name") or folder.name) if (folder / RUN).is_file() else folder.name
+        names[wanted] = names.get(wanted, 0) + 1
+        name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
+        for (task, metric), about in _metrics(records).items():
+            found = [
+                (r["step"], f["value"], f["stderr"])
+                for r in records
+                if (f := r["tasks"].get(task, {}).get(metric)) and f["value"] is not None
+            ]
+            steps, values, errors = (
+                np.array([np.nan if v is None else v for v in part], dtype=np.float64)
+                for part in zip(*found, strict=True)
+            )
+            title = f"{task}: {about['title']} [{about['unit']}]"
+            panels.setdefault(title, []).append(Curve(name, steps, values, errors))
+    return panels
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    try:
+        by_step = {int(r["step"]): r for r in read_evaluations(folder) if isinstance(r["tasks"], dict)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "a line of scores cannot be read",
+            where=folder / "evaluations.jsonl",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _metrics(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(task, metric) -> its title and unit, of metrics that are drawn and have a finite value."""
+    return {
+        (task, metric): figure
+        for record in records
+        for task, metrics in record["tasks"].items()
+        for metric, figure in metrics.items()
+        if metric in SHOWN and figure["value"] is not None
+    }

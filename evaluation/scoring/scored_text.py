@@ -1,0 +1,229 @@
+"""Run a model over examples and hand out logits for the scored positions, a few hundred rows at a time.
+
+The full logits `[B, T, V]` never exist: at 4096 tokens and 50 257 ids they are 0.8 GB in float32, a chunk of 256
+rows is 51 MB. Examples are batched by length (longest first, so that a batch that is too large fails at once)
+and padded on the right, where a causal model never looks; an encoder is given a mask.
+
+Everything that evaluates is a generator of `Progress`; the last one carries the result.
+
+Shapes: N scored rows, V ids the tokenizer or the cache knows, C context tokens, n target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from kd.common.errors import DataError
+from kd.models.heads import LanguageModelHead, split_head
+from kd.models.loading import Model, max_positions
+from kd.models.padded_batches import batches_by_length, head_rows
+
+if TYPE_CHECKING:
+    import torch
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Progress(Generic[Result]):
+    """One step of an evaluation."""
+
+    done: int
+    """Rows (target tokens) scored, or examples answered."""
+    total: int
+    """Rows or examples there are."""
+    result: Result | None = None
+    """On the last record."""
+
+
+def final(steps: Iterator[Progress[Result]]) -> Result:
+    """Run an evaluation to its end in silence and return its result."""
+    result = None
+    for step in steps:
+        result = step.result
+    assert result is not None, "an evaluation ends with its result"
+    return result
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """One example: tokens that are seen, then tokens that are scored."""
+
+    id: str
+    context_ids: np.ndarray
+    """[C] int32, C >= 1"""
+    target_ids: np.ndarray
+    """[n] int32, n >= 1"""
+
+    @property
+    def tokens(self) -> int:
+        """C + n: what the model reads."""
+        return len(self.context_ids) + len(self.target_ids)
+
+
+@dataclass(frozen=True)
+class LogitChunk:
+    """Logits of a few scored positions, on the model's device."""
+
+    rows: np.ndarray
+    """[m] int64: row numbers, counted over all examples in the order they were given"""
+    logits: torch.Tensor
+    """[m, V] float32"""
+    gold_ids: torch.Tensor
+    """[m] int64: the token that was actually there"""
+
+
+def require_positions(model: Model, tokens: int) -> None:
+    """Raise DataError when `tokens` positions are more than the model has."""
+    limit = max_positions(model.config)
+    if limit is not None and tokens > limit:
+        raise DataError(
+            "the sequences are longer than the model's positions",
+            found=f"{tokens} tokens",
+            expected=f"at most {limit}",
+            try_=f"--seq-len {limit}",
+        )
+
+
+DEFAULT_SEQ_LEN = 1024
+"""Window of models that allow as much; shorter ones use all their positions."""
+
+
+def window(model: Model, seq_len: int | None) -> int:
+    """`seq_len`, or by default the model's positions, at most 1024. Raises DataError for more than it has."""
+    if seq_len is None:
+        seq_len = min(max_positions(model.config) or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
+    require_positions(model, seq_len)
+    return seq_len
+
+
+def require_vocabulary(width: int, vocabulary_size: int) -> None:
+    """Raise DataError when the output layer has fewer columns than the tokenizer has ids."""
+    if width < vocabulary_size:
+        raise DataError(
+            "the model has fewer logits than the tokenizer has entries",
+            found=f"{width} logits",
+            expected=f"at least {vocabulary_size}",
+            try_="--tokenizer PATH",
+        )
+
+
+def out_of_memory(error: BaseException, tokens_per_batch: int) -> DataError:
+    """The error to raise when a batch was too large for the device."""
+    return DataError(
+        "not enough memory on the device",
+        found=str(error).splitlines()[0],
+        try_=f"--tokens-per-batch below {tokens_per_batch}, or a smaller --seq-len",
+    )
+
+
+def logit_chunks(
+    head: LanguageModelHead, texts: Sequence[ScoredText], *, vocabulary_size: int, tokens_per_batch: int | None = None
+) -> Iterator[LogitChunk]:
+    """Logits of every scored position of `texts`, each exactly once, in the order of the batches.
+
+    Columns from `vocabulary_size` on (padding of the output layer: ids no tokenizer emits) are cut off.
+    Raises DataError when the model has fewer columns, needs more memory than there is, or its logits are not finite.
+    """
+    import torch
+
+    require_vocabulary(int(head.weight.shape[0]), vocabulary_size)
+    tokens_per_batch = tokens_per_batch or head.forward_tokens()
+    starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
+    for batch in batches_by_length([head.size(len(t.context_ids), len(t.target_ids)) for t in texts], tokens_per_batch):
+        chosen = [texts[i] for i in batch]
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
+        gold = torch.from_numpy(np.concatenate([t.target_ids for t in chosen]).astype(np.int64)).to(head.weight.device)
+        try:
+            with torch.inference_mode():
+                hidden = head.scored_hidden([t.context_ids for t in chosen], [t.target_ids for t in chosen])
+            step = head_rows(vocabulary_size, head.weight.device.type)
+            for start in range(0, len(rows), step):
+                part = slice(start, start + step)
+                with torch.inference_mode():
+                    logits = head.logits(hidden[part])[:, :vocabulary_size]
+                    finite = torch.isfinite(logits.sum(dim=1))  # NaN and infinity survive a sum: one pass, no mask
+                if not bool(finite.all()):
+                    raise not_finite(*_at_row(chosen, start + int((~finite).nonzero()[0])))
+                yield LogitChunk(rows[part], logits, gold[part])
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, tokens_per_batch) from error
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model thought of every scored token, in the texts' order."""
+
+    nll_N: np.ndarray
+    """[N] float64 nats"""
+    confidence_N: np.ndarray
+    """[N] float64: probability of the token it found most probable"""
+    right_N: np.ndarray
+    """[N] float64: 1 where that is the token that was there"""
+
+
+def token_scores(
+    model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int, tokens_per_batch: int | None = None
+) -> Generator[Progress[Any], None, TokenScores]:
+    """As `gold_nll`, and the most probable token of every position: yields progress, returns the scores."""
+    total, done = sum(len(t.target_ids) for t in texts), 0
+    scores = np.empty((3, total), dtype=np.float64)
+    yield Progress(0, total)
+    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
+    for chunk in chunks:
+        scores[:, chunk.rows] = chunk_scores(chunk)
+        done += len(chunk.rows)
+        yield Progress(done, total)
+    return TokenScores(*scores)
+
+
+def chunk_scores(chunk: LogitChunk) -> np.ndarray:
+    """`[3, m]` float64: NLL of the token that was there in nats, the largest probability, 1 where that is its token."""
+    log_z = chunk.logits.logsumexp(dim=1)
+    gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
+    largest, token = chunk.logits.max(dim=1)
+    found = (log_z - gold, (largest - log_z).exp(), token == chunk.gold_ids)
+    return np.stack([part.double().cpu().numpy() for part in found])
+
+
+def gold_nll(
+    model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int, tokens_per_batch: int | None = None
+) -> Generator[Progress[Any], None, np.ndarray]:
+    """Negative log-probability of every scored token: yields progress, returns `[N]` float64 nats in the texts' order.
+
+    Raises as `logit_chunks`, and TeacherError when the model's output layer cannot be taken apart.
+    """
+    total, done = sum(len(t.target_ids) for t in texts), 0
+    nll_N = np.empty(total, dtype=np.float64)
+    yield Progress(0, total)
+    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
+    for chunk in chunks:
+        gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
+        nll_N[chunk.rows] = (chunk.logits.logsumexp(dim=1) - gold).cpu().numpy()
+        done += len(chunk.rows)
+        yield Progress(done, total)
+    return nll_N
+
+
+def not_finite(example: str, token: int) -> DataError:
+    """The error to raise when the model gave NaN or infinity at a target token of an example."""
+    return DataError(
+        "the model's logits are not finite",
+        where=f"example {example}",
+        found=f"NaN or infinity at target token {token}",
+        try_="--dtype float32 or bfloat16, and check the weights",
+    )
+
+
+def _at_row(texts: Sequence[ScoredText], row: int) -> tuple[str, int]:
+    """The example and the target token of a scored row."""
+    for text in texts:
+        if row < len(text.target_ids):
+            return text.id, row
+        row -= len(text.target_ids)
+    raise AssertionError("row beyond the batch")

@@ -1,0 +1,261 @@
+"""Rank classification: which of an example's choices does the model find most probable after the prompt?
+
+No text is generated and nothing can be misread: a model that answers "It's not possible to say" instead of
+"Neutral" is still measured. Each option is forced as the target, its log-probability is the sum over its tokens,
+
+    l(option) = Σ_t ln q(token_t | prompt, tokens before t)          in nats; EOS after the option is not scored
+
+and the prediction is the option with the largest
+
+    accuracy         l / tokens       the default: long options are not punished; depends on the tokenizer's lengths
+    accuracy_sum     l                the probability of the option itself; favours short ones
+    accuracy_chars   l / characters   the same division for every tokenizer (`acc_norm` of lm-evaluation-harness)
+
+How prompt and option become tokens is `encoding`:
+
+    apart      as in training: a causal model reads [BOS] prompt separator, then the option's tokens; a prompt that leaves
+               no room for the longest option is cut at its beginning, alike for every option of the example
+    together   as lm-evaluation-harness: prompt + separator + option are one string (see `kd.evaluation.scoring.harness`)
+
+An encoder-decoder reads the prompt with its encoder, and the option exists on the decoder's side only: an option among
+the encoder's input would be copied. All columns of the output layer count, ids that no tokenizer emits too: mass that
+a model puts there is missing from its options. Given the same tokens the log-probabilities are lm-eval's own.
+
+Scores closer than float32 can tell apart are a tie, and the first index wins. The context passes through the model once
+for all options (`kd.evaluation.scoring.shared_context`). Brown et al. 2020, arXiv:2005.14165, section 2.4; Wei et al. 2021,
+arXiv:2109.01652 (FLAN), section 2.5; Gao et al., lm-evaluation-harness.
+
+Shapes: E examples, O options of all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.common.errors import DataError, unknown_name
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
+from kd.data.rows.example import Example
+from kd.data.sources import Corpus
+from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
+from kd.evaluation.scoring.scored_text import Progress, ScoredText, window
+from kd.evaluation.scoring.shared_context import shared_nll
+from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task, per_example
+from kd.models.loading import Model, is_encoder_decoder, max_positions
+from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
+
+TIE = 1e-6
+"""Relative: float32 forward passes of other batch shapes differ by about as much."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One example as the model meets it."""
+
+    example: Example
+    context_ids: np.ndarray
+    """[C] int32: the same for all its options"""
+    option_ids: tuple[np.ndarray, ...]
+    """Each [n] int32, n >= 1, without EOS"""
+    answer: int
+    """Index of the right option"""
+
+
+@dataclass(frozen=True)
+class ChoicesResult:
+    """What a model chose. Standard errors are those of a share of examples."""
+
+    estimates: Mapping[str, Estimate]
+    """`accuracy`, `accuracy_sum`, `accuracy_chars`, `accuracy_mean_of_tasks`, and `accuracy/TASK` for each task."""
+    questions: tuple[Question, ...]
+    option_nats: tuple[np.ndarray, ...]
+    """Of each question, [options] float64: l, the log-probability of each option."""
+    predictions: np.ndarray
+    """[E] int64: index chosen by the mean per token"""
+    documents: Documents
+    skipped: int
+    """Examples without two choices or without a known answer."""
+    prompts_cut: int
+    """Examples whose prompt lost its beginning."""
+
+
+def evaluate_choices(
+    model: Model,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    *,
+    seq_len: int | None = None,
+    separator: str = "\n",
+    bos: bool = True,
+    encoding: str = "apart",
+    tokens_per_batch: int | None = None,
+) -> Iterator[Progress[ChoicesResult]]:
+    """Score every option of `corpus`; the last record carries the result.
+
+    seq_len     tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024 (`together`: lm-eval's)
+    separator   text between prompt and option; an encoder-decoder needs none
+    bos         open a causal model's prompt with BOS; `together` does what the tokenizer does
+
+    Raises DataError for an unknown encoding, when no example has choices, or an option has no tokens or more than the
+    model has positions.
+    """
+    if encoding not in ENCODINGS:
+        raise unknown_name("encoding", encoding, ENCODINGS)
+    if encoding == "together" and seq_len is None:
+        seq_len = harness_window(model.config, tokenizer)
+    blocks = BlockConfig(
+        seq_len=window(model, seq_len), separator=separator, bos=bos, encoder=is_encoder_decoder(model.config)
+    ).normalised("pairs", tokenizer)
+    limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1
+    counts: Counter[str] = Counter()
+    questions = list(ENCODINGS[encoding](corpus, tokenizer, blocks, limit, counts))
+    if not questions:
+        raise DataError(
+            "no example has choices",
+            where=corpus.spec,
+            found=f"{len(corpus.examples)} examples",
+            expected="at least two choices and an answer among them",
+            try_="--tasks perplexity or generation",
+        )
+    texts = [ScoredText(q.example.id, q.context_ids, ids) for q in questions for ids in q.option_ids]
+    lengths = [len(t.target_ids) for t in texts]
+    nll_N = yield from shared_nll(model, texts, tokens_per_batch=tokens_per_batch)
+    starts = np.cumsum([0, *(len(q.option_ids) for q in questions)])
+    nats_O = per_example(-nll_N, lengths)
+    option_nats = tuple(nats_O[starts[i] : starts[i + 1]] for i in range(len(questions)))
+    yield Progress(len(nll_N), len(nll_N), choices_of(questions, option_nats, counts))
+
+
+def ask(
+    corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, limit: int | None, counts: Counter[str]
+) -> Iterator[Question]:
+    """The questions of `corpus` in order; `counts` receives how many were `skipped` and how many prompts `cut`.
+
+    limit   most tokens of an option; None = any number
+    """
+    pieces = token_bytes(tokenizer)
+    for example in corpus.examples:
+        answer = right_answer(example)
+        if answer is None:
+            counts["skipped"] += 1
+            continue
+        encoded = [encode_with_ends(tokenizer, pieces, option) for option in example.choices]
+        for (ids, _), option in zip(encoded, example.choices, strict=True):
+            if not len(ids):
+                raise DataError("an option has no tokens", where=f"example {example.id}", found=repr(option))
+            if limit is not None and len(ids) > limit:
+                raise DataError(
+                    "an option is longer than the model's window",
+                    where=f"example {example.id}",
+                    found=f"{len(ids)} tokens",
+                    expected=f"at most {limit}",
+                    try_="a larger --seq-len, where the model has the positions",
+                )
+        context = tokenize_pair(example, tokenizer, pieces, blocks).context_ids
+        longest, ends = max(encoded, key=lambda found: len(found[0]))
+        fitted = fit_pair(TokenRows(example, context, longest, ends), blocks)
+        assert fitted is not None, "an option within the limit is not cut"
+        counts["cut"] += len(fitted.context_ids) < len(context)
+        yield Question(example, fitted.context_ids, tuple(ids for ids, _ in encoded), answer)
+
+
+def ask_together(
+    corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, limit: int | None, counts: Counter[str]
+) -> Iterator[Question]:
+    """As `ask`, tokenised as lm-eval does; white space at the end of a prompt counts as part of every option.
+
+    A prompt is cut as the longest option needs, so that all are judged after one context (lm-eval cuts for each alone).
+    """
+    for example in corpus.examples:
+        answer = right_answer(example)
+        if answer is None:
+            counts["skipped"] += 1
+            continue
+        separator = "" if blocks.encoder else blocks.separator
+        if not (example.prompt + separator).strip():
+            raise DataError(
+                "an example has no context to predict from",
+                where=f"example {example.id}",
+                found="an empty prompt",
+                try_="--encoding apart, with BOS",
+            )
+        pairs = [
+            encode_pair(tokenizer, example.prompt + separator, option, encoder=blocks.encoder)
+            for option in example.choices
+        ]
+        sizes = [len(ids) for _, ids in pairs]
+        if min(sizes) == 0 or (limit is not None and max(sizes) > limit):
+            raise DataError(
+                "an option cannot be scored",
+                where=f"example {example.id}",
+                found=f"{sizes} tokens",
+                expected="at least 1" if limit is None else f"1..{limit}",
+                try_="a larger --seq-len, where the model has the positions",
+            )
+        context = pairs[0][0]
+        kept = cut_context(context, max(sizes), blocks.seq_len, encoder=blocks.encoder)
+        counts["cut"] += len(kept) < len(context)
+        yield Question(example, kept, tuple(ids for _, ids in pairs), answer)
+
+
+def right_answer(example: Example) -> int | None:
+    """Index of the right choice (`answer`, or where the target stands); None where there is nothing to choose.
+
+    Raises DataError when `answer` points beside the choices.
+    """
+    if len(example.choices) < 2:
+        return None
+    if example.answer is None:
+        return example.choices.index(example.target) if example.target in example.choices else None
+    if not 0 <= example.answer < len(example.choices):
+        raise DataError(
+            "the answer is not one of the choices",
+            where=f"example {example.id}",
+            found=example.answer,
+            expected=f"0..{len(example.choices) - 1}",
+        )
+    return example.answer
+
+
+def choices_of(
+    questions: Sequence[Question], option_nats: Sequence[np.ndarray], counts: Mapping[str, int]
+) -> ChoicesResult:
+    """The figures from the log-probability of every option: `option_nats[e]` [options of e], nats."""
+    chosen = {name: np.zeros(len(questions), dtype=np.int64) for name in ("accuracy", "accuracy_sum", "accuracy_chars")}
+    for number, (question, nats) in enumerate(zip(questions, option_nats, strict=True)):
+        tokens = np.array([len(ids) for ids in question.option_ids])
+        characters = np.array([len(option) for option in question.example.choices])
+        for name, scores in (
+            ("accuracy", nats / tokens),
+            ("accuracy_sum", nats),
+            ("accuracy_chars", nats / characters),
+        ):
+            chosen[name][number] = first_best(scores)
+    answers = np.array([q.answer for q in questions])
+    documents = Documents.of_examples([q.example.id for q in questions], "pairs")
+    ones = np.ones(len(questions))
+    estimates = {name: documents.ratio((found == answers).astype(np.float64), ones) for name, found in chosen.items()}
+    hits = (chosen["accuracy"] == answers).astype(np.float64)
+    estimates |= figures_by_task("accuracy", documents, hits, [q.example.task for q in questions])
+    return ChoicesResult(
+        estimates,
+        tuple(questions),
+        tuple(option_nats),
+        chosen["accuracy"],
+        documents,
+        counts.get("skipped", 0),
+        counts.get("cut", 0),
+    )
+
+
+def first_best(scores: np.ndarray) -> int:
+    """`[options]` nats -> index of the largest; of those within TIE of it, the first."""
+    best = float(scores.max())
+    return int(np.argmax(scores >= best - TIE * max(1.0, abs(best))))
+
+
+ENCODINGS = {"apart": ask, "together": ask_together}
+"""How prompt and options become tokens."""

@@ -1,0 +1,138 @@
+"""Perplexity and bits per byte of a causal model on any text, of an encoder-decoder on pairs.
+
+Sliding window: a document is read in windows of at most `seq_len` tokens, each moved on by `stride`; a window
+scores only the tokens no earlier window has scored, so every token counts once (all but the document's first
+where there is no BOS token). The first window scores all it holds, with little context at its start; later ones
+give every token at least `seq_len - stride` tokens of context. The default stride, seq_len - 1, reads the text
+about once; half of seq_len costs twice as much and is the usual compromise; 1 is the exact value of a
+model with that context and costs seq_len times as much. Smaller strides give lower perplexities: compare
+only numbers with equal seq_len and stride. (transformers documentation, "Perplexity of fixed-length models".)
+
+Perplexity is per token and depends on the tokenizer; bits per byte does not (Gao et al. 2020, arXiv:2101.00027):
+
+    nll = Σ -ln q(token) / tokens      perplexity = exp(nll)      bits per byte = Σ -ln q(token) / (ln 2 · bytes)
+
+Bytes are the UTF-8 bytes of the scored tokens; a scored EOS token (pairs) adds nats and no bytes. q is normalised
+over the ids the tokenizer knows: padded columns of the output layer are left out, as in the teacher's pass.
+
+A pair that is longer than the window is cut as in training: its prompt loses its beginning, a target longer than the
+window its end; such pairs are counted. Whether the model is as often right as it says: `kd.evaluation.statistics.calibration`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kd.common.errors import DataError
+from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
+from kd.data.sources import Corpus
+from kd.evaluation.scoring.scored_text import Progress, ScoredText, TokenScores, token_scores, window
+from kd.evaluation.statistics.calibration import calibration_error
+from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
+from kd.models.loading import Model, is_encoder_decoder
+from kd.models.tokenizer import Tokenizer, vocabulary_size
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What a model thinks of a text. Standard errors are clustered by document."""
+
+    nll_per_token: Estimate
+    """Nats per token."""
+    perplexity: Estimate
+    """exp of it."""
+    bits_per_byte: Estimate
+    """Bits per UTF-8 byte."""
+    tokens: int
+    """Scored."""
+    bytes: int
+    """UTF-8 bytes of the scored tokens."""
+    ece: Estimate
+    """Expected calibration error, 0..1."""
+    documents: Documents
+    blocks: BlockConfig
+    """Window and stride as used."""
+    pairs_cut: int
+    """Examples that the window did not hold."""
+
+
+def evaluate_perplexity(
+    model: Model,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    *,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    bos: bool = True,
+    separator: str = "\n",
+    tokens_per_batch: int | None = None,
+    limit_tokens: int | None = None,
+) -> Iterator[Progress[PerplexityResult]]:
+    """Score `corpus`; the last record carries the result.
+
+    seq_len       tokens a model sees at once; None = its positions, at most 1024
+    stride        new tokens per window, 1..seq_len-1; None = seq_len - 1
+    separator     text between prompt and target of a pair; an encoder-decoder needs none
+    limit_tokens  score exactly the first so many tokens of the corpus
+
+    Raises DataError when the model has fewer positions than `seq_len` or fewer logits than the tokenizer has
+    entries, TeacherError when its output layer cannot be taken apart (see `kd.models.loading.split_head`).
+    """
+    seq_len = window(model, seq_len)
+    blocks = BlockConfig(
+        seq_len=seq_len,
+        stride=seq_len - 1 if stride is None else stride,
+        bos=bos,
+        separator=separator,
+        encoder=is_encoder_decoder(model.config),
+        overlong="truncate",
+    )
+    counts: Counter[str] = Counter()
+    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, counts), limit_tokens))
+    texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
+    lengths = [len(t.target_ids) for t in texts]
+    scores = yield from token_scores(
+        model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=tokens_per_batch
+    )
+    documents = Documents.of_examples([t.id for t in texts], corpus.kind)
+    byte_counts = np.array([int(r.byte_end[-1]) for r in rows])
+    total = len(scores.nll_N)
+    cut = counts["truncated"]
+    yield Progress(total, total, perplexity_of(scores, lengths, byte_counts, documents, blocks, cut))
+
+
+def perplexity_of(
+    scores: TokenScores,
+    lengths: list[int],
+    byte_counts: np.ndarray,
+    documents: Documents,
+    blocks: BlockConfig,
+    pairs_cut: int = 0,
+) -> PerplexityResult:
+    """The figures from the scores of every token, and `[examples]` tokens and bytes of each example."""
+    sums = per_example(scores.nll_N, lengths)
+    nll = documents.ratio(sums, np.array(lengths))
+    bits = documents.ratio(sums / math.log(2), byte_counts)
+    ece = calibration_error(documents, scores.confidence_N, scores.right_N, lengths)
+    return PerplexityResult(nll, nll.exponential(), bits, nll.n, bits.n, ece, documents, blocks, pairs_cut)
+
+
+def first_tokens(rows: Iterable[TokenRows], limit: int | None) -> Iterator[TokenRows]:
+    """`rows` up to exactly `limit` target tokens; the last example is cut short. None = all."""
+    if limit is not None and limit < 1:
+        raise DataError("there is nothing to score", found=f"a limit of {limit} tokens", expected="at least 1")
+    left = math.inf if limit is None else limit
+    for row in rows:
+        size = len(row.target_ids)
+        if size > left:
+            keep = int(left)
+            row = replace(row, target_ids=row.target_ids[:keep], byte_end=row.byte_end[:keep])
+        yield row
+        left -= len(row.target_ids)
+        if left <= 0:
+            return

@@ -1,0 +1,151 @@
+"""What models write after the user's own prompts: to be read side by side, not to be scored.
+
+    prompts.txt     one prompt a line, continued as it stands
+    prompts.jsonl   {"prompt": …} and, if it is known, {"expected": …}; asked as tasks are, with the separator after it
+
+Decoding is that of `generation`: the most probable token at every step, under one rule for all models, so that what a report
+shows is not the luckiest of several draws. Three figures go with the texts because eyes overlook them: how many
+answers came to an end, how long they are, and how much of them repeats what they said before. None is a merit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kd.common.errors import DataError
+from kd.data.blocks import BlockConfig
+from kd.data.rows.example import Example
+from kd.data.sources import Corpus
+from kd.evaluation.scoring.scored_text import Progress, require_vocabulary, window
+from kd.evaluation.statistics.estimates import Documents, Estimate
+from kd.evaluation.tasks.generation import answer_room, greedy_answers, prompt_ids
+from kd.models.loading import Model, is_encoder_decoder
+from kd.models.tokenizer import Tokenizer, vocabulary_size
+
+NEW_TOKENS = 64
+"""Of an answer, where the user names no number."""
+GRAM = 4
+"""Words of a run that counts as repeated when the answer held it before."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one file."""
+
+    name: str
+    """Of the file, without its folder."""
+    texts: tuple[str, ...]
+    expected: tuple[str | None, ...]
+    continued: bool
+    """Is what follows the prompt its continuation? Else an answer, after the separator."""
+
+
+@dataclass(frozen=True)
+class SamplesResult:
+    """What a model wrote."""
+
+    answers: tuple[str, ...]
+    """In the order of the prompts."""
+    estimates: Mapping[str, Estimate]
+    """`ended`, `length`, `repeated`."""
+    documents: Documents
+    max_new_tokens: int
+    prompts_cut: int
+    """Prompts that lost their beginning."""
+
+
+def load_prompts(path: Path, limit: int | None = None) -> Prompts:
+    """The first `limit` prompts of a .txt or .jsonl file. Raises DataError naming file and line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("cannot read the prompts", where=path, found=str(error)) from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()][:limit]
+    if not lines:
+        raise DataError("there are no prompts", where=path, found="an empty file")
+    if path.suffix != ".jsonl":
+        return Prompts(path.name, tuple(line for _, line in lines), (None,) * len(lines), True)
+    rows = [_row(line, f"{path} line {number}") for number, line in lines]
+    return Prompts(path.name, tuple(r[0] for r in rows), tuple(r[1] for r in rows), False)
+
+
+def _row(line: str, where: str) -> tuple[str, str | None]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError("a prompt is not JSON", where=where, found=str(error)) from error
+    prompt, expected = (row.get("prompt"), row.get("expected")) if isinstance(row, dict) else (None, None)
+    if not isinstance(prompt, str) or not prompt.strip() or not isinstance(expected, str | None):
+        raise DataError(
+            "a line holds no prompt", where=where, found=line[:80], expected='{"prompt": "…", "expected": "…"}'
+        )
+    return prompt, expected
+
+
+def write_samples(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    *,
+    seq_len: int | None = None,
+    separator: str = "\n",
+    bos: bool = True,
+    max_new_tokens: int | None = None,
+    tokens_per_batch: int | None = None,
+) -> Iterator[Progress[SamplesResult]]:
+    """Let the model continue or answer every prompt; the last record carries the texts. Options as in `generation`."""
+    encoder = is_encoder_decoder(model.config)
+    blocks = BlockConfig(
+        seq_len=window(model, seq_len), separator="" if prompts.continued else separator, bos=bos, encoder=encoder
+    ).normalised("pairs", tokenizer)
+    size = vocabulary_size(tokenizer)
+    require_vocabulary(int(model.get_output_embeddings().weight.shape[0]), size)
+    examples = tuple(
+        Example(id=str(n), task="samples", split="", prompt=p, target="") for n, p in enumerate(prompts.texts)
+    )
+    corpus = Corpus(prompts.name, "", "pairs", examples, {})
+    wanted = max_new_tokens or (NEW_TOKENS if encoder else min(NEW_TOKENS, blocks.seq_len // 2))
+    room = answer_room(model, tokenizer, corpus, blocks, wanted)
+    counts: Counter[str] = Counter()
+    contexts = list(prompt_ids(corpus, tokenizer, blocks, room, counts))
+    texts = [""] * len(contexts)
+    ended_E, length_E = np.zeros(len(contexts)), np.zeros(len(contexts))
+    yield Progress(0, len(contexts))
+    done = 0
+    for numbers, answers in greedy_answers(
+        model,
+        contexts,
+        max_new_tokens=room,
+        eos_id=tokenizer.eos_token_id,
+        vocabulary_size=size,
+        tokens_per_batch=tokens_per_batch,
+    ):
+        for number, answer in zip(numbers, answers, strict=True):
+            ids = answer.ids.tolist()
+            texts[number] = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            ended_E[number], length_E[number] = answer.ended, len(ids)
+        done += len(numbers)
+        yield Progress(done, len(contexts))
+    documents = Documents.of_examples([e.id for e in examples], "pairs")
+    ones = np.ones(len(texts))
+    repeated_E = np.array([repeated_share(text) for text in texts])
+    estimates = {
+        "ended": documents.ratio(ended_E, ones),
+        "length": documents.ratio(length_E, ones),
+        "repeated": documents.ratio(repeated_E, ones),
+    }
+    yield Progress(done, done, SamplesResult(tuple(texts), estimates, documents, room, counts["cut"]))
+
+
+def repeated_share(text: str) -> float:
+    """Share of the runs of GRAM words that stood in the text before; 0 for a shorter text."""
+    words = re.findall(r"\w+|[^\w ]", text.lower())
+    runs: Sequence[tuple[str, ...]] = list(zip(*(words[i:] for i in range(GRAM)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

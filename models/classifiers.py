@@ -1,0 +1,181 @@
+"""Classifiers by name: any decoder-only model of transformers with a sequence-classification head.
+
+    logits = head(hidden state of the last token that is not padding)        head: Linear(d, labels), no bias
+
+GPT-2, GPT-NeoX, GPT-Neo and Llama layouts call the head `score`. Because it is linear, backbone and head come apart: the mean of
+several backbones' states under one head is the mean of their logits, a merged backbone takes every task's head, and a teacher
+pass over a classifier is that over a language model with one scored position per text and a vocabulary of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kd.common.errors import DataError, TeacherError
+from kd.models.heads import LanguageModelHead
+from kd.models.loading import ModelRequest, cannot_load, is_classifier, load_config, resolve_device, resolve_dtype
+from kd.models.padded_batches import Size, padded_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEAD = "score"
+
+
+def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, *, pad_id: int) -> Any:
+    """The model with its head, in evaluation mode on its device.
+
+    labels   a word per class: a language model gets a new random head of that many; None = the model's own classes
+    Raises TeacherError for a model that cannot be loaded, DataError for one without such a head, with another number
+    of classes than labels, or with the same words for them in another order.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    config = load_config(request)
+    trained = is_classifier(config)
+    if request.load_in_4bit:
+        raise DataError(
+            "classifiers are loaded as they are", where=request.name, found="4 bits", try_="--dtype bfloat16"
+        )
+    if labels is None and not trained:
+        raise DataError(
+            "the model is no classifier",
+            where=request.name,
+            found=", ".join(config.architectures or ()),
+            expected="…ForSequenceClassification",
+            try_="kd classify train makes one",
+        )
+    if trained and labels is not None:
+        refuse_other_classes(request, config, labels)
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {word: number for number, word in enumerate(labels)}
+    config.pad_token_id = pad_id
+    dtype, device = resolve_dtype(request), resolve_device(request.device)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(request.seed)  # of a new head, or of random weights
+            if request.random_shape is not None:
+                model = Auto.from_config(config, dtype=dtype)
+            else:
+                model = Auto.from_pretrained(
+                    request.path, config=config, revision=request.revision, dtype=dtype, trust_remote_code=False
+                )
+    except Exception as error:
+        raise cannot_load(request, error) from error
+    _require_head(request, model)
+    return model.to(device).eval()
+
+
+def refuse_other_heads(request: ModelRequest, config: Any) -> None:
+    """Raise DataError where the classifier that a configuration describes has a head of another kind, as encoders do.
+
+    transformers' classes know it, no configuration says it: the model is made on the meta device, without weights or memory.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    try:
+        with torch.device("meta"):
+            model = Auto.from_config(deepcopy(config), trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load(request, error) from error
+    _require_head(request, model)
+
+
+def _require_head(request: ModelRequest, model: Any) -> None:
+    import torch
+
+    if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
+        raise DataError(
+            "the model's classification head is of another kind",
+            where=request.name,
+            found=type(model).__name__,
+            expected="a decoder-only model: GPT-2, GPT-NeoX, Llama, …",
+            try_="kd classify train with such a --model",
+        )
+
+
+def refuse_other_classes(request: ModelRequest, config: Any, labels: Sequence[str]) -> None:
+    """Raise DataError where a classifier has another number of classes, or the same words for them in another order.
+
+    Words that say nothing (LABEL_0, …) or are other words are taken for the labels in their order.
+    """
+    if config.num_labels != len(labels):
+        raise DataError(
+            "the classifier has another number of classes",
+            where=request.name,
+            found=config.num_labels,
+            expected=f"{len(labels)}: {', '.join(labels)}",
+        )
+    own = [str(config.id2label.get(i, "")) for i in range(config.num_labels)]
+    plain, wanted = ([word.strip().lower().replace(" ", "_") for word in words] for words in (own, labels))
+    if plain != wanted and sorted(plain) == sorted(wanted):
+        raise DataError(
+            "the classifier numbers its classes in another order",
+            where=request.name,
+            found=", ".join(own),
+            expected=", ".join(labels),
+            try_="kd classify train, or its head's rows in that order",
+        )
+
+
+def last_states(backbone: Any, batch: dict[str, Tensor], pad_id: int) -> Tensor:
+    """`[B, d]`: the final hidden state of each row's last token that is not padding (of an empty row, the first)."""
+    import torch
+
+    hidden_BTd = backbone(**batch, use_cache=False).last_hidden_state
+    real_BT = batch["input_ids"] != pad_id
+    places = torch.arange(real_BT.shape[1], device=real_BT.device)
+    last_B = (real_BT * places).argmax(dim=1)
+    return hidden_BTd[torch.arange(len(last_B), device=last_B.device), last_B]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class ClassifierHead(LanguageModelHead):
+    """A classifier taken apart: one row of `weight` per class, one scored position per text.
+
+    The interface is that of a language model whose target is one token, the label's number: a teacher pass sees no difference.
+    """
+
+    pad_id: int
+    """Not read by the head, wherever it stands."""
+
+    def size(self, context: int, target: int) -> Size:
+        """The label is not read."""
+        return context
+
+    def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Tensor:
+        """`[N, d]`: the state of each context's last token that is not padding (where there is none, of its first)."""
+        hidden = self.hidden(*padded_ids(contexts, self.weight.device))
+        last = [int(np.flatnonzero(np.append(True, c[1:] != self.pad_id))[-1]) for c in contexts]
+        return hidden[list(range(len(last))), last]
+
+
+def split_classifier(model: Any, pad_id: int) -> ClassifierHead:
+    """Take a classifier apart, and prove on a few tokens that the parts give its own logits. Raises TeacherError."""
+    import torch
+
+    head = getattr(model, HEAD)
+    parts = ClassifierHead(model.base_model, head.weight, head.bias, pad_id)
+    size = int(model.config.vocab_size)
+    texts = [np.array([i % size for i in range(1, n) if i % size != pad_id]) for n in (8, 5)]
+    with torch.no_grad():
+        got = parts.logits(parts.scored_hidden(texts, []))
+        alone = [model(input_ids=torch.from_numpy(text)[None].to(head.weight.device)).logits[0] for text in texts]
+    expected = torch.stack(alone).float()
+    # the same product twice; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
+    if not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
+        raise TeacherError(
+            "the model changes its logits after the classification head",
+            where=type(model).__name__,
+            found=f"largest difference {float((got - expected).abs().max()):.3g}",
+            expected=f"logits = {HEAD}(last hidden state)",
+        )
+    return parts

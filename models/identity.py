@@ -1,0 +1,144 @@
+"""What a model is, in a few digests, without loading its weights: the teacher's part of a cache's fingerprint.
+
+Weight files are named by their SHA-256, read from a local folder or from the hub's file list, and a hub id by the
+commit that its branch or tag stands for. Whoever loads the model afterwards must load that commit: `pinned`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kd.common.errors import DataError
+from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
+
+CHANGES_NO_NUMBER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
+"""Entries of a configuration that are left out of its digest; dtype and class are named beside it."""
+
+
+def pinned(request: ModelRequest) -> ModelRequest:
+    """The request with a hub id's branch or tag replaced by its commit, so that all that is loaded is of one commit."""
+    if request.local or request.random_shape is not None:
+        return request
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().model_info(request.name, revision=request.revision).sha
+    except Exception as online:  # the hub's client raises many unrelated types
+        commit = _snapshot(request, online).name
+    return replace(request, revision=commit)
+
+
+def _snapshot(request: ModelRequest, online: Exception) -> Path:
+    """The folder of a hub id on this disk, named by its commit. Raises TeacherError for what went wrong `online`."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(request.name, revision=request.revision, local_files_only=True))
+    except Exception:  # not on this disk either: why the hub did not answer is what the user needs
+        raise cannot_load(request, online) from online
+
+
+def model_identity(request: ModelRequest) -> dict[str, Any]:
+    """Everything about the (pinned) model that can change its numbers, without loading weights.
+
+    Where a folder lies on this machine is not part of it: its weights and configuration are.
+    """
+    import torch
+
+    config = load_config(request)
+    identity: dict[str, Any] = {
+        "model": "local" if request.local else request.name,
+        "model_class": (config.architectures or [type(config).__name__])[0],
+        "dtype": str(resolve_dtype(request)).removeprefix("torch."),
+        "quantization": "bitsandbytes-nf4-double" if request.load_in_4bit else "none",
+        "config": config_digest(config),
+    }
+    if request.random_shape is not None:  # random numbers depend on the library and the kind of device
+        device = "cpu" if request.load_in_4bit else resolve_device(request.device).partition(":")[0]
+        return identity | {"seed": request.seed, "torch": torch.__version__.partition("+")[0], "device": device}
+    return identity | weight_digests(request)
+
+
+def config_digest(config: Any) -> str:
+    """Digest of what a configuration says beyond its class's defaults (those come and go with library versions)."""
+    settings = json.loads(config.to_json_string(use_diff=True))
+    kept = {key: value for key, value in settings.items() if key not in CHANGES_NO_NUMBER}
+    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def weight_digests(request: ModelRequest) -> dict[str, Any]:
+    """`{"revision": commit or "local", "weights": {file: sha256}}` of the files transformers would load."""
+    if request.local:
+        return {"revision": "local", "weights": _folder_digests(Path(request.path), request.name)}
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        info = HfApi().model_info(request.name, revision=request.revision, files_metadata=True)
+    except Exception as online:  # as in `pinned`
+        folder = _snapshot(request, online)
+        return {"revision": folder.name, "weights": _folder_digests(folder, request.name)}
+    files = {s.rfilename: s for s in info.siblings or []}
+    names = weight_files(
+        files, lambda name: Path(hf_hub_download(request.name, name, revision=info.sha)).read_text(), request.name
+    )
+    # a file that is not in large-file storage is known by its git blob instead
+    digests = {n: lfs.sha256 if (lfs := files[n].lfs) else f"git:{files[n].blob_id}" for n in names}
+    return {"revision": info.sha, "weights": digests}
+
+
+def _folder_digests(folder: Path, name: str) -> dict[str, str]:
+    files = weight_files([p.name for p in folder.iterdir()], lambda index: (folder / index).read_text(), name)
+    return {f: file_sha256(folder / f) for f in files}
+
+
+def weight_files(names: Collection[str], read: Callable[[str], str], where: str) -> list[str]:
+    """The files `from_pretrained` loads out of `names`: safetensors before PyTorch's, one file before an index.
+
+    `read` gives the text of one of them. Raises DataError where there are none, or an adapter changes them.
+    """
+    # loaded without a word on top of the weights, whose digests would not know
+    adapters = sorted({"adapter_config.json", "adapter_model.safetensors"} & set(names))
+    if adapters:
+        raise DataError(
+            "an adapter lies beside the weights",
+            where=where,
+            found=", ".join(adapters),
+            expected="a merged model",
+            try_="peft's merge_and_unload, then save_pretrained",
+        )
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if whole in names:
+            return [whole]
+        if f"{whole}.index.json" in names:
+            try:
+                files = sorted(set(json.loads(read(f"{whole}.index.json"))["weight_map"].values()))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise DataError("the index of the weights cannot be read", where=where, found=error) from error
+            missing = [f for f in files if f not in names]
+            if missing:
+                raise DataError("weight files are missing", where=where, found=", ".join(missing[:5]))
+            return files
+    raise DataError(
+        "no weight files found",
+        where=where,
+        found=", ".join(sorted(names)[:8]) or "an empty folder",
+        expected="model.safetensors, or its index and shards",
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file; remembered for this process while size and time stay the same."""
+    stat = path.resolve().stat()
+    return _file_sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

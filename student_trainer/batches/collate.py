@@ -1,0 +1,184 @@
+"""Examples of a cache become the tensors of a batch: the student's tokens, which of them are scored, and the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd.cache_builder.store.reader import CachedBatch, CachedExample, concatenate
+from kd.cache_builder.store.targets import SoftTargets
+from kd.models.packing import Size, lay_out, pack
+from kd.student_trainer.batches.alignment import Side, align
+from kd.student_trainer.batches.pieces import SharedPieces
+from kd.student_trainer.batches.student_text import StudentExample, StudentText
+from kd.student_trainer.losses.by_group import GroupTargets
+from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Examples -> tensors: padded `input_ids [B, T]`, `attention_mask [B, T]`, `positions [N]` and the targets.
+
+    `positions` are flat indices into `[B * T]` of the tokens that *predict* the rows: the row for token t of an
+    example sits at the position before it. The tokens are the teacher's, or, with `text`, the student's own.
+
+    Of a student with an encoder these are what that reads; its decoder reads `decoder_input_ids [B, T]`, of every
+    example `start_id` and all target tokens but the last, and `positions` count there. Where examples are packed,
+    `segment_ids` and `position_ids [B, T]` stand for the mask, as `kd.models.packing` makes them.
+    """
+
+    objective: Objective
+    text: StudentText | None = None
+    alignment: str = "bytes"
+    """One of `alignment.ALIGNMENTS`"""
+    align_eos: bool = True
+    prompt_loss: bool = False
+    """Score the prompt's tokens too (cross-entropy alone)?"""
+    pieces: SharedPieces | None = None
+    """For `hybrid`"""
+    start_id: int | None = None
+    """Token the student's decoder starts from; None = a causal student"""
+    capacity: Size | None = None
+    """Tokens of a packed sequence on each side; None = one example per sequence"""
+
+    def __call__(self, examples: Sequence[CachedExample]) -> dict[str, Tensor]:
+        tokens: Sequence[CachedExample | StudentExample] = examples
+        if self.text is not None:
+            tokens = [self.text[e.index] for e in examples]
+        batch = self._tokens(tokens)
+        if self.objective.groups:
+            batch |= self._groups(examples)
+        else:
+            batch |= self._rows(examples)
+        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
+
+    def _first(self, example: CachedExample | StudentExample) -> int:
+        """Number of the first token of an example that is scored."""
+        return 1 if self.prompt_loss else len(example.context_ids)
+
+    def _tokens(self, examples: Sequence[CachedExample | StudentExample]) -> dict[str, np.ndarray]:
+        ids = [e.input_ids for e in examples]
+        first = [self._first(e) for e in examples]
+        gold = [i[start:] for i, start in zip(ids, first, strict=True)]
+        sides, ahead = [ids], [start - 1 for start in first]
+        if self.start_id is not None:
+            shifted = [np.concatenate([[self.start_id], g])[: len(g)] for g in gold]
+            sides, ahead = [[e.context_ids for e in examples], shifted], [0] * len(gold)
+        sequences = pack([tuple(len(side[e]) for side in sides) for e in range(len(ids))], self.capacity)
+        found = [lay_out(side, sequences) for side in sides]
+        starts = found[-1]["starts"] + np.array(ahead)
+        batch = {
+            "input_ids": found[0]["input_ids"],
+            "positions": np.concatenate([s + np.arange(len(g)) for s, g in zip(starts, gold, strict=True)]),
+            "gold_ids": np.concatenate(gold).astype(np.int64),
+        }
+        if self.start_id is not None:
+            batch["decoder_input_ids"] = found[1]["input_ids"]
+        if self.capacity is None:
+            return batch | {"attention_mask": (found[0]["segment_ids"] > 0).astype(np.int64)}
+        if self.start_id is not None:
+            return batch | {"segment_ids": found[0]["segment_ids"], "decoder_segment_ids": found[1]["segment_ids"]}
+        return batch | {name: found[0][name] for name in ("segment_ids", "position_ids")}
+
+    def _rows(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
+        kind, temperature = self.objective.tail, self.objective.temperature
+        batch: dict[str, np.ndarray] = {}
+        # rows that were decoded together lie one after another already: not taken apart and joined again
+        rows = examples.rows if isinstance(examples, CachedBatch) else concatenate([e.targets for e in examples])
+        if kind in ("ghost", "renorm"):
+            assert rows.token_ids is not None
+            batch["token_ids"] = rows.token_ids
+            logprobs = rows.logprobs if temperature == 1.0 else rows.logprobs_at(temperature)
+            assert logprobs is not None
+            batch["logprobs"] = logprobs.astype(np.float32, copy=False)
+            batch["tail_mass"] = rows.tail_mass_at(temperature).astype(np.float32)
+        if kind == "sampled":
+            assert rows.sample_ids is not None
+            assert rows.sample_counts is not None
+            batch["sample_ids"], batch["sample_counts"] = rows.sample_ids, rows.sample_counts
+        return batch
+
+    def _groups(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
+        """Fields of `GroupTargets`, named `group_…`, whose rows count over the whole batch; `units` examples with groups;
+        `aligned_bytes [2]` bytes of targets in groups, and in all.
+        """
+        assert self.text is not None
+        temperature, needs = self.objective.temperature, LOSSES[self.objective.loss].needs
+        parts: dict[str, list[np.ndarray]] = {}
+        offset, aligned = 0, np.zeros(2, dtype=np.int64)
+        for example in examples:
+            student, targets = self.text[example.index], example.targets
+            before = len(student.context_ids) - self._first(student)  # scored tokens of the prompt
+            teacher = Side(targets.byte_end, self.text.teacher_has_eos[example.index])
+            found = align(teacher, student.side, mode=self.alignment, eos=self.align_eos)
+            aligned += found.bytes_aligned, len(example.target.encode("utf-8"))
+            groups = teacher_groups(targets, found.teacher, temperature, needs)
+            if self.pieces is not None and targets.token_ids is not None:
+                groups["student_ids"] = _matched(self.pieces, targets, student, found.teacher[:, 0])
+            values = groups | {
+                "first": found.student[:, 0] + offset + before,
+                "stop": found.student[:, 1] + offset + before,
+                "weight": np.full(len(found), 1.0 / max(len(found), 1), dtype=np.float32),
+            }
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value)
+            offset += before + len(student.target_ids)
+        units = sum(len(w) > 0 for w in parts["weight"])
+        counts = {"units": np.array(units), "aligned_bytes": aligned}
+        return {f"group_{n}": np.concatenate(v) for n, v in parts.items()} | counts
+
+
+def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample, rows: np.ndarray) -> np.ndarray:
+    """`[G, K]` the student's ids of the teacher's kept pieces at `rows [G]`."""
+    assert targets.token_ids is not None
+    kept = targets.token_ids[rows]
+    found: np.ndarray = pieces.ids[kept]
+    if len(rows) and rows[0] == 0 and student.side.start == 0:
+        first = pieces.at_start(
+            int(targets.gold_ids[0]),
+            int(targets.byte_end[0]),
+            int(student.target_ids[0]),
+            int(student.side.byte_end[0]),
+        )
+        found[0] = first[kept[0]]
+    return found
+
+
+def teacher_groups(
+    targets: SoftTargets, ranges: np.ndarray, temperature: float, needs: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Arrays `[G, …]` for groups of rows `ranges [G, 2]`: chain-rule log-probabilities, and the first row's."""
+    gold = targets.gold_logprob.astype(np.float64)
+    at_one, at_t = (targets.log_z[:, targets.grid_index(t)].astype(np.float64) for t in (1.0, temperature))
+    tempered = (gold + at_one) / temperature - at_t if temperature != 1.0 else gold
+    first, stop = ranges[:, 0], ranges[:, 1]
+    totals = [np.concatenate([[0.0], np.cumsum(v)]) for v in (tempered, gold)]
+    arrays = {
+        "log_scale": np.where(stop - first > 1, totals[0][stop] - totals[0][first + 1], 0.0).astype(np.float32),
+        "chunk_logprob": (totals[1][stop] - totals[1][first]).astype(np.float32),
+    }
+    if "logprobs" in needs:
+        arrays["logprobs"] = targets.logprobs_at(temperature)[first].astype(np.float32)
+    if "bands" in needs and targets.tail_bands is not None:
+        arrays["bands"] = targets.tail_bands[first, targets.band_index(temperature)]
+    return arrays
+
+
+ROW_FIELDS = ("gold_ids", "token_ids", "logprobs", "tail_mass", "sample_ids", "sample_counts")
+GROUP_FIELDS = ("first", "stop", "log_scale", "chunk_logprob", "weight", "logprobs", "bands", "student_ids")
+
+
+def loss_targets(batch: dict[str, Tensor]) -> LossTargets:
+    """The target tensors of a collated batch."""
+    rows: dict[str, Any] = {name: batch[name] for name in ROW_FIELDS if name in batch}
+    if "group_first" in batch:
+        found = {name: batch[f"group_{name}"] for name in GROUP_FIELDS if f"group_{name}" in batch}
+        rows["groups"] = GroupTargets(gold_ids=batch["gold_ids"], **found)
+    if "token_ids" in rows:
+        rows["token_ids"] = rows["token_ids"].long()  # here, on the model's device: half the bytes on the way there
+    return LossTargets(kd_scale=batch.get("kd_scale"), **rows)

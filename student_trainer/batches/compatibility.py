@@ -1,0 +1,232 @@
+"""Is this cache made for this student? Every answer "no" stops the run before its first step.
+
+"The same tokenizer" means that every id the data can hold stands for the same piece: the cache carries the bytes
+of every teacher id, and the student's ids must stand for the same ones. More ids on the student's side (a pad
+token, padded logits) do no harm.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kd.cache_builder.store.manifest import CacheManifest
+from kd.cache_builder.store.part import part_of
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.targets import PROFILES, TargetConfig
+from kd.common.errors import CacheMismatchError, DataError, unknown_name
+from kd.models.loading import max_positions
+from kd.models.tokenizer import Tokenizer, token_bytes
+from kd.student_trainer.losses.by_group import GroupSettings
+from kd.student_trainer.losses.by_row import LOSSES, Objective
+
+
+def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose: str, advice: str) -> None:
+    """Raise CacheMismatchError unless every id of the cache stands for the same bytes in the model's tokenizer.
+
+    `purpose` says what compares token by token, `advice` what to try.
+    """
+    refuse_classes(reader, purpose)
+    teacher, student = reader.vocabulary(), token_bytes(tokenizer)
+    differing = [i for i, piece in enumerate(teacher) if i >= len(student) or student[i] != piece]
+    if differing:
+        first = differing[0]
+        other = repr(student[first].decode("utf-8", "replace")) if first < len(student) else "no such id"
+        raise CacheMismatchError(
+            f"the model's tokenizer is not the teacher's, and {purpose} compares token by token",
+            cache=reader.root,
+            differs=f"{len(differing)} of {len(teacher)} ids",
+            first=f"id {first}: teacher {teacher[first].decode('utf-8', 'replace')!r}, model {other}",
+            teacher=reader.manifest.provenance.get("teacher"),
+            try_=advice,
+        )
+
+
+def refuse_classes(reader: CacheReader, purpose: str) -> None:
+    """Raise CacheMismatchError where a cache's rows are distributions over classes and a language model's are wanted."""
+    if reader.manifest.labels:
+        raise CacheMismatchError(
+            f"{purpose} wants distributions over tokens, and this cache's are over classes",
+            cache=reader.root,
+            found=", ".join(reader.manifest.labels),
+            try_="kd classify train --cache",
+        )
+
+
+def refuse_other_layout(reader: CacheReader, purpose: str, *, encoder: bool) -> None:
+    """Raise CacheMismatchError when a comparison by row meets a teacher whose rows are not laid out as the model's.
+
+    `purpose` says what compares by row; `encoder`: does the model read its prompt with one?
+    """
+    if reader.manifest.blocks.encoder != encoder:
+        there, here = ("with", "has none") if not encoder else ("without", "has one")
+        raise CacheMismatchError(
+            f"{purpose} compares row by row, and this teacher reads its prompt {there} an encoder",
+            cache=reader.root,
+            teacher=reader.manifest.provenance.get("teacher"),
+            found=f"a model that {here}",
+            try_="a model laid out as the teacher; in training --loss "
+            "uld, hybrid or alm, or --loss ce for the baseline",
+        )
+
+
+def refuse_without_prompts(reader: CacheReader) -> None:
+    """Raise DataError when a student's encoder would have nothing to read."""
+    if reader.manifest.identity["corpus"]["kind"] == "documents":
+        raise DataError(
+            "an encoder-decoder student needs prompts for its encoder",
+            cache=reader.root,
+            found="a cache of documents",
+            expected="a cache of prompts and targets",
+            try_="a causal student, or a cache of --data flan:four, mini, or files with --columns prompt=…,target=…",
+        )
+
+
+def same_tokenizer(reader: CacheReader, tokenizer: Tokenizer) -> bool:
+    """Does every id of the cache stand for the same bytes in the student's tokenizer?"""
+    return token_bytes(tokenizer)[: reader.manifest.vocabulary_size] == reader.vocabulary()
+
+
+def refuse_narrow_student(reader: CacheReader, config: Any, longest: int) -> None:
+    """Raise DataError when the student has fewer logits than the cache has ids, or too few positions.
+
+    `longest` tokens that the student reads as one sequence: of an encoder-decoder, on the longer side.
+    """
+    if int(config.vocab_size) < reader.manifest.vocabulary_size:
+        raise CacheMismatchError(
+            "the student has fewer logits than the cache has ids",
+            cache=reader.root,
+            found=config.vocab_size,
+            expected=f"at least {reader.manifest.vocabulary_size}",
+        )
+    limit = max_positions(config)
+    if limit is not None and longest > limit:
+        raise DataError(
+            "the cache's examples are longer than the student's window",
+            cache=reader.root,
+            found=f"{longest} tokens",
+            expected=f"at most {limit}",
+            try_=f"a cache built with --seq-len {limit}, or another student",
+        )
+
+
+def resolve_objective(
+    config: TargetConfig,
+    *,
+    loss: str,
+    tail: str = "auto",
+    alpha: float | None = None,
+    temperature: float = 1.0,
+    ce_weight: float | None = None,
+    settings: GroupSettings | None = None,
+) -> Objective:
+    """Fill in `auto`, and check that a cache of this configuration holds what the loss needs.
+
+    Tail: ghost where top-k ids are stored, sampled where only draws are. Alpha: 1 for losses by row, 0.5 for losses
+    over aligned text (they say nothing about which token is right), 0 for ce. Raises DataError.
+    """
+    settings = settings or GroupSettings()
+    if loss == "ce":
+        unused = {
+            "--alpha": alpha not in (None, 0.0),
+            "--temperature": temperature != 1.0,
+            "--tail": tail != "auto",
+            "--ce-weight": ce_weight not in (None, 1.0),
+        }
+        if any(unused.values()):
+            raise DataError(
+                "cross-entropy has no teacher to weigh or soften",
+                found="--loss ce with " + ", ".join(k for k, given in unused.items() if given),
+                try_="--loss kl, or leave them out",
+            )
+        return Objective("ce", "none", 0.0, 1.0)
+    if loss not in LOSSES:
+        return Objective(loss)  # raises with the list of names
+    for name, weight in (("--alpha", alpha), ("--ce-weight", ce_weight)):
+        if weight is not None and not 0.0 <= weight < math.inf:
+            raise DataError("a weight of the loss is not usable", found=f"{name} {weight:g}", expected="0 or more")
+    weight = (0.5 if LOSSES[loss].groups else 1.0) if alpha is None else alpha
+    if weight > 1.0 and ce_weight is None:
+        raise DataError(
+            "alpha above 1 leaves no weight for the cross-entropy",
+            found=f"--alpha {weight:g}",
+            expected="0..1, or --ce-weight beside it",
+            try_="--ce-weight 1",
+        )
+    tail = _tail(config, loss, tail)
+    _check_holdings(config, loss, temperature)
+    if temperature not in config.temperatures:
+        raise DataError(
+            "this cache does not hold that temperature",
+            found=f"--temperature {temperature:g}",
+            expected=f"one of {', '.join(f'{t:g}' for t in config.temperatures)}",
+            try_="a temperature of the grid, or build with --temperatures",
+        )
+    if tail == "sampled" and temperature != 1.0:
+        raise DataError(
+            "draws serve temperature 1 only",
+            found=f"--temperature {temperature:g}",
+            expected="1",
+            try_="--tail ghost with a cache of profile kl",
+        )
+    return Objective(loss, tail, weight, temperature, ce_weight, settings)
+
+
+def needed_arrays(objective: Objective, manifest: CacheManifest) -> tuple[str, ...]:
+    """Stored arrays that training with this objective reads, in the manifest's order."""
+    loss = LOSSES[objective.loss]
+    wanted = {"logprobs"} if loss.groups else set()  # groups ask for normalisers, which follow from the head
+    if "ids" in loss.needs:
+        wanted |= {"sample_ids"} if objective.tail == "sampled" else {"token_ids", "logprobs"}
+    if "bands" in loss.needs:
+        wanted |= {"tail_bands"}
+    return part_of(manifest, arrays=wanted & {a.name for a in manifest.arrays}).arrays
+
+
+def _tail(config: TargetConfig, loss: str, tail: str) -> str:
+    """The tail mode of a loss, `auto` filled in; DataError where the cache cannot serve it."""
+    known = LOSSES[loss].variants
+    if "ghost" not in known:
+        if tail not in ("auto", *known):
+            raise unknown_name(f"tail mode of {loss}", tail, known)
+        return next(iter(known))
+    has_top_k, has_samples = _has_ids(config), bool(config.samples)
+    if tail == "auto":
+        tail = "ghost" if has_top_k or not has_samples or "sampled" not in known else "sampled"
+    if tail not in known:
+        raise unknown_name(f"tail mode of {loss}", tail, known)
+    if (tail == "sampled" and not has_samples) or (tail != "sampled" and not has_top_k):
+        raise DataError(
+            f"this cache cannot serve --loss {loss} --tail {tail}",
+            found=f"profile {config.profile}",
+            expected="profile kl or full for ghost and renorm; sampled or full for sampled",
+            try_="kd cache build --profile kl",
+        )
+    return tail
+
+
+def _has_ids(config: TargetConfig) -> bool:
+    return bool(config.top_k) and PROFILES[config.profile].ids and config.profile != "sampled"
+
+
+def _check_holdings(config: TargetConfig, loss: str, temperature: float) -> None:
+    """Raise DataError when an aligned loss needs what the cache's profile left out."""
+    if not LOSSES[loss].groups:
+        return
+    held = {"ids": _has_ids(config), "logprobs": bool(config.top_k), "bands": bool(config.tail_bands)}
+    missing = [need for need in LOSSES[loss].needs if not held[need]]
+    if missing:
+        serving = "full" if "ids" in LOSSES[loss].needs else "uld or full"
+        raise DataError(
+            f"this cache cannot serve --loss {loss}",
+            found=f"profile {config.profile} without {', '.join(missing)}",
+            expected=f"profile {serving}",
+            try_=f"kd cache build --profile {serving.partition(' ')[0]}",
+        )
+    if "bands" in LOSSES[loss].needs and temperature not in config.band_temperatures:
+        raise DataError(
+            "this cache holds no rank bands at that temperature",
+            found=f"--temperature {temperature:g}",
+            expected=f"one of {', '.join(f'{t:g}' for t in config.band_temperatures)}",
+            try_=f"kd cache build --temperatures 1,{temperature:g} --band-temperatures {temperature:g}",
+        )

@@ -1,0 +1,142 @@
+"""The cached text in the student's own tokens: for losses that do not compare row by row with the teacher's.
+
+An example's prompt and target are tokenised apart, so a target token never reaches back into the prompt: context =
+BOS (where there is one), prompt, separator; then the target, then EOS where the cached target has its end. What does not
+fit the window is cut as `kd.data.blocks.fit_pair` cuts it: the prompt at its beginning, the target at its end. A student
+with an encoder reads what such a teacher would: prompt and EOS there, the target and EOS at its decoder.
+No pad token is needed and no embedding is resized: batches are padded with id 0, which nothing attends to or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kd.cache_builder.store.reader import CacheReader
+from kd.common.errors import DataError
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
+from kd.data.rows.example import Example
+from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
+from kd.student_trainer.batches.alignment import Side
+from kd.student_trainer.batches.compatibility import same_tokenizer
+
+
+@dataclass(frozen=True)
+class StudentExample:
+    """One cached example as the student reads it."""
+
+    context_ids: np.ndarray
+    """[C] int32, C >= 1"""
+    target_ids: np.ndarray
+    """[m] int32"""
+    side: Side
+    """Where the target tokens end in the target's bytes."""
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """`[C + m]` context and target."""
+        return np.concatenate([self.context_ids, self.target_ids])
+
+
+class StudentText:
+    """Every example of a cache in the student's tokens; tokenised once, before the first step."""
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        tokenizer: Tokenizer,
+        *,
+        window: int | None,
+        separator: str | None = None,
+        encoder: bool = False,
+        target_len: int | None = None,
+    ) -> None:
+        """`window` tokens at most, of an encoder's the prompt alone; `target_len` of the target.
+
+        `separator` between prompt and target, None = as in the cache; a student with an `encoder` reads none.
+
+        Raises DataError for a student without EOS where the cache's targets end with one.
+        """
+        blocks = reader.manifest.blocks
+        pairs = reader.manifest.identity["corpus"]["kind"] != "documents"
+        if pairs and tokenizer.eos_token_id is None:
+            raise DataError(
+                "the student's tokenizer has no EOS token: it could not learn to stop",
+                found="eos_token is not set",
+                expected="a tokenizer with eos_token",
+                try_="set eos_token in its tokenizer_config.json",
+            )
+        pieces = token_bytes(tokenizer)
+        same = blocks.encoder == encoder and separator is None and same_tokenizer(reader, tokenizer)
+        between = "" if not pairs else blocks.separator if separator is None else separator
+        bos = blocks.bos if same else tokenizer.bos_token_id is not None  # a cut prompt keeps it, and nothing else
+        limits = BlockConfig(
+            seq_len=window or 2**31, bos=bos, separator=between, encoder=encoder, target_len=target_len
+        )
+        self.truncated = 0
+        """Examples that did not fit the window."""
+        self.teacher_has_eos = [False] * len(reader)
+        self._examples: dict[int, StudentExample] = {}
+        self._count = len(reader)
+        for number, example, cached, ends in _texts(reader):
+            # equal tokenizers read the very same tokens, also where a block begins inside a word
+            row, start = (cached, 0) if same else _tokenize(example, tokenizer, pieces, limits, ends)
+            fitted = fit_pair(row, limits)
+            self.truncated += fitted is not row
+            if fitted is None:  # nothing of the target is left to score
+                fitted = TokenRows(example, row.context_ids[:1], row.target_ids[:0], row.byte_end[:0])
+            whole = len(fitted.target_ids) == len(row.target_ids)
+            side = Side(fitted.byte_end, has_eos=ends and whole and len(fitted.target_ids) > 0, start=start)
+            self.teacher_has_eos[number] = ends
+            self._examples[number] = StudentExample(fitted.context_ids, fitted.target_ids, side)
+
+    def __getitem__(self, example: int) -> StudentExample:
+        return self._examples[example]
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone; 0 for examples that are not here."""
+        contexts, rows = np.zeros(self._count, dtype=np.int64), np.zeros(self._count, dtype=np.int64)
+        for number, example in self._examples.items():
+            contexts[number], rows[number] = len(example.context_ids), len(example.target_ids)
+        return contexts + rows, rows
+
+
+def _texts(reader: CacheReader) -> Iterator[tuple[int, Example, TokenRows, bool]]:
+    """`(number, text, the teacher's tokens, does the target end with EOS)` of every example that is here, in order."""
+    eos = reader.manifest.identity["tokenizer"].get("eos_token_id")
+    for index in reader.shards:
+        shard = reader.shard(index)
+        table, gold, byte_end = shard.examples, shard.arrays["gold_ids"], shard.arrays["byte_end"]
+        for i, name in enumerate(table["id"]):
+            rows = slice(table["row_start"][i], table["row_end"][i])
+            example = Example(name, table["target"][i], table["prompt"][i])
+            context = np.asarray(table["context_ids"][i], dtype=np.int32)
+            ids = gold[rows].astype(np.int32)
+            number = shard.first_example + i
+            yield (
+                number,
+                example,
+                TokenRows(example, context, ids, byte_end[rows].astype(np.int64)),
+                bool(ids[-1] == eos),
+            )
+
+
+def _tokenize(
+    example: Example, tokenizer: Tokenizer, pieces: list[bytes], blocks: BlockConfig, ends: bool
+) -> tuple[TokenRows, int]:
+    """The example in the student's tokens, and the byte of the target where they begin."""
+    if blocks.encoder:
+        return tokenize_pair(replace(example, complete=ends), tokenizer, pieces, blocks), 0
+    context, _ = encode_with_ends(tokenizer, pieces, example.prompt + blocks.separator if example.prompt else "")
+    if tokenizer.bos_token_id is not None:
+        context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
+    target, byte_end = encode_with_ends(tokenizer, pieces, example.target)
+    if ends:
+        target = np.append(target, np.int32(tokenizer.eos_token_id))
+        byte_end = np.append(byte_end, len(example.target.encode("utf-8")))
+    if len(context) or not len(target):
+        return TokenRows(example, context, target, byte_end), 0
+    # without BOS and without a prompt nothing predicts the first token: it is only seen
+    return TokenRows(example, target[:1], target[1:], byte_end[1:]), int(byte_end[0])

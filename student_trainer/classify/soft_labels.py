@@ -1,0 +1,116 @@
+"""Class distributions of a cache: its rows with what the teacher said of them, and a Trainer that learns from both.
+
+The losses are those of `kd train` by row (`losses.LOSSES`), at a vocabulary of classes of which all are kept: divergences are
+exact, at every temperature of the cache's grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from kd.cache_builder.store import shard_store
+from kd.cache_builder.store.reader import CacheReader
+from kd.common.errors import CacheMismatchError, DataError
+from kd.data.tasks.glue import PAIR, LabelledRow, LabelledRows, glue_task
+from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
+
+BATCH = 4096
+"""Rows read at once."""
+
+
+def read_classes(
+    reader: CacheReader, *, task: str | None = None, limit: int | None = None, temperature: float = 1.0
+) -> tuple[LabelledRows, np.ndarray]:
+    """The cache's texts with their labels, and the teacher's log-probabilities `[n, C]` float32 in nats at `temperature`.
+
+    Raises CacheMismatchError for a cache of tokens, of several tasks, or of another task than `task`.
+    """
+    labels = reader.manifest.labels
+    if not labels:
+        raise CacheMismatchError(
+            "this cache holds distributions over tokens, and a classifier learns from classes",
+            cache=reader.root,
+            expected="a classifier as its teacher",
+            try_="kd cache build --teacher CLASSIFIER --data glue/TASK, or kd train",
+        )
+    tasks = {
+        name
+        for shard in reader.shards
+        for name in shard_store.read_example_table(reader.root, reader.manifest, shard, ["task"])["task"]
+    }
+    if len(tasks) > 1 or task not in (None, *tasks):
+        raise CacheMismatchError(
+            "the cache holds rows of another task",
+            cache=reader.root,
+            found=", ".join(sorted(tasks)),
+            expected=task or "one task",
+            try_="kd cache build --data glue/TASK",
+        )
+    known = glue_task(tasks.pop())
+    if known.labels != labels:
+        raise CacheMismatchError(
+            "the cache numbers the classes in another order than the task",
+            cache=reader.root,
+            found=", ".join(labels),
+            expected=", ".join(known.labels),
+        )
+    numbers = [i for shard in reader.shards for i in range(*reader.manifest.shards[shard][:2])][:limit]
+    rows: list[LabelledRow] = []
+    log_probs = np.empty((len(numbers), len(labels)), dtype=np.float32)
+    for first in range(0, len(numbers), BATCH):
+        for place, example in enumerate(reader.read(numbers[first : first + BATCH]), first):
+            assert example.targets.token_ids is not None
+            rows.append(LabelledRow(example.id, tuple(example.prompt.split(PAIR)), int(example.targets.gold_ids[0])))
+            log_probs[place, example.targets.token_ids[0]] = example.targets.logprobs_at(temperature)[0]
+    source = {
+        "source": "cache",
+        "fingerprint": reader.manifest.fingerprint,
+        "teacher": str(reader.manifest.provenance.get("teacher")),
+    }
+    return LabelledRows(known, str(reader.manifest.provenance.get("split")), tuple(rows), source), log_probs
+
+
+def refuse_groups(loss: str) -> None:
+    """Raise DataError for a loss over aligned text: classes have no text."""
+    if loss in LOSSES and LOSSES[loss].groups:
+        known = ", ".join(name for name, entry in LOSSES.items() if not entry.groups)
+        raise DataError("a classifier has no text to align", found=f"--loss {loss}", expected=known)
+
+
+class SoftLabelTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer on `alpha * kd + ce_weight * CE`, means over the rows of a batch, in nats per row."""
+
+    def __init__(self, *, objective: Objective, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.objective = objective
+        self.model_accepts_loss_kwargs = False  # a mean over micro-batches, as without a teacher
+        self._parts: list[Tensor] = []
+        """`[3]` kd, ce and number of rows of each micro-batch since the last line, left on the device: no wait per step"""
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the batch; `inputs` hold `labels [B]` and `teacher [B, C]` beside the ids."""
+        named = dict(inputs)
+        labels, teacher = named.pop("labels"), named.pop("teacher")
+        outputs = model(**named)
+        logits = outputs.logits.float()
+        classes = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+        targets = LossTargets(labels, classes, teacher, torch.zeros_like(teacher[:, 0]))
+        total, kd, ce = self.objective(logits, targets)
+        self._parts.append(torch.stack([kd.detach().sum(), ce.detach().sum(), ce.detach().new_tensor(len(labels))]))
+        return (total.mean(), outputs) if return_outputs else total.mean()
+
+    def log(self, logs: dict[str, float], *rest: Any, **options: Any) -> None:
+        """Put both parts beside the loss."""
+        if "loss" in logs and self._parts:
+            kd, ce, rows = torch.stack(self._parts).sum(dim=0).tolist()
+            logs = logs | {"ce": ce / rows} | ({} if self.objective.loss == "ce" else {"kd": kd / rows})
+            self._parts = []
+        super().log(logs, *rest, **options)

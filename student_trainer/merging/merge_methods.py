@@ -1,0 +1,165 @@
+"""Ways to merge models of one architecture, as pure functions of one tensor's values in every model.
+
+Shapes: M models, `values [M, ...]`, `base [...]`, result `[...]`; float64 in and out, rounded once when it is stored. No
+function knows which tensor it is given: what is global (Ties' thresholds and majority, Fisher's norms) is measured before
+(`merge`) and handed in. Facts of the reference's implementation (FusionBench, GPT-2) that differ from the papers are named.
+Add a method: a function and a line in `MERGE_METHODS`, and in `merge` what it measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd.common.errors import DataError
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean. Equal models merge to themselves, exactly: a sum of M equal float32 numbers is exact in float64.
+
+    Wortsman et al. 2022, Model soups, arXiv:2203.05482.
+    """
+    return values.mean(dim=0)
+
+
+def task_arithmetic(values: Tensor, base: Tensor, *, scaling: float) -> Tensor:
+    """base + scaling * sum of task vectors (values - base). 0 is the base; 1/M is `average`.
+
+    Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089.
+    """
+    return base + scaling * (values - base).sum(dim=0)
+
+
+def trimmed(values: Tensor, base: Tensor, thresholds: Tensor) -> Tensor:
+    """Task vectors `[M, ...]`, 0 where their size in float32 is below the model's threshold `[M]`."""
+    vectors = values - base
+    return vectors.where(vectors.float().abs() >= thresholds.view(-1, *[1] * base.dim()), 0.0)
+
+
+def ties(
+    values: Tensor, base: Tensor, *, thresholds: Tensor, majority: float, elect: str = "sum", scaling: float
+) -> Tensor:
+    """Trim task vectors, elect a sign for each entry, merge what agrees with it; base + scaling * merged.
+
+    thresholds  [M]: smallest |entry| that is kept, over a model's whole task vector (`kth_magnitude`)
+    majority    sign of the sum of all entries' signs: what an entry whose sum is 0 gets
+    elect       sum (the reference), mean (the paper) or max of the entries that agree
+
+    One model that keeps everything is task arithmetic. Yadav et al. 2023, TIES-Merging, arXiv:2306.01708.
+    """
+    vectors = trimmed(values, base, thresholds)
+    signs = vectors.sum(dim=0).sign()
+    signs = signs.where(signs != 0, majority)
+    agreeing = vectors.where(torch.where(signs > 0, vectors > 0, vectors < 0), 0.0)
+    merged = ELECTIONS[elect](agreeing)
+    return base + scaling * merged
+
+
+def _mean_of_kept(agreeing: Tensor) -> Tensor:
+    return agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
+
+
+def _largest(agreeing: Tensor) -> Tensor:
+    """Entries that agree have one sign or are 0: the sum has the sign, the largest of them the size."""
+    return agreeing.abs().amax(dim=0) * agreeing.sum(dim=0).sign()
+
+
+ELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda agreeing: agreeing.sum(dim=0),
+    "mean": _mean_of_kept,
+    "max": _largest,
+}
+
+
+def fisher_average(values: Tensor, information: Tensor, *, weights: Tensor, minimal: float = 1e-6) -> Tensor:
+    """Mean weighted entry by entry by each model's Fisher information: sum w F v / sum w F, F = information + minimal.
+
+    information  [M, ...] diagonal Fisher information, at least 0
+    weights      [M] of the models (`fisher_weights`)
+
+    Equal information and weights give `average`. Matena and Raffel 2022, arXiv:2111.09832.
+    """
+    weighted = weights.view(-1, *[1] * (values.dim() - 1)) * (information + minimal)
+    return (weighted * values).sum(dim=0) / weighted.sum(dim=0)
+
+
+def fisher_weights(norms: Sequence[float], *, normalize: bool = True, minimal: float = 1e-6) -> Tensor:
+    """`[M]` weights of the models: equal, or in inverse proportion to the L2 norms of their Fisher information."""
+    if not normalize:
+        return torch.full((len(norms),), 1.0 / len(norms), dtype=torch.float64)
+    inverse = 1.0 / (torch.tensor(norms, dtype=torch.float64) + minimal)
+    return inverse / inverse.sum() / len(norms)
+
+
+def regmean(values: Tensor, grams: Iterable[Tensor], *, off_diagonal: float = 0.6) -> Tensor:
+    """The linear map that is nearest to every model's own on that model's inputs.
+
+    values        [M, in, out] weights
+    grams         M matrices [in, in], X^T X of the layer's inputs; read one at a time
+    off_diagonal  factor of their off-diagonal entries: 1 = the least-squares solution, 0 = a mean weighted by row
+
+        argmin_W sum_m |X_m W - X_m W_m|^2  =  (sum G_m)^-1 sum G_m W_m
+
+    Solved for W minus the mean of W_m: inputs that no model ever saw leave the mean as it is, and equal models merge to
+    themselves exactly. Jin et al. 2023, Dataless knowledge fusion, arXiv:2212.09849.
+    """
+    mean = values.mean(dim=0)
+    total = torch.zeros((mean.shape[0],) * 2, dtype=values.dtype)
+    pull = torch.zeros_like(mean)
+    for gram, value in zip(grams, values, strict=True):
+        shrunk = gram * off_diagonal
+        shrunk.diagonal().copy_(gram.diagonal())
+        total += shrunk
+        pull += shrunk @ (value - mean)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if int(failed):  # an input that was always 0, or fewer tokens than inputs at off_diagonal = 1
+        inverse: Tensor = torch.linalg.pinv(total, hermitian=True)
+        return mean + inverse @ pull
+    return mean + torch.cholesky_solve(pull, factor)
+
+
+def dare(values: Tensor, base: Tensor, *, density: float, scaling: float, seed: int) -> Tensor:
+    """Task arithmetic on task vectors of which a share `density` of the entries is drawn, divided by it: the same on average.
+
+    The drawing is peft's (`peft.utils.merge_utils.dare_linear`). Yu et al. 2024, arXiv:2311.03099.
+    """
+    try:
+        from peft.utils.merge_utils import dare_linear
+    except ImportError as error:
+        raise DataError("dare needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
+    vectors = list(values - base)
+    if density >= 1:  # of which peft warns
+        return base + scaling * torch.stack(vectors).sum(dim=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn: Tensor = dare_linear(vectors, torch.ones(len(vectors), dtype=base.dtype), density)
+    return base + scaling * drawn
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """What a way to merge is told and what it must be given."""
+
+    about: str
+    needs_base: bool = False
+    scaling: float | None = None
+    """Default of the factor of the task vectors, where there is one."""
+    statistics: str | None = None
+    """`fisher` or `gram`: what is measured on each model's own training rows."""
+    live: bool = False
+    """No merged weights: all models run."""
+
+
+MERGE_METHODS: dict[str, MergeMethod] = {
+    "simple-average": MergeMethod("the mean of all weights"),
+    "task-arithmetic": MergeMethod("base + scaling * sum of task vectors", needs_base=True, scaling=0.3),
+    "ties": MergeMethod("the same of trimmed task vectors that agree in sign", needs_base=True, scaling=0.3),
+    "fisher": MergeMethod("mean weighted by diagonal Fisher information", statistics="fisher"),
+    "regmean": MergeMethod("linear layers by least squares on their inputs, the rest by mean", statistics="gram"),
+    "dare": MergeMethod("task arithmetic on a random share of each task vector (peft)", needs_base=True, scaling=0.3),
+    "ensemble": MergeMethod("the mean of all models' last states under each head, live", live=True),
+}
+"""Name -> method; `kd merge --method`."""

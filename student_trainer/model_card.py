@@ -1,0 +1,93 @@
+"""The model card: a README.md beside the weights that says what the student learned from, and how.
+
+Hugging Face's model-card layout: YAML front matter, then text. Scores come from evaluations that were run, never
+from settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd.common.errors import DataError
+from kd.common.files import write_atomic
+
+
+def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
+    """Write `README.md` into a finished run; `scores` are (what, value) lines. Raises DataError for anything else."""
+    state = run / "run.json"
+    if not state.exists():
+        raise DataError("not a training run", where=run, expected="run.json")
+    document = json.loads(state.read_text(encoding="utf-8"))
+    if not document["complete"]:
+        raise DataError(
+            "this training run is not finished", where=run, try_="its kd train command again, with --resume"
+        )
+    path = run / "README.md"
+    write_atomic(path, render_card(document, scores))
+    return path
+
+
+def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
+    """The card's text, from a run's `run.json`."""
+    result, settings = run["result"], run["settings"]
+    objective = settings["objective"]
+    two_sides = run["encoder_decoder"]
+    auto_class = "AutoModelForSeq2SeqLM" if two_sides else "AutoModelForCausalLM"
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text2text-generation" if two_sides else "text-generation",
+        "tags": ["knowledge-distillation" if run["loss"] != "ce" else "fine-tuned", "kd"],
+        **({"base_model": run["student"]} if "/" in str(run["student"]) and not Path(run["student"]).exists() else {}),
+    }
+    how = (
+        f"Distilled from **{run['teacher']}** with loss `{run['loss']}` (tail `{objective['tail']}`, "
+        f"temperature {objective['temperature']:g}, alpha {objective['alpha']:g})"
+        if run["loss"] != "ce"
+        else f"Fine-tuned with cross-entropy on the rows of a cache of **{run['teacher']}** (the teacher's predictions unused)"
+    )
+    rows = [
+        ("student", run["student"]),
+        ("parameters", f"{result['parameters']:,}"),
+        ("teacher", run["teacher"]),
+        ("text", f"{run['corpus']['corpus']} ({run['corpus']['split']})"),
+        ("cache fingerprint", f"`{run['cache_fingerprint']}`"),
+        ("optimizer steps", f"{result['steps']:,}"),
+        ("target tokens", f"{result['tokens']:,}"),
+        ("learning rate", f"{settings['lr']:g} ({settings['schedule']}, {settings['optimizer']})"),
+        ("precision", settings["precision"]),
+        ("LoRA rank", str(settings["lora"] or "none")),
+        ("seed", str(settings["seed"])),
+        ("torch / transformers", f"{run['versions']['torch']} / {run['versions']['transformers']}"),
+    ]
+    final = [
+        ("last training loss (nats)", f"{result['loss']:.4f}"),
+        ("last cross-entropy (nats)", f"{result['ce']:.4f}"),
+    ]
+    if result["kd"] is not None:
+        final.append(("last distillation loss (nats)", f"{result['kd']:.4f}"))
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {run['name']}",
+        "",
+        f"{how}, with `kd train`.",
+        "",
+    ]
+    for title, table in (("Settings", rows), ("Scores", [*scores, *final])):
+        lines += [f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table), ""]
+    lines += [
+        "```python",
+        f"from transformers import {auto_class}, AutoTokenizer",
+        f'model = {auto_class}.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,257 @@
+"""The manifest describes itself, names every difference, and refuses anything hostile."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kd.cache_builder.store.manifest import (
+    Layout,
+    check_inside,
+    fingerprint_of,
+    identity_difference,
+    load_manifest,
+    refuse_mismatch,
+    shard_record,
+)
+from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
+from kd.common.files import canonical_json, digest_of
+
+
+def test_a_manifest_round_trips_to_the_same_bytes(cache: Path):
+    manifest = load_manifest(cache)
+    assert manifest.to_json() == (cache / "manifest.json").read_text()
+    assert manifest.complete
+    assert manifest.rows == sum(rows for _, _, rows in manifest.shards)
+
+
+def test_the_fingerprint_covers_the_identity_and_nothing_else(cache: Path):
+    manifest = load_manifest(cache)
+    assert set(manifest.identity) == {"teacher", "tokenizer", "corpus", "blocks", "targets"}
+    changed = copy.deepcopy(manifest.identity)
+    changed["blocks"]["seq_len"] += 1
+    assert fingerprint_of(changed) != manifest.fingerprint
+    text = canonical_json(manifest.identity)
+    assert str(cache) not in text
+    assert "/tmp" not in text
+
+
+def edited(cache: Path, folder: Path, edit, *, sign: bool = True) -> Path:
+    """A copy of the manifest alone after `edit(document)`; fingerprint and checksum made to fit, as an attacker would."""
+    document = json.loads((cache / "manifest.json").read_text())
+    edit(document)
+    if sign:
+        document["fingerprint"] = fingerprint_of(document["identity"])
+        document["checksum"] = digest_of({k: v for k, v in document.items() if k != "checksum"})
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text(canonical_json(document))
+    return folder
+
+
+def setter(path: str, value):
+    def edit(document: dict) -> None:
+        *parents, last = path.split(".")
+        for key in parents:
+            document = document[int(key)] if isinstance(document, list) else document[key]
+        if isinstance(document, list):
+            document[int(last)] = value
+        else:
+            document[last] = value
+
+    edit.__name__ = f"{path}={str(value)[:20]}"
+    return edit
+
+
+def rename_file(name: str):
+    def edit(document: dict) -> None:
+        document["files"][name] = document["files"].pop("vocabulary.parquet")
+
+    edit.__name__ = f"file {name!r}"
+    return edit
+
+
+HOSTILE = [
+    setter("rows", 2**60),
+    setter("rows", -1),
+    setter("rows", 1.5),
+    setter("rows", True),
+    setter("rows", "9"),
+    setter("examples", 10**30),
+    setter("layout.shard_rows", 2**40),
+    setter("layout.shard_rows", 128.0),
+    setter("layout.chunk_rows", 0),
+    setter("layout.more", 1),
+    setter("shards", []),
+    setter("shards.0.2", 2**50),
+    setter("shards.0.0", 1),
+    setter("shards.1.1", 0),
+    setter("identity.teacher.vocabulary_size", 2**40),
+    setter("identity.teacher.vocabulary_size", 4),
+    setter("identity.targets.top_k", 2**31),
+    setter("identity.targets.samples", 2**40),
+    setter("identity.targets.tail_bands", 2**40),
+    setter("identity.targets.temperatures", []),
+    setter("identity.targets.temperatures", [1.0] * 10),
+    setter("identity.targets.logprob_codec", "pickle"),
+    setter("identity.targets.profile", "other"),
+    setter("identity.targets", None),
+    setter("identity", []),
+    setter("arrays", []),
+    setter("files", []),
+    setter("commits", ["00"]),
+    setter("quality", {"rows": "many"}),
+    rename_file("../vocabulary.parquet"),
+    rename_file("/etc/passwd"),
+    rename_file("a/../../b"),
+    rename_file("a\\b"),
+    rename_file("a//b"),
+    rename_file("a\0b"),
+]
+
+
+@pytest.mark.parametrize("edit", HOSTILE, ids=lambda e: e.__name__)
+def test_a_hostile_manifest_is_refused(cache: Path, tmp_path: Path, edit):
+    with pytest.raises(CacheDamageError) as caught:
+        load_manifest(edited(cache, tmp_path / "c", edit))
+    assert "manifest.json" in str(caught.value)
+
+
+def test_the_check_itself_accepts_an_unchanged_manifest(cache: Path, tmp_path: Path):
+    assert load_manifest(edited(cache, tmp_path / "c", lambda document: None)) == load_manifest(cache)
+
+
+def test_arrays_too_large_to_allocate_are_refused_although_everything_agrees(cache: Path, tmp_path: Path):
+    manifest = load_manifest(cache)
+
+    def edit(document: dict) -> None:  # 2^24 rows of 65,535 draws: consistent, and 4 TB
+        document["layout"] = {"shard_rows": 2**24, "chunk_rows": 64}
+        document["identity"]["targets"]["samples"] = 2**16 - 1
+        for array in document["arrays"]:
+            if array["name"].startswith("sample"):
+                array |= {"columns": 2**16 - 1} | ({"dtype": "uint16"} if array["name"] == "sample_counts" else {})
+
+    with pytest.raises(CacheDamageError, match="too large"):
+        load_manifest(edited(cache, tmp_path / "c", edit))
+    assert manifest.layout.shard_rows == 128
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        setter("provenance.corpus", "another"),
+        setter("quality.mass_kept", 1.0),
+        setter("commits.0", "00" * 32),
+        setter("rows", 5),
+        lambda document: document.pop("checksum"),
+        lambda document: document.pop("quality"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_damaged(cache: Path, tmp_path: Path, edit):
+    with pytest.raises(CacheDamageError):
+        load_manifest(edited(cache, tmp_path / "c", edit, sign=False))
+
+
+def test_every_flipped_byte_of_a_manifest_is_noticed(cache: Path, tmp_path: Path):
+    data = (cache / "manifest.json").read_bytes()
+    whole = load_manifest(cache)
+    for place in range(0, len(data), 41):
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        (tmp_path / "manifest.json").write_bytes(bytes(damaged))
+        try:
+            assert load_manifest(tmp_path) == whole, place  # white space between tokens carries nothing
+        except CacheError:
+            continue
+        assert data[place : place + 1].isspace(), place
+
+
+def test_another_format_and_another_version_are_told_apart_from_damage(cache: Path, tmp_path: Path):
+    with pytest.raises(CacheError, match="not a cache") as caught:
+        load_manifest(edited(cache, tmp_path / "c", setter("format", "other")))
+    assert not isinstance(caught.value, CacheDamageError)
+    with pytest.raises(CacheMismatchError, match="format version"):
+        load_manifest(edited(cache, tmp_path / "c", setter("format_version", 3)))
+
+
+def test_a_folder_that_is_no_cache_says_how_to_make_one(tmp_path: Path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(CacheError, match="not a cache") as caught:
+            load_manifest(folder)
+        assert "kd cache build" in str(caught.value)
+        assert caught.value.exit_code == 1
+
+
+def test_a_cache_whose_manifest_was_lost_is_damaged(cache: Path, tmp_path: Path):
+    shutil.copytree(cache, tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").unlink()
+    with pytest.raises(CacheDamageError, match="manifest is missing"):
+        load_manifest(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.c", "targets.zarr/log_z/c/0/0", "a..b"])
+def test_plain_names_stay_inside(name: str):
+    check_inside(name)
+
+
+@pytest.mark.parametrize("name", ["", "/a", "a/", "./a", "..", "a/../b", "a\\b", "a\0"])
+def test_names_that_could_leave_the_directory_are_refused(name: str):
+    with pytest.raises(CacheError, match="leaves the cache's directory"):
+        check_inside(name)
+
+
+def test_a_difference_names_each_key_with_both_sides():
+    a = {"blocks": {"seq_len": 32, "bos": True}, "corpus": {"digest": "x"}}
+    b = {"blocks": {"seq_len": 64, "bos": True}, "tokenizer": {"entries": 3}}
+    assert identity_difference(a, b) == [
+        ("blocks.seq_len", 32, 64),
+        ("corpus.digest", "x", None),
+        ("tokenizer.entries", None, 3),
+    ]
+    assert identity_difference(a, copy.deepcopy(a)) == []
+
+
+def test_a_mismatch_prints_the_keys_as_the_manifest_spells_them(cache: Path):
+    manifest = load_manifest(cache)
+    refuse_mismatch(cache, manifest.identity, manifest)
+    wanted = copy.deepcopy(manifest.identity)
+    wanted["blocks"]["seq_len"] = 99
+    wanted["corpus"]["text_digest"] = "0" * 64
+    with pytest.raises(CacheMismatchError) as caught:
+        refuse_mismatch(cache, wanted, manifest)
+    message = str(caught.value)
+    assert "differs blocks.seq_len" in message
+    assert "asked for 99, the cache has 32" in message
+    assert "differs corpus.text_digest" in message
+    assert "teacher" not in message
+
+
+@pytest.mark.parametrize("rows", [(100, 64), (64, 128), (0, 64), (64, 0)])
+def test_shards_hold_whole_chunks(rows: tuple[int, int]):
+    with pytest.raises(CacheError, match="does not fit the chunk size"):
+        Layout(*rows)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        setter("rows", 2**60),
+        setter("index", -1),
+        setter("examples", [0]),
+        setter("files", {"../x": {"bytes": 1, "sha256": ""}}),
+        setter("quality", None),
+        lambda document: document.pop("fingerprint"),
+    ],
+)
+def test_a_hostile_commit_is_refused(cache: Path, edit):
+    document = json.loads((cache / "commits" / "00000.json").read_text())
+    shard_record(copy.deepcopy(document), cache)
+    edit(document)
+    with pytest.raises(CacheDamageError, match="a commit was changed"):
+        shard_record(document, cache)
+    document["checksum"] = digest_of({k: v for k, v in document.items() if k != "checksum"})
+    with pytest.raises(CacheDamageError, match=r"commit cannot be read|a commit was changed"):
+        shard_record(document, cache)

@@ -1,0 +1,213 @@
+"""A model's identity follows what changes its numbers, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kd.common.errors import DataError, TeacherError
+from kd.models.identity import file_sha256, model_identity, pinned, weight_digests
+from kd.models.loading import ModelRequest, load_model
+
+
+def identity(folder: Path | str, **request) -> dict:
+    return model_identity(ModelRequest(str(folder), device="cpu", **request))
+
+
+def copy_of(model_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(model_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_identity_does_not_depend_on_the_folders_path(model_dir: Path, tmp_path: Path):
+    assert identity(copy_of(model_dir, tmp_path)) == identity(model_dir)
+
+
+def test_identity_changes_with_the_weights(model_dir: Path, tmp_path: Path, save_model):
+    copy = copy_of(model_dir, tmp_path)
+    save_model(copy, seed=1)
+    assert identity(copy)["weights"] != identity(model_dir)["weights"]
+    assert identity(copy)["config"] == identity(model_dir)["config"]
+
+
+def test_identity_changes_with_one_setting_of_the_config(model_dir: Path, tmp_path: Path):
+    copy = copy_of(model_dir, tmp_path)
+    text = (copy / "config.json").read_text()
+    assert '"layer_norm_epsilon": 1e-05' in text
+    (copy / "config.json").write_text(text.replace('"layer_norm_epsilon": 1e-05', '"layer_norm_epsilon": 1e-06'))
+    assert identity(copy)["config"] != identity(model_dir)["config"]
+
+
+def test_identity_changes_with_dtype_quantisation_and_seed(model_dir: Path):
+    assert identity(model_dir, dtype="bfloat16") != identity(model_dir)
+    assert identity(model_dir, dtype="float32") == identity(model_dir)  # what auto means on a CPU
+    assert identity(model_dir, load_in_4bit=True) != identity(model_dir)
+    assert identity("random:gpt2", seed=1) != identity("random:gpt2", seed=2)
+    assert identity("random:gpt2", seed=1) == identity("random:gpt2", seed=1)
+
+
+def test_weight_digests_of_a_folder_are_its_files_sha256(model_dir: Path):
+    digest = hashlib.sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()
+    assert weight_digests(ModelRequest(str(model_dir))) == {
+        "revision": "local",
+        "weights": {"model.safetensors": digest},
+    }
+
+
+def test_a_changed_file_has_a_new_digest_in_the_same_process(tmp_path: Path):
+    path = tmp_path / "f"
+    path.write_bytes(b"one")
+    first = file_sha256(path)
+    path.write_bytes(b"other")
+    assert (first, file_sha256(path)) == tuple(hashlib.sha256(b).hexdigest() for b in (b"one", b"other"))
+
+
+class FakeHub:
+    """The hub's answers for one repository; `files` maps names to SHA-256 (None: not in large-file storage)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, str | None]) -> None:
+        self.files, self.folder, self.asked = files, folder, []
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.download)
+
+    def model_info(self, name: str, *, revision: str | None, files_metadata: bool = False):
+        self.asked.append((name, revision))
+        siblings = [
+            SimpleNamespace(rfilename=n, lfs=None if d is None else SimpleNamespace(sha256=d), blob_id=f"b{i}")
+            for i, (n, d) in enumerate(self.files.items())
+        ]
+        return SimpleNamespace(sha="c0ffee", siblings=siblings)
+
+    def download(self, name: str, file: str, *, revision: str) -> str:
+        assert revision == "c0ffee"
+        return str(self.folder / file)
+
+
+INDEX = '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+
+
+def test_weight_digests_of_a_hub_id_come_from_its_file_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "model.safetensors.index.json").write_text(INDEX)
+    hub = FakeHub(
+        monkeypatch,
+        tmp_path,
+        {
+            "README.md": None,
+            "pytorch_model.bin": "ff",
+            "model-00002-of-00002.safetensors": "bb",
+            "model-00001-of-00002.safetensors": "aa",
+            "model.safetensors.index.json": None,
+            "model.fp16-00001-of-00001.safetensors": "ee",  # a variant, which nobody asked for
+        },
+    )
+    request = ModelRequest("owner/name", "main")
+    expected = {"model-00001-of-00002.safetensors": "aa", "model-00002-of-00002.safetensors": "bb"}
+    assert weight_digests(request) == {"revision": "c0ffee", "weights": expected}
+    hub.files = {"README.md": None, "pytorch_model.bin": "ff", "model.fp16.safetensors": "ee"}
+    assert weight_digests(request)["weights"] == {"pytorch_model.bin": "ff"}
+    hub.files = {"README.md": None, "model.safetensors": None}
+    assert weight_digests(request)["weights"] == {"model.safetensors": "git:b1"}
+    hub.files = {"README.md": None}
+    with pytest.raises(DataError, match="no weight files"):
+        weight_digests(request)
+
+
+def test_a_hub_id_is_loaded_from_the_commit_that_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    hub = FakeHub(monkeypatch, tmp_path, {})
+    assert pinned(ModelRequest("owner/name", "main")).revision == "c0ffee"
+    assert hub.asked == [("owner/name", "main")]
+
+
+def test_what_is_not_on_the_hub_has_no_commit(model_dir: Path):
+    for name in ("demo", "random:gpt2", str(model_dir)):
+        assert pinned(ModelRequest(name)) == ModelRequest(name)
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoHub:
+        def model_info(self, name: str, **options):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", NoHub)
+
+
+def test_offline_the_commit_and_the_digests_come_from_the_local_snapshot(
+    no_hub, monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path
+):
+    snapshot = tmp_path / "c0ffee"
+    shutil.copytree(model_dir, snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(snapshot))
+    request = ModelRequest("owner/name")
+    weights = weight_digests(ModelRequest(str(model_dir)))["weights"]
+    assert pinned(request).revision == "c0ffee"
+    assert weight_digests(request) == {"revision": "c0ffee", "weights": weights}
+
+
+def test_a_model_that_is_nowhere_is_a_clear_error(no_hub):
+    for ask in (pinned, weight_digests):
+        with pytest.raises(TeacherError, match="cannot load the model"):
+            ask(ModelRequest("nobody/nothing"))
+
+
+def test_an_adapter_beside_the_weights_is_refused(model_dir: Path, tmp_path: Path):
+    copy = copy_of(model_dir, tmp_path)
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(DataError, match="adapter") as caught:
+        identity(copy)
+    assert "merge_and_unload" in str(caught.value)
+
+
+def test_shards_that_no_index_names_are_not_the_models(model_dir: Path, tmp_path: Path):
+    copy = copy_of(model_dir, tmp_path)
+    (copy / "model-00001-of-00002.safetensors").write_bytes(b"left over")
+    assert identity(copy) == identity(model_dir)
+
+
+def test_an_index_chooses_the_shards_and_a_missing_one_is_named(tmp_path: Path):
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model-00003-of-00003.safetensors",
+    ):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "model.safetensors.index.json").write_text(INDEX)
+    found = weight_digests(ModelRequest(str(tmp_path)))["weights"]
+    assert sorted(found) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(DataError, match="missing") as caught:
+        weight_digests(ModelRequest(str(tmp_path)))
+    assert "model-00002-of-00002" in str(caught.value)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(DataError, match="index"):
+        weight_digests(ModelRequest(str(tmp_path)))
+
+
+def test_a_setting_spelled_out_that_is_the_librarys_default_changes_nothing(model_dir: Path, tmp_path: Path):
+    copy = copy_of(model_dir, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    assert "scale_attn_by_inverse_layer_idx" in config
+    del config["scale_attn_by_inverse_layer_idx"]  # as an older library would have written it
+    config["use_cache"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    assert identity(copy) == identity(model_dir)
+
+
+def test_random_weights_quantised_by_loading_are_made_on_the_cpu_wherever_they_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("kd.models.identity.resolve_device", lambda device: "cuda")
+    monkeypatch.setattr("kd.models.loading.resolve_device", lambda device: "cuda")
+    assert model_identity(ModelRequest("random:gpt2", dtype="bfloat16"))["device"] == "cuda"
+    assert model_identity(ModelRequest("random:gpt2", dtype="bfloat16", load_in_4bit=True))["device"] == "cpu"
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path, model_dir: Path):
+    (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    with pytest.raises(DataError, match="no weight files"):
+        weight_digests(ModelRequest(str(tmp_path)))
+    with pytest.raises(TeacherError, match="cannot load the model"):
+        load_model(ModelRequest(str(tmp_path), device="cpu"))

@@ -1,0 +1,163 @@
+"""Recipes say what they would run, refuse what they do not know, and every one of them runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from kd.cli import cli
+from kd.common.errors import DataError
+from kd.recipes.recipe_file import FOLDER, Recipe, load_recipe, recipe_names
+
+NAMES = recipe_names()
+
+
+def test_the_reference_systems_are_there():
+    assert {"oscarnav-four", "oscarnav-ten", "uld-paper", "neo-wikitext"} <= set(NAMES)
+    assert sorted(p.stem for p in FOLDER.glob("*.yaml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_word_of_a_recipe_is_one_that_its_command_knows(name: str, tmp_path: Path):
+    recipe = load_recipe(name)
+    assert recipe.about
+    for words in recipe.commands(tmp_path, {}):
+        command: click.Command = cli
+        while isinstance(command, click.Group):
+            command, words = command.commands[words[0]], words[1:]
+        command.make_context(
+            "kd", words, help_option_names=["-h", "--help"]
+        )  # raises on an unknown option or a value of the wrong type
+
+
+def test_variables_are_filled_in_and_an_empty_one_takes_its_option_away(tmp_path: Path):
+    words = [shlex.join(c) for c in load_recipe("oscarnav-four").commands(tmp_path, {"student": "MINE"})]
+    assert "--student MINE" in words[1]
+    assert "--task-root" not in words[0]
+    assert "--task-root T" in shlex.join(load_recipe("oscarnav-four").commands(tmp_path, {"task-root": "T"})[0])
+    assert "--load-in-4bit --data flan:four" in words[0]
+
+
+def test_unknown_names_suggest_the_nearest(tmp_path: Path):
+    with pytest.raises(DataError) as caught:
+        load_recipe("oscarnav-for")
+    assert caught.value.details["did you mean"] == "oscarnav-four"
+    with pytest.raises(DataError) as caught:
+        load_recipe("oscarnav-four").commands(tmp_path, {"studnt": "x"})
+    assert caught.value.details["did you mean"] == "student"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: []", "not a recipe"),
+        ("- a", "not a recipe"),
+        ("a: [", "cannot read"),
+        ("steps: [{command: cache bild}]", "unknown command"),
+        ("steps: [run]", "unknown command"),
+    ],
+)
+def test_a_file_that_is_no_recipe_says_so(tmp_path: Path, text: str, words: str):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(DataError, match=words):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_a_variable_that_is_not_there_is_named(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text("steps: [{command: train, options: {student: '{who}'}}]")
+    with pytest.raises(DataError, match="does not have") as caught:
+        load_recipe(str(tmp_path / "r.yaml")).commands(tmp_path, {})
+    assert "{who}" in str(caught.value)
+
+
+def kd(*words: str | Path) -> str:
+    result = CliRunner().invoke(cli, [str(w) for w in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_show_prints_what_run_would_do(tmp_path: Path):
+    shown = json.loads(kd("recipe", "show", "uld-paper", "--out", tmp_path, "--set", "student=S", "--json"))
+    assert [" ".join(c[:2]) if c[0] == "cache" else c[0] for c in shown["commands"]] == [
+        "cache build",
+        "train",
+        "train",
+        "eval",
+        "eval",
+        "report",
+    ]
+    assert f"--out {tmp_path}/cache" in kd("recipe", "show", "uld-paper", "--out", tmp_path)
+    assert set(NAMES) == set(json.loads(kd("recipe", "ls", "--json")))
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, save_student, t5_dir: Path, model_dir: Path) -> dict[str, dict[str, str]]:
+    """A tiny teacher, student and data set for each recipe."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    save_student(folder / "student", n_positions=512, n_embd=16, n_layer=1)
+    text = "".join(f"The keeper counted {n} ships in the fog. " * 8 + "\n<|endoftext|>\n" for n in range(12))
+    (folder / "text.txt").write_text(text)
+    (folder / "held.txt").write_text("The baker sold bread to the keeper. " * 12)  # what was trained on is refused
+    root = folder / "tasks" / "boolq"
+    root.mkdir(parents=True)
+    for split in ("train", "validation"):
+        lines = [
+            {"question": f"are there {n} ships", "passage": f"There are {n} ships.", "answer": n % 2 == 0}
+            for n in range(70)
+        ]
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    student = str(folder / "student")
+    tasks = {
+        "teacher": str(t5_dir),
+        "student": student,
+        "data": "flan:boolq",
+        "eval-data": "flan:boolq",
+        "task-root": str(folder / "tasks"),
+        "eval-split": "dev",
+        "eval-limit": "3",
+    }
+    return {
+        "oscarnav-four": tasks,
+        "oscarnav-ten": tasks,
+        "uld-paper": tasks | {"teacher": str(model_dir)},
+        "neo-wikitext": {
+            "teacher": str(model_dir),
+            "student": student,
+            "data": str(folder / "text.txt"),
+            "eval-data": str(folder / "held.txt"),
+            "eval-split": "train",
+        },
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_runs_with_small_stand_ins(name: str, tmp_path: Path, stand_ins, monkeypatch: pytest.MonkeyPatch):
+    """The recipe's own commands, but for what is too large for a tiny model: 4 bits, lengths beyond its positions."""
+    smaller = {"--seq-len": "64", "--target-len": "16", "--epochs": "0.5", "--dtype": "float32", "--precision": "fp32"}
+
+    original = Recipe.commands
+
+    def shortened(recipe: Recipe, out: Path, settings: dict[str, str]) -> list[list[str]]:
+        result = []
+        for words in original(recipe, out, settings):
+            words = [w for w in words if w != "--load-in-4bit"]
+            for option, value in smaller.items():
+                if option in words:
+                    words[words.index(option) + 1] = value
+            if words[0] == "train":
+                words += ["--device", "cpu"]
+            result.append(words)
+        return result
+
+    monkeypatch.setattr(Recipe, "commands", shortened)
+    words = [f"--set={k}={v}" for k, v in stand_ins[name].items()]
+    kd("recipe", "run", name, "--out", tmp_path / "run", *words)
+    assert (tmp_path / "run" / "report" / "report.html").exists()
+    for run in ("distilled", "finetuned"):
+        assert json.loads((tmp_path / "run" / run / "run.json").read_text())["complete"]
+    assert "done" in kd("recipe", "run", name, "--out", tmp_path / "run", *words)  # again: nothing is trained twice
