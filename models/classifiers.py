@@ -1,10 +1,11 @@
-"""Classifiers by name: any decoder-only model of transformers with a sequence-classification head.
+"""Load and split classifiers: decoder-only models of transformers with a sequence-classification head.
 
     logits = head(hidden state of the last token that is not padding)        head: Linear(d, labels), no bias
 
-GPT-2, GPT-NeoX, GPT-Neo and Llama layouts call the head `score`. Because it is linear, backbone and head come apart: the mean of
-several backbones' states under one head is the mean of their logits, a merged backbone takes every task's head, and a teacher
-pass over a classifier is that over a language model with one scored position per text and a vocabulary of labels.
+GPT-2, GPT-NeoX, GPT-Neo and Llama layouts call the head `score`. The head is linear, so backbone and head can be used
+separately. The mean of several backbones' states under one head is the mean of their logits, and a merged backbone works with
+every task's head. A teacher pass treats a classifier as a language model with one scored position per text and a vocabulary
+of labels.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ HEAD = "score"
 
 
 def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, *, pad_id: int) -> Any:
-    """The model with its head, in evaluation mode on its device.
+    """Load a classifier in evaluation mode on its device.
 
-    labels   a word per class: a language model gets a new random head of that many; None = the model's own classes
-    Raises TeacherError for a model that cannot be loaded, DataError for one without such a head, with another number
-    of classes than labels, or with the same words for them in another order.
+    labels   a word per class: a language model gets a new random head of that many classes; None keeps the model's own
+    pad_id   id of the padding token
+
+    Raises TeacherError if the model cannot be loaded. Raises DataError if it has no such head, another number of classes
+    than `labels`, or the same words in another order.
     """
     import torch
     from transformers import AutoModelForSequenceClassification as Auto
@@ -41,15 +44,15 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
     trained = is_classifier(config)
     if request.load_in_4bit:
         raise DataError(
-            "classifiers are loaded as they are", where=request.name, found="4 bits", try_="--dtype bfloat16"
+            "classifiers cannot be loaded in 4 bits", where=request.name, found="4 bits", try_="--dtype bfloat16"
         )
     if labels is None and not trained:
         raise DataError(
-            "the model is no classifier",
+            "the model is not a classifier",
             where=request.name,
             found=", ".join(config.architectures or ()),
             expected="…ForSequenceClassification",
-            try_="kd classify train makes one",
+            try_="kd classify train, which makes one",
         )
     if trained and labels is not None:
         refuse_other_classes(request, config, labels)
@@ -60,7 +63,7 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
     dtype, device = resolve_dtype(request), resolve_device(request.device)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(request.seed)  # of a new head, or of random weights
+            torch.manual_seed(request.seed)  # for a new head, or for random weights
             if request.random_shape is not None:
                 model = Auto.from_config(config, dtype=dtype)
             else:
@@ -74,9 +77,9 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
 
 
 def refuse_other_heads(request: ModelRequest, config: Any) -> None:
-    """Raise DataError where the classifier that a configuration describes has a head of another kind, as encoders do.
+    """Raise DataError where the classifier that a configuration describes has a head of another kind, as encoders have.
 
-    transformers' classes know it, no configuration says it: the model is made on the meta device, without weights or memory.
+    Only transformers' classes define the head, so the model is created on the meta device, without weights or memory.
     """
     import torch
     from transformers import AutoModelForSequenceClassification as Auto
@@ -94,7 +97,7 @@ def _require_head(request: ModelRequest, model: Any) -> None:
 
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise DataError(
-            "the model's classification head is of another kind",
+            "the model's classification head is not a single linear layer called score",
             where=request.name,
             found=type(model).__name__,
             expected="a decoder-only model: GPT-2, GPT-NeoX, Llama, …",
@@ -103,9 +106,9 @@ def _require_head(request: ModelRequest, model: Any) -> None:
 
 
 def refuse_other_classes(request: ModelRequest, config: Any, labels: Sequence[str]) -> None:
-    """Raise DataError where a classifier has another number of classes, or the same words for them in another order.
+    """Raise DataError where a classifier has another number of classes, or the same words in another order.
 
-    Words that say nothing (LABEL_0, …) or are other words are taken for the labels in their order.
+    Classes with other words (such as LABEL_0, …) are taken to be the labels in their order.
     """
     if config.num_labels != len(labels):
         raise DataError(
@@ -114,52 +117,52 @@ def refuse_other_classes(request: ModelRequest, config: Any, labels: Sequence[st
             found=config.num_labels,
             expected=f"{len(labels)}: {', '.join(labels)}",
         )
-    own = [str(config.id2label.get(i, "")) for i in range(config.num_labels)]
-    plain, wanted = ([word.strip().lower().replace(" ", "_") for word in words] for words in (own, labels))
-    if plain != wanted and sorted(plain) == sorted(wanted):
+    classes = [str(config.id2label.get(i, "")) for i in range(config.num_labels)]
+    plain, expected = ([word.strip().lower().replace(" ", "_") for word in words] for words in (classes, labels))
+    if plain != expected and sorted(plain) == sorted(expected):
         raise DataError(
             "the classifier numbers its classes in another order",
             where=request.name,
-            found=", ".join(own),
+            found=", ".join(classes),
             expected=", ".join(labels),
-            try_="kd classify train, or its head's rows in that order",
+            try_="kd classify train, or reorder the rows of its head",
         )
 
 
 def last_states(backbone: Any, batch: dict[str, Tensor], pad_id: int) -> Tensor:
-    """`[B, d]`: the final hidden state of each row's last token that is not padding (of an empty row, the first)."""
+    """`[B, d]`: the final hidden state of each row's last token that is not padding (of the first token in an empty row)."""
     import torch
 
     hidden_BTd = backbone(**batch, use_cache=False).last_hidden_state
     real_BT = batch["input_ids"] != pad_id
-    places = torch.arange(real_BT.shape[1], device=real_BT.device)
-    last_B = (real_BT * places).argmax(dim=1)
+    positions = torch.arange(real_BT.shape[1], device=real_BT.device)
+    last_B = (real_BT * positions).argmax(dim=1)
     return hidden_BTd[torch.arange(len(last_B), device=last_B.device), last_B]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class ClassifierHead(LanguageModelHead):
-    """A classifier taken apart: one row of `weight` per class, one scored position per text.
+    """A classifier in two parts: one row of `weight` per class, one scored position per text.
 
-    The interface is that of a language model whose target is one token, the label's number: a teacher pass sees no difference.
+    It has the interface of a language model whose target is one token, the number of the label.
     """
 
     pad_id: int
-    """Not read by the head, wherever it stands."""
+    """Id of the padding token, whose states the head never reads."""
 
     def size(self, context: int, target: int) -> Size:
-        """The label is not read."""
+        """Tokens of the text; the label is not fed to the model."""
         return context
 
     def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Tensor:
-        """`[N, d]`: the state of each context's last token that is not padding (where there is none, of its first)."""
+        """`[N, d]`: the state of each context's last token that is not padding (of its first token where there is none)."""
         hidden = self.hidden(*padded_ids(contexts, self.weight.device))
         last = [int(np.flatnonzero(np.append(True, c[1:] != self.pad_id))[-1]) for c in contexts]
         return hidden[list(range(len(last))), last]
 
 
 def split_classifier(model: Any, pad_id: int) -> ClassifierHead:
-    """Take a classifier apart, and prove on a few tokens that the parts give its own logits. Raises TeacherError."""
+    """Split a classifier, and check on a few tokens that the parts give its own logits. Raises TeacherError."""
     import torch
 
     head = getattr(model, HEAD)
@@ -170,7 +173,7 @@ def split_classifier(model: Any, pad_id: int) -> ClassifierHead:
         got = parts.logits(parts.scored_hidden(texts, []))
         alone = [model(input_ids=torch.from_numpy(text)[None].to(head.weight.device)).logits[0] for text in texts]
     expected = torch.stack(alone).float()
-    # the same product twice; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
+    # both are the same product; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
     if not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
         raise TeacherError(
             "the model changes its logits after the classification head",

@@ -1,8 +1,8 @@
-"""A model run over examples, taken apart at the output layer: hidden states, and logits of a few rows of them.
+"""A language model split at its output layer: hidden states of a batch, and logits of a few rows at a time.
 
-Shared by the teacher pass, the student's loss and the evaluation, so that all of them see the same positions.
-`[batch, T, V]` logits are never formed: hidden states come for whole batches, the output layer is applied to a few
-rows at a time (at V = 50k and 8,192 tokens the full tensor would be 1.6 GB per copy); how many: `kd.models.padded_batches`.
+The teacher pass, the student's loss and the evaluation share this code, so that all of them see the same positions.
+`[batch, T, V]` logits are never formed. Hidden states come for whole batches, and the output layer is applied to a few
+rows at a time: at V = 50k and 8,192 tokens the full tensor would take 1.6 GB. `kd.models.padded_batches` says how many rows.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ SCALED_WHERE_TIED = ("umt5", "switch_transformers")
 
 @cache
 def _onednn_linear() -> Any | None:
-    """torch's operator for a product by oneDNN; None where this build has no MKL to go around, or this release no such operator."""
+    """torch's operator for a matrix product by oneDNN, or None where torch has no such operator or would not use MKL anyway."""
     import torch
 
     try:
         return torch.ops.mkldnn._linear_pointwise if torch._C.has_mkl and torch._C._has_mkldnn else None
-    except AttributeError:  # both are torch's own business
+    except AttributeError:  # private names of torch, which may change
         return None
 
 
 @dataclass(frozen=True)
 class LanguageModelHead:
-    """A causal model taken apart: `hidden = backbone(...)`, `logits = hidden @ weight.T + bias`."""
+    """A causal model in two parts: `hidden = backbone(...)`, `logits = hidden @ weight.T + bias`."""
 
     backbone: Any
     weight: torch.Tensor
@@ -50,29 +50,30 @@ class LanguageModelHead:
 
     @property
     def bodies(self) -> tuple[Any, ...]:
-        """The modules that hidden states come from."""
+        """The modules that compute hidden states."""
         return (self.backbone,)
 
     def forward_tokens(self, threads: int | None = None) -> int:
-        """Tokens of a forward pass where nobody asks for another number; `threads` of a CPU, None: as many as torch has."""
+        """Default token budget of a forward pass on `threads` threads of a CPU; None is torch's number of threads."""
         return forward_tokens(self.weight.device.type, threads)
 
     def size(self, context: int, target: int) -> Size:
-        """What an example costs a forward pass, for `batches_by_length`."""
+        """Tokens of an example as `batches_by_length` counts them."""
         return context + target
 
     def hidden(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **positions: torch.Tensor
     ) -> torch.Tensor:
-        """`[B, T] -> [B, T, d]` after the final norm; `position_ids` where they are not counted from the mask."""
+        """`[B, T] -> [B, T, d]` after the final norm. Without `position_ids`, positions are counted from the mask."""
         return self.backbone(  # type: ignore[no-any-return]
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
         ).last_hidden_state
 
     def batch_hidden(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """`[B, T, d]` of a collated batch, with gradients.
+        """Hidden states `[B, T, d]` of a collated batch, with gradients.
 
-        `input_ids` and `attention_mask [B, T]`; where examples are packed, `segment_ids` and `position_ids` instead.
+        The batch has `input_ids` and `attention_mask [B, T]`; packed examples have `segment_ids` and `position_ids` instead of
+        the mask.
         """
         segments = batch.get("segment_ids")
         if segments is None:
@@ -81,16 +82,16 @@ class LanguageModelHead:
         if self.takes_masks:
             return self.hidden(ids, self._mask(segment_mask(segments, segments, causal=True)), position_ids=positions)
         if self.backbone.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
-            # flash attention looks for segments in one row alone; every row begins with position 0
+            # flash attention finds segments in a single row only, by the positions that are 0
             return self.hidden(ids.view(1, -1), None, position_ids=positions.view(1, -1)).view(*ids.shape, -1)
         return self.hidden(ids, None, position_ids=positions)
 
     @cached_property
     def takes_masks(self) -> bool:
-        """Is a mask of our own the whole truth? Else transformers finds the segments by their positions.
+        """Whether packed examples can be kept apart by a mask of ours; else transformers finds segments by their positions.
 
-        Kernels such as flash attention take no mask, and where some layers look at a window alone, one mask for all
-        layers would widen it.
+        Kernels such as flash attention take no mask. In a model with sliding windows, one mask for all layers would widen
+        the windows.
         """
         config = self.backbone.config
         kinds = getattr(config, "layer_types", None) or ()
@@ -98,7 +99,7 @@ class LanguageModelHead:
         return config._attn_implementation in ("sdpa", "eager") and not windows
 
     def _mask(self, allowed: torch.Tensor) -> torch.Tensor:
-        """`[B, Q, K] -> [B, 1, Q, K]` as attention wants it: bool for sdpa, numbers to add for eager."""
+        """`[B, Q, K] -> [B, 1, Q, K]`: booleans for sdpa, numbers that are added to the scores for eager attention."""
         import torch
 
         allowed = allowed.unsqueeze(1)
@@ -108,18 +109,18 @@ class LanguageModelHead:
         return nothing.masked_fill_(~allowed, torch.finfo(self.weight.dtype).min)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[N, d] -> [N, V]` float32, whatever the model's dtype.
+        """`[N, d] -> [N, V]` float32, whatever the model's dtype. No gradients: the training loss has its own output layer.
 
-        A product of 16-bit numbers is exact in float32 and is summed there; only its rounding back to 16 bits, a loss
-        that nothing measured later could see, is left out. No gradients: the training loss has its own output layer.
+        A product of 16-bit numbers is exact in float32 and is summed in float32. Only the rounding of the sum back to 16
+        bits is left out.
 
-        On a CPU by oneDNN, which torch keeps for other shapes and formats: MKL packs the whole weight again for every few
-        rows, and takes 1.6 (Zen 4) times as long for them (benchmarks/chunks.py).
+        On a CPU the product is computed by oneDNN instead of MKL, torch's default. MKL packs the whole weight again for
+        every chunk of rows and takes 1.6 times as long on a Zen 4 (benchmarks/chunks.py).
         """
         import torch
 
         if hidden.device.type == "cuda" and hidden.dtype == self.weight.dtype != torch.float32:
-            # tensor cores, float32 out
+            # on tensor cores, with a float32 result
             product = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
             return product if self.bias is None else product.add_(self.bias)
         bias = None if self.bias is None else self.bias.float()
@@ -135,8 +136,8 @@ class LanguageModelHead:
     def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> torch.Tensor:
         """`[N, d]` hidden states that predict the tokens of `targets`, one example after another.
 
-        `contexts[b] [C >= 1]` and `targets[b] [n]` are token ids; one forward pass over all examples, padded on
-        the right: a causal model never looks there.
+        `contexts[b] [C >= 1]` and `targets[b] [n]` are token ids. All examples go through one forward pass, padded on
+        the right, where a causal model never looks.
         """
         import torch
 
@@ -146,19 +147,19 @@ class LanguageModelHead:
         return torch.cat([hidden[b, len(c) - 1 : lengths[b] - 1] for b, c in enumerate(contexts)])
 
     def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[1, T] -> [1, T, d]` of a whole sequence: what `split_head` compares with the model's own logits."""
+        """`[1, T] -> [1, T, d]` for one sequence; `split_head` compares its logits with the model's own."""
         return self.hidden(ids, None)
 
 
 @dataclass(frozen=True)
 class EncoderDecoderHead(LanguageModelHead):
-    """An encoder-decoder model taken apart; `backbone` is its decoder."""
+    """An encoder-decoder model in parts; `backbone` is its decoder."""
 
     encoder: Any
     start_id: int
-    """Token the decoder starts from; the row of the first target token is predicted there."""
+    """Id of the token that the decoder starts from. The first target token is predicted at its position."""
     scale: float
-    """Of the decoder's output before the output layer: d^-0.5 in T5 with tied embeddings, else 1."""
+    """Factor of the decoder's output before the output layer: d^-0.5 in T5 with tied embeddings, else 1."""
 
     @property
     def bodies(self) -> tuple[Any, ...]:
@@ -168,7 +169,7 @@ class EncoderDecoderHead(LanguageModelHead):
         return forward_tokens(self.weight.device.type, threads, two_sides=True)
 
     def size(self, context: int, target: int) -> Size:
-        """Both sides are padded on their own."""
+        """Tokens of the encoder and of the decoder, which are padded separately."""
         return context, target
 
     def decode(
@@ -179,9 +180,9 @@ class EncoderDecoderHead(LanguageModelHead):
         decoder_mask: torch.Tensor | None = None,
         cross_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[B, S], [B, T] -> [B, T, d]`: teacher forcing; padding at the end of the decoder's side is not looked at.
+        """`[B, S], [B, T] -> [B, T, d]` by teacher forcing. The decoder is causal, so it does not look at padding at its end.
 
-        `cross_mask` says what the decoder sees of the encoder's side; None = `encoder_mask`.
+        `cross_mask` says what the decoder sees of the encoder's side; None is `encoder_mask`.
         """
         memory = self.encoder(input_ids=encoder_ids, attention_mask=encoder_mask).last_hidden_state
         hidden = self.backbone(
@@ -194,7 +195,7 @@ class EncoderDecoderHead(LanguageModelHead):
         return hidden if self.scale == 1.0 else hidden * self.scale  # type: ignore[no-any-return]
 
     def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> torch.Tensor:
-        """`[N, d]`: the encoder reads `contexts`, the decoder is forced along `targets`, one row per target token."""
+        """`[N, d]`, one row per target token: the encoder reads `contexts`, the decoder is fed `targets`."""
         import torch
 
         shifted = [np.concatenate([[self.start_id], t[:-1]]) for t in targets]
@@ -203,39 +204,41 @@ class EncoderDecoderHead(LanguageModelHead):
         return torch.cat([hidden[b, : len(t)] for b, t in enumerate(targets)])
 
     def batch_hidden(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """`[B, T, d]` of the decoder's side of a collated batch, with gradients.
+        """Hidden states `[B, T, d]` of the decoder's side of a collated batch, with gradients.
 
-        As above for the encoder, and `decoder_input_ids [B, T]`; where examples are packed, `decoder_segment_ids` too.
+        The batch has the encoder's entries as above, and `decoder_input_ids [B, T]`; packed examples have
+        `decoder_segment_ids` too.
         """
-        segments, own = batch.get("segment_ids"), batch.get("decoder_segment_ids")
-        if segments is None or own is None:
+        segments, decoder_segments = batch.get("segment_ids"), batch.get("decoder_segment_ids")
+        if segments is None or decoder_segments is None:
             return self.decode(batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"])
-        both = segment_mask(own, segments) | (own == 0).unsqueeze(2)  # padding looks anywhere: nothing at all is NaN
+        padding = (decoder_segments == 0).unsqueeze(2)  # it may look anywhere: attention to nothing at all gives NaN
+        cross_mask = segment_mask(decoder_segments, segments) | padding
         return self.decode(
             batch["input_ids"],
             self._mask(segment_mask(segments, segments)),
             batch["decoder_input_ids"],
-            self._mask(segment_mask(own, own, causal=True)),
-            self._mask(both),
+            self._mask(segment_mask(decoder_segments, decoder_segments, causal=True)),
+            self._mask(cross_mask),
         )
 
     def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """The same ids on both sides."""
+        """`[1, T] -> [1, T, d]` with the same ids on both sides."""
         return self.decode(ids, None, ids)
 
 
 def split_head(model: Model) -> LanguageModelHead:
-    """Take a model apart, and prove on a few tokens that the parts give the model's own logits.
+    """Split a model at its output layer, and check on four tokens that the parts give the model's own logits.
 
-    Raises TeacherError for architectures that do something between the last hidden state and the logits
-    (soft-capping, scaling): chunked heads would be silently wrong for them. The proof amplifies the output layer
-    until its largest value is 1000: a soft cap at 30 hardly bends the small logits of a small or untrained model.
+    Raises TeacherError for architectures that change the logits after the output layer (soft-capping, scaling), because
+    logits in chunks would be silently wrong for them. The check amplifies the output layer until its largest logit is
+    1000: a soft cap at 30 would hardly change the small logits of a small or untrained model.
     """
     import torch
 
     head = model.get_output_embeddings()
-    whole = model.base_model is model and not is_encoder_decoder(model.config)
-    if not isinstance(head, torch.nn.Linear) or whole:
+    no_backbone = model.base_model is model and not is_encoder_decoder(model.config)
+    if not isinstance(head, torch.nn.Linear) or no_backbone:
         raise TeacherError(
             "the model's output layer is not a plain linear layer",
             where=type(model).__name__,
@@ -249,12 +252,12 @@ def split_head(model: Model) -> LanguageModelHead:
     with torch.no_grad():
         ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
         got = torch.nn.functional.linear(parts.example_hidden(ids), head.weight, head.bias).float()
-        both = {"decoder_input_ids": ids} if isinstance(parts, EncoderDecoderHead) else {}
+        decoder_ids = {"decoder_input_ids": ids} if isinstance(parts, EncoderDecoderHead) else {}
         gain = 1000 / max(float(got.abs().max()), 1e-6)
         got *= gain
         hook = head.register_forward_hook(lambda module, inputs, output: output * gain)
         try:
-            expected = model(input_ids=ids, use_cache=False, **both).logits.float()
+            expected = model(input_ids=ids, use_cache=False, **decoder_ids).logits.float()
         finally:
             hook.remove()
             model.train(training)
@@ -265,7 +268,7 @@ def split_head(model: Model) -> LanguageModelHead:
             found="NaN or infinity on four tokens",
             try_="--dtype float32 or bfloat16, and check the weights",
         )
-    # the same product twice; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
+    # both are the same product; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
     if got.shape != expected.shape or not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
         raise TeacherError(
             "the model changes its logits after the output layer",
@@ -280,7 +283,7 @@ def _parts(model: Model, head: Any) -> LanguageModelHead:
     if not is_encoder_decoder(model.config):
         return LanguageModelHead(model.base_model, head.weight, head.bias)
     config = model.config
-    # UMT5 and Switch Transformers have no entry of their own for it
+    # the configurations of UMT5 and Switch Transformers have no entry for the scaling
     scales = getattr(
         config, "scale_decoder_outputs", config.tie_word_embeddings and config.model_type in SCALED_WHERE_TIED
     )

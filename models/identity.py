@@ -1,7 +1,7 @@
-"""What a model is, in a few digests, without loading its weights: the teacher's part of a cache's fingerprint.
+"""The identity of a model as a few digests: the teacher's part of a cache's fingerprint.
 
-Weight files are named by their SHA-256, read from a local folder or from the hub's file list, and a hub id by the
-commit that its branch or tag stands for. Whoever loads the model afterwards must load that commit: `pinned`.
+No weights are loaded. Weight files are identified by their SHA-256, read from a local folder or from the hub's file list;
+a hub id by the commit that its branch or tag points to. `pinned` makes later loads use that commit.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kd.common.errors import DataError
 from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
 
 CHANGES_NO_NUMBER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
-"""Entries of a configuration that are left out of its digest; dtype and class are named beside it."""
+"""Entries that are left out of a configuration's digest. The identity names dtype and class beside the digest."""
 
 
 def pinned(request: ModelRequest) -> ModelRequest:
-    """The request with a hub id's branch or tag replaced by its commit, so that all that is loaded is of one commit."""
+    """The request with a hub id's branch or tag replaced by its commit, so that everything is loaded from one commit."""
     if request.local or request.random_shape is not None:
         return request
     from huggingface_hub import HfApi
@@ -35,19 +35,19 @@ def pinned(request: ModelRequest) -> ModelRequest:
 
 
 def _snapshot(request: ModelRequest, online: Exception) -> Path:
-    """The folder of a hub id on this disk, named by its commit. Raises TeacherError for what went wrong `online`."""
+    """The downloaded folder of a hub id, named by its commit. Raises TeacherError with the `online` error where there is none."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(request.name, revision=request.revision, local_files_only=True))
-    except Exception:  # not on this disk either: why the hub did not answer is what the user needs
+    except Exception:  # it is not on this disk either, so the user needs to know why the hub did not answer
         raise cannot_load(request, online) from online
 
 
 def model_identity(request: ModelRequest) -> dict[str, Any]:
     """Everything about the (pinned) model that can change its numbers, without loading weights.
 
-    Where a folder lies on this machine is not part of it: its weights and configuration are.
+    A local folder is identified by its weights and configuration, not by its path.
     """
     import torch
 
@@ -59,21 +59,21 @@ def model_identity(request: ModelRequest) -> dict[str, Any]:
         "quantization": "bitsandbytes-nf4-double" if request.load_in_4bit else "none",
         "config": config_digest(config),
     }
-    if request.random_shape is not None:  # random numbers depend on the library and the kind of device
+    if request.random_shape is not None:  # random numbers depend on torch's version and on the kind of device
         device = "cpu" if request.load_in_4bit else resolve_device(request.device).partition(":")[0]
         return identity | {"seed": request.seed, "torch": torch.__version__.partition("+")[0], "device": device}
     return identity | weight_digests(request)
 
 
 def config_digest(config: Any) -> str:
-    """Digest of what a configuration says beyond its class's defaults (those come and go with library versions)."""
+    """Digest of a configuration's entries that differ from its class's defaults, which change with library versions."""
     settings = json.loads(config.to_json_string(use_diff=True))
     kept = {key: value for key, value in settings.items() if key not in CHANGES_NO_NUMBER}
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def weight_digests(request: ModelRequest) -> dict[str, Any]:
-    """`{"revision": commit or "local", "weights": {file: sha256}}` of the files transformers would load."""
+    """`{"revision": commit or "local", "weights": {file: sha256}}` of the files that transformers would load."""
     if request.local:
         return {"revision": "local", "weights": _folder_digests(Path(request.path), request.name)}
     from huggingface_hub import HfApi, hf_hub_download
@@ -87,7 +87,7 @@ def weight_digests(request: ModelRequest) -> dict[str, Any]:
     names = weight_files(
         files, lambda name: Path(hf_hub_download(request.name, name, revision=info.sha)).read_text(), request.name
     )
-    # a file that is not in large-file storage is known by its git blob instead
+    # a file outside large-file storage has no SHA-256 on the hub; its git blob identifies it
     digests = {n: lfs.sha256 if (lfs := files[n].lfs) else f"git:{files[n].blob_id}" for n in names}
     return {"revision": info.sha, "weights": digests}
 
@@ -98,11 +98,11 @@ def _folder_digests(folder: Path, name: str) -> dict[str, str]:
 
 
 def weight_files(names: Collection[str], read: Callable[[str], str], where: str) -> list[str]:
-    """The files `from_pretrained` loads out of `names`: safetensors before PyTorch's, one file before an index.
+    """The files out of `names` that `from_pretrained` loads: safetensors before PyTorch's, one file before an index.
 
-    `read` gives the text of one of them. Raises DataError where there are none, or an adapter changes them.
+    `read` returns the text of a file. Raises DataError where there are none, or where an adapter would change them.
     """
-    # loaded without a word on top of the weights, whose digests would not know
+    # transformers would load the adapter silently, and the digests of the weights would not show it
     adapters = sorted({"adapter_config.json", "adapter_model.safetensors"} & set(names))
     if adapters:
         raise DataError(
@@ -133,7 +133,7 @@ def weight_files(names: Collection[str], read: Callable[[str], str], where: str)
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file; remembered for this process while size and time stay the same."""
+    """SHA-256 of a file, remembered for this process while its size and time stay the same."""
     stat = path.resolve().stat()
     return _file_sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 

@@ -1,21 +1,23 @@
-"""Where models come from: a name becomes a language model, causal or encoder-decoder, and its tokenizer.
+"""Load a language model (causal or encoder-decoder) and its tokenizer by name.
 
     demo, demo-t5    the embedded teachers (2.7 M and 3.0 M parameters); as a student, `demo` is `random:demo-student`
     random:NAME      random weights in the real shape of a known model; no download (`--tokenizer demo-t5` with
                      `random:demo-t5-student`)
-    a folder         anything `save_pretrained` wrote
-    a hub id         through transformers, never with remote code
+    a folder         anything that `save_pretrained` wrote
+    a hub id         loaded through transformers, never with remote code
 
-This is the only door to `transformers` models and to bitsandbytes.
+Language models are loaded here and nowhere else; loading in 4 bits is in `kd.models.quantised`.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError, TeacherError, unknown_name
+from kd.models.quantised import load_quantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
@@ -23,31 +25,31 @@ if TYPE_CHECKING:
     import torch
 
 Model = Any
-"""A `PreTrainedModel` with an output embedding."""
+"""A `PreTrainedModel` with an output layer."""
 
 RELATIVE_POSITIONS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
-"""Model types that take any length."""
+"""Model types with relative positions, which accept any length."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What the user asked for, before anything is loaded."""
+    """A model by name, and how to load it. Creating a request loads nothing."""
 
     name: str
     """`demo`, `demo-t5`, `random:NAME`, a folder, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: str = "auto"
-    """One of DTYPES; `auto` = as stored, float32 on a CPU."""
+    """One of DTYPES; `auto` is the stored type on a GPU and float32 on a CPU."""
     device: str = "auto"
-    """`auto` = cuda where there is one."""
+    """`auto`, `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is a GPU."""
     load_in_4bit: bool = False
-    """bitsandbytes nf4 with double quantisation."""
+    """Load the weights in nf4 with double quantisation (bitsandbytes)."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer, where it is not beside the model."""
+    """Folder or hub id of the tokenizer; None is the model's own."""
     seed: int = 0
-    """Of random weights."""
+    """Seed of random weights."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -63,19 +65,19 @@ class ModelRequest:
 
     @property
     def path(self) -> str:
-        """What `from_pretrained` is given."""
+        """The folder or hub id to pass to `from_pretrained`."""
         if self.name in EMBEDDED:
             return str(EMBEDDED[self.name])
         return str(Path(self.name).expanduser()) if self.local else self.name
 
     @property
     def local(self) -> bool:
-        """Is it a folder of this machine?"""
+        """Whether the model is a folder on this machine."""
         return self.name in EMBEDDED or (self.random_shape is None and Path(self.name).expanduser().is_dir())
 
 
 def resolve_device(device: str) -> str:
-    """`auto` -> `cuda` or `cpu`; refuses cuda where there is none, and what torch does not know."""
+    """The device that `auto` stands for, else `device` itself. Raises DataError for one that does not exist here."""
     import torch
 
     if device == "auto":
@@ -92,7 +94,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(request: ModelRequest) -> torch.dtype:
-    """The dtype the model computes in. `auto`: as stored on a GPU, float32 on a CPU (most have no fast bfloat16)."""
+    """The dtype the model computes in. `auto` is the stored type on a GPU, float32 on a CPU (most have no fast bfloat16)."""
     import torch
 
     if request.dtype != "auto":
@@ -106,7 +108,7 @@ def resolve_dtype(request: ModelRequest) -> torch.dtype:
 
 
 def load_config(request: ModelRequest) -> Any:
-    """The model's configuration; reads no weights."""
+    """The model's configuration, without reading weights. Raises TeacherError saying what failed."""
     if request.random_shape is not None:
         return SHAPES[request.random_shape]()
     from transformers import AutoConfig
@@ -118,7 +120,7 @@ def load_config(request: ModelRequest) -> Any:
 
 
 def load_request_tokenizer(request: ModelRequest) -> Tokenizer:
-    """The model's tokenizer; random models use the embedded one unless `tokenizer` names another."""
+    """The model's tokenizer. Random models use the embedded one unless `tokenizer` names another."""
     if request.tokenizer is not None:
         return load_tokenizer(request.tokenizer)
     if request.random_shape is not None:
@@ -151,17 +153,17 @@ def load_model(request: ModelRequest) -> Model:
 
 
 def is_encoder_decoder(config: Any) -> bool:
-    """Does the model read its prompt with an encoder?"""
+    """Whether the model reads its prompt with an encoder."""
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def is_classifier(config: Any) -> bool:
-    """Does a configuration say that its weights have a trained classification head?"""
+    """Whether the configuration declares a trained classification head."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def refuse_classifier(request: ModelRequest, config: Any) -> None:
-    """Raise TeacherError for a classifier: transformers would give it a new output layer and a warning."""
+    """Raise TeacherError for a classifier. transformers would only warn, and give it a new random output layer."""
     if is_classifier(config):
         raise TeacherError(
             "the model is a classifier and predicts no tokens",
@@ -173,11 +175,11 @@ def refuse_classifier(request: ModelRequest, config: Any) -> None:
 
 
 def decoder_start(config: Any) -> int:
-    """The token an encoder-decoder's decoder starts from. Raises TeacherError where its configuration says none."""
+    """Id of the token that the decoder starts from. Raises TeacherError where the configuration has none."""
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise TeacherError(
-            "the model does not say what its decoder starts from",
+            "the model's configuration has no start token for its decoder",
             where=config.model_type,
             expected="decoder_start_token_id in its configuration",
         )
@@ -191,7 +193,7 @@ def _auto_class(config: Any) -> Any:
 
 
 def random_model(config: Any, dtype: torch.dtype) -> Model:
-    """Random weights; an output layer that the configuration calls untied is untied.
+    """A model with random weights. Its output layer is untied where the configuration says so.
 
     transformers 5 stores T5Config(tie_word_embeddings=False) as True with `scale_decoder_outputs=False`, and ties
     a randomly initialised head to the embedding: `flan-t5-small` would have 60.5 M parameters instead of 77.0 M.
@@ -203,110 +205,25 @@ def random_model(config: Any, dtype: torch.dtype) -> Model:
         embedding = model.get_input_embeddings().weight
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(embedding))
         torch.nn.init.normal_(model.lm_head.weight, std=config.d_model**-0.5)
-    if dtype == torch.float16:  # as from_pretrained does: T5's feed-forward layers overflow
+    if dtype == torch.float16:  # from_pretrained does the same, because T5's feed-forward layers overflow
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in (model._keep_in_fp32_modules or ()):
                 module.float()
     return model
 
 
-def load_encoder(name: str, layers: int, device: str) -> tuple[Any, Any]:
-    """The first `layers` layers of an encoder in float32, for BERTScore, and its tokenizer. Raises DataError."""
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    try:
-        path = str(Path(name).expanduser())
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not 1 <= layers <= config.num_hidden_layers:
-            raise DataError(
-                "the encoder has no such layer",
-                where=name,
-                found=f"--bertscore-layer {layers}",
-                expected=f"1..{config.num_hidden_layers}",
-            )
-        config.num_hidden_layers = layers
-        kind = AutoModelForTextEncoding if type(config) in AutoModelForTextEncoding._model_mapping else AutoModel
-        logging.set_verbosity_error()  # layers beyond are left out on purpose
-        model = kind.from_pretrained(path, config=config, dtype=torch.float32, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except DataError:
-        raise
-    except Exception as error:  # OSError, ValueError, HTTP errors: one message for all
-        raise DataError(
-            "cannot load the encoder",
-            where=name,
-            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            expected="a folder written by save_pretrained, or a hub id that can be reached",
-            try_="--bertscore-model FOLDER, or leave it out",
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if tokenizer.pad_token_id is None:
-        raise DataError("the encoder's tokenizer has no padding token", where=name, try_="another --bertscore-model")
-    positions = max_positions(config)
-    if positions is not None:  # RoBERTa's first position is that of its padding token, plus one
-        offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - offset)
-    return model.to(device).eval(), tokenizer
-
-
 def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise TeacherError(
-            "4-bit loading needs bitsandbytes",
-            where=request.name,
-            found="not installed",
-            try_="pip install 'kd-logit-cache[quantization]', or --dtype bfloat16",
-        ) from error
-    import tempfile
-
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    """A model in 4 bits. bitsandbytes quantises while it loads files, so random weights are saved to a temporary folder."""
+    auto_class = _auto_class(load_config(request))
+    if request.random_shape is None:
+        return load_quantised(auto_class, request.path, request.revision, dtype, device, name=request.name)
     with tempfile.TemporaryDirectory() as folder:
-        path = request.path
-        if request.random_shape is not None:  # bitsandbytes quantises while loading, so there must be a file to load
-            load_model(replace(request, load_in_4bit=False, device="cpu")).save_pretrained(folder)
-            path = folder
-        try:
-            model = _auto_class(load_config(request)).from_pretrained(
-                path,
-                revision=request.revision,
-                dtype=dtype,
-                quantization_config=quantization,
-                device_map={"": device},
-                trust_remote_code=False,
-            )
-        except Exception as error:
-            raise TeacherError(
-                "bitsandbytes cannot load this model in 4 bits here",
-                where=request.name,
-                found=f"{type(error).__name__}: {error}",
-                expected=f"a model and a device that bitsandbytes {bitsandbytes.__version__} supports "
-                f"(device {device})",
-                try_="--dtype bfloat16",
-            ) from error
-    odd = [n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit) and m.in_features % 64]
-    if device == "cpu" and odd:  # its kernel for CPUs packs whole blocks; it would fail in the first forward pass
-        raise TeacherError(
-            "bitsandbytes cannot run this model in 4 bits on a CPU",
-            where=request.name,
-            found=f"{len(odd)} layers such as {odd[0]}",
-            expected="input widths that are multiples of 64",
-            try_="--dtype bfloat16",
-        )
-    return model
+        load_model(replace(request, load_in_4bit=False, device="cpu")).save_pretrained(folder)
+        return load_quantised(auto_class, folder, None, dtype, device, name=request.name)
 
 
 def parameter_count(request: ModelRequest) -> int:
-    """Parameters of a model, counted on the meta device (no weights are made or read)."""
+    """Number of parameters of a model, counted on the meta device: no weights are created or read."""
     import torch
 
     with torch.device("meta"):
@@ -315,6 +232,7 @@ def parameter_count(request: ModelRequest) -> int:
 
 
 def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
+    """The TeacherError for a model that transformers could not load because of `error`."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     here = {} if request.local else {"here": f"no folder of this name in {Path.cwd()}"}
     return TeacherError(
@@ -328,8 +246,8 @@ def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
 
 
 def max_positions(config: Any) -> int | None:
-    """The longest sequence the model's positions allow, or None where nothing limits it (relative positions)."""
-    if config.model_type in RELATIVE_POSITIONS:  # whose n_positions is the length they were trained on
+    """Length in tokens of the longest sequence, or None for relative positions, which have no limit."""
+    if config.model_type in RELATIVE_POSITIONS:  # their n_positions is only the length they were trained on
         return None
     for field in ("max_position_embeddings", "n_positions"):
         value = getattr(config, field, None)

@@ -1,4 +1,4 @@
-"""Does a model keep packed examples apart? Tried on a few tokens before any training."""
+"""Check that a model keeps packed examples apart, by a forward pass over a few tokens before any training."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from kd.models.packing import lay_out
 
 
 def require_packable(model: Model) -> None:
-    """Prove on a few tokens that a model keeps packed examples apart. Raises DataError naming its class.
+    """Raise DataError, naming the model's class, if packed examples would see each other.
 
-    Positions must be given (they restart in every segment) or be relative, and nothing but attention under the mask
-    may carry one token's state to another: recurrent layers do.
+    The model must accept positions (they restart in every segment) or have relative ones. Only attention under the mask
+    may carry information between tokens; recurrent layers fail the check.
     """
     import torch
 
     parts = split_head(model)
     two_sides = isinstance(parts, EncoderDecoderHead)
-    advice = "without --packing"
+    advice = "train without --packing"
     takes = "position_ids" in inspect.signature(parts.backbone.forward).parameters
     if not (model.config.model_type in RELATIVE_POSITIONS if two_sides else takes):
         raise DataError(
-            "the model's positions cannot be passed, and packed examples need their own",
+            "packed examples need positions of their own, and this model accepts none",
             where=type(model).__name__,
             found=f"model type {model.config.model_type}",
             expected="relative positions" if two_sides else "a forward that takes position_ids",
@@ -34,7 +34,7 @@ def require_packable(model: Model) -> None:
         )
     if two_sides and not parts.takes_masks:
         raise DataError(
-            "this attention takes no mask, and packed examples need one on either side",
+            "packed examples need an attention mask on both sides, and this attention takes none",
             where=type(model).__name__,
             found=model.config._attn_implementation,
             expected="sdpa or eager",
@@ -44,21 +44,21 @@ def require_packable(model: Model) -> None:
     examples = [ids[:5], ids[5:9][::-1], ids[9:]]
     batch = {name: torch.from_numpy(v).to(parts.weight.device) for name, v in lay_out(examples, [[0, 1], [2]]).items()}
     batch |= {f"decoder_{name}": batch[name] for name in ("input_ids", "segment_ids")}
-    places = [(0, slice(5)), (0, slice(5, 9)), (1, slice(5))]
+    spans = [(0, slice(5)), (0, slice(5, 9)), (1, slice(5))]
     training = model.training
     model.eval()
     with torch.no_grad():
         packed = parts.batch_hidden(batch)
-        together = torch.cat([packed[place] for place in places]).float()
-        alone = torch.cat([parts.example_hidden(batch["input_ids"][b : b + 1, part])[0] for b, part in places]).float()
+        together = torch.cat([packed[span] for span in spans]).float()
+        alone = torch.cat([parts.example_hidden(batch["input_ids"][b : b + 1, part])[0] for b, part in spans]).float()
     model.train(training)
-    # rounding of float32 sums; one token that sees its neighbour moves by a share of its own size
+    # float32 sums differ by rounding alone; a token that sees its neighbour changes by a large part of its size
     difference = float((together - alone).abs().max())
     if difference > 1e-3 * float(alone.abs().max()):
         raise DataError(
             "packed examples see each other in this model",
             where=type(model).__name__,
             found=f"largest difference {difference:.3g}",
-            expected="attention alone between tokens",
+            expected="a model in which only attention connects tokens",
             try_=advice,
         )

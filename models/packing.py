@@ -1,14 +1,14 @@
-"""Several examples in one sequence: which go together, and where each of them lies.
+"""Pack several examples into one sequence: which examples go together, and where each of them lies.
 
 FLAN trains on packed sequences (arXiv:2109.01652, section 2.4). An example stays whole. Packing is first-fit in order:
-each example goes into the first sequence that has room, so the result depends on the order alone and needs at most 1.7
-times the sequences of the best packing (Dósa and Sgall 2013). A batch is packed by itself: sequences are few, and
-packing changes neither the order of examples nor what an epoch is.
+each example goes into the first sequence that has room. The result depends on the order only, and needs at most 1.7
+times the sequences of the best packing (Dósa and Sgall 2013). Each batch is packed separately, so that packing changes
+neither the order of examples nor the length of an epoch.
 
-A *side* is what a model reads as one sequence. A causal model has one, of prompt and target; an encoder-decoder has
-two, each with its own room. Packed examples must not see each other: positions start at 0 in every segment, and
-attention stays within it (`segment_mask`; `kd.models.packable` tries it with a model). Padding has segment id 0; segments
-count from 1.
+A *side* is what a model reads as one sequence. A causal model has one side, of prompt and target; an encoder-decoder has
+two, each with its own capacity. Packed examples must not see each other: positions start at 0 in every segment, and
+attention stays within the segment (`segment_mask`). `kd.models.packable` checks that a model respects this. Segment ids
+count from 1; padding has segment id 0.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ Size = tuple[int, ...]
 
 
 class Packer:
-    """Sequences that are being filled, first-fit."""
+    """Fills sequences with examples, first-fit."""
 
     def __init__(self, capacity: Size | None) -> None:
-        """`capacity` tokens per side of a sequence; None = every example is a sequence of its own."""
+        """`capacity` is in tokens per side of a sequence; None makes every example a sequence of its own."""
         self.capacity = capacity
         self.examples: list[int] = []
-        """In the order they were added."""
+        """Numbers of the examples, in the order they were added."""
         self.sequences: list[list[int]] = []
+        """Numbers of the examples of each sequence."""
         self.tokens = 0
-        """Without padding."""
+        """Tokens of all examples, without padding."""
         self._used: list[Size] = []
         self._widths: Size = ()
 
     def with_one_more(self, size: Size) -> tuple[int, int]:
-        """`(sequences, tokens with their padding)` if an example of this size were added."""
-        place, used = self._place(size)
+        """`(sequences, tokens with padding)` as they would be with one more example of this size."""
+        index, used = self._first_with_room(size)
         widths = map(max, self._widths or used, used)
-        count = max(len(self.sequences), place + 1)
+        count = max(len(self.sequences), index + 1)
         return count, count * sum(widths)
 
     def add(self, example: int, size: Size) -> None:
-        """Put an example where it fits first. Raises DataError for one that is larger than a sequence."""
+        """Add an example to the first sequence with room. Raises DataError if it is larger than a sequence."""
         if self.capacity is not None and any(n > most for n, most in zip(size, self.capacity, strict=True)):
             raise DataError(
                 "an example is longer than a packed sequence",
@@ -58,33 +59,33 @@ class Packer:
                 expected=f"at most {' + '.join(map(str, self.capacity))}",
                 try_="a larger --seq-len",
             )
-        place, used = self._place(size)
-        if place == len(self.sequences):
+        index, used = self._first_with_room(size)
+        if index == len(self.sequences):
             self.sequences.append([])
             self._used.append(used)
-        self.sequences[place].append(example)
-        self._used[place] = used
+        self.sequences[index].append(example)
+        self._used[index] = used
         self._widths = tuple(map(max, self._widths or used, used))
         self.examples.append(example)
         self.tokens += sum(size)
 
     @property
     def padded(self) -> int:
-        """Tokens with their padding: every sequence is as wide as the widest, on each side."""
+        """Tokens with padding: on each side, every sequence is as wide as the widest."""
         return len(self.sequences) * sum(self._widths)
 
-    def _place(self, size: Size) -> tuple[int, Size]:
-        """The sequence an example goes into, the next new one where none has room, and what is used there then."""
+    def _first_with_room(self, size: Size) -> tuple[int, Size]:
+        """Index of the first sequence with room (of a new one where none has), and its tokens with the example added."""
         if self.capacity is not None:
-            for place, before in enumerate(self._used):
+            for index, before in enumerate(self._used):
                 used = tuple(a + b for a, b in zip(before, size, strict=True))
                 if all(a <= most for a, most in zip(used, self.capacity, strict=True)):
-                    return place, used
+                    return index, used
         return len(self.sequences), size
 
 
-def pack(sizes: Sequence[Size], capacity: Size | None) -> list[list[int]]:
-    """Sequences of numbers into `sizes`, first-fit in order; every example is in exactly one. Raises as `Packer.add`."""
+def pack_sequences(sizes: Sequence[Size], capacity: Size | None) -> list[list[int]]:
+    """Pack examples first-fit: lists of indices into `sizes`, each index in exactly one list. Raises as `Packer.add`."""
     packer = Packer(capacity)
     for example, size in enumerate(sizes):
         packer.add(example, size)
@@ -95,7 +96,7 @@ def lay_out(ids: Sequence[np.ndarray], sequences: Sequence[Sequence[int]]) -> di
     """One side of a batch: `input_ids`, `segment_ids`, `position_ids` `[B, T]` int64, and `starts [E]`.
 
     ids        token ids of every example
-    sequences  numbers into `ids`, as `pack` gives them
+    sequences  indices into `ids`, as `pack_sequences` gives them
     starts     flat index into `[B * T]` of each example's first token
     """
     width = max(1, *(sum(len(ids[i]) for i in sequence) for sequence in sequences))
@@ -104,18 +105,18 @@ def lay_out(ids: Sequence[np.ndarray], sequences: Sequence[Sequence[int]]) -> di
     for b, sequence in enumerate(sequences):
         start = 0
         for number, i in enumerate(sequence, 1):
-            place = slice(start, start + len(ids[i]))
-            tokens[b, place], segments[b, place], positions[b, place] = ids[i], number, np.arange(len(ids[i]))
+            span = slice(start, start + len(ids[i]))
+            tokens[b, span], segments[b, span], positions[b, span] = ids[i], number, np.arange(len(ids[i]))
             starts[i] = b * width + start
-            start = place.stop
+            start = span.stop
     return {"input_ids": tokens, "segment_ids": segments, "position_ids": positions, "starts": starts}
 
 
 def segment_mask(queries: torch.Tensor, keys: torch.Tensor, *, causal: bool = False) -> torch.Tensor:
-    """`[B, Q], [B, K] -> [B, Q, K]` bool: may a token look there? Only within its segment, backwards alone if `causal`.
+    """`[B, Q], [B, K] -> [B, Q, K]` bool: True where a query may attend to a key, that is within one segment.
 
-    Segment ids as `lay_out` gives them; padding is a segment like any other, so on one side no token looks
-    at nothing.
+    Segment ids are as `lay_out` gives them. With `causal`, keys after the query are masked. Padding is a segment like
+    any other, so that every token of one side attends to at least itself.
     """
     mask = queries.unsqueeze(2) == keys.unsqueeze(1)
     return mask.tril() if causal else mask

@@ -1,7 +1,7 @@
-"""What a model is given at once: examples batched by length, padded ids on its device, rows of the output layer.
+"""Batch sizes: batches of examples by length, padded ids on the device, and rows of the output layer per chunk.
 
-Shared by the teacher pass, the student's loss and the evaluation. Hidden states come for whole batches, logits for a few
-rows at a time (see `kd.models.heads`).
+The teacher pass, the student's loss and the evaluation share this code. Hidden states come for whole batches, logits for
+a few rows at a time (see `kd.models.heads`).
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ if TYPE_CHECKING:
     import torch
 
 Size = int | tuple[int, int]
-"""Tokens of an example; for an encoder-decoder, (encoder, decoder)."""
+"""Tokens of an example; for an encoder-decoder, (encoder tokens, decoder tokens)."""
 
 BATCH_TOKENS = 16
-"""What starting a batch is worth, in tokens of padding: an encoder-decoder's batch ends where one more example would
-pad it by more than that (docs/log.md)."""
+"""Cost of starting a batch, in tokens of padding. An encoder-decoder's batch ends where one more example would add more
+padding than that (docs/log.md)."""
 
 CPU_CHUNK_BYTES = 24 * 2**20
-"""A chunk of float32 logits on a CPU: above 32 MB glibc maps and zeroes fresh pages for every tensor, which costs 30-80 % of
-the time of the output layer, and twice as many rows make the product 4 % faster (benchmarks/chunks.py); each lane of a teacher
-pass has one or two of them (docs/log.md)."""
+"""Bytes of a chunk of float32 logits on a CPU. Above 32 MB, glibc maps and zeroes fresh pages for every tensor, which costs
+30-80 % of the time of the output layer; twice as many rows make the product only 4 % faster (benchmarks/chunks.py). Each lane
+of a teacher pass holds one or two chunks (docs/log.md)."""
 CPU_TRAINING_BYTES = 64 * 2**20
-"""The same in training, where one buffer serves all chunks and the weight's gradient is read and written once per chunk."""
+"""The same in training, where all chunks share one buffer and each chunk reads and writes the weight's gradient once."""
 GPU_CHUNK_BYTES = 256 * 2**20
+"""Bytes of a chunk of float32 logits on a GPU."""
 
 
 def forward_tokens(device_type: str, threads: int | None = None, *, two_sides: bool = False) -> int:
-    """Tokens of a forward pass, padding included, where nobody asks for another number; `two_sides`: encoder and decoder.
-    `threads` of a CPU work at it, None: as many as torch has.
+    """Default token budget of a forward pass, padding included.
 
-    On a CPU few: the activations of 512 tokens stay in the cache, those of 4,096 are written to memory by every layer, which
-    takes 10-30 % longer; of an encoder-decoder each side has about half (docs/log.md). Many threads, and a GPU, have to be filled.
+    threads     threads of the CPU that work on it; None is torch's number
+    two_sides   whether the model has an encoder and a decoder, which share the budget
+
+    A CPU gets few tokens: the activations of 512 tokens stay in the cache, those of 4,096 are written to memory by every
+    layer, which takes 10-30 % longer (docs/log.md). A GPU, and a CPU with many threads, need more tokens to be busy.
     """
     import torch
 
@@ -46,11 +49,11 @@ def forward_tokens(device_type: str, threads: int | None = None, *, two_sides: b
 
 
 def batches_by_length(lengths: Sequence[Size], tokens_per_batch: int) -> list[list[int]]:
-    """Numbers into `lengths`, longest first, each batch at most `tokens_per_batch` tokens with its padding.
+    """Batches of indices into `lengths`, longest first, each of at most `tokens_per_batch` tokens with padding.
 
-    A single example longer than that is a batch of its own. Both sides of an encoder-decoder are padded on their own, and
-    neither follows from the other: examples are bucketed by the decoder's length (1, 2-3, 4-7, ...), sorted by the
-    encoder's within, and a batch ends early where filling it up would mostly add padding.
+    A single example longer than that is a batch of its own. The two sides of an encoder-decoder are padded separately, and
+    their lengths are independent. Examples are therefore grouped by the decoder's length (1, 2-3, 4-7, ...) and sorted by
+    the encoder's length within a group, and a batch ends early where filling it up would mostly add padding.
     """
     sizes = [size if isinstance(size, tuple) else (size, 0) for size in lengths]
     two_sides = any(isinstance(size, tuple) for size in lengths)
@@ -77,20 +80,20 @@ def padded_tokens(lengths: Sequence[Size]) -> int:
 
 
 def head_rows(vocabulary_size: int, device_type: str, *, training: bool = False) -> int:
-    """Rows of the output layer to compute at once: 64 to 1,024, a multiple of 16, whose logits fit the budget."""
+    """Rows of the output layer per chunk: a multiple of 16 from 64 to 1,024 whose logits fit the chunk's bytes."""
     budget = GPU_CHUNK_BYTES if device_type != "cpu" else CPU_TRAINING_BYTES if training else CPU_CHUNK_BYTES
     return min(1024, max(64, budget // (4 * vocabulary_size) // 16 * 16))
 
 
 def even_rows(rows: int, most: int) -> int:
-    """Rows per chunk, at most `most`: as few chunks as that allows, and no small one at the end."""
+    """Rows per chunk, at most `most`, such that there are as few chunks as possible and no small one at the end."""
     rows = max(rows, 1)
     chunks = -(-rows // most)
     return min(most, -(-rows // chunks // 16) * 16)
 
 
 def padded_ids(sequences: Sequence[np.ndarray], device: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`[B, T]` ids padded with 0 on the right and their mask, None where all are of one length."""
+    """`[B, T]` ids padded with 0 on the right, and their mask; None where all sequences have one length."""
     import torch
 
     lengths = [len(s) for s in sequences]
@@ -98,11 +101,11 @@ def padded_ids(sequences: Sequence[np.ndarray], device: Any) -> tuple[torch.Tens
     for b, sequence in enumerate(sequences):
         ids[b, : lengths[b]] = sequence
     mask = None
-    if min(lengths) != max(lengths):  # positions are counted from it
+    if min(lengths) != max(lengths):
         mask = on_device((torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(), device)
     return on_device(torch.from_numpy(ids), device), mask
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on `device`. From ordinary memory, `to` would wait until a GPU has done all it was given before."""
+    """Copy a host tensor to `device`. It is pinned first, because a copy from pageable memory waits for the GPU's queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

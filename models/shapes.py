@@ -1,7 +1,7 @@
 """Random weights in the real shape of a known model: `random:NAME`.
 
-`gpt2-mini` is nobody's: GPT-2 at width 128, for short runs. The other shapes were read from the models' public configs;
-parameter counts are checked by a test on the meta device. Add one: a line in `SHAPES`.
+The shapes come from the models' public configurations, except `gpt2-mini`, a GPT-2 of width 128 for short runs, and the
+demo's students. A test checks the parameter counts on the meta device. To add a shape, add a line to `SHAPES`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tokenizers seen from outside: the bytes every id stands for, where each token ends in the text, a fingerprint.
+"""Load tokenizers; find the bytes of every token id, where each token ends in a text, and a tokenizer's fingerprint.
 
-`token_bytes` is what makes "same tokenizer" mean *every id stands for the same piece* instead of object
-equality, and what lets a later student be aligned with a cache when the teacher's tokenizer is gone.
+`token_bytes` defines when two tokenizers are the same: when every id stands for the same bytes. It also allows a student to
+be aligned with a cache when the teacher's tokenizer is no longer available.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Tokenizer = Any
 """A fast tokenizer of transformers (`PreTrainedTokenizerFast`)."""
 
 EMBEDDED = {"demo": Path(__file__).parent / "embedded", "demo-t5": Path(__file__).parent / "embedded_t5"}
-"""Folders of the embedded teachers and their tokenizers: a GPT-2 of the standard library's English, a T5 of `mini`."""
+"""Folders of the embedded teachers and their tokenizers: a GPT-2 trained on `demo`, and a T5 trained on `mini`."""
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
-    """A fast tokenizer from a local folder, a hub id, `demo` or `demo-t5`. Raises DataError with what was tried."""
+    """A fast tokenizer from a local folder, a hub id, `demo` or `demo-t5`. Raises DataError saying what failed."""
     from transformers import AutoTokenizer
 
     path = str(EMBEDDED.get(name, name))
@@ -42,7 +42,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
         ) from error
     if not tokenizer.is_fast:
         raise DataError(
-            "the tokenizer gives no offsets",
+            "the tokenizer gives no character offsets",
             where=name,
             found=type(tokenizer).__name__,
             expected="a fast tokenizer (tokenizer.json)",
@@ -59,10 +59,10 @@ def _byte_of_char() -> dict[str, int]:
 
 
 def pad_token_id(tokenizer: Tokenizer) -> int:
-    """What batches are filled up with: the tokenizer's pad, else its unknown, else its end token (GPT-2: 50256)."""
-    for found in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
+    """Id of the token that pads batches: the pad token, else the unknown, else the end token (GPT-2: 50256)."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
     raise DataError(
         "the tokenizer has no token to pad with", where=tokenizer.name_or_path, expected="a pad, unknown or end token"
     )
@@ -71,7 +71,7 @@ def pad_token_id(tokenizer: Tokenizer) -> int:
 def encode_texts(
     tokenizer: Tokenizer, rows: Sequence[tuple[str, ...]], max_length: int | None = None
 ) -> list[list[int]]:
-    """What a classifier reads of each row of one or two texts: at least one token, an empty text is one of padding.
+    """Token ids of rows of one or two texts, as a classifier reads them. An empty row becomes one padding token.
 
     A pair is `tokenizer(first, second)`; where it is longer than `max_length` tokens, the longer text is cut first.
     """
@@ -82,14 +82,14 @@ def encode_texts(
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id the tokenizer can emit."""
+    """Number of ids: one more than the largest id that the tokenizer can produce."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The UTF-8 bytes each id stands for `[vocabulary_size]`; special tokens give their own name, holes `b""`.
+    """UTF-8 bytes of each id, `[vocabulary_size]`; special tokens give their names, unused ids `b""`.
 
-    Byte-level BPE pieces are mapped back to bytes, `▁` becomes a space, `<0xNN>` one byte.
+    Byte-level BPE pieces are mapped back to bytes; `▁` becomes a space, and `<0xNN>` one byte.
     """
     import json
 
@@ -130,9 +130,9 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 def encode_with_ends(tokenizer: Tokenizer, pieces: list[bytes], text: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise `text` without special tokens.
 
-    Returns `input_ids [n]` int32 and `byte_end [n]` int64: the end of each token in the text's UTF-8 bytes,
-    non-decreasing, the last equal to the text's length. Exact where the pieces spell the text (byte-level BPE,
-    sentencepiece without a lossy normaliser); otherwise from the tokenizer's character offsets.
+    Returns `input_ids [n]` int32 and `byte_end [n]` int64: the end of each token in the text's UTF-8 bytes. Ends never
+    decrease, and the last one is the length of the text. They are exact where the pieces spell the text (byte-level BPE,
+    sentencepiece without a lossy normaliser); otherwise they come from the tokenizer's character offsets.
     """
     data = text.encode("utf-8")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -145,7 +145,7 @@ def encode_with_ends(tokenizer: Tokenizer, pieces: list[bytes], text: str) -> tu
         ends = np.cumsum([len(pieces[i]) for i in ids]) - lead
         return ids, np.maximum(ends, 0).astype(np.int64)
     char_to_byte = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])])
-    # the word mark that sentencepiece puts before a text takes none of it, whatever the offsets say
+    # the word mark that sentencepiece puts before a text covers none of it, whatever the offsets say
     offsets = encoding["offset_mapping"]
     last = [
         start if pieces[i] == b" " and not text[start:end].isspace() else end
@@ -153,7 +153,7 @@ def encode_with_ends(tokenizer: Tokenizer, pieces: list[bytes], text: str) -> tu
     ]
     for token, (following, _) in enumerate(offsets[1:]):
         while last[token] < following and not text[last[token]].isspace():
-            last[token] += 1  # what a normaliser merged into the character before it, as NFC does with accents
+            last[token] += 1  # a normaliser merged it into the character before, as NFC does with accents
     ends = np.maximum.accumulate(char_to_byte[last])
-    ends[-1] = len(data)  # what a normaliser dropped at the end belongs to the last token
+    ends[-1] = len(data)  # characters that a normaliser dropped at the end belong to the last token
     return ids, ends.astype(np.int64)

@@ -27,7 +27,7 @@ DOORS = {
     "zarr": {"cache_builder/store/shard_store.py"},
     "numcodecs": {"cache_builder/store/chunks.py"},
     "datasets": {"data/rows/hub.py"},
-    "bitsandbytes": {"models/loading.py"},
+    "bitsandbytes": {"models/quantised.py"},
     "click": {"cli.py", "commands/"},
     "rich": {"commands/console.py"},
     "ray": {"cache_builder/build/engines.py"},

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError
-from kd.models.loading import load_encoder, resolve_device
+from kd.models.loading import resolve_device
+from kd.models.text_encoder import load_encoder
 
 PAIRS_PER_BATCH = 64
 

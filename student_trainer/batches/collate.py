@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd.cache_builder.store.reader import CachedBatch, CachedExample, concatenate
 from kd.cache_builder.store.targets import SoftTargets
-from kd.models.packing import Size, lay_out, pack
+from kd.models.packing import Size, lay_out, pack_sequences
 from kd.student_trainer.batches.alignment import Side, align
 from kd.student_trainer.batches.pieces import SharedPieces
 from kd.student_trainer.batches.student_text import StudentExample, StudentText
@@ -69,7 +69,7 @@ class Collator:
         if self.start_id is not None:
             shifted = [np.concatenate([[self.start_id], g])[: len(g)] for g in gold]
             sides, ahead = [[e.context_ids for e in examples], shifted], [0] * len(gold)
-        sequences = pack([tuple(len(side[e]) for side in sides) for e in range(len(ids))], self.capacity)
+        sequences = pack_sequences([tuple(len(side[e]) for side in sides) for e in range(len(ids))], self.capacity)
         found = [lay_out(side, sequences) for side in sides]
         starts = found[-1]["starts"] + np.array(ahead)
         batch = {

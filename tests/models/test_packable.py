@@ -126,7 +126,7 @@ def test_positions_that_cannot_be_passed_are_refused_by_the_class_s_name() -> No
         )
     )
     for model in (bloom, bart):
-        with pytest.raises(DataError, match="positions cannot be passed") as caught:
+        with pytest.raises(DataError, match="need positions of their own") as caught:
             require_packable(model)
         assert caught.value.details["where"] == type(model).__name__
 

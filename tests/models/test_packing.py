@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
-from kd.models.packing import Packer, Size, lay_out, pack, segment_mask
+from kd.models.packing import Packer, Size, lay_out, pack_sequences, segment_mask
 
 ONE_SIDE = st.lists(st.tuples(st.integers(1, 20)), max_size=40)
 TWO_SIDES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), max_size=40)
@@ -32,12 +32,12 @@ def first_fit(sizes: list[Size], capacity: Size) -> list[list[int]]:
 @given(ONE_SIDE | TWO_SIDES)
 def test_packing_is_first_fit_in_order(sizes: list[Size]) -> None:
     capacity = CAPACITY[: len(sizes[0]) if sizes else 1]
-    assert pack(sizes, capacity) == first_fit(sizes, capacity)
+    assert pack_sequences(sizes, capacity) == first_fit(sizes, capacity)
 
 
 @given(ONE_SIDE | TWO_SIDES)
 def test_every_example_is_packed_once_and_nothing_overflows(sizes: list[Size]) -> None:
-    packed = pack(sizes, CAPACITY[: len(sizes[0]) if sizes else 1])
+    packed = pack_sequences(sizes, CAPACITY[: len(sizes[0]) if sizes else 1])
     assert sorted(i for sequence in packed for i in sequence) == list(range(len(sizes)))
     for sequence in packed:
         for side in range(len(sizes[0])):
@@ -46,7 +46,7 @@ def test_every_example_is_packed_once_and_nothing_overflows(sizes: list[Size]) -
 
 @given(ONE_SIDE | TWO_SIDES)
 def test_without_a_capacity_every_example_is_alone(sizes: list[Size]) -> None:
-    assert pack(sizes, None) == [[i] for i in range(len(sizes))]
+    assert pack_sequences(sizes, None) == [[i] for i in range(len(sizes))]
 
 
 @given(ONE_SIDE.filter(bool) | TWO_SIDES.filter(bool), st.booleans())
@@ -66,7 +66,7 @@ def test_a_packer_foresees_its_sequences_and_counts_its_padding(sizes: list[Size
 def test_examples_lie_where_starts_says_with_positions_of_their_own(sizes: list[Size], side: int) -> None:
     rng = np.random.default_rng(0)
     ids = [rng.integers(1, 100, size[side]) for size in sizes]
-    sequences = pack(sizes, CAPACITY)
+    sequences = pack_sequences(sizes, CAPACITY)
     found = lay_out(ids, sequences)
     tokens, segments, positions = (found[n].flatten() for n in ("input_ids", "segment_ids", "position_ids"))
     width = found["input_ids"].shape[1]
@@ -88,7 +88,7 @@ def test_examples_lie_where_starts_says_with_positions_of_their_own(sizes: list[
 @pytest.mark.parametrize("size", [(21, 1), (1, 10)])
 def test_an_example_larger_than_a_sequence_is_an_error_that_says_how_large(size: Size) -> None:
     with pytest.raises(DataError, match="longer than a packed sequence") as caught:
-        pack([(1, 1), size], CAPACITY)
+        pack_sequences([(1, 1), size], CAPACITY)
     assert caught.value.details["found"] == f"{size[0]} + {size[1]} tokens"
     assert caught.value.details["expected"] == "at most 20 + 9"
     assert caught.value.details["where"] == "example 1"

@@ -17,7 +17,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from kd.cache_builder.store.reader import CachedExample, CacheReader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError
-from kd.models.packing import Size, pack
+from kd.models.packing import Size, pack_sequences
 from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator
@@ -159,7 +159,7 @@ def test_a_packed_batch_keeps_its_budget_and_could_not_take_one_more(sizes, side
     def measured(batch: tuple[int, ...]) -> tuple[int, int]:
         """Sequences, and tokens with their padding, of what the collator will do with it."""
         taken = [tuple(lengths[i].tolist()) for i in batch]
-        sequences = pack(taken, capacity)
+        sequences = pack_sequences(taken, capacity)
         widths = [max(sum(taken[i][side] for i in s) for s in sequences) for side in range(sides)]
         return len(sequences), len(sequences) * sum(widths)
 
@@ -241,7 +241,7 @@ def test_a_student_whose_positions_cannot_be_passed_is_refused_by_its_class(
     BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "b")
     shutil.copytree(tokenizer_dir, tmp_path / "b", dirs_exist_ok=True)
     run("plain", cache=str(pairs_cache), student=str(tmp_path / "b"), max_steps=1)
-    with pytest.raises(DataError, match="positions cannot be passed") as caught:
+    with pytest.raises(DataError, match="need positions of their own") as caught:
         run("packed", cache=str(pairs_cache), student=str(tmp_path / "b"), packing=True)
     assert caught.value.details["where"] == "BloomForCausalLM"
 

@@ -108,7 +108,7 @@ def test_what_is_no_classifier_or_has_other_classes_or_heads_is_refused(
         load_classifier(cola, ("a", "b", "c"), pad_id=0)
     encoder = BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertForSequenceClassification(encoder).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="head is of another kind"):
+    with pytest.raises(DataError, match="head is not a single linear layer"):
         load_classifier(ModelRequest(str(tmp_path), device="cpu"), pad_id=0)
 
 

@@ -354,7 +354,7 @@ def encoder(tokenizer_dir: Path, tmp_path: Path) -> Path:
 def test_an_encoder_is_refused_by_the_plan_from_its_configuration_alone(
     encoder: Path, glue_root: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="head is of another kind") as caught:
+    with pytest.raises(DataError, match="head is not a single linear layer") as caught:
         plan_build(classes_request(encoder, glue_root, tmp_path / "c", "sst2"))
     details = caught.value.details
     assert (details["where"], details["found"]) == (str(encoder), "BertForSequenceClassification")
@@ -364,7 +364,7 @@ def test_an_encoder_is_refused_by_the_plan_from_its_configuration_alone(
 
 
 @pytest.mark.parametrize(
-    ("more", "message"), [([], "head is of another kind"), (["--targets", "teacher"], "predicts no tokens")]
+    ("more", "message"), [([], "head is not a single linear layer"), (["--targets", "teacher"], "predicts no tokens")]
 )
 def test_a_refused_teacher_leaves_no_folder(
     encoder: Path, glue_root: Path, tmp_path: Path, more: list[str], message: str
