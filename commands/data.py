@@ -27,7 +27,9 @@ def data_ls(as_json: bool) -> None:
 
     Example: kd data ls
     """
-    from kd.data.sources import FILE_READERS, SOURCES, WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
+    from kd.data.rows.local_files import FILE_READERS
+    from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
+    from kd.data.sources import SOURCES
     from kd.data.tasks.clusters import flan_clusters
     from kd.data.tasks.glue import glue_tasks
     from kd.data.tasks.mixtures import PRESETS

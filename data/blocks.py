@@ -1,18 +1,18 @@
-"""Text to token rows: documents are cut into blocks, prompt/target pairs stay whole.
+"""Turn text into token rows: documents are cut into blocks, prompt/target pairs stay whole.
 
-A *row* predicts one target token. A block of L tokens has L-1 rows (the first token is context only);
-consecutive blocks overlap by `L - stride` context tokens, so with any stride every token of a document but
-its first is scored exactly once. The default stride, L-1, wastes nothing; a smaller one gives every token at
-least `L - stride` tokens of context at proportionally more teacher time. Blocks never cross documents. With
-`bos` a document opens with the tokenizer's BOS token, and its first real token is scored too.
+A *row* predicts one target token. A block of L tokens has L - 1 rows, because its first token is only context. Consecutive
+blocks overlap by `L - stride` context tokens, so every token of a document but its first is scored exactly once, with any
+stride. The default stride, L - 1, wastes nothing. A smaller stride gives every token at least `L - stride` tokens of context
+and takes proportionally more teacher time. Blocks never cross documents. With `bos`, a document begins with the tokenizer's
+BOS token, and its first real token is scored too.
 
-Blocks are cut at character boundaries, so each has an exact text of its own. Without BOS, the first token that
-ends on one is context together with those before it; a character of more tokens than the stride stays whole.
+Blocks end at character boundaries, so each has an exact text. Without BOS, the first token that ends on a boundary is
+context, with all tokens before it. A character of more tokens than the stride stays whole.
 
-Pairs are not cut into blocks. For an encoder-decoder teacher the context is what its encoder reads (the prompt and
-EOS), and row t is predicted at position t of its decoder. A pair that is too long stops the build, is dropped, or
-is truncated: the target at its end (then it has no EOS row), the prompt at its beginning, where there is less to lose.
-Texts to classify are one row each: the context is what the classifier reads, the target its label's number.
+Pairs are not cut into blocks. For an encoder-decoder teacher the context is what its encoder reads (the prompt and EOS), and
+row t is predicted at position t of its decoder. A pair that is too long stops the build, is dropped, or is truncated: the
+target at its end (it then has no EOS row), the prompt at its beginning, which matters less. Each text to classify is one
+row: the context is what the classifier reads, the target is the number of its label.
 """
 
 from __future__ import annotations
@@ -30,28 +30,29 @@ from kd.data.tasks.glue import CLASSES, PAIR
 from kd.models.tokenizer import Tokenizer, encode_texts, encode_with_ends, token_bytes
 
 OVERLONG = ("error", "drop", "truncate")
+"""Policies for pairs that are too long."""
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """How text becomes rows; part of a cache's identity."""
+    """How text becomes rows. These settings are part of a cache's identity."""
 
     seq_len: int = 512
-    """Tokens a model sees at once, context included."""
+    """Tokens per block, context included."""
     stride: int | None = None
-    """New tokens scored per block, 1..seq_len-1; None = seq_len - 1."""
+    """New tokens scored per block, from 1 to seq_len - 1; None is seq_len - 1."""
     bos: bool = True
-    """Open each document or prompt with the BOS token, where the tokenizer has one."""
+    """Begin each document or prompt with the BOS token, if the tokenizer has one."""
     eos: bool = False
-    """Score an EOS token after each document (targets of pairs always end with EOS where there is one)."""
+    """Score an EOS token after each document. Targets of pairs always end with EOS, if the tokenizer has one."""
     separator: str = "\n"
-    """Text between prompt and target of a pair; tokenised with the prompt. An encoder needs none."""
+    """Text between prompt and target of a pair, tokenised with the prompt. Not used with an encoder."""
     encoder: bool = False
-    """The context goes to an encoder: `seq_len` limits it alone, no BOS, no separator, EOS at its end."""
+    """Whether an encoder reads the context. Then only the context is limited by `seq_len`; it ends with EOS and has no BOS."""
     target_len: int | None = None
-    """Most rows of a pair, EOS included; None = what `seq_len` leaves."""
+    """Maximum number of target tokens of a pair, EOS included; None is what `seq_len` leaves."""
     overlong: str = "error"
-    """What happens to pairs that are too long: one of OVERLONG."""
+    """What happens to a pair that is too long: error, drop or truncate."""
 
     def __post_init__(self) -> None:
         if self.overlong not in OVERLONG:
@@ -74,10 +75,10 @@ class BlockConfig:
             )
 
     def normalised(self, kind: str, tokenizer: Tokenizer) -> BlockConfig:
-        """The same rows by other words: what `tokenize_corpus` does not look at, for this kind of corpus, is set alike.
+        """Settings that give the same rows, where those that `tokenize_corpus` ignores for this kind of corpus are fixed.
 
-        Pairs have no stride and always end with EOS; documents have no separator; BOS and EOS are off where the
-        tokenizer has none. Of texts to classify nothing counts but their length: special tokens are the tokenizer's own.
+        Pairs have no stride and always end with EOS; documents have no separator; BOS and EOS are off where the tokenizer
+        has none. For texts to classify only the length matters, because the tokenizer adds its special tokens.
         """
         if kind == CLASSES:
             return BlockConfig(self.seq_len, self.seq_len - 1, bos=False, overlong=self.overlong)
@@ -95,7 +96,7 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """One cached example: `context_ids` are seen, `target_ids` are scored, one row each."""
+    """One cached example: models read `context_ids`, and each of `target_ids` is one scored row."""
 
     example: Example
     context_ids: np.ndarray
@@ -103,11 +104,11 @@ class TokenRows:
     target_ids: np.ndarray
     """[n] int32, n >= 1; row t is predicted at position C - 1 + t."""
     byte_end: np.ndarray
-    """[n] int64: end of each target token in `example.target`'s UTF-8 bytes."""
+    """[n] int64: the end of each target token in the UTF-8 bytes of `example.target`."""
 
     @property
     def input_ids(self) -> np.ndarray:
-        """`[C + n]` context then target: what a model is fed (its last position predicts nothing cached)."""
+        """`[C + n]`: context and target, as a model reads them. The last position predicts nothing that is cached."""
         return np.concatenate([self.context_ids, self.target_ids])
 
 
@@ -116,7 +117,7 @@ def tokenize_corpus(
 ) -> Iterator[TokenRows]:
     """All rows of `corpus` in order. Raises DataError naming the example that cannot be scored.
 
-    `counts` receives the number of pairs that were `dropped`, and of those whose prompt or target was `truncated`.
+    counts   receives the number of pairs that were `dropped`, and of pairs whose prompt or target was `truncated`
     """
     pieces = token_bytes(tokenizer)
     if corpus.kind == "documents":
@@ -163,7 +164,7 @@ def tokenize_corpus(
 def _classified(
     examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int
 ) -> Iterator[tuple[TokenRows, TokenRows | None]]:
-    """(whole row, row of at most `seq_len` tokens) of texts to classify: one target, the label's number."""
+    """(whole row, row of at most `seq_len` tokens) of each text to classify; the target is the number of the label."""
     texts = [tuple(example.prompt.split(PAIR)) for example in examples]
     for example, ids, cut in zip(
         examples, encode_texts(tokenizer, texts), encode_texts(tokenizer, texts, seq_len), strict=True
@@ -185,11 +186,11 @@ def document_blocks(
         ids, ends = np.insert(ids, 0, tokenizer.bos_token_id), np.insert(ends, 0, 0)
     ids = ids.astype(np.int32)
     last = len(ids)
-    whole = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends]  # the token ends on a character boundary
-    start = next((i + 1 for i in range(last) if whole[i]), last)
+    at_boundary = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends]  # of characters
+    start = next((i + 1 for i in range(last) if at_boundary[i]), last)
     if start >= last:
         raise DataError(
-            "a document yields no scored position",
+            "a document is too short to have a scored token",
             where=f"example {example.id}",
             found=f"{last} tokens",
             expected="at least 2 tokens, the first being context only",
@@ -200,10 +201,10 @@ def document_blocks(
     while start < last:
         context = max(0, start - (config.seq_len - stride))
         stop = min(context + config.seq_len, last)
-        while stop > start and not whole[stop - 1]:
+        while stop > start and not at_boundary[stop - 1]:
             stop -= 1
-        if stop == start:  # the character has more tokens than the stride: it takes the place of some context
-            stop = next(i + 1 for i in range(start, last) if whole[i])
+        if stop == start:  # the character has more tokens than the stride, so the block has less context
+            stop = next(i + 1 for i in range(start, last) if at_boundary[i])
             context = max(context, stop - config.seq_len)
         if context >= start:
             raise DataError(
@@ -225,7 +226,7 @@ def document_blocks(
 
 
 def tokenize_pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], config: BlockConfig) -> TokenRows:
-    """Context and target of a pair, of whatever length. Raises DataError when there is no context."""
+    """Context and target of a pair, of any length. Raises DataError where there is no context."""
     if config.encoder:
         context, _ = encode_with_ends(tokenizer, pieces, example.prompt)
         if tokenizer.eos_token_id is not None:
@@ -249,17 +250,17 @@ def tokenize_pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], c
 
 
 def fit_pair(row: TokenRows, config: BlockConfig) -> TokenRows | None:
-    """The row itself where it fits; else cut to the limits, or None where nothing of its target would be left."""
+    """The row itself if it fits, else the row cut to the limits; None where nothing of its target would be left."""
     keep = min(len(row.target_ids), len(row.target_ids) if config.target_len is None else config.target_len)
     if not config.encoder:
         keep = min(keep, config.seq_len - 1)  # a causal model's context has at least one token
-    room = config.seq_len - (0 if config.encoder else keep)
-    if keep == len(row.target_ids) and len(row.context_ids) <= room:
+    most_context = config.seq_len - (0 if config.encoder else keep)
+    if keep == len(row.target_ids) and len(row.context_ids) <= most_context:
         return row
     context, example = row.context_ids, row.example
-    if len(context) > room:
-        first = 1 if config.bos and not config.encoder and room > 1 else 0
-        context = np.concatenate([context[:first], context[len(context) - room + first :]])
+    if len(context) > most_context:
+        first = 1 if config.bos and not config.encoder and most_context > 1 else 0
+        context = np.concatenate([context[:first], context[len(context) - most_context + first :]])
     if keep < len(row.target_ids):
         data = example.target.encode("utf-8")
         while keep and row.byte_end[keep - 1] < len(data) and data[row.byte_end[keep - 1]] & 0xC0 == 0x80:

@@ -1,17 +1,17 @@
 """Where text comes from: a `--data` spec becomes an ordered list of `Example`.
 
-    demo[:heldout]                        the standard library's own English; no network
-    mini[:heldout]                        seven small instruction tasks made up by rule; no network
-    wikitext-2[:validation|test]          hub id Salesforce/wikitext, wikitext-2-raw-v1, pinned revision
-    FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns where names differ
+    demo[:heldout]                        the English of Python's standard library; no network
+    mini[:heldout]                        seven small instruction tasks made up by rules; no network
+    wikitext-2[:validation|test]          WikiText-2 from the hub, at a pinned revision
+    FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns for other column names
     hub-id[:config][@revision]            any data set on the hub that loads without code
     flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
-    glue/TASK                             GLUE's rows with their label's word as target (kd.data.tasks.glue); a folder too
-    FILE.yaml                             a task of your own (kd.data.tasks.task_files)
+    glue/TASK                             a GLUE task, with the label's word as target (kd.data.tasks.glue); also a folder
+    FILE.yaml                             your own instruction task (kd.data.tasks.task_files)
 
-A *document* source yields whole texts that are later cut into blocks; a *pairs* source (columns prompt and
-target) yields examples that stay whole. Hub data sets load through `datasets`; scripts are never trusted.
-Add a source: one function and one line in `SOURCES`; a task: one YAML file (docs/extending.md).
+A *documents* source gives whole texts, which are later cut into blocks. A *pairs* source (columns prompt and target) gives
+examples that stay whole. Hub data sets load through `datasets`; scripts are never run.
+To add a source, write one function and add a line to `SOURCES`; to add a task, write a YAML file (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from kd.common.errors import DataError, unknown_name
 from kd.data.demo import mini_mixture, stdlib_text
-from kd.data.rows.example import Example, text_digest
+from kd.data.rows.example import Example, check_examples, text_digest
 from kd.data.rows.hub import load_hub
-from kd.data.rows.tables import ENCODING, TABLE_READERS, read_table, unreadable
+from kd.data.rows.local_files import FILE_READERS, read_local
+from kd.data.rows.row_examples import Columns, rows_to_examples
+from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION, wikitext_articles
 from kd.data.tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
 from kd.data.tasks.mixtures import load_mixture, mix, select
 from kd.data.tasks.rendering import InstructionConfig
@@ -37,12 +38,8 @@ from kd.data.tasks.task import SPLITS, TaskFile
 from kd.data.tasks.task_files import load_task
 from kd.data.tasks.task_rows import SAME
 
-WIKITEXT_ID = "Salesforce/wikitext"
-WIKITEXT_CONFIG = "wikitext-2-raw-v1"
-WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
-
-Columns = Mapping[str, str]
-"""Our field (`text`, `prompt`, `target`, `id`) -> the column that holds it."""
+HELD_OUT = {"test": "heldout", "validation": "heldout", "dev": "heldout"}
+"""Other names of the held-out split of `demo` and `mini`."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +47,17 @@ class Corpus:
     """An ordered list of examples and where it came from."""
 
     spec: str
-    """As the user wrote it."""
+    """The spec as the user wrote it."""
     split: str
     kind: str
     """`documents` (cut into blocks), `pairs` (prompt and target, kept whole), or `classes` (see `glue.CLASSES`)."""
     examples: tuple[Example, ...]
     source: dict[str, str]
-    """What identifies the source besides its text, e.g. hub id, config, revision."""
+    """What identifies the source besides its text, e.g. hub id, configuration and revision."""
     metrics: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Task -> metrics that its file names; empty where there are no task files."""
     without_text: int = 0
-    """Rows of the source that were left out: empty, or white space alone."""
+    """Number of rows that were left out because they are empty or only white space."""
 
     @property
     def digest(self) -> str:
@@ -76,50 +73,16 @@ def load_corpus(
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
 ) -> Corpus:
-    """Load `spec` (see the module's head); `limit` keeps the first examples. Raises DataError on anything unusable.
+    """Load `spec` (see the module's head). Raises DataError.
 
-    instructions   how tasks become text (flan and .yaml); other sources refuse settings that are not the defaults
+    split          None is the one in the spec, else `train`
+    columns        columns of a table that are not called as their field is
+    limit          number of examples to keep, from the first
+    instructions   how tasks become text; for other sources only the defaults are accepted
     """
-    name, _, suffix = spec.partition(":")
-    path = Path(spec).expanduser()
     instructions = instructions or InstructionConfig()
-    is_task = takes_instructions(spec)
-    if is_task and columns:
-        raise DataError(
-            "tasks name their columns themselves",
-            where=spec,
-            found="--columns",
-            try_="a task file of your own: docs/extending.md",
-        )
-    if not is_task and instructions != InstructionConfig():
-        raise DataError(
-            "the source has no templates",
-            where=spec,
-            found=", ".join(_changed(instructions)) + " given",
-            expected="flan:… or a task's .yaml file",
-        )
-    if name in TASK_SOURCES:
-        corpus = TASK_SOURCES[name](spec, split or "train", instructions)
-    elif is_task:
-        corpus = _task_file(spec, split or "train", instructions)
-    elif name in SOURCES:
-        corpus = SOURCES[name](spec, split or suffix or "train")
-    elif is_glue(spec) and not path.is_file():
-        corpus = _glue(spec, split or "train")
-    elif path.exists():
-        corpus = _local(spec, path, split or "train", columns or {})
-    elif _is_hub_id(spec):
-        corpus = _hub(spec, split or "train", columns or {})
-    elif "/" in spec or path.suffix:
-        raise DataError(
-            "no such file or folder",
-            where=spec,
-            expected=f"a path, {', '.join((*SOURCES, *TASK_SOURCES))}, or a hub id",
-        )
-    else:
-        raise unknown_name(
-            "data source", spec, (*SOURCES, *TASK_SOURCES), try_="a local file or folder, or a hub id like owner/name"
-        )
+    _refuse_useless(spec, columns, instructions)
+    corpus = _corpus_of(spec, split, columns or {}, instructions)
     examples = tuple(e for e in corpus.examples if e.target.strip())
     without_text = len(corpus.examples) - len(examples)
     if limit is not None:
@@ -131,7 +94,7 @@ def load_corpus(
             found="0 non-empty examples",
             try_="kd data show SPEC",
         )
-    _check_ids(spec, examples)
+    check_examples(spec, examples)
     return replace(corpus, examples=examples, without_text=without_text)
 
 
@@ -143,14 +106,16 @@ def load_classes(
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
 ) -> Corpus:
-    """`glue/TASK`, of the hub, of a folder, or of the settings' `task_root`, as texts to classify. Raises DataError."""
-    settings = instructions or InstructionConfig()
-    given = [name for name in _changed(settings) if name != "task_root"]
-    if given or columns:
+    """A GLUE task as texts to classify: from the hub, a folder, or the settings' `task_root`. Raises DataError."""
+    instructions = instructions or InstructionConfig()
+    unused = [name for name in _changed(instructions) if name != "task_root"]
+    if columns:
+        unused.append("columns")
+    if unused:
         raise DataError(
-            "labelled rows have no templates, and GLUE's own columns",
+            "a classification data set takes no templates and no --columns",
             where=spec,
-            found=", ".join([*given, *(["columns"] if columns else [])]) + " given",
+            found=", ".join(unused) + " given",
         )
     if not is_glue(spec):
         raise DataError(
@@ -159,20 +124,66 @@ def load_classes(
             expected="glue/TASK: " + ", ".join(glue_tasks()),
             try_="--data glue/sst2, with --task-root DIR for local rows",
         )
-    rows = load_glue(spec, split=split or "train", limit=limit, task_root=settings.task_root)
+    rows = load_glue(spec, split=split or "train", limit=limit, task_root=instructions.task_root)
     examples = rows.labelled
-    _check_ids(spec, examples)
+    check_examples(spec, examples)
     return Corpus(spec, rows.split, CLASSES, examples, dict(rows.source))
 
 
 def takes_instructions(spec: str) -> bool:
-    """Are its examples made by templates, so that an `InstructionConfig` says how?"""
+    """Whether the source renders templates, so that an `InstructionConfig` changes its examples."""
     path = Path(spec).expanduser()
     return spec.partition(":")[0] in TASK_SOURCES or (path.suffix in TASK_SUFFIXES and path.exists())
 
 
+def _refuse_useless(spec: str, columns: Columns | None, instructions: InstructionConfig) -> None:
+    """Raise DataError for settings that would have no effect on this source."""
+    is_task = takes_instructions(spec)
+    if is_task and columns:
+        raise DataError(
+            "instruction tasks take no --columns, because a task file names its columns",
+            where=spec,
+            found="--columns",
+            try_="a task file of your own: docs/extending.md",
+        )
+    if not is_task and instructions != InstructionConfig():
+        raise DataError(
+            "the source has no templates",
+            where=spec,
+            found=", ".join(_changed(instructions)) + " given",
+            expected="flan:… or a task's .yaml file",
+        )
+
+
+def _changed(instructions: InstructionConfig) -> list[str]:
+    """Names of the settings that differ from the defaults."""
+    return [f.name for f in fields(instructions) if getattr(instructions, f.name) != f.default]
+
+
+def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: InstructionConfig) -> Corpus:
+    """The corpus as its source gives it: with examples that have no text, and ids unchecked."""
+    name, _, suffix = spec.partition(":")
+    path = Path(spec).expanduser()
+    if name in TASK_SOURCES:
+        return TASK_SOURCES[name](spec, split or "train", instructions)
+    if takes_instructions(spec):
+        return _task_file(spec, split or "train", instructions)
+    if name in SOURCES:
+        return SOURCES[name](spec, split or suffix or "train")
+    if is_glue(spec) and not path.is_file():
+        return _glue(spec, split or "train")
+    if path.exists():
+        return _local(spec, path, split or "train", columns)
+    if _is_hub_id(spec):
+        return _hub(spec, split or "train", columns)
+    names = (*SOURCES, *TASK_SOURCES)
+    if "/" in spec or path.suffix:
+        raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(names)}, or a hub id")
+    raise unknown_name("data source", spec, names, try_="a local file or folder, or a hub id like owner/name")
+
+
 def _is_hub_id(spec: str) -> bool:
-    """`owner/name[:config][@revision]`; dots are common in hub names, so only suffixes of data files rule it out."""
+    """Whether `spec` is `owner/name[:config][@revision]`. Dots are common in hub names: only a data file's suffix rules it out."""
     name = re.split("[:@]", spec)[0]
     files = {*FILE_READERS, *TASK_SUFFIXES, ".json", ".gz", ".zip", ".zst", ".arrow", ".md"}
     return (
@@ -182,32 +193,9 @@ def _is_hub_id(spec: str) -> bool:
     )
 
 
-def _check_ids(spec: str, examples: tuple[Example, ...]) -> None:
-    seen: set[str] = set()
-    for example in examples:
-        for text in (example.prompt, example.target):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair; no tokenizer takes it
-                raise DataError(
-                    "a text is not valid Unicode",
-                    where=f"{spec} example {example.id}",
-                    found=str(error),
-                    expected="text without lone surrogates",
-                ) from error
-        if example.id in seen:
-            raise DataError(
-                "two examples have the same id",
-                where=spec,
-                found=example.id,
-                try_="another column for --columns id=…, or none",
-            )
-        seen.add(example.id)
-
-
 @lru_cache(maxsize=4)
 def _demo(spec: str, split: str) -> Corpus:
-    split = {"test": "heldout", "validation": "heldout", "dev": "heldout"}.get(split, split)
+    split = HELD_OUT.get(split, split)
     if split not in ("train", "heldout", "all"):
         raise unknown_name("split", split, ("train", "heldout", "all"), where="the demo source")
     examples = tuple(Example(name, text, task="demo", split=split) for name, text in stdlib_text.documents(split))
@@ -217,7 +205,7 @@ def _demo(spec: str, split: str) -> Corpus:
 
 @lru_cache(maxsize=4)
 def _mini(spec: str, split: str) -> Corpus:
-    split = {"test": "heldout", "validation": "heldout", "dev": "heldout"}.get(split, split)
+    split = HELD_OUT.get(split, split)
     return Corpus(spec, split, "pairs", tuple(mini_mixture.examples(split)), {"source": "mini"})
 
 
@@ -225,27 +213,6 @@ def _wikitext(spec: str, split: str) -> Corpus:
     lines = load_hub(WIKITEXT_ID, WIKITEXT_CONFIG, WIKITEXT_REVISION, split).data["text"]
     source = {"source": WIKITEXT_ID, "config": WIKITEXT_CONFIG, "revision": WIKITEXT_REVISION}
     return Corpus(spec, split, "documents", tuple(wikitext_articles(lines, "wikitext-2", split)), source)
-
-
-def wikitext_articles(lines: Iterator[str] | list[str], task: str, split: str) -> Iterator[Example]:
-    """Join WikiText's lines into articles: a line ` = Title = ` after an empty line opens a new one."""
-    article: list[str] = []
-    count, previous_empty = 0, True
-    for line in lines:
-        line = line.removesuffix("\n")
-        opens = previous_empty and re.fullmatch(r"\s*= [^=](.*[^=])? =\s*", line) is not None
-        if opens and any(kept.strip() for kept in article):
-            yield Example(f"{split}/{count}", "\n".join(article).strip() + "\n", task=task, split=split)
-            article, count = [], count + 1
-        article.append(line)
-        previous_empty = not line.strip()
-    if article:
-        yield Example(f"{split}/{count}", "\n".join(article).strip() + "\n", task=task, split=split)
-
-
-def _changed(instructions: InstructionConfig) -> list[str]:
-    """Names of the settings that differ from the defaults."""
-    return [f.name for f in fields(instructions) if getattr(instructions, f.name) != f.default]
 
 
 def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
@@ -266,7 +233,7 @@ def _metrics(tasks: Iterable[TaskFile]) -> dict[str, tuple[str, ...]]:
 
 
 def _task_split(split: str) -> str:
-    """Tasks have train, dev and test; other names for dev are understood."""
+    """`train`, `dev` or `test`; other names of dev, such as validation, become `dev`. Raises DataError."""
     split = "dev" if split in SAME else split
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS, where="tasks")
@@ -274,129 +241,37 @@ def _task_split(split: str) -> str:
 
 
 def _glue(spec: str, split: str) -> Corpus:
-    found = load_glue(spec, split=split)
-    return Corpus(spec, found.split, "pairs", found.examples, dict(found.source))
+    rows = load_glue(spec, split=split)
+    return Corpus(spec, rows.split, "pairs", rows.examples, dict(rows.source))
 
 
 def _hub(spec: str, split: str, columns: Columns) -> Corpus:
     name, _, revision = spec.partition("@")
     name, _, config = name.partition(":")
-    found = load_hub(name, config or None, revision or None, split)
-    kind, examples = _rows_to_examples(spec, list(found.data.column_names), found.data, columns, name, split)
-    source = {"source": name, "config": config or "default", "revision": found.revision}
+    rows = load_hub(name, config or None, revision or None, split)
+    kind, examples = rows_to_examples(
+        rows.data, list(rows.data.column_names), columns, where=spec, prefix=name, split=split
+    )
+    source = {"source": name, "config": config or "default", "revision": rows.revision}
     return Corpus(spec, split, kind, tuple(examples), source)
 
 
 def _local(spec: str, path: Path, split: str, columns: Columns) -> Corpus:
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in FILE_READERS and p.is_file())
-        if not files:
-            raise DataError("no readable files in the folder", where=str(path), expected=", ".join(FILE_READERS))
-    else:
-        files = [path]
-    kinds, examples = set(), []
-    for file in files:
-        if file.suffix not in FILE_READERS:
-            raise unknown_name("file type", file.suffix or file.name, FILE_READERS, where=str(file))
-        prefix = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        try:
-            kind, found = FILE_READERS[file.suffix](file, prefix, columns, split)
-            examples += found
-        except DataError:
-            raise
-        except (OSError, ValueError) as error:  # bad UTF-8
-            raise unreadable(file, error) from error
-        kinds.add(kind)
-    if len(kinds) > 1:
-        raise DataError(
-            "the folder mixes plain text and prompt/target files",
-            where=str(path),
-            try_="one folder for each, or --columns",
-        )
-    return Corpus(spec, split, kinds.pop(), tuple(examples), {"source": "local"})
+    kind, examples = read_local(path, columns, split)
+    return Corpus(spec, split, kind, tuple(examples), {"source": "local"})
 
-
-def _read_txt(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    """One document per file, or several separated by lines that hold only `<|endoftext|>`."""
-    documents = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$\n?|<\|endoftext\|>", file.read_text(ENCODING))
-    texts = [d.strip("\n") for d in documents if d.strip()]
-    ids = [prefix] if len(texts) == 1 else [f"{prefix}:{i}" for i in range(len(texts))]
-    return "documents", [Example(i, t, split=split) for i, t in zip(ids, texts, strict=True)]
-
-
-def _read_tokens(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    with file.open(encoding=ENCODING) as lines:
-        articles = list(wikitext_articles(lines, "wikitext", split))
-    return "documents", [Example(f"{prefix}:{i}", a.target, task=a.task, split=split) for i, a in enumerate(articles)]
-
-
-def _read_table(file: Path, prefix: str, columns: Columns, split: str) -> tuple[str, list[Example]]:
-    names, rows = read_table(file)
-    kind, examples = _rows_to_examples(str(file), names, rows, columns, prefix, split)
-    return kind, list(examples)
-
-
-def _rows_to_examples(
-    where: str, names: list[str], rows: Any, columns: Columns, prefix: str, split: str
-) -> tuple[str, Iterator[Example]]:
-    """Map columns to fields: `text` alone makes documents, `prompt` + `target` make pairs."""
-    allowed = ("text", "prompt", "target", "id")
-    for field in columns:
-        if field not in allowed:
-            raise unknown_name("field in --columns", field, allowed)
-    chosen = {field: columns.get(field, field) for field in allowed}
-    missing = [c for f, c in chosen.items() if f in columns and c not in names]
-    pairs = chosen["prompt"] in names and chosen["target"] in names and "text" not in columns
-    if missing or not (pairs or chosen["text"] in names):
-        raise DataError(
-            "columns are missing",
-            where=where,
-            found=", ".join(names) or "none",
-            expected=", ".join(missing) or "text, or prompt and target",
-            try_="--columns text=NAME or --columns prompt=NAME,target=NAME",
-        )
-    present = {"prompt": chosen["prompt"], "target": chosen["target"]} if pairs else {"target": chosen["text"]}
-    id_column = columns.get("id")
-
-    def examples() -> Iterator[Example]:
-        for number, row in enumerate(rows):
-            values: dict[str, Any] = {
-                field: row[column] if row.get(column) is not None else "" for field, column in present.items()
-            }
-            for field, value in values.items():
-                if not isinstance(value, str):
-                    raise DataError(
-                        "a value is not text",
-                        where=f"{where} row {number} column {present[field]}",
-                        found=type(value).__name__,
-                        expected="a string",
-                    )
-            identity = row.get(id_column) if id_column else f"{prefix}:{number}"
-            if identity is None:
-                raise DataError("an id is missing", where=f"{where} row {number} column {id_column}")
-            task = prefix.rpartition("/")[2].partition(".")[0]
-            yield Example(str(identity), values["target"], values.get("prompt", ""), task=task, split=split)
-
-    return ("pairs" if pairs else "documents"), examples()
-
-
-FileReader = Callable[[Path, str, Columns, str], tuple[str, list[Example]]]
-
-FILE_READERS: dict[str, FileReader] = {
-    ".txt": _read_txt,
-    ".tokens": _read_tokens,
-    **dict.fromkeys(TABLE_READERS, _read_table),
-}
 
 SOURCES: dict[str, Callable[[str, str], Corpus]] = {
     "demo": _demo,
     "mini": _mini,
     "wikitext-2": _wikitext,
 }
+"""Name -> source."""
 
 TASK_SOURCES: dict[str, Callable[[str, str, InstructionConfig], Corpus]] = {
     "flan": _flan,
 }
-"""Sources that render templates."""
+"""Name -> source that renders templates."""
 
 TASK_SUFFIXES = (".yaml", ".yml")
+"""Suffixes of task files."""

@@ -1,4 +1,4 @@
-"""A small mixture of instruction tasks, made up by rule: no files, no network, as many examples as wanted.
+"""A small mixture of instruction tasks, made up by rules: no files, no network, any number of examples.
 
     nli          premise, hypothesis            -> yes / maybe / no
     boolq        passage, question              -> yes / no
@@ -8,14 +8,14 @@
     concepts     a few words                    -> a sentence that uses them
     paraphrase   two sentences                  -> same meaning, yes or no
 
-All families speak of one small world (`mini_world`), in which no held-out prompt links a person to a thing that any
-training prompt links.
+All families use one small world (`mini_world`), in which no held-out prompt links a person to a thing that any training
+prompt links.
 
-Texts are short (about 20-60 tokens) and mostly ASCII; line breaks, double spaces and characters that NFKC rewrites
-occur in prompts and targets, because sentencepiece teachers lose them.
+Texts are short (about 20-60 tokens) and mostly ASCII. Line breaks, double spaces and characters that NFKC rewrites occur in
+prompts and targets, because sentencepiece teachers lose them.
 
-Deterministic across processes and Python versions: each example has a generator of its own, seeded by its id. A longer
-list therefore begins with the shorter one. Labels and the place of the right option are balanced exactly over blocks.
+The examples are the same in every process and Python version: each has a random generator seeded by its id. A longer list
+therefore begins with the shorter one. Labels and the position of the right option are balanced exactly over blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kd.data.demo.mini_world import PEOPLE, PLACES, RELATIONS, THINGS, Draw, Fac
 from kd.data.rows.example import Example
 
 DEFAULT_COUNTS = {"train": 6000, "heldout": 700}
-"""Examples of a split when nothing else is asked for."""
+"""Default number of examples of a split."""
 
 FILLERS = (
     "It was raining.",
@@ -51,7 +51,7 @@ ACTIONS = {
     "paint": "{p} painted the {t} in the {v}.",
     "take": "{p} took the {t} from the {v}.",
 }
-"""Verb as a concept -> the sentence that uses it."""
+"""Verb of the `concepts` family -> the sentence that uses it."""
 
 YES_NO = (("yes", "no"), ("true", "false"))
 YES_MAYBE_NO = (("yes", "maybe", "no"), ("true", "not known", "false"))
@@ -59,7 +59,7 @@ YES_MAYBE_NO = (("yes", "maybe", "no"), ("true", "not known", "false"))
 
 @dataclass(frozen=True)
 class Draft:
-    """What a family makes; `examples` adds id, task and split."""
+    """An example without id, task and split, which `examples` adds."""
 
     prompt: str
     target: str
@@ -83,7 +83,7 @@ def _listed(draw: Draw, options: Sequence[str]) -> str:
 
 
 def _judged(draw: Draw, prompt: str, labels: Sequence[str], label: int, place: int) -> Draft:
-    """A question whose answer is `labels[label]`, put at `place` among the options."""
+    """A question whose answer is `labels[label]`, at position `place` among the options."""
     wrong = draw.shuffled([text for i, text in enumerate(labels) if i != label])
     choices = _placed(labels[label], wrong, place)
     return Draft(f"{prompt}\n{_listed(draw, choices)}", labels[label], choices)
@@ -93,7 +93,7 @@ def _nli(draw: Draw, label: int, place: int) -> Draft:
     facts = draw.facts(2, [draw.pick(RELATIONS)])
     fact = draw.pick(facts)
     thing, value = fact.thing, fact.value
-    if label == 1:  # a thing that the premise does not mention
+    if label == 1:  # the premise does not mention the thing
         thing, value = draw.thing_of(fact.person, [f.thing for f in facts]), draw.pick([f.value for f in facts])
     elif label == 2:
         value = draw.other_value(fact, facts)
@@ -223,9 +223,9 @@ class Family:
     """One kind of task."""
 
     make: Callable[[Draw, int, int], Draft]
-    """`make(draw, label, place)`: label says which answer or form, place where the right option or sentence stands."""
+    """`make(draw, label, place)`: label is the answer or form, place the position of the right option or sentence."""
     cells: tuple[tuple[int, int], ...]
-    """The pairs (label, place) that come equally often."""
+    """The pairs (label, place), which are equally frequent."""
 
 
 def _grid(labels: int, places: int) -> tuple[tuple[int, int], ...]:
@@ -233,9 +233,9 @@ def _grid(labels: int, places: int) -> tuple[tuple[int, int], ...]:
 
 
 def examples(split: str, count: int | None = None, seed: int = 0) -> Iterator[Example]:
-    """The first `count` examples of `split` (`train` or `heldout`), the families in turn.
+    """The first `count` examples of `split` (`train` or `heldout`); the families take turns.
 
-    `count=None` gives DEFAULT_COUNTS. Raises DataError for another split.
+    `count=None` is the number in DEFAULT_COUNTS. Raises DataError for another split.
     """
     if split not in DEFAULT_COUNTS:
         raise unknown_name("split", split, tuple(DEFAULT_COUNTS), where="the mini source")
@@ -249,10 +249,10 @@ def examples(split: str, count: int | None = None, seed: int = 0) -> Iterator[Ex
 
 
 def is_right(example: Example, answer: str) -> bool:
-    """Is a generated answer one of the references (or the target), apart from white space and NFKC?
+    """Whether a generated answer is the target or one of the references, ignoring white space and NFKC.
 
-    What a lossy tokenizer cannot write is not asked for. For examples with choices the answer is the choice that a
-    model finds most likely per token.
+    A lossy tokenizer can therefore be right. For examples with choices, the answer is the choice that a model finds most
+    likely per token.
     """
     return _plain(answer) in [_plain(text) for text in (example.target, *example.references)]
 

@@ -1,8 +1,8 @@
-"""The small world that the made-up tasks speak of (see `mini_mixture`): people own things, a thing lies somewhere, has a
-colour, was bought on some day.
+"""The small world of the made-up tasks (see `mini_mixture`): people own things; a thing has a place, a colour and a day on
+which it was bought.
 
-What is true is drawn anew for every example, so only the passage tells the answer. A *pair* (person, thing) belongs to one
-split (`split_of`): no held-out prompt links a person to a thing that any training prompt links. Only
+The facts are drawn anew for every example, so that only the passage tells the answer. A *pair* (person, thing) belongs to
+one split (`split_of_pair`): no held-out prompt links a person to a thing that any training prompt links. Only
 `random.Random.random` is used, the one method whose sequence Python promises to keep.
 """
 
@@ -84,25 +84,25 @@ PLACES = (
 COLOURS = ("black", "blue", "brown", "green", "grey", "pink", "red", "silver", "white", "yellow")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 HELD_OUT_STEP = 5
-"""One pair (person, thing) in five is held out: every person keeps a fifth of the things for that split."""
+"""One pair (person, thing) in five is held out; for every person, a fifth of the things."""
 
 
-def split_of(person: str, thing: str) -> str:
+def split_of_pair(person: str, thing: str) -> str:
     """The split that may link this person and this thing: `heldout` for one pair in five, else `train`."""
     return "train" if (PEOPLE.index(person) + THINGS.index(thing)) % HELD_OUT_STEP else "heldout"
 
 
 @dataclass(frozen=True)
 class Relation:
-    """Something that holds between a person's thing and a value: `{p}` person, `{t}` thing, `{v}` value."""
+    """A relation between a person's thing and a value. In its texts `{p}` is the person, `{t}` the thing, `{v}` the value."""
 
     values: tuple[str, ...]
     wordings: tuple[str, ...]
-    """Statements with the same meaning; the first is the one that generated targets use."""
+    """Statements with the same meaning. Targets use the first."""
     question: str
-    """Asks for the value."""
+    """A question that asks for the value."""
     check: str
-    """Asks whether the value is this one."""
+    """A question whether the value is this one."""
 
 
 RELATIONS = (
@@ -129,7 +129,7 @@ RELATIONS = (
 
 @dataclass(frozen=True)
 class Fact:
-    """One true statement of a passage."""
+    """One statement of a passage."""
 
     relation: Relation
     person: str
@@ -137,12 +137,12 @@ class Fact:
     value: str
 
     def say(self, wording: str) -> str:
-        """`wording` with this fact's words."""
+        """`wording` filled with this fact."""
         return wording.format(p=self.person, t=self.thing, v=self.value)
 
 
 class Draw:
-    """Choices made from one generator, with `Random.random` alone, inside one split."""
+    """Random choices within one split, from one generator and its method `random` only."""
 
     def __init__(self, seed: str, split: str) -> None:
         self._random = Random(seed)
@@ -166,11 +166,11 @@ class Draw:
 
     def thing_of(self, person: str, without: Sequence[str] = ()) -> str:
         """A thing that this split may link to `person`."""
-        return self.pick([t for t in THINGS if split_of(person, t) == self._split and t not in without])
+        return self.pick([t for t in THINGS if split_of_pair(person, t) == self._split and t not in without])
 
     def person_with(self, thing: str, without: Sequence[str] = ()) -> str:
         """A person that this split may link to `thing`."""
-        return self.pick([p for p in PEOPLE if split_of(p, thing) == self._split and p not in without])
+        return self.pick([p for p in PEOPLE if split_of_pair(p, thing) == self._split and p not in without])
 
     def facts(self, count: int, relations: Sequence[Relation]) -> list[Fact]:
         """Facts about different people and different things with different values."""
@@ -183,12 +183,12 @@ class Draw:
         return result
 
     def passage(self, facts: Sequence[Fact]) -> str:
-        """The facts in random wordings; now and then two spaces or a line break between sentences."""
+        """The facts in random wordings; sometimes with two spaces or a line break between sentences."""
         gap = self.pick((" ", " ", " ", "  ", "\n"))
         return gap.join(f.say(self.pick(f.relation.wordings)) for f in facts)
 
     def other_value(self, fact: Fact, facts: Sequence[Fact]) -> str:
-        """A value that is not `fact`'s: often that of a neighbour, so that seeing the word is not enough."""
+        """A value other than the fact's: often that of another fact, so that finding the word in the passage is not enough."""
         near = [f.value for f in facts if f is not fact and f.relation is fact.relation]
         if near and self.below(2):
             return self.pick(near)

@@ -1,12 +1,11 @@
-"""English that every CPython carries: the embedded corpus of the demo and the tests.
+"""The English of Python's standard library: the corpus of the demo and the tests.
 
-No network and no foreign text in the repository: documents are read from the running interpreter's own
-standard library (the language reference in `pydoc_data.topics`, docstrings, comments), in a fixed order with
-a fixed filter. About 3 MB on CPython 3.11, prose mixed with code, like many technical corpora.
+It needs no network and puts no foreign text into the repository. Documents are read from the running interpreter's standard
+library (the language reference in `pydoc_data.topics`, docstrings, comments), in a fixed order with a fixed filter. They
+have about 3 MB on CPython 3.11: prose mixed with code, like many technical corpora.
 
-A document is one topic or one module. Documents are split by the digest of their *name*, so that a held-out
-module is held out on every Python version, although its text may differ between versions (the corpus digest
-in a cache says which text it was made from).
+A document is one topic or one module. The digest of its *name* decides its split, so that a held-out module is held out on
+every Python version. Its text may differ between versions; the corpus digest in a cache identifies the text.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ HELD_OUT_SHARE = 0.1
 """Share of document names that belong to the `heldout` split."""
 
 MIN_DOCUMENT_CHARS = 200
+"""Shorter documents are left out."""
 _SKIPPED = {
     "__pycache__",
     "config",
@@ -39,19 +39,19 @@ _SKIPPED = {
 }
 
 
-def split_of(name: str) -> str:
-    """`heldout` for about one name in ten, else `train`; a pure function of the name."""
+def split_of_document(name: str) -> str:
+    """The split of a document, by its name only: `heldout` for about one name in ten, else `train`."""
     bucket = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
     return "heldout" if bucket < HELD_OUT_SHARE else "train"
 
 
 def documents(split: str) -> Iterator[tuple[str, str]]:
-    """Yield `(name, text)` of every document in `split` (`train`, `heldout` or `all`), ordered by name."""
+    """`(name, text)` of every document in `split` (`train`, `heldout` or `all`): topics, then modules, ordered by name."""
     for name, text in _topics():
-        if split in ("all", split_of(name)):
+        if split in ("all", split_of_document(name)):
             yield name, text
     for name, path in _modules():
-        if split not in ("all", split_of(name)):
+        if split not in ("all", split_of_document(name)):
             continue
         text = module_prose(path)
         if len(text) >= MIN_DOCUMENT_CHARS:
@@ -69,21 +69,21 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 def _modules() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    modules = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
         if any(part in _SKIPPED or part.startswith("config-") for part in parts):
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         if not module.rpartition(".")[2].startswith("_sysconfigdata"):  # differs from machine to machine
-            found.append((f"module:{module}", path))
-    yield from sorted(found)
+            modules.append((f"module:{module}", path))
+    yield from sorted(modules)
 
 
 def module_prose(path: Path) -> str:
     """Docstrings and comment blocks of one source file, in source order, separated by blank lines.
 
-    A file that this interpreter cannot parse yields an empty string.
+    A file that this interpreter cannot parse gives an empty text.
     """
     try:
         source = path.read_text(encoding="utf-8")
@@ -104,10 +104,12 @@ def module_prose(path: Path) -> str:
 
 
 def comment_blocks(source: str, nodes: Iterable[ast.AST]) -> list[tuple[int, str]]:
-    """Runs of whole-line comments of a source and its syntax tree's nodes as `(first line, text without the hash signs)`.
+    """Blocks of consecutive comment lines, as `(first line, text without the hash signs)`.
 
-    A line that starts with a hash sign is one, unless a string goes on there: then, and only then, Python's tokenizer is
-    asked, which takes longer than all the rest.
+    A line that starts with a hash sign is a comment, unless it lies inside a string. Only in files with such lines is
+    Python's tokenizer used, which takes longer than all the rest.
+
+    nodes   of the source's syntax tree
     """
     lines = source.split("\n")
     hashes = [n for n, line in enumerate(lines, 1) if line.lstrip().startswith("#")]
@@ -121,7 +123,7 @@ def comment_blocks(source: str, nodes: Iterable[ast.AST]) -> list[tuple[int, str
 
 
 def tokenized_comments(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of whole-line comments, by Python's tokenizer."""
+    """Line and text of every comment that has a line to itself, by Python's tokenizer."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
             yield token.start[0], token.string
@@ -141,5 +143,5 @@ def _joined(comments: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
 
 
 def _is_prose(text: str) -> bool:
-    """At least 40 characters, 55 % of them lower-case letters: drops rulers, tables, code that was commented out."""
+    """Whether a text has at least 40 characters, 55 % of them lower-case letters: no rulers, tables, or code in comments."""
     return len(text) >= 40 and sum(c.islower() for c in text) >= 0.55 * len(text)

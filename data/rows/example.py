@@ -1,4 +1,4 @@
-"""`Example`: a piece of text to learn from, and the digest of an ordered list of them."""
+"""`Example`, a piece of text to learn from, and the digest of an ordered list of examples."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kd.common.errors import DataError
+
 
 @dataclass(frozen=True)
 class Example:
-    """Text only. Order and ids are stable: the same source gives the same list, always."""
+    """A piece of text. A source always gives the same examples, in the same order, with the same ids."""
 
     id: str
-    """Unique within a source, e.g. `train/12` or `module:json.decoder#3`."""
+    """Identifier, unique within a source, e.g. `train/12` or `module:json.decoder#3`."""
     target: str
     """The text whose tokens are scored."""
     prompt: str = ""
-    """Text before the target: seen by the models, not scored."""
+    """The text before the target, which models read but which is not scored."""
     task: str = "text"
     """Name of the source or task."""
     split: str = "train"
-    """`train`, `heldout`, `validation`, `test`, …"""
+    """Name of the split: `train`, `heldout`, `validation`, `test`, …"""
     choices: tuple[str, ...] = ()
-    """Texts to choose the answer from, where the task is a choice; `target` is one of them."""
+    """The possible answers of a task with choices; `target` is one of them."""
     answer: int | None = None
-    """Index of the right one in `choices`."""
+    """Index of the right answer in `choices`."""
     references: tuple[str, ...] = ()
-    """All acceptable targets, where there are several; empty = `target` alone."""
+    """All acceptable targets where there are several; empty means only `target`."""
     keywords: tuple[str, ...] = ()
-    """Words that an answer has to use, where the task says so."""
+    """Words that an answer has to use, in tasks with keywords."""
     complete: bool = True
-    """Does the target come to its end? False for an answer that was cut short: no end token is scored."""
+    """Whether the target is whole. A target that was cut short has no end token to score."""
 
 
 def text_digest(examples: Iterable[Example]) -> str:
     """Hex digest of ids, prompts and targets in their order (blake2b, 32 bytes, fields length-prefixed).
 
-    A target that was cut short is marked by a fourth field.
+    A target that was cut short adds a fourth field.
     """
     digest = hashlib.blake2b(digest_size=32)
     for example in examples:
@@ -45,3 +47,27 @@ def text_digest(examples: Iterable[Example]) -> str:
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     return digest.hexdigest()
+
+
+def check_examples(spec: str, examples: Iterable[Example]) -> None:
+    """Raise DataError for a text that is not valid Unicode, or for an id that occurs twice."""
+    seen: set[str] = set()
+    for example in examples:
+        for text in (example.prompt, example.target):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts
+                raise DataError(
+                    "a text is not valid Unicode",
+                    where=f"{spec} example {example.id}",
+                    found=str(error),
+                    expected="text without lone surrogates",
+                ) from error
+        if example.id in seen:
+            raise DataError(
+                "two examples have the same id",
+                where=spec,
+                found=example.id,
+                try_="another column for --columns id=…, or none",
+            )
+        seen.add(example.id)

@@ -1,7 +1,7 @@
-"""Data sets over the network, through the `datasets` library: hub ids at one commit, and files at a pinned address.
+"""Load data sets over the network through the `datasets` library: hub ids at one commit, and files at an address.
 
-A branch or tag is replaced by its commit before anything is loaded, so that all splits are of one commit and what a cache
-records can be asked for again.
+A branch or tag is replaced by its commit before anything is loaded, so that all splits come from one commit, and the
+commit that a cache records can be loaded again.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from kd.common.errors import DataError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""Suffix -> the loader of `datasets`."""
+"""Suffix -> name of the loader of `datasets`."""
 
 
 @dataclass(frozen=True)
 class HubRows:
-    """Rows of one split (a `datasets.Dataset`) and the commit they are of."""
+    """Rows of one split."""
 
     data: Any
+    """The rows, a `datasets.Dataset`."""
     revision: str
+    """Commit of the data set on the hub; `main` where it is unknown."""
 
 
 def load_hub(name: str, config: str | None, revision: str | None, split: str) -> HubRows:
-    """One split of a hub id; scripts are never run. Raises DataError."""
+    """One split of a data set on the hub; scripts are never run. Raises DataError."""
     import datasets
 
     commit = commit_of(name, revision)
     try:
         return HubRows(datasets.load_dataset(name, config, revision=commit, split=split), commit or "main")
-    except Exception as error:  # datasets raises a dozen unrelated types; the message is what the user needs
+    except Exception as error:  # datasets raises a dozen unrelated types; its message is what the user needs
         raise _unreachable(
             "cannot load the data set from the hub",
             f"{name} config {config or 'default'} revision {revision or 'main'} split {split}",
@@ -44,19 +46,19 @@ def load_hub(name: str, config: str | None, revision: str | None, split: str) ->
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit a branch or tag of a hub id stands for now; as given where the hub cannot be asked."""
+    """The commit that a branch or tag of a hub id points to now; `revision` itself where the hub does not answer."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
 
     try:
         return str(HfApi().dataset_info(name, revision=revision).sha)
-    except Exception:  # offline, or no such id: what is asked for next is on this disk, or its error says why not
+    except Exception:  # offline, or no such id: loading then finds the data on this disk or says what failed
         return revision
 
 
 def is_url(text: str) -> bool:
-    """Is this the address of a file?"""
+    """Whether `text` is the address of a file, not a path."""
     return text.startswith(("https://", "http://"))
 
 
@@ -67,7 +69,7 @@ def load_url(url: str) -> Any:
     suffix = PurePosixPath(urlparse(url).path).suffix
     if suffix not in BUILDERS:
         raise DataError(
-            "the file at this address is of no known kind",
+            "the file at this address has an unknown type",
             where=url,
             found=suffix or "no suffix",
             expected=", ".join(BUILDERS),

@@ -1,7 +1,7 @@
-"""Rows out of table files: `.jsonl`, `.csv`, `.tsv` and `.parquet` give the same list of dicts.
+"""Read table files: `.jsonl`, `.csv`, `.tsv` and `.parquet` give the same list of dicts.
 
-Files are read whole: corpora of this project are at most a few hundred MB. CSV values are strings, always; the others
-keep the types they were written with.
+Files are read whole, because the corpora of this project have at most a few hundred MB. CSV and TSV values are always
+strings; the other formats keep the types they were written with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from kd.common.errors import DataError, unknown_name
 
 ENCODING = "utf-8-sig"
-"""UTF-8; the byte order mark that spreadsheets write first is not text."""
+"""UTF-8. A byte order mark, which spreadsheets write first, is dropped."""
 
 Row = dict[str, Any]
 Table = tuple[list[str], list[Row]]
@@ -23,7 +23,7 @@ Table = tuple[list[str], list[Row]]
 
 
 def read_table(file: Path) -> Table:
-    """Column names and rows of one file; raises DataError for an unknown suffix or unreadable content."""
+    """Column names and rows of one file. Raises DataError for an unknown suffix or unreadable content."""
     if file.suffix not in TABLE_READERS:
         raise unknown_name("table file type", file.suffix or file.name, TABLE_READERS, where=str(file))
     try:
@@ -35,7 +35,7 @@ def read_table(file: Path) -> Table:
 
 
 def unreadable(file: Path, error: Exception) -> DataError:
-    """The error for a file whose content does not fit its suffix."""
+    """The error for a file that cannot be read as what its suffix says."""
     return DataError(
         "cannot read the file",
         where=str(file),
@@ -61,7 +61,7 @@ def _jsonl(file: Path) -> Table:
 
 
 def _csv(file: Path) -> Table:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than some articles
+    csv.field_size_limit(2**31 - 1)  # some articles are longer than the default, 128 KiB
     with file.open(encoding=ENCODING, newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         rows: list[Row] = list(reader)

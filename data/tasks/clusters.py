@@ -1,9 +1,9 @@
-"""The clusters of FLAN: which data sets belong together, and what is left when clusters are held out.
+"""The clusters of FLAN: which data sets belong together, and which remain when clusters are held out.
 
-Zero-shot claims rest on this. A data set counts as unseen only if no data set of any cluster it belongs to, or of a
-cluster excluded together with one of those, was trained on (Wei et al. 2022, arXiv:2109.01652, section 2.2).
-The registry is data, `data/tasks/flan_clusters.yaml`: 12 clusters, 62 data sets. Exclusions hold both ways and do not
-chain: without commonsense there is no reading comprehension with commonsense, but there is reading comprehension.
+Zero-shot claims depend on this. A data set is unseen only if no data set of its clusters, or of a cluster excluded together
+with one of them, was trained on (Wei et al. 2022, arXiv:2109.01652, section 2.2). The registry is
+`data/tasks/flan_clusters.yaml`: 12 clusters and 62 data sets. Exclusions are symmetric and not transitive: holding out
+commonsense also excludes reading comprehension with commonsense, but not reading comprehension.
 """
 
 from __future__ import annotations
@@ -23,36 +23,38 @@ class ClusterRegistry:
     """Clusters, their data sets, and which clusters are held out together."""
 
     clusters: Mapping[str, tuple[str, ...]]
-    """Cluster -> data sets; a data set may stand in several."""
+    """Cluster -> data sets; a data set may belong to several."""
     excluded_together: tuple[tuple[str, str], ...]
+    """Pairs of clusters; holding out one excludes the other."""
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """Every data set once, in the clusters' order."""
+        """Every data set once, in the order of the clusters."""
         return tuple(dict.fromkeys(d for members in self.clusters.values() for d in members))
 
     def clusters_of(self, dataset: str) -> frozenset[str]:
-        """The clusters a data set belongs to; raises DataError for an unknown one."""
-        found = frozenset(name for name, members in self.clusters.items() if dataset in members)
-        if not found:
+        """The clusters that a data set belongs to. Raises DataError for an unknown data set."""
+        clusters = frozenset(name for name, members in self.clusters.items() if dataset in members)
+        if not clusters:
             raise unknown_name("FLAN data set", dataset, self.datasets)
-        return found
+        return clusters
 
     def excluded(self, held_out: Iterable[str]) -> frozenset[str]:
-        """The held-out clusters and those excluded together with one of them; raises DataError for an unknown one."""
-        asked = set(held_out)
-        for name in sorted(asked):
+        """The held-out clusters and those excluded together with one of them. Raises DataError for an unknown cluster."""
+        names = set(held_out)
+        for name in sorted(names):
             if name not in self.clusters:
                 raise unknown_name("cluster", name, self.clusters)
-        return frozenset(asked | {b for pair in self.excluded_together for a, b in (pair, pair[::-1]) if a in asked})
+        both_ways = [direction for pair in self.excluded_together for direction in (pair, pair[::-1])]
+        return frozenset(names | {other for name, other in both_ways if name in names})
 
     def remaining(self, held_out: Iterable[str]) -> tuple[str, ...]:
-        """The data sets to train on when clusters are held out: those none of whose clusters is excluded."""
+        """The data sets that may be trained on when clusters are held out: none of their clusters is excluded."""
         excluded = self.excluded(held_out)
         return tuple(d for d in self.datasets if not self.clusters_of(d) & excluded)
 
     def unseen(self, dataset: str, trained: Iterable[str]) -> bool:
-        """True if training on `trained` leaves `dataset` unseen."""
+        """Whether `dataset` is unseen after training on the data sets `trained`."""
         excluded = self.excluded(self.clusters_of(dataset))
         return all(dataset != other and not self.clusters_of(other) & excluded for other in trained)
 

@@ -1,19 +1,19 @@
-"""Mixtures of tasks: which tasks a name stands for, how many rows of each, in what order.
+"""Mixtures of tasks: which tasks a name stands for, how many rows of each, and in what order.
 
-    flan, flan:ten         the ten tasks of systems 001; flan:four are those of 000; flan:eight leave out what FLAN lacks
-    flan:TASK[,TASK…]      one task, or several; a path of a .yaml file is a task too
+    flan, flan:ten         the ten tasks of system 001; flan:four are those of system 000; flan:eight are those FLAN has too
+    flan:TASK[,TASK…]      one task, or several; the path of a .yaml file is a task too
     flan:all               every task of the package
     flan:all-but=CLUSTER   every task outside the held-out cluster(s) and those excluded with them (comma-separated)
 
-Two numbers bound a task, and they are different things. The *cap* keeps a task's first rows: 10,000 in the reference
-systems' mixtures, 30,000 in FLAN's (`all`, `all-but`). The *rate maximum* (FLAN: 3,000) bounds a task's share of the
-draws, not its rows: with n_d rows, at most the cap,
+Two different numbers limit a task. The *cap* keeps a task's first rows: 10,000 in the reference systems' mixtures, 30,000 in
+FLAN's (`all`, `all-but`). The *rate maximum* (FLAN: 3,000) limits a task's share of the draws, not its rows. With n_d rows,
+at most the cap,
 
     p_d = min(n_d, maximum) / Σ_j min(n_j, maximum)
 
 (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2; Wei et al. 2022, arXiv:2109.01652, section 2.4). Without a
-rate maximum all examples are put together and shuffled. Order depends on (seed, ids) alone: adding a task leaves the
-relative order of the others as it was, and no generator state is involved.
+rate maximum all examples are put together and shuffled. The order depends only on (seed, ids), so adding a task keeps the
+relative order of the others.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ from kd.data.tasks.task_rows import LoadHub, load_task_rows
 FLAN_CAP = 30_000
 """Rows per task in FLAN's mixtures."""
 ALL_BUT = "all-but="
+"""Prefix of a mixture without some clusters."""
 
 EIGHT = ("anli_r1", "boolq", "paws", "cosmos_qa", "squad", "samsum", "xsum", "common_gen")
+"""The tasks of system 001 that FLAN has too."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a mixture's name stands for."""
+    """The tasks that a mixture's name stands for."""
 
     tasks: tuple[str, ...]
     cap: int | None = None
-    """First rows per task; None = the task file's own number."""
+    """Rows kept per task, from the first; None is the number in the task's file."""
 
 
 def select(name: str) -> Selection:
-    """The tasks of a mixture (see the module's head). Raises DataError for unknown presets, tasks and clusters."""
+    """The tasks of a mixture (see the module's head). Raises DataError for an unknown preset, task or cluster."""
     if name in PRESETS:
         return PRESETS[name]
     if name == "all":
@@ -58,17 +60,19 @@ def select(name: str) -> Selection:
             raise DataError("no cluster is held out", where=name, expected=", ".join(flan_clusters().clusters))
         return Selection(tasks_without(held_out), FLAN_CAP)
     names = tuple(dict.fromkeys(n.strip() for n in name.split(",")))
-    known = (*PRESETS, "all", *task_names())
+    every_name = (*PRESETS, "all", *task_names())
     for one in names:
         if one in (*PRESETS, "all"):
-            raise DataError("a preset stands alone", where=name, found=one, expected="tasks between commas")
-        if one not in known and not one.endswith((".yaml", ".yml")):
-            raise unknown_name("task or mixture", one, known, try_=f"kd data ls, or {ALL_BUT}CLUSTER")
+            raise DataError(
+                "a preset cannot be combined with other names", where=name, found=one, expected="tasks between commas"
+            )
+        if one not in every_name and not one.endswith((".yaml", ".yml")):
+            raise unknown_name("task or mixture", one, every_name, try_=f"kd data ls, or {ALL_BUT}CLUSTER")
     return Selection(names)
 
 
 def tasks_without(held_out: Sequence[str]) -> tuple[str, ...]:
-    """The package's tasks none of whose clusters is excluded when `held_out` are; raises DataError for unknown ones."""
+    """The package's tasks outside the held-out clusters and those excluded with them. Raises DataError for an unknown one."""
     excluded = flan_clusters().excluded(held_out)
     return tuple(name for name in task_names() if not excluded & set(load_task(name).clusters))
 
@@ -83,7 +87,7 @@ def load_mixture(
 def mix(
     tasks: Sequence[TaskFile], split: str, config: InstructionConfig, load_hub: LoadHub, *, cap: int | None = None
 ) -> tuple[tuple[Example, ...], dict[str, str]]:
-    """Load, render and order tasks. One task keeps its order; several are shuffled or drawn, see the module's head."""
+    """Load, render and order tasks. One task keeps its order; several are shuffled or drawn (see the module's head)."""
     check_options(tasks, config)
     if len({task.name for task in tasks}) < len(tasks):
         raise DataError(
@@ -96,19 +100,21 @@ def mix(
     parts: dict[str, Rendered] = {}
     provenance = {"source": "tasks", "tasks": ", ".join(t.name for t in tasks)} | config.provenance()
     for task in tasks:
-        found = load_task_rows(task, split, config.task_root, load_hub)
-        rows = row_cap(task, split, config, cap)
-        done = render_rows(task, found.rows, split=split, config=config, where=found.where, cap=rows, first=found.first)
-        if not done.examples:
+        source = load_task_rows(task, split, config.task_root, load_hub)
+        most = row_cap(task, split, config, cap)
+        part = render_rows(
+            task, source.rows, split=split, config=config, where=source.where, cap=most, first=source.first
+        )
+        if not part.examples:
             raise DataError(
                 "a task has no examples",
-                where=found.where,
-                found=f"{done.too_long} rows too long, {done.unlabelled} unlabelled",
+                where=source.where,
+                found=f"{part.too_long} rows too long, {part.unlabelled} unlabelled",
             )
-        parts[task.name] = done
+        parts[task.name] = part
         provenance[f"task {task.name}"] = (
-            f"{found.source}; {len(done.examples)} examples, cap {rows or 'none'}, "
-            f"left out: {done.too_long} too long, {done.unlabelled} unlabelled"
+            f"{source.source}; {len(part.examples)} examples, cap {most or 'none'}, "
+            f"left out: {part.too_long} too long, {part.unlabelled} unlabelled"
         )
     pools = {name: part.examples for name, part in parts.items()}
     if config.mix_maximum is not None:
@@ -119,28 +125,29 @@ def mix(
 
 
 def row_cap(task: TaskFile, split: str, config: InstructionConfig, cap: int | None) -> int | None:
-    """First rows to keep: the user's number; else, for train alone, the mixture's or the task's own."""
+    """Rows to keep: the user's number; else, for train only, the mixture's or the task's. None keeps all."""
     if config.max_per_task is not None:
         return config.max_per_task
     return (cap or task.cap) if split == "train" else None
 
 
 def check_options(tasks: Sequence[TaskFile], config: InstructionConfig) -> None:
-    """Raise DataError where options are asked for and no task has choices."""
+    """Raise DataError where `--options` is given and no task has choices."""
     if config.options is True and not any(task.has_choices for task in tasks):
         raise DataError(
             "no task has choices to list",
             where=", ".join(t.name for t in tasks),
             found="--options",
-            try_="leave --options away",
+            try_="leave out --options",
         )
 
 
 def mixing_rates(counts: Mapping[str, int], maximum: int | None = None) -> dict[str, Fraction]:
-    """Task -> probability of a draw, exact: min(n, maximum) / Σ min(n, maximum); maximum None = proportional.
+    """Task -> exact probability of a draw: min(n, maximum) / Σ min(n, maximum). Without a maximum it is n / Σ n.
 
     counts   rows per task, after the cap
-    Raises DataError where there is nothing to draw from, or a negative count.
+
+    Raises DataError where there are no rows, or for a negative count.
     """
     if maximum is not None and maximum < 1:
         raise DataError("the rate maximum is too small", found=maximum, expected="at least 1", try_="3000")
@@ -149,22 +156,22 @@ def mixing_rates(counts: Mapping[str, int], maximum: int | None = None) -> dict[
     weights = {name: n if maximum is None else min(n, maximum) for name, n in counts.items()}
     total = sum(weights.values())
     if total == 0:
-        raise DataError("a mixture of nothing", found=dict(counts), expected="at least one row")
+        raise DataError("the mixture has no rows", found=dict(counts), expected="at least one row")
     return {name: Fraction(weight, total) for name, weight in weights.items()}
 
 
 def shuffled(pools: Mapping[str, Sequence[Example]], *, seed: int = 0) -> tuple[Example, ...]:
-    """All examples of all tasks in one order that depends on (seed, ids) alone."""
+    """All examples of all tasks in an order that depends only on (seed, ids)."""
     return tuple(_order([e for pool in pools.values() for e in pool], seed, "mixture"))
 
 
 def sampled(
     pools: Mapping[str, Sequence[Example]], *, maximum: int | None = None, draws: int | None = None, seed: int = 0
 ) -> tuple[Example, ...]:
-    """Draw tasks with `mixing_rates` and take each task's examples in turn; N draws are the first N of more.
+    """Draw tasks with `mixing_rates` and take each task's examples in turn. N draws are the first N of any larger number.
 
-    A task's examples come in a shuffled order of their own, and in another one each time they are used up; repeats
-    have ` (2)`, ` (3)`, … after their id. Default: as many draws as Σ min(n, maximum).
+    A task's examples come in a shuffled order, and in another order each time they are used up; repeats have ` (2)`,
+    ` (3)`, … after their id. The default number of draws is Σ min(n, maximum).
     """
     rates = mixing_rates({name: len(pool) for name, pool in pools.items()}, maximum)
     names = sorted(name for name, rate in rates.items() if rate)
@@ -172,19 +179,19 @@ def sampled(
     total = sum(weights.values())
     decks: dict[str, list[Example]] = {name: [] for name in names}
     rounds = dict.fromkeys(names, 0)
-    found = []
+    examples = []
     for draw in range(total if draws is None else draws):
-        place = keyed(seed, "draw", draw) % total  # 256 bits over a small total: exact to 2^-230
+        number = keyed(seed, "draw", draw) % total  # 256 bits over a small total: exact to 2^-230
         for name in names:
-            if place < weights[name]:
+            if number < weights[name]:
                 break
-            place -= weights[name]
+            number -= weights[name]
         if not decks[name]:
             rounds[name] += 1
             decks[name] = _order(pools[name], seed, f"round {rounds[name]}")[::-1]
         example = decks[name].pop()
-        found.append(example if rounds[name] == 1 else replace(example, id=f"{example.id} ({rounds[name]})"))
-    return tuple(found)
+        examples.append(example if rounds[name] == 1 else replace(example, id=f"{example.id} ({rounds[name]})"))
+    return tuple(examples)
 
 
 def _order(examples: Sequence[Example], seed: int, purpose: str) -> list[Example]:
@@ -196,4 +203,4 @@ PRESETS: dict[str, Selection] = {
     "eight": Selection(EIGHT),
     "ten": Selection((*EIGHT, "python_code", "eng_spa")),
 }
-"""The reference systems' mixtures; their cap is the task files' own."""
+"""The reference systems' mixtures; their caps are those of the task files."""

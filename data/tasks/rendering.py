@@ -1,8 +1,8 @@
-"""Rows of a task become examples: fields are read, a template is chosen, options and the answer are put in words.
+"""Turn the rows of a task into examples: read the fields, choose a template, and put options and answer into words.
 
-Which template an example gets depends on (seed, example id) alone: not on its neighbours, the limit, or the order,
-and not on the Python version (a keyed digest, no generator state). `round-robin` takes them in turn, as the FLAN code
-does; a number takes that one for every example, as evaluations do (index 0).
+The template of an example depends only on (seed, example id): not on its neighbours, the limit, the order, or the Python
+version, because a keyed digest chooses it. `round-robin` uses the templates in turn, as the FLAN code does; a number uses
+one template for every example, as evaluations do (index 0).
 
 The suffix that lists the choices is FLAN's (Wei et al. 2022, arXiv:2109.01652, section 2.2): `OPTIONS:\\n- a\\n- b`.
 """
@@ -17,35 +17,35 @@ from typing import Any
 
 from kd.common.errors import DataError, unknown_name
 from kd.data.rows.example import Example
-from kd.data.tasks.task import ANSWER, WORDINGS, Field, TaskFile, Template, column_value, fill, label_key
+from kd.data.tasks.row_answers import RowAnswers, grouped_references, reference_group, row_answers
+from kd.data.tasks.task import ANSWER, WORDINGS, Field, TaskFile, Template, column_value, fill
 
 TEMPLATE_CHOICES = ("random", "round-robin")
+"""Ways to choose among all templates."""
 BOTH = "both"
-"""Every wording, one after the other: for evaluations, which ask once in each."""
-UNLABELLED = ("-1", "none", "")
-"""Label values that say: nobody labelled this row."""
+"""Every wording, one after the other. Only evaluations accept it: they ask once in each wording."""
 
 
 @dataclass(frozen=True)
 class InstructionConfig:
-    """How tasks become text; whatever changes a text shows in the corpus digest."""
+    """How instruction tasks become text. Every setting that changes a text changes the corpus digest too."""
 
     template: str | int = "random"
-    """`random` (seeded), `round-robin`, or the index of one template."""
+    """Prompt template for each example of an instruction task: random (seeded), round-robin, or a template number."""
     options: bool | None = None
-    """List the choices after the prompt; None = where the task has any, True = an error where no task has."""
+    """List the choices after the prompt. None lists them where a task has any; True is an error where no task has."""
     labels: str = "original"
-    """Wording of fixed labels: `original` (the reference systems') or `flan`; an evaluation takes `both`."""
+    """Wording of fixed labels: original (the reference systems') or flan; evaluations accept both."""
     task_root: Path | None = None
-    """Folder with TASK/SPLIT.jsonl|.csv|.tsv|.parquet, instead of the hub."""
+    """Folder of local rows, TASK/SPLIT.jsonl, .csv, .tsv or .parquet; None loads them from the hub."""
     max_per_task: int | None = None
-    """First rows kept of each task, after the length filter; None = the mixture's own number, for train alone."""
+    """Rows kept of each task, from the first, after the length filter; None is the mixture's number, for train only."""
     mix_maximum: int | None = None
-    """Examples-proportional mixing with this rate maximum (FLAN: 3000); None = every example once."""
+    """Rate maximum of examples-proportional mixing (FLAN: 3000); None uses every example once."""
     mix_draws: int | None = None
-    """Draws of such a mixture; None = sum of min(n, maximum) over the tasks."""
+    """Number of draws of such a mixture; None is the sum of min(rows, maximum) over the tasks."""
     seed: int = 0
-    """Of template choice, order and draws."""
+    """Seed of template choice, order and draws."""
 
     def __post_init__(self) -> None:
         if isinstance(self.template, str) and self.template not in TEMPLATE_CHOICES:
@@ -57,10 +57,10 @@ class InstructionConfig:
             if value is not None and value < 1:
                 raise DataError("a number of examples is too small", where=name, found=value, expected="at least 1")
         if self.mix_draws is not None and self.mix_maximum is None:
-            raise DataError("draws need a rate maximum", try_="--mix-maximum 3000")
+            raise DataError("--mix-draws needs a rate maximum", try_="--mix-maximum 3000")
 
     def provenance(self) -> dict[str, str]:
-        """The settings as text, for `Corpus.source`; the folder's path is left out."""
+        """The settings as text, for `Corpus.source`, without the path of the folder."""
         return {
             "template": str(self.template),
             "options": {None: "where there are choices", True: "yes", False: "no"}[self.options],
@@ -74,17 +74,17 @@ class InstructionConfig:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Examples of one task and what became of the rows."""
+    """Examples of one task, and how many rows were left out."""
 
     examples: tuple[Example, ...]
     too_long: int = 0
-    """Rows left out by `max_chars`."""
+    """Number of rows left out by `max_chars`."""
     unlabelled: int = 0
-    """Rows without an answer."""
+    """Number of rows left out because they have no answer."""
 
 
 def keyed(seed: int, *parts: str | int) -> int:
-    """A 256-bit number that depends on the seed and the parts, and on nothing else."""
+    """A 256-bit number that depends only on the seed and the parts."""
     digest = hashlib.blake2b(digest_size=32, key=str(seed).encode()[:64])
     for part in parts:
         data = str(part).encode("utf-8", "surrogatepass")
@@ -93,7 +93,7 @@ def keyed(seed: int, *parts: str | int) -> int:
 
 
 def options_text(choices: Sequence[str]) -> str:
-    """`OPTIONS:\\n- a\\n- b`, no line end after it."""
+    """The list of choices, `OPTIONS:\\n- a\\n- b`, without a line end after it."""
     return "OPTIONS:\n- " + "\n- ".join(choices)
 
 
@@ -109,46 +109,47 @@ def render_rows(
 ) -> Rendered:
     """Examples of `rows` in their order; ids are `task/split/row`, counted from `first`.
 
-    Too long and unlabelled rows are left out, then the first `cap` are kept; `rows` is gone through twice where
-    references are grouped. Raises DataError where columns are missing, a label is not in the list, the template index
-    does not exist, or no row has an answer.
+    Rows that are too long or have no answer are left out; then the first `cap` are kept. `rows` is read twice where
+    references are grouped. Raises DataError for missing columns, an unknown label, a template index that does not exist,
+    and where no row has an answer.
     """
     check_template_index(task, config)
     if config.labels == BOTH:
         raise DataError(
-            "examples are worded one way at a time",
+            "an example can have only one wording of its labels",
             where=task.name,
             found="--labels both",
             expected="original or flan; both is for kd eval --tasks choices",
         )
-    grouped = _grouped_references(task, rows, where) if task.references is not None and task.references.group else None
+    groups = grouped_references(task, rows, where)
     examples: list[Example] = []
     too_long = unlabelled = 0
     for number, row in enumerate(rows, first):
         if cap is not None and len(examples) == cap:
             break
-        place = f"{where} row {number}"
+        row_where = f"{where} row {number}"
         missing = [c for c in task.columns if c not in row]
         if missing:
             raise DataError(
                 "columns are missing",
-                where=place,
+                where=row_where,
                 found=", ".join(map(str, row)) or "none",
                 expected=", ".join(missing),
                 try_="rows in the columns of the task's file: kd data templates TASK",
             )
-        if _too_long(task, row, place):
+        if _too_long(task, row, row_where):
             too_long += 1
             continue
-        answers = _answers(task, row, config, place)
+        answers = row_answers(task, row, config.labels, row_where)
         if answers is None:
             unlabelled += 1
             continue
-        if grouped is not None and task.references is not None:
-            answers = _Answers(answers.texts, None, grouped[_group(task, row, place)])
+        group = reference_group(task, row, row_where)
+        if group is not None:
+            answers = replace(answers, references=groups[group])
         identity = f"{task.name}/{split}/{number}"
         template = task.templates[_template_index(task, config, identity, len(examples))]
-        examples.append(_render(task, template, row, answers, config, identity, split, place))
+        examples.append(_render(task, template, row, answers, config, identity, split, row_where))
     if not examples and unlabelled:
         raise DataError(
             "no row has an answer",
@@ -160,13 +161,13 @@ def render_rows(
     return Rendered(tuple(examples), too_long, unlabelled)
 
 
-def _too_long(task: TaskFile, row: Mapping[str, Any], place: str) -> bool:
-    values = ((column_value(row, column, place), size) for column, size in task.max_chars.items())
+def _too_long(task: TaskFile, row: Mapping[str, Any], where: str) -> bool:
+    values = ((column_value(row, column, where), size) for column, size in task.max_chars.items())
     return any(isinstance(value, str) and len(value) > size for value, size in values)
 
 
 def check_template_index(task: TaskFile, config: InstructionConfig) -> None:
-    """Raise DataError where a single template is asked for that the task does not have."""
+    """Raise DataError where the settings name a template that the task does not have."""
     if isinstance(config.template, int) and not 0 <= config.template < len(task.templates):
         raise DataError(
             "no such template",
@@ -184,96 +185,23 @@ def _template_index(task: TaskFile, config: InstructionConfig, identity: str, po
     return position % count if config.template == "round-robin" else keyed(config.seed, "template", identity) % count
 
 
-@dataclass(frozen=True)
-class _Answers:
-    texts: tuple[str, ...]
-    """Choices, or references."""
-    index: int | None
-    """Of the right choice; None for references."""
-    references: tuple[str, ...] = ()
-
-    @property
-    def right(self) -> str:
-        return self.texts[self.index or 0]
-
-
-def _answers(task: TaskFile, row: Mapping[str, Any], config: InstructionConfig, place: str) -> _Answers | None:
-    """The row's answers; None where it has none."""
-    if task.references is not None:
-        texts = _reference_texts(task.references, row, place)
-        return _Answers(texts, None, texts) if texts else None
-    if task.labels is not None:
-        key, pairs = label_key(column_value(row, task.labels.column, place)), task.labels.words[config.labels]
-        keys, words = [k for k, _ in pairs], tuple(word for _, word in pairs)
-        column = task.labels.column
-    else:
-        assert task.choices is not None
-        words = tuple(_choice_texts(task, row, place))
-        column, keys = task.choices.label, [str(i) for i in range(len(words))]
-        key = label_key(column_value(row, column, place))
-    if key not in keys:
-        if key in UNLABELLED:
-            return None
-        raise DataError(
-            "a label is not in the task's list",
-            where=f"{place} column {column}",
-            found=key,
-            expected=", ".join(keys) + " (-1 or empty: unlabelled)",
-        )
-    return _Answers(words, keys.index(key))
-
-
-def _choice_texts(task: TaskFile, row: Mapping[str, Any], place: str) -> list[str]:
-    assert task.choices is not None
-    texts: list[str] = []
-    for column in task.choices.columns:
-        value = Field((column,)).read(row, place)
-        texts += [value] if isinstance(value, str) else value
-    return texts
-
-
-def _reference_texts(references: Field, row: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    """The row's references, each once; none where there is no text."""
-    if all(column_value(row, column, place) is None for column in references.columns):
-        return ()
-    value = references.read(row, place)
-    return tuple(dict.fromkeys(t for t in ([value] if isinstance(value, str) else value) if t.strip()))
-
-
-def _group(task: TaskFile, row: Mapping[str, Any], place: str) -> str:
-    assert task.references is not None
-    assert task.references.group is not None
-    return str(column_value(row, task.references.group, place))
-
-
-def _grouped_references(task: TaskFile, rows: Iterable[Mapping[str, Any]], where: str) -> dict[str, tuple[str, ...]]:
-    """Group value -> references of all rows that have it, in the rows' order, each once."""
-    assert task.references is not None
-    found: dict[str, dict[str, None]] = {}
-    for number, row in enumerate(rows):
-        place = f"{where} row {number}"
-        texts = found.setdefault(_group(task, row, place), {})
-        texts |= dict.fromkeys(_reference_texts(task.references, row, place))
-    return {key: tuple(texts) for key, texts in found.items()}
-
-
 def _render(
     task: TaskFile,
     template: Template,
     row: Mapping[str, Any],
-    answers: _Answers,
+    answers: RowAnswers,
     config: InstructionConfig,
     identity: str,
     split: str,
-    place: str,
+    where: str,
 ) -> Example:
     values: dict[str, str] = {}
     for name, field in task.fields.items():
-        value = field.read(row, place)
+        value = field.read(row, where)
         if not isinstance(value, str):
             raise DataError(
                 "a field is a list",
-                where=f"{place} field {name}",
+                where=f"{where} field {name}",
                 expected="text",
                 try_=f"join or numbered in {task.path}",
             )
@@ -295,21 +223,21 @@ def _render(
             task.name,
             split,
             references=references,
-            keywords=() if task.keywords is None else _keywords(task.keywords, row, place),
+            keywords=() if task.keywords is None else _keywords(task.keywords, row, where),
         )
     if template.options and config.options is not False:
         prompt = f"{prompt}\n\n{options_text(answers.texts)}"
     return Example(identity, target, prompt, task.name, split, choices=texts, answer=answers.index)
 
 
-def _keywords(field: Field, row: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    """The words of a list, or of a text between white space."""
-    value = field.read(row, place)
+def _keywords(field: Field, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The items of a list, or the words of a text."""
+    value = field.read(row, where)
     return tuple(value.split() if isinstance(value, str) else value)
 
 
 def show_templates(task: TaskFile, config: InstructionConfig) -> list[Example]:
-    """Every template on the task file's own example row; raises DataError where there is no such row."""
+    """The example row of a task in each of its templates. Raises DataError where the file has no such row."""
     if not task.example:
         raise DataError("the task file has no example row", where=task.path, expected="example: {column: value, …}")
     return [

@@ -1,7 +1,6 @@
-"""A task as data: fields read from a row, what the answer is, and templates that put both into words.
+"""The types of a task file: fields of a row, the kind of answer, and templates; and pure functions on them.
 
-The types of a task file and the pure functions on them; `kd.data.tasks.task_files` reads and checks the YAML, and
-`kd.data.tasks.rendering` turns rows into examples with them.
+`kd.data.tasks.task_files` reads and checks the YAML; `kd.data.tasks.rendering` turns rows into examples.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from kd.common.errors import DataError
 
 SPLITS = ("train", "dev", "test")
 WORDINGS = ("original", "flan")
+"""Wordings of fixed labels: the reference systems' and FLAN's."""
 ANSWER = "answer"
-"""The field every template may use: the right choice, or a reference."""
+"""The field that every template may use: the right choice, or a reference."""
 MAX_INVERTED = 3
-"""FLAN's rule: up to three templates per task turn it around (write the question for the answer)."""
+"""FLAN's limit of templates per task that turn it around (write the question for the answer)."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,22 @@ class Field:
     """How one field is read from a row."""
 
     columns: tuple[str, ...]
-    """Columns, dots descend into dicts; several are joined, empty ones left out."""
+    """Columns; dots descend into mappings. Several columns are joined, and empty ones left out."""
     join: str | None = None
-    """Text between the items of a list (or of several columns); lists without it are several references."""
+    """Text between the items of a list, or between several columns. Without it, a list becomes several references."""
     numbered: bool = False
-    """A list becomes lines `1. …`, `2. …`."""
+    """Turn a list into the lines `1. …`, `2. …`."""
     replace: tuple[tuple[str, str], ...] = ()
+    """Pairs (old, new) of texts to replace."""
     drop: str | None = None
-    """Regular expression of what is cut out, before `replace`."""
+    """Regular expression of text to remove, before `replace`."""
     wrap: str = "{}"
-    """Text around the value, e.g. a code fence."""
+    """Text around the value `{}`, e.g. a code fence."""
     group: str | None = None
-    """References only: rows with the same value here share their references."""
+    """Column of a group: rows with the same value share their references. For references only."""
 
     def read(self, row: Mapping[str, Any], where: str) -> str | list[str]:
-        """The field's text, or texts where the column is a list. Raises DataError for what is neither."""
+        """The field's text, or its texts where the column holds a list. Raises DataError for a value that is neither."""
         values = [column_value(row, column, where) for column in self.columns]
         value = values[0] if len(values) == 1 else [v for v in values if v not in (None, "")]
         if isinstance(value, list):
@@ -74,6 +75,7 @@ class Labels:
     """A fixed list of answers."""
 
     column: str
+    """Column of the label."""
     words: Mapping[str, tuple[tuple[str, str], ...]]
     """Wording -> (row value, word) in the order of the choices."""
 
@@ -83,8 +85,9 @@ class Choices:
     """Answers that are texts of the row."""
 
     columns: tuple[str, ...]
+    """Columns of the texts."""
     label: str
-    """Column with the index of the right one."""
+    """Column of the right text's index."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,13 @@ class Template:
     prompt: str
     target: str = "{answer}"
     inverted: bool = False
-    """The target is not the answer: nothing to choose from, no references."""
+    """Whether the target is not the answer, but e.g. the question; there are no choices and references then."""
     options: bool = True
-    """Lists the choices after the prompt, where there are any."""
+    """Whether choices are listed after the prompt, where there are any."""
 
 
 @dataclass(frozen=True)
-class Hub:
+class HubDataset:
     """A data set on the hub that loads without code."""
 
     id: str
@@ -118,19 +121,20 @@ class SplitPart:
 
     @property
     def whole(self) -> bool:
+        """Whether the part is the whole split."""
         return not (self.start or self.stop)
 
     def cut(self, rows: int) -> tuple[int, int]:
-        """First and one past the last row of the part, of `rows` in the split; percents round down."""
+        """First row of the part and one past its last, of `rows` in the split; percentages round down."""
 
-        def place(text: str, default: int) -> int:
+        def row_at(text: str, default: int) -> int:
             if not text:
                 return default
             value = int(text.removesuffix("%"))
             value = rows * value // 100 if text.endswith("%") else value
             return min(max(value + rows if text.startswith("-") else value, 0), rows)
 
-        return place(self.start, 0), place(self.stop, rows)
+        return row_at(self.start, 0), row_at(self.stop, rows)
 
     def __str__(self) -> str:
         return self.name if self.whole else f"{self.name}[{self.start}:{self.stop}]"
@@ -138,34 +142,40 @@ class SplitPart:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task as its file says, checked."""
+    """A task, read from its file and checked."""
 
     name: str
     about: str
     path: str
-    """Of the YAML file, for messages and relative `files`."""
+    """Path of the YAML file, for errors and for relative `files`."""
     clusters: tuple[str, ...]
     flan: str | None
-    """Its name among the 62 data sets of FLAN; None = not one of them."""
-    hub: Hub | None
+    """Name among the 62 data sets of FLAN; None where it is not one of them."""
+    hub: HubDataset | None
     files: Mapping[str, str]
+    """Split -> file beside the YAML, or address."""
     url: str | None
+    """Page to get the rows from, where no hub id or file can be loaded."""
     splits: Mapping[str, SplitPart]
     fields: Mapping[str, Field]
     labels: Labels | None
     choices: Choices | None
     references: Field | None
     keywords: Field | None
-    """Words that an answer has to use."""
+    """Field of the words that an answer has to use."""
     max_chars: Mapping[str, int]
+    """Column -> characters; rows with a longer text are left out."""
     cap: int | None
+    """Number of rows kept of the train split, from the first; None keeps all."""
     metrics: tuple[str, ...]
-    """Of generated answers (`kd.evaluation.answers.answer_metrics`), and `accuracy` where there are choices."""
+    """Metrics of generated answers (`kd.evaluation.answers.answer_metrics`), and `accuracy` where there are choices."""
     example: Mapping[str, Any]
+    """A made-up row, which shows the templates."""
     templates: tuple[Template, ...]
 
     @property
     def has_choices(self) -> bool:
+        """Whether the answer is one of several texts."""
         return self.labels is not None or self.choices is not None
 
     @property
@@ -184,12 +194,12 @@ class TaskFile:
 
 
 def label_key(value: Any) -> str:
-    """A label as it is compared: `True` -> true, `1` -> 1, ` Yes` -> yes, so that CSV and Parquet agree."""
+    """A label in the form in which labels are compared: `True` -> true, `1` -> 1, ` Yes` -> yes. CSV and Parquet then agree."""
     return str(value).strip().lower()
 
 
 def template_fields(text: str, where: str) -> tuple[str, ...]:
-    """Names in braces, in order. Raises DataError for anything but a plain `{name}`; `{{` and `}}` are braces."""
+    """Names in braces, in order; `{{` and `}}` are braces. Raises DataError for anything but a plain `{name}`."""
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -199,7 +209,9 @@ def template_fields(text: str, where: str) -> tuple[str, ...]:
         if name is None:
             continue
         if spec or conversion or not name.isidentifier():
-            raise DataError("a template names fields alone", where=where, found=f"{{{name}}}", expected="{name}")
+            raise DataError(
+                "a template may contain only plain field names", where=where, found=f"{{{name}}}", expected="{name}"
+            )
         names.append(name)
     return tuple(names)
 
@@ -212,11 +224,11 @@ def fill(text: str, values: Mapping[str, str]) -> str:
 
 
 def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    """The value at a column or dotted path; raises DataError where it is not there."""
+    """The value at a column or dotted path. Raises DataError where there is none."""
     value: Any = row
     for key in column.split("."):
         if not isinstance(value, Mapping) or key not in value:
-            found: Iterable[str] = value if isinstance(value, Mapping) else [type(value).__name__]
-            raise DataError("columns are missing", where=where, found=", ".join(map(str, found)), expected=column)
+            names: Iterable[str] = value if isinstance(value, Mapping) else [type(value).__name__]
+            raise DataError("columns are missing", where=where, found=", ".join(map(str, names)), expected=column)
         value = value[key]
     return value

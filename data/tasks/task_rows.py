@@ -1,14 +1,14 @@
-"""The rows of a task's split: from a folder of local files, from files the task names, or from the hub.
+"""Load the rows of a task's split from a folder of local files, from files that the task names, or from the hub.
 
-`--task-root DIR` looks in DIR/TASK for the split, in this order of names:
+With `--task-root DIR`, the split's files are looked for in DIR/TASK, in this order of names:
 
-    SPLIT.*                 train, dev or test, then the hub's own name (train_r1) and its short forms (validation,
-                            valid, val and dev are one)
+    SPLIT.*                 train, dev or test; then the hub's name (train_r1) and its other names (validation, valid and val
+                            are dev)
     SPLIT_*.* or SPLIT-*.*  parts, in the order of their names (train_part.jsonl, train-00000-of-00002.parquet)
-    sample*.*               stands for dev and for test, never for train
+    sample*.*               used for dev and test, never for train
 
-A part of a split (`train[90%:]`) is cut from the hub's split, and from a local train file where the folder has no
-file of its own for dev or test.
+A part of a split (`train[90%:]`) is cut from the hub's split, and from a local train file where the folder has no separate
+file for dev or test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kd.data.rows.tables import TABLE_READERS, Row, read_table
 from kd.data.tasks.task import SPLITS, SplitPart, TaskFile
 
 SAME = ("dev", "validation", "valid", "val")
-"""Names of one split."""
+"""Names of the dev split."""
 
 Loaded = TypeVar("Loaded")
 LoadHub = Callable[[str, str | None, str | None, str], HubRows]
@@ -39,13 +39,13 @@ class TaskRows:
     first: int
     """Number of the first row in the source's split."""
     where: str
-    """For messages."""
+    """File or data set, for errors."""
     source: str
-    """For provenance: hub id, revision and split, or file names."""
+    """Hub id, revision and split, or file names, for provenance."""
 
 
 def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub: LoadHub) -> TaskRows:
-    """Rows of `split` (train, dev, test). Raises DataError where there are none to be had."""
+    """Rows of `split` (train, dev, test). Raises DataError where the task has no such split or its rows cannot be loaded."""
     split = "dev" if split in SAME else split
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS, where=task.name)
@@ -73,18 +73,18 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
         )
     part = task.splits[split]
     hub = task.hub
-    found = _or_local_files(task, split, lambda: load_hub(hub.id, hub.config, hub.revision, part.name))
-    data = found.data
+    hub_rows = _or_local_files(task, split, lambda: load_hub(hub.id, hub.config, hub.revision, part.name))
+    data = hub_rows.data
     _check_columns(task, list(data.column_names), f"{task.hub.id} split {part.name}")
     start, stop = part.cut(len(data))
     rows = data if part.whole else data.select(range(start, stop))
     config = f":{task.hub.config}" if task.hub.config else ""
-    source = f"{task.hub.id}{config}@{found.revision} {part}"
+    source = f"{task.hub.id}{config}@{hub_rows.revision} {part}"
     return TaskRows(rows, start, f"{task.hub.id} split {part.name}", source)
 
 
 def _or_local_files(task: TaskFile, split: str, load: Callable[[], Loaded]) -> Loaded:
-    """What `load` gives; where it fails, the error also says how to give the task's rows as files."""
+    """The result of `load`. Where it fails, the error also says how to provide the rows as local files."""
     try:
         return load()
     except DataError as error:
@@ -94,7 +94,7 @@ def _or_local_files(task: TaskFile, split: str, load: Callable[[], Loaded]) -> L
         )
         details = {key: value for key, value in error.details.items() if key != "try"}
         raise DataError(
-            f"{error.headline} of the task {task.name}", **details, try_=advice + ", ".join(task.columns)
+            f"{error.headline} (task {task.name})", **details, try_=advice + ", ".join(task.columns)
         ) from error
 
 
@@ -117,10 +117,10 @@ def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
     part = task.splits[split]
     if not part.whole and any(_named(files, s) for s in ("dev", "test")):
         part = SplitPart(split)
-    found = _named(files, split) or _named(files, part.name)
-    if not found and split != "train":
-        found = [f for f in files if f.stem.startswith("sample")]
-    if not found:
+    of_split = _named(files, split) or _named(files, part.name)
+    if not of_split and split != "train":
+        of_split = [f for f in files if f.stem.startswith("sample")]
+    if not of_split:
         raise DataError(
             "no file of the split",
             where=str(folder),
@@ -128,11 +128,11 @@ def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
             expected=", ".join(f"{n}.jsonl" for n in dict.fromkeys((split, part.name))) + " (or .csv, .tsv, .parquet)",
             try_="another --split: " + ", ".join(s for s in SPLITS if s != split),
         )
-    return _from_files(task, found, part)
+    return _from_files(task, of_split, part)
 
 
 def _named(files: Sequence[Path], split: str) -> list[Path]:
-    """Files called `split` or one of its short forms; else its parts."""
+    """The file called `split` or by one of its other names; else the files of its parts."""
     names = SAME if split in SAME else (split,)
     for name in (split, *names):
         exact = [f for f in files if f.stem == name]
@@ -151,9 +151,9 @@ def _named(files: Sequence[Path], split: str) -> list[Path]:
 def _from_files(task: TaskFile, files: Sequence[Path], part: SplitPart) -> TaskRows:
     rows: list[Row] = []
     for file in files:
-        names, found = read_table(file)
+        names, file_rows = read_table(file)
         _check_columns(task, names, str(file))
-        rows += found
+        rows += file_rows
     start, stop = part.cut(len(rows))
     listed = ", ".join(f.name for f in files)
     where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({listed})"

@@ -11,7 +11,8 @@ import pytest
 
 from kd.common.errors import DataError
 from kd.data.rows.example import Example, text_digest
-from kd.data.sources import WIKITEXT_ID, WIKITEXT_REVISION, load_corpus, wikitext_articles
+from kd.data.rows.wikitext import WIKITEXT_ID, WIKITEXT_REVISION, wikitext_articles
+from kd.data.sources import load_corpus
 
 ROWS = [{"text": "first, with a comma"}, {"text": 'second "quoted"\nand a line'}, {"text": "third é 😀"}]
 PAIRS = [{"prompt": "2+2=", "target": "4"}, {"prompt": "3+3=", "target": "6"}]

@@ -12,7 +12,7 @@ import pytest
 
 from kd.common.errors import DataError
 from kd.data.demo.mini_mixture import DEFAULT_COUNTS, FAMILIES, examples, is_right
-from kd.data.demo.mini_world import PEOPLE, THINGS, split_of
+from kd.data.demo.mini_world import PEOPLE, THINGS, split_of_pair
 from kd.data.rows.example import Example, text_digest
 from kd.data.sources import load_corpus
 
@@ -185,7 +185,7 @@ def test_no_pair_of_person_and_thing_is_in_both_splits():
         if example.task == "concepts":
             person, thing = read(example).split()
             pairs[example.split].add((person, thing))
-    assert all(split_of(*pair) == split for split in pairs for pair in pairs[split])
+    assert all(split_of_pair(*pair) == split for split in pairs for pair in pairs[split])
     assert not pairs["train"] & pairs["heldout"]
     # every held-out pair is used, and every person and every thing is known from training
     assert len(pairs["heldout"]) == len(PEOPLE) * len(THINGS) // 5

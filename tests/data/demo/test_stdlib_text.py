@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from kd.data.demo import stdlib_text
-from kd.data.demo.stdlib_text import documents, module_prose, split_of
+from kd.data.demo.stdlib_text import documents, module_prose, split_of_document
 
 SOURCE = '''\
 #!/usr/bin/env python
@@ -75,17 +75,17 @@ def test_warnings_as_errors_do_not_change_the_text(tmp_path: Path):
 
 
 def test_a_tenth_of_the_names_is_held_out_whatever_the_text():
-    held_out = sum(split_of(f"module:name{i}") == "heldout" for i in range(5000))
+    held_out = sum(split_of_document(f"module:name{i}") == "heldout" for i in range(5000))
     # binomial: 500 expected, standard deviation 21; five of them
     assert abs(held_out - 500) < 106
-    assert split_of("topic:lambda") == split_of("topic:lambda")
+    assert split_of_document("topic:lambda") == split_of_document("topic:lambda")
 
 
 def test_the_splits_divide_the_documents():
     everything = dict(islice(documents("all"), 60))
     parts = {s: dict(islice(documents(s), 60)) for s in ("train", "heldout")}
     for name in everything:
-        assert (name in parts["heldout"]) == (split_of(name) == "heldout")
+        assert (name in parts["heldout"]) == (split_of_document(name) == "heldout")
     assert not parts["train"].keys() & parts["heldout"].keys()
 
 

@@ -274,7 +274,7 @@ def test_parts_do_not_run_together() -> None:
         ({"labels": "flann"}, "unknown label wording"),
         ({"max_per_task": 0}, "too small"),
         ({"mix_maximum": 0}, "too small"),
-        ({"mix_draws": 5}, "draws need a rate maximum"),
+        ({"mix_draws": 5}, "--mix-draws needs a rate maximum"),
     ],
 )
 def test_wrong_settings_are_errors(settings: dict[str, Any], words: str) -> None:

@@ -171,7 +171,7 @@ def test_files_at_an_address_are_read_where_they_lie(tmp_path: Path, server: str
     with pytest.raises(DataError, match="cannot load the file") as caught:
         load_task_rows(task, "test", None, no_hub)
     assert caught.value.details["where"] == f"{server}/none.csv"
-    with pytest.raises(DataError, match="no known kind"):
+    with pytest.raises(DataError, match="has an unknown type"):
         load_task_rows(task, "train", None, no_hub)
 
 
