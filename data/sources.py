@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.data_settings import InstructionConfig
 from kd.data.demo import mini_mixture, stdlib_text
 from kd.data.rows.example import Example, text_digest
 from kd.data.rows.hub import load_hub
 from kd.data.rows.tables import ENCODING, TABLE_READERS, read_table, unreadable
 from kd.data.tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
 from kd.data.tasks.mixtures import load_mixture, mix, select
-from kd.data.tasks.rendering import InstructionConfig
 from kd.data.tasks.task import SPLITS, TaskFile
 from kd.data.tasks.task_files import load_task
 from kd.data.tasks.task_rows import SAME

@@ -12,64 +12,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from kd.common.errors import DataError, unknown_name
+from kd.common.errors import DataError
+from kd.data.data_settings import BOTH, InstructionConfig
 from kd.data.rows.example import Example
-from kd.data.tasks.task import ANSWER, WORDINGS, Field, TaskFile, Template, column_value, fill, label_key
+from kd.data.tasks.task import ANSWER, Field, TaskFile, Template, column_value, fill, label_key
 
-TEMPLATE_CHOICES = ("random", "round-robin")
-BOTH = "both"
-"""Every wording, one after the other: for evaluations, which ask once in each."""
 UNLABELLED = ("-1", "none", "")
 """Label values that say: nobody labelled this row."""
-
-
-@dataclass(frozen=True)
-class InstructionConfig:
-    """How tasks become text; whatever changes a text shows in the corpus digest."""
-
-    template: str | int = "random"
-    """`random` (seeded), `round-robin`, or the index of one template."""
-    options: bool | None = None
-    """List the choices after the prompt; None = where the task has any, True = an error where no task has."""
-    labels: str = "original"
-    """Wording of fixed labels: `original` (the reference systems') or `flan`; an evaluation takes `both`."""
-    task_root: Path | None = None
-    """Folder with TASK/SPLIT.jsonl|.csv|.tsv|.parquet, instead of the hub."""
-    max_per_task: int | None = None
-    """First rows kept of each task, after the length filter; None = the mixture's own number, for train alone."""
-    mix_maximum: int | None = None
-    """Examples-proportional mixing with this rate maximum (FLAN: 3000); None = every example once."""
-    mix_draws: int | None = None
-    """Draws of such a mixture; None = sum of min(n, maximum) over the tasks."""
-    seed: int = 0
-    """Of template choice, order and draws."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.template, str) and self.template not in TEMPLATE_CHOICES:
-            raise unknown_name("template choice", self.template, TEMPLATE_CHOICES, try_="an index from 0")
-        if self.labels not in (*WORDINGS, BOTH):
-            raise unknown_name("label wording", self.labels, WORDINGS)
-        for name in ("max_per_task", "mix_maximum", "mix_draws"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataError("a number of examples is too small", where=name, found=value, expected="at least 1")
-        if self.mix_draws is not None and self.mix_maximum is None:
-            raise DataError("draws need a rate maximum", try_="--mix-maximum 3000")
-
-    def provenance(self) -> dict[str, str]:
-        """The settings as text, for `Corpus.source`; the folder's path is left out."""
-        return {
-            "template": str(self.template),
-            "options": {None: "where there are choices", True: "yes", False: "no"}[self.options],
-            "labels": self.labels,
-            "max_per_task": "default" if self.max_per_task is None else str(self.max_per_task),
-            "mix_maximum": "none" if self.mix_maximum is None else str(self.mix_maximum),
-            "mix_draws": "default" if self.mix_draws is None else str(self.mix_draws),
-            "seed": str(self.seed),
-        }
 
 
 @dataclass(frozen=True)
@@ -181,7 +132,9 @@ def _template_index(task: TaskFile, config: InstructionConfig, identity: str, po
     if isinstance(config.template, int):
         return config.template
     count = len(task.templates)
-    return position % count if config.template == "round-robin" else keyed(config.seed, "template", identity) % count
+    return (
+        position % count if config.template == "round-robin" else keyed(config.data_seed, "template", identity) % count
+    )
 
 
 @dataclass(frozen=True)
