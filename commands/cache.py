@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress
     from kd.cache_builder.build.plan import BuildPlan
     from kd.cache_builder.build.request import BuildRequest
-    from kd.data.tasks.rendering import InstructionConfig
+    from kd.data.data_settings import InstructionConfig
 
 NOT_RECORDED = {"out", "as_json", "shard", "profile_build", "extend", "reuse", "workers", "engine"}
 """Options of a build that say nothing about what is in it."""

@@ -12,7 +12,7 @@ from kd.commands.console import emit, emit_json
 from kd.commands.options import corpus_options, json_option
 
 if TYPE_CHECKING:
-    from kd.data.tasks.rendering import InstructionConfig
+    from kd.data.data_settings import InstructionConfig
 
 
 @click.group()
@@ -108,12 +108,14 @@ def data_templates(task: str, options: bool | None, labels: str, as_json: bool) 
 
     Example: kd data templates boolq
     """
+    from kd.common.settings import make
+    from kd.data.data_settings import InstructionConfig
     from kd.data.tasks.mixtures import check_options
-    from kd.data.tasks.rendering import InstructionConfig, show_templates
+    from kd.data.tasks.rendering import show_templates
     from kd.data.tasks.task_files import load_task
 
     found = load_task(task.removeprefix("flan:"))
-    config = InstructionConfig(options=options, labels=labels)
+    config = make(InstructionConfig, {"options": options, "labels": labels})
     check_options([found], config)
     shown = show_templates(found, config)
     if as_json:

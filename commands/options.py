@@ -103,11 +103,12 @@ def instruction_options(function: Function) -> Function:
         data_seed: int,
         **rest: Any,
     ) -> Any:
-        from kd.data.tasks.rendering import InstructionConfig
+        from kd.common.settings import make
+        from kd.data.data_settings import InstructionConfig
 
-        config = InstructionConfig(
-            template, options, labels, task_root, max_per_task, mix_maximum, mix_draws, data_seed
-        )
+        given = {"template": template, "options": options, "labels": labels, "task_root": task_root}
+        mixing = {"max_per_task": max_per_task, "mix_maximum": mix_maximum, "mix_draws": mix_draws}
+        config = make(InstructionConfig, given | mixing | {"data_seed": data_seed})
         return function(*arguments, instructions=config, **rest)
 
     decorated: Any = gathered

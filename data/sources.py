@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.data_settings import InstructionConfig
 from kd.data.demo import mini_mixture, stdlib_text
 from kd.data.rows.example import Example, check_examples, text_digest
 from kd.data.rows.hub import load_hub
@@ -33,7 +34,6 @@ from kd.data.rows.row_examples import Columns, rows_to_examples
 from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION, wikitext_articles
 from kd.data.tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
 from kd.data.tasks.mixtures import load_mixture, mix, select
-from kd.data.tasks.rendering import InstructionConfig
 from kd.data.tasks.task import SPLITS, TaskFile
 from kd.data.tasks.task_files import load_task
 from kd.data.tasks.task_rows import SAME

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
+from kd.data.data_settings import InstructionConfig
 from kd.data.rows.row_examples import Columns
 from kd.data.sources import Corpus, load_corpus, takes_instructions
-from kd.data.tasks.rendering import InstructionConfig
 from kd.evaluation.answers.answer_metrics import MetricSettings
 from kd.evaluation.contamination import cache_texts, contamination, refuse_contaminated, trained_on
 from kd.evaluation.results import EvalReport

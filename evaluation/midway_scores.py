@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from kd.data.data_settings import InstructionConfig
 from kd.data.sources import takes_instructions
-from kd.data.tasks.rendering import InstructionConfig
 from kd.evaluation.evaluator import contaminated_tasks, score_model, with_texts
 from kd.evaluation.tasks.eval_task import Settings
 from kd.evaluation.tasks.task_registry import check_tasks, check_ways, figures_of
@@ -67,7 +67,7 @@ def plan_scores(
     """Check tasks and load their texts. Raises KdError as `run_tasks`, and DataError for text that is in the cache."""
     check_tasks(tasks, data=data, cache=cache)
     check_ways(tasks, "apart", protocol)
-    template: str | int = 0 if data is not None and takes_instructions(data) else "random"
+    template: Literal["random"] | int = 0 if data is not None and takes_instructions(data) else "random"
     instructions = InstructionConfig(template, task_root=task_root)
     tokenizer = load_request_tokenizer(student)
     settings = with_texts(

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.data_settings import InstructionConfig
 from kd.data.rows.example import Example
 from kd.data.tasks.clusters import flan_clusters
-from kd.data.tasks.rendering import InstructionConfig, Rendered, check_template_index, keyed, render_rows
+from kd.data.tasks.rendering import Rendered, check_template_index, keyed, render_rows
 from kd.data.tasks.task import TaskFile
 from kd.data.tasks.task_files import load_task, task_names
 from kd.data.tasks.task_rows import LoadHub, load_task_rows
@@ -118,10 +119,10 @@ def mix(
         )
     pools = {name: part.examples for name, part in parts.items()}
     if config.mix_maximum is not None:
-        return sampled(pools, maximum=config.mix_maximum, draws=config.mix_draws, seed=config.seed), provenance
+        return sampled(pools, maximum=config.mix_maximum, draws=config.mix_draws, seed=config.data_seed), provenance
     if len(pools) == 1:
         return next(iter(pools.values())), provenance
-    return shuffled(pools, seed=config.seed), provenance
+    return shuffled(pools, seed=config.data_seed), provenance
 
 
 def row_cap(task: TaskFile, split: str, config: InstructionConfig, cap: int | None) -> int | None:

@@ -12,64 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from kd.common.errors import DataError, unknown_name
+from kd.common.errors import DataError
+from kd.data.data_settings import BOTH, InstructionConfig
 from kd.data.rows.example import Example
 from kd.data.tasks.row_answers import RowAnswers, grouped_references, reference_group, row_answers
-from kd.data.tasks.task import ANSWER, WORDINGS, Field, TaskFile, Template, column_value, fill
-
-TEMPLATE_CHOICES = ("random", "round-robin")
-"""Ways to choose among all templates."""
-BOTH = "both"
-"""Every wording, one after the other. Only evaluations accept it: they ask once in each wording."""
-
-
-@dataclass(frozen=True)
-class InstructionConfig:
-    """How instruction tasks become text. Every setting that changes a text changes the corpus digest too."""
-
-    template: str | int = "random"
-    """Prompt template for each example of an instruction task: random (seeded), round-robin, or a template number."""
-    options: bool | None = None
-    """List the choices after the prompt. None lists them where a task has any; True is an error where no task has."""
-    labels: str = "original"
-    """Wording of fixed labels: original (the reference systems') or flan; evaluations accept both."""
-    task_root: Path | None = None
-    """Folder of local rows, TASK/SPLIT.jsonl, .csv, .tsv or .parquet; None loads them from the hub."""
-    max_per_task: int | None = None
-    """Rows kept of each task, from the first, after the length filter; None is the mixture's number, for train only."""
-    mix_maximum: int | None = None
-    """Rate maximum of examples-proportional mixing (FLAN: 3000); None uses every example once."""
-    mix_draws: int | None = None
-    """Number of draws of such a mixture; None is the sum of min(rows, maximum) over the tasks."""
-    seed: int = 0
-    """Seed of template choice, order and draws."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.template, str) and self.template not in TEMPLATE_CHOICES:
-            raise unknown_name("template choice", self.template, TEMPLATE_CHOICES, try_="an index from 0")
-        if self.labels not in (*WORDINGS, BOTH):
-            raise unknown_name("label wording", self.labels, WORDINGS)
-        for name in ("max_per_task", "mix_maximum", "mix_draws"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataError("a number of examples is too small", where=name, found=value, expected="at least 1")
-        if self.mix_draws is not None and self.mix_maximum is None:
-            raise DataError("--mix-draws needs a rate maximum", try_="--mix-maximum 3000")
-
-    def provenance(self) -> dict[str, str]:
-        """The settings as text, for `Corpus.source`, without the path of the folder."""
-        return {
-            "template": str(self.template),
-            "options": {None: "where there are choices", True: "yes", False: "no"}[self.options],
-            "labels": self.labels,
-            "max_per_task": "default" if self.max_per_task is None else str(self.max_per_task),
-            "mix_maximum": "none" if self.mix_maximum is None else str(self.mix_maximum),
-            "mix_draws": "default" if self.mix_draws is None else str(self.mix_draws),
-            "seed": str(self.seed),
-        }
+from kd.data.tasks.task import ANSWER, Field, TaskFile, Template, column_value, fill
 
 
 @dataclass(frozen=True)
@@ -182,7 +131,9 @@ def _template_index(task: TaskFile, config: InstructionConfig, identity: str, po
     if isinstance(config.template, int):
         return config.template
     count = len(task.templates)
-    return position % count if config.template == "round-robin" else keyed(config.seed, "template", identity) % count
+    return (
+        position % count if config.template == "round-robin" else keyed(config.data_seed, "template", identity) % count
+    )
 
 
 def _render(

@@ -80,7 +80,7 @@ def trained(tmp_path_factory, student_dirs, exact_cache, rows) -> tuple[Path, st
 
 
 def test_lines_are_what_kd_eval_finds_before_and_after(trained, student_dirs, exact_cache, rows):
-    from kd.data.tasks.rendering import InstructionConfig
+    from kd.data.data_settings import InstructionConfig
 
     out, _ = trained
     records = read_evaluations(out)

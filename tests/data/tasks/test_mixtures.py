@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
+from kd.data.data_settings import InstructionConfig
 from kd.data.rows.example import Example
 from kd.data.sources import load_corpus
 from kd.data.tasks.mixtures import mixing_rates, row_cap, sampled, select, shuffled
-from kd.data.tasks.rendering import InstructionConfig
 from kd.data.tasks.task_files import load_task, task_names
 
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 10**6), min_size=1).filter(lambda c: any(c.values()))
@@ -183,7 +183,7 @@ def test_flan_four_is_pairs_of_all_four_tasks(root: Path) -> None:
 def test_whatever_changes_the_text_changes_the_digest(root: Path) -> None:
     plain = load("flan:four", root).digest
     for settings in (
-        {"seed": 1},
+        {"data_seed": 1},
         {"template": 0},
         {"template": "round-robin"},
         {"options": False},

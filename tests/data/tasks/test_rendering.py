@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
+from kd.data.data_settings import InstructionConfig
 from kd.data.rows.example import Example, text_digest
-from kd.data.tasks.rendering import InstructionConfig, Rendered, keyed, options_text, render_rows, show_templates
+from kd.data.tasks.rendering import Rendered, keyed, options_text, render_rows, show_templates
 from kd.data.tasks.task import TaskFile
 from kd.data.tasks.task_files import load_task, parse_task, task_names
 
@@ -219,7 +220,7 @@ def test_an_index_takes_one_template_and_none_outside_the_list() -> None:
 
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(0, 5))
 def test_a_random_template_depends_on_seed_and_id_alone(start: int, count: int, seed: int) -> None:
-    task, config = load_task("paws"), InstructionConfig(seed=seed)
+    task, config = load_task("paws"), InstructionConfig(data_seed=seed)
     rows = [task.example] * 60
     part = render(task, rows[start : start + count], config, first=start).examples
     assert part == render(task, rows, config).examples[start : start + count]
@@ -228,7 +229,7 @@ def test_a_random_template_depends_on_seed_and_id_alone(start: int, count: int, 
 def test_random_templates_are_all_used_and_change_with_the_seed() -> None:
     task = load_task("paws")
     prompts = [
-        [e.prompt for e in render(task, [task.example] * 400, InstructionConfig(seed=s)).examples] for s in (0, 1)
+        [e.prompt for e in render(task, [task.example] * 400, InstructionConfig(data_seed=s)).examples] for s in (0, 1)
     ]
     assert len(set(prompts[0])) == 10
     counts = [prompts[0].count(p) for p in set(prompts[0])]
@@ -241,7 +242,7 @@ def test_the_text_is_the_same_in_every_process() -> None:
         "from kd.data.tasks.rendering import *; from kd.data.tasks.task_files import load_task;"
         "from kd.data.rows.example import text_digest;"
         "t = load_task('squad'); print(text_digest(render_rows(t, [t.example] * 50, split='train',"
-        "config=InstructionConfig(seed=3), where='').examples))"
+        "config=InstructionConfig(data_seed=3), where='').examples))"
     )
     runs = {
         subprocess.run(
@@ -254,7 +255,7 @@ def test_the_text_is_the_same_in_every_process() -> None:
         for seed in ("1", "2")
     }
     task = load_task("squad")
-    assert runs == {text_digest(render(task, [task.example] * 50, InstructionConfig(seed=3)).examples)}
+    assert runs == {text_digest(render(task, [task.example] * 50, InstructionConfig(data_seed=3)).examples)}
 
 
 def test_a_keyed_number_is_fixed_forever() -> None:
@@ -271,10 +272,10 @@ def test_parts_do_not_run_together() -> None:
     ("settings", "words"),
     [
         ({"template": "round_robin"}, "unknown template choice"),
-        ({"labels": "flann"}, "unknown label wording"),
-        ({"max_per_task": 0}, "too small"),
-        ({"mix_maximum": 0}, "too small"),
-        ({"mix_draws": 5}, "--mix-draws needs a rate maximum"),
+        ({"labels": "flann"}, "unknown labels"),
+        ({"max_per_task": 0}, "--max-per-task must be at least 1"),
+        ({"mix_maximum": 0}, "--mix-maximum must be at least 1"),
+        ({"mix_draws": 5}, "draws need a rate maximum"),
     ],
 )
 def test_wrong_settings_are_errors(settings: dict[str, Any], words: str) -> None:

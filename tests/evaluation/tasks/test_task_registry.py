@@ -15,9 +15,9 @@ import pytest
 
 from kd.cache_builder.store.reader import CacheReader
 from kd.common.errors import CacheMismatchError, DataError
+from kd.data.data_settings import InstructionConfig
 from kd.data.rows.example import Example
 from kd.data.sources import SOURCES, Corpus, load_corpus
-from kd.data.tasks.rendering import InstructionConfig
 from kd.evaluation.answers.answer_metrics import MetricSettings
 from kd.evaluation.evaluator import run_tasks
 from kd.evaluation.results import EvalReport, load_report

@@ -27,9 +27,9 @@ from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherError
 from kd.data.blocks import BlockConfig
+from kd.data.data_settings import InstructionConfig
 from kd.data.sources import load_classes, load_corpus
 from kd.data.tasks.glue import PAIR, load_glue
-from kd.data.tasks.rendering import InstructionConfig
 from kd.evaluation.merged.glue_scores import evaluate_classifier, load_heads
 from kd.models.classifiers import load_classifier, split_classifier
 from kd.models.loading import ModelRequest, load_model

@@ -1,0 +1,109 @@
+"""Settings of a text: which source, which part of it, and how instruction tasks become prompts and targets.
+
+`kd data`, `kd cache` and `kd eval` have these options in common. This module imports nothing heavy, because the command
+line reads it to print its help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kd.common.errors import DataError, unknown_name
+from kd.common.settings import check, setting
+
+TEMPLATE_CHOICES = ("random", "round-robin")
+BOTH = "both"
+"""Value of `labels` that asks an evaluation to score each wording."""
+
+
+def columns_from(text: str) -> dict[str, str]:
+    """`prompt=question,target=answer` as a mapping. Raises ValueError."""
+    pairs = [item.partition("=") for item in text.split(",")] if text else []
+    if any(not name or not sign or not column for name, sign, column in pairs):
+        raise ValueError("FIELD=COLUMN,…, e.g. prompt=question,target=answer")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def template_from(text: str) -> str | int:
+    """A template choice or a template number; an unknown choice is refused by `InstructionConfig`."""
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+@dataclass(frozen=True)
+class InstructionConfig:
+    """How rows of instruction tasks become text; whatever changes a text shows in the corpus digest."""
+
+    template: Literal["random", "round-robin"] | int = setting(
+        "random", metavar="random|round-robin|INDEX", parse=template_from
+    )
+    """Template for each example of an instruction task: random (seeded), round-robin, or a template number from 0."""
+    options: bool | None = None
+    """Whether instruction tasks list the choices after the prompt. By default, those that have choices list them."""
+    labels: Literal["original", "flan", "both"] = "original"
+    """Wording of an instruction task's fixed labels: original (the reference systems') or flan. Only the task choices of
+    kd eval accepts both, and scores each."""
+    task_root: Path | None = setting(None, metavar="DIR")
+    """Folder with the rows of instruction tasks as TASK/SPLIT.jsonl, .csv, .tsv or .parquet. By default they are read
+    from the hub."""
+    max_per_task: int | None = setting(None, metavar="N", minimum=1)
+    """Number of rows kept of each instruction task: the first N. By default a mixture's own number in the split train,
+    and all rows in other splits."""
+    mix_maximum: int | None = setting(None, metavar="N", minimum=1)
+    """Draw from each instruction task in proportion to min(rows, N); FLAN uses 3000. By default every example is used
+    once."""
+    mix_draws: int | None = setting(None, metavar="N", minimum=1)
+    """Number of examples drawn from a mixture with --mix-maximum. By default the sum of min(rows, maximum) over the
+    tasks."""
+    data_seed: int = 0
+    """Seed of the instruction tasks' templates, order and draws."""
+
+    def __post_init__(self) -> None:
+        template: object = self.template
+        if isinstance(template, str) and template not in TEMPLATE_CHOICES:
+            raise unknown_name("template choice", template, TEMPLATE_CHOICES, try_="an index from 0")
+        check(self)
+        if self.mix_draws is not None and self.mix_maximum is None:
+            raise DataError("draws need a rate maximum", try_="--mix-maximum 3000")
+
+    def provenance(self) -> dict[str, str]:
+        """The settings as text, for `Corpus.source`; the folder's path is left out."""
+        return {
+            "template": str(self.template),
+            "options": {None: "where there are choices", True: "yes", False: "no"}[self.options],
+            "labels": self.labels,
+            "max_per_task": "default" if self.max_per_task is None else str(self.max_per_task),
+            "mix_maximum": "none" if self.mix_maximum is None else str(self.mix_maximum),
+            "mix_draws": "default" if self.mix_draws is None else str(self.mix_draws),
+            "seed": str(self.data_seed),
+        }
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """A text, where a command can do without one; `RequiredDataSettings` where it cannot."""
+
+    spec: str | None = setting(None, flag="--data", metavar="SPEC")
+    """Text to use: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file or folder, or hub-id[:config][@revision]."""
+    split: str | None = None
+    """Split of the text. By default train. Instruction tasks have train, dev and test."""
+    columns: Mapping[str, str] | None = setting(None, metavar="FIELD=COLUMN,…", parse=columns_from)
+    """Columns of a file or hub data set, where they are not called text, prompt, target and id: text=COLUMN, or
+    prompt=COLUMN,target=COLUMN, and id=COLUMN."""
+    limit: int | None = setting(None, minimum=1)
+    """Number of documents or pairs to use: the first N. By default all."""
+    instructions: InstructionConfig = field(default_factory=InstructionConfig)
+    """How instruction tasks become text."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class RequiredDataSettings(DataSettings):
+    """A text that must be given."""
+
+    spec: str = setting(flag="--data", metavar="SPEC")
+    """Text to use: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file or folder, or hub-id[:config][@revision]."""
