@@ -250,7 +250,7 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
     from kd.student_trainer.batches.read_ahead import CachedExamples
     from kd.student_trainer.config import TrainConfig
     from kd.student_trainer.head import attach_loss
-    from kd.student_trainer.losses.by_group import GroupSettings
+    from kd.student_trainer.losses.loss_settings import GroupSettings
     from kd.student_trainer.prepare import prepare, rank_edges
 
     folder = work / ("cache-uld" if loss == "uld" else "cache")
@@ -363,7 +363,7 @@ def case_read(work: Path, tokens: int) -> dict[str, float]:
     from kd.cache_builder.store.reader import CacheReader
     from kd.student_trainer.batches.collate import Collator
     from kd.student_trainer.batches.compatibility import needed_arrays
-    from kd.student_trainer.losses.by_row import Objective
+    from kd.student_trainer.losses.loss_registry import Objective
 
     objective = Objective()
     collate = Collator(objective)

@@ -23,7 +23,8 @@ from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.models.heads import LanguageModelHead
 from kd.models.top_k import top_k_by_threshold, top_k_by_topk
 from kd.student_trainer.head import chunked_head_loss
-from kd.student_trainer.losses.by_row import LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_targets import LossTargets
 
 SIZES = (32, 64, 128, 256, 512, 1024)
 

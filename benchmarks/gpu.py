@@ -62,8 +62,8 @@ from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.models.loading import ModelRequest, load_model, random_model
 from kd.models.padded_batches import batches_by_length, head_rows, on_device
 from kd.models.shapes import SHAPES
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 
 H200_BF16_TFLOPS = 989.0
 """Dense, without sparsity (NVIDIA's data sheet)."""

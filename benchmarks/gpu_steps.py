@@ -25,8 +25,8 @@ from heads import Compiled
 from torch import Tensor
 
 from kd.student_trainer.head import attach_loss
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 
 Step = Callable[[dict[str, Tensor]], Tensor]
 

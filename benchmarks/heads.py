@@ -1,13 +1,13 @@
 """The output layer and each loss alone, forward and backward: CPU time relative to plain cross-entropy on whole logits.
 
-    OMP_NUM_THREADS=1 python benchmarks/heads.py                      # kernels
-    OMP_NUM_THREADS=1 python benchmarks/heads.py --autograd --chunk 128   # the definitions, by autograd on each chunk
-    OMP_NUM_THREADS=1 python benchmarks/heads.py --compile            # the kernels through torch.compile
+    OMP_NUM_THREADS=1 python benchmarks/heads.py              # kernels, and the definitions by autograd on each chunk
+    OMP_NUM_THREADS=1 python benchmarks/heads.py --compile    # kernels through torch.compile instead of autograd
 
 `plain` is `F.cross_entropy(F.linear(h, w), gold)` and its backward pass; the others are `chunked_head_loss` on the same
-hidden states. Targets are made up: k=64 values for losses by row, 16 values and 16 bands for losses over groups, every group
-one token. Cases take turns; shown is the least of the turns, with its ratio to the least of `plain`. The first turn of compiled
-kernels compiles them (a minute or two each).
+hidden states. Targets are made up: k=64 values and 64 draws for losses by row, 16 values and 16 bands for losses over groups,
+every group one token. All cases take turns; a line shows the least time of the loss with its kernel and its ratio to `plain`,
+then the same without the kernel, then what the kernel saves of that. The first turn of compiled kernels compiles them (a minute
+or two each).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -23,17 +22,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.cache_builder.store.targets import band_edges
-from kd.student_trainer.head import chunked_head_loss
+from kd.student_trainer.head import ChunkLoss, chunked_head_loss
 from kd.student_trainer.losses import row_kernels
-from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets
-from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
+
+
+class Autograd:
+    """An objective without its kernel: its definition, differentiated on each chunk as training does for losses without one."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def gradient_(self, logits: Tensor, targets: LossTargets) -> Tensor:
+        return self._objective.autograd_gradient_(logits, targets)
 
 
 class Compiled:
     """An objective whose kernel goes through torch.compile, all rows of a chunk at once.
 
-    Numbers of the objective are made constants: left to itself, inductor of torch 2.13 takes the ones it has seen before
-    for those of the next objective (pytorch issue 194976).
+    Numbers of the objective are made constants: otherwise inductor of torch 2.13 reuses those of the objective it compiled
+    first (pytorch issue 194976).
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -58,34 +68,21 @@ def made_up(rows: int, vocabulary: int, edges: tuple[int, ...]) -> tuple[LossTar
     groups = GroupTargets(
         first, first + 1, gold, zeros, zeros - 1, zeros + 1 / 16, values[:, :16], bands, student_ids=ids[:, :16]
     )
-    return LossTargets(gold, ids, values, 1 - values.exp().sum(1)), LossTargets(gold, groups=groups)
+    draws = torch.multinomial(values.exp(), 64, replacement=True)
+    by_row = LossTargets(gold, ids, values, 1 - values.exp().sum(1), ids.gather(1, draws), torch.ones_like(draws))
+    return by_row, LossTargets(gold, groups=groups)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=50257)
-    parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--autograd", action="store_true", help="without the kernels")
-    parser.add_argument("--compile", action="store_true", help="the kernels through torch.compile")
-    parser.add_argument("--losses", help="comma-separated; default all")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    if args.compile:
-        row_kernels.TILE_BYTES = 1 << 62  # the compiler sees to the caches
-    if args.autograd:
-        LOSSES.update({name: replace(loss, kernels={}) for name, loss in LOSSES.items()})
-    hidden = torch.randn(args.rows, args.width, requires_grad=True)
-    weight = (0.05 * torch.randn(args.vocabulary, args.width)).requires_grad_()
-    edges = tuple(band_edges(16, args.vocabulary, 16))
-    by_row, over_groups = made_up(args.rows, args.vocabulary, edges)
+def objectives(edges: tuple[int, ...]) -> dict[str, Objective]:
+    """The cases by name."""
     fast, exact = (GroupSettings(edges=edges, ranking=ranking, overlap=0.5) for ranking in ("fast", "exact"))
-    objectives = {
+    return {
         "ce": Objective("ce", "none", 0.0),
         "kl": Objective(),
         "kl T=2, CE": Objective(alpha=0.5, temperature=2.0),
+        "kl renorm": Objective(tail="renorm"),
+        "kl sampled": Objective(tail="sampled"),
+        "reverse-kl": Objective("reverse-kl"),
         "jsd": Objective("jsd"),
         "alm": Objective("alm", "none", 0.5),
         "uld fast": Objective("uld", "bands", 0.5, settings=fast),
@@ -93,12 +90,32 @@ def main() -> None:
         "hybrid": Objective("hybrid", "bands", 0.5, settings=exact),
     }
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=50257)
+    parser.add_argument("--chunk", type=int, default=119, help="rows at once; what training takes on a CPU by default")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="the kernels through torch.compile, not autograd")
+    parser.add_argument("--losses", help="names of cases, separated by semicolons; default all")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.compile:
+        row_kernels.TILE_BYTES = 1 << 62  # the compiler sees to the caches
+    hidden = torch.randn(args.rows, args.width, requires_grad=True)
+    weight = (0.05 * torch.randn(args.vocabulary, args.width)).requires_grad_()
+    edges = tuple(band_edges(16, args.vocabulary, 16))
+    by_row, over_groups = made_up(args.rows, args.vocabulary, edges)
+    known = objectives(edges)
+    wanted = [name.strip() for name in args.losses.split(";")] if args.losses else list(known)
+
     def plain() -> None:
         F.cross_entropy(F.linear(hidden, weight), by_row.gold_ids).backward()  # type: ignore[no-untyped-call]
 
-    def ours(objective: Objective) -> Callable[[], None]:
+    def head(objective: Objective, loss: ChunkLoss) -> Callable[[], None]:
         targets = over_groups if objective.groups else by_row
-        loss = Compiled(objective) if args.compile else objective
 
         def step() -> None:
             total, _, _ = chunked_head_loss(
@@ -108,17 +125,23 @@ def main() -> None:
 
         return step
 
-    wanted = args.losses.split(",") if args.losses else list(objectives)
-    cases = {"plain": plain} | {name: ours(objectives[name]) for name in wanted}
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    other = Compiled if args.compile else Autograd
+    cases = {("plain", False): plain}
+    for name in wanted:
+        cases |= {(name, True): head(known[name], known[name]), (name, False): head(known[name], other(known[name]))}
+    seconds: dict[tuple[str, bool], float] = dict.fromkeys(cases, float("inf"))
     for _ in range(args.repeats):
-        for name, case in cases.items():
+        for key, case in cases.items():
             hidden.grad = weight.grad = None
             started = time.process_time()
             case()
-            seconds[name].append(time.process_time() - started)
-    for name, runs in seconds.items():
-        print(f"{name:<12}{min(runs):8.2f} s{min(runs) / min(seconds['plain']):8.2f}")
+            seconds[key] = min(seconds[key], time.process_time() - started)
+    base = seconds["plain", False]
+    print(f"{'plain':<12}{base:8.2f} s    1.00")
+    for name in wanted:
+        kernel, without = seconds[name, True], seconds[name, False]
+        ratios = f"{kernel:8.2f} s{kernel / base:8.2f}{without:10.2f} s{without / base:8.2f}"
+        print(f"{name:<12}{ratios}{1 - kernel / without:10.0%}")
 
 
 if __name__ == "__main__":

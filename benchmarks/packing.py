@@ -24,7 +24,7 @@ from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.head import attach_loss
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
 
 KL, CE = Objective(), Objective("ce", "none", 0.0, 1.0)
 STUDENTS = {"random:demo-t5-student": ("demo-t5", KL, 1216), "random:demo-student": ("demo", CE, 2048)}

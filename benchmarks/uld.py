@@ -31,7 +31,9 @@ from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.sources import load_corpus
 from kd.models.heads import split_head
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
-from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets, sorted_distance, uld
+from kd.student_trainer.losses.by_group import sorted_distance, uld
+from kd.student_trainer.losses.loss_settings import GroupSettings
+from kd.student_trainer.losses.loss_targets import GroupTargets
 
 SPLITS = ((16, 0), (16, 8), (16, 16), (20, 12), (24, 8), (64, 0), (64, 8), (64, 16))
 """Values and bands of a row; the third to fifth cost the same."""

@@ -214,7 +214,7 @@ class CachedStudent:
         from kd.student_trainer.batches.student_text import StudentText
         from kd.student_trainer.config import TrainConfig
         from kd.student_trainer.head import attach_loss
-        from kd.student_trainer.losses.by_group import GroupSettings
+        from kd.student_trainer.losses.loss_settings import GroupSettings
 
         self.cache = cache
         reader = CacheReader(cache)

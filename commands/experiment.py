@@ -86,7 +86,7 @@ def check_commands(commands: list[list[str]]) -> None:
     from kd.common.errors import unknown_name
     from kd.evaluation.tasks.task_registry import check_tasks
     from kd.student_trainer.config import TrainConfig, config_from
-    from kd.student_trainer.losses.by_row import LOSSES
+    from kd.student_trainer.losses.loss_registry import LOSSES
 
     root = click.get_current_context().find_root().command
     for words in commands:

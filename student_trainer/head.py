@@ -19,7 +19,7 @@ from torch import Tensor
 from kd.models.heads import split_head
 from kd.models.padded_batches import head_rows
 from kd.student_trainer.batches.collate import loss_targets
-from kd.student_trainer.losses.by_row import LossTargets
+from kd.student_trainer.losses.loss_targets import LossTargets
 
 
 class ChunkLoss(Protocol):
@@ -44,7 +44,7 @@ def chunked_head_loss(
     hidden   [N, d]
     weight   [V', d], V' >= vocabulary_size; columns of padding are cut off before the loss
     bias     [V'] or None
-    loss     as `kd.student_trainer.losses.by_row.Objective`
+    loss     as `kd.student_trainer.losses.loss_registry.Objective`
     returns  three scalars; kd and ce carry no gradient
     """
     total, parts = _ChunkedHead.apply(hidden, weight, bias, loss, targets, vocabulary_size, chunk)  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ from kd.student_trainer.batches.compatibility import (
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.config import TrainConfig
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
 
 PACKED_TOKENS = 1024
 """Of a packed sequence, where neither --seq-len nor the student's positions say more or less."""

@@ -53,8 +53,8 @@ from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, CachedExampl
 from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.lora import with_adapters
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import packed_capacity, prepare, rank_edges
 from kd.student_trainer.run_folder import keep_evaluations

@@ -29,8 +29,9 @@ from kd.models.heads import EncoderDecoderHead, LanguageModelHead
 from kd.models.loading import decoder_start, random_model
 from kd.models.shapes import SHAPES
 from kd.student_trainer.head import chunked_head_loss
-from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets
-from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
 
 NAME = "elsewhere"
 N, D, V, K = 24, 16, 900, 8

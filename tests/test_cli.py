@@ -58,8 +58,8 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
 @pytest.mark.parametrize(
     ("module", "registry", "command", "option"),
     [
-        ("kd.student_trainer.losses.by_row", "LOSSES", "train", "loss"),
-        ("kd.student_trainer.losses.by_row", "TAILS", "train", "tail"),
+        ("kd.student_trainer.losses.loss_registry", "LOSSES", "train", "loss"),
+        ("kd.student_trainer.losses.loss_registry", "TAILS", "train", "tail"),
         ("kd.student_trainer.config", "OPTIMIZERS", "train", "optimizer"),
         ("kd.student_trainer.config", "SCHEDULES", "train", "schedule"),
         ("kd.student_trainer.config", "PRECISIONS", "train", "precision"),

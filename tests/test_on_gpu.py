@@ -20,8 +20,9 @@ from kd.data.rows.example import Example
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.head import chunked_head_loss
-from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets
-from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU here")

@@ -16,8 +16,8 @@ from kd.models.packing import Size, lay_out, pack_sequences
 from kd.student_trainer.batches.alignment import Side, align
 from kd.student_trainer.batches.pieces import SharedPieces
 from kd.student_trainer.batches.student_text import StudentExample, StudentText
-from kd.student_trainer.losses.by_group import GroupTargets
-from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, Objective
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
 
 
 @dataclass(frozen=True)

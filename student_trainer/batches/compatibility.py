@@ -17,8 +17,8 @@ from kd.cache_builder.store.targets import PROFILES, TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
 from kd.models.loading import max_positions
 from kd.models.tokenizer import Tokenizer, token_bytes
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import LOSSES, Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 
 
 def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose: str, advice: str) -> None:

@@ -38,8 +38,8 @@ from kd.student_trainer.classify.pooling import merged_adapters
 from kd.student_trainer.classify.soft_labels import SoftLabelTrainer, read_classes, refuse_groups
 from kd.student_trainer.config import OPTIMIZERS, PRECISIONS, SCHEDULES
 from kd.student_trainer.lora import with_adapters
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 
 RUN, METRICS = "classify.json", "metrics.jsonl"
 MAX_LENGTH = 512

@@ -18,7 +18,8 @@ from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.reader import CacheReader
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.tasks.glue import PAIR, LabelledRow, LabelledRows, glue_task
-from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, Objective
+from kd.student_trainer.losses.loss_targets import LossTargets
 
 BATCH = 4096
 """Rows read at once."""

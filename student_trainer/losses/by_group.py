@@ -5,91 +5,29 @@ B rank bands. A group's distribution is the one at its first token, times the ch
 tokens that were actually there: p(piece) p(rest of the text | piece) on either side (as in TRL's GOLD, `bayesian`).
 With one token on either side that factor is 1 and the loss is the plain one.
 
-Add a loss: one function `(logits, groups, settings) -> [G]` and one line in `kd.student_trainer.losses.by_row.LOSSES`.
+Add a loss: one function `(logits, groups, settings) -> [G]` and one line in `LOSSES` of
+`kd.student_trainer.losses.loss_registry`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import TypeVar
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd.models.top_k import top_k_by_threshold
+from kd.student_trainer.losses.loss_settings import GroupSettings
+from kd.student_trainer.losses.loss_targets import GroupTargets, need
 from kd.student_trainer.losses.ranks import cumulative_curve, mass_of_first, sorted_row
 
 FAST_HEAD = 64
 """Ranks that the fast mode of `uld` compares one by one."""
 FAST_BINS = 256
-"""Of log-probability beyond them; a bin is a byte."""
+"""Bins of log-probability for all further ranks; the number of a bin is a byte."""
 FAST_RANGE = 16.0
-"""Nats below the last of those ranks that the bins cover at most; what lies lower shares the last bin."""
+"""Most nats below the last of those ranks that the bins cover; lower values share the last bin."""
 ALM_TEMPERATURE = 100.0
-
-
-@dataclass(frozen=True)
-class GroupTargets:
-    """The teacher's side of G groups, and which rows of logits are the student's side."""
-
-    first: Tensor
-    """[G] int64: row of logits at the group's first student token"""
-    stop: Tensor
-    """[G] int64: one past the row of its last student token"""
-    gold_ids: Tensor
-    """[n] int64: the student's own tokens, per row of logits"""
-    log_scale: Tensor
-    """[G] nats: teacher log-probability of the tokens after the first, at the loss's temperature"""
-    chunk_logprob: Tensor
-    """[G] nats: teacher log-probability of all of the group's text, at temperature 1"""
-    weight: Tensor
-    """[G]: 1 / groups of the example"""
-    logprobs: Tensor | None = None
-    """[G, K] teacher log-probabilities at the first token, descending, at the loss's temperature"""
-    bands: Tensor | None = None
-    """[G, B] log-mass of the rank bands beyond K, at the loss's temperature"""
-    student_ids: Tensor | None = None
-    """[G, K] int64: the student's id of each kept piece, -1 where it has none"""
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    @cached_property
-    def bounds(self) -> np.ndarray:
-        """`[2, G]` first and stop on the host: one wait for a GPU, then none for all ranges of rows."""
-        return torch.stack([self.first, self.stop]).cpu().numpy()
-
-    def __getitem__(self, groups: slice) -> GroupTargets:
-        """A range of groups; rows stay as they are."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
-        return replace(self, **{name: v[groups] for name, v in values.items() if v is not None})
-
-    def within(self, rows: slice, groups: slice) -> GroupTargets:
-        """A range of groups, whose rows are all in `rows`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
-        cut = {name: v[groups] for name, v in values.items() if v is not None}
-        cut["first"], cut["stop"] = cut["first"] - rows.start, cut["stop"] - rows.start
-        found = replace(self, gold_ids=self.gold_ids[rows], **cut)
-        vars(found)["bounds"] = self.bounds[:, groups] - rows.start
-        return found
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """What group losses can be told, besides the targets."""
-
-    temperature: float = 1.0
-    edges: tuple[int, ...] = ()
-    """Ranks between the teacher's bands, the last is V_t; see `kd.cache_builder.store.targets.band_edges`."""
-    ranking: str = "exact"
-    """How the student's probabilities are brought into order: `exact` or `fast`."""
-    beta: float = 0.5
-    """Of the generalised JSD."""
-    overlap: float = 1.0
-    """Share of the teacher's vocabulary that the student has too: the weight of the matched part in `hybrid`."""
+"""Temperature tau of `alm`."""
 
 
 def _student(logits: Tensor, groups: GroupTargets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,13 +173,3 @@ def alm_of(log_q: Tensor, groups: GroupTargets) -> Tensor:
     x, y = (v.clamp(max=-1e-6) / ALM_TEMPERATURE for v in (groups.chunk_logprob.to(log_q.dtype), log_q))
     other_x, other_y = torch.log(-torch.expm1(x)), torch.log(-torch.expm1(y))
     return ALM_TEMPERATURE * (x.exp() * (x - y) + other_x.exp() * (other_x - other_y))
-
-
-Field = TypeVar("Field")
-
-
-def need(field: Field | None) -> Field:
-    """A field of the targets; ValueError where the cache's profile left out what a loss compares."""
-    if field is None:
-        raise ValueError("the targets hold no such field for this loss")
-    return field

@@ -14,86 +14,82 @@ indices) and each value looks up the run of equal signs it lies in; other device
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd.student_trainer.losses.by_group import (
-    GroupSettings,
-    GroupTargets,
-    alm_of,
-    generalised_jsd,
-    need,
-    row_sums,
-    uld_bins,
-)
+from kd.student_trainer.losses.by_group import alm_of, generalised_jsd, row_sums, uld_bins
+from kd.student_trainer.losses.loss_settings import GroupSettings, LossWeights
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets, need
 from kd.student_trainer.losses.ranks import sorted_row
 from kd.student_trainer.losses.row_kernels import cross_entropy_apart, log_normaliser, softmax_, sums_of, tiles
-
-if TYPE_CHECKING:
-    from kd.student_trainer.losses.by_row import LossTargets, Objective
 
 Compared = tuple[Tensor, Tensor, Tensor, Tensor]
 """value [G], weight * d value / d further [G], M [G, V], S [G]"""
 Comparison = Callable[[Tensor, Tensor, GroupTargets, Tensor, Tensor, GroupSettings], Compared]
-"""Of tempered logits [G, V], probabilities [G, V], targets of G groups, log-probability of further tokens [G], weight
-[G], settings."""
+"""Tempered logits [G, V], probabilities [G, V], targets of G groups, log-probability of further tokens [G], weight [G],
+settings -> `Compared`."""
 
 
-def group_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> Tensor:
-    """`uld` and `hybrid` beside cross-entropy; see `kd.student_trainer.losses.row_kernels` for what a kernel is."""
-    groups, temperature = need(targets.groups), objective.temperature
-    settings = replace(objective.settings, temperature=temperature)
-    compare = COMPARISONS[objective.loss, settings.ranking]
-    weight = _weights(groups, targets, objective, logits)
-    shared = objective.ce if temperature == 1.0 else 0.0  # one softmax serves both losses
-    gold_weight = torch.full_like(logits[:, 0], shared)  # c of every row
-    further, late, late_group = _further(logits, groups, temperature)
-    values, ce = logits.new_zeros(len(groups)), logits.new_zeros(())
-    for rows in tiles(logits):
-        z, gold = logits[rows], groups.gold_ids[rows].unsqueeze(1)
-        plain = None
-        if temperature != 1.0:
-            row_ce, plain = cross_entropy_apart(z, gold.squeeze(1), objective.ce)
-            ce += row_ce.sum()
-            z.div_(temperature)
-        else:
-            ce -= z.gather(1, gold).sum()
-        q = z.clone()
-        log_z = softmax_(q)
-        if temperature == 1.0:
-            ce += log_z.sum()
-        chosen = slice(*groups.bounds[0].searchsorted([rows.start, rows.stop]).tolist())
-        at = groups.first[chosen] - rows.start
-        every = len(at) == len(z)
-        u, probabilities = (z, q) if every else (z[at], q[at])
-        values[chosen], slope, asked, mean = compare(
-            u, probabilities, groups[chosen], further[chosen], weight[chosen], settings
-        )
-        if len(late):  # rows of these groups may lie in this tile or in a later one: their first row is always before
-            slopes = logits.new_zeros(len(groups))
-            slopes[chosen] = slope
-            gold_weight[late] -= slopes[late_group]
-        c = gold_weight[rows].unsqueeze(1)
-        if every:
-            torch.mul(probabilities, asked.add_(c - mean.unsqueeze(1)), out=z)
-        else:
-            torch.mul(q, c, out=z)
-            z.index_add_(0, at, asked.sub_(mean.unsqueeze(1)).mul_(probabilities))
-        z.scatter_add_(1, gold, -c)
-        if temperature != 1.0:
-            z.div_(temperature)
-        if plain is not None:
-            z.add_(plain)
-    kd = values * groups.weight.to(values.dtype)
-    return sums_of((values * weight).sum(), objective.ce, kd.sum(), ce)
+@dataclass(frozen=True)
+class GroupKernel:
+    """The kernel of a loss that compares the first rows of groups (`uld`, `hybrid`), beside cross-entropy."""
+
+    comparisons: Mapping[str, Comparison]
+    """Ranking (`exact`, `fast`) -> how a first row is compared."""
+
+    def __call__(self, logits: Tensor, targets: LossTargets, weights: LossWeights) -> Tensor:
+        """A `kd.student_trainer.losses.row_kernels.Kernel`."""
+        groups, temperature = need(targets.groups), weights.temperature
+        compare = self.comparisons[weights.settings.ranking]
+        weight = _group_weights(groups, targets, weights, logits)
+        shared = weights.ce if temperature == 1.0 else 0.0  # one softmax serves both losses
+        gold_weight = torch.full_like(logits[:, 0], shared)  # c of every row
+        further, late, late_group = _further(logits, groups, temperature)
+        values, ce = logits.new_zeros(len(groups)), logits.new_zeros(())
+        for rows in tiles(logits):
+            z, gold = logits[rows], groups.gold_ids[rows].unsqueeze(1)
+            plain = None
+            if temperature != 1.0:
+                row_ce, plain = cross_entropy_apart(z, gold.squeeze(1), weights.ce)
+                ce += row_ce.sum()
+                z.div_(temperature)
+            else:
+                ce -= z.gather(1, gold).sum()
+            q = z.clone()
+            log_z = softmax_(q)
+            if temperature == 1.0:
+                ce += log_z.sum()
+            chosen = slice(*groups.bounds[0].searchsorted([rows.start, rows.stop]).tolist())
+            first_rows = groups.first[chosen] - rows.start
+            every = len(first_rows) == len(z)
+            u, probabilities = (z, q) if every else (z[first_rows], q[first_rows])
+            values[chosen], slope, asked, mean = compare(
+                u, probabilities, groups[chosen], further[chosen], weight[chosen], weights.settings
+            )
+            if len(late):  # rows of these groups may lie in this tile or in a later one: their first row comes before
+                slopes = logits.new_zeros(len(groups))
+                slopes[chosen] = slope
+                gold_weight[late] -= slopes[late_group]
+            c = gold_weight[rows].unsqueeze(1)
+            if every:
+                torch.mul(probabilities, asked.add_(c - mean.unsqueeze(1)), out=z)
+            else:
+                torch.mul(q, c, out=z)
+                z.index_add_(0, first_rows, asked.sub_(mean.unsqueeze(1)).mul_(probabilities))
+            z.scatter_add_(1, gold, -c)
+            if temperature != 1.0:
+                z.div_(temperature)
+            if plain is not None:
+                z.add_(plain)
+        kd = values * groups.weight.to(values.dtype)
+        return sums_of((values * weight).sum(), weights.ce, kd.sum(), ce)
 
 
-def alm_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> Tensor:
+def alm_kernel(logits: Tensor, targets: LossTargets, weights: LossWeights) -> Tensor:
     """`alm` beside cross-entropy: every row enters through its gold token alone."""
     groups = need(targets.groups)
     gold = groups.gold_ids.unsqueeze(1)
@@ -104,27 +100,27 @@ def alm_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> Te
         leaf = row_sums(log_q, groups.first, groups.stop).requires_grad_()
         value = alm_of(leaf, groups)
         (slope,) = torch.autograd.grad(value.sum(), leaf)
-    weight = _weights(groups, targets, objective, logits)
+    weight = _group_weights(groups, targets, weights, logits)
     members, owner = _members(groups)
-    c = torch.full_like(log_q, objective.ce)
+    c = torch.full_like(log_q, weights.ce)
     c.index_add_(0, members, -(weight * slope)[owner])
     for rows in tiles(logits):
         logits[rows].mul_(c[rows].unsqueeze(1))
     logits.scatter_add_(1, gold, -c.unsqueeze(1))
     value = value.detach()
     kd = value * groups.weight.to(value.dtype)
-    return sums_of((value * weight).sum(), objective.ce, kd.sum(), -log_q.sum())
+    return sums_of((value * weight).sum(), weights.ce, kd.sum(), -log_q.sum())
 
 
-def _weights(groups: GroupTargets, targets: LossTargets, objective: Objective, like: Tensor) -> Tensor:
-    """`[G]` what a group's value counts in the total."""
-    weight = objective.kd_weight * groups.weight.to(like.dtype)
+def _group_weights(groups: GroupTargets, targets: LossTargets, weights: LossWeights, like: Tensor) -> Tensor:
+    """`[G]` weight of each group's value in the total."""
+    weight = weights.kd * groups.weight.to(like.dtype)
     return weight if targets.kd_scale is None else weight * targets.kd_scale.to(like.dtype)
 
 
 def _members(groups: GroupTargets, skip: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of all groups but the first `skip` of each, group after group, and the group of each."""
-    count = int((groups.bounds[1] - groups.bounds[0] - skip).sum())  # told, or a GPU would be waited for
+    count = int((groups.bounds[1] - groups.bounds[0] - skip).sum())  # known on the host: no wait for a GPU
     size = groups.stop - groups.first - skip
     starts = groups.first + skip - (size.cumsum(0) - size)
     owner = torch.arange(len(groups), device=size.device).repeat_interleave(size, output_size=count)
@@ -195,7 +191,7 @@ def hybrid_comparison(
     mean = other.squeeze(1) * slope + (one * slopes * right.detach()).sum(dim=1)
     mean += (one * slopes[:, -1:] * (kept.sum(dim=1, keepdim=True) * b - rest)).squeeze(1)
     value = settings.overlap * matched.detach() + (1 - settings.overlap) * unmatched
-    # of the last outcome kept * b grows with b, and 1 - b falls
+    # in the last outcome kept * b grows with b, and 1 - b falls
     return value, mean - (one * slopes[:, -1:] * b).squeeze(1), asked, mean
 
 
@@ -237,24 +233,15 @@ def rank_signs(p: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _signs_of_values(q: Tensor, ordered: Tensor, signs: Tensor) -> Tensor:
     """The sign at the rank of each value: `signs` are those along the ranks, `ordered` the values there, descending."""
-    found = torch.empty_like(q)
+    signs_of_values = torch.empty_like(q)
     changes = signs[:, 1:] != signs[:, :-1]
     for row in range(len(q)):
         start = changes[row].nonzero().squeeze(1) + 1  # ranks where a run of equal signs begins, but for the first
         borders = ordered[row, start].flip(0).contiguous().numpy()
         runs = torch.cat([signs[row, :1], signs[row, start]]).numpy()
         if len(borders) == 0:
-            found[row] = float(runs[0])
+            signs_of_values[row] = float(runs[0])
             continue
         run = len(borders) - np.searchsorted(borders, q[row].numpy(), side="left")  # borders not below the value
-        found[row] = torch.from_numpy(runs[run])
-    return found
-
-
-COMPARISONS: dict[tuple[str, str], Comparison] = {
-    ("uld", "exact"): exact_uld,
-    ("uld", "fast"): fast_uld,
-    ("hybrid", "exact"): hybrid_comparison,
-    ("hybrid", "fast"): hybrid_comparison,
-}
-"""Loss and ranking -> how a first row is compared; `hybrid` has the exact order alone."""
+        signs_of_values[row] = torch.from_numpy(runs[run])
+    return signs_of_values

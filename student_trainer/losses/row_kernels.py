@@ -1,11 +1,11 @@
 """Losses by position together with their gradients, written over the logits they are taken from: what training runs.
 
-`kd.student_trainer.losses.by_row` says what each loss is; here is the same with its derivative worked out, so that a chunk of
-logits is read and written a few times and nothing else of its size is made. Tests hold every kernel against autograd on
-the definition, in float64.
+`kd.student_trainer.losses.by_row` defines each loss; here its derivative is worked out as well, so that a chunk of logits is
+read and written a few times and nothing else of its size is made. Tests compare every kernel with autograd on the
+definition, in float64.
 
-A kernel `(logits [n, V], targets, objective) -> [3]` returns the sums of (total, kd, ce) and leaves d total / d logits in
-`logits`. On a CPU the rows are taken a few at a time (`tiles`), so that the passes over them stay in the cache.
+A kernel `(logits [n, V], targets, weights) -> [3]` returns the sums of (total, kd, ce) and leaves d total / d logits in
+`logits`. On a CPU a few rows are processed at a time (`tiles`), so that the passes over them stay in the cache.
 
 Divergences compare outcomes: the K kept ids and everything else as one. With g_j = dD / d log q_j and G = Σ_j g_j, a
 softmax's chain rule gives, for the student's tempered logits u,
@@ -13,31 +13,33 @@ softmax's chain rule gives, for the student's tempered logits u,
     kept id k          dD / du_k = g_k - q_k G
     any other id v     dD / du_v = (q_v / q_rest) (g_rest - q_rest G)
 
-so each divergence only has to state its value and its g over K + 1 outcomes.
+so each divergence only has to give its value and its g over K + 1 outcomes.
 
-Add one: a function in `DIVERGENCES`, or a kernel of its own in `kd.student_trainer.losses.by_row.LOSSES`.
+Add one: a `DivergenceKernel` of a function like `kl_outcomes`, or a kernel of its own, in
+`kd.student_trainer.losses.loss_registry.LOSSES`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kd.student_trainer.losses.by_group import need
+from kd.student_trainer.losses.loss_settings import LossWeights
+from kd.student_trainer.losses.loss_targets import TAIL_FLOOR, LossTargets, need
 
-if TYPE_CHECKING:
-    from kd.student_trainer.losses.by_row import LossTargets, Objective
-
-Kernel = Callable[[Tensor, "LossTargets", "Objective"], Tensor]
+Kernel = Callable[[Tensor, LossTargets, LossWeights], Tensor]
+"""Logits [n, V], targets, weights -> sums [3] of (total, kd, ce)."""
+Divergence = Callable[[Tensor, Tensor, LossWeights], tuple[Tensor, Tensor]]
+"""p [n, C], log q [n, C], weights -> value [n], g [n, C]."""
+TeacherOutcomes = Callable[[LossTargets], Tensor]
+"""Targets -> the teacher's probabilities [n, K + 1]: kept ids, then everything else."""
 
 TILE_BYTES = 4 << 20
 """Of logits that are worked on at once, on a CPU: with scratch of the same size they stay in a shared cache."""
-TAIL_FLOOR = 1e-7
-"""Probability of a teacher's tail that rounding has left without any (float32 sums to 1 no better than this)."""
 
 
 def tiles(logits: Tensor, rows: int | None = None) -> Iterator[slice]:
@@ -78,20 +80,20 @@ def cross_entropy_(logits: Tensor, gold_ids: Tensor, weight: float) -> Tensor:
 # divergences over outcomes: value [n] and g [n, C] = d value / d log q, of p [n, C] and log q [n, C]
 
 
-def kl_outcomes(p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def kl_outcomes(p: Tensor, log_q: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
     """KL(p || q)."""
     return (torch.xlogy(p, p) - p * log_q).sum(dim=1), -p
 
 
-def reverse_kl_outcomes(p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def reverse_kl_outcomes(p: Tensor, log_q: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
     """KL(q || p)."""
     q, ratio = log_q.exp(), log_q - p.log()
     return (q * ratio).sum(dim=1), q * (ratio + 1)
 
 
-def jsd_outcomes(p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def jsd_outcomes(p: Tensor, log_q: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
-    q = log_q.exp()
+    beta, q = weights.settings.beta, log_q.exp()
     log_m = (beta * p + (1 - beta) * q).clamp(min=1e-30).log()
     against = log_q.clamp(min=math.log(torch.finfo(q.dtype).tiny)) - log_m
     value = beta * (torch.xlogy(p, p) - p * log_m) + (1 - beta) * q * against
@@ -134,42 +136,57 @@ def outcomes_(
     return value, log_z - chosen
 
 
-def _divergence(targets: LossTargets, objective: Objective) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The objective's divergence from the teacher's outcomes, as a function of the student's."""
-    log_p = need(targets.logprobs)
-    if objective.tail == "renorm":
-        p = torch.nn.functional.pad(log_p.softmax(dim=1), (0, 1))
-    else:
-        mass = need(targets.tail_mass).unsqueeze(1)
-        p = torch.cat([log_p.exp(), mass if objective.loss == "kl" else mass.clamp(min=TAIL_FLOOR)], dim=1)
-    compare = DIVERGENCES[objective.loss]
-    return lambda log_q: compare(p[:, : log_q.shape[1]], log_q, objective)
+def outcomes_with_tail(targets: LossTargets) -> Tensor:
+    """The teacher's kept probabilities and the mass of its tail, as stored."""
+    return torch.cat([need(targets.logprobs).exp(), need(targets.tail_mass).unsqueeze(1)], dim=1)
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Objective], tuple[Tensor, Tensor]]] = {
-    "kl": lambda p, log_q, _: kl_outcomes(p, log_q),
-    "reverse-kl": lambda p, log_q, _: reverse_kl_outcomes(p, log_q),
-    "jsd": lambda p, log_q, objective: jsd_outcomes(p, log_q, objective.settings.beta),
-}
+def outcomes_with_floored_tail(targets: LossTargets) -> Tensor:
+    """The same with at least TAIL_FLOOR in the tail, for divergences that take its logarithm."""
+    mass = need(targets.tail_mass).unsqueeze(1).clamp(min=TAIL_FLOOR)
+    return torch.cat([need(targets.logprobs).exp(), mass], dim=1)
 
 
-def divergence_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> Tensor:
-    """Any divergence over kept ids and the rest, at any temperature, beside cross-entropy."""
-    weight, temperature = objective.kd_weight, objective.temperature
-    sums = logits.new_zeros(3)
-    for rows in tiles(logits):
-        z, part = logits[rows], targets[rows]
-        divergence = _divergence(part, objective)
-        if temperature == 1.0:
-            kd, ce = outcomes_(z, need(part.token_ids), part.gold_ids, divergence, weight, objective.ce)
-        else:
-            ce, plain = cross_entropy_apart(z, part.gold_ids, objective.ce)
-            z.div_(temperature)
-            kd, _ = outcomes_(z, need(part.token_ids), part.gold_ids, divergence, weight / temperature, 0.0)
-            if plain is not None:
-                z.add_(plain)
-        sums += sums_of(weight * kd.sum(), objective.ce, kd.sum(), ce.sum())
-    return sums
+def renormalised_outcomes(targets: LossTargets) -> Tensor:
+    """The teacher's kept probabilities divided by their sum, and a tail of zero."""
+    return torch.nn.functional.pad(need(targets.logprobs).softmax(dim=1), (0, 1))
+
+
+@dataclass(frozen=True)
+class DivergenceKernel:
+    """The kernel of a divergence over kept ids and the rest, at any temperature, beside cross-entropy."""
+
+    divergence: Divergence
+    """Value and derivative over the outcomes."""
+    teacher: TeacherOutcomes
+    """The teacher's side: what becomes of the tail that top-k cut off."""
+
+    def __call__(self, logits: Tensor, targets: LossTargets, weights: LossWeights) -> Tensor:
+        """A `Kernel`."""
+        sums = logits.new_zeros(3)
+        for rows in tiles(logits):
+            z, part = logits[rows], targets[rows]
+            p = self.teacher(part)
+            kd, ce = self._tile_(z, p, need(part.token_ids), part.gold_ids, weights)
+            sums += sums_of(weights.kd * kd.sum(), weights.ce, kd.sum(), ce.sum())
+        return sums
+
+    def _tile_(
+        self, logits: Tensor, p: Tensor, ids: Tensor, gold_ids: Tensor, weights: LossWeights
+    ) -> tuple[Tensor, Tensor]:
+        """Value of the divergence and cross-entropy `[n]`; `logits [n, V]` become the gradient of the total."""
+
+        def compare(log_q: Tensor) -> tuple[Tensor, Tensor]:
+            return self.divergence(p[:, : log_q.shape[1]], log_q, weights)
+
+        if weights.temperature == 1.0:
+            return outcomes_(logits, ids, gold_ids, compare, weights.kd, weights.ce)
+        ce, plain = cross_entropy_apart(logits, gold_ids, weights.ce)
+        logits.div_(weights.temperature)
+        kd, _ = outcomes_(logits, ids, gold_ids, compare, weights.kd / weights.temperature, 0.0)
+        if plain is not None:
+            logits.add_(plain)
+        return kd, ce
 
 
 def cross_entropy_apart(logits: Tensor, gold_ids: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
@@ -185,11 +202,10 @@ def sums_of(weighted: Tensor, ce_weight: float, kd: Tensor, ce: Tensor) -> Tenso
     return torch.stack([weighted + ce_weight * ce if ce_weight else weighted, kd, ce])
 
 
-def sampled_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> Tensor:
+def sampled_kernel(logits: Tensor, targets: LossTargets, weights: LossWeights) -> Tensor:
     """KL from the frequencies of draws: the gradient is q minus the frequencies."""
-    if objective.temperature != 1.0:
-        raise ValueError(f"draws were made at temperature 1, not {objective.temperature}")
-    weight = objective.kd_weight
+    if weights.temperature != 1.0:
+        raise ValueError(f"draws were made at temperature 1, not {weights.temperature}")
     sums = logits.new_zeros(3)
     for rows in tiles(logits):
         z, part = logits[rows], targets[rows]
@@ -198,13 +214,13 @@ def sampled_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -
         drawn = z.gather(1, ids)
         chosen = z.gather(1, part.gold_ids.unsqueeze(1)).squeeze(1)
         log_z = softmax_(z)
-        subtract_(z.mul_(weight + objective.ce).scatter_add_(1, ids, -weight * share), part.gold_ids, objective.ce)
+        subtract_(z.mul_(weights.kd + weights.ce).scatter_add_(1, ids, -weights.kd * share), part.gold_ids, weights.ce)
         kd = (torch.xlogy(share, share) - share * (drawn - log_z.unsqueeze(1))).sum()
-        sums += sums_of(weight * kd, objective.ce, kd, (log_z - chosen).sum())
+        sums += sums_of(weights.kd * kd, weights.ce, kd, (log_z - chosen).sum())
     return sums
 
 
-def cross_entropy_kernel(logits: Tensor, targets: LossTargets, objective: Objective) -> Tensor:
+def cross_entropy_kernel(logits: Tensor, targets: LossTargets, weights: LossWeights) -> Tensor:
     """Plain fine-tuning."""
     ce = logits.new_zeros(())
     for rows in tiles(logits):

@@ -13,8 +13,8 @@ import torch
 
 from kd.cache_builder.store.targets import band_edges
 from kd.models.loading import ModelRequest, load_model
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 
 TAUGHT = ("dense_kl", "dense_uld")
 

@@ -17,8 +17,8 @@ from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets, teacher_groups
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.student_text import StudentText
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 
 ALIGNED = ("uld", "hybrid", "alm")
 EVERY_RANK = {"profile": "full", "top_k": 400, "tail_bands": 1, "samples": 4, "logprob_codec": "float32"}

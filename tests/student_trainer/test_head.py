@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import row_kernels as gradients_module
-from kd.student_trainer.losses.by_group import GroupSettings, GroupTargets
-from kd.student_trainer.losses.by_row import LOSSES, LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
 
 N, D, V, PADDED, K = 11, 5, 13, 16, 4
 EDGES = (K, 6, 9, 17)

@@ -23,8 +23,8 @@ from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.head import attach_loss
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 from kd.student_trainer.training import read_metrics
 
 V = 400

@@ -20,9 +20,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Mix
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
-from kd.student_trainer.losses.by_group import GroupSettings
+from kd.student_trainer.losses.loss_settings import GroupSettings
 from kd.student_trainer.head import attach_loss, forward_arguments
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

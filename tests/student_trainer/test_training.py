@@ -19,7 +19,7 @@ from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
 from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.training import METRICS, read_metrics
 
 TIMING = ("tokens_per_second", "wait_share")

@@ -8,7 +8,7 @@ import torch
 
 from kd.cache_builder.store.reader import CacheReader
 from kd.student_trainer.batches.collate import Collator, loss_targets
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
 
 
 def everything(reader: CacheReader, objective: Objective) -> tuple[list, dict[str, torch.Tensor]]:

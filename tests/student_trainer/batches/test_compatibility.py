@@ -18,7 +18,7 @@ from kd.student_trainer.batches.compatibility import (
     refuse_other_tokenizer,
     resolve_objective,
 )
-from kd.student_trainer.losses.by_row import LOSSES, TAILS, Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, TAILS, Objective
 
 
 def refuse_tokenizer(reader: CacheReader, tokenizer) -> None:

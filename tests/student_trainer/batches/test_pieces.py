@@ -16,7 +16,7 @@ from kd.student_trainer.batches.alignment import Side, align
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.pieces import SharedPieces, shared_pieces
 from kd.student_trainer.batches.student_text import StudentText
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
 
 
 def test_pieces_are_shared_by_their_bytes_whatever_their_spelling(

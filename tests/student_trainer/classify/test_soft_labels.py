@@ -37,7 +37,8 @@ from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.classify.classifier_training import ClassifyConfig, train_classifier
 from kd.student_trainer.classify.encoding import PadBatch, encode_rows, pad_rows
 from kd.student_trainer.classify.soft_labels import read_classes
-from kd.student_trainer.losses.by_row import LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_targets import LossTargets
 from kd.student_trainer.merging.pool import read_pool
 
 TEMPERATURES = (1.0, 2.0, 4.0)

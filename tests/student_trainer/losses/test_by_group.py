@@ -17,17 +17,10 @@ from kd.cache_builder.store.targets import band_edges
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.batches.student_text import StudentText
-from kd.student_trainer.losses.by_group import (
-    ALM_TEMPERATURE,
-    GroupSettings,
-    GroupTargets,
-    alm,
-    generalised_jsd,
-    hybrid,
-    sorted_distance,
-    uld,
-)
-from kd.student_trainer.losses.by_row import LossTargets, Objective
+from kd.student_trainer.losses.by_group import ALM_TEMPERATURE, alm, generalised_jsd, hybrid, sorted_distance, uld
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
 
 N, V, TEACHER_V = 6, 40, 53
 

@@ -16,18 +16,9 @@ from torch import Tensor
 
 from kd.cache_builder.teacher.selection import draw
 from kd.common.errors import DataError
-from kd.student_trainer.losses.by_row import (
-    LOSSES,
-    TAILS,
-    LossTargets,
-    Objective,
-    cross_entropy,
-    jsd,
-    kl_ghost,
-    kl_renorm,
-    kl_reverse,
-    kl_sampled,
-)
+from kd.student_trainer.losses.by_row import cross_entropy, jsd, kl_ghost, kl_renorm, kl_reverse, kl_sampled
+from kd.student_trainer.losses.loss_registry import LOSSES, TAILS, Objective
+from kd.student_trainer.losses.loss_targets import LossTargets
 
 N, V, K, R = 7, 40, 6, 12
 GRID = (1.0, 2.0, 4.0)

@@ -1,0 +1,123 @@
+"""What a loss compares the student with: the teacher's side, by row or over groups of tokens.
+
+Shapes: N positions, K kept tokens, R draws; n student positions (rows of logits), G groups, B rank bands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Field = TypeVar("Field")
+
+TAIL_FLOOR = 1e-7
+"""Probability given to a teacher's tail that rounding left with none (float32 sums to 1 no better than this)."""
+
+
+def need(field: Field | None) -> Field:
+    """`field`, unless it is None. Raises ValueError where the cache's profile left out what a loss compares."""
+    if field is None:
+        raise ValueError("the targets hold no such field for this loss")
+    return field
+
+
+@dataclass(frozen=True)
+class GroupTargets:
+    """The teacher's side of G groups, and which rows of logits are the student's side."""
+
+    first: Tensor
+    """[G] int64: row of logits at the group's first student token"""
+    stop: Tensor
+    """[G] int64: one past the row of its last student token"""
+    gold_ids: Tensor
+    """[n] int64: the student's own tokens, per row of logits"""
+    log_scale: Tensor
+    """[G] nats: teacher log-probability of the tokens after the first, at the loss's temperature"""
+    chunk_logprob: Tensor
+    """[G] nats: teacher log-probability of all of the group's text, at temperature 1"""
+    weight: Tensor
+    """[G]: 1 / groups of the example"""
+    logprobs: Tensor | None = None
+    """[G, K] teacher log-probabilities at the first token, descending, at the loss's temperature"""
+    bands: Tensor | None = None
+    """[G, B] log-mass of the rank bands beyond K, at the loss's temperature"""
+    student_ids: Tensor | None = None
+    """[G, K] int64: the student's id of each kept piece, -1 where it has none"""
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """`[2, G]` first and stop on the host: one wait for a GPU, then none for all ranges of rows."""
+        return torch.stack([self.first, self.stop]).cpu().numpy()
+
+    def __getitem__(self, groups: slice) -> GroupTargets:
+        """A range of groups; rows stay as they are."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
+        return replace(self, **{name: v[groups] for name, v in values.items() if v is not None})
+
+    def within(self, rows: slice, groups: slice) -> GroupTargets:
+        """A range of groups, whose rows are all in `rows`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
+        cut = {name: v[groups] for name, v in values.items() if v is not None}
+        cut["first"], cut["stop"] = cut["first"] - rows.start, cut["stop"] - rows.start
+        part = replace(self, gold_ids=self.gold_ids[rows], **cut)
+        vars(part)["bounds"] = self.bounds[:, groups] - rows.start
+        return part
+
+
+@dataclass(frozen=True)
+class LossTargets:
+    """What a loss compares the student with; fields that a loss does not need are None."""
+
+    gold_ids: Tensor
+    """[N] int64"""
+    token_ids: Tensor | None = None
+    """[N, K] int64, unique within a row"""
+    logprobs: Tensor | None = None
+    """[N, K] teacher log-probabilities at the loss's temperature, nats"""
+    tail_mass: Tensor | None = None
+    """[N] teacher probability outside the kept ids, at the loss's temperature"""
+    sample_ids: Tensor | None = None
+    """[N, R] int64"""
+    sample_counts: Tensor | None = None
+    """[N, R] draws of each id, 0 in unused slots"""
+    groups: GroupTargets | None = None
+    """Groups of aligned text, for losses over text; their rows count from 0 here"""
+    kd_scale: Tensor | None = None
+    """[] rows of the step / examples of the step: group losses are means over examples, and the sum is divided by rows"""
+
+    def __getitem__(self, rows: slice) -> LossTargets:
+        """A range of rows of every field; only groups that lie in it as a whole stay (see `pieces`)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("groups", "kd_scale")}
+        cut = {name: v[rows] for name, v in values.items() if v is not None}
+        if self.groups is not None:
+            rows = slice(rows.start or 0, len(self.gold_ids) if rows.stop is None else rows.stop)
+            first, stop = self.groups.bounds
+            chosen, last = int(first.searchsorted(rows.start)), int(stop.searchsorted(rows.stop, side="right"))
+            cut["groups"] = self.groups.within(rows, slice(chosen, max(last, chosen)))
+        return replace(self, **cut)
+
+    def pieces(self, size: int) -> list[slice]:
+        """Row ranges of about `size` rows that cut no group in two; a longer group stays whole."""
+        total = len(self.gold_ids)
+        if self.groups is None:
+            return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+        inside = np.zeros(total + 1, dtype=np.int64)  # +1 where a group's second row begins, -1 where it stops
+        first, stop = self.groups.bounds
+        np.add.at(inside, first + 1, 1)
+        np.add.at(inside, stop, -1)
+        allowed = np.flatnonzero(inside.cumsum() == 0)  # borders that no group crosses
+        ranges, start = [], 0
+        while start < total:
+            fitting = allowed[(allowed > start) & (allowed <= start + size)]
+            end = int(fitting[-1]) if len(fitting) else int(allowed[allowed > start][0])
+            ranges.append(slice(start, end))
+            start = end
+        return ranges
