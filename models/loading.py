@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError, TeacherError, unknown_name
+from kd.common.extras import needed
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
@@ -254,15 +255,8 @@ def load_encoder(name: str, layers: int, device: str) -> tuple[Any, Any]:
 
 
 def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
-    try:
+    with needed("bitsandbytes", "4-bit loading", where=request.name, instead="--dtype bfloat16"):
         import bitsandbytes
-    except ImportError as error:
-        raise TeacherError(
-            "4-bit loading needs bitsandbytes",
-            where=request.name,
-            found="not installed",
-            try_="pip install 'kd-logit-cache[quantization]', or --dtype bfloat16",
-        ) from error
     import tempfile
 
     from transformers import BitsAndBytesConfig
