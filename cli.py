@@ -12,19 +12,29 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from kd.commands.lazy import LazyCommands
+
+if TYPE_CHECKING:
+    from kd.common.errors import KdError
 
 
 def _interrupt(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _fail(error: KdError) -> NoReturn:
+    click.echo(f"{type(error).__name__}: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
 def main() -> None:
     """Entry point: errors the user can cause become a few lines on stderr and an exit code."""
     from kd.common.errors import KdError
+    from kd.common.extras import missing_package
     from kd.common.memory import share_one_heap
 
     share_one_heap()
@@ -43,8 +53,12 @@ def main() -> None:
         click.echo(f"{what}; {how}", err=True)
         sys.exit(130)
     except KdError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except ImportError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        _fail(missing)
 
 
 COMMANDS = {

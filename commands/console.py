@@ -94,9 +94,15 @@ def follow(label: str, steps: Iterable[Step], show: Callable[[Step], tuple[int, 
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off stderr; errors stay."""
+    """Keep progress bars and notices of the model libraries off stderr; their errors stay.
+
+    Raises MissingPackageError where these libraries are not installed.
+    """
     import logging
 
+    from kd.common.extras import require
+
+    require("train", "this command")
     import transformers
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on every import

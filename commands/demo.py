@@ -14,6 +14,7 @@ from kd.commands.console import emit_json, quiet_libraries
 from kd.commands.eval import run_evaluation
 from kd.commands.options import PATH, json_option
 from kd.commands.train import run_training
+from kd.common.extras import require
 
 
 @click.command()
@@ -26,11 +27,12 @@ def demo(out: Path, as_json: bool) -> None:
 
     Example: kd demo --out demo-out
     """
+    quiet_libraries()
+    require("eval", "kd demo")
     from kd.cache_builder.upkeep.summary import cache_summary
     from kd.recipes import demo_outcome as settings
     from kd.student_trainer.model_card import write_card
 
-    quiet_libraries()
     settings.require_fresh(out)
     started = time.perf_counter()
     measured: list[Any] = []

@@ -12,6 +12,7 @@ import click
 
 from kd.commands.console import emit, emit_json, follow, quiet_libraries
 from kd.commands.options import PATH, corpus_options, json_option, unescaped
+from kd.common.extras import require
 
 if TYPE_CHECKING:
     from kd.evaluation.results import EvalReport
@@ -117,6 +118,7 @@ def evaluate(
     Example: kd eval demo --tasks perplexity --data demo --split heldout
     """
     quiet_libraries()
+    require("eval", "kd eval")
     from kd.evaluation.answers.answer_metrics import MetricSettings
     from kd.evaluation.report.comparison import with_error
     from kd.evaluation.results import folders_of, refuse_other_scores
@@ -180,6 +182,7 @@ def report(runs: tuple[Path, ...], out: Path, baseline: str | None, as_json: boo
 
     Example: kd report demo-out/distilled demo-out/finetuned --out runs/report
     """
+    require("eval", "kd report")
     from kd.evaluation.report.writing import write_report
 
     files = write_report(list(runs), out, baseline=baseline)

@@ -13,6 +13,7 @@ import click
 from kd.commands.console import emit_json
 from kd.commands.options import PATH, json_option
 from kd.commands.recipe import parse_settings, run_step
+from kd.common.extras import require
 
 if TYPE_CHECKING:
     from kd.recipes.experiment_file import Experiment
@@ -65,6 +66,8 @@ def experiment(
         else:
             click.echo(f"# {found.about}\n" + "\n".join(shlex.join(["kd", *command]) for command in commands))
         return
+    for extra in ("train", "eval"):
+        require(extra, "kd experiment")
     with redirect_stdout(sys.stderr):  # what the steps print is progress here
         open_folder(found, folder, commands)
         for number, command in enumerate(commands, 1):

@@ -5,7 +5,8 @@
     ├── CacheError             a directory that is not a cache, a disk that is full, a locked store
     │   ├── CacheMismatchError this cache was made from something else (prints the difference)
     │   └── CacheDamageError   bytes are not what was committed; the CLI exits 3
-    └── TeacherError           the teacher cannot be loaded, or returned NaN
+    ├── TeacherError           the teacher cannot be loaded, or returned NaN
+    └── MissingPackageError    a package of an extra is not installed (`kd.common.extras`)
 
 Every message says where, what was found, what was expected, and what to try.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import TeacherError
+from kd.common.extras import needed
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,8 @@ def load_quantised(
     auto_class   class of transformers whose `from_pretrained` loads the model
     name         what errors call the model
     """
-    bitsandbytes = _bitsandbytes(name)
+    with needed("bitsandbytes", "4-bit loading", where=name, instead="--dtype bfloat16"):
+        import bitsandbytes
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -52,19 +54,6 @@ def load_quantised(
     if device == "cpu":
         _require_whole_blocks(model, bitsandbytes.nn.Linear4bit, name)
     return model
-
-
-def _bitsandbytes(name: str) -> Any:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise TeacherError(
-            "4-bit loading needs bitsandbytes",
-            where=name,
-            found="not installed",
-            try_="pip install 'kd-logit-cache[quantization]', or --dtype bfloat16",
-        ) from error
-    return bitsandbytes
 
 
 def _require_whole_blocks(model: Any, linear: Any, name: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.common.extras import needed
 
 Tokenizer = Any
 """A fast tokenizer of transformers (`PreTrainedTokenizerFast`)."""
@@ -26,7 +27,8 @@ EMBEDDED = {"demo": Path(__file__).parent / "embedded", "demo-t5": Path(__file__
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """A fast tokenizer from a local folder, a hub id, `demo` or `demo-t5`. Raises DataError saying what failed."""
-    from transformers import AutoTokenizer
+    with needed("transformers", "loading a tokenizer"):
+        from transformers import AutoTokenizer
 
     path = str(EMBEDDED.get(name, name))
     try:

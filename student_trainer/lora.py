@@ -8,6 +8,7 @@ from typing import Any
 from transformers.pytorch_utils import Conv1D
 
 from kd.common.errors import DataError
+from kd.common.extras import needed
 from kd.student_trainer.config import LORA_TARGETS
 
 
@@ -18,12 +19,11 @@ def with_adapters(
 
     targets     names of linear layers, separated by commas; None = the family's, else peft's own
     task_type   as peft calls it: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS
-    Raises DataError without peft, where it cannot adapt the model, or where an adapted output layer is the embedding too.
+    Raises MissingPackageError without peft. Raises DataError where peft cannot adapt the model, or where an adapted output
+    layer is the embedding too.
     """
-    try:
+    with needed("peft", "LoRA"):
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise DataError("LoRA needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
     _refuse_tied_head(model, targets)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps its weights as [in, out]
     adapters = LoraConfig(

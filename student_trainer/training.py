@@ -33,6 +33,7 @@ from transformers import TrainingArguments, set_seed
 from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.reader import CacheReader
 from kd.common.errors import CacheMismatchError, DataError
+from kd.common.extras import EXTRAS, require_package
 from kd.common.files import canonical_json, sweep, unfinished, write_atomic
 from kd.models.loading import (
     ModelRequest,
@@ -230,9 +231,11 @@ def train(
 
 
 def _require_tracker(name: str) -> None:
-    """Raise DataError for a tracker that transformers does not know, or that is not installed."""
+    """Raise DataError for a tracker that transformers does not know, MissingPackageError for one that is not installed."""
     from transformers.integrations import get_reporting_integration_callbacks
 
+    if name in EXTRAS["trackers"]:
+        require_package(name, f"--report-to {name}")
     try:
         get_reporting_integration_callbacks([] if name == "none" else [name])
     except ValueError as error:

@@ -28,6 +28,7 @@ from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.store import commits
 from kd.common.errors import CacheError, DataError, KdError, unknown_name
+from kd.common.extras import needed
 from kd.common.memory import share_one_heap
 from kd.models.loading import resolve_device
 
@@ -191,12 +192,8 @@ def _answer(connection: Connection, job: Job) -> None:
 @contextmanager
 def on_ray(todo: Sequence[Job]) -> Iterator[Poll]:
     """Tasks of the Ray cluster that RAY_ADDRESS names, or of one on this machine that ends with the build."""
-    try:
+    with needed("ray", "--engine ray"):
         import ray
-    except ImportError as error:
-        raise DataError(
-            "Ray is not installed", found="--engine ray", try_="pip install 'kd-logit-cache[ray]'"
-        ) from error
     begun_here = not ray.is_initialized()
     if begun_here:
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")

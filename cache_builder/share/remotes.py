@@ -27,6 +27,7 @@ import requests
 import urllib3
 
 from kd.common.errors import CacheError
+from kd.common.extras import needed
 from kd.common.files import process_tag, publish, sha256_of, write_error
 
 Entry = Mapping[str, Any]
@@ -208,12 +209,8 @@ class Bucket(Remote):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        try:
+        with needed("s3fs", "s3://"):
             import s3fs
-        except ImportError as error:
-            raise CacheError(
-                "s3:// needs s3fs", found="not installed", try_="pip install 'kd-logit-cache[s3]'"
-            ) from error
         self._root = url.removeprefix("s3://").rstrip("/")
         if not self._root or "//" in self._root:
             raise CacheError("this is not the address of a cache", found=url, expected="s3://BUCKET/PATH")

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from kd.common.errors import DataError
+from kd.common.extras import needed
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -31,7 +32,8 @@ class HubRows:
 
 def load_hub(name: str, config: str | None, revision: str | None, split: str) -> HubRows:
     """One split of a data set on the hub; scripts are never run. Raises DataError."""
-    import datasets
+    with needed("datasets", "reading a data set of the hub"):
+        import datasets
 
     commit = commit_of(name, revision)
     try:
@@ -64,7 +66,8 @@ def is_url(text: str) -> bool:
 
 def load_url(url: str) -> Any:
     """The rows of a CSV, JSON or Parquet file at an address (a `datasets.Dataset`). Raises DataError."""
-    import datasets
+    with needed("datasets", "reading a file at an address"):
+        import datasets
 
     suffix = PurePosixPath(urlparse(url).path).suffix
     if suffix not in BUILDERS:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd.common.errors import DataError
+from kd.common.extras import needed
 
 
 def average(values: Tensor) -> Tensor:
@@ -126,10 +126,8 @@ def dare(values: Tensor, base: Tensor, *, density: float, scaling: float, seed: 
 
     The drawing is peft's (`peft.utils.merge_utils.dare_linear`). Yu et al. 2024, arXiv:2311.03099.
     """
-    try:
+    with needed("peft", "dare"):
         from peft.utils.merge_utils import dare_linear
-    except ImportError as error:
-        raise DataError("dare needs peft", found="not installed", try_="pip install 'kd-logit-cache[lora]'") from error
     vectors = list(values - base)
     if density >= 1:  # of which peft warns
         return base + scaling * torch.stack(vectors).sum(dim=0)

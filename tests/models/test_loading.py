@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kd.common.errors import DataError, TeacherError
+from kd.common.extras import MissingPackageError
 from kd.models.heads import split_head
 from kd.models.loading import (
     ModelRequest,
@@ -114,9 +115,9 @@ def test_the_tokenizer_is_that_beside_the_model_unless_another_is_named(model_di
 
 def test_4_bit_loading_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(TeacherError, match="needs bitsandbytes") as caught:
+    with pytest.raises(MissingPackageError, match="needs bitsandbytes") as caught:
         load_model(ModelRequest("random:demo-student", device="cpu", load_in_4bit=True))
-    assert "pip install" in str(caught.value)
+    assert "pip install 'kd-logit-cache[quantization]'" in str(caught.value)
 
 
 def test_widths_that_4_bits_on_a_cpu_cannot_take_are_refused_before_the_first_pass(t5_dir: Path):
