@@ -91,12 +91,14 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
 
     Example: kd cache repair runs/cache
     """
+    from kd.cache_builder.build.build_settings import BuildSettings
     from kd.cache_builder.opening import cache_folder
     from kd.cache_builder.store.commits import committed
     from kd.cache_builder.store.manifest import load_manifest
     from kd.cache_builder.upkeep.repair import mend, mend_manifest, reopen
-    from kd.commands.cache import rebuild
+    from kd.commands.cache import build_behind_a_bar
     from kd.common.errors import CacheDamageError
+    from kd.common.settings import make
 
     mended: list[str] = []
     copy = None if place is None else cache_folder(place)
@@ -124,7 +126,7 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
                 try_="its kd cache build command: it builds these alone",
             )
         given = {name: str(value) for name, value in moved.items() if value is not None}
-        rebuild.main(rebuild.spelled(recorded | given | {"out": str(path)}), "kd cache build", standalone_mode=False)
+        build_behind_a_bar(make(BuildSettings, recorded | given | {"out": path}, where=path))
         findings = verified(path)
     same = load_manifest(path) == before
     if as_json:

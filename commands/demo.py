@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kd.commands.cache import plan_of, run_build
+from kd.commands.cache import build_behind_a_bar
 from kd.commands.console import emit_json, quiet_libraries
 from kd.commands.eval import run_evaluation
 from kd.commands.options import PATH, json_option
@@ -39,7 +39,7 @@ def demo(out: Path, as_json: bool) -> None:
     for act in settings.acts():
         click.echo(f"== {act.title}", err=True)
         click.echo("1/3  the teacher runs once over the text; its soft targets go into a cache", err=True)
-        built = run_build(plan_of(**act.build_options(out)))
+        built = build_behind_a_bar(act.build_settings(out))
         click.echo("2/3  students from one start, on the same text: without and with the teacher", err=True)
         results = {Path(config.out).name: run_training(config) for config in act.train_configs(out)}
         click.echo("3/3  scores on what no model was trained on", err=True)

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, write_atomic
+from kd.common.settings import make
 from kd.evaluation.report.comparison import Entry, compare
 from kd.evaluation.report.page import Section, Table
 from kd.evaluation.report.writing import write_report
 from kd.models.tokenizer import EMBEDDED
 
 if TYPE_CHECKING:
+    from kd.cache_builder.build.build_settings import BuildSettings
     from kd.evaluation.results import EvalReport
     from kd.student_trainer.config import TrainConfig
     from kd.student_trainer.training import TrainResult
@@ -58,15 +60,21 @@ class Act:
         """The teacher's name in the report."""
         return f"{self.prefix}teacher"
 
-    def build_options(self, out: Path) -> dict[str, Any]:
-        """All options of `kd cache build`."""
-        return {
-            **BUILD_DEFAULTS,
+    def build_settings(self, out: Path) -> BuildSettings:
+        """Settings of its build, as `kd cache build` has them."""
+        from kd.cache_builder.build.build_settings import BuildSettings
+
+        values = {
             "teacher": self.teacher,
+            "spec": "demo",
+            "split": "train",
             "out": out / self.cache,
             "load_in_4bit": self.load_in_4bit,
+            "device": "cpu",
+            "reuse": False,  # the demo measures the teacher pass
             **self.build,
         }
+        return make(BuildSettings, values)
 
     def train_configs(self, out: Path, seed: int = 0) -> list[TrainConfig]:
         """One run per entry of `losses`."""
@@ -86,40 +94,6 @@ class Act:
     def models(self, out: Path) -> dict[str, str]:
         """Name in the report -> model to evaluate."""
         return {self.teacher_name: self.teacher} | {name: str(out / name) for name in self.losses}
-
-
-BUILD_DEFAULTS: dict[str, Any] = {
-    "spec": "demo",
-    "split": "train",
-    "columns": {},
-    "limit": None,
-    "instructions": None,
-    "profile": "kl",
-    "top_k": None,
-    "samples": None,
-    "tail_bands": None,
-    "temperatures": (1.0, 2.0, 4.0),
-    "band_temperatures": None,
-    "logprob_codec": None,
-    "seq_len": None,
-    "target_source": "data",
-    "sample_temperature": 0.0,
-    "target_len": None,
-    "overlong": "error",
-    "stride": None,
-    "bos": True,
-    "eos": False,
-    "separator": "\\n",
-    "load_in_4bit": False,
-    "dtype": "auto",
-    "device": "cpu",
-    "revision": None,
-    "tokenizer": None,
-    "tokens_per_batch": None,
-    "shard_rows": None,
-    "shard": (1, 1),
-    "seed": 0,
-}
 
 
 def acts() -> list[Act]:

@@ -61,6 +61,21 @@ class BuildProgress:
     padding_share: float | None = None
     """Share of the positions the teacher computed that was padding; on the last record, None where nothing was scored."""
 
+    @property
+    def done(self) -> int:
+        """Rows that are finished."""
+        return self.rows_done
+
+    @property
+    def total(self) -> int:
+        """Rows in all."""
+        return self.rows_total
+
+    @property
+    def note(self) -> str:
+        """Speed and shards, for people."""
+        return f"{self.tokens_per_second:,.0f} tokens/s, shard {self.shards_done}/{self.shards_total}"
+
 
 def build(plan: BuildPlan) -> Iterator[BuildProgress]:
     """Run the teacher over every shard of this part that is not committed; yields progress after each batch.

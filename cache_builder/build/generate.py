@@ -43,6 +43,11 @@ class GenerationProgress:
     request: BuildRequest | None = None
     """On the last record: the request with the teacher's answers as targets, and the model already loaded."""
 
+    @property
+    def note(self) -> str:
+        """How many answers there are, for people."""
+        return f"{self.done:,} of {self.total:,} answers"
+
 
 def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
     """Answer every prompt of `request.corpus`. Raises KdError; what was answered stays, and the same call continues."""

@@ -1,0 +1,165 @@
+"""Settings of a build: which teacher, which text, how it is cut, what is kept of each row, and how the build runs.
+
+    settings = make(BuildSettings, {"teacher": "demo", "spec": "demo", "out": "runs/cache", "top_k": 16})
+
+The flat names are the options of `kd cache build` and `kd cache plan`, the keys of their `--config` file, and what a
+cache records so that `kd cache repair` can build its shards again. This module imports neither torch nor transformers:
+the command line reads it to print its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kd.cache_builder.store.logprob_codecs import CODECS
+from kd.cache_builder.store.targets import PROFILES
+from kd.common.errors import DataError
+from kd.common.settings import check, setting, settings_of, unescaped
+from kd.data.data_settings import RequiredDataSettings
+from kd.models.loading import DTYPES
+
+
+def part_from(text: str) -> tuple[int, int]:
+    """`2/8` as (2, 8). Raises ValueError."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit()):
+        raise ValueError("I/N, e.g. 2/8")
+    return int(index), int(count)
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """The model that predicts, and how it is loaded."""
+
+    teacher: str
+    """Teacher model: a hub id, a folder, demo, demo-t5, or random:NAME. With --data glue/TASK it is a classifier."""
+    revision: str | None = None
+    """Branch, tag or commit of a teacher on the hub. By default its main branch."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer. By default it is read from beside the teacher."""
+    dtype: str = setting("auto", choices=DTYPES)
+    """Number type of the teacher's weights; auto is float32 on a CPU and the stored type on a GPU."""
+    device: str = "auto"
+    """Device of the teacher: auto, cpu, cuda or cuda:N; auto is cuda where there is a GPU."""
+    load_in_4bit: bool = False
+    """Load the teacher in nf4 with double quantisation (bitsandbytes)."""
+    tokens_per_batch: int | None = setting(
+        None, minimum=1, shown="4096; on a CPU 512 for each side of the model, with one batch per thread"
+    )
+    """Tokens per forward pass, padding included. The number is halved when memory runs out."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How text is cut into sequences."""
+
+    seq_len: int | None = setting(None, shown="512, or the teacher's positions if fewer; 1024 for an encoder")
+    """Tokens of a sequence, context included; for an encoder-decoder, tokens of the prompt."""
+    target_len: int | None = setting(None, shown="what --seq-len leaves; 256 for an encoder-decoder")
+    """Largest number of target tokens of a pair, EOS included."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What happens to prompt/target pairs that are too long: error stops the build, drop leaves them out, truncate cuts
+    the target's end and the prompt's beginning."""
+    stride: int | None = setting(None, shown="seq-len - 1")
+    """New tokens scored per block of a document; the rest of a block is context."""
+    bos: bool = True
+    """Begin documents and prompts with the BOS token, where the tokenizer has one."""
+    eos: bool = False
+    """Score an EOS token after each document."""
+    separator: str = setting("\n", parse=unescaped)
+    """Text between the prompt and the target of a pair."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """What is kept of the teacher's distribution for each row."""
+
+    profile: str = setting("kl", choices=PROFILES)
+    """What is kept of each row: kl (top-k), compact (top-k, coarser), uld (probabilities without ids, and rank bands),
+    sampled (seeded draws), or full (all of these)."""
+    top_k: int | None = setting(None, shown="the profile's own number")
+    """Tokens kept per row, the most probable first."""
+    samples: int | None = setting(None, shown="the profile's own number")
+    """Draws from the distribution kept per row (profiles sampled and full)."""
+    tail_bands: int | None = setting(None, shown="the profile's own number")
+    """Rank bands beyond the top-k whose probability is kept (profiles uld and full)."""
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Temperatures whose exact normaliser is stored, separated by commas; 1 must be among them."""
+    band_temperatures: tuple[float, ...] | None = setting(None, shown="1")
+    """Temperatures whose rank bands are stored, separated by commas."""
+    logprob_codec: str | None = setting(None, choices=CODECS, shown="the profile's own codec")
+    """Encoding of the log-probabilities: graded, graded-fine and graded-coarse are finer near the top; linear8 has equal
+    steps; float16 and float32 are plain numbers."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """Whether the teacher writes the targets itself, and how."""
+
+    target_source: Literal["data", "teacher"] = setting("data", flag="--targets")
+    """Where the targets come from: data (the text's own), or teacher (it answers the prompts, and its answers are
+    scored; --columns prompt=COLUMN is enough)."""
+    sample_temperature: float = 0.0
+    """Temperature at which the teacher's answers are sampled; 0 takes the most probable token each time."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.sample_temperature and self.target_source == "data":
+            raise DataError(
+                "nothing is sampled", found="--sample-temperature with --targets data", try_="--targets teacher"
+            )
+
+
+@dataclass(frozen=True)
+class RunningSettings:
+    """Who builds, and what is taken over from other caches; none of these changes a stored value."""
+
+    shard: tuple[int, int] = setting((1, 1), parse=part_from, metavar="I/N", shown="1/1")
+    """Build every N-th shard, starting with the I-th. All parts go into one --out folder that all machines see."""
+    workers: int = setting(1, minimum=1)
+    """Number of builders that run at once. Each takes a GPU, or a share of the processors."""
+    engine: Literal["local", "ray"] = "local"
+    """Where builders run: local starts processes on this machine; ray starts tasks on the cluster of RAY_ADDRESS."""
+    extend: Path | None = setting(None, metavar="CACHE")
+    """Cache of the beginning of this text. Its shards are copied, and the teacher scores only the rest."""
+    reuse: bool = True
+    """Copy the shards of a cache with the same fingerprint that was finished on this machine (kd cache ls)."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """Everything a build can be told."""
+
+    model: TeacherSettings
+    data: RequiredDataSettings
+    out: Path
+    """Folder of the cache."""
+    kept: TargetSettings = field(default_factory=TargetSettings)
+    blocks: BlockSettings = field(default_factory=BlockSettings)
+    answers: AnswerSettings = field(default_factory=AnswerSettings)
+    seed: int = 0
+    """Seed of the draws, of sampled answers, and of random weights."""
+    shard_rows: int | None = setting(None, minimum=1, shown="32768")
+    """Rows per shard. A shard is the unit of writing and of resuming."""
+    running: RunningSettings = field(default_factory=RunningSettings)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+RECORDED = settings_of(BuildSettings).keys() - settings_of(RunningSettings).keys() - {"out"}
+"""Settings that a cache records: those that say what is in it."""

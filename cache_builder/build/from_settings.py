@@ -1,0 +1,222 @@
+"""From settings to a cache: `request_of` reads the text and the teacher's configuration, `plan_of` says what would be built,
+`build_of` builds it.
+
+    last = build_of(make(BuildSettings, {"teacher": "demo", "spec": "demo", "limit": 20, "out": "runs/cache"}))
+
+`kd cache build`, `kd cache plan`, `kd cache repair` and the demo call these. The steps yield progress records;
+`watch` drives them, so that the command line can draw a bar where Python callers need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
+from kd.cache_builder.build.builder import BuildProgress, build
+from kd.cache_builder.build.engines import build_together
+from kd.cache_builder.build.generate import answered, generate
+from kd.cache_builder.build.plan import BuildPlan, plan_build
+from kd.cache_builder.build.request import BuildRequest, GenerationConfig
+from kd.cache_builder.store.commits import OWN_NAMES
+from kd.cache_builder.store.manifest import Layout, existing_cache, load_manifest
+from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.upkeep.cache_registry import found, remember
+from kd.data.blocks import BlockConfig
+from kd.data.sources import Corpus, load_classes, load_corpus
+from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config, max_positions
+
+SEQ_LEN, ENCODER_SEQ_LEN = 512, 1024
+"""Default sequence lengths, where the teacher's positions allow them."""
+ENCODER_TARGET_LEN = 256
+"""Default target length of an encoder-decoder."""
+ANSWER_TOKENS = 255
+"""Default length of an answer that the teacher writes; with its EOS token it is a target of 256."""
+
+
+class Step(Protocol):
+    """A progress record."""
+
+    @property
+    def done(self) -> int:
+        """Units of work that are finished."""
+
+    @property
+    def total(self) -> int:
+        """Units of work in all."""
+
+    @property
+    def note(self) -> str:
+        """More about this record, for people."""
+
+
+AnyStep = TypeVar("AnyStep", bound=Step)
+
+
+class Watch(Protocol):
+    """Drives the steps of a stage to their end, and returns the last one."""
+
+    def __call__(self, stage: str, steps: Iterator[AnyStep]) -> AnyStep: ...
+
+
+def in_silence(stage: str, steps: Iterator[AnyStep]) -> AnyStep:
+    """Drive the steps and show nothing."""
+    *_, last = steps
+    return last
+
+
+def request_of(settings: BuildSettings) -> BuildRequest:
+    """What to build: the text is read, and the lengths that nobody gave follow the teacher's configuration.
+
+    Raises DataError for text or settings that cannot be used, TeacherError where the teacher has no configuration.
+    """
+    teacher = model_request(settings)
+    config = load_config(teacher)
+    return BuildRequest(
+        out=settings.out,
+        teacher=teacher,
+        targets=target_config(settings, config),
+        blocks=block_config(settings, config),
+        corpus=corpus_of(settings, classes=is_classifier(config)),
+        layout=layout_of(settings.shard_rows),
+        tokens_per_batch=settings.model.tokens_per_batch,
+        shard=settings.running.shard,
+        generation=generation_config(settings),
+        extend=settings.running.extend,
+    )
+
+
+def model_request(settings: BuildSettings) -> ModelRequest:
+    """The teacher, before anything is loaded."""
+    model = settings.model
+    return ModelRequest(
+        model.teacher, model.revision, model.dtype, model.device, model.load_in_4bit, model.tokenizer, settings.seed
+    )
+
+
+def target_config(settings: BuildSettings, config: Any) -> TargetConfig:
+    """What is kept of each row: the profile's own numbers, except where others are given.
+
+    Of a classifier's few classes all are kept, as they are.
+    """
+    kept, classes = settings.kept, is_classifier(config)
+    return TargetConfig.of_profile(
+        kept.profile,
+        top_k=int(config.num_labels) if classes and kept.top_k is None else kept.top_k,
+        samples=kept.samples,
+        tail_bands=kept.tail_bands,
+        temperatures=kept.temperatures,
+        band_temperatures=kept.band_temperatures or (1.0,),
+        logprob_codec=kept.logprob_codec or ("float32" if classes else None),
+        seed=settings.seed,
+    )
+
+
+def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
+    """How the text is cut for a teacher with this configuration."""
+    blocks, window, encoder = settings.blocks, max_positions(config), is_encoder_decoder(config)
+    longest = ENCODER_SEQ_LEN if encoder else SEQ_LEN
+    return BlockConfig(
+        seq_len=blocks.seq_len or min(longest, window or longest),
+        stride=blocks.stride,
+        bos=blocks.bos,
+        eos=blocks.eos,
+        separator=blocks.separator,
+        encoder=encoder,
+        target_len=blocks.target_len or (ENCODER_TARGET_LEN if encoder else None),
+        overlong=blocks.overlong,
+    )
+
+
+def corpus_of(settings: BuildSettings, *, classes: bool) -> Corpus:
+    """The text, or the labelled rows for a classifier."""
+    data = settings.data
+    columns = dict(data.columns or {})
+    if settings.answers.target_source == "teacher" and "prompt" in columns:
+        columns = {"target": columns["prompt"], **columns}  # the teacher's answers replace these targets
+    load = load_classes if classes else load_corpus
+    return load(data.spec, split=data.split, columns=columns, limit=data.limit, instructions=data.instructions)
+
+
+def layout_of(shard_rows: int | None) -> Layout | None:
+    """Shards of so many rows; None leaves the choice to the plan."""
+    return None if shard_rows is None else Layout(shard_rows, min(Layout.chunk_rows, shard_rows))
+
+
+def generation_config(settings: BuildSettings) -> GenerationConfig | None:
+    """How the teacher answers; None where the targets are the text's own."""
+    if settings.answers.target_source == "data":
+        return None
+    longest = settings.blocks.target_len
+    return GenerationConfig(
+        longest - 1 if longest else ANSWER_TOKENS, settings.answers.sample_temperature, settings.seed
+    )
+
+
+def plan_of(settings: BuildSettings, *, watch: Watch = in_silence) -> BuildPlan:
+    """The plan of a build; an upper bound where the teacher is to write the targets and has not. Nothing is written."""
+    request = request_of(settings)
+    if request.generation is not None and answered(request):
+        request = with_answers(request, watch)
+    return plan_build(request)
+
+
+def build_of(
+    settings: BuildSettings,
+    *,
+    recorded: Mapping[str, str | bool] | None = None,
+    watch: Watch = in_silence,
+    say: Callable[[str], object] = lambda message: None,
+) -> BuildProgress:
+    """Build a cache, or continue one; returns the last progress record. Raises KdError; what is committed stays.
+
+    recorded  the options as they were typed, which the cache keeps for `kd cache repair`
+    watch     drives each stage (the teacher's answers, then the build)
+    say       is told in a sentence when the shards of another cache are copied
+    """
+    request = replace(request_of(settings), options=recorded)
+    return build_request(request, settings.running, watch=watch, say=say)
+
+
+def build_request(
+    request: BuildRequest,
+    running: RunningSettings,
+    *,
+    watch: Watch = in_silence,
+    say: Callable[[str], object] = lambda message: None,
+) -> BuildProgress:
+    """`build_of` for a request that is made already."""
+    if request.generation is not None:
+        request = with_answers(request, watch)
+    plan = plan_build(request)
+    if running.reuse and request.extend is None and existing_cache(request.out, OWN_NAMES) is None:
+        plan = with_shards_of_an_equal_cache(plan, say)
+    last = watch("building", builders(plan, running))
+    if last.complete:
+        remember(request.out)
+    return last
+
+
+def with_answers(request: BuildRequest, watch: Watch = in_silence) -> BuildRequest:
+    """The request with the teacher's answers as targets; the teacher writes those that are not on disk yet."""
+    last = watch("generating", generate(request))
+    assert last.request is not None
+    return last.request
+
+
+def with_shards_of_an_equal_cache(plan: BuildPlan, say: Callable[[str], object]) -> BuildPlan:
+    """The plan, to be filled from a cache of the same fingerprint where one was finished on this machine."""
+    request = plan.request
+    for path in found(plan.manifest.fingerprint):
+        if request.layout in (None, load_manifest(path).layout) and path != request.out.resolve():
+            say(f"the same cache was built at {path}: its shards are copied")
+            return plan_build(replace(request, extend=path))
+    return plan
+
+
+def builders(plan: BuildPlan, running: RunningSettings) -> Iterator[BuildProgress]:
+    """Build here, or with several builders at once."""
+    if running.workers == 1 and running.engine == "local":
+        return build(plan)
+    return build_together(plan, workers=running.workers, engine=running.engine)
