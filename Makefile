@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 EXTRAS = train,eval,quantization,lora,s3,ray,dev
 
-.PHONY: demo test test-slow fuzz lint typecheck bench clean
+.PHONY: demo test test-slow fuzz lint typecheck docs bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ lint: $(STAMP)
 
 typecheck: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python scripts/write_cli_docs.py
+	$(BIN)/python scripts/write_architecture.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py

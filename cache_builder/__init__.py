@@ -1,0 +1,1 @@
+"""Stage one: a teacher's soft targets in a store, and everything that is done with such a cache."""

@@ -1,0 +1,1 @@
+"""Small things that every room uses: errors, settings, whole files, sizes, memory."""

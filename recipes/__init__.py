@@ -1,0 +1,1 @@
+"""Recipes and experiments: YAML files that become `kd` commands, and the demo."""

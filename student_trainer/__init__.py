@@ -1,0 +1,1 @@
+"""Stage two: students trained from a cache; also classifiers and merged models."""

@@ -2,48 +2,94 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import click
+import pytest
+from test_layout import modules
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("data", "cache_builder", "student_trainer", "evaluation", "commands", "benchmarks", "scripts")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+"""Every page but the log's months, whose entries name files as they were."""
 
 
-def tree() -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text[text.index("## The tree") :]
+def script(name: str) -> ModuleType:
+    """A script of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_tree_names_every_module() -> None:
-    named = set(re.findall(r"[\w-]+\.py\b", tree()))
-    there = {p.name for package in PACKAGES for p in (ROOT / package).rglob("*.py") if p.name != "__init__.py"}
-    assert named == there | {"cli.py"}
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of every `kd` command in an indented block of a page."""
+    lines = page.read_text(encoding="utf-8").replace(" \\\n", " ").splitlines()
+    return [line.partition(" #")[0].split()[1:] for line in lines if line.startswith("    kd ")]
 
 
-def test_every_command_of_the_readme_exists() -> None:
+def test_the_tree_is_that_of_the_files() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert script("write_architecture").render(page) == page, "run `make docs`"
+
+
+def test_the_tree_holds_every_module_of_the_package_with_its_own_line() -> None:
+    writer = script("write_architecture")
+    lines = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
+    for path in modules():
+        if path.name != "__init__.py":
+            depth = len(path.relative_to(ROOT).parts) - 1
+            assert f"{'  ' * depth + path.name:<34} {writer.first_line(path)}" in lines, path
+
+
+def test_a_module_without_a_docstring_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = script("write_architecture")
+    monkeypatch.setattr(writer, "ROOT", tmp_path)
+    (tmp_path / "bare.py").write_text("x = 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"bare\.py has no docstring"):
+        writer.first_line(tmp_path / "bare.py")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_exists(page: Path) -> None:
     from kd.cli import cli
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in re.findall(r"^    kd (.+)$", text, flags=re.MULTILINE):
-        words = line.split()
-        command = cli.commands[words[0]]
-        if isinstance(command, click.Group):
-            command = command.commands[words[1]]
+    for words in commands_of(page):
+        command: click.Command = cli
+        while isinstance(command, click.Group):
+            assert words[0] in command.commands, f"{page.name}: kd {' '.join(words)}"
+            command = command.commands[words.pop(0)]
         known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
-        used = {w for w in line.partition("  #")[0].split() if w.startswith("--")}
-        assert used <= known, used - known
+        used = {w for w in words if w.startswith("--")}
+        assert used <= known, f"{page.name}: {used - known}"
 
 
-def test_files_that_documents_point_to_exist() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for path in re.findall(
-            r"`((?:docs|tests|benchmarks|scripts|data|cache_builder|student_trainer|evaluation|commands)/[\w./-]+)`",
-            text,
-        ):
-            assert (ROOT / path).exists(), f"{name} points to {path}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_points_to_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    folders = "|".join(sorted({p.parent.relative_to(ROOT).parts[0] for p in ROOT.glob("*/**/*") if p.is_file()}))
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{page.name} points to {path}"
+    for link in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    """By links, over any number of pages."""
+    todo, seen = [ROOT / "README.md"], set()
+    while todo:
+        page = todo.pop()
+        if page not in seen:
+            seen.add(page)
+            links = re.findall(r"\]\((?!https?://|#)([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
+            todo += [(page.parent / link).resolve() for link in links]
+    assert {p for p in PAGES if p.parent.name == "docs"} <= seen
 
 
 def test_no_placeholder_is_left() -> None:

@@ -1,0 +1,1 @@
+"""Copy caches between machines: push, pull, and read from a URL."""

@@ -1,0 +1,1 @@
+"""Care of finished caches: verify, repair, slice, merge, summarise and list them."""

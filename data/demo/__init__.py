@@ -1,0 +1,1 @@
+"""The embedded texts of the demo and the tests: no files, no network."""

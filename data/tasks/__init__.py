@@ -1,0 +1,1 @@
+"""Instruction tasks and GLUE: YAML files, templates, and mixtures of tasks."""

@@ -1,0 +1,1 @@
+"""Scores of merged classifiers on GLUE, and sweeps over the scaling."""

@@ -1,0 +1,1 @@
+"""`kd report`: runs and evaluations become tables, pictures and one HTML page."""

@@ -1,0 +1,1 @@
+"""Log-probabilities of text under a model, in batches."""

@@ -1,0 +1,1 @@
+"""Standard errors, significance tests and calibration."""

@@ -1,0 +1,1 @@
+"""What `kd eval --tasks` can measure, one module per task."""

@@ -1,0 +1,1 @@
+"""The experiments of the package, one YAML file each."""

@@ -1,0 +1,1 @@
+"""Distillation losses by row and by group, and their hand-written gradients."""

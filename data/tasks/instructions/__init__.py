@@ -1,0 +1,1 @@
+"""The instruction tasks of the package, one YAML file each."""

@@ -65,7 +65,7 @@ def test_a_builder_that_works_keeps_its_claim_fresh(tmp_path, monkeypatch):
     path = tmp_path / "commits" / ".00000.claim"
     os.utime(path, (1.0, 1.0))
     mine.touch()
-    assert time.time() - path.stat().st_mtime < 60
+    assert path.stat().st_mtime > 1.0
     path.unlink()
     mine.touch()
     mine.release(0)
