@@ -18,10 +18,22 @@ from typing import Any, get_origin
 import click
 
 from kd.common.errors import DataError
-from kd.common.settings import MissingSettings, Setting, flattened, make, read_settings, settings_of
+from kd.common.settings import MissingSettings, Setting, as_text, flat, flattened, make, read_settings, settings_of
 
 GIVEN = "kd.given"
-"""In a context's meta: name -> text of the options that were given, as they were typed."""
+"""In a `RecordingCommand`'s context: option -> the text that was typed, or true or false for a switch.
+
+Settings of a `--config` file are among them, as one would type them."""
+
+
+class RecordingCommand(click.Command):
+    """A command that notes in its context, under `GIVEN`, which options were given and what was typed for them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Called by click."""
+        values, _, _ = self.make_parser(ctx).parse_args(list(args))
+        ctx.meta[GIVEN] = {str(name): value for name, value in values.items() if isinstance(value, str | bool)}
+        return super().parse_args(ctx, args)
 
 
 class Parsed(click.ParamType[Any]):
@@ -63,6 +75,7 @@ def settings_options(
                 settings: Any = make(cls, written | given, where=file)
             except MissingSettings as error:
                 raise click.UsageError(f"Missing option: {error.details['expected']}") from error
+            _note_settings_of_file(settings, written)
             return function(*arguments, **{argument: settings}, **options)
 
         decorated: Callable[..., Any] = gathered
@@ -79,6 +92,14 @@ def settings_options(
         return decorated
 
     return decorate
+
+
+def _note_settings_of_file(settings: Any, names: Collection[str]) -> None:
+    context = click.get_current_context()
+    if GIVEN in context.meta:
+        values = flat(settings)
+        texts = {name: as_text(values[name]) for name in names if values[name] is not None}
+        context.meta[GIVEN] = texts | context.meta[GIVEN]
 
 
 def declaration(one: Setting) -> tuple[str, ...]:

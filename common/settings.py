@@ -25,7 +25,7 @@ import dataclasses
 import inspect
 import json
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -49,6 +49,7 @@ def setting(
     flag: str | None = None,
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    choices: Collection[str] | None = None,
     shown: str | None = None,
     minimum: float | None = None,
     above: float | None = None,
@@ -60,13 +61,14 @@ def setting(
     flag      spelling on the command line, where it is not the field's name (`--data` for `spec`)
     metavar   what the help shows in place of the value's type
     parse     text -> value; raises ValueError or DataError for text that means nothing
+    choices   the texts that the value may be, where they are the names of a registry and not a `Literal`
     shown     what the help names as the default, where the default's own text says little
     minimum   smallest value
     above     bound that the value must exceed
     multiple  on the command line: the option may be repeated, and the values make a tuple
     hidden    not an option of the command line
     """
-    extra = {
+    extra: dict[str, Any] = {
         "flag": flag,
         "metavar": metavar,
         "parse": parse,
@@ -76,6 +78,8 @@ def setting(
         "multiple": multiple,
         "hidden": hidden,
     }
+    if choices is not None:
+        extra["choices"] = tuple(choices)
     return field(default=default, default_factory=default_factory, metadata={METADATA: extra})
 
 
@@ -95,7 +99,7 @@ class Setting:
     """`dataclasses.MISSING` where a value must be given."""
     doc: str
     choices: tuple[str, ...] = ()
-    """Values of a `Literal`."""
+    """Texts that the value may be; empty where any text will do."""
     flag: str | None = None
     metavar: str | None = None
     parse: Callable[[str], Any] | None = None
@@ -212,16 +216,9 @@ def _walk(cls: Any, above: tuple[str, ...]) -> Iterator[Setting]:
             yield from _walk(kinds[0], (*above, f.name))
             continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        yield Setting(
-            f.name,
-            (*above, f.name),
-            kinds,
-            optional,
-            default,
-            docs.get(f.name, ""),
-            choices,
-            **f.metadata.get(METADATA, {}),
-        )
+        doc = docs.get(f.name, "")
+        extra = {"choices": choices, **f.metadata.get(METADATA, {})}
+        yield Setting(f.name, (*above, f.name), kinds, optional, default, doc, **extra)
 
 
 def _kinds(hint: Any) -> tuple[tuple[Any, ...], bool, tuple[str, ...]]:
@@ -335,6 +332,22 @@ def check(settings: Any) -> None:
     for one in settings_of(type(settings)).values():
         if len(one.path) == 1:
             one.checked(getattr(settings, one.name))
+
+
+def as_text(value: Any) -> str | bool:
+    """A value as one would type it: what `Setting.checked` reads back. Switches stay true or false."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={one}" for key, one in value.items())
+    if isinstance(value, tuple | list):
+        return ",".join(str(one) for one in value)
+    return str(value)
+
+
+def unescaped(text: str) -> str:
+    """The text with \\n and \\t as a line end and a tab, for values that are typed in a shell."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
