@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, write_atomic
+from kd.common.settings import make
 from kd.evaluation.report.comparison import Entry, compare
 from kd.evaluation.report.page import Section, Table
 from kd.evaluation.report.writing import write_report
@@ -81,7 +82,7 @@ class Act:
             "weight_decay": 0.1,
             **self.training,
         }
-        return [TrainConfig(out=str(out / name), **common, **own) for name, own in self.losses.items()]
+        return [make(TrainConfig, {**common, **own, "out": str(out / name)}) for name, own in self.losses.items()]
 
     def models(self, out: Path) -> dict[str, str]:
         """Name in the report -> model to evaluate."""

@@ -80,7 +80,8 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
 def test_help_names_every_entry_of_the_registry(module: str, registry: str, command: str, option: str) -> None:
     known = getattr(importlib.import_module(module), registry)
     parameters = {p.name: p for p in {" ".join(p): c for p, c in leaves()}[command].params}
-    text = parameters[option].help or ""  # type: ignore[attr-defined]
+    choices = getattr(parameters[option].type, "choices", ())
+    text = f"{parameters[option].help} {' '.join(choices)}"  # type: ignore[attr-defined]
     for name in known:
         assert re.search(rf"\b{re.escape(name)}\b", text), f"--{option} does not mention {name}"
 
