@@ -243,25 +243,18 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
     """Reading, decoding, collating and a step, one after another."""
     import torch
 
-    from kd.cache_builder.store.reader import CacheReader
-    from kd.models.loading import ModelRequest, load_config, load_request_tokenizer
+    from kd.common.settings import make
     from kd.student_trainer.batches.batch_plan import plan_batches
-    from kd.student_trainer.batches.compatibility import resolve_objective
     from kd.student_trainer.batches.read_ahead import CachedExamples
     from kd.student_trainer.config import TrainConfig
     from kd.student_trainer.head import attach_loss
-    from kd.student_trainer.losses.loss_settings import GroupSettings
-    from kd.student_trainer.prepare import prepare, rank_edges
+    from kd.student_trainer.prepare import prepare
 
     folder = work / ("cache-uld" if loss == "uld" else "cache")
-    reader = CacheReader(folder)
-    config = TrainConfig(cache=str(folder), student=str(work / "model"), out="unused", loss=loss)
-    settings = GroupSettings(edges=rank_edges(reader), ranking=config.ranking)
-    objective = resolve_objective(reader.config, loss=loss, tail="auto", alpha=None, temperature=1.0, settings=settings)
-    request = ModelRequest(str(work / "model"), device="cpu")
-    _, collate, width = prepare(config, reader, objective, load_config(request), load_request_tokenizer(request))
+    prepared = prepare(make(TrainConfig, {"cache": folder, "student": work / "model", "out": "unused", "loss": loss}))
+    reader, collate = prepared.reader, prepared.collator
     model = load(work / "model")
-    attach_loss(model, objective, width)
+    attach_loss(model, prepared.objective, prepared.vocabulary_size)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     lengths, _ = reader.lengths()
@@ -295,6 +288,7 @@ def case_student_uld(work: Path, tokens: int) -> dict[str, float]:
 
 def case_loop(work: Path, tokens: int) -> dict[str, float]:
     """The whole of `kd train` over the batches of `kl`, from the end of its first step to that of its last."""
+    from kd.common.settings import make
     from kd.student_trainer.config import TrainConfig
     from kd.student_trainer.training import train
 
@@ -311,16 +305,19 @@ def case_loop(work: Path, tokens: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=work) as folder:
         memory = Memory()
         train(
-            TrainConfig(
-                cache=str(work / "cache"),
-                student=str(work / "model"),
-                out=str(Path(folder) / "run"),
-                loss="kl",
-                max_steps=steps,
-                lr=1e-5,
-                tokens_per_batch=BATCH * SEQ_LEN,
-                device="cpu",
-                log_every=steps,
+            make(
+                TrainConfig,
+                {
+                    "cache": work / "cache",
+                    "student": work / "model",
+                    "out": Path(folder) / "run",
+                    "loss": "kl",
+                    "max_steps": steps,
+                    "lr": 1e-5,
+                    "tokens_per_batch": BATCH * SEQ_LEN,
+                    "device": "cpu",
+                    "log_every": steps,
+                },
             ),
             on_step=on_step,
         )

@@ -208,19 +208,19 @@ class CachedStudent:
 
         from kd.cache_builder.store.reader import CacheReader
         from kd.cache_builder.store.targets import band_edges
+        from kd.common.settings import make
         from kd.models.tokenizer import vocabulary_size
         from kd.student_trainer.batches.collate import Collator
         from kd.student_trainer.batches.compatibility import resolve_objective
         from kd.student_trainer.batches.student_text import StudentText
-        from kd.student_trainer.config import TrainConfig
+        from kd.student_trainer.config import LossSettings
         from kd.student_trainer.head import attach_loss
-        from kd.student_trainer.losses.loss_settings import GroupSettings
 
         self.cache = cache
         reader = CacheReader(cache)
         size, kept = reader.manifest.vocabulary_size, reader.config
         edges = tuple(band_edges(kept.top_k, size, kept.tail_bands)) if kept.tail_bands else ()
-        objective = resolve_objective(kept, loss=loss, settings=GroupSettings(edges=edges, ranking=TrainConfig.ranking))
+        objective = resolve_objective(kept, make(LossSettings, {"loss": loss}), edges=edges)
         text = None
         if objective.groups:
             tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -2,38 +2,35 @@
 
 reader = open_cache("runs/cache")
 reader = open_cache("hf://datasets/OWNER/NAME", cache_bytes=20 * 10**9)
-reader = open_cache("runs/a=0.7,runs/b=0.3")
+reader = open_cache({"runs/a": 0.7, "runs/b": 0.3})
 """
 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from kd.cache_builder.share.places import is_url, local_path
 from kd.cache_builder.store.mixed_reader import MixedReader
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.upkeep.cache_registry import located
-from kd.common.errors import DataError
+from kd.cache_builder.weighted_caches import CacheSpec, as_caches, shares_of
 
 
-def open_cache(
-    spec: str | os.PathLike[str], *, top_k: int | None = None, cache_bytes: int | None = None
-) -> CacheReader:
+def open_cache(spec: CacheSpec, *, top_k: int | None = None, cache_bytes: int | None = None) -> CacheReader:
     """A reader of one cache, or of a mixture of several.
 
-    spec          a path, a URL, the beginning of a fingerprint, or `A=0.7,B=0.3`
+    spec          a path, a URL, the beginning of a fingerprint; several with weights as a mapping or as `A=0.7,B=0.3`
     top_k         tokens per row to hand out; None = all that are stored
-    cache_bytes   of a URL: most bytes of its shards kept on this disk; None = `KD_CACHE_BYTES`, or 20 GB
+    cache_bytes   most bytes of a URL's shards that are kept on this disk; None = `KD_CACHE_BYTES`, or 20 GB
 
     Raises CacheError for an incomplete or missing cache, CacheMismatchError for caches that cannot be mixed.
     """
-    parts = weighted(str(spec))
-    readers = [CacheReader(cache_folder(place, cache_bytes), top_k=top_k) for place, _ in parts]
-    if len(parts) == 1:
+    caches = as_caches(spec)
+    readers = [CacheReader(cache_folder(one.place, cache_bytes), top_k=top_k) for one in caches]
+    if len(readers) == 1:
         return readers[0]
-    return MixedReader([(r, weight) for r, (_, weight) in zip(readers, parts, strict=True)], top_k=top_k)
+    return MixedReader(list(zip(readers, shares_of(caches), strict=True)), top_k=top_k)
 
 
 def cache_folder(place: str | os.PathLike[str], cache_bytes: int | None = None) -> Path:
@@ -43,35 +40,3 @@ def cache_folder(place: str | os.PathLike[str], cache_bytes: int | None = None) 
     from kd.cache_builder.share.mirror import mirror_of
 
     return mirror_of(str(place), cache_bytes)
-
-
-def weighted(spec: str) -> list[tuple[str, float]]:
-    """`A=0.7,B=0.3` -> `[("A", 0.7), ("B", 0.3)]`; one cache has the weight 1. Raises DataError."""
-    if Path(spec).exists():
-        return [(spec, 1.0)]
-    if not re.search(r"=[^,/]*(,|$)", spec):
-        several = spec.split(",")
-        if len(several) > 1 and all("://" in one or Path(one).exists() for one in several):
-            raise DataError(
-                "several caches are mixed by weights",
-                found=spec,
-                expected="PATH=WEIGHT of each",
-                try_="--cache runs/a=0.7 --cache runs/b=0.3",
-            )
-        return [(spec, 1.0)]
-    parts = []
-    for item in spec.split(","):
-        path, sign, weight = item.rpartition("=")
-        try:
-            parts.append((path, float(weight)))
-        except ValueError:
-            sign = ""
-        if not sign or not path or not 0 < parts[-1][1] < float("inf"):
-            raise DataError(
-                "not a mixture of caches",
-                found=item,
-                expected="PATH=WEIGHT with a positive weight",
-                try_="--cache runs/a=0.7 --cache runs/b=0.3",
-            )
-    total = sum(weight for _, weight in parts)
-    return [(path, weight / total) for path, weight in parts]

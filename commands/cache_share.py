@@ -110,10 +110,14 @@ def _choice(arrays: str | None, losses: tuple[str, ...]) -> Callable[[CacheManif
     def choose(manifest: CacheManifest) -> Collection[str]:
         wanted = [name.strip() for name in arrays.split(",")] if arrays else []
         if losses:
+            from kd.common.settings import make
             from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
+            from kd.student_trainer.config import LossSettings
 
             for loss in losses:
-                wanted += needed_arrays(resolve_objective(manifest.targets, loss=loss), manifest)
+                wanted += needed_arrays(
+                    resolve_objective(manifest.targets, make(LossSettings, {"loss": loss})), manifest
+                )
         return wanted
 
     return choose

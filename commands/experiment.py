@@ -84,12 +84,9 @@ def experiment(
 
 def check_commands(commands: list[list[str]]) -> None:
     """Refuse an unknown option, loss or task before the teacher is loaded, and not an hour later."""
-    from dataclasses import fields
-
-    from kd.common.errors import unknown_name
+    from kd.commands.settings_options import take_settings
+    from kd.commands.train import TrainCommand
     from kd.evaluation.tasks.task_registry import check_tasks
-    from kd.student_trainer.config import TrainConfig, config_from
-    from kd.student_trainer.losses.loss_registry import LOSSES
 
     root = click.get_current_context().find_root().command
     for words in commands:
@@ -99,13 +96,7 @@ def check_commands(commands: list[list[str]]) -> None:
         context = command.make_context(f"kd {shlex.join(words)}", list(rest), help_option_names=["-h", "--help"])
         told = context.params
         if words[0] == "train":
-            settings = {f.name for f in fields(TrainConfig)}
-            config = config_from(
-                {k: v for k, v in told.items() if k in settings} | {"cache": ",".join(told["cache"])},
-                told["config_file"],
-            )
-            if config.loss not in LOSSES:
-                raise unknown_name("loss", config.loss, LOSSES)
+            take_settings(TrainCommand, dict(context.params))
         elif words[0] == "eval":
             check_tasks(
                 [t.strip() for t in told["tasks"].split(",")],

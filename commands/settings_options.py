@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import click
 
 from kd.common.errors import DataError
 from kd.common.settings import MissingSettings, Setting, as_text, flat, flattened, make, read_settings, settings_of
 
+T = TypeVar("T")
 GIVEN = "kd.given"
 """In a `RecordingCommand`'s context: option -> the text that was typed, or true or false for a switch.
 
@@ -64,18 +65,7 @@ def settings_options(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def gathered(*arguments: Any, **options: Any) -> Any:
-            given = {one.name: options.pop(one.name) for one in shown}
-            given = {name: value for name, value in given.items() if value is not None and value != ()}
-            file = options.pop("config_file", None)
-            written = {} if file is None else flattened(cls, read_settings(file), where=file)
-            for name in leave_out:
-                if name in written:
-                    raise DataError("the command sets this itself", where=file, found=name)
-            try:
-                settings: Any = make(cls, written | given, where=file)
-            except MissingSettings as error:
-                raise click.UsageError(f"Missing option: {error.details['expected']}") from error
-            _note_settings_of_file(settings, written)
+            settings: Any = take_settings(cls, options, leave_out=leave_out)
             return function(*arguments, **{argument: settings}, **options)
 
         decorated: Callable[..., Any] = gathered
@@ -92,6 +82,26 @@ def settings_options(
         return decorated
 
     return decorate
+
+
+def take_settings(cls: type[T], options: dict[str, Any], *, leave_out: Collection[str] = ()) -> T:
+    """Settings of a command's parsed options and its `--config` file; both are taken out of `options`.
+
+    Raises DataError, and click.UsageError where a setting without a default is missing.
+    """
+    shown = [name for name, one in settings_of(cls).items() if name not in leave_out and not one.hidden]
+    given = {name: value for name in shown if (value := options.pop(name)) is not None and value != ()}
+    file = options.pop("config_file", None)
+    written = {} if file is None else flattened(cls, read_settings(file), where=file)
+    for name in leave_out:
+        if name in written:
+            raise DataError("the command sets this itself", where=file, found=name)
+    try:
+        settings = make(cls, written | given, where=file)
+    except MissingSettings as error:
+        raise click.UsageError(f"Missing option: {error.details['expected']}") from error
+    _note_settings_of_file(settings, written)
+    return settings
 
 
 def _note_settings_of_file(settings: Any, names: Collection[str]) -> None:
@@ -124,9 +134,12 @@ def option_type(one: Setting) -> click.ParamType[Any]:
     if one.choices and set(one.kinds) == {str}:
         return click.Choice(one.choices)
     plain = one.parse is None and len(one.kinds) == 1 and get_origin(one.kinds[0]) is None
-    if plain and one.kinds[0] is int:
-        return click.IntRange(min=None if one.minimum is None else int(one.minimum))
-    if plain and one.kinds[0] is float and one.minimum is None and one.above is None:
+    bounded = one.minimum is not None or one.above is not None
+    if plain and one.kinds[0] is int and one.above is None:
+        return click.IntRange(min=int(one.minimum)) if one.minimum is not None else click.INT
+    if plain and one.kinds[0] is float and bounded:
+        return click.FloatRange(min=one.above if one.minimum is None else one.minimum, min_open=one.minimum is None)
+    if plain and one.kinds[0] is float:
         return click.FLOAT
     if plain and one.kinds[0] is Path:
         return click.Path(path_type=Path)
@@ -138,7 +151,7 @@ def option_type(one: Setting) -> click.ParamType[Any]:
 def help_text(one: Setting) -> str:
     """The setting's docstring, and its default."""
     if one.required:
-        return one.doc
+        return f"{one.doc} [required]"
     shown = one.shown
     if shown is None and one.default is not None and one.default != "" and one.default != ():
         shown = _spelled(one.default)

@@ -8,9 +8,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,177 +17,48 @@ import click
 
 from kd.commands.console import emit, progress_bar, quiet_libraries
 from kd.commands.eval import run_evaluation
-from kd.commands.options import PATH, json_option, parse_bytes, unescaped
+from kd.commands.options import json_option
+from kd.commands.settings_options import settings_options
+from kd.student_trainer.config import ScoreSettings, TrainConfig
 
 if TYPE_CHECKING:
     from kd.evaluation.midway_scores import ScorePlan
     from kd.student_trainer.midway import Midway
 
 
+@dataclass(frozen=True)
+class TrainCommand:
+    """What `kd train` is told: the training, and what is scored beside it."""
+
+    training: TrainConfig
+    scores: ScoreSettings = field(default_factory=ScoreSettings)
+
+
 @click.command()
-@click.option(
-    "--cache",
-    multiple=True,
-    metavar="CACHE[=WEIGHT]",
-    help="Path, URL (hf://datasets/…, s3://…, https://…), or the beginning of a fingerprint. Several, each with a weight, "
-    "are mixed: --cache A=0.7 --cache B=0.3.",
-)
-@click.option(
-    "--cache-bytes",
-    callback=parse_bytes,
-    metavar="SIZE",
-    help="Of a URL: most bytes of it kept on this disk, e.g. 20GB. Default: KD_CACHE_BYTES, or 20GB.",
-)
-@click.option("--student", help="Hub id, folder, demo, demo-t5, or random:NAME.")
-@click.option("--out", help="Folder of the run.")
-@click.option(
-    "--loss",
-    help="With the teacher's tokenizer: kl, reverse-kl, jsd. With any: uld, hybrid, alm. ce fine-tunes on the same text: "
-    "the baseline. Default: kl.",
-)
-@click.option("--alpha", type=float, help="Weight of the distillation loss. Default: 1; 0.5 for uld, hybrid and alm.")
-@click.option("--ce-weight", type=float, help="Weight of the cross-entropy. Default: 1 - alpha.")
-@click.option(
-    "--temperature",
-    type=float,
-    help="Temperature on the cache's grid; divergences are multiplied by its square. Default: 1.",
-)
-@click.option("--tail", help="auto, ghost, sampled or renorm: what makes up for the cut tail of kl. Default: auto.")
-@click.option("--beta", type=float, help="Of jsd and hybrid: weight of KL(teacher || mixture). Default: 0.5.")
-@click.option(
-    "--alignment", help="Of uld, hybrid and alm: bytes (the same text), or positional (token by token). Default: bytes."
-)
-@click.option("--align-eos/--no-align-eos", default=None, help="Compare the ends of text too. Default: yes.")
-@click.option(
-    "--ranking", help="How uld orders the student's probabilities: fast, or exact (full sort). Default: fast."
-)
-@click.option("--prompt-loss", is_flag=True, default=None, help="Cross-entropy over the prompt's tokens too.")
-@click.option("--separator", help="Text between prompt and target for the student. Default: as in the cache.")
-@click.option(
-    "--seq-len",
-    type=int,
-    help="Most tokens of an example in the student's own cut (of an encoder: of the prompt), and of a packed sequence. "
-    "Default: the student's positions.",
-)
-@click.option("--target-len", type=int, help="Most tokens of a target in the student's own cut, EOS included.")
-@click.option("--packing", is_flag=True, default=None, help="Several examples in one sequence; none sees another.")
-@click.option("--top-k", type=int, help="Use fewer tokens per row than stored.")
-@click.option("--epochs", type=float, help="Passes over the cache. Default: 1.")
-@click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs.")
-@click.option("--tokens-per-batch", type=int, help="Tokens per micro-batch and device. Default: 4096.")
-@click.option(
-    "--batch-size", type=int, help="Examples or packed sequences per micro-batch and device, instead of a token budget."
-)
-@click.option("--accumulate", type=int, help="Micro-batches per optimizer step. Default: 1.")
-@click.option("--lr", type=float, help="Peak learning rate. Default: 5e-4.")
-@click.option("--weight-decay", type=float, help="Default: 0.01.")
-@click.option("--max-grad-norm", type=float, help="Gradient clipping. Default: 1.")
-@click.option("--optimizer", help="adamw, adafactor or adamw8bit. Default: adamw.")
-@click.option("--schedule", help="linear, cosine or constant. Default: linear.")
-@click.option("--warmup", type=float, help="Steps, or a share of all steps when below 1. Default: 0.")
-@click.option("--precision", help="bf16 (autocast) or fp32. Default: fp32.")
-@click.option("--lora", type=int, metavar="R", help="Train LoRA adapters of rank R (peft), merged into the output.")
-@click.option("--lora-targets", help="Modules to adapt, separated by commas. Default: by the student's family.")
-@click.option("--gradient-checkpointing", is_flag=True, default=None, help="Trade time for memory.")
-@click.option(
-    "--head-chunk", type=int, help="Rows of the output layer computed at once. Default: by vocabulary and device."
-)
-@click.option("--revision", help="Branch, tag or commit of a hub student.")
-@click.option("--tokenizer", help="Tokenizer of a random student.")
-@click.option("--device", help="auto, cpu or cuda. Default: auto.")
-@click.option("--seed", type=int, help="Of order, dropout and random weights. Default: 0.")
-@click.option("--save-every", type=int, help="Steps between checkpoints; 0 = at the end only. Default: 0.")
-@click.option("--log-every", type=int, help="Steps between lines of metrics.jsonl. Default: 10.")
-@click.option("--report-to", help="A tracker transformers knows: tensorboard, wandb, …. Default: none.")
-@click.option("--config", "config_file", type=PATH, help="YAML or JSON file with these settings; options override it.")
+@settings_options(TrainCommand)
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --out.")
-@click.option("--eval-data", help="Held-out data spec: perplexity before and after, in the result and the model card.")
-@click.option("--eval-split", help="Split of --eval-data.")
-@click.option(
-    "--eval-tasks",
-    help="Tasks of kd eval, comma-separated, on the student while it learns: before the first step, every --eval-every, at the "
-    "end. On --eval-data (instruction tasks in template 0); agreement on the cache.",
-)
-@click.option(
-    "--eval-every", default="epoch", show_default=True, metavar="N|epoch", help="Steps between them, or epoch."
-)
-@click.option("--eval-limit", type=click.IntRange(min=1), help="First N examples of each of --eval-tasks.")
-@click.option(
-    "--eval-task-root", type=PATH, metavar="DIR", help="DIR/TASK/SPLIT.jsonl for --eval-tasks, instead of the hub."
-)
-@click.option("--eval-protocol", default="nanogpt", show_default=True, help="Of hellaswag: nanogpt or harness.")
-@click.option(
-    "--allow-contaminated",
-    is_flag=True,
-    help="Train on a benchmark's own text, or on what --eval-data asks; scores are then marked.",
-)
 @json_option
-def train(
-    config_file: Path | None,
-    resume: bool,
-    eval_data: str | None,
-    eval_split: str | None,
-    as_json: bool,
-    eval_tasks: str | None,
-    eval_every: str,
-    eval_limit: int | None,
-    eval_task_root: Path | None,
-    eval_protocol: str,
-    allow_contaminated: bool,
-    **options: Any,
-) -> None:
+def train(settings: TrainCommand, resume: bool, as_json: bool) -> None:
     """Train a student from a cache; the teacher is never loaded. Runs as is under accelerate launch or torchrun.
 
     Example: kd train --cache runs/cache --student demo --out runs/student --max-steps 20
     """
     quiet_libraries()
-    from kd.student_trainer.config import config_from
-
-    options["cache"] = ",".join(options["cache"]) or None
-    if options["separator"] is not None:
-        options["separator"] = unescaped(options["separator"])
-    config = config_from(options, config_file)
-    scores: list[tuple[str, str]] = []
-    result: dict[str, Any] = {}
+    config, scores = settings.training, settings.scores
     from kd.evaluation.contamination import refuse_benchmark_text
-    from kd.evaluation.midway_scores import plan_scores
-    from kd.models.loading import ModelRequest
 
-    student = "random:demo-student" if config.student == "demo" else config.student
-    reason = refuse_benchmark_text(config.cache, allow=allow_contaminated)
+    result: dict[str, Any] = {}
+    reason = refuse_benchmark_text(config.data.cache, allow=scores.allow_contaminated)
     if reason is not None:
         result["contaminated"] = reason
-    plan = None
-    if eval_data or eval_tasks:  # also what is measured before and after alone must not be in the cache
-        request = ModelRequest(student, config.revision, tokenizer=config.tokenizer, seed=config.seed)
-        tasks = [t.strip() for t in (eval_tasks or "perplexity").split(",")]
-        plan = plan_scores(
-            request,
-            config.cache,
-            tasks,
-            data=eval_data,
-            split=eval_split,
-            limit=eval_limit,
-            task_root=eval_task_root,
-            protocol=eval_protocol,
-            allow_contaminated=allow_contaminated,
-        )
-    alone = eval_data is not None and not eval_tasks
-    alike = {
-        "data": eval_data,
-        "split": eval_split,
-        "device": config.device,
-        "dtype": "float32",
-        "allow_contaminated": True,
-    }
+    plan = checked_plan(config, scores) if scores.tasks else None
+    alone = scores.eval_data is not None and not scores.eval_tasks
     if alone:
-        result["perplexity_before"] = held_out_perplexity(
-            student, revision=config.revision, tokenizer=config.tokenizer, seed=config.seed, **alike
-        )
+        result["perplexity_before"] = perplexity_before(config, scores)
     midway = None
-    if eval_tasks and plan is not None:
-        midway = partial(with_scores, plan, every_steps(eval_every))
-    if resume and Path(config.out).is_dir() and not any(Path(config.out).glob("checkpoint-*")):
+    if scores.eval_tasks and plan is not None:
+        midway = partial(with_scores, plan, scores.steps_between)
+    if resume and config.folder.is_dir() and not any(config.folder.glob("checkpoint-*")):
         click.echo(f"{config.out} holds no checkpoint: training starts from the first step", err=True)
     try:
         result = asdict(run_training(config, resume, midway)) | result
@@ -198,37 +68,75 @@ def train(
         atexit.register(leave_group)
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    if eval_tasks:
+    card: list[tuple[str, str]] = []
+    if scores.eval_tasks:
         from kd.student_trainer.run_folder import read_evaluations
 
-        records = read_evaluations(Path(config.out))
+        records = read_evaluations(config.folder)
         result["evaluations"] = records if as_json else len(records)
-        scores = final_scores(records, eval_data)
+        card = final_scores(records, scores.eval_data)
     if alone:
-        result["perplexity_after"] = held_out_perplexity(config.out, **alike)
-        scores = [
-            (f"perplexity on {eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}")
+        result["perplexity_after"] = held_out_perplexity(config.out, **held_out(config, scores))
+        card = [
+            (f"perplexity on {scores.eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}")
             for when in ("before", "after")
         ]
     from kd.student_trainer.model_card import write_card
 
-    write_card(Path(config.out), scores)
+    write_card(config.folder, card)
     emit(result, as_json, f"{config.out}: trained")
 
 
+def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
+    """What will be scored, its texts loaded and checked: none of them may be in the cache. Raises KdError."""
+    from kd.evaluation.midway_scores import plan_scores
+    from kd.models.loading import ModelRequest
+
+    model = config.model
+    return plan_scores(
+        ModelRequest(model.model_name, model.revision, tokenizer=model.tokenizer, seed=config.seed),
+        config.data.cache,
+        scores.tasks,
+        data=scores.eval_data,
+        split=scores.eval_split,
+        limit=scores.eval_limit,
+        task_root=scores.eval_task_root,
+        protocol=scores.eval_protocol,
+        allow_contaminated=scores.allow_contaminated,
+    )
+
+
+def held_out(config: TrainConfig, scores: ScoreSettings) -> dict[str, Any]:
+    """Options of `run_tasks` for the perplexity before and after; that the text is not in the cache was checked."""
+    return {
+        "data": scores.eval_data,
+        "split": scores.eval_split,
+        "device": config.model.device,
+        "dtype": "float32",
+        "allow_contaminated": True,
+    }
+
+
+def perplexity_before(config: TrainConfig, scores: ScoreSettings) -> float:
+    """Perplexity of the student as it is loaded for training."""
+    model = config.model
+    start = {"revision": model.revision, "tokenizer": model.tokenizer, "seed": config.seed}
+    return held_out_perplexity(model.model_name, **start, **held_out(config, scores))
+
+
 def leave_group() -> None:
-    """Leave the group of processes, if there is one, before the interpreter ends: torch's threads must not outlive it."""
+    """Leave the group of processes, if there is one: torch's threads must not outlive the interpreter."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def run_training(config: Any, resume: bool = False, midway: Callable[[], Any] | None = None) -> Any:
+def run_training(config: TrainConfig, resume: bool = False, midway: Callable[[], Any] | None = None) -> Any:
     """Drive a training run and its progress bar to the end; `midway` makes what is scored while it runs."""
     from kd.student_trainer.training import train as run
 
-    with progress_bar(f"training ({config.loss})") as advance:
+    with progress_bar(f"training ({config.objective.loss})") as advance:
         return run(
             config,
             resume=resume,
@@ -268,15 +176,6 @@ def with_scores(plan: ScorePlan, every: int | None) -> Midway:
     return Midway(plan.score, every, on_record=lambda record: click.echo(headline(record), err=True))
 
 
-def every_steps(text: str) -> int | None:
-    """Steps between evaluations; None for `epoch`. Raises click.UsageError for anything else."""
-    if text == "epoch":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise click.UsageError(f"--eval-every {text}: expected a number of steps from 1, or epoch")
-    return int(text)
-
-
 def final_scores(records: list[dict[str, Any]], data: str | None) -> list[tuple[str, str]]:
     """(what, score before the first step and after the last) of each task's first metric, for the model card."""
     first, last = records[0], records[-1]
@@ -284,9 +183,9 @@ def final_scores(records: list[dict[str, Any]], data: str | None) -> list[tuple[
     for task, metrics in last["tasks"].items():
         name, figure = next(iter(metrics.items()))
         before = first["tasks"][task][name]["value"]
-        known = [f"{v:.4g}" if v is not None else "not finite" for v in (before, figure["value"])]
+        values = [f"{v:.4g}" if v is not None else "not finite" for v in (before, figure["value"])]
         on = f" on {data}" if data and "text_digest" in last["settings"][task] else ""
-        shown.append((f"{task}: {figure['title']}{on}", " → ".join(known)))
+        shown.append((f"{task}: {figure['title']}{on}", " → ".join(values)))
     return shown
 
 

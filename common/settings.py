@@ -24,6 +24,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -65,7 +66,7 @@ def setting(
     shown     what the help names as the default, where the default's own text says little
     minimum   smallest value
     above     bound that the value must exceed
-    multiple  on the command line: the option may be repeated, and the values make a tuple
+    multiple  on the command line: the option may be repeated, and the values make a tuple (joined, where `parse` makes tuples)
     hidden    not an option of the command line
     """
     extra: dict[str, Any] = {
@@ -122,12 +123,17 @@ class Setting:
     def checked(self, value: Any, where: object = None) -> Any:
         """`value` as a value of this setting. Raises DataError.
 
-        Text is parsed where the type is none of text, as a configuration file or an environment may hold it.
+        Text is parsed where the type is none of text, as a configuration file or an environment may hold it; so is each
+        text of a list. A path is text where the type is text.
         """
         if value is None and self.optional:
             return None
+        if isinstance(value, os.PathLike) and Path not in self.kinds:
+            value = os.fspath(value)
         if isinstance(value, str) and (self.parse is not None or str not in self.kinds):
             value = self._parsed(value, where)
+        elif isinstance(value, list | tuple) and self.parse is not None:
+            value = self._joined(value, where)
         value = self._as_kind(value)
         if not self._fits(value):
             raise DataError(
@@ -154,6 +160,14 @@ class Setting:
             with suppress(ValueError):
                 return tuple(item(part.strip()) for part in text.split(",") if part.strip())
         return text
+
+    def _joined(self, values: Sequence[Any], where: object) -> tuple[Any, ...]:
+        """The values of a list, texts parsed; a text that stands for several values adds them all."""
+        joined: list[Any] = []
+        for value in values:
+            parsed = self._parsed(value, where) if isinstance(value, str) else value
+            joined += parsed if isinstance(parsed, tuple) else [parsed]
+        return tuple(joined)
 
     def _as_kind(self, value: Any) -> Any:
         """Lists of a file are tuples here; a whole number will do for a fraction."""
@@ -327,11 +341,12 @@ def changed(settings: T, **values: Any) -> T:
 def check(settings: Any) -> None:
     """Check every value of `settings` against its type, choices and bounds: for `__post_init__`. Raises DataError.
 
-    Only the fields of the class itself: groups check theirs.
+    Text that stands for a value of another type is replaced by that value. Only the fields of the class itself are checked:
+    groups check theirs.
     """
     for one in settings_of(type(settings)).values():
         if len(one.path) == 1:
-            one.checked(getattr(settings, one.name))
+            object.__setattr__(settings, one.name, one.checked(getattr(settings, one.name)))
 
 
 def as_text(value: Any) -> str | bool:

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd.cache_builder.weighted_caches import CacheSpec, as_caches
 from kd.common.errors import DataError, KdError
+from kd.common.settings import as_text
 from kd.data.rows.example import Example
 from kd.data.tasks.task_files import load_task, task_names
 
@@ -81,19 +83,19 @@ def _training_texts(folder: Path, run: Mapping[str, Any], cache: str) -> list[Tr
     return [TrainingText(str(folder), str(corpus.get("corpus")), str(corpus.get("split")), "", None, ())]
 
 
-def cache_texts(cache: str | Path, *, run: str = "", whole: bool = True) -> list[TrainingText]:
+def cache_texts(cache: CacheSpec, *, run: str = "", whole: bool = True) -> list[TrainingText]:
     """The text of a cache, or of each cache of a mixture, without its targets; its name alone where not `whole`.
 
     `cache` as `kd train --cache` takes it. Raises CacheError.
     """
-    from kd.cache_builder.opening import cache_folder, weighted
+    from kd.cache_builder.opening import cache_folder
     from kd.cache_builder.store.manifest import load_manifest
     from kd.cache_builder.store.part import load_part
     from kd.cache_builder.store.shard_store import read_example_table
 
     texts = []
-    for place, _ in weighted(str(cache)):
-        root = cache_folder(place if "://" in place else Path(place).expanduser())
+    for one in as_caches(cache):
+        root = cache_folder(one.place if "://" in one.place else Path(one.place).expanduser())
         manifest = load_manifest(root)
         provenance, part = manifest.provenance, load_part(root, manifest)
         shards = range(len(manifest.shards)) if part is None else part.shards
@@ -123,13 +125,13 @@ def benchmark_text(text: TrainingText) -> str | None:
     return None if name is None else f"its source names {name[0]!r}, where HellaSwag's text is from"
 
 
-def refuse_benchmark_text(cache: str | Path, *, allow: bool) -> str | None:
+def refuse_benchmark_text(cache: CacheSpec, *, allow: bool) -> str | None:
     """Why a cache's text is a benchmark's own; raises DataError where it is, unless `allow`."""
     reason = next(filter(None, map(benchmark_text, cache_texts(cache, whole=False))), None)
     if reason is not None and not allow:
         raise DataError(
             "this cache holds a benchmark's own text",
-            where=cache,
+            where=as_text(as_caches(cache)),
             found=reason,
             expected="text that the student will not be measured on",
             try_="--allow-contaminated: the run and its scores are then marked",

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd.cache_builder.weighted_caches import CacheSpec
 from kd.common.errors import DataError
 from kd.data.data_settings import InstructionConfig
 from kd.data.rows.row_examples import Columns
@@ -49,7 +50,7 @@ def run_tasks(
     names: Sequence[str],
     *,
     data: str | None = None,
-    cache: Path | str | None = None,
+    cache: CacheSpec | None = None,
     split: str | None = None,
     columns: Columns | None = None,
     limit: int | None = None,
@@ -154,7 +155,7 @@ def with_texts(
     tokenizer: Tokenizer,
     *,
     data: str | None = None,
-    cache: Path | str | None = None,
+    cache: CacheSpec | None = None,
     split: str | None = None,
     columns: Columns | None = None,
     instructions: InstructionConfig | None = None,
@@ -186,7 +187,7 @@ def with_texts(
         from kd.cache_builder.opening import open_cache
         from kd.student_trainer.batches.compatibility import refuse_other_tokenizer
 
-        reader = open_cache(str(cache))
+        reader = open_cache(cache)
         refuse_other_tokenizer(
             reader,
             tokenizer,
@@ -210,7 +211,7 @@ def score_model(
 
 
 def contaminated_tasks(
-    names: Sequence[str], settings: Settings, model: str, *, cache: str | Path | None = None, allow: bool
+    names: Sequence[str], settings: Settings, model: str, *, cache: CacheSpec | None = None, allow: bool
 ) -> dict[str, str]:
     """Task -> why its text is known to the model, by the runs that made it and the `cache` it is about to learn from.
 

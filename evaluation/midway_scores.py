@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kd.cache_builder.weighted_caches import CacheSpec
 from kd.data.data_settings import InstructionConfig
 from kd.data.sources import takes_instructions
 from kd.evaluation.evaluator import contaminated_tasks, score_model, with_texts
@@ -53,7 +54,7 @@ class ScorePlan:
 
 def plan_scores(
     student: ModelRequest,
-    cache: str | Path,
+    cache: CacheSpec,
     tasks: Sequence[str],
     *,
     data: str | None = None,

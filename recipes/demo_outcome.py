@@ -89,7 +89,7 @@ class Act:
             "weight_decay": 0.1,
             **self.training,
         }
-        return [TrainConfig(out=str(out / name), **common, **own) for name, own in self.losses.items()]
+        return [make(TrainConfig, {**common, **own, "out": str(out / name)}) for name, own in self.losses.items()]
 
     def models(self, out: Path) -> dict[str, str]:
         """Name in the report -> model to evaluate."""

@@ -1,18 +1,23 @@
-"""`TrainConfig`: every setting of a training run, saved beside its weights."""
+"""`TrainConfig`: every setting of a training run, saved beside its weights.
+
+    config = make(TrainConfig, {"cache": "runs/cache", "student": "demo", "out": "runs/student", "lr": 1e-3})
+    config.optimization.lr
+
+The command line, configuration files, `run.json` and Python all use the flat names; inside, settings are grouped by what
+they belong to. This module imports nothing heavy: the command line reads it to print its help.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal
 
-from kd.common.errors import DataError, unknown_name
-from kd.student_trainer.batches.alignment import ALIGNMENTS
+from kd.cache_builder.weighted_caches import WeightedCache, parse_caches, require_weights
+from kd.common.byte_sizes import byte_count
+from kd.common.errors import DataError
+from kd.common.settings import as_text, check, flat, setting, unescaped
 
-RANKINGS = ("exact", "fast")
-"""How the student's probabilities are brought into order (`groups.uld`)."""
 LORA_TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "gpt_neox": ["query_key_value"],
@@ -25,124 +30,88 @@ LORA_TARGETS = {
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "adamw8bit": "adamw_bnb_8bit"}
 """Our name -> transformers' name."""
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""Our name -> transformers' name."""
 PRECISIONS = ("fp32", "bf16")
+"""Number formats of the training's matrix products."""
+
+LossName = Literal["kl", "reverse-kl", "jsd", "uld", "hybrid", "alm", "ce"]
+TailName = Literal["auto", "ghost", "sampled", "renorm"]
+OptimizerName = Literal["adamw", "adafactor", "adamw8bit"]
+ScheduleName = Literal["linear", "cosine", "constant"]
+PrecisionName = Literal["fp32", "bf16"]
+# tests compare each of these with its registry
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one run. Equal settings, cache and library versions give equal weights on one machine."""
+class CacheSettings:
+    """Which cache is read, and how much of it."""
 
-    cache: str
-    """Path or URL of the cache."""
-    student: str
-    """`demo`, `random:NAME`, a folder, or a hub id."""
-    out: str
-    """Folder of the run."""
-    loss: str = "kl"
-    """Key of `losses.LOSSES`."""
-    tail: str = "auto"
-    """Key of `losses.TAILS`, or `auto`."""
-    alpha: float | None = None
-    """Weight of the distillation loss; None = 1 (0 for `ce`), 0.5 for losses over aligned text."""
-    ce_weight: float | None = None
-    """Weight of the cross-entropy; None = 1 - alpha."""
-    beta: float = 0.5
-    """Of the generalised JSD (`jsd`, `hybrid`): weight of KL(teacher || mixture)."""
-    alignment: str = "bytes"
-    """Of losses over aligned text: one of `alignment.ALIGNMENTS`."""
-    align_eos: bool = True
-    """Compare the ends of text too, where both sides have one."""
-    ranking: str = "fast"
-    """How `uld` orders the student's probabilities: one of RANKINGS."""
-    prompt_loss: bool = False
-    """Cross-entropy over the prompt's tokens too."""
-    seq_len: int | None = None
-    """Most tokens of an example in the student's own cut, for losses over text (of an encoder: of the prompt), and of a
-    packed sequence; None = the student's positions."""
-    target_len: int | None = None
-    """Most tokens of a target in the student's own cut, EOS included, for losses over text; None = what `seq_len`
-    leaves, of a decoder its positions."""
-    separator: str | None = None
-    """Text between prompt and target for the student; None = as in the cache."""
-    temperature: float = 1.0
-    """Of the softmaxes compared; must be on the cache's grid."""
+    cache: tuple[WeightedCache, ...] = setting(metavar="CACHE[=WEIGHT]", multiple=True, parse=parse_caches)
+    """Path, URL (hf://datasets/…, s3://…, https://…), or the beginning of a fingerprint. Several caches are mixed by their
+    weights: --cache A=0.7 --cache B=0.3."""
+    cache_bytes: int | None = setting(
+        None, metavar="SIZE", parse=byte_count, minimum=1, shown="KD_CACHE_BYTES, or 20GB"
+    )
+    """Most bytes of a URL's shards that are kept on this disk, e.g. 20GB."""
     top_k: int | None = None
-    """Tokens per row to use; None = all that are stored."""
-    epochs: float = 1.0
-    max_steps: int | None = None
-    """Optimizer steps; overrides `epochs`."""
-    tokens_per_batch: int | None = None
-    """Tokens per micro-batch and device, padding included; None: `batch_size`, or 4096 tokens."""
-    batch_size: int | None = None
-    """Examples, or packed sequences, per micro-batch and device."""
-    packing: bool = False
-    """Put several examples into one sequence of at most `seq_len` tokens; none of them sees another."""
-    accumulate: int = 1
-    """Micro-batches per optimizer step."""
-    lr: float = 5e-4
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    optimizer: str = "adamw"
-    schedule: str = "linear"
-    warmup: float = 0.0
-    """Steps when >= 1, else a share of all steps."""
-    precision: str = "fp32"
-    lora_targets: str | None = None
-    """Modules to adapt, separated by commas; None = `LORA_TARGETS` of the student's family, else peft's own."""
-    lora: int | None = None
-    """Rank of LoRA adapters (alpha = 2 x rank), merged into the output; None = all weights."""
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    revision: str | None = None
-    """Of a hub student."""
-    tokenizer: str | None = None
-    """Of a random student."""
-    device: str = "auto"
-    cache_bytes: int | None = None
-    """Of a cache that is read from a URL: most bytes of its shards kept on this disk; None = as in `cache_builder.mirror`."""
-    save_every: int = 0
-    """Optimizer steps between checkpoints; 0 = at the end only."""
-    log_every: int = 10
-    report_to: str = "none"
-    """Any tracker transformers knows: tensorboard, wandb, …"""
-    head_chunk: int | None = None
-    """Rows of the output layer computed at once; None = what suits vocabulary and device (`kd.models.padded_batches.head_rows`)."""
+    """Number of tokens per row to use. By default all that are stored."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name, value, known in (
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("schedule", self.schedule, SCHEDULES),
-            ("precision", self.precision, PRECISIONS),
-            ("alignment", self.alignment, ALIGNMENTS),
-            ("ranking", self.ranking, RANKINGS),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise DataError(
-                "no such kind of device",
-                found=f"--device {self.device}",
-                expected="auto, cpu or cuda",
-                try_="CUDA_VISIBLE_DEVICES=N chooses one, torchrun or accelerate launch uses several",
-            )
-        if self.tokens_per_batch is not None and self.batch_size is not None:
-            raise DataError("two batch sizes were given", found="--tokens-per-batch and --batch-size", expected="one")
-        for name in (
-            "tokens_per_batch",
-            "batch_size",
-            "accumulate",
-            "max_steps",
-            "lora",
-            "log_every",
-            "head_chunk",
-            "seq_len",
-            "target_len",
-            "cache_bytes",
-        ):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise DataError(f"{name.replace('_', ' ')} must be at least 1", found=number)
+        check(self)
+        require_weights(self.cache)
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """The model that is trained, and how it is run."""
+
+    student: str
+    """Model to train: hub id, folder, demo, demo-t5, or random:NAME."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub student."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, for a random student."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on. CUDA_VISIBLE_DEVICES=N selects one GPU; torchrun or accelerate launch uses several."""
+    precision: PrecisionName = "fp32"
+    """Precision of the matrix products: bf16 (autocast) or fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    head_chunk: int | None = setting(None, minimum=1, shown="by vocabulary and device")
+    """Number of rows of the output layer computed at once."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def model_name(self) -> str:
+        """The student as `kd.models.loading.ModelRequest` names it."""
+        return "random:demo-student" if self.student == "demo" else self.student
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the student minimises."""
+
+    loss: LossName = "kl"
+    """Loss to minimise. With the teacher's tokenizer: kl, reverse-kl, jsd. With any tokenizer: uld, hybrid, alm. ce
+    fine-tunes on the same text, as the baseline."""
+    tail: TailName = "auto"
+    """How kl treats the probability outside the top-k: ghost (one extra outcome), sampled, or renorm. auto is ghost, or
+    sampled where the cache holds draws alone."""
+    alpha: float | None = setting(None, shown="1; 0.5 for uld, hybrid and alm")
+    """Weight of the distillation loss."""
+    ce_weight: float | None = setting(None, shown="1 - alpha")
+    """Weight of the cross-entropy."""
+    temperature: float = setting(1.0, above=0)
+    """Temperature of both softmaxes; it must be on the cache's grid. Divergences are multiplied by its square."""
+    beta: float = 0.5
+    """Weight of KL(teacher || mixture) in jsd and hybrid, between 0 and 1."""
+    ranking: Literal["exact", "fast"] = "fast"
+    """How uld sorts the student's probabilities: fast (in bins), or exact (full sort)."""
+
+    def __post_init__(self) -> None:
+        check(self)
         if not 0 < self.beta < 1:  # at either end the mixture is one of the two sides, and the divergence is 0
             raise DataError(
                 "beta is out of bounds",
@@ -150,55 +119,184 @@ class TrainConfig:
                 expected="between 0 and 1",
                 try_="--loss kl or reverse-kl for the limits",
             )
-        for name in ("weight_decay", "max_grad_norm", "warmup", "save_every", "seed"):
-            if not getattr(self, name) >= 0:
-                raise DataError(f"{name.replace('_', ' ')} must not be negative", found=getattr(self, name))
-        for name in ("lr", "epochs", "temperature"):
-            if not getattr(self, name) > 0:
-                raise DataError(f"{name} must be positive", found=getattr(self, name))
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How the cached text reaches a student whose tokens are not the teacher's."""
+
+    alignment: Literal["bytes", "positional"] = "bytes"
+    """How uld, hybrid and alm pair tokens: bytes (the same text), or positional (token by token)."""
+    align_eos: bool = True
+    """Compare the ends of text too, where both sides have an EOS token."""
+    prompt_loss: bool = False
+    """Add the prompt's tokens to the cross-entropy."""
+    separator: str | None = setting(None, parse=unescaped, shown="as in the cache")
+    """Text between prompt and target for the student."""
+    seq_len: int | None = setting(None, minimum=1, shown="the student's positions")
+    """Most tokens of an example in the student's own tokens (for an encoder: of the prompt), and of a packed sequence."""
+    target_len: int | None = setting(None, minimum=1)
+    """Most tokens of a target in the student's own tokens, EOS included. By default what --seq-len leaves; for an
+    encoder-decoder its positions."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How many examples a step and the run see."""
+
+    epochs: float = setting(1.0, above=0)
+    """Passes over the cache."""
+    max_steps: int | None = setting(None, minimum=1)
+    """Number of optimizer steps; overrides --epochs."""
+    tokens_per_batch: int | None = setting(None, minimum=1, shown="4096")
+    """Most tokens per micro-batch and device, padding included."""
+    batch_size: int | None = setting(None, minimum=1)
+    """Number of examples or packed sequences per micro-batch and device, instead of a token budget."""
+    packing: bool = False
+    """Put several examples into one sequence of at most --seq-len tokens; none of them sees another."""
+    accumulate: int = setting(1, minimum=1)
+    """Number of micro-batches per optimizer step."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.tokens_per_batch is not None and self.batch_size is not None:
+            raise DataError("two batch sizes were given", found="--tokens-per-batch and --batch-size", expected="one")
+
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens per micro-batch; None where examples are counted."""
+        return self.tokens_per_batch or (None if self.batch_size else 4096)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How a step changes the weights."""
+
+    lr: float = setting(5e-4, above=0)
+    """Peak learning rate."""
+    weight_decay: float = setting(0.01, minimum=0)
+    """Weight decay."""
+    max_grad_norm: float = setting(1.0, minimum=0)
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+    optimizer: OptimizerName = "adamw"
+    """Optimizer: adamw, adafactor or adamw8bit (bitsandbytes)."""
+    schedule: ScheduleName = "linear"
+    """Course of the learning rate after the warm-up: linear or cosine decay, or constant."""
+    warmup: float = setting(0.0, minimum=0)
+    """Warm-up in steps, or as a share of all steps when below 1."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters instead of all weights."""
+
+    lora: int | None = setting(None, metavar="R", minimum=1)
+    """Train LoRA adapters of rank R (peft), with alpha = 2 R; they are merged into the output. By default all weights are
+    trained."""
+    lora_targets: str | None = setting(None, shown="by the student's family")
+    """Names of the modules to adapt, separated by commas."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What is written while the run goes on. None of it changes the weights."""
+
+    save_every: int = setting(0, minimum=0)
+    """Number of steps between checkpoints; 0 saves at the end only."""
+    log_every: int = setting(10, minimum=1)
+    """Number of steps between lines of metrics.jsonl."""
+    report_to: str = "none"
+    """Tracker that transformers reports to: tensorboard, wandb, …, or none."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run. Equal settings, cache and library versions give equal weights on one machine."""
+
+    data: CacheSettings
+    model: StudentSettings
+    out: str
+    """Folder of the run."""
+    objective: LossSettings = field(default_factory=LossSettings)
+    text: TextSettings = field(default_factory=TextSettings)
+    batches: BatchSettings = field(default_factory=BatchSettings)
+    optimization: OptimizerSettings = field(default_factory=OptimizerSettings)
+    adapters: LoraSettings = field(default_factory=LoraSettings)
+    logging: LogSettings = field(default_factory=LogSettings)
+    seed: int = setting(0, minimum=0)
+    """Seed of the order of examples, of dropout, and of random weights."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def folder(self) -> Path:
+        """`out` as a path."""
+        return Path(self.out)
+
+    def saved(self) -> dict[str, Any]:
+        """Flat settings as `run.json` holds them."""
+        return flat(self) | {"cache": as_text(self.data.cache)}
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued: everything but where and how often to write."""
-        ignored = ("out", "cache", "cache_bytes", "save_every", "log_every", "report_to", "device")
-        return {k: v for k, v in asdict(self).items() if k not in ignored}
+        return {name: value for name, value in self.saved().items() if name not in FREE}
 
 
-def _check_types(config: TrainConfig) -> None:
-    """Raise DataError for a value that is not of its field's type; a whole number will do where a fraction is wanted."""
-    for name, expected in get_type_hints(TrainConfig).items():
-        value, kinds = getattr(config, name), get_args(expected) or (expected,)
-        fits = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
-        if not fits or (isinstance(value, bool) and bool not in kinds):
-            raise DataError(
-                "a setting has the wrong type",
-                found=f"{name} {value!r}",
-                expected=" or ".join("none" if k is type(None) else k.__name__ for k in kinds),
-            )
+FREE = ("out", "cache", "cache_bytes", "save_every", "log_every", "report_to", "device")
+"""Settings that a resumed run may change; of the cache, the fingerprint must be equal instead."""
 
 
-def config_from(values: Mapping[str, Any], file: Path | None = None) -> TrainConfig:
-    """Settings from a YAML or JSON file, overridden by `values` that are not None. Unknown keys are refused."""
-    settings: dict[str, Any] = {}
-    if file is not None:
-        import yaml
+def steps_or_epoch(text: str) -> int | str:
+    """The value of --eval-every. Raises ValueError."""
+    if text != "epoch" and not (text.isdigit() and int(text) >= 1):
+        raise ValueError("a number of steps from 1, or epoch")
+    return text if text == "epoch" else int(text)
 
-        try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise DataError("cannot read the configuration file", where=file, found=error) from error
-        if not isinstance(loaded, dict):
-            raise DataError("the configuration file is not a mapping", where=file, found=type(loaded).__name__)
-        settings = {str(key).replace("-", "_"): value for key, value in loaded.items()}
-    settings |= {key: value for key, value in values.items() if value is not None}
-    known = {f.name: f for f in fields(TrainConfig)}
-    for key in settings:
-        if key not in known:
-            raise unknown_name("setting", key, known, where=file)
-    missing = [name for name in ("cache", "student", "out") if name not in settings]
-    if missing:
-        raise DataError("settings are missing", where=file, expected=", ".join(f"--{m}" for m in missing))
-    for name, expected in get_type_hints(TrainConfig).items():
-        if isinstance(settings.get(name), str) and float in (get_args(expected) or (expected,)):
-            with suppress(ValueError):  # to YAML 1.1, 5e-4 is text: it wants 5.0e-4
-                settings[name] = float(settings[name])
-    return TrainConfig(**settings)
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What `kd train` scores on held-out data: before and after, or while the student learns."""
+
+    eval_data: str | None = None
+    """Held-out data spec. Perplexity before and after training is shown in the result and in the model card."""
+    eval_split: str | None = None
+    """Split of --eval-data."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks of kd eval, separated by commas, to score while the student learns: before the first step, every --eval-every
+    steps, and at the end. They use --eval-data (instruction tasks in template 0); agreement uses the cache."""
+    eval_every: int | Literal["epoch"] = setting("epoch", metavar="N|epoch", parse=steps_or_epoch)
+    """Number of steps between two scorings, or epoch."""
+    eval_limit: int | None = setting(None, minimum=1)
+    """Number of examples of each of --eval-tasks to use: the first N."""
+    eval_task_root: Path | None = setting(None, metavar="DIR")
+    """Folder with DIR/TASK/SPLIT.jsonl for --eval-tasks, instead of the hub."""
+    eval_protocol: Literal["nanogpt", "harness"] = "nanogpt"
+    """Protocol of hellaswag."""
+    allow_contaminated: bool = False
+    """Train on a benchmark's own text, or on the text of --eval-data; scores are then marked."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What is scored: perplexity alone where only --eval-data is given, nothing where neither is."""
+        return self.eval_tasks or (("perplexity",) if self.eval_data else ())
+
+    @property
+    def steps_between(self) -> int | None:
+        """Optimizer steps between two scorings; None = after every pass over the cache."""
+        return None if isinstance(self.eval_every, str) else self.eval_every

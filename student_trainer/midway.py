@@ -1,8 +1,8 @@
 """Scores of the student while it learns: before the first step, every so many steps or epochs, and after the last.
 
-What is scored, and how, is the caller's (`Midway.score`): evaluation is not imported here. The training is the same with and
-without it, bit for bit: the states of all generators, each module's mode and the model's own `forward` are put back, and
-the clock of speeds and of the run stands still. A student with LoRA adapters is scored as a merged copy: merging and
+The caller decides what is scored, and how (`Midway.score`): evaluation is not imported here. The training is bit-identical
+with and without it: the states of all generators, each module's mode and the model's own `forward` are restored, and the
+clock of speeds and of the run stands still. A student with LoRA adapters is scored as a merged copy: merging and
 taking apart again would round its weights.
 
 `evaluations.jsonl` in the run's folder gets one line each, {"step", "epoch", "seconds", …what `score` returns}; step 0 is the
@@ -12,10 +12,8 @@ baseline. Lines after the checkpoint of a resumed run are dropped, as in `metric
 from __future__ import annotations
 
 import copy
-import json
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +29,8 @@ from kd.common.errors import DataError
 from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.batch_plan import BatchPlan
-from kd.student_trainer.run_folder import RECORDS
+from kd.student_trainer.run_folder import append_evaluation
+from kd.student_trainer.student_model import merged_without_warning
 from kd.student_trainer.trainer import DistillationTrainer
 
 
@@ -44,12 +43,14 @@ class Midway:
     every: int | None = None
     """Optimizer steps; None = after every pass over the cache."""
     on_record: Callable[[Mapping[str, Any]], None] | None = None
-    """Told of every line, on the main process."""
+    """Called with every line, on the main process."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
             raise DataError(
-                "evaluations need a distance", found=f"--eval-every {self.every}", expected="at least 1 step, or epoch"
+                "--eval-every must be at least 1 step",
+                found=f"--eval-every {self.every}",
+                expected="a number from 1, or epoch",
             )
 
 
@@ -79,7 +80,7 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
                 try_="--eval-tasks left out, and kd eval afterwards",
             )
         self.trainer, self.midway, self.model, self.tokenizer = trainer, midway, model, tokenizer
-        self.path = folder / RECORDS
+        self.folder = folder
         multiple = trainer.args.gradient_accumulation_steps * trainer.args.world_size
         self.steps = evaluation_steps(trainer.plan, multiple, midway.every)
         self.multiple = multiple
@@ -97,12 +98,11 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
         started = time.perf_counter()
         if self.trainer.is_world_process_zero():
             with undisturbed(self.model):
-                found = self.midway.score(self._whole(), self.tokenizer)
+                scores = self.midway.score(self._whole(), self.tokenizer)
             plan = self.trainer.plan.batches[: step * self.multiple]
             epoch = sum(map(len, plan)) / len(self.trainer.example_rows)
-            record = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - started, **found}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+            record = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - started, **scores}
+            append_evaluation(self.folder, record)
             if self.midway.on_record is not None:
                 self.midway.on_record(record)
         PartialState().wait_for_everyone()
@@ -113,8 +113,7 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
         adapted = self.trainer.model
         if adapted is self.model:
             return self.model
-        with warnings.catch_warnings():  # as where the output is written: peft 0.21 believes T5's configuration
-            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        with merged_without_warning():
             return copy.deepcopy(adapted).merge_and_unload().eval()
 
 

@@ -6,7 +6,6 @@ from settings.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ import yaml
 
 from kd.common.errors import DataError
 from kd.common.files import write_atomic
+from kd.student_trainer.run_folder import read_run
 
 
 def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
     """Write `README.md` into a finished run; `scores` are (what, value) lines. Raises DataError for anything else."""
-    state = run / "run.json"
-    if not state.exists():
-        raise DataError("not a training run", where=run, expected="run.json")
-    document = json.loads(state.read_text(encoding="utf-8"))
+    document = read_run(run)
     if not document["complete"]:
         raise DataError(
             "this training run is not finished", where=run, try_="its kd train command again, with --resume"

@@ -1,34 +1,141 @@
-"""From settings, cache and student to batches: what is compared, over whose tokens, in sequences of which length."""
+"""From settings to everything a run needs before the first weight is loaded: cache, objective, batches.
+
+`prepare` opens the cache, checks that it belongs to the student, and decides what is compared, over whose tokens, in
+sequences of which length.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import DataError
-from kd.models.loading import decoder_start, is_encoder_decoder, max_positions
+from kd.models.loading import (
+    ModelRequest,
+    decoder_start,
+    is_encoder_decoder,
+    load_config,
+    load_request_tokenizer,
+    max_positions,
+)
 from kd.models.packing import Size
 from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.compatibility import (
+    needed_arrays,
     refuse_classes,
     refuse_narrow_student,
     refuse_other_layout,
     refuse_other_tokenizer,
     refuse_without_prompts,
+    resolve_objective,
     same_tokenizer,
 )
 from kd.student_trainer.batches.pieces import shared_pieces
+from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, touch_shards
 from kd.student_trainer.batches.student_text import StudentText
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.config import TextSettings, TrainConfig
 from kd.student_trainer.losses.loss_registry import Objective
 
 PACKED_TOKENS = 1024
-"""Of a packed sequence, where neither --seq-len nor the student's positions say more or less."""
+"""Tokens of a packed sequence, where neither --seq-len nor the student's positions say more or less."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs before weights are loaded."""
+
+    config: TrainConfig
+    reader: CacheReader
+    request: ModelRequest
+    """The student's weights."""
+    model_config: Any
+    """The student's configuration, as transformers reads it."""
+    tokenizer: Tokenizer
+    """The student's tokenizer."""
+    collator: Collator
+    """Examples -> batch."""
+    vocabulary_size: int
+    """Number of the student's logits that count."""
+    sizes: np.ndarray
+    """[E, sides] tokens of each example, on the encoder's and the decoder's side where the student has two."""
+    rows: np.ndarray
+    """[E] scored positions of each example."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the student minimises."""
+        return self.collator.objective
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the student has an encoder."""
+        return is_encoder_decoder(self.model_config)
+
+    @property
+    def truncated(self) -> int:
+        """Number of examples that did not fit the student's window."""
+        return 0 if self.collator.text is None else self.collator.text.truncated
+
+    def plan(self, multiple: int) -> BatchPlan:
+        """All micro-batches of the run, `multiple` of them to an optimizer step over all devices."""
+        batches = self.config.batches
+        return plan_batches(
+            self.reader,
+            self.sizes,
+            seed=self.config.seed,
+            epochs=batches.epochs,
+            multiple_of=multiple,
+            capacity=self.collator.capacity,
+            count=None if batches.max_steps is None else batches.max_steps * multiple,
+            batch_size=batches.batch_size,
+            tokens_per_batch=batches.token_budget,
+        )
+
+
+def prepare(config: TrainConfig, *, touch: bool = False) -> Prepared:
+    """Open the cache and check that it belongs to the student. Raises KdError where it does not.
+
+    touch   load the shards of the first batches on threads meanwhile (a resumed run begins with other batches)
+    """
+    reader = open_cache(config.data.cache, top_k=config.data.top_k, cache_bytes=config.data.cache_bytes)
+    objective = resolve_objective(reader.config, config.objective, edges=rank_edges(reader))
+    reader.keep(needed_arrays(objective, reader.manifest))
+    if touch:
+        touch_shards(reader, reader.epoch_order(config.seed, 0)[:TOUCHED_EXAMPLES].tolist())
+    request = student_request(config)
+    tokenizer, model_config = load_request_tokenizer(request), load_config(request)
+    if reads_own_text(config, reader, objective, model_config, tokenizer):
+        collator, width = text_collator(config, reader, objective, model_config, tokenizer)
+    else:
+        collator, width = row_collator(config, reader, objective, model_config, tokenizer)
+    tokens, rows = reader.lengths() if collator.text is None else collator.text.lengths()
+    sizes = tokens[:, None] if collator.start_id is None else np.stack([tokens - rows, rows], axis=1)
+    if config.text.prompt_loss:
+        rows = tokens - 1
+    if config.batches.packing:
+        capacity = packed_capacity(config.text, sizes, max_positions(model_config))
+        collator = replace(collator, capacity=capacity)
+    return Prepared(config, reader, request, model_config, tokenizer, collator, width, sizes, rows)
+
+
+def student_request(config: TrainConfig) -> ModelRequest:
+    """The student's weights before training, in float32 on the CPU."""
+    model = config.model
+    return ModelRequest(
+        model.model_name,
+        revision=model.revision,
+        device="cpu",
+        dtype="float32",
+        tokenizer=model.tokenizer,
+        seed=config.seed,
+    )
 
 
 def rank_edges(reader: CacheReader) -> tuple[int, ...]:
@@ -37,92 +144,120 @@ def rank_edges(reader: CacheReader) -> tuple[int, ...]:
     return tuple(band_edges(config.top_k, size, config.tail_bands)) if config.tail_bands else ()
 
 
-def prepare(
-    config: TrainConfig, reader: CacheReader, objective: Objective, student: Any, tokenizer: Tokenizer
-) -> tuple[StudentText | None, Collator, int]:
-    """The student's own tokens, where they are needed; what makes batches; how many logits count.
+def reads_own_text(
+    config: TrainConfig, reader: CacheReader, objective: Objective, model_config: Any, tokenizer: Tokenizer
+) -> bool:
+    """Whether the student reads the text in its own tokens, and not the cached ones. Raises KdError.
 
-    Raises KdError where cache and student do not belong together.
+    Losses over aligned text do; so does cross-entropy where the student's tokens differ or the settings ask for it.
     """
-    refuse_classes(reader, f"--loss {config.loss}")
-    encoder = is_encoder_decoder(student)
+    loss, text = config.objective.loss, config.text
+    refuse_classes(reader, f"--loss {loss}")
+    encoder = is_encoder_decoder(model_config)
     if encoder:
         refuse_without_prompts(reader)
-    own_cut = {
-        "--prompt-loss": config.prompt_loss,
-        "--separator": config.separator is not None,
-        "--target-len": config.target_len is not None,
-    }
-    asked = [name for name, given in own_cut.items() if given]
-    between = [name for name in asked if name != "--target-len"]
+    given = options_of_own_text(text)
+    between = [option for option in given if option != "--target-len"]
     if encoder and between:
         raise DataError(
             "an encoder reads the prompt by itself, and nothing predicts its tokens",
             found=", ".join(between),
             try_="leave them out, or a causal student",
         )
-    by_text = objective.groups or bool(asked)
-    if config.loss == "ce" and (reader.manifest.blocks.encoder != encoder or not same_tokenizer(reader, tokenizer)):
-        by_text = True
-    if by_text and not (objective.groups or config.loss == "ce"):
+    if objective.groups:
+        return True
+    if loss == "ce":
+        unlike = reader.manifest.blocks.encoder != encoder or not same_tokenizer(reader, tokenizer)
+        return bool(given) or unlike
+    if given:
         raise DataError(
-            f"--loss {config.loss} reads the cached tokens as they are",
-            found=", ".join(asked),
+            f"--loss {loss} reads the cached tokens as they are",
+            found=", ".join(given),
             try_="--loss ce, uld, hybrid or alm",
         )
-    start = decoder_start(student) if encoder else None
-    if not by_text and config.seq_len is not None and not config.packing:
+    return False
+
+
+def options_of_own_text(text: TextSettings) -> list[str]:
+    """Options that were given and only mean something for text in the student's own tokens."""
+    given = {
+        "--prompt-loss": text.prompt_loss,
+        "--separator": text.separator is not None,
+        "--target-len": text.target_len is not None,
+    }
+    return [option for option, used in given.items() if used]
+
+
+def row_collator(
+    config: TrainConfig, reader: CacheReader, objective: Objective, model_config: Any, tokenizer: Tokenizer
+) -> tuple[Collator, int]:
+    """Batches of the cached tokens, and how many logits count. Raises KdError for another tokenizer or layout."""
+    loss, encoder = config.objective.loss, is_encoder_decoder(model_config)
+    if config.text.seq_len is not None and not config.batches.packing:
         raise DataError(
-            f"--loss {config.loss} reads the cached tokens as they are, whatever their length",
-            found=f"--seq-len {config.seq_len}",
+            f"--loss {loss} reads the cached tokens as they are, whatever their length",
+            found=f"--seq-len {config.text.seq_len}",
             try_="leave it out, or build the cache with that length",
         )
-    if not by_text:
-        refuse_other_layout(reader, f"--loss {config.loss}", encoder=encoder)
-        refuse_other_tokenizer(
-            reader,
-            tokenizer,
-            purpose=f"--loss {config.loss}",
-            advice="--loss uld, hybrid or alm, for any tokenizer; or --tokenizer for a random student",
-        )
-        tokens, rows = reader.lengths()
-        refuse_narrow_student(reader, student, int((np.maximum(tokens - rows, rows) if encoder else tokens).max()))
-        return None, Collator(objective, start_id=start), reader.manifest.vocabulary_size
-    if config.top_k is not None and objective.groups and reader.config.tail_bands:
+    refuse_other_layout(reader, f"--loss {loss}", encoder=encoder)
+    refuse_other_tokenizer(
+        reader,
+        tokenizer,
+        purpose=f"--loss {loss}",
+        advice="--loss uld, hybrid or alm, for any tokenizer; or --tokenizer for a random student",
+    )
+    tokens, rows = reader.lengths()
+    longest = int((np.maximum(tokens - rows, rows) if encoder else tokens).max())
+    refuse_narrow_student(reader, model_config, longest)
+    return Collator(objective, start_id=start_token(model_config)), reader.manifest.vocabulary_size
+
+
+def text_collator(
+    config: TrainConfig, reader: CacheReader, objective: Objective, model_config: Any, tokenizer: Tokenizer
+) -> tuple[Collator, int]:
+    """Batches of the text in the student's own tokens, and how many logits count. Raises KdError."""
+    settings, encoder = config.text, is_encoder_decoder(model_config)
+    if config.data.top_k is not None and objective.groups and reader.config.tail_bands:
         raise DataError(
             "rank bands begin where the stored top-k ends",
-            found=f"--top-k {config.top_k}",
+            found=f"--top-k {config.data.top_k}",
             expected=f"all {reader.config.top_k}",
             try_="leave --top-k out",
         )
     width = vocabulary_size(tokenizer)
-    if int(student.vocab_size) < width:
+    if int(model_config.vocab_size) < width:
         raise DataError(
             "the student has fewer logits than its tokenizer has entries",
-            found=student.vocab_size,
+            found=model_config.vocab_size,
             expected=f"at least {width}",
             try_="--tokenizer PATH of the right tokenizer",
         )
-    limit = max_positions(student)
-    _check_limit("--seq-len", config.seq_len, limit)
-    _check_limit("--target-len", config.target_len, limit)
+    limit = max_positions(model_config)
+    refuse_too_long("--seq-len", settings.seq_len, limit)
+    refuse_too_long("--target-len", settings.target_len, limit)
     text = StudentText(
         reader,
         tokenizer,
-        window=config.seq_len or limit,
-        separator=config.separator,
+        window=settings.seq_len or limit,
+        separator=settings.separator,
         encoder=encoder,
-        target_len=config.target_len or (limit if encoder else None),
+        target_len=settings.target_len or (limit if encoder else None),
     )
     pieces = None
     if objective.loss == "hybrid":
         pieces = shared_pieces(reader, tokenizer)
         objective = replace(objective, settings=replace(objective.settings, overlap=pieces.overlap))
-    collator = Collator(objective, text, config.alignment, config.align_eos, config.prompt_loss, pieces, start)
-    return text, collator, width
+    start = start_token(model_config)
+    return Collator(objective, text, settings.alignment, settings.align_eos, settings.prompt_loss, pieces, start), width
 
 
-def _check_limit(option: str, wanted: int | None, limit: int | None) -> None:
+def start_token(model_config: Any) -> int | None:
+    """Token that the student's decoder starts from; None for a causal student."""
+    return decoder_start(model_config) if is_encoder_decoder(model_config) else None
+
+
+def refuse_too_long(option: str, wanted: int | None, limit: int | None) -> None:
+    """Raise DataError for more tokens than the student has positions."""
     if limit is not None and wanted is not None and wanted > limit:
         raise DataError(
             "the sequence length is longer than the student's positions",
@@ -132,14 +267,14 @@ def _check_limit(option: str, wanted: int | None, limit: int | None) -> None:
         )
 
 
-def packed_capacity(config: TrainConfig, sizes: np.ndarray, limit: int | None) -> Size:
+def packed_capacity(settings: TextSettings, sizes: np.ndarray, limit: int | None) -> Size:
     """Tokens of a packed sequence on each side; a decoder's side is as long as the encoder's.
 
     `sizes [E, sides]`, `limit` the student's positions. Raises DataError where an example does not fit.
     """
-    _check_limit("--seq-len", config.seq_len, limit)
+    refuse_too_long("--seq-len", settings.seq_len, limit)
     longest = sizes.max(axis=0).tolist()
-    room = config.seq_len or limit or max(longest[0], PACKED_TOKENS)
+    room = settings.seq_len or limit or max(longest[0], PACKED_TOKENS)
     if longest[0] > room:
         raise DataError(
             "an example is longer than a packed sequence",

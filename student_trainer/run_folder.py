@@ -1,28 +1,192 @@
-"""`evaluations.jsonl` of a run: one JSON object per scoring of the student while it learned (`kd.student_trainer.midway`).
+"""The folder of a training run: everything that writes and reads its files.
 
-{"step": 0, "epoch": 0.0, "seconds": 4.1, "tasks": {task: {metric: {"value", "stderr", "n", …}}}, "settings": {…}}
+    run.json             identity, cache and state of the run; settings and result once it is complete
+    metrics.jsonl        one line per logged step
+    evaluations.jsonl    one line per scoring of the student while it learned (`kd.student_trainer.midway`)
+    checkpoint-N         what transformers' Trainer needs to continue after step N
+
+`run.json` is written first and last. A line that was cut short when a run was killed is left out when the file is read, and
+lines after the checkpoint that a run continues from are dropped, because the run writes them again.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.common.files import write_atomic
+from kd.common.errors import CacheMismatchError, DataError
+from kd.common.files import canonical_json, sweep, unfinished, write_atomic
 
-RECORDS = "evaluations.jsonl"
+RUN, METRICS, EVALUATIONS = "run.json", "metrics.jsonl", "evaluations.jsonl"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of `metrics.jsonl`; losses are means per position over the steps since the last line, in nats."""
+
+    step: int
+    """Optimizer steps so far."""
+    steps_total: int
+    """Optimizer steps of the whole run."""
+    epoch: float
+    """Passes over the cache so far."""
+    loss: float
+    """alpha * kd + ce_weight * ce; kd times T^2 for divergences."""
+    kd: float | None
+    """Distillation loss without T^2: mean over positions, or over groups and then examples; None for --loss ce."""
+    ce: float
+    """Cross-entropy."""
+    lr: float
+    """Learning rate of the last step."""
+    grad_norm: float
+    """Norm of the last step's gradient before clipping."""
+    tokens: int
+    """Target positions trained on so far, on all devices."""
+    tokens_per_second: float
+    """Target positions per second since the last line."""
+    wait_share: float
+    """Share of the time since the last line that training waited for data."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training was started in this folder."""
+    return (folder / RUN).is_file()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """`run.json`. Raises DataError where there is none or it is not a JSON object."""
+    path = folder / RUN
+    if not path.is_file():
+        raise DataError("not a training run", where=folder, expected=RUN)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError("cannot read the run", where=path, found=str(error)) from error
+    if not isinstance(document, dict):
+        raise DataError("cannot read the run", where=path, found=type(document).__name__, expected="an object")
+    return document
+
+
+def write_run(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write `run.json`."""
+    write_atomic(folder / RUN, canonical_json(document))
+
+
+def append_step(folder: Path, record: StepRecord) -> None:
+    """Add a line to `metrics.jsonl`."""
+    _append(folder / METRICS, json.dumps(asdict(record)))
+
+
+def append_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to `evaluations.jsonl`. Raises ValueError for NaN and infinity."""
+    _append(folder / EVALUATIONS, json.dumps(record, allow_nan=False))
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_steps(folder: Path) -> list[StepRecord]:
+    """The lines of `metrics.jsonl` of a run of `kd train`. Raises DataError."""
+    return [StepRecord(**record) for record in read_records(folder / METRICS)]
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `evaluations.jsonl`, but for one that was cut short; none where there is no such file."""
-    path = folder / RECORDS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of `evaluations.jsonl`. Raises DataError."""
+    return read_records(folder / EVALUATIONS)
 
 
-def keep_evaluations(folder: Path, checkpoint_step: int | None) -> None:
-    """Drop the lines that a run resumed at a checkpoint (None: from its start) is going to write again."""
-    if (folder / RECORDS).is_file():
-        kept = [r for r in read_evaluations(folder) if checkpoint_step is not None and r["step"] <= checkpoint_step]
-        write_atomic(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in kept))
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines, without a last line that was cut short; empty where there is no such file.
+
+    Raises DataError for any other line that is not an object with a whole number of steps under `step`.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            whole = isinstance(record["step"], int) and not isinstance(record["step"], bool)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # no line end after it: the run was stopped while writing
+                continue
+            raise DataError(
+                "a step record cannot be read",
+                where=f"{path} line {number}",
+                found=f"{type(error).__name__}: {error}",
+                expected='{"step": …, …}',
+            ) from error
+        if not whole:
+            step = repr(record["step"])[:40]
+            raise DataError("a step record has no step number", where=f"{path} line {number}", found=step)
+        records.append(record)
+    return records
+
+
+def keep_records(path: Path, checkpoint: int | None) -> None:
+    """Drop the lines that a run continued after step `checkpoint` (None: from its start) is going to write again."""
+    if path.is_file():
+        kept = [r for r in read_records(path) if checkpoint is not None and r["step"] <= checkpoint]
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def resume_point(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path | None:
+    """The checkpoint to continue from, if any. Refuses to overwrite a run, or to continue another one."""
+    if not is_run(folder):
+        if folder.exists() and not all(unfinished(path.name) for path in folder.iterdir()):
+            raise DataError("the output folder is not empty", where=folder, try_="another --out")
+        return None
+    if not resume:
+        raise DataError(
+            "the output folder holds a run already", where=folder, try_="--resume to continue it, or another --out"
+        )
+    before = read_run(folder)
+    refuse_other_settings(folder, before["identity"], identity)
+    if before["complete"]:
+        raise DataError("the run to continue is finished", where=folder, try_="another --out")
+    # the Trainer writes this file last: without it, the checkpoint was cut short
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=step_of, default=None)
+
+
+def refuse_other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise CacheMismatchError where a run has other settings than when it was started."""
+    differing = {
+        f"differs {name}": f"now {now.get(name)}, before {before.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    if differing:
+        raise CacheMismatchError(
+            "the run to continue has other settings",
+            where=folder,
+            **differing,
+            try_="the same options, or another --out",
+        )
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def start_run(folder: Path, identity: Mapping[str, Any], fingerprint: str, checkpoint: Path | None) -> None:
+    """Write whose folder this is, and drop the lines after the checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    write_run(folder, {"identity": identity, "cache_fingerprint": fingerprint, "complete": False})
+    for name in (METRICS, EVALUATIONS):
+        keep_records(folder / name, None if checkpoint is None else step_of(checkpoint))
+
+
+def leave_run(folder: Path) -> None:
+    """Remove the folder of a run that failed before its first step, or the corrected command would be refused."""
+    if [path.name for path in folder.glob("*")] == [RUN]:
+        (folder / RUN).unlink()
+        folder.rmdir()

@@ -1,17 +1,15 @@
 """transformers' Trainer over a batch plan: read-ahead, per-position normalisation, one record per logged step.
 
-Three overrides, no loop of our own: where batches come from, what a step's loss is divided by (all positions of
-the step, over accumulation and devices, so that neither changes the result), and what a log line says.
+There are three overrides and no loop of our own: where batches come from, what a step's loss is divided by (all positions
+of the step, over accumulation and devices, so that neither changes the result), and what a log line says.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +25,11 @@ from kd.models.padded_batches import on_device
 from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches
 from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.head import forward_arguments
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One line of `metrics.jsonl`; losses are means per position over the steps since the last line, in nats."""
-
-    step: int
-    steps_total: int
-    epoch: float
-    """Passes over the cache so far."""
-    loss: float
-    """alpha * kd + ce_weight * ce; kd times T^2 for divergences"""
-    kd: float | None
-    """distillation loss without T^2: mean over positions, or over groups and then examples; None for --loss ce"""
-    ce: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    """target positions trained on so far, all devices"""
-    tokens_per_second: float
-    """since the last line"""
-    wait_share: float
-    """share of the time since the last line that training waited for data"""
+from kd.student_trainer.run_folder import StepRecord, append_step
 
 
 def _units(batch: Mapping[str, Any]) -> int:
-    """What a distillation loss is a mean over: examples with groups, or positions."""
+    """Number that a distillation loss is a mean over: examples with groups, or positions."""
     return batch["units"] if "units" in batch else len(batch["gold_ids"])
 
 
@@ -66,7 +42,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         plan: BatchPlan,
         example_rows: np.ndarray,
         has_kd: bool,
-        log_path: Path,
+        folder: Path,
         on_step: Callable[[StepRecord], None] | None,
         **rest: Any,
     ) -> None:
@@ -75,9 +51,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = True
         self.plan = plan
         self.example_rows = example_rows
-        """[E] positions scored of each example"""
+        """[E] scored positions of each example"""
         self.has_kd = has_kd
-        self.log_path = log_path
+        self.folder = folder
+        """Folder of the run."""
         self.on_step = on_step
         self.last_record: StepRecord | None = None
         self.tokens_this_run = 0
@@ -106,7 +83,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return self.accelerator.prepare(loader)
 
     def _collated(self, examples: Sequence[Any]) -> dict[str, Any]:
-        """A batch; what the host counts with stays there, as a number: a GPU's tensor would have to be waited for."""
+        """A batch; `units` stays a number on the host, because reading a tensor back from a GPU would wait for it."""
         batch: dict[str, Any] = self.data_collator(examples)
         return batch | {"units": int(batch["units"])} if "units" in batch else batch
 
@@ -123,7 +100,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         counts = on_device(counted, device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts.unsqueeze(0)).sum(dim=0)
-        # an all-empty batch of groups must not divide by zero
+        # a batch without any group must not divide by zero
         self._kd_scale = counts[0] / counts[1].clamp(min=1) if any("units" in batch for batch in batches) else None
         return batches, counts[0]
 
@@ -158,51 +135,60 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Turn the Trainer's log into a `StepRecord`; pass both on."""
         if "loss" in logs:
-            here = torch.stack(self._sums).double().sum(dim=0)
-            counts = torch.tensor([self._positions, self._units], dtype=here.dtype, device=here.device)
-            sums = torch.cat([here, counts])
-            if self.args.world_size > 1:
-                sums = self.accelerator.reduce(sums, reduction="sum")
-            sums = sums.cpu()
-            self._sums, self._positions, self._units = [], 0, 0
-            count = int(sums[3])
-            loss = float(sums[0] / count)
-            if not math.isfinite(loss):
-                raise DataError(
-                    "training diverged",
-                    where=f"step {self.state.global_step}",
-                    found=f"loss {loss}",
-                    try_="a smaller --lr, or --warmup",
-                )
-            self.tokens_this_run += count
-            now = time.perf_counter()
-            waited = self.waited + (self._prefetcher.waited if self._prefetcher else 0.0)
-            elapsed = now - self._mark[1]
-            record = StepRecord(
-                step=self.state.global_step,
-                steps_total=self.state.max_steps,
-                epoch=self.tokens_seen / int(self.example_rows.sum()),
-                loss=loss,
-                kd=float(sums[1] / max(float(sums[4]), 1.0)) if self.has_kd else None,
-                ce=float(sums[2] / count),
-                lr=float(logs["learning_rate"]),
-                grad_norm=float(logs.get("grad_norm", 0.0)),
-                tokens=self.tokens_seen,
-                tokens_per_second=count / elapsed,
-                wait_share=(waited - self._mark[2]) / elapsed,
-            )
-            self._mark = (self.state.global_step, now, waited)
+            record = self._record(logs)
             self.last_record = record
             logs |= {"loss": record.loss, "ce": record.ce} | ({"kd": record.kd} if record.kd is not None else {})
             if self.is_world_process_zero():
-                with self.log_path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(record)) + "\n")
+                append_step(self.folder, record)
                 if self.on_step is not None:
                     self.on_step(record)
         super().log(logs, start_time)
 
+    def _record(self, logs: Mapping[str, float]) -> StepRecord:
+        """What happened since the last line, over all devices. Raises DataError for a loss that is not finite."""
+        total, kd, ce, positions, units = self._take_sums()
+        count = int(positions)
+        loss = total / count
+        if not math.isfinite(loss):
+            raise DataError(
+                "training diverged",
+                where=f"step {self.state.global_step}",
+                found=f"loss {loss}",
+                try_="a smaller --lr, or --warmup",
+            )
+        self.tokens_this_run += count
+        now = time.perf_counter()
+        waited = self.waited + (self._prefetcher.waited if self._prefetcher else 0.0)
+        elapsed = now - self._mark[1]
+        wait_share = (waited - self._mark[2]) / elapsed
+        self._mark = (self.state.global_step, now, waited)
+        return StepRecord(
+            step=self.state.global_step,
+            steps_total=self.state.max_steps,
+            epoch=self.tokens_seen / int(self.example_rows.sum()),
+            loss=loss,
+            kd=kd / max(units, 1.0) if self.has_kd else None,
+            ce=ce / count,
+            lr=float(logs["learning_rate"]),
+            grad_norm=float(logs.get("grad_norm", 0.0)),
+            tokens=self.tokens_seen,
+            tokens_per_second=count / elapsed,
+            wait_share=wait_share,
+        )
+
+    def _take_sums(self) -> list[float]:
+        """Loss, kd, ce, positions and units since the last line, over all devices; counting starts again."""
+        losses = torch.stack(self._sums).double().sum(dim=0)
+        counts = torch.tensor([self._positions, self._units], dtype=losses.dtype, device=losses.device)
+        sums = torch.cat([losses, counts])
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        self._sums, self._positions, self._units = [], 0, 0
+        values: list[float] = sums.tolist()
+        return values
+
     def stand_still(self, seconds: float) -> None:
-        """Leave out of every speed what was no training."""
+        """Leave time that was not spent on training out of every speed."""
         self.paused += seconds
         self._mark = (self._mark[0], self._mark[1] + seconds, self._mark[2])
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kd.cache_builder.weighted_caches import CacheSpec
 from kd.common.errors import DataError, unknown_name
 from kd.data.tasks.task import WORDINGS
 from kd.evaluation.answers.answer_metrics import ANSWER_METRICS
@@ -133,7 +134,7 @@ def check_tasks(
     names: Sequence[str],
     *,
     data: str | None,
-    cache: Path | str | None,
+    cache: CacheSpec | None,
     teacher: str | None = None,
     prompts: Path | None = None,
 ) -> None:

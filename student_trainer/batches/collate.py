@@ -27,24 +27,27 @@ class Collator:
     `positions` are flat indices into `[B * T]` of the tokens that *predict* the rows: the row for token t of an
     example sits at the position before it. The tokens are the teacher's, or, with `text`, the student's own.
 
-    Of a student with an encoder these are what that reads; its decoder reads `decoder_input_ids [B, T]`, of every
-    example `start_id` and all target tokens but the last, and `positions` count there. Where examples are packed,
-    `segment_ids` and `position_ids [B, T]` stand for the mask, as `kd.models.packing` makes them.
+    For a student with an encoder, `input_ids` are what the encoder reads. Its decoder reads `decoder_input_ids [B, T]`: for
+    every example `start_id` and all target tokens but the last; `positions` count there. Where examples are packed,
+    `segment_ids` and `position_ids [B, T]` replace the mask, as `kd.models.packing` makes them.
     """
 
     objective: Objective
+    """The loss, which decides what of the targets is needed."""
     text: StudentText | None = None
+    """The text in the student's own tokens; None = the cached tokens."""
     alignment: str = "bytes"
-    """One of `alignment.ALIGNMENTS`"""
+    """How groups are found: one of `alignment.ALIGNMENTS`."""
     align_eos: bool = True
+    """Whether the ends of text make a group of their own."""
     prompt_loss: bool = False
-    """Score the prompt's tokens too (cross-entropy alone)?"""
+    """Whether the prompt's tokens are scored too (by the cross-entropy alone)."""
     pieces: SharedPieces | None = None
-    """For `hybrid`"""
+    """Pieces that both vocabularies have, for `hybrid`."""
     start_id: int | None = None
-    """Token the student's decoder starts from; None = a causal student"""
+    """Token that the student's decoder starts from; None = a causal student."""
     capacity: Size | None = None
-    """Tokens of a packed sequence on each side; None = one example per sequence"""
+    """Tokens of a packed sequence on each side; None = one example per sequence."""
 
     def __call__(self, examples: Sequence[CachedExample]) -> dict[str, Tensor]:
         tokens: Sequence[CachedExample | StudentExample] = examples
@@ -70,20 +73,20 @@ class Collator:
             shifted = [np.concatenate([[self.start_id], g])[: len(g)] for g in gold]
             sides, ahead = [[e.context_ids for e in examples], shifted], [0] * len(gold)
         sequences = pack_sequences([tuple(len(side[e]) for side in sides) for e in range(len(ids))], self.capacity)
-        found = [lay_out(side, sequences) for side in sides]
-        starts = found[-1]["starts"] + np.array(ahead)
+        layouts = [lay_out(side, sequences) for side in sides]
+        starts = layouts[-1]["starts"] + np.array(ahead)
         batch = {
-            "input_ids": found[0]["input_ids"],
+            "input_ids": layouts[0]["input_ids"],
             "positions": np.concatenate([s + np.arange(len(g)) for s, g in zip(starts, gold, strict=True)]),
             "gold_ids": np.concatenate(gold).astype(np.int64),
         }
         if self.start_id is not None:
-            batch["decoder_input_ids"] = found[1]["input_ids"]
+            batch["decoder_input_ids"] = layouts[1]["input_ids"]
         if self.capacity is None:
-            return batch | {"attention_mask": (found[0]["segment_ids"] > 0).astype(np.int64)}
+            return batch | {"attention_mask": (layouts[0]["segment_ids"] > 0).astype(np.int64)}
         if self.start_id is not None:
-            return batch | {"segment_ids": found[0]["segment_ids"], "decoder_segment_ids": found[1]["segment_ids"]}
-        return batch | {name: found[0][name] for name in ("segment_ids", "position_ids")}
+            return batch | {"segment_ids": layouts[0]["segment_ids"], "decoder_segment_ids": layouts[1]["segment_ids"]}
+        return batch | {name: layouts[0][name] for name in ("segment_ids", "position_ids")}
 
     def _rows(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
         kind, temperature = self.objective.tail, self.objective.temperature
@@ -115,15 +118,15 @@ class Collator:
             student, targets = self.text[example.index], example.targets
             before = len(student.context_ids) - self._first(student)  # scored tokens of the prompt
             teacher = Side(targets.byte_end, self.text.teacher_has_eos[example.index])
-            found = align(teacher, student.side, mode=self.alignment, eos=self.align_eos)
-            aligned += found.bytes_aligned, len(example.target.encode("utf-8"))
-            groups = teacher_groups(targets, found.teacher, temperature, needs)
+            pairs = align(teacher, student.side, mode=self.alignment, eos=self.align_eos)
+            aligned += pairs.bytes_aligned, len(example.target.encode("utf-8"))
+            groups = teacher_groups(targets, pairs.teacher, temperature, needs)
             if self.pieces is not None and targets.token_ids is not None:
-                groups["student_ids"] = _matched(self.pieces, targets, student, found.teacher[:, 0])
+                groups["student_ids"] = _matched(self.pieces, targets, student, pairs.teacher[:, 0])
             values = groups | {
-                "first": found.student[:, 0] + offset + before,
-                "stop": found.student[:, 1] + offset + before,
-                "weight": np.full(len(found), 1.0 / max(len(found), 1), dtype=np.float32),
+                "first": pairs.student[:, 0] + offset + before,
+                "stop": pairs.student[:, 1] + offset + before,
+                "weight": np.full(len(pairs), 1.0 / max(len(pairs), 1), dtype=np.float32),
             }
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)
@@ -177,8 +180,8 @@ def loss_targets(batch: dict[str, Tensor]) -> LossTargets:
     """The target tensors of a collated batch."""
     rows: dict[str, Any] = {name: batch[name] for name in ROW_FIELDS if name in batch}
     if "group_first" in batch:
-        found = {name: batch[f"group_{name}"] for name in GROUP_FIELDS if f"group_{name}" in batch}
-        rows["groups"] = GroupTargets(gold_ids=batch["gold_ids"], **found)
+        groups = {name: batch[f"group_{name}"] for name in GROUP_FIELDS if f"group_{name}" in batch}
+        rows["groups"] = GroupTargets(gold_ids=batch["gold_ids"], **groups)
     if "token_ids" in rows:
         rows["token_ids"] = rows["token_ids"].long()  # here, on the model's device: half the bytes on the way there
     return LossTargets(kd_scale=batch.get("kd_scale"), **rows)

@@ -1,4 +1,4 @@
-"""Is this cache made for this student? Every answer "no" stops the run before its first step.
+"""Checks that a cache belongs to a student; each that fails stops the run before its first step.
 
 "The same tokenizer" means that every id the data can hold stands for the same piece: the cache carries the bytes
 of every teacher id, and the student's ids must stand for the same ones. More ids on the student's side (a pad
@@ -17,6 +17,7 @@ from kd.cache_builder.store.targets import PROFILES, TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
 from kd.models.loading import max_positions
 from kd.models.tokenizer import Tokenizer, token_bytes
+from kd.student_trainer.config import LossSettings
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
 
@@ -43,7 +44,7 @@ def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose
 
 
 def refuse_classes(reader: CacheReader, purpose: str) -> None:
-    """Raise CacheMismatchError where a cache's rows are distributions over classes and a language model's are wanted."""
+    """Raise CacheMismatchError for a cache of distributions over classes, where distributions over tokens are needed."""
     if reader.manifest.labels:
         raise CacheMismatchError(
             f"{purpose} wants distributions over tokens, and this cache's are over classes",
@@ -54,9 +55,9 @@ def refuse_classes(reader: CacheReader, purpose: str) -> None:
 
 
 def refuse_other_layout(reader: CacheReader, purpose: str, *, encoder: bool) -> None:
-    """Raise CacheMismatchError when a comparison by row meets a teacher whose rows are not laid out as the model's.
+    """Raise CacheMismatchError where rows are compared and only one of teacher and model has an encoder.
 
-    `purpose` says what compares by row; `encoder`: does the model read its prompt with one?
+    `purpose` says what compares row by row; `encoder` whether the model has one.
     """
     if reader.manifest.blocks.encoder != encoder:
         there, here = ("with", "has none") if not encoder else ("without", "has one")
@@ -83,14 +84,14 @@ def refuse_without_prompts(reader: CacheReader) -> None:
 
 
 def same_tokenizer(reader: CacheReader, tokenizer: Tokenizer) -> bool:
-    """Does every id of the cache stand for the same bytes in the student's tokenizer?"""
+    """Whether every id of the cache stands for the same bytes in the student's tokenizer."""
     return token_bytes(tokenizer)[: reader.manifest.vocabulary_size] == reader.vocabulary()
 
 
 def refuse_narrow_student(reader: CacheReader, config: Any, longest: int) -> None:
     """Raise DataError when the student has fewer logits than the cache has ids, or too few positions.
 
-    `longest` tokens that the student reads as one sequence: of an encoder-decoder, on the longer side.
+    longest   most tokens that the student reads as one sequence; for an encoder-decoder, on the longer side
     """
     if int(config.vocab_size) < reader.manifest.vocabulary_size:
         raise CacheMismatchError(
@@ -110,72 +111,78 @@ def refuse_narrow_student(reader: CacheReader, config: Any, longest: int) -> Non
         )
 
 
-def resolve_objective(
-    config: TargetConfig,
-    *,
-    loss: str,
-    tail: str = "auto",
-    alpha: float | None = None,
-    temperature: float = 1.0,
-    ce_weight: float | None = None,
-    settings: GroupSettings | None = None,
-) -> Objective:
-    """Fill in `auto`, and check that a cache of this configuration holds what the loss needs.
+def resolve_objective(config: TargetConfig, settings: LossSettings, *, edges: tuple[int, ...] = ()) -> Objective:
+    """Fill in `auto` and defaults, and check that a cache of this configuration holds what the loss needs.
+
+    edges   ranks between the cache's bands, where it has any
 
     Tail: ghost where top-k ids are stored, sampled where only draws are. Alpha: 1 for losses by row, 0.5 for losses
     over aligned text (they say nothing about which token is right), 0 for ce. Raises DataError.
     """
-    settings = settings or GroupSettings()
-    if loss == "ce":
-        unused = {
-            "--alpha": alpha not in (None, 0.0),
-            "--temperature": temperature != 1.0,
-            "--tail": tail != "auto",
-            "--ce-weight": ce_weight not in (None, 1.0),
-        }
-        if any(unused.values()):
-            raise DataError(
-                "cross-entropy has no teacher to weigh or soften",
-                found="--loss ce with " + ", ".join(k for k, given in unused.items() if given),
-                try_="--loss kl, or leave them out",
-            )
+    if settings.loss == "ce":
+        refuse_teacher_settings(settings)
         return Objective("ce", "none", 0.0, 1.0)
-    if loss not in LOSSES:
-        return Objective(loss)  # raises with the list of names
-    for name, weight in (("--alpha", alpha), ("--ce-weight", ce_weight)):
-        if weight is not None and not 0.0 <= weight < math.inf:
-            raise DataError("a weight of the loss is not usable", found=f"{name} {weight:g}", expected="0 or more")
-    weight = (0.5 if LOSSES[loss].groups else 1.0) if alpha is None else alpha
-    if weight > 1.0 and ce_weight is None:
-        raise DataError(
-            "alpha above 1 leaves no weight for the cross-entropy",
-            found=f"--alpha {weight:g}",
-            expected="0..1, or --ce-weight beside it",
-            try_="--ce-weight 1",
-        )
-    tail = _tail(config, loss, tail)
-    _check_holdings(config, loss, temperature)
-    if temperature not in config.temperatures:
+    alpha = _alpha(settings)
+    tail = _tail(config, settings.loss, settings.tail)
+    _check_holdings(config, settings.loss, settings.temperature)
+    if settings.temperature not in config.temperatures:
         raise DataError(
             "this cache does not hold that temperature",
-            found=f"--temperature {temperature:g}",
+            found=f"--temperature {settings.temperature:g}",
             expected=f"one of {', '.join(f'{t:g}' for t in config.temperatures)}",
             try_="a temperature of the grid, or build with --temperatures",
         )
-    if tail == "sampled" and temperature != 1.0:
+    if tail == "sampled" and settings.temperature != 1.0:
         raise DataError(
-            "draws serve temperature 1 only",
-            found=f"--temperature {temperature:g}",
+            "sampled targets can only be used at temperature 1",
+            found=f"--temperature {settings.temperature:g}",
             expected="1",
             try_="--tail ghost with a cache of profile kl",
         )
-    return Objective(loss, tail, weight, temperature, ce_weight, settings)
+    groups = GroupSettings(edges=edges, ranking=settings.ranking, beta=settings.beta)
+    return Objective(settings.loss, tail, alpha, settings.temperature, settings.ce_weight, groups)
+
+
+def refuse_teacher_settings(settings: LossSettings) -> None:
+    """Raise DataError for settings of a distillation loss beside plain cross-entropy."""
+    given = {
+        "--alpha": settings.alpha not in (None, 0.0),
+        "--temperature": settings.temperature != 1.0,
+        "--tail": settings.tail != "auto",
+        "--ce-weight": settings.ce_weight not in (None, 1.0),
+    }
+    if any(given.values()):
+        raise DataError(
+            "cross-entropy has no teacher to weigh or soften",
+            found="--loss ce with " + ", ".join(option for option, used in given.items() if used),
+            try_="--loss kl, or leave them out",
+        )
+
+
+def _alpha(settings: LossSettings) -> float:
+    """Weight of the distillation loss, the default filled in. Raises DataError for weights that cannot be used."""
+    for option, weight in (("--alpha", settings.alpha), ("--ce-weight", settings.ce_weight)):
+        if weight is not None and not 0.0 <= weight < math.inf:
+            raise DataError(
+                "a weight of the loss is not usable", found=f"{option} {weight:g}", expected="a number from 0"
+            )
+    alpha = settings.alpha
+    if alpha is None:
+        alpha = 0.5 if LOSSES[settings.loss].groups else 1.0
+    if alpha > 1.0 and settings.ce_weight is None:
+        raise DataError(
+            "alpha above 1 leaves no weight for the cross-entropy",
+            found=f"--alpha {alpha:g}",
+            expected="0..1, or --ce-weight beside it",
+            try_="--ce-weight 1",
+        )
+    return alpha
 
 
 def needed_arrays(objective: Objective, manifest: CacheManifest) -> tuple[str, ...]:
     """Stored arrays that training with this objective reads, in the manifest's order."""
     loss = LOSSES[objective.loss]
-    wanted = {"logprobs"} if loss.groups else set()  # groups ask for normalisers, which follow from the head
+    wanted = {"logprobs"} if loss.groups else set()  # groups need normalisers, which follow from the top-k
     if "ids" in loss.needs:
         wanted |= {"sample_ids"} if objective.tail == "sampled" else {"token_ids", "logprobs"}
     if "bands" in loss.needs:

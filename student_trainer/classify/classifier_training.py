@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from kd.cache_builder.opening import open_cache
 from kd.common.errors import DataError, unknown_name
 from kd.common.files import canonical_json, write_atomic
+from kd.common.settings import make
 from kd.data.tasks.glue import LabelledRows, glue_task, load_glue
 from kd.models.classifiers import HEAD, load_classifier
 from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device
@@ -36,10 +37,9 @@ from kd.student_trainer.batches.compatibility import resolve_objective
 from kd.student_trainer.classify.encoding import PadBatch, encode_rows
 from kd.student_trainer.classify.pooling import merged_adapters
 from kd.student_trainer.classify.soft_labels import SoftLabelTrainer, read_classes, refuse_groups
-from kd.student_trainer.config import OPTIMIZERS, PRECISIONS, SCHEDULES
+from kd.student_trainer.config import OPTIMIZERS, PRECISIONS, SCHEDULES, LossSettings
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.losses.loss_registry import Objective
-from kd.student_trainer.losses.loss_settings import GroupSettings
 
 RUN, METRICS = "classify.json", "metrics.jsonl"
 MAX_LENGTH = 512
@@ -251,14 +251,9 @@ def _rows(config: ClassifyConfig) -> tuple[LabelledRows, Objective | None, np.nd
     loss = config.loss or "kl"
     refuse_groups(loss)
     reader = open_cache(config.cache)
-    objective = resolve_objective(
-        reader.config,
-        loss=loss,
-        alpha=config.alpha,
-        temperature=config.temperature,
-        ce_weight=config.ce_weight,
-        settings=GroupSettings(beta=config.beta),
-    )
+    settings = {"loss": loss, "beta": config.beta, "ranking": "exact"}
+    settings |= {"alpha": config.alpha, "temperature": config.temperature, "ce_weight": config.ce_weight}
+    objective = resolve_objective(reader.config, make(LossSettings, settings))
     rows, log_probs = read_classes(reader, task=config.task, limit=config.limit, temperature=config.temperature)
     return rows, objective, log_probs
 

@@ -15,6 +15,7 @@ from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store.manifest import load_manifest
 from kd.common.errors import CacheMismatchError, DataError
+from kd.common.settings import make
 from kd.data.blocks import BlockConfig
 from kd.data.data_settings import InstructionConfig
 from kd.data.sources import load_corpus
@@ -127,9 +128,8 @@ def test_another_format_version(tmp_path, build_request):
 
 
 def settings(cache: Path, student: Path, tmp_path: Path, **more) -> TrainConfig:
-    return TrainConfig(
-        cache=str(cache), student=str(student), out=str(tmp_path / "run"), max_steps=1, device="cpu", **more
-    )
+    values = {"cache": cache, "student": student, "out": tmp_path / "run", "max_steps": 1, "device": "cpu"}
+    return make(TrainConfig, values | more)
 
 
 def test_a_student_with_another_tokenizer(tmp_path, built, student_of):

@@ -16,7 +16,7 @@ from kd.evaluation.midway_scores import headline, plan_scores
 from kd.evaluation.report.figures import Curve, draw_progress
 from kd.evaluation.report.progress import curves_of, progress_sections
 from kd.models.loading import ModelRequest
-from kd.student_trainer.run_folder import RECORDS, read_evaluations
+from kd.student_trainer.run_folder import EVALUATIONS, read_evaluations
 
 SCENE = {
     "activity_label": "Fog",
@@ -152,9 +152,9 @@ def test_runs_that_were_not_scored_make_no_section_and_a_torn_line_no_trouble(tm
     assert progress_sections([tmp_path], tmp_path / "out") == []
     torn = tmp_path / "torn"
     torn.mkdir()
-    (torn / RECORDS).write_text((trained[0] / RECORDS).read_text() + '{"step": 9')
+    (torn / EVALUATIONS).write_text((trained[0] / EVALUATIONS).read_text() + '{"step": 9')
     assert len(next(iter(curves_of([torn]).values()))[0].steps) == 3
-    (torn / RECORDS).write_text('{"step": 9}\n')
+    (torn / EVALUATIONS).write_text('{"step": 9}\n')
     with pytest.raises(DataError, match="cannot be read"):
         curves_of([torn])
 

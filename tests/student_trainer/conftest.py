@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from kd.cache_builder.store.reader import CacheReader
+from kd.common.settings import make
 from kd.data.blocks import BlockConfig
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.midway import Midway
-from kd.student_trainer.trainer import StepRecord
+from kd.student_trainer.run_folder import StepRecord
 from kd.student_trainer.training import TrainResult, train
 
 
@@ -203,7 +204,7 @@ def run(tmp_path: Path, kl_cache: Path, student_dir: Path, small_heap: None) -> 
                 asked.set()
 
         result = train(
-            TrainConfig(**defaults | settings),
+            make(TrainConfig, defaults | settings),
             resume=resume,
             on_step=on_step,
             midway=midway,

@@ -9,6 +9,7 @@ import pytest
 from crashing import child, dies_at, operations, some_of, watch
 from safetensors.torch import load_file
 
+from kd.common.settings import make
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.training import train
 
@@ -18,19 +19,12 @@ def settings(tmp_path: Path, kl_cache: Path, make_student):
     """Six steps with dropout, a checkpoint after every second."""
     student = str(make_student(dropout=0.1))
 
-    def make(name: str) -> TrainConfig:
-        return TrainConfig(
-            cache=str(kl_cache),
-            student=student,
-            out=str(tmp_path / name),
-            max_steps=6,
-            save_every=2,
-            batch_size=2,
-            log_every=1,
-            device="cpu",
-        )
+    def of_name(name: str) -> TrainConfig:
+        values = {"cache": kl_cache, "student": student, "out": tmp_path / name, "device": "cpu"}
+        steps = {"max_steps": 6, "save_every": 2, "batch_size": 2, "log_every": 1}
+        return make(TrainConfig, values | steps)
 
-    return make
+    return of_name
 
 
 def kill_at_operations(tmp_path: Path, settings, few: int | None) -> None:

@@ -13,7 +13,9 @@ from kd.cache_builder.share.pull import pull
 from kd.cache_builder.store import commits
 from kd.cache_builder.store.reader import CacheReader
 from kd.common.errors import CacheError, CacheMismatchError
+from kd.common.settings import make
 from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
+from kd.student_trainer.config import LossSettings
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_plain_fine_tuning_fetches_no_predictions(run, served: FileServer):
 
 def test_a_part_with_the_arrays_of_a_loss_trains_that_loss_alone(run, kl_cache: Path, tmp_path: Path):
     def arrays(manifest):
-        return needed_arrays(resolve_objective(manifest.targets, loss="ce"), manifest)
+        return needed_arrays(resolve_objective(manifest.targets, make(LossSettings, {"loss": "ce"})), manifest)
 
     list(pull(str(kl_cache), tmp_path / "some", arrays=arrays))
     whole, part = run("whole", loss="ce"), run("part", loss="ce", cache=str(tmp_path / "some"))

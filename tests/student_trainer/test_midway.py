@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from kd.common.errors import DataError
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.midway import Midway, evaluation_steps
-from kd.student_trainer.run_folder import RECORDS, keep_evaluations, read_evaluations
-from kd.student_trainer.training import read_metrics
+from kd.student_trainer.run_folder import EVALUATIONS, keep_records, read_evaluations, read_steps
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -62,9 +61,9 @@ def test_a_run_that_is_scored_ends_with_the_bytes_of_one_that_is_not(run, make_s
     plain = run("plain", **settings)
     scored = run("scored", midway=Midway(nosy, every=2), **settings)
     assert_equal(scored.weights, plain.weights)
-    assert without_times(read_metrics(scored.out)) == without_times(read_metrics(plain.out))
+    assert without_times(read_steps(scored.out)) == without_times(read_steps(plain.out))
     assert [r["step"] for r in read_evaluations(scored.out)] == [0, 2, 4, 5]
-    assert not (plain.out / RECORDS).exists()
+    assert not (plain.out / EVALUATIONS).exists()
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora": 2}], ids=["plain", "lora"])
@@ -123,11 +122,11 @@ def test_a_run_that_starts_again_starts_its_lines_again(run) -> None:
 
 def test_lines_cut_short_are_passed_over_and_later_ones_dropped(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step}) + "\n" for step in (0, 2, 4)]
-    (tmp_path / RECORDS).write_text("".join(lines) + '{"step": 6, "ta')
+    (tmp_path / EVALUATIONS).write_text("".join(lines) + '{"step": 6, "ta')
     assert [r["step"] for r in read_evaluations(tmp_path)] == [0, 2, 4]
-    keep_evaluations(tmp_path, 3)
-    assert (tmp_path / RECORDS).read_text() == "".join(lines[:2])
-    keep_evaluations(tmp_path, None)
+    keep_records(tmp_path / EVALUATIONS, 3)
+    assert (tmp_path / EVALUATIONS).read_text() == "".join(lines[:2])
+    keep_records(tmp_path / EVALUATIONS, None)
     assert read_evaluations(tmp_path) == []
 
 
@@ -156,5 +155,5 @@ def test_epochs_of_a_run_are_scored_at_their_ends(run, kl_reader) -> None:
 
 
 def test_a_distance_of_no_steps_is_refused() -> None:
-    with pytest.raises(DataError, match="distance"):
+    with pytest.raises(DataError, match="at least 1 step"):
         Midway(nosy, every=0)

@@ -25,7 +25,7 @@ from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
-from kd.student_trainer.training import read_metrics
+from kd.student_trainer.run_folder import read_steps
 
 V = 400
 LAYOUTS = ("gpt2", "gpt_neox", "llama", "gpt_neo", "t5")
@@ -203,7 +203,7 @@ def test_an_interrupted_packed_run_ends_with_the_bytes_of_an_uninterrupted_one(r
         run("stopped", save_every=4, stop_after=6, **settings)
     resumed = run("stopped", save_every=4, resume=True, **settings)
     assert all(torch.equal(whole.weights[n], resumed.weights[n]) for n in whole.weights)
-    assert [r.step for r in read_metrics(resumed.out)] == list(range(1, 10))
+    assert [r.step for r in read_steps(resumed.out)] == list(range(1, 10))
     with pytest.raises(KeyboardInterrupt):
         run("other", stop_after=3, **settings)
     with pytest.raises(CacheMismatchError, match="other settings"):

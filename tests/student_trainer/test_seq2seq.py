@@ -33,7 +33,7 @@ from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
 from kd.student_trainer.model_card import write_card
-from kd.student_trainer.training import read_metrics
+from kd.student_trainer.run_folder import read_steps
 
 V = 180
 """Entries of the teacher's tokenizer."""
@@ -325,7 +325,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(run, t5_
         run("stopped", save_every=3, stop_after=5, **settings)
     resumed = run("stopped", save_every=3, resume=True, **settings)
     assert all(torch.equal(whole.weights[n], resumed.weights[n]) for n in whole.weights)
-    assert len(read_metrics(resumed.out)) == 7
+    assert len(read_steps(resumed.out)) == 7
 
 
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(run, t5_cache, seq2seq_dir, tmp_path) -> None:

@@ -20,7 +20,7 @@ from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.losses.loss_registry import Objective
-from kd.student_trainer.training import METRICS, read_metrics
+from kd.student_trainer.run_folder import METRICS, read_steps
 
 TIMING = ("tokens_per_second", "wait_share")
 
@@ -190,11 +190,11 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(run, mak
     whole = run("whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         run("stopped", save_every=4, stop_after=6, **settings)
-    assert [r.step for r in read_metrics(whole.out.parent / "stopped")] == [1, 2, 3, 4, 5, 6]
+    assert [r.step for r in read_steps(whole.out.parent / "stopped")] == [1, 2, 3, 4, 5, 6]
     resumed = run("stopped", save_every=4, resume=True, **settings)
     assert [r.step for r in resumed.records] == [5, 6, 7, 8, 9]
     assert_equal(resumed.weights, whole.weights)
-    assert without_times(read_metrics(resumed.out)) == without_times(read_metrics(whole.out))
+    assert without_times(read_steps(resumed.out)) == without_times(read_steps(whole.out))
     assert resumed.result.tokens == whole.result.tokens
 
 
@@ -211,7 +211,7 @@ def test_a_run_that_was_asked_to_stop_writes_a_checkpoint_and_ends_with_the_same
     resumed = run("stopped", resume=True, **settings)
     assert resumed.records[0].step in (6, 7)
     assert_equal(resumed.weights, whole.weights)
-    assert without_times(read_metrics(resumed.out)) == without_times(read_metrics(whole.out))
+    assert without_times(read_steps(resumed.out)) == without_times(read_steps(whole.out))
 
 
 def test_a_run_asked_to_stop_at_its_last_step_is_finished(run):
@@ -241,7 +241,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(run) -> None:
         run("stopped", stop_after=2)
     resumed = run("stopped", resume=True)
     assert_equal(resumed.weights, whole.weights)
-    assert without_times(read_metrics(resumed.out)) == without_times(whole.records)
+    assert without_times(read_steps(resumed.out)) == without_times(whole.records)
 
 
 def test_a_run_stopped_after_its_last_checkpoint_only_writes_its_output(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_run_stopped_after_its_last_checkpoint_only_writes_its_output(run, mon
         def killed(*rest: object, **more: object) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr("kd.student_trainer.training.detach_loss", killed)
+        patched.setattr("kd.student_trainer.student_model.detach_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             run("stopped", max_steps=4, save_every=2)
     resumed = run("stopped", max_steps=4, save_every=2, resume=True)
@@ -271,7 +271,7 @@ def test_a_checkpoint_and_a_line_that_were_cut_short_are_passed_over(run) -> Non
     resumed = run("stopped", max_steps=6, save_every=2, resume=True)
     assert [r.step for r in resumed.records] == [3, 4, 5, 6]
     assert_equal(resumed.weights, whole.weights)
-    assert [r.step for r in read_metrics(stopped)] == [1, 2, 3, 4, 5, 6]
+    assert [r.step for r in read_steps(stopped)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_checkpoints_do_not_change_the_run(run, make_student) -> None:
@@ -355,7 +355,7 @@ def test_a_line_of_the_log_ends_at_each_checkpoint(run) -> None:
     with pytest.raises(KeyboardInterrupt):
         run("stopped", stop_after=6, **settings)
     resumed = run("stopped", resume=True, **settings)
-    assert without_times(read_metrics(resumed.out)) == without_times(read_metrics(whole.out))
+    assert without_times(read_steps(resumed.out)) == without_times(read_steps(whole.out))
 
 
 # What comes out
@@ -388,7 +388,7 @@ def test_a_run_says_what_it_was_made_of(run, kl_reader, model_dir) -> None:
         "temperature": 1.0,
     }
     assert document["result"]["steps"] == 3
-    assert without_times(read_metrics(finished.out)) == without_times(finished.records)
+    assert without_times(read_steps(finished.out)) == without_times(finished.records)
 
 
 def test_lora_trains_adapters_and_merges_them_into_a_plain_model(run, student_dir, kl_reader) -> None:
@@ -483,11 +483,13 @@ def test_a_student_that_does_not_fit_is_refused_and_leaves_no_folder(run, make_s
 
 ALONE = """
 import sys
+from kd.common.settings import make
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.training import train
 
 cache, student, out = sys.argv[1:4]
-train(TrainConfig(cache=cache, student=student, out=out, max_steps=1, device="cpu"))
+values = {"cache": cache, "student": student, "out": out, "max_steps": 1, "device": "cpu"}
+train(make(TrainConfig, values))
 print(sorted(m for m in ("teacher", "build", "sparsify") if f"kd.cache_builder.{m}" in sys.modules))
 """
 
@@ -504,6 +506,7 @@ def test_training_never_imports_what_runs_the_teacher(kl_cache, student_dir, tmp
 MANY = """
 import sys
 import torch
+from kd.common.settings import make
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.training import train
 
@@ -516,8 +519,9 @@ def stop(record):
         raise KeyboardInterrupt
 
 
-config = TrainConfig(cache=cache, student=student, out=out, max_steps=5, batch_size=2, log_every=1, lr=1e-3,
-                     device="cpu", save_every=2)
+values = {"cache": cache, "student": student, "out": out, "device": "cpu"}
+steps = {"max_steps": 5, "batch_size": 2, "log_every": 1, "lr": 1e-3, "save_every": 2}
+config = make(TrainConfig, values | steps)
 try:
     train(config, resume=resume == "resume", on_step=stop)
 finally:
@@ -538,7 +542,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(run, kl_c
     assert done.returncode == 0, done.stderr
     one = run("one", batch_size=2, accumulate=2, max_steps=5)
     two = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    both = [read_metrics(folder) for folder in (out, one.out)]
+    both = [read_steps(folder) for folder in (out, one.out)]
     assert [r.step for r in both[0]] == [1, 2, 3, 4, 5]  # one process writes
     for a, b in zip(*both, strict=True):
         assert (a.tokens, a.epoch, a.lr) == (b.tokens, b.epoch, b.lr)

@@ -21,7 +21,9 @@ from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, DataError
+from kd.common.settings import make
 from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
+from kd.student_trainer.config import LossSettings
 
 Tree = Callable[[Path], dict[str, bytes]]
 
@@ -64,7 +66,7 @@ def test_examples_are_fetched_with_the_shards_that_hold_them_and_no_others(cache
 @pytest.mark.parametrize("loss", ["ce", "kl", "uld", "hybrid", "alm"])
 def test_arrays_for_a_loss_are_those_it_reads(loss: str, cache: Path, tmp_path: Path, serve):
     server, manifest = serve(cache), load_manifest(cache)
-    needed = needed_arrays(resolve_objective(manifest.targets, loss=loss), manifest)
+    needed = needed_arrays(resolve_objective(manifest.targets, make(LossSettings, {"loss": loss})), manifest)
     to_the_end(pull(server.url, tmp_path / "part", arrays=lambda m: needed))
     for array in {a.name for a in manifest.arrays} - set(needed):
         assert not server.gets(f"{array}/c/")

@@ -12,12 +12,14 @@ from transformers import AutoConfig
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.store.targets import PROFILES, TargetConfig
 from kd.common.errors import CacheMismatchError, DataError
+from kd.common.settings import make
 from kd.models.tokenizer import load_tokenizer, token_bytes, vocabulary_size
 from kd.student_trainer.batches.compatibility import (
     refuse_narrow_student,
     refuse_other_tokenizer,
     resolve_objective,
 )
+from kd.student_trainer.config import LossSettings
 from kd.student_trainer.losses.loss_registry import LOSSES, TAILS, Objective
 
 
@@ -25,11 +27,15 @@ def refuse_tokenizer(reader: CacheReader, tokenizer) -> None:
     refuse_other_tokenizer(reader, tokenizer, purpose="--loss kl", advice="a student of the family")
 
 
+def loss_settings(**values: Any) -> LossSettings:
+    return make(LossSettings, values)
+
+
 def resolve(
     profile: str, *, loss: str = "kl", tail: str = "auto", alpha: float | None = None, temperature: float = 1.0
 ):
     return resolve_objective(
-        TargetConfig.of_profile(profile), loss=loss, tail=tail, alpha=alpha, temperature=temperature
+        TargetConfig.of_profile(profile), loss_settings(loss=loss, tail=tail, alpha=alpha, temperature=temperature)
     )
 
 
@@ -167,7 +173,7 @@ def test_a_temperature_off_the_grid_is_refused_with_the_grid(temperature: float)
 
 
 def test_draws_serve_temperature_one_only() -> None:
-    with pytest.raises(DataError, match="draws serve temperature 1 only"):
+    with pytest.raises(DataError, match="sampled targets can only be used at temperature 1"):
         resolve("full", tail="sampled", temperature=2.0)
 
 
@@ -179,9 +185,9 @@ def test_an_alpha_that_is_no_weight_is_refused(alpha: float) -> None:
 
 
 def test_two_weights_of_their_own_need_not_sum_to_one() -> None:
-    objective = resolve_objective(TargetConfig.of_profile("uld"), loss="uld", alpha=1.5, ce_weight=1.0)
+    objective = resolve_objective(TargetConfig.of_profile("uld"), loss_settings(loss="uld", alpha=1.5, ce_weight=1.0))
     assert (objective.alpha, objective.ce) == (1.5, 1.0)  # the ULD paper's
-    assert resolve_objective(TargetConfig.of_profile("uld"), loss="uld").alpha == 0.5
+    assert resolve_objective(TargetConfig.of_profile("uld"), loss_settings(loss="uld")).alpha == 0.5
 
 
 @pytest.mark.parametrize(
@@ -197,21 +203,21 @@ def test_a_cache_without_what_an_aligned_loss_needs_names_the_profile_that_has_i
     loss: str, profile: str, serving: str
 ) -> None:
     with pytest.raises(DataError, match=f"cannot serve --loss {loss}") as caught:
-        resolve_objective(TargetConfig.of_profile(profile), loss=loss)
+        resolve_objective(TargetConfig.of_profile(profile), loss_settings(loss=loss))
     assert caught.value.details["expected"] == f"profile {serving}"
 
 
 def test_every_profile_serves_alm() -> None:
     for profile in PROFILES:
-        assert resolve_objective(TargetConfig.of_profile(profile), loss="alm").groups
+        assert resolve_objective(TargetConfig.of_profile(profile), loss_settings(loss="alm")).groups
 
 
 def test_bands_at_another_temperature_are_refused_with_the_build_that_has_them() -> None:
     with pytest.raises(DataError, match="no rank bands at that temperature") as caught:
-        resolve_objective(TargetConfig.of_profile("uld"), loss="uld", temperature=2.0)
+        resolve_objective(TargetConfig.of_profile("uld"), loss_settings(loss="uld", temperature=2.0))
     assert "--band-temperatures 2" in str(caught.value)
     bands = TargetConfig.of_profile("uld", temperatures=(1.0, 1.2), band_temperatures=(1.2,))
-    assert resolve_objective(bands, loss="uld", temperature=1.2).temperature == 1.2
+    assert resolve_objective(bands, loss_settings(loss="uld", temperature=1.2)).temperature == 1.2
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(None, 1.0), (0.0, 0.0), (0.7, 0.7)])
@@ -231,7 +237,7 @@ def test_unknown_losses_and_tails_list_the_known_ones_and_suggest() -> None:
 @pytest.mark.parametrize("setting", [{"alpha": 0.5}, {"temperature": 2.0}, {"tail": "ghost"}])
 def test_settings_of_a_teacher_are_refused_for_plain_cross_entropy(setting: dict[str, Any]) -> None:
     plain = {"loss": "ce", "tail": "auto", "alpha": None, "temperature": 1.0}
-    assert resolve_objective(TargetConfig(), **plain).loss == "ce"
+    assert resolve_objective(TargetConfig(), loss_settings(**plain)).loss == "ce"
     with pytest.raises(DataError, match="no teacher") as caught:
-        resolve_objective(TargetConfig(), **plain | setting)
+        resolve_objective(TargetConfig(), loss_settings(**plain | setting))
     assert f"--{next(iter(setting))}" in str(caught.value)

@@ -390,12 +390,14 @@ def test_a_refused_teacher_leaves_no_folder(
 
 
 def test_a_language_students_training_refuses_classes(soft: Path, tmp_path: Path) -> None:
+    from kd.common.settings import make
     from kd.student_trainer.config import TrainConfig
     from kd.student_trainer.training import train
 
     for loss in ("kl", "ce"):
+        values = {"cache": soft, "student": "random:demo-student", "out": tmp_path / "run", "loss": loss}
         with pytest.raises(CacheMismatchError, match="over classes"):
-            train(TrainConfig(str(soft), "random:demo-student", str(tmp_path / "run"), loss=loss, device="cpu"))
+            train(make(TrainConfig, values | {"device": "cpu"}))
 
 
 def test_a_head_that_bends_its_logits_is_refused(sst2_teacher: Path) -> None:

@@ -1,0 +1,74 @@
+"""The student in memory: loaded with the loss in its forward pass, and written out when it has learned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import set_seed
+
+from kd.models.loading import Model, load_model
+from kd.models.packable import require_packable
+from kd.student_trainer.head import attach_loss, detach_loss
+from kd.student_trainer.lora import with_adapters
+from kd.student_trainer.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model that is being trained."""
+
+    model: Model
+    """The student itself; its forward returns the loss sums of a batch."""
+    trained: Model
+    """What the Trainer trains: the model, or the model with adapters around it."""
+    parameters: int
+    """Number of the model's parameters, adapters not counted."""
+
+
+def load_student(prepared: Prepared) -> Student:
+    """Load the student with its loss, adapters and checkpointing, as the run's settings say. Raises KdError."""
+    config = prepared.config
+    set_seed(config.seed)
+    model = load_model(prepared.request)
+    parameters = sum(p.numel() for p in model.parameters())
+    if config.batches.packing:
+        require_packable(model)
+    attach_loss(model, prepared.objective, prepared.vocabulary_size, config.model.head_chunk)
+    if config.model.gradient_checkpointing:
+        # transformers 5.23 warns about the name that 5.0 has
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    trained = model
+    if config.adapters.lora:
+        kind = "SEQ_2_SEQ_LM" if prepared.encoder_decoder else "CAUSAL_LM"
+        trained = with_adapters(model, config.adapters.lora, config.adapters.lora_targets, task_type=kind)
+    return Student(model, trained, parameters)
+
+
+def save_student(student: Student, trainer: Any, prepared: Prepared) -> None:
+    """Write weights and tokenizer into the run's folder. Every process must call this: FSDP gathers its shards here."""
+    folder = prepared.config.folder
+    adapted = student.trained is not student.model
+    detach_loss(student.model)
+    student.model.config.use_cache = True
+    if not adapted:
+        trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return
+    if adapted:
+        with merged_without_warning():
+            student.trained.merge_and_unload().save_pretrained(folder)
+    (folder / "training_args.bin").unlink(missing_ok=True)  # written with torch.save; run.json says the same
+    prepared.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def merged_without_warning() -> Iterator[None]:
+    """Silence a wrong warning of peft 0.21, which takes every head of T5 for tied because its configuration says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        yield

@@ -1,0 +1,67 @@
+"""Settings of a run as transformers' `TrainingArguments`."""
+
+from __future__ import annotations
+
+import torch
+from transformers import TrainingArguments
+
+from kd.common.errors import DataError
+from kd.common.extras import EXTRAS, require_package
+from kd.models.loading import resolve_device
+from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, OptimizerSettings, TrainConfig
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """Arguments of the Trainer; under torchrun, making them joins the other processes. Raises DataError."""
+    require_tracker(config.logging.report_to)
+    device = config.model.device
+    pinned = torch.cuda.is_available() and device != "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(config.folder),
+        learning_rate=config.optimization.lr,
+        weight_decay=config.optimization.weight_decay,
+        max_grad_norm=config.optimization.max_grad_norm,
+        optim=OPTIMIZERS[config.optimization.optimizer],
+        lr_scheduler_type=SCHEDULES[config.optimization.schedule],
+        gradient_accumulation_steps=config.batches.accumulate,
+        bf16=config.model.precision == "bf16",
+        use_cpu=resolve_device(device) == "cpu",
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_strategy="steps",
+        logging_steps=config.logging.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.logging.save_every else "no",
+        save_steps=config.logging.save_every or 500,
+        save_total_limit=2,
+        report_to=config.logging.report_to,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=pinned,
+        ddp_find_unused_parameters=False,  # every parameter takes part in the loss
+        # batches go to a GPU between steps: reading ahead must not wait for the steps that were launched before
+        accelerator_config={"even_batches": False, "dispatch_batches": False, "non_blocking": pinned},
+    )
+    if arguments.n_gpu > 1:  # one process uses one device: DataParallel would split positions apart from their rows
+        arguments._n_gpu = 1
+    return arguments
+
+
+def set_steps(arguments: TrainingArguments, settings: OptimizerSettings, steps: int) -> None:
+    """Enter the number of optimizer steps, and the warm-up that follows from it."""
+    warmup = settings.warmup
+    arguments.max_steps = steps
+    arguments.warmup_steps = int(warmup if warmup >= 1 else round(warmup * steps))
+
+
+def require_tracker(name: str) -> None:
+    """Raise DataError for a tracker that transformers does not know, MissingPackageError for one that is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    if name in EXTRAS["trackers"]:
+        require_package(name, f"--report-to {name}")
+    try:
+        get_reporting_integration_callbacks([] if name == "none" else [name])
+    except ValueError as error:
+        raise DataError("transformers cannot report there", found=f"--report-to {name}", expected=str(error)) from error
