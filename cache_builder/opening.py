@@ -11,38 +11,38 @@ import os
 import re
 from pathlib import Path
 
-from kd.cache_builder.share.places import is_url, local_path
+from kd.cache_builder.share.places import is_remote, local_path
+from kd.cache_builder.store.cache_files import CacheFiles, LocalFiles
 from kd.cache_builder.store.mixed_reader import MixedReader
 from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.upkeep.cache_registry import located
 from kd.common.errors import DataError
 
 
-def open_cache(
-    spec: str | os.PathLike[str], *, top_k: int | None = None, cache_bytes: int | None = None
-) -> CacheReader:
+def open_cache(spec: str | os.PathLike[str], *, top_k: int | None = None, cache_bytes: int | None = None) -> Reader:
     """A reader of one cache, or of a mixture of several.
 
     spec          a path, a URL, the beginning of a fingerprint, or `A=0.7,B=0.3`
-    top_k         tokens per row to hand out; None = all that are stored
-    cache_bytes   of a URL: most bytes of its shards kept on this disk; None = `KD_CACHE_BYTES`, or 20 GB
+    top_k         tokens per row to hand out; None means all that are stored
+    cache_bytes   for a URL: most bytes of its shards kept on this disk; None means `KD_CACHE_BYTES`, or 20 GB
 
     Raises CacheError for an incomplete or missing cache, CacheMismatchError for caches that cannot be mixed.
     """
     parts = weighted(str(spec))
-    readers = [CacheReader(cache_folder(place, cache_bytes), top_k=top_k) for place, _ in parts]
+    readers = [CacheReader(open_files(place, cache_bytes), top_k=top_k) for place, _ in parts]
     if len(parts) == 1:
         return readers[0]
     return MixedReader([(r, weight) for r, (_, weight) in zip(readers, parts, strict=True)], top_k=top_k)
 
 
-def cache_folder(place: str | os.PathLike[str], cache_bytes: int | None = None) -> Path:
-    """The directory to read one cache from: a path or fingerprint as it is, the mirror of a URL. Raises CacheError."""
-    if not is_url(place):
-        return located(local_path(place))
-    from kd.cache_builder.share.mirror import mirror_of
+def open_files(place: str | os.PathLike[str], cache_bytes: int | None = None) -> CacheFiles:
+    """The files of one cache: in the folder of a path or fingerprint, or in the mirror of a URL. Raises CacheError."""
+    if not is_remote(place):
+        return LocalFiles(located(local_path(place)))
+    from kd.cache_builder.share.mirror import open_mirror
 
-    return mirror_of(str(place), cache_bytes)
+    return open_mirror(str(place), cache_bytes)
 
 
 def weighted(spec: str) -> list[tuple[str, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import DataError
 from kd.models.loading import decoder_start, is_encoder_decoder, max_positions
@@ -31,14 +31,14 @@ PACKED_TOKENS = 1024
 """Of a packed sequence, where neither --seq-len nor the student's positions say more or less."""
 
 
-def rank_edges(reader: CacheReader) -> tuple[int, ...]:
+def rank_edges(reader: Reader) -> tuple[int, ...]:
     """Ranks between the cache's bands; none where it has none."""
     config, size = reader.config, reader.manifest.vocabulary_size
     return tuple(band_edges(config.top_k, size, config.tail_bands)) if config.tail_bands else ()
 
 
 def prepare(
-    config: TrainConfig, reader: CacheReader, objective: Objective, student: Any, tokenizer: Tokenizer
+    config: TrainConfig, reader: Reader, objective: Objective, student: Any, tokenizer: Tokenizer
 ) -> tuple[StudentText | None, Collator, int]:
     """The student's own tokens, where they are needed; what makes batches; how many logits count.
 

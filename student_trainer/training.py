@@ -31,7 +31,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from kd.cache_builder.opening import open_cache
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.extras import EXTRAS, require_package
 from kd.common.files import canonical_json, sweep, unfinished, write_atomic
@@ -284,7 +284,7 @@ def read_metrics(run: Path) -> list[StepRecord]:
     return [StepRecord(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def _identity(config: TrainConfig, reader: CacheReader, world_size: int) -> dict[str, Any]:
+def _identity(config: TrainConfig, reader: Reader, world_size: int) -> dict[str, Any]:
     """What must be equal for a run to be continued: the order of examples also depends on shards and processes."""
     return config.identity() | {
         "cache": reader.manifest.fingerprint,
@@ -327,7 +327,7 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _open_folder(identity: dict[str, Any], reader: CacheReader, out: Path, checkpoint: Path | None) -> None:
+def _open_folder(identity: dict[str, Any], reader: Reader, out: Path, checkpoint: Path | None) -> None:
     """Say whose folder this is, and drop the lines logged after the checkpoint: they are going to be logged again."""
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
@@ -350,7 +350,7 @@ def _leave_folder(out: Path) -> None:
 def _write_run(
     config: TrainConfig,
     identity: dict[str, Any],
-    reader: CacheReader,
+    reader: Reader,
     out: Path,
     result: TrainResult,
     objective: Objective,
