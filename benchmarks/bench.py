@@ -330,9 +330,9 @@ def make_read_cache(work: Path) -> None:
     import numpy as np
 
     from kd.cache_builder.build.builder import write_shard
-    from kd.cache_builder.store.claims import Claims
-    from kd.cache_builder.store.shard_store import ShardWriter
     from kd.cache_builder.store.targets import RawTargets
+    from kd.cache_builder.store.writers.claims import Claims
+    from kd.cache_builder.store.writers.shard_writer import ShardWriter
 
     plan, _ = build_cache(work, work / "read", READ_ROWS)
     writer, rng = ShardWriter(work / "read", plan.manifest), np.random.default_rng(0)

@@ -24,8 +24,9 @@ import numpy as np
 import tensorstore
 import zarr
 
+from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.chunks import decode_shard
-from kd.cache_builder.store.commits import read_commit, shard_files, verified_bytes
+from kd.cache_builder.store.commits import read_commit, shard_files
 from kd.cache_builder.store.manifest import CacheManifest, load_manifest
 
 Read = dict[str, list[np.ndarray]]
@@ -37,7 +38,7 @@ def by_kd(root: Path, manifest: CacheManifest) -> Read:
     for index, (_, _, rows) in enumerate(manifest.shards):
         record, paths = read_commit(root, manifest, index), shard_files(manifest.arrays, index)
         for spec in manifest.arrays:
-            data = verified_bytes(root, paths[spec.name], record.files[paths[spec.name]])
+            data = LocalFiles(root).verified_bytes(paths[spec.name], record.files[paths[spec.name]])
             found[spec.name].append(decode_shard(data, spec, manifest.layout, rows))
     return found
 

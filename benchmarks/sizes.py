@@ -30,12 +30,12 @@ from numcodecs import blosc, zstd
 from kd.cache_builder.build.builder import load_teacher, write_shard
 from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest
-from kd.cache_builder.store import shard_store
-from kd.cache_builder.store.claims import Claims
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.reader import CacheReader, quality_means
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
 from kd.cache_builder.store.vocabulary import codes_by_count
+from kd.cache_builder.store.writers.claims import Claims
+from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.cache_builder.teacher.teacher_pass import collect
 from kd.data.blocks import BlockConfig
 from kd.data.sources import load_corpus
@@ -85,7 +85,7 @@ def kept_by(raw: RawTargets, config: TargetConfig) -> RawTargets:
 def write(plan: BuildPlan, shards: list[RawTargets], root: Path) -> float:
     """Encode and write a whole cache; CPU-seconds."""
     started = time.process_time()
-    writer = shard_store.ShardWriter(root, plan.manifest)
+    writer = ShardWriter(root, plan.manifest)
     writer.create(plan.vocabulary, plan.codes)
     seconds, claims = {"encode": 0.0, "write": 0.0}, Claims(root)
     for index, ((first, stop, _), raw) in enumerate(zip(plan.manifest.shards, shards, strict=True)):

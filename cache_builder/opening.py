@@ -8,16 +8,17 @@ reader = open_cache({"runs/a": 0.7, "runs/b": 0.3})
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from kd.cache_builder.share.places import is_url, local_path
+from kd.cache_builder.share.places import is_remote, local_path
+from kd.cache_builder.store.cache_files import CacheFiles, LocalFiles
 from kd.cache_builder.store.mixed_reader import MixedReader
 from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.upkeep.cache_registry import located
 from kd.cache_builder.weighted_caches import CacheSpec, as_caches, shares_of
 
 
-def open_cache(spec: CacheSpec, *, top_k: int | None = None, cache_bytes: int | None = None) -> CacheReader:
+def open_cache(spec: CacheSpec, *, top_k: int | None = None, cache_bytes: int | None = None) -> Reader:
     """A reader of one cache, or of a mixture of several.
 
     spec          a path, a URL, the beginning of a fingerprint; several with weights as a mapping or as `A=0.7,B=0.3`
@@ -27,16 +28,16 @@ def open_cache(spec: CacheSpec, *, top_k: int | None = None, cache_bytes: int | 
     Raises CacheError for an incomplete or missing cache, CacheMismatchError for caches that cannot be mixed.
     """
     caches = as_caches(spec)
-    readers = [CacheReader(cache_folder(one.place, cache_bytes), top_k=top_k) for one in caches]
+    readers = [CacheReader(open_files(one.place, cache_bytes), top_k=top_k) for one in caches]
     if len(readers) == 1:
         return readers[0]
     return MixedReader(list(zip(readers, shares_of(caches), strict=True)), top_k=top_k)
 
 
-def cache_folder(place: str | os.PathLike[str], cache_bytes: int | None = None) -> Path:
-    """The directory to read one cache from: a path or fingerprint as it is, the mirror of a URL. Raises CacheError."""
-    if not is_url(place):
-        return located(local_path(place))
-    from kd.cache_builder.share.mirror import mirror_of
+def open_files(place: str | os.PathLike[str], cache_bytes: int | None = None) -> CacheFiles:
+    """The files of one cache: in the folder of a path or fingerprint, or in the mirror of a URL. Raises CacheError."""
+    if not is_remote(place):
+        return LocalFiles(located(local_path(place)))
+    from kd.cache_builder.share.mirror import open_mirror
 
-    return mirror_of(str(place), cache_bytes)
+    return open_mirror(str(place), cache_bytes)

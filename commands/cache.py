@@ -116,7 +116,7 @@ def cache_info(path: str, as_json: bool) -> None:
 
     Example: kd cache info runs/cache
     """
-    from kd.cache_builder.opening import cache_folder
+    from kd.cache_builder.opening import open_files
     from kd.cache_builder.upkeep.summary import cache_summary
 
-    emit(cache_summary(cache_folder(path)), as_json, path)
+    emit(cache_summary(open_files(path)), as_json, path)

@@ -29,17 +29,16 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
 
     Example: kd cache verify runs/cache
     """
-    from kd.cache_builder.opening import cache_folder
-    from kd.cache_builder.store.commits import committed
+    from kd.cache_builder.opening import open_files
     from kd.cache_builder.store.manifest import load_manifest
     from kd.cache_builder.store.part import load_part
     from kd.cache_builder.upkeep.verify import verify
     from kd.common.errors import CacheError
 
-    root = cache_folder(path)
-    manifest = load_manifest(root)
-    part = load_part(root, manifest)
-    steps = verify(root, promises=not checksums)
+    files = open_files(path)
+    manifest = load_manifest(files.root)
+    part = load_part(files.root, manifest)
+    steps = verify(files, promises=not checksums)
     last = follow("verifying", steps, lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
     findings = [asdict(f) for f in last.findings]
     if as_json:
@@ -61,7 +60,7 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     if findings:
         sys.exit(3)
     if not manifest.complete:
-        total, done = len(manifest.shards), len(committed(root, len(manifest.shards)))
+        total, done = len(manifest.shards), len(files.committed(len(manifest.shards)))
         raise CacheError(
             "what is here is sound, but this cache is not complete",
             where=path,
@@ -92,7 +91,7 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
     Example: kd cache repair runs/cache
     """
     from kd.cache_builder.build.build_settings import BuildSettings
-    from kd.cache_builder.opening import cache_folder
+    from kd.cache_builder.opening import open_files
     from kd.cache_builder.store.commits import committed
     from kd.cache_builder.store.manifest import load_manifest
     from kd.cache_builder.upkeep.repair import mend, mend_manifest, reopen
@@ -101,9 +100,9 @@ def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> 
     from kd.common.settings import make
 
     mended: list[str] = []
-    copy = None if place is None else cache_folder(place)
+    copy = None if place is None else open_files(place)
     if copy is not None:
-        theirs = load_manifest(copy)  # no cache there: said before anything is looked at
+        theirs = load_manifest(copy.root)  # no cache there: said before anything is looked at
         if mend_manifest(path, copy):
             mended.append("manifest.json")
         require_copy(load_manifest(path), theirs, path, place)

@@ -13,7 +13,7 @@ from kd.commands.options import PATH, json_option, parse_range
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kd.cache_builder.upkeep.derive import DeriveProgress
+    from kd.cache_builder.upkeep.derived_cache import DeriveProgress
 
 
 @click.command("slice")
@@ -35,7 +35,7 @@ def cache_slice(path: str, out: Path, as_json: bool, **options: Any) -> None:
     Example: kd cache slice runs/cache --top-k 16 --out runs/cache-16
     """
     from kd.cache_builder.upkeep.cache_registry import located
-    from kd.cache_builder.upkeep.derive import slice_cache
+    from kd.cache_builder.upkeep.slice_cache import slice_cache
 
     _derived(slice_cache(located(path), out, **options), out, as_json, "slicing")
 
@@ -50,7 +50,7 @@ def cache_merge(paths: tuple[str, ...], out: Path, as_json: bool) -> None:
     Example: kd cache merge runs/one runs/two --out runs/both
     """
     from kd.cache_builder.upkeep.cache_registry import located
-    from kd.cache_builder.upkeep.derive import merge_caches
+    from kd.cache_builder.upkeep.merge_caches import merge_caches
 
     _derived(merge_caches([located(p) for p in paths], out), out, as_json, "merging")
 

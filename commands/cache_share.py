@@ -91,12 +91,12 @@ def cache_pull(
 
 def _slice(url: str, path: Path, top_k: int, examples: tuple[int, int] | None, as_json: bool) -> None:
     """Slice a cache through a mirror: the columns of an array lie in the same chunks, so they all travel; only K stay."""
-    from kd.cache_builder.opening import cache_folder
+    from kd.cache_builder.opening import open_files
     from kd.cache_builder.upkeep.cache_registry import remember
-    from kd.cache_builder.upkeep.derive import slice_cache
+    from kd.cache_builder.upkeep.slice_cache import slice_cache
     from kd.cache_builder.upkeep.summary import cache_summary
 
-    steps = slice_cache(cache_folder(url), path, top_k=top_k, examples=examples)
+    steps = slice_cache(open_files(url), path, top_k=top_k, examples=examples)
     follow("pulling", steps, lambda p: (p.done, p.total, f"shard {p.done}/{p.total}"))
     remember(path)
     emit(cache_summary(path), as_json, f"{path}: a slice of the cache, complete")

@@ -1,4 +1,4 @@
-"""Sizes as people write them: `20GB`, `512MiB`."""
+"""Parse sizes as people write them: `20GB`, `512MiB`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 
 def byte_count(text: str) -> int:
-    """`20GB`, `512MiB`, `1.5G` or plain bytes. Raises DataError."""
+    """The number of bytes that `20GB`, `512MiB`, `1.5G` or a plain number stands for. Raises DataError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     if match is None or match[2] not in UNITS:
         raise DataError("this is not a number of bytes", found=repr(text), expected="e.g. 20GB, 512MiB or 1000000")

@@ -1,6 +1,6 @@
 """The one exception tree of `kd`.
 
-    KdError                    anything a user can cause; the CLI prints it and exits 1
+    KdError                    any error that a user can cause; the CLI prints it and exits 1
     ├── DataError              text, columns, tokenizer, model files
     ├── CacheError             a directory that is not a cache, a disk that is full, a locked store
     │   ├── CacheMismatchError this cache was made from something else (prints the difference)
@@ -8,7 +8,7 @@
     ├── TeacherError           the teacher cannot be loaded, or returned NaN
     └── MissingPackageError    a package of an extra is not installed (`kd.common.extras`)
 
-Every message says where, what was found, what was expected, and what to try.
+Every message says where the error is, what was found, what was expected, and what to try.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 
 class KdError(Exception):
-    """A clear error for the user: one headline, then `name  value` lines in the order given."""
+    """An error for the user: a headline, then lines of `name  value` in the order given. Details that are None are left out."""
 
     exit_code = 1
 

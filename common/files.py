@@ -1,4 +1,4 @@
-"""Files that are whole or absent: temporary name, flush, rename. And canonical JSON, read with bounds."""
+"""Write files that are whole or absent (temporary name, flush, rename), and read and write canonical JSON within bounds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 from kd.common.errors import CacheDamageError, CacheError
 
 MAX_JSON_BYTES = 64 * 2**20
-"""No JSON file of a cache is larger; checked before reading a stranger's."""
+"""Most bytes of a JSON file; checked before a file is read."""
 
 
 def canonical_json(value: Any) -> str:
-    """One spelling per value: sorted keys, no NaN, two-space indent, newline at the end."""
+    """JSON text in one spelling per value: sorted keys, no NaN, indented by two spaces, newline at the end."""
     return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -53,13 +53,13 @@ def sync_folder(path: Path) -> None:
 
 
 ABANDONED_SECONDS = 24 * 3600
-"""Unfinished files of a host that cannot be asked are given up when nothing touched them for this long."""
+"""Age in seconds at which unfinished files of another host are removed, counted from the last change."""
 _TOKEN = secrets.token_hex(4)
-"""Tells this process from an earlier one of the same number."""
+"""Tells this process from an earlier one with the same process id."""
 
 
 def unfinished(name: str) -> bool:
-    """Is this the name of a file or folder that a build has not published yet?"""
+    """True for the name of a file or folder that has not been published yet."""
     return re.fullmatch(r"\.staging-.*|\..*\.tmp|\.\d+\.claim", name) is not None
 
 
@@ -67,7 +67,7 @@ _TAG = re.compile(r"(?P<host>.+-\d+)-(?P<pid>\d+)-(?P<token>[0-9a-f]+)")
 
 
 def _host() -> str:
-    """Where process numbers mean the same: the host's name, and the pid namespace, for containers that share it."""
+    """The host's name and the pid namespace: process ids are only comparable where both are equal."""
     try:
         namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
     except OSError:  # not Linux
@@ -76,15 +76,15 @@ def _host() -> str:
 
 
 def process_tag() -> str:
-    """`host-namespace-pid-token`: what marks this process's unfinished files."""
+    """`host-namespace-pid-token`, which marks the unfinished files of this process."""
     return f"{_host()}-{os.getpid()}-{_TOKEN}"
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in `folder`: `.NAME.json.TAG.tmp` files, `.staging-TAG` folders.
+    """Remove what killed processes have left in `folder`: `.NAME.json.TAG.tmp` files and `.staging-TAG` folders.
 
-    Those of this host's dead processes, and those of other hosts that nothing touched for `ABANDONED_SECONDS`; what
-    a live process is about to publish stays.
+    Removed are those of dead processes of this host, and those of other hosts that did not change for `ABANDONED_SECONDS`.
+    Those of live processes stay.
     """
     name = re.compile(r"\.(?:.+\.(?:json|claim)\.|staging-)(.+-\d+-\d+-[0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
     for path in [*folder.glob(".*.tmp"), *folder.glob(".staging-*")]:
@@ -98,7 +98,7 @@ def sweep(folder: Path) -> None:
 
 
 def holder(tag: str) -> tuple[bool | None, str]:
-    """Is the process of a `process_tag` alive (None: it is of another host), and who it is, in words."""
+    """`(alive, words)` for the process of a `process_tag`; `alive` is None for a process of another host."""
     match = _TAG.fullmatch(tag)
     if match is None:
         return None, tag[:80]
@@ -120,14 +120,14 @@ def _alive(pid: int) -> bool:
 
 
 def _untouched(path: Path) -> bool:
-    with suppress(OSError):  # it may be moved while we look
+    with suppress(OSError):  # it may be moved meanwhile
         newest = max(p.lstat().st_mtime for p in [path, *path.rglob("*")])
         return time.time() - newest > ABANDONED_SECONDS
     return False
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Move a finished, synced file to its name; afterwards it is there, whole, even after a power cut."""
+    """Move a finished file to its name, so that it is there and whole even after a power cut."""
     final.parent.mkdir(parents=True, exist_ok=True)
     sync_file(temporary)
     os.replace(temporary, final)
@@ -135,7 +135,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def publish_first(temporary: Path, final: Path) -> bool:
-    """As `publish`, unless something has that name already: then False, and the temporary file is removed."""
+    """As `publish`, unless the name is taken: then the temporary file is removed. Returns True if the file was published."""
     final.parent.mkdir(parents=True, exist_ok=True)
     sync_file(temporary)
     try:
@@ -161,8 +161,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CacheDamageError when it is absent, too large, not JSON, not an object, or not
-    spelled as `canonical_json` does: whatever was changed is noticed."""
+    """Read a JSON object that `canonical_json` has written.
+
+    Raises CacheDamageError when the file is absent, too large, not JSON, not an object, or not in the canonical spelling: any
+    change is noticed.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -195,7 +198,7 @@ def _spelled(value: dict[str, Any]) -> bytes | None:
 
 
 def write_error(path: Path, error: OSError) -> CacheError:
-    """What to tell the user when writing under `path` failed."""
+    """The error for the user after writing under `path` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CacheError(
             "the disk is full",

@@ -1,4 +1,4 @@
-"""The user's folder: where caches are remembered, and kept."""
+"""The user's folder of kd: the registry of caches, and mirrors."""
 
 from __future__ import annotations
 

@@ -88,20 +88,20 @@ def cache_texts(cache: CacheSpec, *, run: str = "", whole: bool = True) -> list[
 
     `cache` as `kd train --cache` takes it. Raises CacheError.
     """
-    from kd.cache_builder.opening import cache_folder
+    from kd.cache_builder.opening import open_files
     from kd.cache_builder.store.manifest import load_manifest
     from kd.cache_builder.store.part import load_part
     from kd.cache_builder.store.shard_store import read_example_table
 
     texts = []
     for one in as_caches(cache):
-        root = cache_folder(one.place if "://" in one.place else Path(one.place).expanduser())
-        manifest = load_manifest(root)
-        provenance, part = manifest.provenance, load_part(root, manifest)
+        files = open_files(one.place if "://" in one.place else Path(one.place).expanduser())
+        manifest = load_manifest(files.root)
+        provenance, part = manifest.provenance, load_part(files.root, manifest)
         shards = range(len(manifest.shards)) if part is None else part.shards
         examples: list[Example] = []
         for index in shards if whole else ():
-            table = read_example_table(root, manifest, index, ["id", "prompt", "target"])
+            table = read_example_table(files, manifest, index, ["id", "prompt", "target"])
             examples += [
                 Example(i, target, prompt)
                 for i, prompt, target in zip(table["id"], table["prompt"], table["target"], strict=True)

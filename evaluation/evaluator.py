@@ -30,7 +30,7 @@ from kd.models.loading import Model, ModelRequest, load_model, load_request_toke
 from kd.models.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 
 if TYPE_CHECKING:
-    from kd.cache_builder.store.reader import CacheReader
+    from kd.cache_builder.store.readers.reading import Reader
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def _describe_corpus(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _describe_cache(reader: CacheReader) -> dict[str, Any]:
+def _describe_cache(reader: Reader) -> dict[str, Any]:
     manifest = reader.manifest
     return {
         "path": str(reader.root),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder.opening import open_cache
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import DataError
 from kd.models.loading import (
@@ -52,7 +52,7 @@ class Prepared:
     """Everything a run needs before weights are loaded."""
 
     config: TrainConfig
-    reader: CacheReader
+    reader: Reader
     request: ModelRequest
     """The student's weights."""
     model_config: Any
@@ -138,14 +138,14 @@ def student_request(config: TrainConfig) -> ModelRequest:
     )
 
 
-def rank_edges(reader: CacheReader) -> tuple[int, ...]:
+def rank_edges(reader: Reader) -> tuple[int, ...]:
     """Ranks between the cache's bands; none where it has none."""
     config, size = reader.config, reader.manifest.vocabulary_size
     return tuple(band_edges(config.top_k, size, config.tail_bands)) if config.tail_bands else ()
 
 
 def reads_own_text(
-    config: TrainConfig, reader: CacheReader, objective: Objective, model_config: Any, tokenizer: Tokenizer
+    config: TrainConfig, reader: Reader, objective: Objective, model_config: Any, tokenizer: Tokenizer
 ) -> bool:
     """Whether the student reads the text in its own tokens, and not the cached ones. Raises KdError.
 
@@ -189,7 +189,7 @@ def options_of_own_text(text: TextSettings) -> list[str]:
 
 
 def row_collator(
-    config: TrainConfig, reader: CacheReader, objective: Objective, model_config: Any, tokenizer: Tokenizer
+    config: TrainConfig, reader: Reader, objective: Objective, model_config: Any, tokenizer: Tokenizer
 ) -> tuple[Collator, int]:
     """Batches of the cached tokens, and how many logits count. Raises KdError for another tokenizer or layout."""
     loss, encoder = config.objective.loss, is_encoder_decoder(model_config)
@@ -213,7 +213,7 @@ def row_collator(
 
 
 def text_collator(
-    config: TrainConfig, reader: CacheReader, objective: Objective, model_config: Any, tokenizer: Tokenizer
+    config: TrainConfig, reader: Reader, objective: Objective, model_config: Any, tokenizer: Tokenizer
 ) -> tuple[Collator, int]:
     """Batches of the text in the student's own tokens, and how many logits count. Raises KdError."""
     settings, encoder = config.text, is_encoder_decoder(model_config)

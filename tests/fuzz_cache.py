@@ -16,10 +16,11 @@ import atheris
 import pyarrow as pa
 
 with atheris.instrument_imports(include=["kd"]):
-    from kd.cache_builder.store.arrays import ArraySpec
     from kd.cache_builder.store.chunks import decode_shard
-    from kd.cache_builder.store.manifest import Layout, load_manifest, shard_record
-    from kd.cache_builder.store.parquet import read_table
+    from kd.cache_builder.store.encoding.arrays import ArraySpec
+    from kd.cache_builder.store.encoding.parquet import read_parquet
+    from kd.cache_builder.store.manifest import Layout, load_manifest
+    from kd.cache_builder.store.shard_record import parse_shard_record
     from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
     from kd.common.errors import KdError
     from kd.common.files import canonical_json, digest_of, read_json
@@ -50,7 +51,7 @@ def manifest(data: bytes) -> None:
 def commit(data: bytes) -> None:
     path = FOLDER / "00000.json"
     path.write_bytes(_signed(data))
-    shard_record(read_json(path), path)
+    parse_shard_record(read_json(path), path)
 
 
 def shard(data: bytes) -> None:
@@ -63,7 +64,7 @@ def shard(data: bytes) -> None:
 
 def table(data: bytes) -> None:
     try:
-        read_table(data, EXAMPLE_SCHEMA, rows=2)
+        read_parquet(data, EXAMPLE_SCHEMA, rows=2)
     except (
         pa.ArrowException,
         OSError,

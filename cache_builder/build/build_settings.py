@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kd.cache_builder.store.logprob_codecs import CODECS
+from kd.cache_builder.store.encoding.logprob_codecs import CODECS
 from kd.cache_builder.store.targets import PROFILES
 from kd.common.errors import DataError
 from kd.common.settings import check, setting, settings_of, unescaped

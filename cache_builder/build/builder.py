@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.build.reuse import Earlier
-from kd.cache_builder.store import codecs, commits, shard_store
-from kd.cache_builder.store.arrays import Arrays
-from kd.cache_builder.store.claims import Claims
+from kd.cache_builder.store import codecs, commits
+from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.targets import PROFILES, RawTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
+from kd.cache_builder.store.writers import shard_writer
+from kd.cache_builder.store.writers.claims import Claims
 from kd.common.errors import DataError
 from kd.common.files import write_error
 from kd.common.memory import keep_freed_memory
@@ -92,7 +93,7 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
         )
     request, manifest = plan.request, plan.manifest
     keep_freed_memory()
-    writer = shard_store.ShardWriter(request.out, manifest)
+    writer = shard_writer.ShardWriter(request.out, manifest)
     pool = ThreadPoolExecutor(1, thread_name_prefix="kd-writer")
     try:
         writer.sweep()
@@ -111,7 +112,7 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
         writer.close()
 
 
-def _build(plan: BuildPlan, writer: shard_store.ShardWriter, pool: ThreadPoolExecutor) -> Iterator[BuildProgress]:
+def _build(plan: BuildPlan, writer: shard_writer.ShardWriter, pool: ThreadPoolExecutor) -> Iterator[BuildProgress]:
     request, manifest = plan.request, writer.manifest
     index, count = request.shard
     total, mine = len(manifest.shards), range(index - 1, len(manifest.shards), count)
@@ -240,7 +241,7 @@ def load_teacher(plan: BuildPlan) -> Teacher:
 
 
 def write_shard(
-    writer: shard_store.ShardWriter,
+    writer: shard_writer.ShardWriter,
     index: int,
     rows: list[TokenRows],
     raw: RawTargets,
@@ -256,7 +257,7 @@ def write_shard(
 
 
 def _write(
-    writer: shard_store.ShardWriter,
+    writer: shard_writer.ShardWriter,
     index: int,
     rows: list[TokenRows],
     stored: Arrays,

@@ -22,7 +22,7 @@ from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.store.commits import OWN_NAMES
 from kd.cache_builder.store.manifest import Layout, existing_cache, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
-from kd.cache_builder.upkeep.cache_registry import found, remember
+from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.data.blocks import BlockConfig
 from kd.data.sources import Corpus, load_classes, load_corpus
 from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config, max_positions
@@ -208,7 +208,7 @@ def with_answers(request: BuildRequest, watch: Watch = in_silence) -> BuildReque
 def with_shards_of_an_equal_cache(plan: BuildPlan, say: Callable[[str], object]) -> BuildPlan:
     """The plan, to be filled from a cache of the same fingerprint where one was finished on this machine."""
     request = plan.request
-    for path in found(plan.manifest.fingerprint):
+    for path in caches_with(plan.manifest.fingerprint):
         if request.layout in (None, load_manifest(path).layout) and path != request.out.resolve():
             say(f"the same cache was built at {path}: its shards are copied")
             return plan_build(replace(request, extend=path))

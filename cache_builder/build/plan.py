@@ -19,14 +19,14 @@ import numpy as np
 from kd.cache_builder.build.generate import longest_answers
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.store import commits
+from kd.cache_builder.store.cache_identity import refuse_mismatch
 from kd.cache_builder.store.manifest import (
     CacheManifest,
     Layout,
-    check_bounds,
     existing_cache,
     load_manifest,
-    refuse_mismatch,
 )
+from kd.cache_builder.store.manifest_checks import check_bounds
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import TokenRows, tokenize_corpus
@@ -170,7 +170,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         files={},
         provenance=_provenance(request, counts),
     )
-    check_bounds(manifest)
+    check_bounds(manifest.arrays, manifest.layout.shard_rows)
     index, count = request.shard
     if not 1 <= index <= count:
         raise DataError("no such part of the build", found=f"--shard {index}/{count}", expected="I/N with 1 <= I <= N")

@@ -1,7 +1,7 @@
-"""The dataset card: a README.md for a cache on the hub, which says what it was made from, what it holds and how to use it.
+"""The dataset card: the README.md of a cache on the hub, with what it was made from, what it holds and how to use it.
 
-Hugging Face's layout: YAML front matter, then text. Every figure is from the manifest, as measured during the build. A
-licence is what whoever pushes says it is: nothing here can know what teacher and text allow.
+The layout is Hugging Face's: YAML front matter, then text. Every figure is from the manifest, as measured during the build. The
+licence is the one that the user states when pushing; kd cannot know what teacher and text allow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZES = (
     (10**8, "10M<n<100M"),
     (10**9, "100M<n<1B"),
 )
-"""Fewer examples than this -> the hub's name for it."""
+"""Upper bound of the number of examples, and the hub's name for that size."""
 
 
 def dataset_card(root: Path, url: str, license: str | None = None) -> str:
@@ -97,7 +97,7 @@ kd cache verify cache
 
 
 def _plain(value: Any) -> str:
-    """One line without what Markdown or HTML would read as markup: names come from whoever built the cache."""
+    """One line without characters that Markdown or HTML reads as markup: names come from whoever built the cache."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "|<>[]*_" else c for c in text) if "`" not in text else text.replace("|", "")
 

@@ -1,7 +1,7 @@
-"""One file from a remote: bounded, resumed, tried again, verified on arrival. And many files at once.
+"""Fetch files from a remote: within bounds, resumed, retried, verified on arrival, several at once.
 
-A file is written under a staging name and grows there; an attempt goes on where the last one stopped. It is given out
-only when size and SHA-256 are those recorded; the same wrong bytes from two whole attempts are damage, and named.
+A file is appended to under a staging name; each attempt continues where the last one stopped. It counts as fetched only when
+size and SHA-256 are the recorded ones. Wrong bytes from two whole attempts are reported as damage.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import sha256_of, write_error
 
 ATTEMPTS = 6
-"""Failures in a row, none of which brought a byte, before giving up: about a minute."""
+"""Failures in a row without any progress before giving up: about a minute."""
 BACKOFF = 1.0
-"""Seconds before the second attempt; doubled each time, at most MAX_WAIT, and up to half as much again by chance."""
+"""Seconds before the second attempt. It doubles each time, up to MAX_WAIT, and a random part of up to a half is added."""
 MAX_WAIT = 30.0
+"""Most seconds between two attempts."""
 
 
 class Stopped(Exception):
-    """The transfer was told to end."""
+    """The transfer was stopped."""
 
 
 class Patience:
@@ -39,7 +40,7 @@ class Patience:
         self.failures = 0
 
     def after(self, error: Transient, progress: bool) -> None:
-        """Wait for the next attempt. Raises CacheError when there were enough, Stopped when told to end."""
+        """Wait before the next attempt. Raises CacheError after too many failures, Stopped when the transfer is stopped."""
         self.failures = 1 if progress else self.failures + 1
         if self.failures >= ATTEMPTS:
             raise CacheError(
@@ -63,9 +64,13 @@ def fetch(
     stop: threading.Event | None = None,
     arrived: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Bring a file to `staged`, where some of it may lie already; `arrived` is told of bytes as they come.
+    """Fetch a file to `staged`, where the beginning of it may lie already.
 
-    Raises CacheDamageError for a file that is missing or wrong there; CacheError when the network or the disk fails.
+    entry     recorded size and SHA-256
+    stop      set to end the transfer
+    arrived   called with the number of bytes that have arrived; a negative number takes wrong bytes back
+
+    Raises CacheDamageError for a file that is missing or wrong at the remote, CacheError when the network or the disk fails.
     """
     patience, size = Patience(remote, name, stop), int(entry["bytes"])
     wrong, resumed = 0, staged.exists()
@@ -83,7 +88,7 @@ def fetch(
             raise CacheDamageError("a file is missing from the cache", where=remote.url, file=name) from error
         if have == size and sha256_of(staged) == entry["sha256"]:
             return
-        if size > have > before:  # it ended without an error, but early: a connection that was cut looks the same
+        if size > have > before:  # it ended early without an error, as a cut connection does
             continue
         staged.unlink()
         arrived(-have)
@@ -104,7 +109,7 @@ def fetch(
 def _append(
     remote: Remote, name: str, staged: Path, have: int, size: int, stop: threading.Event, arrived: Callable[[int], None]
 ) -> int:
-    """Append what is missing; returns the size then. An OSError that is not the remote's is the disk's."""
+    """Append the missing bytes; returns the new size. An OSError while writing is the disk's, and becomes a CacheError."""
     pieces = remote.read(name, have, size)
     with staged.open("ab") as file:
         for piece in pieces:
@@ -122,7 +127,7 @@ def _append(
 def fetch_small(
     remote: Remote, name: str, limit: int, *, sha256: str | None = None, stop: threading.Event | None = None
 ) -> bytes:
-    """The bytes of a small file whose size nobody told. Raises FileNotFoundError, CacheDamageError, CacheError."""
+    """The bytes of a small file of unknown size, at most `limit`. Raises FileNotFoundError, CacheDamageError, CacheError."""
     patience, wrong = Patience(remote, name, stop), 0
     while True:
         try:
@@ -149,7 +154,7 @@ def fetch_small(
 
 
 def persist(action: Callable[[], None], remote: Remote, name: str, stop: threading.Event) -> None:
-    """Do something with a remote, and again after a failure that may pass."""
+    """Run an action on a remote, and run it again after a failure that may pass."""
     patience = Patience(remote, name, stop)
     while True:
         try:
@@ -161,7 +166,7 @@ def persist(action: Callable[[], None], remote: Remote, name: str, stop: threadi
 def in_parallel(jobs: Iterable[Callable[[], None]], workers: int, stop: threading.Event) -> Iterator[None]:
     """Run jobs on threads; yields a few times a second, and at the end. The first error stops the others and is raised.
 
-    Jobs are asked for as they are needed: a cache may have hundreds of thousands of files.
+    Jobs are taken from the iterable as they are needed: a cache may have hundreds of thousands of files.
     """
     waiting = iter(jobs)
     pending: set[Future[None]] = set()

@@ -1,13 +1,13 @@
 """A cache on the Hugging Face hub: `hf://datasets/OWNER/NAME[@REVISION][/SUB/PATH]`.
 
-Written by the hub's own client (uploads that are deduplicated and checked by SHA-256, in commits of a few hundred
-files; what a cut push left behind is not sent again). Read from one commit: a branch or tag is resolved when it is
-opened, so a push in between cannot mix two caches. Files come over the hub's download addresses, with ranges.
+Files are written by the hub's own client: uploads are deduplicated and checked by SHA-256, in commits of a few hundred files,
+and a second push does not send again what the first has left. They are read from one commit: a branch or tag is resolved when it
+is first read, so a push in between cannot mix two caches. Reading uses the hub's download addresses with ranges, not the
+client's: a cut file then continues where it stopped, in a folder of ours that stays within its bound.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from kd.cache_builder.share.remotes import Entry, Remote, Transient, Web
+from kd.cache_builder.share.remotes import Entry, Remote, Transient
+from kd.cache_builder.share.web_remote import WebRemote
 from kd.common.errors import CacheError
 
 ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@(refs/[\w-]+/[^/@]+|[^/@]+))?(?:/(.*))?")
 BATCH = 200
-"""Files per commit: the hub wants few commits, and one request to hold what a commit adds."""
+"""Files per commit. The hub asks for few commits, and one request must list all files of a commit."""
 
 
-class Hub(Remote):
+class HubRemote(Remote):
     """A data set repository, or a folder in one."""
 
     batch = BATCH
+    shows_card = True
     writers = 1  # a branch takes one commit after another; inside a commit the client uploads in parallel
 
     def __init__(self, url: str) -> None:
@@ -42,46 +44,46 @@ class Hub(Remote):
 
         self.repo, self.revision, sub = match[1], unquote(match[2]) if match[2] else None, match[3]
         self.folder = f"{sub}/" if sub else ""
-        self.private = False
-        """Make a new repository private?"""
         self._api = HfApi()
-        self._web: Web | None = None
+        self._web: WebRemote | None = None
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Turn the client's errors into ours."""
+        """Turn the client's errors into `CacheError` and `Transient`."""
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
         try:
             yield
         except OfflineModeIsEnabled as error:
-            raise CacheError("the hub may not be asked", where=self.url, found="HF_HUB_OFFLINE is set") from error
+            raise CacheError(
+                "the hub cannot be reached in offline mode", where=self.url, found="HF_HUB_OFFLINE is set"
+            ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status in (408, 429) or status >= 500:
                 raise Transient(f"HTTP {status} from the hub") from error
             raise CacheError(
-                "the hub refuses",
+                "the hub refused the request",
                 where=self.url,
                 found=str(error).splitlines()[0],
                 try_="the right OWNER/NAME and revision; hf auth login",
             ) from error
         except ValueError as error:
-            raise CacheError("the hub's client refuses", where=self.url, found=error) from error
+            raise CacheError("the hub's client refused the request", where=self.url, found=error) from error
         except (OSError, RuntimeError) as error:
             raise Transient(f"{type(error).__name__}: {error} {error.__cause__ or ''}") from error
-        except Exception as error:  # the client's HTTP library is its own affair
+        except Exception as error:  # the errors of the client's HTTP library, whichever it uses
             if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 raise Transient(f"{type(error).__name__}: {error}") from error
             raise
 
     def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        """As `Remote.read`, from the commit the revision stood for when it was first asked."""
+        """As `Remote.read`, from the commit that the revision stood for at the first read."""
         if self._web is None:
             self._web = self._opened()
         yield from self._web.read(name, start, stop)
 
-    def _opened(self) -> Web:
+    def _opened(self) -> WebRemote:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -93,17 +95,17 @@ class Hub(Remote):
                 self.repo, self.folder + name, repo_type="dataset", revision=commit, endpoint=self._api.endpoint
             )
 
-        return Web(self.url, address, build_hf_headers())
+        return WebRemote(self.url, address, build_hf_headers())
 
-    def prepare(self) -> None:
-        """As `Remote.prepare`: the repository and the branch are made where there are none."""
+    def prepare(self, *, private: bool = False) -> None:
+        """As `Remote.prepare`: creates the repository and the branch where there are none."""
         with self._asked():
-            self._api.create_repo(self.repo, repo_type="dataset", private=self.private or None, exist_ok=True)
+            self._api.create_repo(self.repo, repo_type="dataset", private=private or None, exist_ok=True)
             if self.revision is not None and not self.revision.startswith("refs/"):
                 self._api.create_branch(self.repo, branch=self.revision, repo_type="dataset", exist_ok=True)
 
     def held(self, root: Path, entries: Mapping[str, Entry]) -> set[str]:
-        """As `Remote.held`: the SHA-256 of a large file, git's own digest of a small one."""
+        """As `Remote.held`: compares the SHA-256 of large files and git's own digest of small ones."""
         there: dict[str, Any] = {}
         with self._asked():
             for item in self._api.list_repo_tree(
@@ -130,7 +132,8 @@ class Hub(Remote):
 
 
 def _same(item: Any, path: Path, entry: Entry) -> bool:
+    from huggingface_hub.utils.sha import git_hash
+
     if item.lfs is not None:
         return bool(item.lfs.sha256 == entry["sha256"])
-    data = path.read_bytes()
-    return bool(hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == item.blob_id)
+    return bool(git_hash(path.read_bytes()) == item.blob_id)

@@ -1,17 +1,15 @@
-"""Reading a cache from a URL: a bounded mirror on this disk, filled as files are first touched, and ahead of that.
+"""Read a cache from a URL through a mirror on this disk, which is filled as files are read, and ahead of that.
 
-    ~/.cache/kd/mirrors/DIGEST/     one per manifest; two addresses of one cache share it, and so do processes
+    ~/.cache/kd/mirrors/DIGEST/     one folder per manifest, shared by all addresses of a cache and by processes
 
-Metadata (manifest, commits, Zarr's, the vocabulary) is fetched once and stays. Shards come when `commits` is asked for
-one of their files, or earlier, when the reader has said which it will want next; each is verified on arrival and
-again whenever it is read. Beyond `--cache-bytes` those that were used longest ago go, so an epoch over a cache larger
-than the bound fetches every shard once. The reader keeps a window of shards in memory: a small bound costs no second fetch
-inside an epoch.
+Metadata (manifest, commits, Zarr's, the vocabulary) is fetched once and stays. A file of a shard is fetched when it is read, or
+earlier, when the reader has announced the shard. It is verified on arrival and again whenever it is read. Beyond `--cache-bytes`,
+the files that were used longest ago are removed, so an epoch over a cache larger than the bound fetches every shard once. The
+reader keeps a window of shards in memory: with a small bound, nothing is fetched twice in an epoch.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -22,13 +20,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from kd.cache_builder.share.fetching import fetch, fetch_small
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
 from kd.cache_builder.share.transfer import COMMIT_BYTES, describe
 from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import MANIFEST, TARGETS
+from kd.cache_builder.store.manifest import MANIFEST, TARGETS, CacheManifest
 from kd.cache_builder.store.part import PARTIAL, Part, whole
+from kd.cache_builder.store.shard_record import ShardRecord
 from kd.common.byte_sizes import byte_count
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import publish, write_error
@@ -36,16 +37,18 @@ from kd.common.home import kd_home
 
 STAGING = ".staging-mirror"
 LOCKS = 256
-"""Lock files: two processes (or threads) never fetch the same file at once, and seldom wait for another's."""
+"""Number of lock files. Two threads or processes never fetch the same file at once, and seldom wait for another file's."""
+POLL = 0.01
+"""Seconds between two attempts to take a lock that another holds."""
 AHEAD = 6
-"""Threads that fetch what is wanted next."""
+"""Threads that fetch announced files."""
 
 CACHE_BYTES = 20 * 10**9
-"""Bytes of shards kept of a cache, unless --cache-bytes or KD_CACHE_BYTES says otherwise."""
+"""Default bound on the bytes of a cache's shards in its mirror; --cache-bytes and KD_CACHE_BYTES set another."""
 
 
 def mirrors() -> Path:
-    """Folder of the mirrors, which may be removed at any time. They are not whole: no list of caches should show them."""
+    """Folder of the mirrors, which may be removed at any time. A mirror is not a whole cache, so no list of caches shows it."""
     return kd_home() / "mirrors"
 
 
@@ -55,16 +58,26 @@ def cache_bytes(given: int | None = None) -> int:
     return given if given is not None else byte_count(named) if named else CACHE_BYTES
 
 
-def mirror_of(url: str, limit: int | None = None) -> Path:
-    """The directory to read a cache at `url` from: its mirror on this disk, which keeps `limit` bytes of shards."""
-    return Mirror(open_remote(url), cache_bytes(limit)).root
+def open_mirror(url: str, limit: int | None = None) -> Mirror:
+    """The files of the cache at `url`, through its mirror on this disk, which keeps `limit` bytes of shards."""
+    return Mirror(open_remote(url), cache_bytes(limit))
 
 
 class Mirror:
-    """One cache elsewhere, and what is here of it; registered with `commits`, which asks it for files."""
+    """`CacheFiles` of a cache elsewhere. Several mirrors of one cache, in any processes, share a folder.
+
+    Each counts the bytes in the folder before it evicts anything; between two counts, the files that another mirror has fetched
+    may lie there on top of the bound.
+    """
+
+    on_disk = False
 
     def __init__(self, remote: Remote, limit: int) -> None:
-        """Fetches the metadata. Raises CacheError where there is no cache."""
+        """Fetch the metadata. Raises CacheError where there is no cache.
+
+        remote   place of the cache
+        limit    most bytes of shards on this disk
+        """
         self.remote, self.limit = remote, limit
         try:
             mirrors().mkdir(parents=True, exist_ok=True)
@@ -85,21 +98,34 @@ class Mirror:
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._stored = sum(p.stat().st_size for p in self._evictable())
-        """Bytes of shards on this disk; counted again before anything is evicted."""
+        """Bytes of shards on this disk, as last counted."""
         self._coming = 0
-        """Bytes being fetched."""
+        """Bytes of the files that are being fetched."""
         self._early: dict[str, tuple[int, int]] = {}
-        """Files fetched (or kept) for a reader that has not touched them yet: shard and bytes."""
+        """Announced files that are here and were not read yet -> shard and size in bytes."""
         self._queue: deque[tuple[int, str | None]] = deque()
         """(shard, array), or (shard, None) for all of `_arrays`."""
         self._arrays: set[str] = set()
         self._threads: list[threading.Thread] = []
         for name, entry in self.manifest.files.items():
             self._there(name, entry, metadata=True)
-        commits.ORIGINS[self.root] = self
 
-    def commit(self, index: int) -> None:
-        """Have a commit on this disk, checked against the manifest."""
+    def committed(self, shards: int) -> list[int]:
+        """As `CacheFiles.committed`: what the address offers."""
+        return [index for index in self.part.shards if index < shards]
+
+    def read_commit(self, manifest: CacheManifest, index: int) -> ShardRecord:
+        """As `CacheFiles.read_commit`; the commit is fetched where it is not here."""
+        self._fetch_commit(index)
+        return commits.read_commit(self.root, manifest, index)
+
+    def stored_bytes(self, manifest: CacheManifest, index: int) -> dict[str, int]:
+        """As `CacheFiles.stored_bytes`, as recorded in the commit."""
+        entries = self.read_commit(manifest, index).files
+        paths = commits.shard_files(manifest.arrays, index)
+        return {array: int(entries[path]["bytes"]) for array, path in paths.items()}
+
+    def _fetch_commit(self, index: int) -> None:
         name = f"commits/{index:05d}.json"
         if index not in self.part.shards or (self.root / name).exists():
             return
@@ -118,12 +144,16 @@ class Mirror:
             except OSError as error:
                 raise write_error(self.root / name, error) from error
 
-    def verified(self, name: str, entry: Mapping[str, Any]) -> bytes:
-        """The bytes of a file, from this disk where they are right, else fetched. Raises CacheDamageError, CacheError."""
+    def verify_file(self, name: str, entry: Mapping[str, Any], **where: object) -> None:
+        """As `CacheFiles.verify_file`; the file is fetched where it is not here."""
+        self.verified_bytes(name, entry, **where)
+
+    def verified_bytes(self, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
+        """As `CacheFiles.verified_bytes`: from this disk where they are right, else fetched. Raises CacheError too."""
         with self._lock:
             self._early.pop(name, None)
         while True:
-            with suppress(OSError):  # not here, or evicted by another process this moment
+            with suppress(OSError):  # the file is not here, or another process has just evicted it
                 data = (self.root / name).read_bytes()
                 if len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"]:
                     os.utime(self.root / name)
@@ -131,11 +161,8 @@ class Mirror:
                 (self.root / name).unlink()
             self._there(name, entry, metadata=name in self.manifest.files)
 
-    def ask(self, shards: Sequence[int], arrays: Iterable[str] | None) -> None:
-        """Say what will be read next, in order: fetched on threads, up to half the bound. Replaces what was asked before.
-
-        `arrays` are names of `commits.shard_files`; None = all that are here to be had, none = commits alone.
-        """
+    def expect(self, shards: Sequence[int], arrays: Iterable[str] | None = None) -> None:
+        """As `CacheFiles.expect`: fetched on threads, up to half the bound. A new call replaces the one before."""
         with self._wake:
             self._arrays = {*self.part.arrays, "examples"} if arrays is None else set(arrays)
             self._queue = deque((i, None) for i in shards if i in self.part.shards)
@@ -154,15 +181,15 @@ class Mirror:
                 while not self._queue:
                     self._wake.wait()
                 index, array = self._queue.popleft()
-            with suppress(Exception):  # whoever reads the file meets the same error, and says so
+            with suppress(Exception):  # the reader of the file will meet the same error and raise it
                 if array is None:
                     self._expand(index)
                 else:
                     self._fetch_early(index, array)
 
     def _expand(self, index: int) -> None:
-        """A commit, and then its files to the head of the queue."""
-        commits.read_commit(self.root, self.manifest, index)
+        """Have a commit here, and put its shard's files at the head of the queue."""
+        self.read_commit(self.manifest, index)
         with self._wake:
             self._queue.extendleft(
                 (index, a) for a in commits.shard_files(self.manifest.arrays, index) if a in self._arrays
@@ -171,13 +198,13 @@ class Mirror:
 
     def _fetch_early(self, index: int, array: str) -> None:
         name = commits.shard_files(self.manifest.arrays, index)[array]
-        entry = commits.read_commit(self.root, self.manifest, index).files[name]
+        entry = self.read_commit(self.manifest, index).files[name]
         with self._lock:
             if sum(size for _, size in self._early.values()) + entry["bytes"] > self.limit / 2:
-                self._queue.clear()  # enough; the reader will ask again
+                self._queue.clear()  # half the bound is used; the reader will announce more
                 return
             self._early[name] = (index, int(entry["bytes"]))
-        with suppress(OSError):  # what is here already and wanted soon is not what was used longest ago
+        with suppress(OSError):  # a file that is here already and read soon must not be evicted first
             os.utime(self.root / name)
         try:
             self._there(name, entry)
@@ -209,15 +236,18 @@ class Mirror:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
+        """Keep other threads and processes from fetching this file meanwhile."""
         number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") % LOCKS
+        lock = FileLock(self.root / STAGING / f"lock-{number}", poll_interval=POLL)
         try:
             (self.root / STAGING).mkdir(exist_ok=True)
-            lock = (self.root / STAGING / f"lock-{number}").open("w")
+            lock.acquire()
         except OSError as error:
             raise write_error(self.root, error) from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
             yield
+        finally:
+            lock.release()
 
     def _evictable(self) -> list[Path]:
         return [
@@ -228,9 +258,9 @@ class Mirror:
         ]
 
     def _make_room(self, size: int) -> None:
-        """Count `size` bytes more, and remove what was used longest ago where that is over the bound.
+        """Reserve `size` bytes; over the bound, remove the files that were used longest ago.
 
-        What was fetched ahead and not used yet goes last.
+        Files that were fetched ahead and not read yet are removed last.
         """
         if size > self.limit:
             raise CacheError(
@@ -243,14 +273,14 @@ class Mirror:
             self._coming += size
             if self._stored + self._coming <= self.limit:
                 return
-            found = []
+            files = []
             for path in self._evictable():
                 with suppress(OSError):  # another process evicts too
                     stat = path.stat()
                     early = path.relative_to(self.root).as_posix() in self._early
-                    found.append((early, stat.st_mtime_ns, stat.st_size, path))
-            self._stored = sum(length for _, _, length, _ in found)
-            for _, _, length, path in sorted(found):
+                    files.append((early, stat.st_mtime_ns, stat.st_size, path))
+            self._stored = sum(length for _, _, length, _ in files)
+            for _, _, length, path in sorted(files):
                 if self._stored + self._coming <= self.limit:
                     break
                 with suppress(OSError):

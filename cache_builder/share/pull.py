@@ -1,20 +1,20 @@
-"""Pull a cache, or a part of one, from where somebody put it: verified, in parallel, continued when cut.
+"""Pull a cache, or a part of one, from a remote: verified, in parallel, and continued by the same command when it was cut.
 
-The manifest comes first (its own checksum), commits are checked against the manifest, files against the commits; what has
-arrived lies under `.staging-pull` until it is right, `manifest.json` is published last. So a directory without a manifest
-holds no cache, and the same command again goes on where it stopped: what is there with the right size and SHA-256 is not
-fetched again. That also mends a damaged copy.
+The manifest comes first and has a checksum; commits are checked against the manifest, files against the commits. Files lie in
+`.staging-pull` until they are verified, and `manifest.json` is published last. So a folder without a manifest holds no cache.
+A file that is there with the recorded size and SHA-256 is not fetched again. This also repairs a damaged copy.
 """
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from kd.cache_builder.share.fetching import fetch, fetch_small, in_parallel
 from kd.cache_builder.share.places import open_remote
@@ -36,7 +36,7 @@ from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import publish, sha256_of, sync_folder, unfinished, write_error
 
 STAGING = ".staging-pull"
-"""Folder of what is on its way; see `files.unfinished`."""
+"""Folder of files that have not fully arrived; see `files.unfinished`."""
 
 
 def pull(
@@ -47,10 +47,15 @@ def pull(
     arrays: Callable[[CacheManifest], Collection[str]] | None = None,
     workers: int = 8,
 ) -> Iterator[TransferProgress]:
-    """Copy a cache from `url`, or the shards that hold `examples`, or the arrays (and those nobody can miss) alone.
+    """Copy a cache, or a part of it, from `url` to `path`.
 
-    A copy of a part lists what it holds in `partial.json`; pulling more of it adds to that. Raises CacheError where
-    there is no cache, CacheDamageError for what arrives wrong, CacheMismatchError when another cache is at `path`.
+    examples   first example and one past the last: copy only the shards that hold them; None means all
+    arrays     called with the manifest; returns the names of the arrays to copy, besides those that every reader needs;
+               None means all
+    workers    files that are fetched at once
+
+    A copy of a part lists what it holds in `partial.json`; pulling more of the cache adds to it. Raises CacheError where there
+    is no cache, CacheDamageError for files that arrive wrong, CacheMismatchError when another cache is at `path`.
     """
     root, remote, tally, stop = Path(path), open_remote(url), Tally(), threading.Event()
     with _staging(root) as staging:
@@ -84,7 +89,7 @@ def pull(
 
 
 def _offered(remote: Remote, wanted: Part, offered: Part | None, everything: bool) -> Part:
-    """What can be had of `wanted` from a remote that may be a part itself."""
+    """The part to fetch from a remote that may hold a part itself. Raises CacheError where it does not hold all of `wanted`."""
     if offered is None:
         return wanted
     if everything:
@@ -100,9 +105,9 @@ def _offered(remote: Remote, wanted: Part, offered: Part | None, everything: boo
 
 @contextmanager
 def _staging(root: Path) -> Iterator[Path]:
-    """The staging folder, held against another pull; removed when all went well, kept for the next attempt when not."""
+    """The staging folder, locked against other pulls. It is removed at the end, and kept after an error for the next attempt."""
     if root.is_dir() and not (root / MANIFEST).exists():
-        known = {
+        expected = {
             MANIFEST,
             VOCABULARY,
             TARGETS,
@@ -112,7 +117,7 @@ def _staging(root: Path) -> Iterator[Path]:
             PARTIAL,
             *BESIDE,
         }
-        foreign = sorted(p.name for p in root.iterdir() if p.name not in known and not unfinished(p.name))
+        foreign = sorted(p.name for p in root.iterdir() if p.name not in expected and not unfinished(p.name))
         if foreign:
             building = BUILDING in foreign
             raise CacheError(
@@ -122,31 +127,30 @@ def _staging(root: Path) -> Iterator[Path]:
                 expected="an empty or new directory",
                 try_="another path",
             )
+    lock = FileLock(root / STAGING / "lock")
     try:
         (root / STAGING).mkdir(parents=True, exist_ok=True)
-        lock = (root / STAGING / "lock").open("w")
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise CacheError("another pull is writing there", where=root, try_="wait for it, or another path") from error
     except OSError as error:
         raise write_error(root, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CacheError(
-                "another pull is writing there", where=root, try_="wait for it, or another path"
-            ) from error
+    try:
         yield root / STAGING
         shutil.rmtree(root / STAGING)
         sync_folder(root)
+    finally:
+        lock.release()
 
 
 def _held(root: Path, staging: Path, manifest: CacheManifest) -> Part | None:
-    """What a copy at `root` has of this cache; None for nothing. Raises CacheMismatchError when it is another's."""
+    """The part of this cache that lies at `root`; None for nothing. Raises CacheMismatchError for another cache."""
     if not (root / MANIFEST).exists():
         return None
     if (root / MANIFEST).read_bytes() != (staging / MANIFEST).read_bytes():
         try:
             other = load_manifest(root)
-        except CacheDamageError:  # it says nothing any more, and will be replaced
+        except CacheDamageError:  # an unreadable manifest is replaced
             return None
         raise_mismatch(root, manifest, other)
     with suppress(CacheDamageError):
@@ -185,7 +189,7 @@ def _bring_commit(
     tally: Tally,
     stop: threading.Event,
 ) -> None:
-    """A commit, checked against the manifest, into staging; its files of this part are added to the total."""
+    """Fetch a commit to the staging folder, checked against the manifest, and add its files of this part to the total."""
     name = f"commits/{index:05d}.json"
     if not any(p.is_file() and sha256_of(p) == manifest.commits[index] for p in (root / name, staging / name)):
         try:
@@ -200,7 +204,7 @@ def _bring_commit(
 
 
 def _names(manifest: CacheManifest, part: Part, index: int) -> list[str]:
-    """Files of a shard that belong to a part. The names are ours: a remote's are only compared with them."""
+    """Files of a shard that belong to a part. The names are made here; those in a commit are only compared with them."""
     arrays = [a for a in manifest.arrays if a.name in part.arrays]
     return list(commits.shard_files(arrays, index).values())
 
@@ -216,7 +220,7 @@ def _data_jobs(
 
 
 def _refuse_full_disk(root: Path, tally: Tally) -> None:
-    """Raise CacheError where what is to come cannot fit: what lies there already may be counted twice, so with room."""
+    """Raise CacheError where the rest cannot fit on the disk. Files that are there already may be counted twice."""
     there = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
     free = shutil.disk_usage(root).free
     if tally.total - there > free:

@@ -1,8 +1,7 @@
-"""Push a cache to a place where others find it: verified, in parallel, continued when cut.
+"""Push a cache to a remote: verified, in parallel, and continued by the same command when it was cut.
 
-Every file is checked against its commit before it is sent; data first, then commits, then `manifest.json`. So a place
-without a manifest holds no cache, and the same command again goes on where it stopped: what is there with the right size
-and SHA-256 is not sent again.
+Every file is checked against its commit before it is sent: data first, then commits, then `manifest.json`. So a remote without a
+manifest holds no cache. A file that is there with the recorded size and SHA-256 is not sent again.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from pathlib import Path
 
 from kd.cache_builder.share.dataset_card import CARD, dataset_card
 from kd.cache_builder.share.fetching import in_parallel, persist
-from kd.cache_builder.share.hub_remote import Hub
 from kd.cache_builder.share.places import open_remote
-from kd.cache_builder.share.remotes import Entry, Folder, Remote
+from kd.cache_builder.share.remotes import Entry, Remote
 from kd.cache_builder.share.transfer import Tally, TransferProgress, fetch_if_there, raise_mismatch
 from kd.cache_builder.store import commits
+from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.manifest import MANIFEST, CacheManifest, load_manifest
 from kd.cache_builder.store.part import PARTIAL, load_part
 from kd.common.errors import CacheDamageError, CacheError
@@ -45,10 +44,8 @@ def push(
             try_="kd cache pull the rest, or run its kd cache build command again",
         )
     remote = open_remote(url)
-    if isinstance(remote, Hub):
-        remote.private = private
-    persist(remote.prepare, remote, "", stop)
-    known = _refuse_another(root, manifest, remote)
+    persist(partial(remote.prepare, private=private), remote, "", stop)
+    already_there = _refuse_another(root, manifest, remote)
     data: dict[str, Entry] = dict(manifest.files)
     entries: dict[str, Entry] = {}
     for index in range(len(manifest.shards)):
@@ -68,19 +65,18 @@ def push(
         persist(lambda: arrived.update(remote.held(root, data | entries)), remote, "", stop)
         if missing := sorted((data | entries).keys() - arrived):
             raise CacheError(
-                "what was sent is not there, or not as it was sent",
+                "a file that was sent is missing or differs",
                 where=remote.url,
                 found=missing[0],
                 try_="the same command again; on the hub, no .gitignore that names it",
             )
-        if isinstance(remote, Hub):
+        if remote.shows_card:
             _send_card(remote, root, url, license, stop)
-        if not known:
+        if not already_there:
             persist(lambda: remote.write(root, [MANIFEST]), remote, MANIFEST, stop)
             tally.add(files=1)
     finally:
-        if isinstance(remote, Folder):
-            remote.close()
+        remote.close()
     yield tally.now()
 
 
@@ -94,28 +90,28 @@ def _send(
     remote: Remote, root: Path, names: Sequence[str], entries: dict[str, Entry], tally: Tally, stop: threading.Event
 ) -> None:
     for name in names:
-        commits.verify_file(root, name, entries[name])
+        LocalFiles(root).verify_file(name, entries[name])
     persist(lambda: remote.write(root, names), remote, names[0], stop)
     size = sum(int(entries[name]["bytes"]) for name in names)
     tally.add(done=size, moved=size, files=len(names))
 
 
 def _refuse_another(root: Path, manifest: CacheManifest, remote: Remote) -> bool:
-    """Does the place hold this manifest already? Raises where it holds another cache, or a part of one."""
+    """True if the remote holds this manifest already. Raises CacheError where it holds another cache, or a part of one."""
     theirs, same = fetch_if_there(remote, MANIFEST), False
     if theirs is not None and not (same := theirs == (root / MANIFEST).read_bytes()):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / MANIFEST).write_bytes(theirs)
-            with suppress(CacheDamageError):  # one that says nothing is replaced
+            with suppress(CacheDamageError):  # an unreadable manifest is replaced
                 other = load_manifest(Path(folder))
                 raise_mismatch(remote.url, manifest, other)
     if fetch_if_there(remote, PARTIAL) is not None:
-        raise CacheError("this place holds a part of a cache", where=remote.url, try_="another address")
+        raise CacheError("a part of a cache is there", where=remote.url, try_="another address")
     return same
 
 
 def _send_card(remote: Remote, root: Path, url: str, license: str | None, stop: threading.Event) -> None:
-    """A dataset card, where there is none yet: one that somebody has edited stays."""
+    """Send a dataset card unless there is one: somebody may have edited it."""
     if fetch_if_there(remote, CARD) is not None:
         return
     with tempfile.TemporaryDirectory() as folder:

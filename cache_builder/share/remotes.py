@@ -1,83 +1,79 @@
-"""Where caches are shared: one class per kind of place, behind four methods.
+"""Remotes: the places where caches are shared, one class per kind of place.
 
     file://…, a path    a directory                                   read, write
     s3://BUCKET/KEY     an object store, through s3fs                 read, write      pip install 'kd-logit-cache[s3]'
     https://, http://   any web server; ranges are used if it has them     read
-    hf://datasets/…     the hub, see `hub`                            read, write
+    hf://datasets/…     the hub, see `hub_remote`                     read, write
 
-A place is not trusted: names are made here, never taken from it; no more bytes are taken than were asked for; whoever
-reads compares digests. A web server may redirect, but to http(s) alone, and never from https to http.
+A remote is not trusted: file names are made here and never taken from it, no more bytes are taken than were requested, and the
+caller compares digests.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
-
-import requests
-import urllib3
+from urllib.parse import unquote, urlsplit
 
 from kd.common.errors import CacheError
-from kd.common.extras import needed
 from kd.common.files import process_tag, publish, sha256_of, write_error
 
 Entry = Mapping[str, Any]
 """`bytes` and `sha256` of a file, as commits record them."""
 PIECE = 2**18
-BLOCK = 8 * 2**20
-"""Bytes of one request to an object store, which hands them over all at once."""
-CREDENTIALS = "AWS_PROFILE or AWS_ACCESS_KEY_ID; FSSPEC_S3_ANON=true for a public bucket"
-TIMEOUT = (10.0, 30.0)
-"""Seconds to connect, and between two pieces."""
+"""Bytes that are handed on at once."""
 
 
 class Transient(Exception):
-    """A failure that another try may mend: a cut connection, a server that is too busy."""
+    """A failure that may pass, so that another attempt makes sense: a cut connection, a busy server."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait
-        """Seconds the server asked for."""
+        """Seconds that the server asked the client to wait; None if it did not say."""
 
 
 class Remote(ABC):
-    """A place that holds (or will hold) the files of one cache, by their paths in it."""
+    """A place that holds, or will hold, the files of one cache by their paths in it."""
 
     batch = 1
-    """Files that one `write` should be given."""
+    """Number of files that one `write` should be given."""
     writers = 8
-    """Writes that may run at once."""
+    """Number of writes that may run at once."""
+    shows_card = False
+    """True where the place shows a `README.md` as its front page: a push then adds a dataset card."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes `[start, stop)` of a file, in pieces; fewer where it ends before.
+        """Yield bytes `[start, stop)` of a file in pieces; fewer where the file ends before.
 
-        Raises FileNotFoundError, Transient, or CacheError for what no second try will mend.
+        Raises FileNotFoundError; Transient for a failure that may pass; CacheError for any other.
         """
 
-    def prepare(self) -> None:
-        """Make the place ready to be written to. Raises CacheError where it cannot be."""
+    def prepare(self, *, private: bool = False) -> None:
+        """Make the place ready to be written to. Raises CacheError where it cannot be.
+
+        `private` hides a place that is made here from others, where the place knows such a thing.
+        """
         raise self._read_only()
 
     def held(self, root: Path, entries: Mapping[str, Entry]) -> set[str]:
-        """Names of those files that are there already, with just these contents; `root` has them too."""
+        """Names of the files that are there already with the recorded contents; `root` holds the same files."""
         raise self._read_only()
 
     def write(self, root: Path, names: Sequence[str]) -> None:
-        """Put files of `root` there, each whole or not at all. Raises Transient or CacheError."""
+        """Copy files of `root` there, each whole or not at all. Raises Transient or CacheError."""
         raise self._read_only()
+
+    def close(self) -> None:  # noqa: B027 - most places have nothing to remove
+        """Remove what writing has left at the place besides the files."""
 
     def _read_only(self) -> CacheError:
         return CacheError(
@@ -87,7 +83,7 @@ class Remote(ABC):
         )
 
 
-class Folder(Remote):
+class FolderRemote(Remote):
     """A directory of this machine, or one that is mounted."""
 
     def __init__(self, url: str) -> None:
@@ -102,7 +98,7 @@ class Folder(Remote):
                 start += len(piece)
                 yield piece
 
-    def prepare(self) -> None:
+    def prepare(self, *, private: bool = False) -> None:
         """As `Remote.prepare`."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -125,178 +121,17 @@ class Folder(Remote):
                 raise write_error(self.root / name, error) from error
 
     def close(self) -> None:
-        """Remove what was staged."""
+        """As `Remote.close`: the staging folder."""
         shutil.rmtree(self.root / f".staging-{process_tag()}", ignore_errors=True)
 
 
-class Web(Remote):
-    """Any web server that serves the cache's directory."""
-
-    def __init__(
-        self, url: str, address: Callable[[str], str] | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """`address` says where a file is, where that is not simply below the URL."""
-        super().__init__(url)
-        base = url.split("?")[0].split("#")[0].rstrip("/")
-        self._address = address or (lambda name: f"{base}/{quote(name)}")
-        # as it is stored: no server should spend time on compression, and no reader can be sent a bomb
-        self._headers = {**(headers or {}), "Accept-Encoding": "identity"}
-        self._local = threading.local()
-
-    def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        """As `Remote.read`."""
-        headers = self._headers | {"Range": f"bytes={start}-{stop - 1}"}
-        try:
-            with self._session().get(self._address(name), headers=headers, stream=True, timeout=TIMEOUT) as response:
-                self._check(response, name, start)
-                if response.status_code == 416:  # the file ends before `start`
-                    return
-                skip = start if response.status_code == 200 else 0  # a server without ranges sends all of it
-                left = stop - start
-                for piece in response.raw.stream(PIECE, decode_content=False):
-                    kept = piece[skip : skip + left]
-                    skip -= min(skip, len(piece))
-                    left -= len(kept)
-                    if kept:
-                        yield kept
-                    if not left:
-                        return
-        except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
-        except requests.RequestException as error:  # no such scheme, too many redirects, not an address
-            raise CacheError("the address cannot be read", where=self._address(name), found=error) from error
-
-    def _session(self) -> requests.Session:
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-        session: requests.Session = self._local.session
-        return session
-
-    def _check(self, response: requests.Response, name: str, start: int) -> None:
-        where, status = self._address(name), response.status_code
-        chain = [*(r.url for r in response.history), response.url]
-        if any(a.startswith("https://") and b.startswith("http://") for a, b in pairwise(chain)):
-            raise CacheError("the server redirects from https to http", where=where, found=response.url)
-        if status in (404, 410):
-            raise FileNotFoundError(where)
-        if status in (408, 425, 429) or status >= 500:
-            after = response.headers.get("Retry-After", "")
-            raise Transient(f"HTTP {status}", float(after) if after.isdigit() else None)
-        if status in (401, 403):
-            raise CacheError(
-                "the server refuses to hand this out",
-                where=where,
-                found=f"HTTP {status}",
-                try_="hf auth login (hub), ~/.netrc (web)",
-            )
-        if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise CacheError(
-                "the server sends another range than asked for",
-                where=where,
-                found=response.headers.get("Content-Range"),
-                expected=f"bytes {start}-…",
-            )
-        if status not in (200, 206, 416):
-            raise CacheError("the server's answer is of no use", where=where, found=f"HTTP {status}")
-
-
-class Bucket(Remote):
-    """An S3 object store, through s3fs: endpoint, region and credentials as every AWS tool takes them.
-
-    AWS_ENDPOINT_URL, AWS_PROFILE, AWS_ACCESS_KEY_ID, …, and FSSPEC_S3_ANON=true for a public bucket without a login.
-    Every object carries its SHA-256 as metadata: how a push that was cut knows what is there.
-    """
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        with needed("s3fs", "s3://"):
-            import s3fs
-        self._root = url.removeprefix("s3://").rstrip("/")
-        if not self._root or "//" in self._root:
-            raise CacheError("this is not the address of a cache", found=url, expected="s3://BUCKET/PATH")
-        once = {"retries": {"max_attempts": 0}}  # whoever calls has patience; three layers of it would take hours
-        self._files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=once)
-        self._files.retries = 1
-
-    @contextmanager
-    def _asked(self, name: str) -> Iterator[None]:
-        from aiohttp import ClientError as ConnectionCut
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        where = f"s3://{self._root}/{name}".rstrip("/")
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            raise CacheError("the object store refuses", where=where, found=error, try_=CREDENTIALS) from error
-        except BotoCoreError as error:
-            if "redential" in str(error) or "rofile" in str(error):
-                raise CacheError(
-                    "no credentials for the object store", where=where, found=error, try_=CREDENTIALS
-                ) from error
-            raise Transient(f"{type(error).__name__}: {error}") from error
-        except (OSError, ClientError, ConnectionCut, TimeoutError) as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
-
-    def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        """As `Remote.read`."""
-        while start < stop:
-            with self._asked(name):
-                try:
-                    data = self._files.cat_file(f"{self._root}/{name}", start=start, end=min(start + BLOCK, stop))
-                except OSError as error:
-                    if "InvalidRange" in str(error) or "not satisfiable" in str(
-                        error
-                    ):  # the object ends before `start`
-                        return
-                    raise
-            if not data:
-                return
-            yield data[: stop - start]
-            if len(data) < min(BLOCK, stop - start):
-                return
-            start += len(data)
-
-    def prepare(self) -> None:
-        """As `Remote.prepare`."""
-        with self._asked(""):
-            try:
-                self._files.ls(self._root.split("/")[0])
-            except FileNotFoundError as error:
-                raise CacheError("there is no such bucket", where=f"s3://{self._root}", found=error) from error
-
-    def held(self, root: Path, entries: Mapping[str, Entry]) -> set[str]:
-        """As `Remote.held`: size, and the SHA-256 in the object's metadata."""
-        with self._asked(""):
-            found = {
-                key.removeprefix(f"{self._root}/"): info["size"]
-                for key, info in self._files.find(self._root, detail=True).items()
-            }
-
-        def same(name: str) -> bool:
-            with self._asked(name):
-                return bool(self._files.metadata(f"{self._root}/{name}").get("sha256") == entries[name]["sha256"])
-
-        alike = [name for name, entry in entries.items() if found.get(name) == entry["bytes"]]
-        with ThreadPoolExecutor(self.writers) as pool:  # one request each
-            return {name for name, answer in zip(alike, pool.map(same, alike), strict=True) if answer}
-
-    def write(self, root: Path, names: Sequence[str]) -> None:
-        """As `Remote.write`: an object is there when it is whole."""
-        for name in names:
-            with self._asked(name):
-                digest = sha256_of(root / name)
-                self._files.put_file(str(root / name), f"{self._root}/{name}", Metadata={"sha256": digest})
-
-
 def holds(path: Path, entry: Entry) -> bool:
-    """Is this file there, with the recorded size and SHA-256?"""
+    """True if a file is there with the recorded size and SHA-256."""
     return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]
 
 
 def local_path(place: str | os.PathLike[str]) -> Path:
-    """The path that a path or a file:// address names. Raises CacheError for another machine's."""
+    """The path that a path or a file:// address names. Raises CacheError for an address on another machine."""
     text = str(place)
     if not text.startswith("file://"):
         return Path(place)

@@ -1,4 +1,4 @@
-"""What pushing and pulling share: how far they are, and what cache is at the other end."""
+"""Shared by push and pull: their progress, and the description of the cache at the other end."""
 
 from __future__ import annotations
 
@@ -9,33 +9,36 @@ from pathlib import Path
 
 from kd.cache_builder.share.fetching import fetch_small
 from kd.cache_builder.share.remotes import Remote
-from kd.cache_builder.store.manifest import MANIFEST, CacheManifest, load_manifest, refuse_mismatch
+from kd.cache_builder.store.cache_identity import refuse_mismatch
+from kd.cache_builder.store.manifest import MANIFEST, CacheManifest, load_manifest
 from kd.cache_builder.store.part import PARTIAL, Part, load_part
 from kd.common.errors import CacheError, CacheMismatchError, KdError
 from kd.common.files import MAX_JSON_BYTES
 
 COMMIT_BYTES = 2**20
-"""A commit is a few kilobytes; nobody says how many, so more is not taken."""
+"""Most bytes of a commit. Its size is not recorded; a commit has a few kilobytes."""
 
 
 @dataclass(frozen=True)
 class TransferProgress:
-    """How far a push or a pull is."""
+    """Progress of a push or a pull."""
 
     bytes_done: int
-    """Right where they should be, those that were there before too."""
+    """Bytes that are at their place, including those that were there before."""
     bytes_total: int
+    """Bytes of everything that is to be there at the end."""
     bytes_moved: int
-    """Over the wire in this run."""
+    """Bytes transferred in this run."""
     files: int
-    """Moved in this run."""
+    """Files transferred in this run."""
     seconds: float
+    """Seconds since the start of this run."""
     part: Part | None = None
-    """Pull: what the copy holds, where that is not the whole cache."""
+    """For a pull: what the copy holds; None for the whole cache."""
 
 
 class Tally:
-    """Counts for all threads."""
+    """Counters of a transfer, shared by its threads."""
 
     def __init__(self) -> None:
         self.done = self.total = self.moved = self.files = 0
@@ -48,7 +51,7 @@ class Tally:
             self.moved, self.files = self.moved + moved, self.files + files
 
     def arrived(self, count: int) -> None:
-        """Bytes from the network; a negative number takes back what turned out wrong."""
+        """Count bytes from the network; a negative number takes back bytes that turned out wrong."""
         self.add(done=count, moved=max(count, 0))
 
     def now(self, part: Part | None = None) -> TransferProgress:
@@ -56,7 +59,10 @@ class Tally:
 
 
 def describe(remote: Remote, folder: Path) -> tuple[CacheManifest, Part | None]:
-    """Write the remote's manifest (and `partial.json`, where it is a part itself) to `folder`, and read it checked."""
+    """Fetch the remote's manifest, and `partial.json` where it has one, to `folder`; returns both, checked.
+
+    Raises CacheError where there is no complete cache, CacheDamageError for a damaged manifest.
+    """
     try:
         data = fetch_small(remote, MANIFEST, MAX_JSON_BYTES)
     except FileNotFoundError as error:
@@ -83,7 +89,7 @@ def describe(remote: Remote, folder: Path) -> tuple[CacheManifest, Part | None]:
 
 
 def raise_mismatch(where: object, wanted: CacheManifest, other: CacheManifest) -> None:
-    """Raise CacheMismatchError with what differs between two caches of which one was expected to be the other."""
+    """Raise CacheMismatchError with the differences between the cache that was expected and the one that is there."""
     try:
         refuse_mismatch(Path(str(where)), wanted.identity, other)
     except CacheMismatchError as error:
@@ -94,7 +100,7 @@ def raise_mismatch(where: object, wanted: CacheManifest, other: CacheManifest) -
 
 
 def fetch_if_there(remote: Remote, name: str) -> bytes | None:
-    """A small file of the remote; None where it has none of that name."""
+    """A small file of the remote; None where it does not exist."""
     try:
         return fetch_small(remote, name, MAX_JSON_BYTES)
     except FileNotFoundError:

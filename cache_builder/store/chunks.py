@@ -1,12 +1,12 @@
-"""A shard's file of one array, decoded straight from its verified bytes: Zarr's `sharding_indexed`, read whole.
+"""Decode a shard's file of one array straight from its verified bytes: Zarr's `sharding_indexed`, read whole.
 
     inner chunks (bytes | transpose, bytes -> blosc -> crc32c), then the index: offset and length of each as uint64
     little-endian, all ones where a chunk was never written, and the crc32c of the index
 
-zarr-python opens an array and schedules every chunk as a coroutine: about 2 ms per chunk and array, which is
-more than the decoding. A reader has the file's bytes in hand anyway, to compare their SHA-256 with the commit; it is
-these bytes that are decoded here, so nothing can change in between, and the crc32c, which protects those who have no
-SHA-256, need not be computed again. The tests compare every array with what zarr-python reads.
+zarr-python opens an array and schedules every chunk as a coroutine: about 2 ms per chunk and array, which is more than the
+decoding takes. A reader has read the file's bytes anyway, to compare their SHA-256 with the commit. The same bytes are decoded
+here, so nothing can change in between, and the crc32c (for readers without a SHA-256) need not be computed again. The tests
+compare every array with what zarr-python reads.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from kd.cache_builder.store.arrays import ArraySpec
+from kd.cache_builder.store.encoding.arrays import ArraySpec
 from kd.cache_builder.store.manifest import Layout
 from kd.common.errors import CacheError
 
 MISSING = 2**64 - 1
+"""Offset and length of a chunk that was never written."""
 CHECKSUM = 4
-"""Bytes of a crc32c."""
+"""Size of a crc32c in bytes."""
 HEADER = 16
-"""Bytes of a blosc header; it holds the size of what is compressed."""
+"""Size of a blosc header in bytes; it holds the size of the decompressed data."""
 
 
 def read_index(data: bytes, layout: Layout) -> np.ndarray:
-    """`[chunks, 2]` offset and length of each inner chunk. Raises CacheError where the file has no room for it."""
+    """`[chunks, 2]` offset and length of each inner chunk. Raises CacheError where the file is too short for it."""
     count = layout.shard_rows // layout.chunk_rows
     if len(data) < 16 * count + CHECKSUM:
         raise CacheError("a shard's index is cut off", found=f"{len(data)} bytes")
@@ -35,9 +36,9 @@ def read_index(data: bytes, layout: Layout) -> np.ndarray:
 
 
 def broken_chunks(data: bytes, layout: Layout) -> list[int]:
-    """Numbers of the inner chunks whose bytes do not have their crc32c, of a shard's file that was changed.
+    """Numbers of the inner chunks whose crc32c does not match their bytes, in a shard's file that was changed.
 
-    Nothing is decompressed: these bytes are nobody's. Raises CacheError where there is no index.
+    Nothing is decompressed, because such bytes cannot be trusted. Raises CacheError where there is no index.
     """
     end, broken = len(data) - CHECKSUM - 16 * (layout.shard_rows // layout.chunk_rows), []
     for number, (offset, length) in enumerate(read_index(data, layout).tolist()):
@@ -53,7 +54,7 @@ def broken_chunks(data: bytes, layout: Layout) -> list[int]:
 def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.ndarray:
     """The first `rows` rows of a shard's file: `[rows]` or `[rows, columns]`, in the memory order it was stored in.
 
-    Raises CacheError where the bytes are not such a shard; nothing larger than the layout says is allocated.
+    Raises CacheError where the bytes are not such a shard. No more is allocated than the layout says.
     """
     index, dtype, view = read_index(data, layout), np.dtype(spec.dtype).newbyteorder("<"), memoryview(data)
     width = 1 if spec.columns is None else spec.columns
@@ -66,7 +67,7 @@ def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.
         if offset == length == MISSING:
             into[...] = 0
         elif length < CHECKSUM + HEADER or offset + length > len(data) - CHECKSUM - 16 * len(index):
-            raise CacheError("a shard's index points elsewhere", found=f"{length} bytes from {offset}")
+            raise CacheError("a shard's index points outside the file", found=f"{length} bytes from {offset}")
         else:
             _decompress(view[offset : offset + length - CHECKSUM], into)
         if spec.by_column:
@@ -79,11 +80,11 @@ def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.
 
 
 def _decompress(chunk: memoryview, into: np.ndarray) -> None:
-    """Raises CacheError unless blosc's header says what is there: c-blosc believes it, and reads where it points."""
+    """Decompress one chunk. Raises CacheError unless its header matches its bytes: c-blosc trusts the header."""
     size, block, compressed = (int.from_bytes(chunk[i : i + 4], "little") for i in (4, 8, 12))
     if len(chunk) < HEADER or size != into.nbytes:
         raise CacheError(
-            "a chunk has another size than the layout says",
+            "a chunk's size does not match the layout",
             found=f"{len(chunk)} bytes compressed",
             expected=f"{into.nbytes} bytes",
         )

@@ -1,8 +1,8 @@
-"""The mapping between `RawTargets`, stored arrays and `SoftTargets`; the head's own coding is `logprob_codecs`'.
+"""Encode `RawTargets` as stored arrays and decode them to `SoftTargets`; the log-probabilities are coded by `logprob_codecs`.
 
-The top value of a row is not stored: it is -log_z at temperature 1. Neither is log_z, but the odds of the tail: its
-exact mass over that of the *decoded* head. So kept mass plus tail mass is 1 for what a reader decodes, at every
-temperature, the tail's mass is right whatever the head's codec, and where there is no tail none is decoded.
+The top value of a row is not stored: it is -log_z at temperature 1. Instead of log_z, the odds of the tail are stored: its
+exact mass over the mass of the *decoded* head. So kept mass plus tail mass is 1 in what a reader decodes, at every temperature;
+the tail's mass is right with every codec; and a row without a tail is decoded without one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.store.arrays import Arrays, ArraySpec, id_dtype
-from kd.cache_builder.store.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
-from kd.cache_builder.store.targets import PROFILES, RawTargets, SoftTargets, TargetConfig, band_edges
+from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
+from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
+from kd.cache_builder.store.soft_targets import SoftTargets
+from kd.cache_builder.store.targets import PROFILES, RawTargets, TargetConfig, band_edges
 
 
 def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) -> list[ArraySpec]:
-    """All arrays a cache of this configuration and format version stores, in a fixed order."""
+    """All arrays that a cache with these settings and this format version stores, in a fixed order."""
     kept, ids = PROFILES[config.profile], id_dtype(vocabulary_size)
     coded = version > 1
 
@@ -106,7 +107,7 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) ->
 def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
     """Quantise n rows. Returns the stored arrays and the sums of the quality figures over the rows.
 
-    A few rows at a time: in float64 the head of a shard is larger than everything else a build holds.
+    Few rows are encoded at a time: in float64, the head of a shard would be larger than everything else a build holds.
 
     Quality: `mass_kept` = Σ p over the kept tokens at T=1; `head_kl` = KL(teacher || decoded) in nats over the
     kept tokens and the rest as one outcome; `gold_nll` in nats; `top1` = how often the gold token ranks first.
@@ -120,12 +121,12 @@ def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, flo
 
 
 ENCODED_ROWS = 2000
-"""Rows encoded at once; no power of two, or whole columns share a cache line's place."""
+"""Rows encoded at once. It is not a power of two, because the elements of a column would then compete for the same cache lines."""
 
 
 def _rows(raw: RawTargets, part: slice) -> RawTargets:
-    own: dict[str, Any] = {name: None if value is None else value[part] for name, value in vars(raw).items()}
-    return RawTargets(**own)
+    taken: dict[str, Any] = {name: None if value is None else value[part] for name, value in vars(raw).items()}
+    return RawTargets(**taken)
 
 
 def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
@@ -171,9 +172,9 @@ def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, fl
 
 
 def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | None = None) -> SoftTargets:
-    """Stored arrays of N rows -> `SoftTargets`; `top_k` keeps fewer tokens than stored (a slice, tail re-derived).
+    """Stored arrays of N rows -> `SoftTargets`; with `top_k`, fewer tokens than stored, and the tail that follows from them.
 
-    Arrays that were not read are None; without the head's there is no normaliser either, at no temperature.
+    Arrays that were not read are None. Without those of the head, there is no normaliser at any temperature.
     """
     optional: dict[str, Any] = {}
     temperatures = config.temperatures
@@ -186,7 +187,7 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
             optional["token_ids"] = stored["token_ids"][:, :k].astype(np.int32, order="C", copy=False)
     elif "log_z" in stored:
         log_z = stored["log_z"]
-    else:  # the head was left out, and what is there answers for no temperature
+    else:  # without the head, no temperature can be worked out
         log_z, temperatures = np.empty((len(stored["gold_ids"]), 0), dtype=np.float32), ()
     if "tail_bands" in stored:
         bands = stored["tail_bands"].astype(np.float32, order="C")
@@ -209,7 +210,7 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
 
 
 DECODED_ROWS = 2000
-"""Rows of the head decoded at once: what is made of them on the way stays in the caches, and calls cost little."""
+"""Rows of the head decoded at once: few enough for the processor's caches, and enough to make calls cheap."""
 
 
 def _decode_head(

@@ -2,8 +2,8 @@
 
     MixedReader([(CacheReader(a), 0.7), (CacheReader(b), 0.3)])
 
-An epoch has as many examples as all caches together. Which cache comes next is drawn with the weights, from (seed, epoch); each
-cache goes through its own shuffled epochs, one after another, so none of its examples comes twice before all came once.
+An epoch has as many examples as all caches together. The cache of each example is drawn with the weights, from (seed, epoch).
+Each cache goes through its own shuffled epochs, one after another, so none of its examples comes twice before all came once.
 """
 
 from __future__ import annotations
@@ -15,70 +15,105 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.store.manifest import identity_difference
+from kd.cache_builder.store.cache_files import bytes_below
+from kd.cache_builder.store.cache_identity import identity_difference
+from kd.cache_builder.store.manifest import CacheManifest
+from kd.cache_builder.store.part import Part
 from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.decoding import Decoder
+from kd.cache_builder.store.readers.description import Facts, facts, html_table, one_line
+from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.shard_store import Shard
+from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.common.errors import CacheError, CacheMismatchError
 
 
-class MixedReader(CacheReader):
-    """Examples of all caches, numbered one cache after another; weights say how often each is drawn."""
+class MixedReader:
+    """A `Reader` of several caches: examples are numbered one cache after another, weights say how often each is drawn."""
 
     def __init__(self, parts: Sequence[tuple[CacheReader, float]], *, top_k: int | None = None) -> None:
         """Raises CacheMismatchError unless tokenizer, blocks and settings are equal; teacher and text may differ."""
         self.parts = [reader for reader, _ in parts]
-        self.weights = np.array([weight for _, weight in parts])
+        self.weights = np.array([weight for _, weight in parts], dtype=np.float64)
         self.weights /= self.weights.sum()
         refuse_unlike(self.parts, ("tokenizer", "blocks", "targets"), "these caches cannot be mixed")
         sizes = {r.manifest.vocabulary_size for r in self.parts}
         if len(sizes) > 1:
             raise CacheError("these caches cannot be mixed", found=f"teachers with {sorted(sizes)} ids")
-        first = self.parts[0].manifest
-        self._examples = np.cumsum([0, *(len(r) for r in self.parts)])
+        self._first_examples = np.cumsum([0, *(len(r) for r in self.parts)])
+        """`[parts + 1]` number of the first example of each cache, and one past the last."""
         self._numbers = [(part, i) for part, r in enumerate(self.parts) for i in range(len(r.manifest.shards))]
-        shards = [
-            (a + int(offset), b + int(offset), rows)
-            for offset, r in zip(self._examples, self.parts, strict=False)
-            for a, b, rows in r.manifest.shards
-        ]
-        mixture = [[r.manifest.fingerprint, float(w)] for r, w in zip(self.parts, self.weights, strict=True)]
-        names = [str(r.manifest.provenance.get("teacher")) for r in self.parts]
-        self._open(
-            Path(", ".join(str(r.root) for r in self.parts)),
-            replace(
-                first,
-                identity=first.identity | {"mixture": mixture},
-                examples=int(self._examples[-1]),
-                rows=sum(r.manifest.rows for r in self.parts),
-                shards=tuple(shards),
-                commits=tuple(c for r in self.parts for c in r.manifest.commits),
-                provenance=first.provenance | {"teacher": ", ".join(dict.fromkeys(names))},
-            ),
-            top_k,
-            self.parts[0].window,
-        )
+        """Shard of the mixture -> its cache, and its number in that."""
+        self.root = Path(", ".join(str(r.root) for r in self.parts))
+        self.manifest = _joined_manifest(self.parts, self.weights)
+        self.config, self.top_k = self.manifest.targets, top_k
+        self.part: Part | None = None
+        self.shards: Sequence[int] = [n for n, (part, i) in enumerate(self._numbers) if i in self.parts[part].shards]
+        self._decoder = Decoder(self.root, self.manifest, top_k)
+        self._starts = np.array([first for first, _, _ in self.manifest.shards])
+
+    def __len__(self) -> int:
+        return self.manifest.examples
+
+    def __getitem__(self, example: int) -> CachedExample:
+        return self.read([example])[0]
+
+    def __repr__(self) -> str:
+        return one_line("MixedReader", self._title(), self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), self._facts())
+
+    def _title(self) -> str:
+        return ", ".join(f"{r.root}={weight:.3g}" for r, weight in zip(self.parts, self.weights, strict=True))
+
+    def _facts(self) -> Facts:
+        return facts(self.manifest, sum(bytes_below(r.root) for r in self.parts), self.top_k)
 
     def keep(self, arrays: Sequence[str]) -> None:
-        """Read no other stored arrays than these from now on."""
+        """As `Reader.keep`."""
         for reader in self.parts:
             reader.keep(arrays)
 
     def announce(self, batches: Sequence[Sequence[int]]) -> None:
-        """Nothing: caches of a mixture fetch from URLs as they are touched."""
+        """Nothing: caches of a mixture fetch files from URLs when they are touched."""
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """`(tokens [E], rows [E])` of every example, one cache after another."""
+        """As `Reader.lengths`."""
         tokens, rows = zip(*(r.lengths() for r in self.parts), strict=True)
         return np.concatenate(tokens), np.concatenate(rows)
 
     def shard(self, index: int) -> Shard:
-        """A verified shard of the cache it lies in."""
+        """As `Reader.shard`, from the cache it lies in."""
         part, number = self._numbers[index]
         shard = self.parts[part].shard(number)
-        return replace(shard, index=index, first_example=shard.first_example + int(self._examples[part]))
+        return replace(shard, index=index, first_example=shard.first_example + int(self._first_examples[part]))
+
+    def locate(self, example: int) -> tuple[Shard, int]:
+        """As `Reader.locate`."""
+        if not 0 <= example < len(self):
+            raise IndexError(example)
+        shard = self.shard(int(np.searchsorted(self._starts, example, side="right")) - 1)
+        return shard, example - shard.first_example
+
+    def example_table(self, shard: int, columns: Sequence[str]) -> dict[str, list[Any]]:
+        """As `Reader.example_table`, from the cache the shard lies in."""
+        part, number = self._numbers[shard]
+        return self.parts[part].example_table(number, columns)
+
+    def read(self, examples: Sequence[int]) -> list[CachedExample]:
+        """As `Reader.read`."""
+        return self._decoder.examples(examples, self._located(examples)) if len(examples) else []
+
+    def read_rows(self, examples: Sequence[int]) -> SoftTargets:
+        """As `Reader.read_rows`."""
+        return self._decoder.rows(self._located(examples))
+
+    def _located(self, examples: Sequence[int]) -> list[tuple[Shard, int]]:
+        return [self.locate(int(e)) for e in examples]
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """`[E]` example numbers of one epoch: a function of (seed, epoch), the caches and their weights."""
+        """As `Reader.epoch_order`: a function of (seed, epoch), the caches and their weights."""
         taken = sum((self._counts(seed, e) for e in range(epoch)), np.zeros(len(self.parts), dtype=np.int64))
         drawn = self._drawn(seed, epoch)
         order = np.empty(len(drawn), dtype=np.int64)
@@ -88,7 +123,7 @@ class MixedReader(CacheReader):
             orders = [reader.epoch_order(seed, e) for e in range(start // size, -(-(start + len(places)) // size))]
             stream = np.concatenate([*orders, np.empty(0, dtype=np.int64)])
             first = start % size
-            order[places] = stream[first : first + len(places)] + self._examples[part]
+            order[places] = stream[first : first + len(places)] + self._first_examples[part]
         return order
 
     def _drawn(self, seed: int, epoch: int) -> np.ndarray:
@@ -99,16 +134,35 @@ class MixedReader(CacheReader):
         return np.bincount(self._drawn(seed, epoch), minlength=len(self.parts))
 
     def vocabulary(self) -> list[bytes]:
-        """The bytes every teacher id stands for: the same in all caches."""
+        """As `Reader.vocabulary`: the same in all caches."""
         return self.parts[0].vocabulary()
 
 
-def refuse_unlike(readers: Sequence[CacheReader], parts: Sequence[str], headline: str) -> None:
-    """Raise CacheMismatchError unless these parts of the caches' identities, and the kind of text, are equal."""
+def _joined_manifest(readers: Sequence[CacheReader], weights: np.ndarray) -> CacheManifest:
+    """The manifest of a mixture: the shards of all caches; its fingerprint covers theirs and the weights."""
+    first, position, shards = readers[0].manifest, 0, list[tuple[int, int, int]]()
+    for reader in readers:
+        shards += [(a + position, b + position, rows) for a, b, rows in reader.manifest.shards]
+        position += len(reader)
+    mixture = [[r.manifest.fingerprint, float(w)] for r, w in zip(readers, weights, strict=True)]
+    teachers = dict.fromkeys(str(r.manifest.provenance.get("teacher")) for r in readers)
+    return replace(
+        first,
+        identity=first.identity | {"mixture": mixture},
+        examples=position,
+        rows=sum(r.manifest.rows for r in readers),
+        shards=tuple(shards),
+        commits=tuple(c for r in readers for c in r.manifest.commits),
+        provenance=first.provenance | {"teacher": ", ".join(teachers)},
+    )
+
+
+def refuse_unlike(readers: Sequence[CacheReader], names: Sequence[str], headline: str) -> None:
+    """Raise CacheMismatchError unless these entries of the caches' identities, and the kind of text, are equal."""
 
     def compared(reader: CacheReader) -> dict[str, Any]:
         identity = reader.manifest.identity
-        return {name: identity[name] for name in parts} | {"corpus": {"kind": identity["corpus"]["kind"]}}
+        return {name: identity[name] for name in names} | {"corpus": {"kind": identity["corpus"]["kind"]}}
 
     for other in readers[1:]:
         differences = identity_difference(compared(readers[0]), compared(other))

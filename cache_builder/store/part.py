@@ -1,8 +1,8 @@
-"""`partial.json`: a copy that holds some shards or some arrays of a cache says so, beside the whole cache's manifest.
+"""`partial.json`: the list of what a copy holds, where it holds only some shards or some arrays of a cache.
 
-Manifest and commits stay those of the whole cache, byte for byte, so every digest keeps its meaning; what is not
-listed here was never fetched, and asking for it is an error of its own, not damage. Arrays that every reader needs
-(gold tokens, their log-probability and rank, byte ends) are in every part.
+The manifest and the commits stay those of the whole cache, byte for byte, so every digest keeps its meaning. What is not
+listed was never fetched; reading it is an error of its own, not damage. Arrays that every reader needs (gold tokens, their
+log-probability and rank, byte ends) are in every part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.logprob_codecs import CODECS
+from kd.cache_builder.store.encoding.logprob_codecs import CODECS
 from kd.cache_builder.store.manifest import CacheManifest
 from kd.common.errors import CacheDamageError, CacheError, unknown_name
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
@@ -20,24 +20,24 @@ from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 PARTIAL = "partial.json"
 FORMAT = "kd-cache-part"
 ALWAYS = {"gold_ids", "log_z", "gold_logprob", "gold_rank", "byte_end", "byte_length"}
-"""Arrays that are in every part, where the cache has them: a few bytes per row."""
+"""Arrays that every part holds, if the cache has them: a few bytes per row."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is there of a cache: some shards, and of each of them some arrays."""
+    """Which shards a copy holds, and which arrays of each of them."""
 
     shards: tuple[int, ...]
-    """Ascending."""
+    """Indices of the shards, ascending."""
     arrays: tuple[str, ...]
-    """In the manifest's order."""
+    """Names of the arrays, in the manifest's order."""
 
     def save(self, root: Path, manifest: CacheManifest) -> None:
         """Write `partial.json`, whole or not at all."""
         write_atomic(root / PARTIAL, self.to_json(manifest))
 
     def to_json(self, manifest: CacheManifest) -> str:
-        """Canonical JSON text: runs of shards as `[first, one past the last]`."""
+        """Canonical JSON text, in which runs of shards are `[first, one past the last]`."""
         document = {
             "format": FORMAT,
             "fingerprint": manifest.fingerprint,
@@ -47,7 +47,7 @@ class Part:
         return canonical_json(document | {"checksum": digest_of(document)})
 
     def require(self, arrays: Collection[str], root: Path) -> None:
-        """Raise CacheError where this copy was never meant to hold some of `arrays`."""
+        """Raise CacheError where this copy does not hold some of `arrays`."""
         missing = [name for name in arrays if name not in self.arrays]
         if missing:
             raise CacheError(
@@ -67,16 +67,17 @@ class Part:
 
 
 def whole(manifest: CacheManifest) -> Part:
-    """The part that is everything."""
+    """The part that holds everything."""
     return Part(tuple(range(len(manifest.shards))), tuple(a.name for a in manifest.arrays))
 
 
 def part_of(
     manifest: CacheManifest, *, examples: tuple[int, int] | None = None, arrays: Collection[str] | None = None
 ) -> Part:
-    """The shards that hold `examples` (first, one past the last) with `arrays` and those that no reader can miss.
+    """The shards that hold `examples` (first, one past the last), with `arrays` and those that every reader needs.
 
-    Raises CacheError for a range that is not in the cache, DataError for an array that is not.
+    None stands for all examples, and for all arrays. Raises CacheError for a range that is not in the cache, DataError for an
+    array that is not.
     """
     every = whole(manifest)
     first, stop = (0, manifest.examples) if examples is None else examples
@@ -100,14 +101,14 @@ def part_of(
 
 
 def _indivisible(manifest: CacheManifest) -> list[set[str]]:
-    """Arrays that mean something only together."""
+    """Groups of arrays that can only be decoded together."""
     targets = manifest.targets
     head = {a.name for a in CODECS[targets.logprob_codec].arrays(targets.top_k)} if targets.top_k else set()
     return [head | {"tail_odds"}, {"sample_ids", "sample_counts"}]
 
 
 def load_part(root: Path, manifest: CacheManifest) -> Part | None:
-    """What `partial.json` lists; None for a whole cache. Raises CacheDamageError when it cannot be true."""
+    """The part that `partial.json` lists; None for a whole cache. Raises CacheDamageError when the list cannot be true."""
     path = root / PARTIAL
     if not path.exists():
         return None
@@ -122,7 +123,7 @@ def load_part(root: Path, manifest: CacheManifest) -> Part | None:
     try:
         shards = [i for first, stop in document["shards"] for i in _run(first, stop, len(manifest.shards))]
         arrays = tuple(str(name) for name in document["arrays"])
-    except Exception as error:  # a stranger's document can break any of the above in any way
+    except Exception as error:  # a damaged or hostile document can break any of the above in any way
         raise CacheDamageError(
             "the list of what this copy holds cannot be read", where=path, found=f"{type(error).__name__}: {error}"
         ) from error
@@ -133,7 +134,7 @@ def load_part(root: Path, manifest: CacheManifest) -> Part | None:
 
 
 def refuse_absent(root: Path, manifest: CacheManifest, index: int) -> None:
-    """Raise CacheError for a shard that this copy was never meant to hold."""
+    """Raise CacheError for a shard that this copy does not hold and does not list."""
     part = load_part(root, manifest)
     if part is not None and index not in part.shards:
         first, stop, _ = manifest.shards[index]

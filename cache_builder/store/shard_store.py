@@ -1,72 +1,27 @@
-"""The one door to Zarr and Parquet: shards of arrays and examples, written whole and read verified.
+"""Read shards of a cache: every file is compared with its commit, then decoded.
 
-    manifest.json  building.json     see `manifest`
-    vocabulary.parquet               the bytes every teacher id stands for
-    examples/00000.parquet           id, task, split, prompt, target, context ids, row range, digest of the tokens
-    targets.zarr/                    a plain Zarr v3 group; every array is [slots] or [slots, columns]
-    commits/00000.json               one per shard, written last: row range, bytes and SHA-256 of each file
-
-Shard i owns the row slots [i * shard_rows, (i+1) * shard_rows) of every array, one file per array, and the
-examples in one Parquet file. It is staged under another name, synced, moved, and committed. zarr-python reads a
-missing or emptied file as zeros without a word, so nothing here trusts Zarr to say what exists: commits do.
-
-Codecs are those of the Zarr v3 specification: sharding_indexed, transpose, bytes, blosc (zstd, shuffle or bitshuffle), crc32c.
+Zarr is not needed for that (see `chunks`), and writing is in `shard_writer`.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import count
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import zarr
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
-from kd.cache_builder.store.arrays import Arrays, ArraySpec
+from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.chunks import decode_shard
-from kd.cache_builder.store.claims import void_claims
-from kd.cache_builder.store.commits import (
-    commit_path,
-    file_entry,
-    read_commit,
-    shard_files,
-    verified_bytes,
-)
-from kd.cache_builder.store.manifest import (
-    ANSWERS,
-    BUILDING,
-    MANIFEST,
-    TARGETS,
-    VOCABULARY,
-    CacheManifest,
-    Layout,
-    ShardRecord,
-    group_files,
-    load_manifest,
-    refuse_mismatch,
-)
-from kd.cache_builder.store.parquet import read_table
+from kd.cache_builder.store.commits import shard_files
+from kd.cache_builder.store.encoding.arrays import Arrays
+from kd.cache_builder.store.encoding.parquet import read_parquet
+from kd.cache_builder.store.manifest import CacheManifest
 from kd.cache_builder.store.part import load_part
-from kd.cache_builder.store.vocabulary import code_table, pack, unpack
-from kd.common.errors import CacheDamageError, CacheMismatchError
-from kd.common.files import (
-    canonical_json,
-    digest_of,
-    process_tag,
-    publish,
-    publish_first,
-    sha256_of,
-    sweep,
-    sync_folder,
-    unfinished,
-    write_atomic,
-)
+from kd.cache_builder.store.shard_record import ShardRecord
+from kd.cache_builder.store.vocabulary import code_table, unpack_rows
+from kd.common.errors import CacheDamageError
 
 EXAMPLE_SCHEMA = pa.schema(
     [
@@ -84,221 +39,6 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 
 
-def create_group(
-    path: Path, arrays: Sequence[ArraySpec], layout: Layout, shards: int, attributes: Mapping[str, Any]
-) -> None:
-    """Write the metadata of the Zarr group and its arrays (no data), on one line each: a scale has thousands of numbers."""
-    with zarr.config.set({"json_indent": None}):
-        group = zarr.create_group(path, zarr_format=3, attributes=dict(attributes), overwrite=True)
-        for spec in arrays:
-            columns = () if spec.columns is None else (spec.columns,)
-            order = [TransposeCodec(order=(1, 0))] if spec.by_column else []
-            level = (
-                5 if spec.ids else 8
-            )  # 8 takes 1 % off ids for four times the time, 4 % off rank bands for 3 us a row
-            group.create_array(
-                spec.name,
-                shape=(shards * layout.shard_rows, *columns),
-                dtype=spec.dtype,
-                chunks=(layout.chunk_rows, *columns),
-                shards=(layout.shard_rows, *columns),
-                filters=order,
-                serializer=BytesCodec(),
-                compressors=[BloscCodec(cname="zstd", clevel=level, shuffle=spec.shuffle), Crc32cCodec()],
-                fill_value=0,
-                attributes=dict(spec.attributes),
-                dimension_names=("row",) if spec.columns is None else ("row", "column"),
-            )
-
-
-def write_answers(path: Path, ids: Sequence[str], answers: Sequence[tuple[str, bool]]) -> None:
-    """A block of the teacher's answers, text and whether it came to its end, see `generate`."""
-    columns = {
-        "id": pa.array(ids, pa.string()),
-        "target": pa.array([a for a, _ in answers], pa.string()),
-        "complete": pa.array([c for _, c in answers], pa.bool_()),
-    }
-    pq.write_table(pa.table(columns), path, compression="zstd")
-
-
-def read_answers(path: Path, ids: Sequence[str]) -> list[tuple[str, bool]]:
-    """The answers of a block. Raises CacheDamageError when they are not those of `ids`."""
-    try:
-        table = pq.read_table(path)
-        found = table["id"].to_pylist()
-        answers = list(zip(table["target"].to_pylist(), table["complete"].to_pylist(), strict=True))
-    except Exception as error:  # a damaged file can break pyarrow in any way
-        raise CacheDamageError(
-            "the teacher's answers cannot be read",
-            file=path,
-            found=f"{type(error).__name__}: {error}",
-            try_="remove the file and build again",
-        ) from error
-    if found != list(ids):
-        raise CacheDamageError("the teacher's answers belong to other prompts", file=path)
-    return answers
-
-
-_WRITERS = count()
-
-
-class ShardWriter:
-    """Writes whole shards of one cache. Any number of writers may work on disjoint shards."""
-
-    def __init__(self, root: Path, manifest: CacheManifest) -> None:
-        self.root = root
-        self.manifest = manifest
-        self.arrays = manifest.arrays
-        self.staging = root / f".staging-{process_tag()}.{next(_WRITERS)}"
-
-    def sweep(self) -> None:
-        """Remove what killed builds of this host left behind."""
-        for folder in (self.root, self.root / "commits"):
-            sweep(folder)
-        void_claims(self.root)
-
-    def tidy(self) -> None:
-        """Leave nothing but the finished cache, and what a live builder of another host has staged."""
-        self.close()
-        self.sweep()
-        if (self.root / BUILDING).exists():  # asked first: a finished cache may be on a read-only disk
-            (self.root / BUILDING).unlink(missing_ok=True)
-            sync_folder(self.root)
-
-    def create(self, vocabulary: list[bytes], codes: np.ndarray) -> CacheManifest:
-        """Lay out the directory, where that is still to do: `building.json`, metadata, vocabulary.
-
-        `building.json` comes first and holds the digests of the rest: of two builders that start at once, the
-        second continues with the first one's document, or learns here that it describes another cache. `codes [V]` are
-        those of `codes_by_count`. Returns the manifest with the digests. Raises CacheMismatchError.
-        """
-        names = [*group_files(self.arrays), VOCABULARY]
-        if self.manifest.files and all((self.root / name).is_file() for name in names):
-            return self.manifest
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._stage()
-        table = pa.table(
-            {
-                "id": pa.array(range(len(vocabulary)), pa.int32()),
-                "piece": pa.array(vocabulary, pa.binary()),
-                "code": pa.array(codes, pa.int32()),
-            }
-        )
-        encodings = {"id": "DELTA_BINARY_PACKED", "piece": "DELTA_LENGTH_BYTE_ARRAY", "code": "BYTE_STREAM_SPLIT"}
-        pq.write_table(
-            table,
-            self.staging / VOCABULARY,
-            compression="zstd",
-            compression_level=19,
-            use_dictionary=False,
-            column_encoding=encodings,
-            write_statistics=False,
-        )
-        files = {n: file_entry(self.staging / n) for n in names}
-        answers = sorted((self.root / ANSWERS).glob("*.*"))
-        files |= {f"{ANSWERS}/{p.name}": file_entry(p) for p in answers if not unfinished(p.name)}
-        mine = CacheManifest(**{**_shallow(self.manifest), "files": files})
-        if not self.manifest.files:
-            (self.staging / BUILDING).write_text(mine.to_json(), encoding="utf-8")
-            publish_first(self.staging / BUILDING, self.root / BUILDING)
-        theirs = load_manifest(self.root)
-        refuse_mismatch(self.root, mine.identity, theirs)
-        if (theirs.layout, theirs.files) != (mine.layout, files):
-            raise CacheMismatchError(
-                "another builder laid this directory out differently",
-                cache=self.root,
-                found=f"{theirs.layout.shard_rows} rows per shard",
-                expected=f"{mine.layout.shard_rows}, and files by the same library versions",
-                try_="the same --shard-rows and versions for all builders",
-            )
-        self.manifest = theirs
-        for name in names:
-            if not (self.root / name).is_file():
-                publish(self.staging / name, self.root / name)
-        self.close()
-        return self.manifest
-
-    def _stage(self) -> None:
-        if not (self.staging / TARGETS / "zarr.json").exists():
-            self.staging.mkdir(parents=True, exist_ok=True)
-            attributes = {"kd_fingerprint": self.manifest.fingerprint}
-            create_group(
-                self.staging / TARGETS, self.arrays, self.manifest.layout, len(self.manifest.shards), attributes
-            )
-
-    def write(
-        self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]], quality: dict[str, float]
-    ) -> ShardRecord:
-        """Stage, move and commit one shard. `stored` holds its rows, not packed; `examples` its rows of EXAMPLE_SCHEMA.
-
-        A shard that another builder has committed meanwhile stays as it is: its commit knows its bytes, not ours.
-        """
-        self._stage()
-        first, stop, rows = self.manifest.shards[index]
-        start = index * self.manifest.layout.shard_rows
-        group = zarr.open_group(self.staging / TARGETS, mode="r+")
-        with zarr.config.set({"array.write_empty_chunks": True}):  # or a shard of zeros would have no file
-            arrays: dict[str, Any] = {spec.name: group[spec.name] for spec in self.arrays}
-        starts = np.array([e["row_start"] for e in examples]) - start
-        stored = pack(stored, self.arrays, starts, code_table(self.root, self.manifest)[0])
-        for spec in self.arrays:
-            values = stored[spec.name]
-            if values.shape != ((rows,) if spec.columns is None else (rows, spec.columns)):
-                raise AssertionError(f"{spec.name}: {values.shape} for {rows} rows")
-            arrays[spec.name][start : start + rows] = values.astype(spec.dtype)
-        files = shard_files(self.arrays, index)
-        parquet = self.staging / files["examples"]
-        parquet.parent.mkdir(exist_ok=True)
-        columns = {name: [e[name] for e in examples] for name in EXAMPLE_SCHEMA.names}
-        pq.write_table(
-            pa.table(columns, EXAMPLE_SCHEMA),
-            parquet,
-            compression="zstd",
-            compression_level=15,
-            use_dictionary=["task", "split", "prompt"],
-            write_statistics=False,
-        )
-        if commit_path(self.root, index).exists():
-            for name in files.values():
-                (self.staging / name).unlink()
-            return read_commit(self.root, self.manifest, index)
-        for name in files.values():
-            publish(self.staging / name, self.root / name)
-        record = ShardRecord(
-            index=index,
-            examples=(first, stop),
-            row_start=start,
-            rows=rows,
-            files={name: file_entry(self.root / name) for name in files.values()},
-            quality=quality,
-            fingerprint=self.manifest.fingerprint,
-        )
-        document = asdict(record)
-        write_atomic(commit_path(self.root, index), canonical_json(document | {"checksum": digest_of(document)}))
-        return record
-
-    def close(self) -> None:
-        """Remove the staging folder."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-
-    def finish(self) -> CacheManifest:
-        """Write `manifest.json` once every shard is committed; the cache is then complete."""
-        records = [read_commit(self.root, self.manifest, i) for i in range(len(self.manifest.shards))]
-        quality: dict[str, float] = {}
-        for record in records:
-            for name, value in record.quality.items():
-                quality[name] = quality.get(name, 0.0) + value
-        commits = tuple(sha256_of(commit_path(self.root, i)) for i in range(len(records)))
-        self.manifest = CacheManifest(**{**_shallow(self.manifest), "quality": quality, "commits": commits})
-        self.manifest.save(self.root, MANIFEST)
-        self.tidy()
-        return self.manifest
-
-
-def _shallow(manifest: CacheManifest) -> dict[str, Any]:
-    return {name: getattr(manifest, name) for name in CacheManifest.__dataclass_fields__}
-
-
 @dataclass(frozen=True)
 class Shard:
     """One shard in memory: stored arrays (still quantised) and the table of its examples."""
@@ -310,35 +50,36 @@ class Shard:
     """Columns of EXAMPLE_SCHEMA; `row_start`/`row_end` are made relative to the shard."""
 
 
-def read_shard(root: Path, manifest: CacheManifest, index: int, names: Sequence[str] | None = None) -> Shard:
+def read_shard(files: CacheFiles, manifest: CacheManifest, index: int, names: Sequence[str] | None = None) -> Shard:
     """Read a shard after checking every file it needs against its commit. Raises CacheDamageError.
 
-    `names` are of stored arrays (`manifest.arrays`), None = all that this copy holds; what comes back is unpacked.
+    `names` are stored arrays (`manifest.arrays`); None means all that this copy holds. The arrays returned are unpacked.
     """
-    record = read_commit(root, manifest, index)
-    part = load_part(root, manifest)
+    record = files.read_commit(manifest, index)
+    part = load_part(files.root, manifest)
     if names is None:
         names = [a.name for a in manifest.arrays] if part is None else part.arrays
     elif part is not None:
-        part.require(names, root)
-    wanted = [a for a in manifest.arrays if a.name in names]
-    files = shard_files(wanted, index)
-    data = {n: verified_bytes(root, f, record.files[f], shard=index, array=n) for n, f in files.items()}
-    return decode_files(root, manifest, record, data)
+        part.require(names, files.root)
+    paths = shard_files([a for a in manifest.arrays if a.name in names], index)
+    data = {
+        name: files.verified_bytes(path, record.files[path], shard=index, array=name) for name, path in paths.items()
+    }
+    return decode_files(files, manifest, record, data)
 
 
-def decode_files(root: Path, manifest: CacheManifest, record: ShardRecord, data: Mapping[str, bytes]) -> Shard:
+def decode_files(files: CacheFiles, manifest: CacheManifest, record: ShardRecord, data: Mapping[str, bytes]) -> Shard:
     """A shard from the verified bytes of its examples and of some of its arrays. Raises CacheDamageError."""
-    wanted = [a for a in manifest.arrays if a.name in data]
-    ids = code_table(root, manifest)[1] if any(spec.ids for spec in wanted) else None
+    specs = [a for a in manifest.arrays if a.name in data]
+    ids = code_table(files, manifest)[1] if any(spec.ids for spec in specs) else None
     try:
-        examples = _example_columns(read_table(data["examples"], EXAMPLE_SCHEMA, rows=_examples(record)))
+        examples = _example_columns(read_parquet(data["examples"], EXAMPLE_SCHEMA, rows=_examples(record)))
         starts = np.array(examples["row_start"], dtype=np.int64) - record.row_start
-        stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in wanted}
-        arrays = unpack(stored, wanted, starts, ids)
-    except Exception as error:  # bytes are as committed, so this is a format this library version cannot read
+        stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in specs}
+        arrays = unpack_rows(stored, specs, starts, ids)
+    except Exception as error:  # the bytes are as committed, so this library version cannot read them
         raise CacheDamageError(
-            "a shard cannot be decoded", where=root, shard=record.index, found=f"{type(error).__name__}: {error}"
+            "a shard cannot be decoded", where=files.root, shard=record.index, found=f"{type(error).__name__}: {error}"
         ) from error
     for name in ("row_start", "row_end"):
         examples[name] = [row - record.row_start for row in examples[name]]
@@ -346,7 +87,7 @@ def decode_files(root: Path, manifest: CacheManifest, record: ShardRecord, data:
 
 
 def _example_columns(table: pa.Table) -> dict[str, list[Any]]:
-    """Columns as lists; context ids as arrays, which a long context makes a hundred times smaller and faster."""
+    """Columns as lists; context ids as arrays, which for long contexts are a hundred times smaller and faster."""
     columns = {name: table[name].to_pylist() for name in table.schema.names if name != "context_ids"}
     contexts = table["context_ids"].combine_chunks()
     values = np.asarray(contexts.flatten(), dtype=np.int32)
@@ -354,16 +95,18 @@ def _example_columns(table: pa.Table) -> dict[str, list[Any]]:
     return columns
 
 
-def read_example_table(root: Path, manifest: CacheManifest, index: int, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Some columns of a shard's examples, its Parquet file checked against the commit."""
-    record = read_commit(root, manifest, index)
+def read_example_table(
+    files: CacheFiles, manifest: CacheManifest, index: int, columns: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Some columns of a shard's examples, whose Parquet file is checked against the commit. Raises CacheDamageError."""
+    record = files.read_commit(manifest, index)
     name = shard_files(manifest.arrays, index)["examples"]
-    data = verified_bytes(root, name, record.files[name], shard=index, array="examples")
+    data = files.verified_bytes(name, record.files[name], shard=index, array="examples")
     try:
-        table = read_table(data, EXAMPLE_SCHEMA, rows=_examples(record), columns=columns)
+        table = read_parquet(data, EXAMPLE_SCHEMA, rows=_examples(record), columns=columns)
     except Exception as error:  # as in read_shard
         raise CacheDamageError(
-            "a shard cannot be decoded", where=root, shard=index, found=f"{type(error).__name__}: {error}"
+            "a shard cannot be decoded", where=files.root, shard=index, found=f"{type(error).__name__}: {error}"
         ) from error
     return table.to_pydict()  # type: ignore[no-any-return]
 

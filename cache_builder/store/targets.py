@@ -1,39 +1,37 @@
-"""`SoftTargets`: what a teacher said about N positions, and the settings that decide how much of it is kept.
+"""Which parts of a teacher's distribution a cache keeps: profiles, and the settings that are part of its identity.
 
-Shapes: N positions (rows), K kept tokens, T temperatures of the grid, B rank bands, R draws.
-All log-probabilities are natural (nats). `log_z[:, t]` is the log-normaliser at temperature `T_t` relative to
-the top logit: log Σ_v exp((z_v - max z) / T_t) >= 0. From it every temperature of the grid is exact:
-
-    log p_T(v) = (z_v - z_top) / T - log_z_T        tail mass at T = 1 - Σ_kept p_T
+`RawTargets` are the rows that the teacher pass hands to the encoder; a reader hands out `soft_targets.SoftTargets`.
+All log-probabilities are natural (nats).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kd.cache_builder.store.logprob_codecs import CODECS
-from kd.common.errors import CacheError, DataError, unknown_name
+from kd.cache_builder.store.encoding.logprob_codecs import CODECS
+from kd.common.errors import DataError, unknown_name
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Which parts of the teacher's distribution a cache keeps."""
+    """A named choice of what to keep of each row."""
 
     top_k: int
-    """Most probable tokens kept per row; 0 = none."""
+    """Most probable tokens kept per row; 0 means none."""
     ids: bool
-    """Are their ids kept? (KL needs them, ULD does not.)"""
+    """True if the ids of these tokens are kept: KL needs them, ULD does not."""
     samples: int
-    """Seeded draws from p at temperature 1."""
+    """Tokens drawn from the distribution at temperature 1 with a seed, per row."""
     tail_bands: int
-    """Log-spaced rank bands beyond k whose mass is kept."""
+    """Log-spaced bands of ranks beyond the top-k whose mass is kept."""
     boundary: bool
-    """Keep log P(next token starts a word or ends the text)?"""
+    """True if log P(next token starts a word or ends the text) is kept."""
     logprob_codec: str = "graded"
-    """ULD's gradient is a sign, which a coarse scale turns around where the two curves are close (benchmarks/uld.py)."""
+    """One of `logprob_codecs.CODECS`. ULD needs a fine one: its gradient is a sign, and rounding can flip the sign where the
+    student is close to the teacher (benchmarks/uld.py)."""
 
 
 PROFILES: dict[str, Profile] = {
@@ -47,21 +45,24 @@ PROFILES: dict[str, Profile] = {
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """What is kept of each row; part of a cache's identity."""
+    """What is kept of each row. It is part of a cache's identity."""
 
     profile: str = "kl"
-    """One of PROFILES."""
+    """Name of the profile, one of `PROFILES`: which parts of the distribution are kept."""
     top_k: int = 64
+    """Most probable tokens kept per row; 0 for a profile that keeps none."""
     samples: int = 0
+    """Tokens drawn per row at temperature 1; 0 for a profile that keeps none."""
     tail_bands: int = 0
+    """Bands of ranks beyond the top-k whose mass is kept; 0 for a profile that keeps none."""
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """Temperatures whose normaliser is stored; holds 1, ascending."""
+    """Temperatures whose normaliser is stored, ascending; 1 must be among them."""
     band_temperatures: tuple[float, ...] = (1.0,)
-    """Temperatures whose rank bands are stored."""
+    """Temperatures whose rank bands are stored; each must be among `temperatures`."""
     logprob_codec: str = "graded"
-    """One of `logprob_codecs.CODECS`."""
+    """How log-probabilities are stored, one of `logprob_codecs.CODECS`."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the drawn tokens."""
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -90,7 +91,7 @@ class TargetConfig:
             )
         if not set(self.band_temperatures) <= set(grid):
             raise DataError(
-                "bands are asked for at a temperature off the grid",
+                "rank bands can only be stored at temperatures of the grid",
                 found=self.band_temperatures,
                 expected=f"some of {grid}",
             )
@@ -106,7 +107,7 @@ class TargetConfig:
         logprob_codec: str | None = None,
         **rest: object,
     ) -> TargetConfig:
-        """The profile's own numbers, except where given."""
+        """The settings of a profile, with the values given in place of its own. Raises DataError."""
         if profile not in PROFILES:
             raise unknown_name("profile", profile, PROFILES)
         kept = PROFILES[profile]
@@ -126,7 +127,7 @@ class TargetConfig:
         )
 
     def normalised(self) -> TargetConfig:
-        """The same with every setting that changes no stored value at its default."""
+        """These settings, with each one that changes no stored value set to its default."""
         return replace(
             self,
             seed=self.seed if self.samples else 0,
@@ -135,7 +136,7 @@ class TargetConfig:
         )
 
     def check_vocabulary(self, size: int) -> None:
-        """Refuse a k larger than the vocabulary (`size` ids)."""
+        """Raise DataError where the top-k is larger than the vocabulary (`size` ids)."""
         if self.top_k > size:
             raise DataError(
                 "top-k is larger than the vocabulary",
@@ -148,7 +149,7 @@ class TargetConfig:
 def band_edges(top_k: int, vocabulary_size: int, bands: int) -> list[int]:
     """`bands + 1` ascending ranks from k to V, evenly spaced in log rank; band b holds ranks [e_b, e_{b+1}).
 
-    Where ranks run out (few beyond k) bands at the end are empty: equal edges.
+    Where there are fewer ranks beyond k than bands, the last bands are empty: their edges are equal.
     """
     first = max(top_k, 1)
     raw = np.geomspace(first, max(vocabulary_size, first + 1), bands + 1)
@@ -160,7 +161,7 @@ def band_edges(top_k: int, vocabulary_size: int, bands: int) -> list[int]:
 
 @dataclass
 class RawTargets:
-    """What the teacher pass hands to the encoder for n rows, before quantisation (arrays or None)."""
+    """n rows as the teacher pass hands them to the encoder, before quantisation. Parts that are not kept are None."""
 
     gold_ids: np.ndarray
     """[n] int64"""
@@ -184,78 +185,3 @@ class RawTargets:
     """[n, R] int64; unused slots 0; rows sum to R"""
     boundary_logprob: np.ndarray | None = None
     """[n] float32"""
-
-
-@dataclass(frozen=True)
-class SoftTargets:
-    """Decoded targets of N rows. Sorted by log-probability; ids unique; kept mass + tail mass = 1."""
-
-    gold_ids: np.ndarray
-    """[N] int64: the token that was actually there"""
-    log_z: np.ndarray
-    """[N, T] float32, see the module's head"""
-    temperatures: tuple[float, ...]
-    """the grid, ascending, holds 1"""
-    gold_logprob: np.ndarray
-    """[N] float32 nats at temperature 1"""
-    gold_rank: np.ndarray
-    """[N] int64"""
-    byte_end: np.ndarray
-    """[N] int64: end of the gold token in the example's target text, UTF-8 bytes"""
-    band_temperatures: tuple[float, ...] = ()
-    """temperatures of `tail_bands`"""
-    token_ids: np.ndarray | None = field(default=None)
-    """[N, K] int32, most probable first"""
-    logprobs: np.ndarray | None = field(default=None)
-    """[N, K] float32 nats at temperature 1, descending"""
-    tail_mass: np.ndarray | None = field(default=None)
-    """[N, T] float32 probability beyond the kept tokens, where it is stored; None = what the kept ones leave of 1"""
-    tail_bands: np.ndarray | None = field(default=None)
-    """[N, band temperatures, B] float32 log-mass of rank bands beyond k"""
-    sample_ids: np.ndarray | None = field(default=None)
-    """[N, R] int64"""
-    sample_counts: np.ndarray | None = field(default=None)
-    """[N, R] int64, 0 in unused slots"""
-    boundary_logprob: np.ndarray | None = field(default=None)
-    """[N] float32"""
-
-    def __len__(self) -> int:
-        return len(self.gold_ids)
-
-    def band_index(self, temperature: float) -> int:
-        """Row of `tail_bands` for `temperature`; CacheError when its bands are not stored."""
-        if temperature not in self.band_temperatures:
-            raise CacheError(
-                "this cache holds no rank bands at that temperature",
-                found=f"temperature {temperature:g}",
-                expected=f"one of {', '.join(f'{t:g}' for t in self.band_temperatures)}",
-                try_="kd cache build --band-temperatures",
-            )
-        return self.band_temperatures.index(temperature)
-
-    def grid_index(self, temperature: float) -> int:
-        """Column of `log_z` for `temperature`; CacheError when it is off the stored grid."""
-        if temperature not in self.temperatures:
-            raise CacheError(
-                "this cache does not hold that temperature",
-                found=f"temperature {temperature:g}",
-                expected=f"one of {', '.join(f'{t:g}' for t in self.temperatures)}",
-                try_="--temperature from the grid, or build with --temperatures",
-            )
-        return self.temperatures.index(temperature)
-
-    def logprobs_at(self, temperature: float) -> np.ndarray:
-        """`[N, K]` float64 log-probabilities of the kept tokens at a temperature of the grid; exact, not re-estimated."""
-        if self.logprobs is None:
-            raise CacheError("this cache holds no top-k log-probabilities", try_="kd cache info PATH shows its profile")
-        if temperature == 1.0:
-            return self.logprobs.astype(np.float64)
-        top = self.log_z[:, [self.grid_index(1.0)]].astype(np.float64)
-        relative = self.logprobs.astype(np.float64) + top
-        return np.asarray(relative / temperature - self.log_z[:, [self.grid_index(temperature)]].astype(np.float64))
-
-    def tail_mass_at(self, temperature: float) -> np.ndarray:
-        """`[N]` float64: probability beyond the kept tokens at a temperature of the grid."""
-        if self.tail_mass is not None:
-            return self.tail_mass[:, self.grid_index(temperature)].astype(np.float64)
-        return np.asarray(np.maximum(0.0, 1.0 - np.exp(self.logprobs_at(temperature)).sum(axis=1)))

@@ -1,7 +1,7 @@
-"""The teacher's vocabulary, and the four things that are stored in another form than they are held in memory.
+"""The teacher's vocabulary, and the arrays that are stored in another form than they are held in memory.
 
-Ids are stored as codes (the most frequent token of the corpus is 0, so that the high bits of most are zero), `byte_end`
-as lengths, places on a scale as steps, and columns one after another; none of it loses anything. `pack` and `unpack` translate.
+Ids are stored as codes (the most frequent token of the corpus is 0, so that the high bits of most are zero), `byte_end` as
+lengths, places on a scale as steps, and columns one after another. `pack_rows` and `unpack_rows` translate; nothing is lost.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kd.cache_builder.store.arrays import Arrays, ArraySpec, id_dtype
-from kd.cache_builder.store.commits import verified_bytes
+from kd.cache_builder.store.cache_files import CacheFiles
+from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
+from kd.cache_builder.store.encoding.parquet import read_parquet
 from kd.cache_builder.store.manifest import VOCABULARY, CacheManifest
-from kd.cache_builder.store.parquet import read_table
 from kd.common.errors import CacheDamageError
 
 VOCABULARY_SCHEMA = pa.schema([("id", pa.int32()), ("piece", pa.binary()), ("code", pa.int32())])
-"""`code` is missing in version 1."""
+"""The column `code` is missing in format version 1."""
 
 
 def tokens_digest(context_ids: np.ndarray, target_ids: np.ndarray) -> bytes:
-    """16 bytes over context and target ids: how the trainer knows that a row belongs to its tokens."""
+    """A digest of 16 bytes over context and target ids, which shows that rows belong to their tokens."""
     digest = hashlib.blake2b(len(context_ids).to_bytes(8, "little"), digest_size=16)
     digest.update(np.ascontiguousarray(context_ids, dtype="<i4").tobytes())
     digest.update(np.ascontiguousarray(target_ids, dtype="<i4").tobytes())
     return digest.digest()
 
 
-def read_vocabulary(root: Path, manifest: CacheManifest) -> list[bytes]:
+def read_vocabulary(files: CacheFiles, manifest: CacheManifest) -> list[bytes]:
     """The bytes every teacher id stands for."""
-    data = verified_bytes(root, VOCABULARY, manifest.files[VOCABULARY])
-    return _vocabulary(root, data)["piece"].to_pylist()  # type: ignore[no-any-return]
+    data = files.verified_bytes(VOCABULARY, manifest.files[VOCABULARY])
+    return _vocabulary(files.root, data)["piece"].to_pylist()  # type: ignore[no-any-return]
 
 
 def _vocabulary(root: Path, data: bytes) -> pa.Table:
     try:
         columns = [name for name in pq.read_schema(pa.BufferReader(data)).names if name in VOCABULARY_SCHEMA.names]
-        return read_table(data, VOCABULARY_SCHEMA, columns=columns)
-    except Exception as error:  # bytes as committed, and not a vocabulary all the same
+        return read_parquet(data, VOCABULARY_SCHEMA, columns=columns)
+    except Exception as error:  # the bytes are as committed, so this library version cannot read them
         raise CacheDamageError(
             "the vocabulary cannot be read", where=root / VOCABULARY, found=f"{type(error).__name__}: {error}"
         ) from error
 
 
 def codes_by_count(vocabulary_size: int, sequences: Iterable[np.ndarray]) -> np.ndarray:
-    """`[V]` int32 code of every id: its place when ids are ordered by how often they occur, the most frequent first.
+    """`[V]` int32 code of every id: its position when ids are ordered by how often they occur, the most frequent first.
 
-    Ties, and ids that never occur, are in the order of their numbers; it is the same table for every builder of
-    one corpus. Tokens a teacher thinks of are much like tokens that occur, so most codes are small numbers.
+    Ties, and ids that never occur, are in the order of their ids, so every builder of one corpus makes the same table. The
+    tokens that a teacher finds probable are much like those that occur, so most codes are small numbers.
     """
     counts = np.zeros(vocabulary_size, dtype=np.int64)
     for ids in sequences:
@@ -65,18 +65,19 @@ def codes_by_count(vocabulary_size: int, sequences: Iterable[np.ndarray]) -> np.
     return codes
 
 
-def code_table(root: Path, manifest: CacheManifest) -> tuple[np.ndarray, np.ndarray]:
+def code_table(files: CacheFiles, manifest: CacheManifest) -> tuple[np.ndarray, np.ndarray]:
     """`(code of every id, id of every code)`, each `[V]` in the ids' dtype. Raises CacheDamageError.
 
     An id beyond `vocabulary.parquet` (a logit that no token stands for) is its own code.
     """
     entry = manifest.files[VOCABULARY]
-    return _code_table(root, int(entry["bytes"]), str(entry["sha256"]), manifest.vocabulary_size)
+    return _code_table(files, int(entry["bytes"]), str(entry["sha256"]), manifest.vocabulary_size)
 
 
 @lru_cache(maxsize=4)
-def _code_table(root: Path, size: int, sha256: str, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
-    data = verified_bytes(root, VOCABULARY, {"bytes": size, "sha256": sha256})
+def _code_table(files: CacheFiles, size: int, sha256: str, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
+    root = files.root
+    data = files.verified_bytes(VOCABULARY, {"bytes": size, "sha256": sha256})
     stored = _vocabulary(root, data)["code"].to_numpy()
     if len(stored) > vocabulary_size + 2**20:  # special tokens beyond the logits are few
         raise CacheDamageError("the vocabulary is too large", where=root / VOCABULARY, found=f"{len(stored)} entries")
@@ -87,14 +88,14 @@ def _code_table(root: Path, size: int, sha256: str, vocabulary_size: int) -> tup
     return codes, np.argsort(codes).astype(codes.dtype)
 
 
-def pack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes: np.ndarray) -> Arrays:
-    """Rows of whole examples, beginning at `starts [E]`, in the form the arrays hold."""
+def pack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes: np.ndarray) -> Arrays:
+    """Rows of whole examples, which begin at `starts [E]`, in the form in which they are stored."""
     packed = {a.name: codes[stored[a.name]] if a.ids else stored[a.name] for a in arrays if a.name in stored}
     for spec in arrays:
         if spec.steps and spec.name in packed:
-            places = packed[spec.name]
-            packed[spec.name] = places.copy(order="K")
-            packed[spec.name][:, 1:] -= places[:, :-1]
+            indices = packed[spec.name]
+            packed[spec.name] = indices.copy(order="K")
+            packed[spec.name][:, 1:] -= indices[:, :-1]
     if any(a.name == "byte_length" for a in arrays):
         lengths = np.diff(stored["byte_end"], prepend=0)
         lengths[starts] = stored["byte_end"][starts]
@@ -102,8 +103,8 @@ def pack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes:
     return packed
 
 
-def unpack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
-    """The inverse of `pack`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
+def unpack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
+    """The inverse of `pack_rows`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
     unpacked = {a.name: _take(ids, stored[a.name]) if a.ids and ids is not None else stored[a.name] for a in arrays}
     for spec in arrays:
         if spec.steps:
@@ -119,8 +120,8 @@ def unpack(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids:
     return unpacked
 
 
-def _take(table: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """`table[places]` by Arrow, which takes indices as they are; numpy makes int64 of them first. Raises IndexError."""
-    if places.size and places.max() >= len(table):  # Arrow's own check takes as long as everything else
-        raise IndexError(f"code {places.max()} of {len(table)}")
-    return pc.take(pa.array(table), pa.array(places.reshape(-1)), boundscheck=False).to_numpy().reshape(places.shape)  # type: ignore[no-any-return]
+def _take(table: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """`table[indices]` by Arrow, which uses the indices as they are; numpy converts them to int64 first. Raises IndexError."""
+    if indices.size and indices.max() >= len(table):  # Arrow's own check takes as long as everything else
+        raise IndexError(f"code {indices.max()} of {len(table)}")
+    return pc.take(pa.array(table), pa.array(indices.reshape(-1)), boundscheck=False).to_numpy().reshape(indices.shape)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""Caches by fingerprint: those that were finished on this machine, and those below a folder.
+"""Find caches: those that were finished on this machine, by fingerprint, and those below a folder.
 
-`$KD_HOME/registry/` holds one small JSON per finished cache, its path and fingerprint. It is a hint: what it says is looked up
-before it is believed, and a cache that moved or is gone is left out.
+`$KD_HOME/registry/` holds one small JSON file per finished cache, with its path and fingerprint. The files are hints: each path
+is checked before it is used, and a cache that moved or is gone is left out.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.common.home import kd_home
 
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
-"""What may stand for a cache in place of its path: the beginning of its fingerprint."""
+"""The beginning of a fingerprint, which may stand for a cache in place of its path."""
 
 
 def remember(root: Path) -> None:
-    """Note a finished cache. A home that cannot be written is no reason to fail."""
+    """Register a finished cache. Where the registry cannot be written, nothing happens."""
     path, manifest = root.resolve(), load_manifest(root)
     entry = {"path": str(path), "fingerprint": manifest.fingerprint}
     try:
@@ -33,7 +33,7 @@ def remember(root: Path) -> None:
 
 
 def remembered() -> Iterator[Path]:
-    """Caches noted on this machine that are still there."""
+    """Paths of the registered caches that still exist."""
     for note in sorted((kd_home() / "registry").glob("*.json")):
         try:
             path = Path(str(read_json(note)["path"]))
@@ -44,12 +44,12 @@ def remembered() -> Iterator[Path]:
 
 
 def is_cache(path: Path) -> bool:
-    """Does a folder look like a cache, finished or not?"""
+    """True if a folder looks like a cache, finished or not."""
     return any((path / name).is_file() for name in (MANIFEST, BUILDING))
 
 
 def caches_below(root: Path) -> Iterator[Path]:
-    """Every cache in or below a folder; links are not followed, hidden folders are left out."""
+    """Paths of all caches in or below a folder. Links are not followed; hidden folders are left out."""
     for folder, names, _ in os.walk(root):
         if is_cache(Path(folder)):
             names.clear()
@@ -57,8 +57,8 @@ def caches_below(root: Path) -> Iterator[Path]:
         names[:] = sorted(n for n in names if not n.startswith("."))
 
 
-def found(fingerprint: str) -> list[Path]:
-    """Finished caches of this machine with a fingerprint, or with one that begins so."""
+def caches_with(fingerprint: str) -> list[Path]:
+    """Paths of the registered, finished caches whose fingerprint is this, or begins like this."""
     paths = []
     for path in remembered():
         try:
@@ -71,13 +71,13 @@ def found(fingerprint: str) -> list[Path]:
 
 
 def located(cache: str | Path) -> Path:
-    """The folder of a cache named by its path, or by the beginning of its fingerprint. Raises CacheError."""
+    """The folder of a cache that is named by its path, or by the beginning of its fingerprint. Raises CacheError."""
     if Path(cache).exists() or not PREFIX.fullmatch(str(cache)):
         return Path(cache)
-    paths = found(str(cache))
+    paths = caches_with(str(cache))
     if len({load_manifest(p).fingerprint for p in paths}) > 1:
         raise CacheError(
-            "several caches begin like this",
+            "several caches have a fingerprint that begins like this",
             found=cache,
             known=", ".join(map(str, paths)),
             try_="more of the fingerprint, or the path",
@@ -93,7 +93,7 @@ def located(cache: str | Path) -> Path:
 
 
 def listing(root: Path | None = None) -> list[dict[str, Any]]:
-    """What `kd cache ls` shows: the caches below `root`, or those remembered; a damaged one with its error."""
+    """The rows of `kd cache ls`: the caches below `root`, or the registered ones; a damaged cache has its error."""
     rows: list[dict[str, Any]] = []
     for path in caches_below(root) if root is not None else remembered():
         try:

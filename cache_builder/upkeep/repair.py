@@ -1,10 +1,10 @@
-"""Mend a damaged cache: from a second copy, or by building the damaged shards again. Nothing sound is touched.
+"""Repair a damaged cache: from a second copy, or by building the damaged shards again. Sound files are not touched.
 
-    for step in mend(root, copy): ...    # damaged files from another copy, each compared with its digest
+    for step in mend(root, copy, findings): ...    # damaged files from another copy, each compared with its digest
     reopen(root, findings)               # or: damaged shards are given up, and the cache is a build to continue
 
-`reopen` takes the commits of damaged shards away, then turns `manifest.json` back into `building.json`; the same build command
-fills the gaps and ends with the bytes there were. Killed anywhere in between, the cache says what it lacks.
+`reopen` removes the commits of damaged shards, then turns `manifest.json` back into `building.json`; the same build command
+builds these shards and ends with the bytes there were. Killed at any point, the cache still records what it lacks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest, shard_record
+from kd.cache_builder.store.cache_files import CacheFiles, LocalFiles
+from kd.cache_builder.store.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
+from kd.cache_builder.store.shard_record import parse_shard_record
 from kd.cache_builder.upkeep.verify import Finding
 from kd.common.errors import CacheDamageError, CacheMismatchError
 from kd.common.files import process_tag, publish, read_json, sync_folder
@@ -25,46 +27,48 @@ from kd.common.files import process_tag, publish, read_json, sync_folder
 
 @dataclass(frozen=True)
 class MendProgress:
-    """Damaged files looked at so far."""
+    """Progress of mending."""
 
     done: int
+    """Damaged files and shards that were worked on."""
     total: int
+    """Damaged files and shards."""
     mended: tuple[str, ...]
     """Files that were replaced."""
     failed: tuple[str, ...]
-    """Files that the copy does not have as they were committed either."""
+    """Files that are damaged or missing in the copy too."""
 
 
-def mend_manifest(root: Path, copy: Path) -> bool:
-    """Replace an unreadable manifest by the copy's, if both are of one cache. Returns whether it did.
+def mend_manifest(root: Path, copy: CacheFiles) -> bool:
+    """Replace an unreadable manifest by the copy's. Returns True if it was replaced.
 
-    Raises CacheMismatchError where a commit says that the copy is of another cache.
+    Raises CacheMismatchError where a commit shows that the copy is of another cache.
     """
     try:
         load_manifest(root)
     except CacheDamageError:
-        theirs = load_manifest(copy)
+        theirs = load_manifest(copy.root)
         for index, (first, stop, rows) in enumerate(theirs.shards):
             with suppress(CacheDamageError):
                 path = commits.commit_path(root, index)
-                found = shard_record(read_json(path), path)
-                if (found.fingerprint, found.examples, found.rows) != (theirs.fingerprint, (first, stop), rows):
+                record = parse_shard_record(read_json(path), path)
+                if (record.fingerprint, record.examples, record.rows) != (theirs.fingerprint, (first, stop), rows):
                     raise CacheMismatchError(
                         "the copy is of another cache",
                         cache=root,
-                        copy=copy,
+                        copy=copy.root,
                         found=theirs.fingerprint,
-                        expected=found.fingerprint,
+                        expected=record.fingerprint,
                     ) from None
-        _put(root, MANIFEST, (copy / MANIFEST).read_bytes())
+        _put(root, MANIFEST, (copy.root / MANIFEST).read_bytes())
         (root / BUILDING).unlink(missing_ok=True)
         return True
     return False
 
 
-def mend(root: Path, copy: Path, findings: Sequence[Finding]) -> Iterator[MendProgress]:
-    """Replace what `findings` name by the files of `copy`, where those are what this cache's own commits want."""
-    manifest = load_manifest(root)
+def mend(root: Path, copy: CacheFiles, findings: Sequence[Finding]) -> Iterator[MendProgress]:
+    """Replace the files that `findings` name by those of `copy`, if these match the digests that this cache has recorded."""
+    manifest, files = load_manifest(root), LocalFiles(root)
     shards = sorted({f.shard for f in findings if f.shard is not None})
     names = [f.where for f in findings if f.shard is None and f.where in manifest.files]
     mended: list[str] = []
@@ -80,14 +84,15 @@ def mend(root: Path, copy: Path, findings: Sequence[Finding]) -> Iterator[MendPr
         try:
             record = commits.read_commit(root, manifest, index)
         except CacheDamageError:
-            if not manifest.complete or not _take_commit(root, copy, commit, manifest.commits[index], mended):
+            if not _take_commit(root, copy, manifest, index):
                 failed.append(commit)
                 done += 1
                 continue
+            mended.append(commit)
             record = commits.read_commit(root, manifest, index)
         for name, entry in record.files.items():
             try:
-                commits.verify_file(root, name, entry)
+                files.verify_file(name, entry)
             except CacheDamageError:
                 _take(root, copy, name, entry, mended, failed)
         done += 1
@@ -95,23 +100,26 @@ def mend(root: Path, copy: Path, findings: Sequence[Finding]) -> Iterator[MendPr
     yield MendProgress(total, total, tuple(mended), tuple(failed))
 
 
-def _take(root: Path, copy: Path, name: str, entry: dict[str, Any], mended: list[str], failed: list[str]) -> None:
+def _take(root: Path, copy: CacheFiles, name: str, entry: dict[str, Any], mended: list[str], failed: list[str]) -> None:
     try:
-        _put(root, name, commits.verified_bytes(copy, name, entry))
+        _put(root, name, copy.verified_bytes(name, entry))
         mended.append(name)
     except CacheDamageError:
         failed.append(name)
 
 
-def _take_commit(root: Path, copy: Path, name: str, sha256: str, mended: list[str]) -> bool:
+def _take_commit(root: Path, copy: CacheFiles, manifest: CacheManifest, index: int) -> bool:
+    """Replace a commit by the copy's, if its digest is the one in the manifest. Returns True if it was replaced."""
+    if not manifest.complete or index not in copy.committed(len(manifest.shards)):
+        return False
     try:
-        data = (copy / name).read_bytes()
-    except OSError:
+        copy.read_commit(manifest, index)
+        data = commits.commit_path(copy.root, index).read_bytes()
+    except (CacheDamageError, OSError):
         return False
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if hashlib.sha256(data).hexdigest() != manifest.commits[index]:
         return False
-    _put(root, name, data)
-    mended.append(name)
+    _put(root, commits.commit_path(root, index).relative_to(root).as_posix(), data)
     return True
 
 
@@ -124,7 +132,7 @@ def _put(root: Path, name: str, data: bytes) -> None:
 
 
 def reopen(root: Path, findings: Sequence[Finding]) -> CacheManifest:
-    """Give the damaged shards and files up, so that the build command continues where they were. Returns its manifest."""
+    """Remove the damaged shards and files, so that the build command makes them again. Returns the manifest of that build."""
     manifest = load_manifest(root)
     for index in sorted({f.shard for f in findings if f.shard is not None}):
         commits.commit_path(root, index).unlink(missing_ok=True)

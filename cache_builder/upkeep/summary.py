@@ -1,31 +1,33 @@
-"""A cache in figures: identity, sizes on disk, quality as measured during the build. Reads no target."""
+"""A cache in figures: identity, sizes on disk, quality as measured during the build. No targets are read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store import commits
+from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.part import load_part
 from kd.cache_builder.store.reader import quality_means
 
 
-def cache_summary(path: Path) -> dict[str, Any]:
+def cache_summary(place: Path | CacheFiles) -> dict[str, Any]:
     """What `kd cache info` prints: identity, sizes, measured quality."""
-    manifest = load_manifest(path)
-    part = load_part(path, manifest)
+    files = files_at(place)
+    manifest = load_manifest(files.root)
+    part = load_part(files.root, manifest)
     means, targets = quality_means(manifest), manifest.targets
-    done = commits.committed(path, len(manifest.shards)) if part is None else part.shards
-    commits.ask(path, done, ())
+    done = files.committed(len(manifest.shards)) if part is None else part.shards
+    files.expect(done, ())
     rows = sum(manifest.shards[i][2] for i in done)
     stored: dict[str, int] = {}
     for index in done:
-        for array, count in commits.stored_bytes(path, manifest, index).items():
+        for array, count in files.stored_bytes(manifest, index).items():
             stored[array] = stored.get(array, 0) + count
     arrays = {a.name: round(stored[a.name] / rows, 2) if rows and a.name in stored else None for a in manifest.arrays}
-    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    if path in commits.ORIGINS:  # what is on this disk just now says little
+    if files.on_disk:
+        size = bytes_below(files.root)
+    else:
         size = sum(stored.values()) + sum(int(entry["bytes"]) for entry in manifest.files.values())
     return {
         "fingerprint": manifest.fingerprint,

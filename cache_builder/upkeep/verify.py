@@ -1,8 +1,8 @@
-"""Check a cache to the last byte, and say which shard, array and rows are damaged.
+"""Verify a cache to the last byte, and name the damaged shard, array and rows.
 
-Three layers: every file against its committed SHA-256; the documents against each other; the decoded rows
-against what `SoftTargets` promises (sorted, unique ids within the vocabulary, masses that sum to one, tokens that
-match their digest). A changed file is narrowed down to its inner chunks by the crc32c of each.
+There are three layers of checks: every file against its committed SHA-256; the documents against each other; the decoded rows
+against the promises of `SoftTargets` (sorted, unique ids within the vocabulary, masses that sum to one, tokens that match their
+digest). In a changed file, the crc32c of each inner chunk shows which rows are damaged.
 """
 
 from __future__ import annotations
@@ -18,81 +18,87 @@ from pathlib import Path
 import numpy as np
 
 from kd.cache_builder.store import codecs, commits, shard_store
-from kd.cache_builder.store.arrays import ArraySpec
+from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
 from kd.cache_builder.store.chunks import broken_chunks
+from kd.cache_builder.store.encoding.arrays import ArraySpec
 from kd.cache_builder.store.manifest import CacheManifest, load_manifest
 from kd.cache_builder.store.part import PARTIAL, load_part
-from kd.cache_builder.store.targets import SoftTargets
+from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.common.errors import CacheDamageError, CacheError, KdError
 from kd.common.files import unfinished
 
 BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
-"""The dataset card, and what git and the hub's client leave beside a cache: no reader looks at it."""
+"""Names of the dataset card and of files that git and the hub's client leave beside a cache; no reader uses them."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One piece of damage."""
+    """One damaged place in a cache."""
 
     where: str
-    """File in the cache."""
+    """Path of the file in the cache."""
     problem: str
+    """What is wrong, in words."""
     shard: int | None = None
+    """Index of the shard; None for a file outside the shards."""
     array: str | None = None
+    """Name of the array, or `examples`; None where the whole shard is affected."""
     rows: str | None = None
-    """`start:stop` addresses in the arrays, as narrow as could be told."""
+    """`start:stop` addresses in the arrays, as narrow as could be determined; None for a file outside the shards."""
 
 
 @dataclass(frozen=True)
 class VerifyProgress:
-    """Files checked so far."""
+    """Progress of a verification."""
 
     bytes_done: int
+    """Bytes of the shards checked so far."""
     bytes_total: int
+    """Bytes of all files."""
     findings: tuple[Finding, ...]
+    """Damage found so far."""
 
 
-def verify(root: str | Path, *, promises: bool = True) -> Iterator[VerifyProgress]:
-    """Check the cache under `root`; yields progress, the last one with all findings.
+def verify(place: str | Path | CacheFiles, *, promises: bool = True) -> Iterator[VerifyProgress]:
+    """Check a cache; yields progress, the last one with all findings.
 
-    Without `promises` bytes alone are compared with their digests, which finds all that happened since they were committed.
-    Shards are checked on as many threads as there are processors.
+    Without `promises`, only bytes are compared with their digests, which finds every change since they were committed. Shards
+    are checked on as many threads as there are processors, those of a URL one by one.
 
-    Raises CacheError when `root` is not a cache at all; CacheDamageError when the manifest is unreadable.
+    Raises CacheError when there is no cache at `place`; CacheDamageError when the manifest is unreadable.
     """
-    root = Path(root)
+    files = files_at(place)
+    root = files.root
     manifest = load_manifest(root)
     part = load_part(root, manifest)
     findings: list[Finding] = []
-    known = {"manifest.json", "building.json", PARTIAL}
+    names_of_cache = {"manifest.json", "building.json", PARTIAL}
     present: Sequence[int] = range(len(manifest.shards))
     if part is not None:
         present = part.shards
     elif not manifest.complete:
-        present = commits.committed(root, len(manifest.shards))
+        present = files.committed(len(manifest.shards))
     arrays = [a for a in manifest.arrays if part is None or a.name in part.arrays]
     for name, entry in manifest.files.items():
-        known.add(name)
-        if present or (root / name).exists():  # a build that has no shard yet may still be laying out the directory
-            findings += _check_file(root, name, entry)
+        names_of_cache.add(name)
+        if present or (root / name).exists():  # a build without a shard may still be laying out the directory
+            findings += _check_file(files, name, entry)
     for index in present:
-        known |= {f"commits/{index:05d}.json", *commits.shard_files(manifest.arrays, index).values()}
-    done, total = 0, sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
-    if root in commits.ORIGINS:
-        total = _committed_bytes(root, manifest, present)
+        names_of_cache |= {f"commits/{index:05d}.json", *commits.shard_files(manifest.arrays, index).values()}
+    done, total = 0, bytes_below(root) if files.on_disk else _committed_bytes(files, manifest, present)
 
     def check(index: int) -> list[Finding]:
-        return list(_check_shard(root, manifest, index, arrays, promises))
+        return list(_check_shard(files, manifest, index, arrays, promises))
 
-    workers = 1 if root in commits.ORIGINS else os.cpu_count() or 1
+    workers = (os.cpu_count() or 1) if files.on_disk else 1
     with ThreadPoolExecutor(workers, thread_name_prefix="kd-verify") as pool:
         waiting: deque[tuple[int, Future[list[Finding]]]] = deque()
-        for place, shard in enumerate([*present, *[None] * workers]):
+        for number, shard in enumerate([*present, *[None] * workers]):
             if shard is not None:
-                commits.ask(root, present[place : place + workers + 4])
+                files.expect(present[number : number + workers + 4])
                 waiting.append((shard, pool.submit(check, shard)))
-            if waiting and (shard is None or len(waiting) > workers):  # few at a time: each holds a shard
+            if waiting and (shard is None or len(waiting) > workers):  # few at a time: each holds a shard in memory
                 checked, future = waiting.popleft()
                 findings += future.result()
                 done += sum(_size(root / n) for n in commits.shard_files(arrays, checked).values())
@@ -102,18 +108,18 @@ def verify(root: str | Path, *, promises: bool = True) -> Iterator[VerifyProgres
         names = path.relative_to(root).parts
         if names[0] in BESIDE or any(unfinished(n) for n in names):  # a builder of another host may still run
             continue
-        if path.is_file() and name not in known and manifest.complete:
+        if path.is_file() and name not in names_of_cache and manifest.complete:
             findings.append(Finding(name, "a file that no commit knows"))
     yield VerifyProgress(total, total, tuple(findings))
 
 
-def _committed_bytes(root: Path, manifest: CacheManifest, present: Sequence[int]) -> int:
-    """Bytes of the shards of a mirror, as far as their commits can be had."""
-    commits.ask(root, present, ())
+def _committed_bytes(files: CacheFiles, manifest: CacheManifest, present: Sequence[int]) -> int:
+    """Bytes of the shards of a mirror, as far as their commits can be fetched."""
+    files.expect(present, ())
     total = 0
     for index in present:
-        with suppress(KdError):  # it is found again, and named, when the shard is checked
-            total += commits.read_commit(root, manifest, index).bytes
+        with suppress(KdError):  # the check of the shard will report it
+            total += files.read_commit(manifest, index).bytes
     return total
 
 
@@ -121,46 +127,47 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _check_file(root: Path, name: str, entry: dict[str, object]) -> list[Finding]:
+def _check_file(files: CacheFiles, name: str, entry: dict[str, object]) -> list[Finding]:
     try:
-        commits.verify_file(root, name, entry)
+        files.verify_file(name, entry)
     except CacheDamageError as error:
         return [Finding(name, error.headline)]
     return []
 
 
 def _check_shard(
-    root: Path, manifest: CacheManifest, index: int, arrays: Sequence[ArraySpec], promises: bool
+    files: CacheFiles, manifest: CacheManifest, index: int, arrays: Sequence[ArraySpec], promises: bool
 ) -> Iterator[Finding]:
     commit = f"commits/{index:05d}.json"
     rows = manifest.shards[index][2]
     start = index * manifest.layout.shard_rows
     whole = f"{start}:{start + rows}"
     try:
-        record = commits.read_commit(root, manifest, index)
+        record = files.read_commit(manifest, index)
     except KdError as error:
         yield Finding(commit, error.headline, index, None, whole)
         return
     data: dict[str, bytes] = {}
-    files = commits.shard_files(arrays, index)
-    for array, name in files.items():
+    paths = commits.shard_files(arrays, index)
+    for array, name in paths.items():
         try:
-            data[array] = commits.verified_bytes(root, name, record.files[name])
+            data[array] = files.verified_bytes(name, record.files[name])
         except CacheDamageError as error:
             narrowed = whole
-            if array != "examples" and (root / name).is_file() and commits.inside(root, root / name):
-                narrowed = _broken_rows(manifest, (root / name).read_bytes(), start, rows) or whole
+            path = files.root / name
+            if array != "examples" and path.is_file() and commits.inside(files.root, path):
+                narrowed = _broken_rows(manifest, path.read_bytes(), start, rows) or whole
             yield Finding(name, error.headline, index, array, narrowed)
-    if len(data) < len(files) or not promises:
+    if len(data) < len(paths) or not promises:
         return
     try:
-        yield from _check_rows(manifest, shard_store.decode_files(root, manifest, record, data), commit)
+        yield from _check_rows(manifest, shard_store.decode_files(files, manifest, record, data), commit)
     except KdError as error:
         yield Finding(commit, str(error.details.get("found", error.headline)), index, None, whole)
 
 
 def _broken_rows(manifest: CacheManifest, data: bytes, start: int, rows: int) -> str | None:
-    """Row ranges of the inner chunks whose crc32c is wrong, joined; None where that cannot be told."""
+    """Row ranges of the inner chunks whose crc32c is wrong, as text; None where they cannot be determined."""
     try:
         numbers = broken_chunks(data, manifest.layout)
     except CacheError:
@@ -183,9 +190,9 @@ def _check_rows(manifest: CacheManifest, shard: shard_store.Shard, commit: str) 
     for problem, array, bad in broken_promises(
         targets, manifest.vocabulary_size, normalisers_stored="log_z" in shard.arrays
     ):
-        places = np.flatnonzero(bad)
-        if len(places):
-            yield Finding(commit, problem, shard.index, array, f"{start + places[0]}:{start + places[-1] + 1}")
+        bad_rows = np.flatnonzero(bad)
+        if len(bad_rows):
+            yield Finding(commit, problem, shard.index, array, f"{start + bad_rows[0]}:{start + bad_rows[-1] + 1}")
     table = shard.examples
     expected = 0
     for i in range(len(table["id"])):
@@ -218,7 +225,7 @@ def _check_rows(manifest: CacheManifest, shard: shard_store.Shard, commit: str) 
 def broken_promises(
     targets: SoftTargets, vocabulary_size: int, *, normalisers_stored: bool = True
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """`(problem, array, mask of rows [N])` for everything `SoftTargets` promises and these rows may break."""
+    """Yield `(problem, array, mask of rows [N])` for every promise of `SoftTargets` that rows can break."""
     yield "an id beyond the vocabulary", "gold_ids", targets.gold_ids >= vocabulary_size
     yield "a rank beyond the vocabulary", "gold_rank", targets.gold_rank >= vocabulary_size
     yield "a normaliser that is not finite", "log_z", ~np.isfinite(targets.log_z).all(axis=1)
@@ -233,7 +240,7 @@ def broken_promises(
             "logprobs",
             np.asarray((np.diff(targets.logprobs, axis=1) > 0).any(axis=1)),
         )
-        if normalisers_stored:  # else they are worked out of the head and the tail's odds, and cannot be below it
+        if normalisers_stored:  # otherwise they follow from the head and the odds of the tail
             for temperature in targets.temperatures:
                 kept = np.exp(targets.logprobs_at(temperature)).sum(axis=1)
                 # float32 log_z of up to 16 nats carries about 1e-6; sums over 64 values a little more

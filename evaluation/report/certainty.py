@@ -19,8 +19,8 @@ import numpy as np
 from kd.evaluation.report.page import Section, Table
 
 if TYPE_CHECKING:
-    from kd.cache_builder.store.reader import CacheReader
-    from kd.cache_builder.store.targets import SoftTargets
+    from kd.cache_builder.store.readers.reading import Reader
+    from kd.cache_builder.store.soft_targets import SoftTargets
 
 CERTAIN = 0.95
 EXAMPLES = 64
@@ -42,7 +42,7 @@ class Certainty:
     """Probability of the kept tokens."""
 
 
-def certainty(reader: CacheReader) -> Certainty | None:
+def certainty(reader: Reader) -> Certainty | None:
     """Of every row; None for a cache that keeps draws alone."""
     sums = np.zeros(5)
     rows = 0

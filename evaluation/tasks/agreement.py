@@ -43,8 +43,8 @@ from kd.models.heads import split_head
 from kd.models.loading import Model, is_encoder_decoder
 
 if TYPE_CHECKING:
-    from kd.cache_builder.store.reader import CacheReader
-    from kd.cache_builder.store.targets import SoftTargets
+    from kd.cache_builder.store.readers.reading import Reader
+    from kd.cache_builder.store.soft_targets import SoftTargets
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ FIGURES = ("kl", "jsd", "same", "nll", "confidence", "right", "teacher_nll", "te
 
 def evaluate_agreement(
     model: Model,
-    reader: CacheReader,
+    reader: Reader,
     *,
     temperature: float = 1.0,
     limit: int | None = None,
@@ -113,7 +113,7 @@ def evaluate_agreement(
     for first, stop, _ in reader.manifest.shards:  # a shard at a time: its decoded targets are what memory must hold
         if first >= count:
             break
-        from kd.cache_builder.store.reader import concatenate
+        from kd.cache_builder.store.soft_targets import concatenate
 
         examples = reader.read(range(first, min(stop, count)))
         ids += [e.id for e in examples]
@@ -224,7 +224,7 @@ def _compare(
     return np.stack([rest_bucket_kl(*outcomes), rest_bucket_jsd(*outcomes), same, *chunk_scores(chunk)])
 
 
-def _require_head(reader: CacheReader, temperature: float) -> None:
+def _require_head(reader: Reader, temperature: float) -> None:
     """Refuse a cache whose rows do not say which tokens the teacher preferred, or not at this temperature."""
     names = {a.name for a in reader.manifest.arrays}
     if not {"token_ids", "logprobs"} <= names:

@@ -13,7 +13,7 @@ from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from kd.cache_builder.store.reader import CacheReader
+    from kd.cache_builder.store.readers.reading import Reader
     from kd.evaluation.answers.answer_metrics import MetricSettings
     from kd.evaluation.tasks.hellaswag import Scenes
     from kd.evaluation.tasks.samples import Prompts
@@ -46,7 +46,7 @@ class Settings:
     """What tasks are told; each uses its own part."""
 
     corpus: Corpus | None = None
-    reader: CacheReader | None = None
+    reader: Reader | None = None
     teacher: LiveTeacher | None = None
     """Of agreement, instead of a cache."""
     limit: int | None = None

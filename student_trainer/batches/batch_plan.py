@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.models.packing import Packer, Size
 
 
@@ -39,7 +39,7 @@ class BatchPlan:
 
 
 def plan_batches(
-    reader: CacheReader,
+    reader: Reader,
     lengths: np.ndarray,
     *,
     seed: int,

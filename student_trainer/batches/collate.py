@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.cache_builder.store.reader import CachedBatch, CachedExample, concatenate
-from kd.cache_builder.store.targets import SoftTargets
+from kd.cache_builder.store.readers.reading import CachedBatch, CachedExample
+from kd.cache_builder.store.soft_targets import SoftTargets, concatenate
 from kd.models.packing import Size, lay_out, pack_sequences
 from kd.student_trainer.batches.alignment import Side, align
 from kd.student_trainer.batches.pieces import SharedPieces

@@ -12,7 +12,7 @@ from typing import Any
 
 from kd.cache_builder.store.manifest import CacheManifest
 from kd.cache_builder.store.part import part_of
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import PROFILES, TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
 from kd.models.loading import max_positions
@@ -22,7 +22,7 @@ from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
 
 
-def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose: str, advice: str) -> None:
+def refuse_other_tokenizer(reader: Reader, tokenizer: Tokenizer, *, purpose: str, advice: str) -> None:
     """Raise CacheMismatchError unless every id of the cache stands for the same bytes in the model's tokenizer.
 
     `purpose` says what compares token by token, `advice` what to try.
@@ -43,7 +43,7 @@ def refuse_other_tokenizer(reader: CacheReader, tokenizer: Tokenizer, *, purpose
         )
 
 
-def refuse_classes(reader: CacheReader, purpose: str) -> None:
+def refuse_classes(reader: Reader, purpose: str) -> None:
     """Raise CacheMismatchError for a cache of distributions over classes, where distributions over tokens are needed."""
     if reader.manifest.labels:
         raise CacheMismatchError(
@@ -54,7 +54,7 @@ def refuse_classes(reader: CacheReader, purpose: str) -> None:
         )
 
 
-def refuse_other_layout(reader: CacheReader, purpose: str, *, encoder: bool) -> None:
+def refuse_other_layout(reader: Reader, purpose: str, *, encoder: bool) -> None:
     """Raise CacheMismatchError where rows are compared and only one of teacher and model has an encoder.
 
     `purpose` says what compares row by row; `encoder` whether the model has one.
@@ -71,7 +71,7 @@ def refuse_other_layout(reader: CacheReader, purpose: str, *, encoder: bool) -> 
         )
 
 
-def refuse_without_prompts(reader: CacheReader) -> None:
+def refuse_without_prompts(reader: Reader) -> None:
     """Raise DataError when a student's encoder would have nothing to read."""
     if reader.manifest.identity["corpus"]["kind"] == "documents":
         raise DataError(
@@ -83,12 +83,12 @@ def refuse_without_prompts(reader: CacheReader) -> None:
         )
 
 
-def same_tokenizer(reader: CacheReader, tokenizer: Tokenizer) -> bool:
+def same_tokenizer(reader: Reader, tokenizer: Tokenizer) -> bool:
     """Whether every id of the cache stands for the same bytes in the student's tokenizer."""
     return token_bytes(tokenizer)[: reader.manifest.vocabulary_size] == reader.vocabulary()
 
 
-def refuse_narrow_student(reader: CacheReader, config: Any, longest: int) -> None:
+def refuse_narrow_student(reader: Reader, config: Any, longest: int) -> None:
     """Raise DataError when the student has fewer logits than the cache has ids, or too few positions.
 
     longest   most tokens that the student reads as one sequence; for an encoder-decoder, on the longer side

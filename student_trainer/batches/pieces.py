@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.models.tokenizer import Tokenizer, token_bytes
 
 
@@ -45,7 +45,7 @@ def _has_mark(piece: bytes, end: int) -> bool:
     return piece.startswith(b" ") and end == len(piece) - 1
 
 
-def shared_pieces(reader: CacheReader, tokenizer: Tokenizer) -> SharedPieces:
+def shared_pieces(reader: Reader, tokenizer: Tokenizer) -> SharedPieces:
     """Match the vocabularies; a piece that occurs twice on a side is left out, as special tokens are, but for EOS."""
     teacher, student = reader.vocabulary(), token_bytes(tokenizer)
     special = {*tokenizer.all_special_ids}

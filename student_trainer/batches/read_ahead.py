@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from kd.cache_builder.store.reader import CachedExample, CacheReader
+from kd.cache_builder.store.readers.reading import CachedExample, Reader
 
 PREFETCHED_BATCHES = 4
 TOUCHED_EXAMPLES = 256
@@ -20,7 +20,7 @@ TOUCHED_EXAMPLES = 256
 TOUCHING_THREADS = 4
 
 
-def touch_shards(reader: CacheReader, examples: Sequence[int]) -> list[threading.Thread]:
+def touch_shards(reader: Reader, examples: Sequence[int]) -> list[threading.Thread]:
     """Have the reader load the shards of these examples on threads, which are returned, while the student is being loaded.
 
     The first batches touch most shards of their window, and would all be waited for. What is wrong with one of them is said
@@ -55,7 +55,7 @@ def touch_shards(reader: CacheReader, examples: Sequence[int]) -> list[threading
 class CachedExamples(Dataset[CachedExample]):
     """The cache as a map-style data set that reads whole batches at once."""
 
-    def __init__(self, reader: CacheReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
     def __len__(self) -> int:

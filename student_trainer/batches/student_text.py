@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
 from kd.data.rows.example import Example
@@ -45,7 +45,7 @@ class StudentText:
 
     def __init__(
         self,
-        reader: CacheReader,
+        reader: Reader,
         tokenizer: Tokenizer,
         *,
         window: int | None,
@@ -103,7 +103,7 @@ class StudentText:
         return contexts + rows, rows
 
 
-def _texts(reader: CacheReader) -> Iterator[tuple[int, Example, TokenRows, bool]]:
+def _texts(reader: Reader) -> Iterator[tuple[int, Example, TokenRows, bool]]:
     """`(number, text, the teacher's tokens, does the target end with EOS)` of every example that is here, in order."""
     eos = reader.manifest.identity["tokenizer"].get("eos_token_id")
     for index in reader.shards:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from kd.cache_builder.store import shard_store
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.tasks.glue import PAIR, LabelledRow, LabelledRows, glue_task
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
@@ -26,7 +25,7 @@ BATCH = 4096
 
 
 def read_classes(
-    reader: CacheReader, *, task: str | None = None, limit: int | None = None, temperature: float = 1.0
+    reader: Reader, *, task: str | None = None, limit: int | None = None, temperature: float = 1.0
 ) -> tuple[LabelledRows, np.ndarray]:
     """The cache's texts with their labels, and the teacher's log-probabilities `[n, C]` float32 in nats at `temperature`.
 
@@ -40,11 +39,7 @@ def read_classes(
             expected="a classifier as its teacher",
             try_="kd cache build --teacher CLASSIFIER --data glue/TASK, or kd train",
         )
-    tasks = {
-        name
-        for shard in reader.shards
-        for name in shard_store.read_example_table(reader.root, reader.manifest, shard, ["task"])["task"]
-    }
+    tasks = {name for shard in reader.shards for name in reader.example_table(shard, ["task"])["task"]}
     if len(tasks) > 1 or task not in (None, *tasks):
         raise CacheMismatchError(
             "the cache holds rows of another task",

@@ -12,7 +12,6 @@ import pytest
 from servers import FileServer, HubServer, Proxy, Server, nginx
 
 from kd.cache_builder.share import fetching
-from kd.cache_builder.store import commits
 from kd.cache_builder.store.manifest import Layout
 
 
@@ -31,11 +30,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) ->
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache directory of the user's own, and no mirror left registered."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder of kd for this test alone."""
     monkeypatch.setenv("KD_HOME", str(tmp_path / "home"))
-    yield tmp_path / "home"
-    commits.ORIGINS.clear()
+    return tmp_path / "home"
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kd.cache_builder.store.commits import file_entry
-from kd.cache_builder.store.parquet import footer_sizes
+from kd.cache_builder.store.encoding.parquet import footer_sizes
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.files import canonical_json
@@ -288,7 +288,7 @@ def forged_table(copy: Path, **columns: Any) -> None:
 @pytest.fixture
 def small_tables(monkeypatch: pytest.MonkeyPatch) -> int:
     """The bound of a table, 16 MB for these tests, so that nobody has to make a gigabyte."""
-    monkeypatch.setattr("kd.cache_builder.store.parquet.MAX_TABLE_BYTES", 2**24)
+    monkeypatch.setattr("kd.cache_builder.store.encoding.parquet.MAX_TABLE_BYTES", 2**24)
     return 2**24
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from servers import Answer, FileServer, HubServer
 
 from kd.cache_builder.share import fetching
+from kd.cache_builder.share.mirror import mirrors
 from kd.cache_builder.store import commits
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cli import cli
@@ -26,7 +27,6 @@ def served(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     server = FileServer(cache)
     yield server
     server.close()
-    commits.ORIGINS.clear()
 
 
 def kd(*arguments: str | Path, code: int = 0) -> str:
@@ -64,7 +64,8 @@ def test_info_and_verify_take_an_address(cache: Path, served: FileServer):
             answer.body = bytes(len(answer.body))
 
     served.fault = wrong
-    next(iter(commits.ORIGINS)).joinpath(name).unlink()
+    (mirror,) = (path for path in mirrors().iterdir() if path.is_dir())
+    (mirror / name).unlink()
     found = json.loads(kd("cache", "verify", served.url, "--json", code=3))
     assert [(f["where"], f["shard"], f["array"]) for f in found["findings"]] == [(name, 1, "gold_ids")]
 

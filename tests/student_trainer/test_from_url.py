@@ -9,6 +9,7 @@ import pytest
 import torch
 from servers import FileServer
 
+from kd.cache_builder.share.mirror import mirrors
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.store import commits
 from kd.cache_builder.store.reader import CacheReader
@@ -24,7 +25,6 @@ def served(kl_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     server = FileServer(kl_cache)
     yield server
     server.close()
-    commits.ORIGINS.clear()
 
 
 def test_a_url_trains_to_the_same_weights_within_a_bound_smaller_than_the_cache(
@@ -36,7 +36,7 @@ def test_a_url_trains_to_the_same_weights_within_a_bound_smaller_than_the_cache(
     there = run("there", cache=served.url, epochs=2.0, max_steps=None, cache_bytes=2 * largest)
     assert all(torch.equal(here.weights[name], there.weights[name]) for name in here.weights)
     assert [r.loss for r in here.records] == [r.loss for r in there.records]
-    root = next(iter(commits.ORIGINS))
+    (root,) = (path for path in mirrors().iterdir() if path.is_dir())
     kept = [p for p in root.rglob("*/c/**/*") if p.is_file()]
     assert 0 < sum(p.stat().st_size for p in kept) <= 2 * largest
 

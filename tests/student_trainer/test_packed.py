@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model, with_kinds
 from transformers import BloomConfig, BloomForCausalLM
 
-from kd.cache_builder.store.reader import CachedExample, CacheReader
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError
 from kd.models.packing import Size, pack_sequences

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Config
 
-from kd.cache_builder.store.reader import CachedExample, CacheReader
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import BlockConfig, tokenize_pair

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from kd.cache_builder.build.build_settings import AnswerSettings, BlockSettings, BuildSettings, RunningSettings
 from kd.cache_builder.build.engines import ENGINES
-from kd.cache_builder.store.logprob_codecs import CODECS
+from kd.cache_builder.store.encoding.logprob_codecs import CODECS
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.targets import PROFILES
 from kd.cli import cli

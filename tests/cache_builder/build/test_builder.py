@@ -22,8 +22,10 @@ from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.estimate import estimate
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store import commits, shard_store
+from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.manifest import Layout, load_manifest
 from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.teacher.teacher_pass import Teacher
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, TeacherError
@@ -139,7 +141,7 @@ def test_only_uncommitted_shards_are_built_again(tmp_path, build_request, run_bu
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from kd.cache_builder.store import shard_store
+from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.plan import plan_build
@@ -151,14 +153,14 @@ from kd.data.sources import load_corpus
 import torch
 torch.set_num_threads(1)
 out, model, text = sys.argv[1:]
-publish, count = shard_store.publish, 0
+publish, count = shard_writer.publish, 0
 def deadly(temporary, final):
     global count
     publish(temporary, final)
     count += "examples" in str(final)
     if count == 2:  # the second shard's files are there, its commit is not
         os.kill(os.getpid(), signal.SIGKILL)
-shard_store.publish = deadly
+shard_writer.publish = deadly
 request = BuildRequest(Path(out), ModelRequest(model, device="cpu"), load_corpus(text), BlockConfig(seq_len=32),
                        TargetConfig.of_profile("kl", top_k=8), Layout(128, 32), 128)
 for progress in build(plan_build(request)):
@@ -251,9 +253,9 @@ def test_a_committed_shard_is_never_overwritten(tmp_path, build_request, run_bui
     """Two machines' bytes differ in the last bits: the commit of one must not stand beside the files of the other."""
     run_build(build_request(tmp_path / "c"))
     before, manifest = tree(tmp_path / "c"), load_manifest(tmp_path / "c")
-    shard = shard_store.read_shard(tmp_path / "c", manifest, 0)
+    shard = shard_store.read_shard(LocalFiles(tmp_path / "c"), manifest, 0)
     rows = pq.read_table(tmp_path / "c" / "examples" / "00000.parquet").to_pylist()
-    writer = shard_store.ShardWriter(tmp_path / "c", manifest)
+    writer = shard_writer.ShardWriter(tmp_path / "c", manifest)
     record = writer.write(0, {k: np.zeros_like(v) for k, v in shard.arrays.items()}, rows, {})
     writer.close()
     assert record == commits.read_commit(tmp_path / "c", manifest, 0)
@@ -293,7 +295,7 @@ def test_a_full_disk_stops_the_build_with_its_message_and_can_be_resumed(
     tmp_path, build_request, run_build, tree, unbroken, monkeypatch
 ):
     request = build_request(tmp_path / "c")
-    write, written = shard_store.ShardWriter.write, []
+    write, written = shard_writer.ShardWriter.write, []
 
     def full(self, index, *rest):
         if index == 1:
@@ -301,7 +303,7 @@ def test_a_full_disk_stops_the_build_with_its_message_and_can_be_resumed(
         written.append(index)
         return write(self, index, *rest)
 
-    monkeypatch.setattr(shard_store.ShardWriter, "write", full)
+    monkeypatch.setattr(shard_writer.ShardWriter, "write", full)
     with pytest.raises(CacheError, match="disk is full") as caught:
         run_build(request)
     assert "run the same command again" in str(caught.value)
@@ -316,7 +318,7 @@ def test_a_failing_writer_is_noticed_before_the_next_shard_is_scored(tmp_path, b
     def fail(self, index, *rest):
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(shard_store.ShardWriter, "write", fail)
+    monkeypatch.setattr(shard_writer.ShardWriter, "write", fail)
     running = build(plan_build(build_request(tmp_path / "c")))
     steps = []
     with pytest.raises(CacheError, match="cannot write"):

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from servers import Answer, FileServer, HubServer, Proxy
 
-from kd.cache_builder.opening import cache_folder
+from kd.cache_builder.opening import open_files
 from kd.cache_builder.share.mirror import cache_bytes
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
 from kd.cache_builder.store import commits
+from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.upkeep.summary import cache_summary
@@ -58,7 +59,7 @@ def test_a_url_reads_as_the_directory_does(kind: str, small: Path, request: pyte
         request.getfixturevalue(kind)
         url = {"s3": "s3://shared/cache", "hub": "hf://datasets/us/cache"}[kind]
         list(push(small, url))
-    there, here = CacheReader(cache_folder(url)), CacheReader(small)
+    there, here = CacheReader(open_files(url)), CacheReader(small)
     np.testing.assert_array_equal(there.lengths(), here.lengths())
     batches = batches_of(there, 3)
     assert batches == batches_of(here, 3)
@@ -74,7 +75,7 @@ def test_every_shard_is_fetched_once_in_an_epoch_and_the_bound_holds(cache: Path
     sizes = [commits.read_commit(cache, manifest, i).bytes for i in range(len(manifest.shards))]
     limit = 2 * max(sizes)
     assert limit < sum(sizes) / 1.5  # or the test would say nothing
-    reader, local = CacheReader(cache_folder(server.url, limit), window=2), CacheReader(cache)
+    reader, local = CacheReader(open_files(server.url, limit), window=2), CacheReader(cache)
     reader.lengths()
     server.log.clear()
     high, over = 0, threading.Event()
@@ -98,13 +99,13 @@ def test_every_shard_is_fetched_once_in_an_epoch_and_the_bound_holds(cache: Path
     fetched = Counter(path for path in server.gets("/targets.zarr") if "/c/" in path)
     assert set(fetched.values()) <= {1, 2}  # once in each of two epochs
     assert max(fetched.values()) == 2  # the bound did make it fetch again
-    again = CacheReader(cache_folder(server.url, limit), window=2)
+    again = CacheReader(open_files(server.url, limit), window=2)
     same(again, local, [0, len(local) - 1])
 
 
 def test_what_comes_next_is_fetched_before_it_is_asked_for(cache: Path, serve):
     server: FileServer = serve(cache)
-    reader = CacheReader(cache_folder(server.url), window=1)
+    reader = CacheReader(open_files(server.url), window=1)
     batches = batches_of(reader, 4)
     reader.announce(batches)
     assert arrive(reader, shards_of(reader, batches)[:2])  # two windows of one shard, before anything was read
@@ -127,7 +128,7 @@ def arrive(reader: CacheReader, shards: list[int]) -> bool:
 
 def test_a_loss_fetches_only_the_arrays_it_reads(cache: Path, serve):
     server: FileServer = serve(cache)
-    reader = CacheReader(cache_folder(server.url))
+    reader = CacheReader(open_files(server.url))
     reader.keep(["gold_ids", "gold_logprob", "gold_rank", "byte_length"])
     for batch in batches_of(reader, 4):
         reader.read(batch)
@@ -138,22 +139,22 @@ def test_a_loss_fetches_only_the_arrays_it_reads(cache: Path, serve):
 def test_a_mirror_is_used_again_and_heals_itself(small: Path, serve):
     server: FileServer = serve(small)
     everything = list(range(len(CacheReader(small))))
-    same(CacheReader(cache_folder(server.url)), CacheReader(small), everything)
+    same(CacheReader(open_files(server.url)), CacheReader(small), everything)
     before = len(server.gets("/c/"))
-    same(CacheReader(cache_folder(server.url)), CacheReader(small), everything)
+    same(CacheReader(open_files(server.url)), CacheReader(small), everything)
     assert len(server.gets("/c/")) == before
-    root = cache_folder(server.url)
+    root = open_files(server.url).root
     name = commits.shard_files(load_manifest(small).arrays, 0)["gold_ids"]
     (root / name).write_bytes((root / name).read_bytes()[:-1] + b"x")
-    same(CacheReader(cache_folder(server.url)), CacheReader(small), everything)
+    same(CacheReader(open_files(server.url)), CacheReader(small), everything)
     assert len(server.gets("/c/")) == before + 1
     (root / commits.shard_files(load_manifest(small).arrays, 0)["logprobs"]).unlink()  # another process evicted it
-    same(CacheReader(cache_folder(server.url)), CacheReader(small), everything)
+    same(CacheReader(open_files(server.url)), CacheReader(small), everything)
 
 
 def test_readers_at_once_share_one_fetch(small: Path, serve):
     server: FileServer = serve(small)
-    readers, errors = [CacheReader(cache_folder(server.url)) for _ in range(4)], []
+    readers, errors = [CacheReader(open_files(server.url)) for _ in range(4)], []
 
     def read(reader: CacheReader) -> None:
         try:
@@ -179,11 +180,11 @@ def test_wrong_bytes_and_a_dead_server_are_errors_that_name_the_file(small: Path
             answer.body = answer.body[:-1] + bytes([answer.body[-1] ^ 1])
 
     server.fault = wrong
-    reader = CacheReader(cache_folder(server.url))
+    reader = CacheReader(open_files(server.url))
     with pytest.raises(CacheDamageError, match="other bytes") as error:
         reader[0]
     assert error.value.details["file"] == name
-    found = list(verify(cache_folder(server.url)))[-1].findings
+    found = list(verify(open_files(server.url)))[-1].findings
     assert [(f.where, f.array) for f in found] == [(name, "logprobs")]
 
     def broken(path: str, before: int, answer: Answer) -> None:
@@ -191,38 +192,38 @@ def test_wrong_bytes_and_a_dead_server_are_errors_that_name_the_file(small: Path
 
     server.fault = broken
     with pytest.raises(CacheError, match="failed again and again"):
-        CacheReader(cache_folder(server.url))
+        CacheReader(open_files(server.url))
 
 
 def test_a_url_is_described_without_its_shards_and_verified_within_the_bound(cache: Path, serve):
     server: FileServer = serve(cache)
-    there, here = cache_summary(cache_folder(server.url)), cache_summary(cache)
+    there, here = cache_summary(open_files(server.url)), cache_summary(cache)
     assert not server.gets("/c/")
     for name in ("fingerprint", "complete", "shards_committed", "array_bytes_per_token", "teacher_nll_mean"):
         assert there[name] == here[name]
     assert there["bytes"] == pytest.approx(here["bytes"], rel=0.2)  # without manifest and commits
     limit = max(commits.read_commit(cache, load_manifest(cache), i).bytes for i in range(3)) * 2
-    root = cache_folder(server.url, limit)
-    last = list(verify(root))[-1]
+    files = open_files(server.url, limit)
+    last = list(verify(files))[-1]
     assert last.findings == ()
-    assert stored(root) <= limit
+    assert stored(files.root) <= limit
 
 
 def test_another_cache_at_the_same_address_is_another_mirror(cache: Path, small: Path, serve, tmp_path: Path):
     shutil.copytree(cache, tmp_path / "there")
     server: FileServer = serve(tmp_path / "there")
-    first = cache_folder(server.url)
+    first = open_files(server.url).root
     shutil.rmtree(tmp_path / "there")
     shutil.copytree(small, tmp_path / "there")
-    second = cache_folder(server.url)
+    second = open_files(server.url).root
     assert first != second
-    same(CacheReader(cache_folder(server.url)), CacheReader(small), [0, 1])
-    assert cache_folder(serve(small).url) == second  # the same cache elsewhere is the same mirror
+    same(CacheReader(open_files(server.url)), CacheReader(small), [0, 1])
+    assert open_files(serve(small).url).root == second  # the same cache elsewhere is the same mirror
 
 
 def test_a_part_is_mirrored_as_a_part(cache: Path, tmp_path: Path, serve):
     list(pull(str(cache), tmp_path / "part", examples=(0, 1)))
-    reader = CacheReader(cache_folder(serve(tmp_path / "part").url))
+    reader = CacheReader(open_files(serve(tmp_path / "part").url))
     same(reader, CacheReader(cache), [0])
     with pytest.raises(CacheError, match="does not hold that shard"):
         reader[len(reader) - 1]
@@ -230,7 +231,7 @@ def test_a_part_is_mirrored_as_a_part(cache: Path, tmp_path: Path, serve):
 
 def test_a_bound_below_one_file_is_refused(cache: Path, serve):
     with pytest.raises(CacheError, match="smaller than one file"):
-        CacheReader(cache_folder(serve(cache).url, 10))[0]
+        CacheReader(open_files(serve(cache).url, 10))[0]
 
 
 def test_sizes_are_written_as_people_write_them(monkeypatch: pytest.MonkeyPatch):
@@ -245,16 +246,15 @@ def test_sizes_are_written_as_people_write_them(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_path_stays_a_path(cache: Path):
-    assert cache_folder(cache) == cache
-    assert cache_folder(str(cache)) == cache
-    assert cache_folder(f"file://{cache}") == cache
+    for place in (cache, str(cache), f"file://{cache}"):
+        assert open_files(place) == LocalFiles(cache)
 
 
 def test_every_batch_of_a_slow_object_store_is_there_before_it_is_read(cache: Path, s3: Proxy, hub: HubServer):
     """Every answer takes 20 ms; a step that takes longer than the fetching never waits."""
     list(push(cache, "s3://shared/cache"))
     s3.fault = lambda path, before, answer: time.sleep(0.02)
-    reader = CacheReader(cache_folder("s3://shared/cache"), window=2)
+    reader = CacheReader(open_files("s3://shared/cache"), window=2)
     reader.lengths()
     batches = batches_of(reader, 1)
     reader.announce(batches)

@@ -21,8 +21,9 @@ from servers import Answer, HubServer, Proxy, Server
 
 from kd.cache_builder.share.pull import STAGING, pull
 from kd.cache_builder.share.push import push
-from kd.cache_builder.share.remotes import Folder, Web
+from kd.cache_builder.share.remotes import FolderRemote
 from kd.cache_builder.share.transfer import TransferProgress
+from kd.cache_builder.share.web_remote import WebRemote
 from kd.cache_builder.store import commits
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.upkeep.verify import verify
@@ -285,7 +286,7 @@ def test_a_redirect_leaves_neither_the_web_nor_https(cache: Path, tmp_path: Path
 
     session = requests.Session()
     session.mount("https://", Downgrade())
-    remote = Web("https://safe")
+    remote = WebRemote("https://safe")
     remote._local.session = session
     with pytest.raises(CacheError, match="from https to http"):
         list(remote.read("manifest.json", 0, 100))
@@ -364,18 +365,18 @@ def test_two_pulls_into_one_directory_are_refused(cache: Path, tmp_path: Path, t
 
 
 def test_a_push_that_was_cut_is_no_cache_to_anybody_and_goes_on(cache: Path, tmp_path: Path, tree: Tree, monkeypatch):
-    write, written = Folder.write, []
+    write, written = FolderRemote.write, []
 
-    def dies(self: Folder, root: Path, names: list[str]) -> None:
+    def dies(self: FolderRemote, root: Path, names: list[str]) -> None:
         if len(written) == 20:
             raise KeyboardInterrupt
         written.extend(names)
         write(self, root, names)
 
-    monkeypatch.setattr(Folder, "write", dies)
+    monkeypatch.setattr(FolderRemote, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         to_the_end(push(cache, str(tmp_path / "place"), workers=1))
-    monkeypatch.setattr(Folder, "write", write)
+    monkeypatch.setattr(FolderRemote, "write", write)
     with pytest.raises(CacheError, match="no cache"):
         to_the_end(pull(str(tmp_path / "place"), tmp_path / "copy"))
     again = to_the_end(push(cache, str(tmp_path / "place")))

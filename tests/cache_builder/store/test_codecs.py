@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.cache_builder.store.arrays import id_dtype
 from kd.cache_builder.store.codecs import array_specs, decode, encode
-from kd.cache_builder.store.logprob_codecs import CODECS, Graded, graded_scale, power_sums
+from kd.cache_builder.store.encoding.arrays import id_dtype
+from kd.cache_builder.store.encoding.logprob_codecs import CODECS, Graded, graded_scale, power_sums
 from kd.cache_builder.store.targets import PROFILES, RawTargets, TargetConfig
-from kd.cache_builder.store.vocabulary import pack, unpack
+from kd.cache_builder.store.vocabulary import pack_rows, unpack_rows
 
 GOLDEN_SCALES = {"graded": "55baec5e9bdea2ce", "graded-fine": "a1e6dba53e190588", "graded-coarse": "1a112be35ff8d33d"}
 GRID = (1.0, 1.5, 2.0, 4.0)
@@ -46,7 +46,7 @@ def store(stored: dict, config: TargetConfig, vocabulary: int) -> dict:
     """What comes back from the store: packed, cast to the arrays' dtypes with no value out of range, unpacked."""
     specs, starts = array_specs(config, vocabulary), np.array([0])
     ids = np.random.default_rng(0).permutation(vocabulary)
-    packed, cast = pack(stored, specs, starts, np.argsort(ids)), {}
+    packed, cast = pack_rows(stored, specs, starts, np.argsort(ids)), {}
     for spec in specs:
         with np.errstate(over="raise", invalid="raise"):
             cast[spec.name] = packed[spec.name].astype(spec.dtype)
@@ -54,7 +54,7 @@ def store(stored: dict, config: TargetConfig, vocabulary: int) -> dict:
             assert (cast[spec.name] == packed[spec.name]).all(), spec.name
         columns = () if spec.columns is None else (spec.columns,)
         assert cast[spec.name].shape[1:] == columns, spec.name
-    return unpack(cast, specs, starts, ids)
+    return unpack_rows(cast, specs, starts, ids)
 
 
 @st.composite

@@ -29,7 +29,7 @@ def pair(tmp_path_factory, build_request, run_build, save_model, tokenizer_dir) 
 
 
 def mixed(pair: tuple[Path, Path], a: float = 0.7, b: float = 0.3) -> MixedReader:
-    return MixedReader([(str(pair[0]), a), (str(pair[1]), b)])
+    return MixedReader([(CacheReader(pair[0]), a), (CacheReader(pair[1]), b)])
 
 
 def test_its_examples_are_those_of_its_caches(pair):

@@ -15,6 +15,7 @@ from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
 from kd.cache_builder.share.transfer import TransferProgress
 from kd.cache_builder.store import commits, shard_store
+from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.part import ALWAYS, PARTIAL, Part, load_part, part_of, whole
 from kd.cache_builder.store.reader import CacheReader
@@ -89,7 +90,7 @@ def test_arrays_for_a_loss_are_those_it_reads(loss: str, cache: Path, tmp_path: 
             CacheReader(tmp_path / "part").keep(["gold_ids", "token_ids"])
         assert "--arrays token_ids" in str(error.value)
         with pytest.raises(CacheError, match="does not hold those arrays"):
-            shard_store.read_shard(tmp_path / "part", manifest, 0, ["token_ids"])
+            shard_store.read_shard(LocalFiles(tmp_path / "part"), manifest, 0, ["token_ids"])
 
 
 def test_pulling_more_adds_until_it_is_whole(cache: Path, tmp_path: Path, tree: Tree):

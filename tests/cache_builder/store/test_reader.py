@@ -15,9 +15,10 @@ import torch
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store import shard_store
+from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.reader import CacheReader, concatenate, quality_means, take_rows
-from kd.cache_builder.store.targets import SoftTargets
+from kd.cache_builder.store.reader import CacheReader, quality_means
+from kd.cache_builder.store.soft_targets import SoftTargets, concatenate
 from kd.common.errors import CacheError
 
 
@@ -159,10 +160,10 @@ def test_threads_that_ask_for_one_shard_load_it_once(cache: Path, monkeypatch: p
     reader, loads, together = CacheReader(cache), list[int](), Barrier(4)
     read_shard: Callable = shard_store.read_shard
 
-    def slow(root, manifest, index, names=None):
+    def slow(files, manifest, index, names=None):
         loads.append(index)
         time.sleep(0.05)  # long enough for the others to come
-        return read_shard(root, manifest, index, names)
+        return read_shard(files, manifest, index, names)
 
     def ask(_: int) -> shard_store.Shard:
         together.wait()
@@ -180,9 +181,11 @@ def test_an_epoch_touches_each_shard_in_one_window(cache: Path, monkeypatch: pyt
     reads = []
     read_shard: Callable = shard_store.read_shard
 
-    def counted(root: Path, manifest: CacheManifest, index: int, names: list[str] | None = None) -> shard_store.Shard:
+    def counted(
+        files: CacheFiles, manifest: CacheManifest, index: int, names: list[str] | None = None
+    ) -> shard_store.Shard:
         reads.append(index)
-        return read_shard(root, manifest, index, names)
+        return read_shard(files, manifest, index, names)
 
     monkeypatch.setattr(shard_store, "read_shard", counted)
     for number in reader.epoch_order(0, 0):
@@ -253,13 +256,6 @@ def test_the_whole_vocabulary_in_float32_leaves_no_tail(tmp_path, build_request,
     gold = (targets.token_ids == targets.gold_ids[:, None]).argmax(1)
     assert (gold == targets.gold_rank).all()
     np.testing.assert_allclose(targets.logprobs[rows, gold], targets.gold_logprob, rtol=2**-10, atol=1e-4)  # float16
-
-
-def test_rows_taken_apart_and_joined_are_the_same(reader: CacheReader):
-    targets = reader[0].targets
-    parts = [take_rows(targets, slice(0, 3)), take_rows(targets, slice(3, len(targets)))]
-    assert [len(p) for p in parts] == [3, len(targets) - 3]
-    assert_equal(concatenate(parts), targets)
 
 
 def test_quality_means_are_per_row(reader: CacheReader):

@@ -17,14 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd.cache_builder.store import commits, shard_store
-from kd.cache_builder.store.arrays import ArraySpec
+from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.chunks import decode_shard
 from kd.cache_builder.store.codecs import array_specs
-from kd.cache_builder.store.logprob_codecs import CODECS
+from kd.cache_builder.store.encoding.arrays import ArraySpec
+from kd.cache_builder.store.encoding.logprob_codecs import CODECS
 from kd.cache_builder.store.manifest import Layout, load_manifest
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
-from kd.cache_builder.store.vocabulary import code_table, codes_by_count, pack, tokens_digest, unpack
+from kd.cache_builder.store.vocabulary import code_table, codes_by_count, pack_rows, tokens_digest, unpack_rows
+from kd.cache_builder.store.writers import shard_writer
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import canonical_json, digest_of
 
@@ -100,7 +102,7 @@ def test_a_graded_scale_is_all_a_stranger_needs(cache: Path):
     logprobs = zarr.open_group(cache / "targets.zarr", mode="r")["logprobs"]
     scale = np.array(logprobs.attrs["scale"])
     manifest = load_manifest(cache)
-    shard = shard_store.read_shard(cache, manifest, 0)
+    shard = shard_store.read_shard(LocalFiles(cache), manifest, 0)
     places = logprobs[: len(shard.arrays["gold_ids"])].astype(int).cumsum(axis=1)
     found = CODECS[manifest.targets.logprob_codec].decode(shard.arrays)
     np.testing.assert_array_equal(-scale[places].astype(np.float32), found)
@@ -124,7 +126,7 @@ def test_verified_bytes_decode_to_what_zarr_reads(cache: Path, tmp_path: Path, b
 
 def test_a_chunk_that_was_never_written_is_zeros_and_one_of_another_size_an_error(tmp_path: Path):
     spec, layout = ArraySpec("x", "uint32", 3, {}, by_column=True), Layout(32, 8)
-    shard_store.create_group(tmp_path / "z", [spec], layout, 1, {})
+    shard_writer.create_group(tmp_path / "z", [spec], layout, 1, {})
     zarr.open_group(tmp_path / "z", mode="r+")["x"][8:16] = np.arange(24).reshape(8, 3)
     data = (tmp_path / "z/x/c/0/0").read_bytes()
     expected = np.zeros((20, 3))
@@ -152,11 +154,11 @@ def test_packing_loses_nothing_for_any_permutation_and_any_examples(seed: int, s
         "gold_rank": rng.integers(0, size, n),
     }
     ids = rng.permutation(size)
-    packed = pack(stored, specs, starts, np.argsort(ids))
+    packed = pack_rows(stored, specs, starts, np.argsort(ids))
     dtypes = {s.name: s.dtype for s in specs}
     packed = {name: value.astype(dtypes[name]) for name, value in packed.items()}
     assert "byte_end" not in packed
-    unpacked = unpack(packed, [s for s in specs if s.name in packed], starts, ids)
+    unpacked = unpack_rows(packed, [s for s in specs if s.name in packed], starts, ids)
     assert unpacked.keys() == stored.keys()
     for name, value in stored.items():
         np.testing.assert_array_equal(unpacked[name], value, err_msg=name)
@@ -194,7 +196,7 @@ def test_a_vocabulary_whose_codes_are_no_permutation_is_damage(copy: Path):
     manifest = load_manifest(copy)
     files = manifest.files | {"vocabulary.parquet": commits.file_entry(copy / "vocabulary.parquet")}
     with pytest.raises(CacheDamageError, match="not a permutation"):
-        code_table(copy, dataclasses.replace(manifest, files=files))
+        code_table(LocalFiles(copy), dataclasses.replace(manifest, files=files))
 
 
 def test_examples_are_plain_parquet_with_their_rows(cache: Path):
@@ -248,16 +250,16 @@ def test_a_shard_of_zeros_is_written_and_read_back(copy: Path):
     manifest = load_manifest(copy)
     last = len(manifest.shards) - 1
     first, stop, rows = manifest.shards[last]
-    before = shard_store.read_shard(copy, manifest, last).arrays
+    before = shard_store.read_shard(LocalFiles(copy), manifest, last).arrays
     zeros = {name: np.zeros_like(values) for name, values in before.items()}
     assert {len(values) for values in zeros.values()} == {rows}
     table = pq.read_table(copy / "examples" / f"{last:05d}.parquet").to_pylist()
     commits.commit_path(copy, last).unlink()
-    writer = shard_store.ShardWriter(copy, dataclasses.replace(manifest, commits=(), quality={}))
+    writer = shard_writer.ShardWriter(copy, dataclasses.replace(manifest, commits=(), quality={}))
     record = writer.write(last, zeros, table, {})
     writer.close()
     assert all(entry["bytes"] > 0 for entry in record.files.values())
-    shard = shard_store.read_shard(copy, writer.manifest, last)
+    shard = shard_store.read_shard(LocalFiles(copy), writer.manifest, last)
     assert (shard.first_example, len(shard.examples["id"])) == (first, stop - first)
     assert all((values == 0).all() and len(values) == rows for values in shard.arrays.values())
 
@@ -269,7 +271,7 @@ def test_large_chunks_compress_to_the_same_bytes_each_time(tmp_path: Path):
     seen = set()
     for attempt in range(3):
         folder = tmp_path / str(attempt)
-        shard_store.create_group(folder, [spec], Layout(16_384, 16_384), 1, {})
+        shard_writer.create_group(folder, [spec], Layout(16_384, 16_384), 1, {})
         zarr.open_group(folder, mode="r+")["x"][:] = values
         seen.add((folder / "x" / "c" / "0" / "0").read_bytes())
     assert len(seen) == 1
@@ -363,10 +365,10 @@ def test_a_commit_rewritten_to_fit_damaged_bytes_is_noticed(copy: Path):
 def test_damage_names_shard_array_and_file(copy: Path):
     flip(copy / "targets.zarr/token_ids/c/1/0", 0.5)
     manifest = load_manifest(copy)
-    shard_store.read_shard(copy, manifest, 0)
-    shard_store.read_shard(copy, manifest, 1, ["tail_odds"])  # only what is asked for is read, and checked
+    shard_store.read_shard(LocalFiles(copy), manifest, 0)
+    shard_store.read_shard(LocalFiles(copy), manifest, 1, ["tail_odds"])  # only what is asked for is read, and checked
     with pytest.raises(CacheDamageError) as caught:
-        shard_store.read_shard(copy, manifest, 1)
+        shard_store.read_shard(LocalFiles(copy), manifest, 1)
     assert (caught.value.details["shard"], caught.value.details["array"]) == (1, "token_ids")
     assert str(caught.value.details["file"]).endswith("targets.zarr/token_ids/c/1/0")
 

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
+from kd.cache_builder.opening import open_files
+from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.upkeep.repair import mend, mend_manifest, reopen
@@ -54,7 +56,7 @@ def damaged(tmp_path: Path, cache: Path) -> Path:
 def test_a_second_copy_mends_everything_and_nothing_else_is_touched(damaged, cache, tree):
     names = harm(damaged)
     times = {p: p.stat().st_mtime_ns for p in damaged.rglob("*") if p.is_file()}
-    last = list(mend(damaged, cache, findings_of(damaged)))[-1]
+    last = list(mend(damaged, LocalFiles(cache), findings_of(damaged)))[-1]
     assert (last.done, last.failed) == (last.total, ())
     assert sorted(last.mended) == sorted(names)
     assert tree(damaged) == tree(cache)
@@ -67,10 +69,18 @@ def test_a_copy_with_other_bytes_mends_nothing(damaged, cache, tmp_path):
     for name in harm(damaged):
         (tmp_path / "copy" / name).write_bytes(b"nonsense")
     before = findings_of(damaged)
-    last = list(mend(damaged, tmp_path / "copy", before))[-1]
+    last = list(mend(damaged, LocalFiles(tmp_path / "copy"), before))[-1]
     assert last.mended == ()
     assert len(last.failed) == 5
     assert findings_of(damaged) == before
+
+
+@pytest.mark.usefixtures("home")
+def test_a_copy_behind_a_url_mends_everything_too(damaged, cache, tree, serve):
+    names = harm(damaged)
+    last = list(mend(damaged, open_files(serve(cache).url), findings_of(damaged)))[-1]
+    assert sorted(last.mended) == sorted(names)
+    assert tree(damaged) == tree(cache)
 
 
 @pytest.mark.parametrize("how", ["flip", "empty", "remove"])
@@ -79,8 +89,8 @@ def test_an_unreadable_manifest_comes_back_from_a_copy(damaged, cache, tree, how
     {"flip": flip, "empty": lambda p: p.write_bytes(b""), "remove": Path.unlink}[how](path)
     with pytest.raises(CacheDamageError):
         load_manifest(damaged)
-    assert mend_manifest(damaged, cache)
-    assert not mend_manifest(damaged, cache)
+    assert mend_manifest(damaged, LocalFiles(cache))
+    assert not mend_manifest(damaged, LocalFiles(cache))
     assert tree(damaged) == tree(cache)
 
 
@@ -89,7 +99,7 @@ def test_the_manifest_of_another_cache_is_refused(damaged, tmp_path, build_reque
     flip(damaged / "manifest.json")
     before = tree(damaged)
     with pytest.raises(CacheMismatchError, match="another cache"):
-        mend_manifest(damaged, tmp_path / "other")
+        mend_manifest(damaged, LocalFiles(tmp_path / "other"))
     assert tree(damaged) == before
 
 
@@ -229,3 +239,16 @@ def test_a_cache_that_was_not_built_by_the_command_says_what_to_run(damaged):
     done = CliRunner().invoke(cli, ["cache", "repair", str(damaged)])
     assert isinstance(done.exception, CacheDamageError)
     assert "kd cache build" in str(done.exception)
+
+
+def kd(*arguments: object) -> str:
+    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False).output
+
+
+def test_repair_takes_a_second_copy_from_an_address(tmp_path, kl, tree):
+    kd("cache", "push", kl, f"file://{tmp_path / 'there'}")
+    kd("cache", "pull", f"file://{tmp_path / 'there'}", tmp_path / "here")
+    before = tree(tmp_path / "here")
+    (tmp_path / "here" / "examples" / "00000.parquet").write_bytes(b"")
+    assert "taken from" in kd("cache", "repair", tmp_path / "here", "--from", f"file://{tmp_path / 'there'}")
+    assert tree(tmp_path / "here") == before

@@ -22,7 +22,7 @@ from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.share.dataset_card import dataset_card
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
-from kd.cache_builder.upkeep.derive import merge_caches
+from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherError

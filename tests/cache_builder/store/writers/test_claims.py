@@ -12,8 +12,8 @@ import pytest
 
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
-from kd.cache_builder.store import claims
-from kd.cache_builder.store.claims import STALE_SECONDS, Claims, void_claims
+from kd.cache_builder.store.writers import claims
+from kd.cache_builder.store.writers.claims import STALE_SECONDS, Claims, void_claims
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.files import process_tag, unfinished
 

@@ -1,4 +1,4 @@
-"""What a stored array is: its name, dtype and columns, and how its chunks are laid out."""
+"""`ArraySpec`: name, dtype and columns of a stored array, and how its chunks are laid out."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class ArraySpec:
     dtype: str
     columns: int | None
     attributes: Mapping[str, Any]
-    """What a reader without our code needs: quantity, unit, decoding rule."""
+    """Zarr attributes for a reader without our code: quantity, unit, decoding rule."""
     ids: bool = False
-    """Token ids: the array holds their codes, see `codes_by_count`."""
+    """True for token ids: the array holds their codes, see `vocabulary.codes_by_count`."""
     steps: bool = False
-    """The array holds the differences between neighbours of a row, in memory a row holds their sums."""
+    """True if the array holds the differences between neighbours of a row; in memory, a row holds their sums."""
     by_column: bool = False
-    """A chunk holds one column after another (the `transpose` codec): the values of a rank are alike."""
+    """True if a chunk holds one column after another (the `transpose` codec), because values of equal rank are similar."""
     shuffle: Literal["shuffle", "bitshuffle"] = "bitshuffle"
-    """What blosc reorders before zstd: bits, or whole bytes (`shuffle`)."""
+    """What blosc reorders before zstd: single bits (`bitshuffle`) or whole bytes (`shuffle`)."""
 
     @property
     def row_bytes(self) -> int:

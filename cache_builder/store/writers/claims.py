@@ -1,9 +1,10 @@
-"""Who is building which shard: any number of builders share one directory, and a dead one's claim is taken over.
+"""Claims: which builder works on which shard. Any number of builders share one directory; a dead one's claim is taken over.
 
-A builder claims a shard with `commits/.00003.claim`, created once (hard link), which names host, process and time; it
-touches the file while it works. A claim is void when its process is dead (this host) or nothing touched it for
-`STALE_SECONDS` (any host). Claims save work, nothing else rests on them: should two builders make one shard all the same,
-the first commit stays (`ShardWriter.write`).
+A builder claims a shard with the file `commits/.00003.claim`, created once (hard link), which names host and process. It
+touches the file while it works. A claim is void when its process is dead (on this host) or nothing touched it for
+`STALE_SECONDS` (on any host). A file lock would not do: it does not say who holds it, and not every shared file system keeps
+locks across hosts. Claims only save work: if two builders make one shard all the same, the first commit stays
+(`ShardWriter.write`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from kd.common.files import holder, process_tag, publish_first
 
 STALE_SECONDS = 15 * 60
-"""A builder touches its claim with every batch; one that did not for so long is dead, or stopped."""
+"""A builder touches its claims with every batch. After this time without a touch it counts as dead."""
 TOUCH_SECONDS = 5.0
+"""Least time between two touches."""
 _BUILDERS = count()
 
 
@@ -31,43 +33,43 @@ class Claims:
         self._touched = 0.0
 
     def take(self, index: int) -> str | None:
-        """Claim shard `index`: None when it is ours now, else who holds it."""
+        """Claim shard `index`. Returns None when the claim is ours now, else who holds it, in words."""
         path = self.folder / f".{index:05d}.claim"
         self.folder.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
-            own = path.with_name(f".{index:05d}.claim.{self.tag}.tmp")
-            own.write_text(self.tag, encoding="utf-8")
-            if publish_first(own, path):
+            staged = path.with_name(f".{index:05d}.claim.{self.tag}.tmp")
+            staged.write_text(self.tag, encoding="utf-8")
+            if publish_first(staged, path):
                 self._held[index] = path
                 return None
-            other = holder_of(path)
-            if other is not None:
-                return other
+            holder_name = holder_of(path)
+            if holder_name is not None:
+                return holder_name
             path.unlink(missing_ok=True)
         return "another builder, just now"
 
     def touch(self) -> None:
-        """Say that we are alive."""
+        """Show that this builder is alive: touch its claims, at most every `TOUCH_SECONDS`."""
         if time.monotonic() - self._touched > TOUCH_SECONDS:
             self._touched = time.monotonic()
             for path in list(self._held.values()):
-                with suppress(FileNotFoundError):  # taken from us: the first commit stays
+                with suppress(FileNotFoundError):  # another builder took it over; the first commit stays
                     path.touch()
 
     def release(self, index: int) -> None:
-        """Give a shard back, committed or not."""
+        """Give up the claim on a shard, committed or not."""
         path = self._held.pop(index, None)
         if path is not None and _read(path) == self.tag:
             path.unlink(missing_ok=True)
 
     def release_all(self) -> None:
-        """Give everything back."""
+        """Give up all claims."""
         for index in list(self._held):
             self.release(index)
 
 
 def holder_of(path: Path) -> str | None:
-    """Who holds a claim, in words; None where nobody does any more."""
+    """Who holds a claim, in words; None where the claim is void."""
     tag = _read(path)
     if tag is None:
         return None
@@ -80,7 +82,7 @@ def holder_of(path: Path) -> str | None:
 
 
 def void_claims(root: Path) -> None:
-    """Remove the claims that nobody holds."""
+    """Remove the claims that are void."""
     for path in (root / "commits").glob(".*.claim"):
         if holder_of(path) is None:
             path.unlink(missing_ok=True)

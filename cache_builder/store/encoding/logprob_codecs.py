@@ -1,21 +1,21 @@
-"""Log-probabilities as small numbers, and back: how a head row becomes stored arrays.
+"""Codecs of log-probabilities: how the head of a row becomes stored arrays, and back.
 
 A head row is stored relative to its top value (0 >= r_1 >= ... >= r_k), as one of
 
-    graded         r_j = -scale[sum_{i<=j} steps_i]; the scale's points lie the further apart the less probable a
-    graded-fine    value is, so every value costs about the same error; fine and coarse differ in density, and steps
-    graded-coarse  are 16 bits in the fine one, 8 in the others
+    graded         r_j = -scale[sum_{i<=j} steps_i]; the points of the scale are further apart where values are less
+    graded-fine    probable, so every value costs about the same error; the three differ in density; steps have
+    graded-coarse  16 bits in graded-fine, 8 in the others
     linear8        r_j = -q_j * span / 255, q uint8, span float16 per row     1 byte per value
     float16        r_j as float16                                             2 bytes
     float32        r_j as float32                                             4 bytes, exact
 
-What each weighs after compression and what it costs in KL is a table in docs/cache-format.md (benchmarks/sizes.py).
-float16 ends at -65504 nats, and so do the scales; what lies below is stored as that, and its probability, 0, is the same.
+docs/cache-format.md has a table of the size after compression and the error in KL of each (benchmarks/sizes.py).
+float16 ends at -65504 nats, and so do the scales. Lower values are stored as that; their probability, 0, stays the same.
 
-A value on a scale is one of a few, and so is its exponential: both are looked up, by Arrow, which takes small integers as
-they are: a third of the time of exp, two thirds of numpy's take (docs/log.md).
+A scale has few values, so values and their exponentials are looked up in tables. Arrow's `take` uses small integers as they
+are: it needs a third of the time of exp, two thirds of numpy's take (docs/log.md).
 
-Add a codec: a class with `arrays`, `encode`, `decode`, `powers` and one line in `CODECS`; the test battery finds it there.
+To add a codec, write a class with `arrays`, `encode`, `decode` and `powers`, and add a line to `CODECS`; the tests find it there.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kd.cache_builder.store.arrays import Arrays, ArraySpec
+from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec
 
 FLOAT16_MIN = float(np.finfo(np.float16).min)
 
 
 class LogprobCodec(Protocol):
-    """How a head row, relative to its top value, becomes stored arrays."""
+    """Turns head rows, relative to their top value, into stored arrays and back."""
 
     tail: str
-    """dtype of the tail's odds; as logarithms in float16 they cost at most 5e-8 nats of KL."""
+    """dtype of the tail's odds. They are logarithms; float16 costs at most 5e-8 nats of KL."""
 
     def arrays(self, k: int) -> list[ArraySpec]:
         """The arrays this codec stores."""
@@ -60,7 +60,7 @@ def power_sums(
     sums = np.empty((len(relative), len(temperatures)), dtype=np.float32)
     powers, previous = np.empty(0), 0.0
     for t in reversed(range(len(temperatures))):
-        # a product is a tenth of an exponential, a fifth of a look-up
+        # a product takes a tenth of the time of an exponential, a fifth of a look-up
         halved = previous == 2 * temperatures[t]
         powers = powers * powers if halved else codec.powers(stored, relative, temperatures[t])
         previous = temperatures[t]
@@ -90,7 +90,7 @@ def _decimals(step: float) -> list[float]:
 
 
 def _exponentials(relative: np.ndarray, temperature: float) -> np.ndarray:
-    """exp(relative / temperature), where values are too many to be looked up."""
+    """exp(relative / temperature), for codecs whose values are too many for a table."""
     return np.asarray(np.exp(relative / np.float32(temperature)))
 
 
@@ -123,7 +123,7 @@ class Linear8:
 
 
 class Graded:
-    """Places on `graded_scale(step)`; the array holds the steps between neighbours, and no error is carried along a row."""
+    """Indices into `graded_scale(step)`. The array holds the differences between neighbours; errors do not add up along a row."""
 
     tail = "float16"
 
@@ -142,35 +142,35 @@ class Graded:
 
     def encode(self, relative: np.ndarray) -> Arrays:
         scale = graded_scale(self.step)
-        places = np.searchsorted((scale[1:] + scale[:-1]) / 2, -relative.T)
-        return {"logprobs": places.astype(np.min_scalar_type(len(scale) - 1)).T}
+        indices = np.searchsorted((scale[1:] + scale[:-1]) / 2, -relative.T)
+        return {"logprobs": indices.astype(np.min_scalar_type(len(scale) - 1)).T}
 
     def decode(self, stored: Mapping[str, np.ndarray]) -> np.ndarray:
-        places = stored["logprobs"]
-        return _look_up(_values(self.step, places.dtype.str), places)
+        indices = stored["logprobs"]
+        return _look_up(_values(self.step, indices.dtype.str), indices)
 
     def powers(self, stored: Mapping[str, np.ndarray], relative: np.ndarray, temperature: float) -> np.ndarray:
-        places = stored["logprobs"]
-        return _look_up(_powers(self.step, places.dtype.str, temperature), places)
+        indices = stored["logprobs"]
+        return _look_up(_powers(self.step, indices.dtype.str, temperature), indices)
 
 
 @cache
 def _values(step: float, dtype: str) -> pa.Array:
-    """-scale by place, for every number of `dtype`: those beyond the scale are its end."""
+    """-scale by index, for every number of `dtype`; indices beyond the scale give its last value."""
     scale = graded_scale(step)
     return pa.array(-np.append(scale, np.full(np.iinfo(dtype).max + 1 - len(scale), scale[-1])))
 
 
 @cache
 def _powers(step: float, dtype: str, temperature: float) -> pa.Array:
-    """exp(-scale / temperature) by place, float32."""
+    """exp(-scale / temperature) by index, float32."""
     return pa.array(np.exp(_values(step, dtype).to_numpy().astype(np.float64) / temperature).astype(np.float32))
 
 
-def _look_up(table: pa.Array, places: np.ndarray) -> np.ndarray:
-    """`table[places]`, read-only; the table has an entry for every number of the places' dtype."""
-    found = pc.take(table, pa.array(places.reshape(-1)), boundscheck=False).to_numpy()
-    return found.reshape(places.shape)  # type: ignore[no-any-return]
+def _look_up(table: pa.Array, indices: np.ndarray) -> np.ndarray:
+    """`table[indices]`, read-only; the table has an entry for every number of the indices' dtype."""
+    values = pc.take(table, pa.array(indices.reshape(-1)), boundscheck=False).to_numpy()
+    return values.reshape(indices.shape)  # type: ignore[no-any-return]
 
 
 class Float:

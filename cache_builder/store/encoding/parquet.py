@@ -1,8 +1,7 @@
-"""Parquet, read within bounds: a small file of a stranger must not become a large table.
+"""Read Parquet within bounds: a small file must not become a large table.
 
-A dictionary page says a long text once and a run of indices repeats it a million times; a run of one number is as short. So
-counts and sizes in the file's metadata are checked first, texts are read as dictionaries, and what they would come to is added
-up before a single one is made.
+A dictionary page can hold a long text once, and a run of indices can repeat it a million times. So counts and sizes in the
+file's metadata are checked first, texts are read as dictionaries, and their total size is added up before any is made.
 """
 
 from __future__ import annotations
@@ -18,20 +17,26 @@ import pyarrow.parquet as pq
 from kd.common.errors import CacheError
 
 MAX_TABLE_BYTES = 2**30
-"""What one Parquet file of a cache may hold, decompressed; a shard of 32,768 rows is about 1 MB of text."""
+"""Most bytes that one Parquet file of a cache may hold, decompressed; a shard of 32,768 rows has about 1 MB of text."""
 MAX_METADATA_BYTES = 2**24
+"""Most bytes of a Parquet footer."""
 FEW_ROWS = 64
+"""Rows read at once where texts cannot be read as dictionaries."""
 
 
-def read_table(
+def read_parquet(
     data: bytes, schema: pa.Schema, *, rows: int | None = None, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Columns of a Parquet file's bytes, all of `schema` by default, in its types. Raises CacheError, or what pyarrow raises.
+    """Columns of a Parquet file, in the types of `schema`.
 
-    `rows` it must have, where that is known.
+    data      bytes of the file
+    rows      number of rows that the table must have; None where that is not known
+    columns   names of the columns to read; None means all of `schema`
+
+    Raises CacheError beyond the bounds, or what pyarrow raises for a damaged file.
     """
-    wanted = pa.schema([schema.field(name) for name in columns or schema.names])
-    texts = [f.name for f in wanted if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
+    selected = pa.schema([schema.field(name) for name in columns or schema.names])
+    texts = [f.name for f in selected if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
     size, count = footer_sizes(data)
     if rows is not None and count != rows:
         raise CacheError("a table has another number of rows", found=count, expected=rows)
@@ -44,28 +49,28 @@ def read_table(
         thrift_container_size_limit=MAX_METADATA_BYTES,
     )
     batches = []
-    # by few rows at a time: a batch may hold as many copies of the longest text, before it can be added up
-    for batch in _batches(data, file, wanted.names):
+    # few rows at a time: a batch may hold that many copies of the longest text before they are counted
+    for batch in _batches(data, file, selected.names):
         if any(column.null_count for column in batch.columns):
-            raise CacheError("a table has holes", found="null in a column")
+            raise CacheError("a table has missing values", found="null in a column")
         size += sum(_expanded(batch.column(name)) for name in texts)
         if size > MAX_TABLE_BYTES:
             raise CacheError("a table is too large", found=f"over {size} bytes", expected=f"at most {MAX_TABLE_BYTES}")
         batches.append(batch)
-    return pa.Table.from_batches(batches).cast(wanted) if batches else wanted.empty_table()
+    return pa.Table.from_batches(batches).cast(selected) if batches else selected.empty_table()
 
 
 def _batches(data: bytes, file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     try:
         yield from file.iter_batches(columns=names, use_threads=False)
-    except (NotImplementedError, OSError) as error:  # texts that lie one after another cannot be read as dictionaries
+    except (NotImplementedError, OSError) as error:  # texts in this encoding cannot be read as dictionaries
         if "DeltaLengthByteArrayDecoder" not in str(error):
             raise
         yield from pq.ParquetFile(pa.BufferReader(data)).iter_batches(FEW_ROWS, columns=names, use_threads=False)
 
 
 def _expanded(column: pa.Array) -> int:
-    """Bytes of a text column once every row has its own."""
+    """Size in bytes of a text column once every row has its own copy."""
     if not pa.types.is_dictionary(column.type):
         return int(column.nbytes)
     lengths = pc.fill_null(pc.binary_length(column.dictionary), 0).to_numpy(zero_copy_only=False)
@@ -74,10 +79,10 @@ def _expanded(column: pa.Array) -> int:
 
 
 def footer_sizes(data: bytes) -> tuple[int, int]:
-    """`(bytes, rows)` that a Parquet footer says the file holds: decompressed, and at least 4 for every value.
+    """`(bytes, rows)` of a file according to its Parquet footer: decompressed, and at least 4 bytes for every value.
 
-    Read here and not by Arrow, because pyarrow ends the process when the details of a column contradict each other
-    (found by fuzzing). Thrift's compact protocol: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md;
+    It is not read by Arrow, because pyarrow ends the process when the metadata of a column contradicts itself (found by
+    fuzzing). Thrift's compact protocol: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md;
     the fields are those of parquet.thrift.
     """
     length = int.from_bytes(data[-8:-4], "little")
@@ -98,15 +103,15 @@ def footer_sizes(data: bytes) -> tuple[int, int]:
 
 
 class _Compact:
-    """A Thrift document in compact protocol: structures as `{field: value}`, nothing allocated beyond its bytes."""
+    """Parser of Thrift's compact protocol: structures become `{field: value}`, and nothing larger than the bytes is allocated."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-        self.place = 0
+        self.position = 0
 
     def byte(self) -> int:
-        self.place += 1
-        return self.data[self.place - 1]
+        self.position += 1
+        return self.data[self.position - 1]
 
     def varint(self) -> int:
         value = shift = 0
@@ -129,16 +134,16 @@ class _Compact:
         if kind in (4, 5, 6):
             return self.zigzag()
         if kind == 7:
-            self.place += 8
+            self.position += 8
             return None
         if kind == 8:
             length = self.varint()
-            self.place += length
+            self.position += length
             return None
         if kind in (9, 10):
             head = self.byte()
             count = head >> 4 if head >> 4 < 15 else self.varint()
-            if count > len(self.data) - self.place:
+            if count > len(self.data) - self.position:
                 raise ValueError("a list longer than its bytes")
             element = head & 15
             return [self.byte() == 1 if element in (1, 2) else self.value(element, depth + 1) for _ in range(count)]

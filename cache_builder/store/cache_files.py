@@ -1,0 +1,134 @@
+"""Where the files of one cache come from: a folder that holds them all, or a mirror that fetches what is read.
+
+A reader is given `CacheFiles` and never asks where they came from. `LocalFiles` is a folder on this disk. The other kind is
+`kd.cache_builder.share.mirror.Mirror`, a folder that is filled from a URL. In both, the manifest and `partial.json` lie in
+`root` from the beginning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.manifest import CacheManifest
+from kd.cache_builder.store.part import load_part
+from kd.cache_builder.store.shard_record import ShardRecord
+from kd.common.errors import CacheDamageError
+from kd.common.files import sha256_of
+
+
+class CacheFiles(Hashable, Protocol):
+    """The files of one cache, by their paths in it."""
+
+    @property
+    def root(self) -> Path:
+        """The folder on this disk where the files lie, or will lie once they were fetched."""
+
+    @property
+    def on_disk(self) -> bool:
+        """True where every file is in `root` already; False where files are fetched when they are read."""
+
+    def committed(self, shards: int) -> list[int]:
+        """Indices of the committed shards among the first `shards`, ascending."""
+
+    def read_commit(self, manifest: CacheManifest, index: int) -> ShardRecord:
+        """The record of a committed shard, checked against the manifest. Raises CacheDamageError."""
+
+    def verified_bytes(self, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
+        """The bytes of a file. Raises CacheDamageError unless its size and SHA-256 are those in `entry`."""
+
+    def verify_file(self, name: str, entry: Mapping[str, Any], **where: object) -> None:
+        """As `verified_bytes`, for a file whose bytes are not needed now."""
+
+    def stored_bytes(self, manifest: CacheManifest, index: int) -> dict[str, int]:
+        """Array name (or `examples`) -> size in bytes of each file of a shard."""
+
+    def expect(self, shards: Sequence[int], arrays: Iterable[str] | None = None) -> None:
+        """Announce which shards will be read next, in order, and which of their arrays.
+
+        `arrays` are keys of `commits.shard_files`. None means all of them; an empty one means the commits alone.
+        """
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """A folder on this disk that holds the cache, or the part of it that `partial.json` lists."""
+
+    root: Path
+
+    on_disk = True
+
+    def committed(self, shards: int) -> list[int]:
+        """As `CacheFiles.committed`."""
+        return commits.committed(self.root, shards)
+
+    def read_commit(self, manifest: CacheManifest, index: int) -> ShardRecord:
+        """As `CacheFiles.read_commit`."""
+        return commits.read_commit(self.root, manifest, index)
+
+    def verified_bytes(self, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
+        """As `CacheFiles.verified_bytes`."""
+        path, size = self.root / name, commits.file_size(self.root, name, **where)
+        data = path.read_bytes() if size == entry["bytes"] else b""
+        _refuse(path, entry, len(data) if data else size, lambda: hashlib.sha256(data).hexdigest(), where)
+        return data
+
+    def verify_file(self, name: str, entry: Mapping[str, Any], **where: object) -> None:
+        """As `CacheFiles.verify_file`; the file is read in pieces."""
+        path, size = self.root / name, commits.file_size(self.root, name, **where)
+        _refuse(path, entry, size, lambda: sha256_of(path), where)
+
+    def stored_bytes(self, manifest: CacheManifest, index: int) -> dict[str, int]:
+        """As `CacheFiles.stored_bytes`, of the arrays that this copy holds."""
+        part = load_part(self.root, manifest)
+        return {
+            array: commits.file_size(self.root, name, shard=index)
+            for array, name in commits.shard_files(manifest.arrays, index).items()
+            if part is None or array == "examples" or array in part.arrays
+        }
+
+    def expect(self, shards: Sequence[int], arrays: Iterable[str] | None = None) -> None:
+        """Nothing: every file is here."""
+
+
+def files_at(place: str | os.PathLike[str] | CacheFiles) -> CacheFiles:
+    """The files of a cache: those in the folder that a path names, or `place` itself where it is such files already."""
+    return LocalFiles(Path(place)) if isinstance(place, str | os.PathLike) else place
+
+
+def bytes_below(root: Path) -> int:
+    """Size in bytes of all files in a folder and below it."""
+    size = 0
+    for path in root.rglob("*"):
+        with suppress(FileNotFoundError):  # a mirror evicts files while we look
+            size += path.stat().st_size if path.is_file() else 0
+    return size
+
+
+def _refuse(
+    path: Path, entry: Mapping[str, Any], size: int, digest: Callable[[], str], where: Mapping[str, object]
+) -> None:
+    """Raise CacheDamageError unless a file's size and SHA-256 are the recorded ones."""
+    if size != entry["bytes"]:
+        raise CacheDamageError(
+            "a file of the cache has another size",
+            file=path,
+            **where,
+            found=f"{size} bytes",
+            expected=f"{entry['bytes']} bytes",
+            try_="kd cache repair",
+        )
+    if digest() != entry["sha256"]:
+        raise CacheDamageError(
+            "a file of the cache was changed",
+            file=path,
+            **where,
+            found="another SHA-256 than committed",
+            try_="kd cache repair",
+        )

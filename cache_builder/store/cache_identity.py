@@ -1,0 +1,53 @@
+"""How two caches' identities differ, and the error that says so: what a cache was made from must not change under a build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kd.cache_builder.store.manifest import FORMAT_VERSION, CacheManifest
+from kd.common.errors import CacheMismatchError
+
+
+def refuse_mismatch(root: Path, wanted: dict[str, Any], existing: CacheManifest) -> None:
+    """Raise CacheMismatchError with the difference, unless `existing` was made from exactly `wanted`."""
+    if existing.format_version != FORMAT_VERSION:
+        raise CacheMismatchError(
+            "the directory holds a cache of an older format",
+            cache=root,
+            found=f"format version {existing.format_version}",
+            expected=FORMAT_VERSION,
+            try_="another --out; the old cache can still be read and trained from",
+        )
+    differences = identity_difference(wanted, existing.identity)
+    if differences:
+        details = {f"differs {key}": f"asked for {_short(a)}, the cache has {_short(b)}" for key, a, b in differences}
+        raise CacheMismatchError(
+            "the directory holds a cache made from something else",
+            cache=root,
+            **details,
+            try_="another --out, or the options that cache was built with (kd cache info)",
+        )
+
+
+def identity_difference(expected: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """`(dotted key, expected, found)` of everything that differs between two identities."""
+    left, right = _flatten(expected), _flatten(found)
+    return [
+        (key, left.get(key), right.get(key))
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else text[:16] + "…" + text[-8:]

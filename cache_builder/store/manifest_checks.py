@@ -1,0 +1,80 @@
+"""Bounds on what a manifest or a commit may claim: a stranger's document must not make a reader allocate or leave the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from kd.cache_builder.store.encoding.arrays import ArraySpec
+from kd.common.errors import CacheError
+
+MAX_ROWS = 2**40
+"""Bound on any row count a manifest may claim."""
+MAX_SHARD_ROWS, MAX_ARRAY_BYTES = 2**24, 2**34
+"""Bounds on what reading one shard may allocate per array (the default shard holds 2 MB of ids at k=64)."""
+
+
+def bounded_count(value: Any) -> int:
+    """A count as it is. Raises CacheError unless it is an integer from 0 to `MAX_ROWS`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ROWS:
+        raise CacheError("a count is out of bounds", found=repr(value)[:80])
+    return value
+
+
+def file_table(document: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """`files` of a document: path in the cache -> `bytes` and `sha256`, in these types. Raises CacheError."""
+    return {
+        str(name): {"bytes": bounded_count(entry["bytes"]), "sha256": str(entry["sha256"])}
+        for name, entry in document.items()
+    }
+
+
+def check_bounds(arrays: Sequence[ArraySpec], shard_rows: int) -> None:
+    """Raise CacheError for shards whose arrays no reader should be made to allocate."""
+    if shard_rows > MAX_SHARD_ROWS:
+        raise CacheError(
+            "too many rows per shard",
+            found=shard_rows,
+            expected=f"at most {MAX_SHARD_ROWS}",
+            try_="a smaller --shard-rows",
+        )
+    largest = max(arrays, key=lambda a: a.row_bytes)
+    size = largest.row_bytes * shard_rows
+    if size > MAX_ARRAY_BYTES:
+        raise CacheError(
+            "a shard's array is too large",
+            found=f"{largest.name}: {size} bytes",
+            expected=f"at most {MAX_ARRAY_BYTES}",
+            try_="a smaller --shard-rows",
+        )
+
+
+def check_shard_table(shards: Sequence[tuple[int, int, int]], shard_rows: int, examples: int, rows: int) -> None:
+    """Raise CacheError unless the shards follow one another and add up to `examples` and `rows`."""
+    position = row_count = 0
+    for first, stop, count in shards:
+        if first != position or stop <= first or not 1 <= count <= shard_rows:
+            raise CacheError("shard table is not contiguous", found=f"examples {first}:{stop}, {count} rows")
+        position, row_count = stop, row_count + count
+    if (position, row_count) != (examples, rows):
+        raise CacheError(
+            "shard table does not add up",
+            found=f"{position} examples, {row_count} rows",
+            expected=f"{examples} examples, {rows} rows",
+        )
+
+
+def check_file_names(names: Collection[str], required: Collection[str]) -> None:
+    """Raise CacheError for a file name that could leave the cache's folder, or where a required one is missing."""
+    for name in names:
+        check_inside(name)
+    missing = set(required) - set(names)
+    if missing:
+        raise CacheError("files of the cache are not listed", found=", ".join(sorted(missing)))
+
+
+def check_inside(name: str) -> None:
+    """Raise CacheError for a file name that could leave the cache's folder."""
+    parts = name.split("/")
+    if name.startswith("/") or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in parts):
+        raise CacheError("a file name leaves the cache's directory", found=repr(name)[:120])

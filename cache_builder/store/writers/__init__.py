@@ -1,0 +1,1 @@
+"""What builders write: shards, claims on shards, and the answers of a teacher that generates."""

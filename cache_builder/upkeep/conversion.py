@@ -1,0 +1,60 @@
+"""Convert stored rows to other settings: fewer tokens, another codec, another profile. No teacher is needed.
+
+For fewer tokens or another codec, the rows are decoded and encoded again: the mass of dropped tokens goes into the tail, at
+every temperature.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kd.cache_builder.store import codecs
+from kd.cache_builder.store.encoding.arrays import Arrays
+from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN
+from kd.cache_builder.store.targets import PROFILES, TargetConfig
+
+
+def converted(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:
+    """Stored rows under the settings `new`, which keep no more than `old`. Equal settings return the same arrays."""
+    if old == new and ("log_z" in stored) == (not new.top_k):
+        return stored
+    kept = {name: stored[name] for name in ("gold_ids", "gold_logprob", "gold_rank", "byte_end")}
+    for name, wanted in (
+        ("tail_bands", new.tail_bands),
+        ("sample_ids", new.samples),
+        ("sample_counts", new.samples),
+        ("boundary_logprob", PROFILES[new.profile].boundary),
+        ("token_ids", new.top_k and PROFILES[new.profile].ids),
+    ):
+        if wanted:
+            kept[name] = stored[name][:, : new.top_k] if name == "token_ids" else stored[name]
+    if not new.top_k:
+        return kept | {"log_z": codecs.decode(stored, old).log_z}
+    relative = CODECS[old.logprob_codec].decode(stored)
+    codec = CODECS[new.logprob_codec]
+    head = codec.encode(np.ascontiguousarray(relative[:, : new.top_k]))
+    before, after = relative.astype(np.float64), codec.decode(head).astype(np.float64)
+    odds = np.empty((len(before), len(new.temperatures)))
+    for t, temperature in enumerate(new.temperatures):
+        mass = np.exp(before / temperature)
+        if "tail_odds" in stored:
+            tail = np.exp(stored["tail_odds"][:, t].astype(np.float64)) * mass.sum(1)
+        else:
+            tail = np.maximum(np.exp(stored["log_z"][:, t].astype(np.float64)) - mass.sum(1), 0.0)
+        tail += mass[:, new.top_k :].sum(1)
+        with np.errstate(divide="ignore"):
+            odds[:, t] = np.maximum(np.log(tail / np.exp(after / temperature).sum(1)), FLOAT16_MIN)
+    return kept | head | {"tail_odds": odds.astype(codec.tail)}
+
+
+def measured(stored: Arrays, config: TargetConfig) -> dict[str, float]:
+    """The quality figures that follow from stored rows: all but `head_kl`, the error against the teacher."""
+    targets = codecs.decode(stored, config)
+    quality = {
+        "rows": float(len(targets)),
+        "gold_nll": float(-targets.gold_logprob.astype(np.float64).sum()),
+        "top1": float((targets.gold_rank == 0).sum()),
+    }
+    if config.top_k:
+        quality["mass_kept"] = float(np.exp(targets.logprobs_at(1.0)).sum())
+    return quality

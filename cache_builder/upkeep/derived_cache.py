@@ -1,0 +1,153 @@
+"""Write a cache out of pieces of other caches, without a teacher: what slicing and merging share.
+
+Rows that need not change are copied as they are stored, to the bit. A killed call leaves whole shards; the same call continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.cache_identity import refuse_mismatch
+from kd.cache_builder.store.manifest import CacheManifest, existing_cache
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA, Shard
+from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.store.vocabulary import codes_by_count
+from kd.cache_builder.store.writers.shard_writer import ShardWriter
+from kd.cache_builder.upkeep.conversion import converted, measured
+from kd.common.files import write_error
+
+
+@dataclass(frozen=True)
+class DeriveProgress:
+    """Progress of a slice or a merger."""
+
+    done: int
+    """Shards written so far."""
+    total: int
+    """Shards in all."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive examples of one shard of one reader."""
+
+    source: int
+    """Number of the reader."""
+    shard: int
+    first: int
+    """Number of the first example in the shard."""
+    stop: int
+    """One past the last."""
+
+
+def write_derived(
+    readers: Sequence[CacheReader],
+    out: Path,
+    identity: dict[str, Any],
+    config: TargetConfig,
+    shards: list[list[Piece]],
+    made_from: str,
+) -> Iterator[DeriveProgress]:
+    """Write a cache whose shards are made of pieces of other caches; the same call continues.
+
+    identity    of the new cache
+    config      what is kept of each row; where it is that of the readers, rows are copied as they are stored
+    shards      the pieces of each new shard
+    made_from   recorded in the provenance
+
+    Raises CacheMismatchError where `out` holds another cache, CacheError where it cannot be written.
+    """
+    layout = max((r.manifest.layout for r in readers), key=lambda layout: layout.shard_rows)
+    sizes, position = [], 0
+    lengths = [r.lengths()[1] for r in readers]
+    for pieces in shards:
+        rows = count = 0
+        for p in pieces:
+            start = readers[p.source].manifest.shards[p.shard][0]
+            rows += int(lengths[p.source][start + p.first : start + p.stop].sum())
+            count += p.stop - p.first
+        sizes.append((position, position + count, rows))
+        position += count
+    provenance = {**readers[0].manifest.provenance, "derived_from": made_from, "options": None}
+    existing = existing_cache(out, commits.OWN_NAMES)
+    if existing is not None:
+        refuse_mismatch(out, identity, existing)
+    manifest = existing or CacheManifest(
+        identity, layout, position, sum(r for _, _, r in sizes), tuple(sizes), {}, provenance
+    )
+    writer = ShardWriter(out, manifest)
+    try:
+        writer.sweep()
+        if not manifest.complete:
+            vocabulary = readers[0].vocabulary()
+            manifest = writer.create(vocabulary, codes_by_count(len(vocabulary), _sequences(readers, shards)))
+        present = set(commits.committed(out, len(shards)))
+        for index, pieces in enumerate(shards):
+            if index not in present:
+                whole = all(_is_whole(readers[p.source], p) for p in pieces) and config == readers[0].config
+                quality = _summed(readers, pieces) if whole else None
+                _write(writer, index, [_taken(readers[p.source], p, config) for p in pieces], config, quality)
+            yield DeriveProgress(index + 1, len(shards))
+        if not manifest.complete:
+            writer.finish()
+    except OSError as error:
+        raise write_error(out, error) from error
+    finally:
+        writer.close()
+
+
+def _sequences(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> Iterator[np.ndarray]:
+    """The token ids of every example, for the table of codes."""
+    for piece in (p for pieces in shards for p in pieces):
+        shard = readers[piece.source].shard(piece.shard)
+        table = shard.examples
+        for i in range(piece.first, piece.stop):
+            yield table["context_ids"][i]
+            yield shard.arrays["gold_ids"][table["row_start"][i] : table["row_end"][i]].astype(np.int64)
+
+
+def _is_whole(reader: CacheReader, piece: Piece) -> bool:
+    first, stop, _ = reader.manifest.shards[piece.shard]
+    return (piece.first, piece.stop) == (0, stop - first)
+
+
+def _summed(readers: Sequence[CacheReader], pieces: list[Piece]) -> dict[str, float]:
+    """Sums of the quality figures that the build has measured of these shards."""
+    total: dict[str, float] = {}
+    for p in pieces:
+        reader = readers[p.source]
+        for name, value in reader.files.read_commit(reader.manifest, p.shard).quality.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def _taken(reader: CacheReader, piece: Piece, config: TargetConfig) -> Shard:
+    """The rows and examples of a piece, as `config` keeps them."""
+    shard = reader.shard(piece.shard)
+    table = {name: column[piece.first : piece.stop] for name, column in shard.examples.items()}
+    rows = slice(table["row_start"][0], table["row_end"][-1])
+    arrays = {name: values[rows] for name, values in shard.arrays.items()}
+    return replace(shard, arrays=converted(arrays, reader.config, config), examples=table)
+
+
+def _write(
+    writer: ShardWriter, index: int, parts: list[Shard], config: TargetConfig, quality: dict[str, float] | None
+) -> None:
+    names = parts[0].arrays
+    stored = {name: np.concatenate([p.arrays[name] for p in parts]) for name in names}
+    position = index * writer.manifest.layout.shard_rows
+    examples = []
+    for part in parts:
+        for i, start in enumerate(part.examples["row_start"]):
+            stop = position + part.examples["row_end"][i] - start
+            row = {name: part.examples[name][i] for name in EXAMPLE_SCHEMA.names}
+            examples.append(row | {"row_start": position, "row_end": stop})
+            position = stop
+    writer.write(index, stored, examples, measured(stored, config) if quality is None else quality)

@@ -1,0 +1,39 @@
+"""Merge caches of one teacher, tokenizer and settings into one that holds the examples of all. No teacher is needed.
+
+    for step in merge_caches([one, two], out): ...
+
+A merger's text is that of its caches, in their order; its fingerprint covers theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kd.cache_builder.store.mixed_reader import refuse_unlike
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.upkeep.derived_cache import DeriveProgress, Piece, write_derived
+from kd.common.errors import DataError
+from kd.common.files import digest_of
+
+
+def merge_caches(paths: Sequence[Path], out: Path) -> Iterator[DeriveProgress]:
+    """Write the examples of several caches, one cache after another, to `out`.
+
+    The same call continues where an earlier one stopped. Raises CacheMismatchError, with the difference, where the caches are
+    not of one teacher, tokenizer and settings.
+    """
+    readers = [CacheReader(path) for path in paths]
+    refuse_unlike(readers, ("teacher", "tokenizer", "blocks", "targets"), "these caches cannot be merged")
+    prints = [r.manifest.fingerprint for r in readers]
+    if len(readers) < 2 or len(set(prints)) < len(prints):
+        raise DataError("a merger wants two or more different caches", found=", ".join(p[:12] for p in prints))
+    first = readers[0].manifest
+    corpus = {"kind": first.identity["corpus"]["kind"], "text_digest": digest_of(prints), "merged": prints}
+    identity = first.identity | {"corpus": corpus}
+    pieces = [
+        [Piece(source, shard, 0, last - start)]
+        for source, r in enumerate(readers)
+        for shard, (start, last, _) in enumerate(r.manifest.shards)
+    ]
+    yield from write_derived(readers, out, identity, first.targets, pieces, ", ".join(map(str, paths)))

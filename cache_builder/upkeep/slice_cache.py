@@ -1,0 +1,125 @@
+"""Slice a cache: fewer tokens per row, another profile or codec, or some of the examples. No teacher is needed.
+
+    for step in slice_cache(path, out, top_k=16, examples=(0, 1000)): ...
+
+The fingerprint of a slice names the cache it was cut from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from kd.cache_builder.store.cache_files import CacheFiles
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.targets import PROFILES, TargetConfig
+from kd.cache_builder.upkeep.derived_cache import DeriveProgress, Piece, write_derived
+from kd.common.errors import DataError
+
+
+def slice_cache(
+    place: Path | CacheFiles,
+    out: Path,
+    *,
+    profile: str | None = None,
+    top_k: int | None = None,
+    logprob_codec: str | None = None,
+    examples: tuple[int, int] | None = None,
+) -> Iterator[DeriveProgress]:
+    """Write a smaller cache to `out`; the same call continues where an earlier one stopped.
+
+    profile         keep only what this profile keeps; None keeps the profile
+    top_k           tokens per row; None keeps all
+    logprob_codec   one of `CODECS`; None keeps the codec, or takes that of a new profile
+    examples        first example and one past the last; None keeps all
+
+    Raises DataError for what the cache does not hold, CacheMismatchError where `out` holds another cache.
+    """
+    reader = CacheReader(place)
+    config = sliced_config(reader.config, profile=profile, top_k=top_k, logprob_codec=logprob_codec)
+    first, stop = examples or (0, len(reader))
+    if not 0 <= first < stop <= len(reader):
+        raise DataError("no such examples", found=f"--examples {first}:{stop}", expected=f"within 0:{len(reader)}")
+    if config == reader.config and (first, stop) == (0, len(reader)):
+        raise DataError(
+            "this slice would be the whole cache",
+            cache=reader.root,
+            try_="--top-k, --profile, --logprob-codec or --examples",
+        )
+    identity = reader.manifest.identity | {
+        "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()},
+        "slice": {"of": reader.manifest.fingerprint, "examples": [first, stop]},
+    }
+    yield from write_derived([reader], out, identity, config, list(_cut(reader, first, stop)), str(reader.root))
+
+
+def sliced_config(
+    config: TargetConfig, *, profile: str | None, top_k: int | None, logprob_codec: str | None
+) -> TargetConfig:
+    """The settings of a slice. Raises DataError for what the cache does not hold."""
+    have = PROFILES[config.profile]
+    want = PROFILES.get(profile or config.profile)
+    if want is None:
+        return replace(config, profile=str(profile))  # raises with the list of names
+    missing = [
+        name
+        for name, wanted, held in (
+            ("ids", want.ids, have.ids),
+            ("top-k log-probabilities", want.top_k, config.top_k),
+            ("rank bands", want.tail_bands, config.tail_bands),
+            ("draws", want.samples, config.samples),
+            ("boundaries", want.boundary, have.boundary),
+        )
+        if wanted and not held
+    ]
+    if missing:
+        raise DataError(
+            "a slice cannot hold what the cache does not",
+            found=f"{config.profile} without {', '.join(missing)}",
+            expected=f"what profile {profile} keeps",
+            try_="a profile that keeps less",
+        )
+    k = config.top_k if top_k is None else top_k
+    if not want.top_k and top_k is not None:
+        raise DataError(
+            f"the {profile or config.profile} profile keeps no top-k", found=f"--top-k {top_k}", try_="leave it out"
+        )
+    if want.top_k and not 1 <= k <= config.top_k:
+        raise DataError(
+            "a slice holds no more tokens per row than the cache", found=f"--top-k {k}", expected=f"1..{config.top_k}"
+        )
+    if want.tail_bands and k != config.top_k:
+        raise DataError(
+            "rank bands begin where the stored top-k ends",
+            found=f"--top-k {k}",
+            expected=config.top_k,
+            try_="--profile kl or compact, which keep no bands",
+        )
+    codec = logprob_codec or (config.logprob_codec if profile in (None, config.profile) else want.logprob_codec)
+    return replace(
+        config,
+        profile=profile or config.profile,
+        top_k=k if want.top_k else 0,
+        logprob_codec=codec,
+        tail_bands=config.tail_bands if want.tail_bands else 0,
+        samples=config.samples if want.samples else 0,
+    ).normalised()
+
+
+def _cut(reader: CacheReader, first: int, stop: int) -> Iterator[list[Piece]]:
+    """The examples `[first, stop)` in shards as large as the source's."""
+    room, pieces = reader.manifest.layout.shard_rows, list[Piece]()
+    _, rows = reader.lengths()
+    for shard, (start, last, _) in enumerate(reader.manifest.shards):
+        for example in range(max(first, start), min(stop, last)):
+            if rows[example] > room:
+                yield pieces
+                room, pieces = reader.manifest.layout.shard_rows, []
+            room -= int(rows[example])
+            inside = example - start
+            if pieces and pieces[-1].shard == shard:
+                pieces[-1] = replace(pieces[-1], stop=inside + 1)
+            else:
+                pieces.append(Piece(0, shard, inside, inside + 1))
+    yield pieces
