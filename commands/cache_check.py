@@ -1,4 +1,4 @@
-"""kd cache verify and repair: find damage, and mend it."""
+"""kd cache verify and repair: find damage, and repair it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kd.commands.console import emit_json, follow
 from kd.commands.options import PATH, json_option
 
 if TYPE_CHECKING:
+    from kd.cache_builder.store.cache_files import CacheFiles
     from kd.cache_builder.store.manifest import CacheManifest
     from kd.cache_builder.upkeep.verify import Finding
 
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
 @click.command("verify")
 @click.argument("path", metavar="PATH_OR_URL")
 @click.option(
-    "--checksums", is_flag=True, help="Compare bytes with their digests and decode nothing: as fast as SHA-256."
+    "--checksums",
+    is_flag=True,
+    help="Compare bytes with their digests only, without decoding rows: as fast as SHA-256.",
 )
 @json_option
 def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
-    """Check every checksum and promise; name the damaged shard, array and rows. Exit code 3 on damage, 1 where shards are missing.
+    """Verify every checksum and every decoded row, and name the damaged shard, array and rows.
+
+    Exit code 3 for damage, 1 where shards are missing.
 
     Example: kd cache verify runs/cache
     """
@@ -62,7 +67,7 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     if not manifest.complete:
         total, done = len(manifest.shards), len(files.committed(len(manifest.shards)))
         raise CacheError(
-            "what is here is sound, but this cache is not complete",
+            "the files that are here are sound, but this cache is not complete",
             where=path,
             found=f"{done} of {total} shards",
             try_="run its kd cache build command again: it continues",
@@ -73,94 +78,109 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
 @click.argument("path", type=PATH)
 @click.option(
     "--from",
-    "place",
+    "source",
     metavar="COPY",
-    help="A second copy, a folder or a URL: damaged files are taken from it.",
+    help="Take damaged files from a second copy of the cache, a folder or a URL.",
 )
-@click.option("--teacher", help="Where the same teacher is now, if not where the build found it.")
-@click.option("--data", "spec", help="Where the same text is now.")
-@click.option("--task-root", type=PATH, help="Tasks: where the same local files are now.")
-@click.option("--device", help="auto, cpu or cuda; the build's own by default.")
+@click.option("--teacher", help="Where the teacher is now, if not where the build read it from.")
+@click.option("--data", "spec", help="Where the text is now, if not where the build read it from.")
+@click.option("--task-root", type=PATH, help="Folder of the local files of tasks, if they have moved.")
+@click.option("--device", help="auto, cpu or cuda. By default the device of the build.")
 @json_option
-def cache_repair(path: Path, place: str | None, as_json: bool, **moved: Any) -> None:
-    """Mend a damaged cache: from a second copy, else by building the damaged shards again, and nothing else.
+def cache_repair(path: Path, source: str | None, as_json: bool, **moved: Any) -> None:
+    """Repair a damaged cache: from a second copy, or else by building the damaged shards again. Sound files are not touched.
 
-    Without --from the teacher runs over the damaged shards, with the options the cache was built with (they are recorded in it).
+    Without --from, the teacher runs over the damaged shards with the options of the build, which the cache has recorded.
     Exit code 3 when damage is left.
 
     Example: kd cache repair runs/cache
     """
-    from kd.cache_builder.build.build_settings import BuildSettings
     from kd.cache_builder.opening import open_files
-    from kd.cache_builder.store.commits import committed
     from kd.cache_builder.store.manifest import load_manifest
-    from kd.cache_builder.upkeep.repair import mend, mend_manifest, reopen
-    from kd.commands.cache import build_behind_a_bar
-    from kd.common.errors import CacheDamageError
-    from kd.common.settings import make
 
-    mended: list[str] = []
-    copy = None if place is None else open_files(place)
-    if copy is not None:
-        theirs = load_manifest(copy.root)  # no cache there: said before anything is looked at
-        if mend_manifest(path, copy):
-            mended.append("manifest.json")
-        require_copy(load_manifest(path), theirs, path, place)
+    copy = None if source is None else open_files(source)
+    mended = [] if copy is None else mend_from(copy, path, source)
     before, findings = load_manifest(path), verified(path)
     if copy is not None and findings:
-        done = follow("mending", mend(path, copy, findings), lambda p: (p.done, p.total, f"{len(p.mended)} files"))
-        mended += done.mended
+        mended += mend_behind_a_bar(path, copy, findings)
         findings = verified(path)
     rebuilt: list[int] = []
     broken = [f for f in findings if f.shard is not None or f.where in before.files]
     if copy is None and (broken or not before.complete):
-        reopen(path, broken)
-        rebuilt = sorted(set(range(len(before.shards))) - set(committed(path, len(before.shards))))
-        recorded = before.provenance.get("options")
-        if not isinstance(recorded, dict):
-            raise CacheDamageError(
-                "the damaged shards were given up, and what they were built with is not recorded",
-                where=path,
-                found=f"shards {', '.join(map(str, rebuilt)) or 'none'}",
-                try_="its kd cache build command: it builds these alone",
-            )
-        given = {name: str(value) for name, value in moved.items() if value is not None}
-        build_behind_a_bar(make(BuildSettings, recorded | given | {"out": path}, where=path))
+        rebuilt = build_again(path, before, broken, {name: str(v) for name, v in moved.items() if v is not None})
         findings = verified(path)
     same = load_manifest(path) == before
     if as_json:
-        emit_json(
-            {
-                "path": str(path),
-                "mended": mended,
-                "rebuilt_shards": rebuilt,
-                "byte_identical": same,
-                "sound": not findings,
-                "findings": [asdict(f) for f in findings],
-            }
-        )
+        result = {"path": str(path), "mended": mended, "rebuilt_shards": rebuilt, "byte_identical": same}
+        emit_json(result | {"sound": not findings, "findings": [asdict(f) for f in findings]})
     else:
         for name in mended:
-            click.echo(f"{name}: taken from {place}")
+            click.echo(f"{name}: taken from {source}")
         if rebuilt:
-            bytes_are = (
-                "the same bytes"
-                if same
-                else "in other bytes: another machine or other versions; these are committed now"
-            )
-            click.echo(f"shards {', '.join(map(str, rebuilt))}: built again, {bytes_are}")
+            other = "in other bytes: another machine or other versions; these are committed now"
+            click.echo(f"shards {', '.join(map(str, rebuilt))}: built again, {'the same bytes' if same else other}")
         print_findings(path, findings)
     if findings:
         sys.exit(3)
 
 
-def require_copy(ours: CacheManifest, theirs: CacheManifest, path: Path, place: str | None) -> None:
+def mend_from(copy: CacheFiles, path: Path, source: str | None) -> list[str]:
+    """Take the manifest from a second copy where it is unreadable; returns the names of replaced files.
+
+    Raises CacheError where there is no cache at the copy, CacheMismatchError where it is another cache.
+    """
+    from kd.cache_builder.store.manifest import load_manifest
+    from kd.cache_builder.upkeep.repair import mend_manifest
+
+    theirs = load_manifest(copy.root)
+    mended = ["manifest.json"] if mend_manifest(path, copy) else []
+    require_copy(load_manifest(path), theirs, path, source)
+    return mended
+
+
+def mend_behind_a_bar(path: Path, copy: CacheFiles, findings: Sequence[Finding]) -> list[str]:
+    """Replace damaged files by those of the copy, behind a progress bar; returns the names of replaced files."""
+    from kd.cache_builder.upkeep.repair import mend
+
+    steps = mend(path, copy, findings)
+    return list(follow("mending", steps, lambda p: (p.done, p.total, f"{len(p.mended)} files")).mended)
+
+
+def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], moved: dict[str, str]) -> list[int]:
+    """Build the damaged and missing shards with the recorded options; returns their indices.
+
+    moved   options whose values have changed since the build: where teacher and text are now
+
+    Raises CacheDamageError where the options are not recorded.
+    """
+    from kd.cache_builder.build.build_settings import BuildSettings
+    from kd.cache_builder.store.commits import committed
+    from kd.cache_builder.upkeep.repair import reopen
+    from kd.commands.cache import build_behind_a_bar
+    from kd.common.errors import CacheDamageError
+    from kd.common.settings import make
+
+    reopen(path, broken)
+    rebuilt = sorted(set(range(len(before.shards))) - set(committed(path, len(before.shards))))
+    recorded = before.provenance.get("options")
+    if not isinstance(recorded, dict):
+        raise CacheDamageError(
+            "the damaged shards were removed, but the options they were built with are not recorded",
+            where=path,
+            found=f"shards {', '.join(map(str, rebuilt)) or 'none'}",
+            try_="its kd cache build command: it builds these alone",
+        )
+    build_behind_a_bar(make(BuildSettings, recorded | moved | {"out": path}, where=path))
+    return rebuilt
+
+
+def require_copy(ours: CacheManifest, theirs: CacheManifest, path: Path, source: str | None) -> None:
     """Raise CacheMismatchError where the second copy is of another cache."""
     from kd.common.errors import CacheMismatchError
 
     if ours.fingerprint != theirs.fingerprint:
         raise CacheMismatchError(
-            "the copy is of another cache", cache=path, copy=place, found=theirs.fingerprint, expected=ours.fingerprint
+            "the copy is of another cache", cache=path, copy=source, found=theirs.fingerprint, expected=ours.fingerprint
         )
 
 
@@ -174,12 +194,12 @@ def verified(path: Path) -> tuple[Finding, ...]:
 
 
 def print_findings(path: Path | str, findings: Sequence[Finding]) -> None:
-    """A line for each, and the verdict."""
+    """Print a line for each finding, and the verdict."""
     for finding in findings:
-        place = [
+        location = [
             f"shard {finding.shard}" if finding.shard is not None else "",
             finding.array or "",
             f"rows {finding.rows}" if finding.rows else "",
         ]
-        click.echo(f"{finding.where}: {finding.problem} ({', '.join(p for p in place if p) or 'whole file'})")
+        click.echo(f"{finding.where}: {finding.problem} ({', '.join(p for p in location if p) or 'whole file'})")
     click.echo(f"{path}: {'sound' if not findings else f'{len(findings)} findings'}")

@@ -1,4 +1,4 @@
-"""kd cache slice, merge and ls: caches out of caches, and where they are."""
+"""kd cache slice, merge and ls: make caches out of caches, and list them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.commands.console import emit, emit_json, follow
 from kd.commands.options import PATH, json_option, parse_range
 
@@ -19,18 +20,22 @@ if TYPE_CHECKING:
 @click.command("slice")
 @click.argument("path")
 @click.option("--out", required=True, type=PATH, help="Directory of the slice.")
-@click.option("--top-k", type=int, help="Fewer tokens per row; what is dropped goes into the tail.")
+@click.option("--top-k", type=int, help="Keep fewer tokens per row; the mass of dropped tokens goes into the tail.")
 @click.option(
     "--profile",
+    type=click.Choice(tuple(PROFILES)),
     help="A profile that keeps less: compact out of kl; kl, uld or sampled out of full.",
 )
-@click.option("--logprob-codec", help="Another codec: graded, graded-fine, graded-coarse, linear8, float16 or float32.")
+@click.option("--logprob-codec", type=click.Choice(CODEC_NAMES), help="Store log-probabilities with another codec.")
 @click.option(
-    "--examples", callback=parse_range, metavar="A:B", help="Cached examples A up to B - 1 (kd cache info counts them)."
+    "--examples",
+    callback=parse_range,
+    metavar="A:B",
+    help="Keep the cached examples A to B - 1 (kd cache info prints their number).",
 )
 @json_option
 def cache_slice(path: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Write a smaller cache out of a cache, without the teacher. The same command again continues.
+    """Write a smaller cache from a cache, without the teacher. The same command continues a slice that was cut short.
 
     Example: kd cache slice runs/cache --top-k 16 --out runs/cache-16
     """
@@ -45,7 +50,7 @@ def cache_slice(path: str, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--out", required=True, type=PATH, help="Directory of the merged cache.")
 @json_option
 def cache_merge(paths: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Write the examples of several caches of one teacher and equal settings to one cache; others are refused.
+    """Write the examples of several caches to one cache. Their teachers and settings must be equal.
 
     Example: kd cache merge runs/one runs/two --out runs/both
     """
@@ -68,9 +73,9 @@ def _derived(steps: Iterator[DeriveProgress], out: Path, as_json: bool, label: s
 @click.argument("root", type=PATH, required=False)
 @json_option
 def cache_ls(root: Path | None, as_json: bool) -> None:
-    """List caches: those below ROOT, or those that were finished on this machine (kept in $KD_HOME, ~/.cache/kd).
+    """List the caches below ROOT, or those that were finished on this machine (registered in $KD_HOME, ~/.cache/kd).
 
-    The beginning of a fingerprint may stand for a cache's path in kd train, kd eval, kd cache slice and merge.
+    Commands that read a cache also take the beginning of its fingerprint in place of its path.
 
     Example: kd cache ls runs
     """

@@ -17,21 +17,25 @@ if TYPE_CHECKING:
     from kd.cache_builder.store.manifest import CacheManifest
 
 workers_option = click.option(
-    "--workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Files on their way at once."
+    "--workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Files to transfer at the same time."
 )
 
 
 @click.command("push")
 @click.argument("path", type=PATH)
 @click.argument("url")
-@click.option("--license", metavar="ID", help="Licence on the hub's dataset card, e.g. cc-by-4.0. Default: not stated.")
-@click.option("--private", is_flag=True, help="Hub: make a new repository private.")
+@click.option(
+    "--license",
+    metavar="ID",
+    help="Licence to state on the hub's dataset card, e.g. cc-by-4.0. By default none is stated.",
+)
+@click.option("--private", is_flag=True, help="Make a new repository on the hub private.")
 @workers_option
 @json_option
 def cache_push(path: Path, url: str, license: str | None, private: bool, workers: int, as_json: bool) -> None:
-    """Copy a whole cache to hf://datasets/OWNER/NAME, s3://BUCKET/PATH or a folder. The same command again continues.
+    """Copy a whole cache to hf://datasets/OWNER/NAME, s3://BUCKET/PATH or a folder. The same command continues a cut copy.
 
-    Every file is checked before it is sent; the manifest goes last, so that half a copy is no cache to anybody.
+    Every file is checked before it is sent. The manifest is sent last, so an unfinished copy is never taken for a cache.
 
     Example: kd cache push runs/cache runs/copy
     """
@@ -44,15 +48,25 @@ def cache_push(path: Path, url: str, license: str | None, private: bool, workers
 @click.command("pull")
 @click.argument("url")
 @click.argument("path", type=PATH)
-@click.option("--examples", callback=parse_range, metavar="A:B", help="The shards that hold examples A to B - 1 alone.")
 @click.option(
-    "--arrays", metavar="NAMES", help="These arrays alone, and the few bytes per token that every reader needs."
+    "--examples", callback=parse_range, metavar="A:B", help="Copy only the shards that hold examples A to B - 1."
 )
 @click.option(
-    "--for", "losses", multiple=True, metavar="LOSS", help="The arrays that kd train --loss LOSS reads; repeatable."
+    "--arrays",
+    metavar="NAMES",
+    help="Copy only these arrays (comma-separated), and the few bytes per token that every reader needs.",
 )
 @click.option(
-    "--top-k", type=int, help="Fewer tokens per row: what arrives is sliced on the way, and a smaller cache stays."
+    "--for",
+    "losses",
+    multiple=True,
+    metavar="LOSS",
+    help="Copy only the arrays that kd train --loss LOSS reads. Repeatable.",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    help="Keep fewer tokens per row: every shard is sliced when it arrives, and a smaller cache is written.",
 )
 @workers_option
 @json_option
@@ -66,9 +80,9 @@ def cache_pull(
     workers: int,
     as_json: bool,
 ) -> None:
-    """Copy a cache, or a part of one, from hf://datasets/…, s3://…, https://… or a folder. The same command again continues.
+    """Copy a cache, or a part of one, from hf://datasets/…, s3://…, https://… or a folder. The same command continues a cut copy.
 
-    Every file is compared with its commit on arrival. A part says what it holds; pulling more of it adds to that.
+    Every file is compared with its commit when it arrives. A part lists what it holds; pulling more of the cache adds to it.
 
     Example: kd cache pull runs/cache runs/part --examples 0:10 --for ce
     """
@@ -77,7 +91,9 @@ def cache_pull(
 
     if top_k is not None:
         if arrays or losses:
-            raise DataError("a slice has arrays of its own", found="--top-k with --arrays or --for", try_="one of them")
+            raise DataError(
+                "a slice chooses its arrays itself", found="--top-k with --arrays or --for", try_="one of them"
+            )
         _slice(url, path, top_k, examples, as_json)
         return
     steps = pull(url, path, examples=examples, arrays=_choice(arrays, losses), workers=workers)
@@ -90,7 +106,7 @@ def cache_pull(
 
 
 def _slice(url: str, path: Path, top_k: int, examples: tuple[int, int] | None, as_json: bool) -> None:
-    """Slice a cache through a mirror: the columns of an array lie in the same chunks, so they all travel; only K stay."""
+    """Slice a cache through a mirror. All columns of an array are fetched, as they lie in the same chunks; K are kept."""
     from kd.cache_builder.opening import open_files
     from kd.cache_builder.upkeep.cache_registry import remember
     from kd.cache_builder.upkeep.slice_cache import slice_cache
@@ -103,7 +119,7 @@ def _slice(url: str, path: Path, top_k: int, examples: tuple[int, int] | None, a
 
 
 def _choice(arrays: str | None, losses: tuple[str, ...]) -> Callable[[CacheManifest], Collection[str]] | None:
-    """What of a cache is wanted, once its manifest is there."""
+    """A function that names the arrays to pull, given the manifest; None for all arrays."""
     if arrays is None and not losses:
         return None
 

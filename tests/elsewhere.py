@@ -20,7 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from kd.cache_builder.store.targets import PROFILES, TargetConfig, band_edges
+from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.targets import TargetConfig, band_edges
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.cache_builder.teacher.teacher_pass import Teacher
 from kd.data.blocks import TokenRows

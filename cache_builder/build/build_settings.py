@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kd.cache_builder.store.encoding.logprob_codecs import CODECS
-from kd.cache_builder.store.targets import PROFILES
+from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.common.errors import DataError
 from kd.common.settings import check, setting, settings_of, unescaped
 from kd.data.data_settings import RequiredDataSettings
@@ -95,7 +94,7 @@ class TargetSettings:
     """Temperatures whose exact normaliser is stored, separated by commas; 1 must be among them."""
     band_temperatures: tuple[float, ...] | None = setting(None, shown="1")
     """Temperatures whose rank bands are stored, separated by commas."""
-    logprob_codec: str | None = setting(None, choices=CODECS, shown="the profile's own codec")
+    logprob_codec: str | None = setting(None, choices=CODEC_NAMES, shown="the profile's own codec")
     """Encoding of the log-probabilities: graded, graded-fine and graded-coarse are finer near the top; linear8 has equal
     steps; float16 and float32 are plain numbers."""
 

@@ -21,7 +21,8 @@ from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.build.reuse import Earlier
 from kd.cache_builder.store import codecs, commits
 from kd.cache_builder.store.encoding.arrays import Arrays
-from kd.cache_builder.store.targets import PROFILES, RawTargets
+from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.targets import RawTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.store.writers.claims import Claims

@@ -16,8 +16,9 @@ import numpy as np
 
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
+from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.soft_targets import SoftTargets
-from kd.cache_builder.store.targets import PROFILES, RawTargets, TargetConfig, band_edges
+from kd.cache_builder.store.targets import RawTargets, TargetConfig, band_edges
 
 
 def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) -> list[ArraySpec]:

@@ -1,4 +1,4 @@
-"""Which parts of a teacher's distribution a cache keeps: profiles, and the settings that are part of its identity.
+"""Which parts of a teacher's distribution a cache keeps: the settings that are part of its identity.
 
 `RawTargets` are the rows that the teacher pass hands to the encoder; a reader hands out `soft_targets.SoftTargets`.
 All log-probabilities are natural (nats).
@@ -11,36 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kd.cache_builder.store.encoding.logprob_codecs import CODECS
+from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.common.errors import DataError, unknown_name
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A named choice of what to keep of each row."""
-
-    top_k: int
-    """Most probable tokens kept per row; 0 means none."""
-    ids: bool
-    """True if the ids of these tokens are kept: KL needs them, ULD does not."""
-    samples: int
-    """Tokens drawn from the distribution at temperature 1 with a seed, per row."""
-    tail_bands: int
-    """Log-spaced bands of ranks beyond the top-k whose mass is kept."""
-    boundary: bool
-    """True if log P(next token starts a word or ends the text) is kept."""
-    logprob_codec: str = "graded"
-    """One of `logprob_codecs.CODECS`. ULD needs a fine one: its gradient is a sign, and rounding can flip the sign where the
-    student is close to the teacher (benchmarks/uld.py)."""
-
-
-PROFILES: dict[str, Profile] = {
-    "kl": Profile(top_k=64, ids=True, samples=0, tail_bands=0, boundary=False),
-    "compact": Profile(top_k=64, ids=True, samples=0, tail_bands=0, boundary=False, logprob_codec="graded-coarse"),
-    "uld": Profile(top_k=16, ids=False, samples=0, tail_bands=16, boundary=False, logprob_codec="graded-fine"),
-    "sampled": Profile(top_k=0, ids=True, samples=12, tail_bands=0, boundary=False),
-    "full": Profile(top_k=64, ids=True, samples=12, tail_bands=16, boundary=True, logprob_codec="graded-fine"),
-}
 
 
 @dataclass(frozen=True)
@@ -67,8 +39,8 @@ class TargetConfig:
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise unknown_name("profile", self.profile, PROFILES)
-        if self.logprob_codec not in CODECS:
-            raise unknown_name("logprob codec", self.logprob_codec, CODECS)
+        if self.logprob_codec not in CODEC_NAMES:
+            raise unknown_name("logprob codec", self.logprob_codec, CODEC_NAMES)
         kept = PROFILES[self.profile]
         if kept.top_k and self.top_k < 1:
             raise DataError("top-k is too small", found=self.top_k, expected=f"at least 1 for profile {self.profile}")

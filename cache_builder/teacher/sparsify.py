@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd.cache_builder.store.targets import PROFILES, TargetConfig, band_edges
+from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.targets import TargetConfig, band_edges
 from kd.cache_builder.teacher.normalisers import log_normalisers, padded_width, subtract
 from kd.cache_builder.teacher.selection import Uniforms, count_larger, draw
 from kd.models.top_k import marks_for, top_k_at_once, top_k_by_threshold, top_k_by_topk

@@ -11,7 +11,8 @@ import numpy as np
 from kd.cache_builder.store import codecs
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN
-from kd.cache_builder.store.targets import PROFILES, TargetConfig
+from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.targets import TargetConfig
 
 
 def converted(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:

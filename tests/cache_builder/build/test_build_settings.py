@@ -16,7 +16,7 @@ from kd.cache_builder.build.build_settings import AnswerSettings, BlockSettings,
 from kd.cache_builder.build.engines import ENGINES
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
 from kd.cache_builder.store.manifest import load_manifest
-from kd.cache_builder.store.targets import PROFILES
+from kd.cache_builder.store.profiles import PROFILES
 from kd.cli import cli
 from kd.common.errors import DataError
 from kd.common.settings import as_text, flat, make, settings_of

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from kd.cache_builder.store.codecs import array_specs, decode, encode
 from kd.cache_builder.store.encoding.arrays import id_dtype
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, Graded, graded_scale, power_sums
-from kd.cache_builder.store.targets import PROFILES, RawTargets, TargetConfig
+from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
+from kd.cache_builder.store.targets import RawTargets, TargetConfig
 from kd.cache_builder.store.vocabulary import pack_rows, unpack_rows
 
 GOLDEN_SCALES = {"graded": "55baec5e9bdea2ce", "graded-fine": "a1e6dba53e190588", "graded-coarse": "1a112be35ff8d33d"}
@@ -36,6 +37,11 @@ def make_raw(logits: np.ndarray, k: int, *, ids: bool = True) -> RawTargets:
         token_ids=order[:, :k] if ids else None,
         relative=relative[:, :k].astype(np.float32),
     )
+
+
+def test_the_names_that_the_command_line_lists_are_those_of_the_codecs():
+    assert tuple(CODECS) == CODEC_NAMES
+    assert {profile.logprob_codec for profile in PROFILES.values()} <= set(CODEC_NAMES)
 
 
 def config_of(codec: str, k: int, **rest) -> TargetConfig:

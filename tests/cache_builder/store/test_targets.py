@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.cache_builder.store.targets import PROFILES, TargetConfig, band_edges
+from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.targets import TargetConfig, band_edges
 from kd.common.errors import DataError
 
 

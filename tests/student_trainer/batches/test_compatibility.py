@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.reader import CacheReader
-from kd.cache_builder.store.targets import PROFILES, TargetConfig
+from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.settings import make
 from kd.models.tokenizer import load_tokenizer, token_bytes, vocabulary_size
