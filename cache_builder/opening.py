@@ -34,10 +34,10 @@ def open_cache(spec: CacheSpec, *, top_k: int | None = None, cache_bytes: int | 
     return MixedReader(list(zip(readers, shares_of(caches), strict=True)), top_k=top_k)
 
 
-def open_files(place: str | os.PathLike[str], cache_bytes: int | None = None) -> CacheFiles:
+def open_files(cache: str | os.PathLike[str], cache_bytes: int | None = None) -> CacheFiles:
     """The files of one cache: in the folder of a path or fingerprint, or in the mirror of a URL. Raises CacheError."""
-    if not is_remote(place):
-        return LocalFiles(located(local_path(place)))
+    if not is_remote(cache):
+        return LocalFiles(located(local_path(cache)))
     from kd.cache_builder.share.mirror import open_mirror
 
-    return open_mirror(str(place), cache_bytes)
+    return open_mirror(str(cache), cache_bytes)

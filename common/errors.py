@@ -59,9 +59,9 @@ class TeacherError(KdError):
     """The teacher cannot be loaded or gives unusable numbers."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], **details: object) -> DataError:
+def unknown_name(kind: str, name: str, choices: Iterable[str], **details: object) -> DataError:
     """The error for a name that no registry holds: lists all names and suggests the nearest."""
-    names = sorted(known)
+    names = sorted(choices)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return DataError(
         f"unknown {kind} {name!r}",

@@ -19,8 +19,8 @@ from kd.cache_builder.build.engines import build_together
 from kd.cache_builder.build.generate import answered, generate
 from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
-from kd.cache_builder.store.commits import OWN_NAMES
-from kd.cache_builder.store.manifest import Layout, existing_cache, load_manifest
+from kd.cache_builder.store.commits import existing_cache
+from kd.cache_builder.store.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.data.blocks import BlockConfig
@@ -190,7 +190,7 @@ def build_request(
     if request.generation is not None:
         request = with_answers(request, watch)
     plan = plan_build(request)
-    if running.reuse and request.extend is None and existing_cache(request.out, OWN_NAMES) is None:
+    if running.reuse and request.extend is None and existing_cache(request.out) is None:
         plan = with_shards_of_an_equal_cache(plan, say)
     last = watch("building", builders(plan, running))
     if last.complete:

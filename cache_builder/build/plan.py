@@ -23,7 +23,6 @@ from kd.cache_builder.store.cache_identity import refuse_mismatch
 from kd.cache_builder.store.manifest import (
     CacheManifest,
     Layout,
-    existing_cache,
     load_manifest,
 )
 from kd.cache_builder.store.manifest_checks import check_bounds
@@ -144,7 +143,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         "blocks": asdict(request.blocks),
         "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(request.targets).items()},
     }
-    existing = existing_cache(request.out, commits.OWN_NAMES)
+    existing = commits.existing_cache(request.out)
     if existing is not None:
         if unknown:  # the text is not there to be compared
             identity["corpus"]["text_digest"] = existing.identity["corpus"]["text_digest"]

@@ -22,16 +22,17 @@ from typing import Any
 
 from filelock import FileLock
 
+from kd.cache_builder.share.bounded_folder import BoundedFolder
 from kd.cache_builder.share.fetching import fetch, fetch_small
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
 from kd.cache_builder.share.transfer import COMMIT_BYTES, describe
 from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import MANIFEST, TARGETS, CacheManifest
+from kd.cache_builder.store.manifest import MANIFEST, CacheManifest
 from kd.cache_builder.store.part import PARTIAL, Part, whole
 from kd.cache_builder.store.shard_record import ShardRecord
 from kd.common.byte_sizes import byte_count
-from kd.common.errors import CacheDamageError, CacheError
+from kd.common.errors import CacheDamageError
 from kd.common.files import publish, write_error
 from kd.common.home import kd_home
 
@@ -64,11 +65,7 @@ def open_mirror(url: str, limit: int | None = None) -> Mirror:
 
 
 class Mirror:
-    """`CacheFiles` of a cache elsewhere. Several mirrors of one cache, in any processes, share a folder.
-
-    Each counts the bytes in the folder before it evicts anything; between two counts, the files that another mirror has fetched
-    may lie there on top of the bound.
-    """
+    """`CacheFiles` of a cache elsewhere. Several mirrors of one cache, in any processes, share a folder."""
 
     on_disk = False
 
@@ -97,10 +94,7 @@ class Mirror:
         self.part: Part = offered or whole(self.manifest)
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
-        self._stored = sum(p.stat().st_size for p in self._evictable())
-        """Bytes of shards on this disk, as last counted."""
-        self._coming = 0
-        """Bytes of the files that are being fetched."""
+        self._space = BoundedFolder(self.root, limit)
         self._early: dict[str, tuple[int, int]] = {}
         """Announced files that are here and were not read yet -> shard and size in bytes."""
         self._queue: deque[tuple[int, str | None]] = deque()
@@ -221,18 +215,18 @@ class Mirror:
         with self._alone(name):
             if path.exists():
                 return
-            size = 0 if metadata else int(entry["bytes"])
-            self._make_room(size)
+            size, arrived = 0 if metadata else int(entry["bytes"]), False
+            with self._lock:
+                early = set(self._early)
+            self._space.reserve(size, last=early)
             try:
                 fetch(self.remote, name, self.root / STAGING / name, entry)
                 publish(self.root / STAGING / name, path)
-                with self._lock:
-                    self._stored += size
+                arrived = True
             except OSError as error:
                 raise write_error(path, error) from error
             finally:
-                with self._lock:
-                    self._coming -= size
+                self._space.release(size, arrived)
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -248,41 +242,3 @@ class Mirror:
             yield
         finally:
             lock.release()
-
-    def _evictable(self) -> list[Path]:
-        return [
-            p
-            for folder in (TARGETS, "examples")
-            for p in (self.root / folder).rglob("*")
-            if p.name != "zarr.json" and p.is_file()
-        ]
-
-    def _make_room(self, size: int) -> None:
-        """Reserve `size` bytes; over the bound, remove the files that were used longest ago.
-
-        Files that were fetched ahead and not read yet are removed last.
-        """
-        if size > self.limit:
-            raise CacheError(
-                "the bound is smaller than one file of this cache",
-                found=f"--cache-bytes {self.limit}",
-                expected=f"several times {size}",
-                try_="a larger --cache-bytes, or kd cache pull",
-            )
-        with self._lock:
-            self._coming += size
-            if self._stored + self._coming <= self.limit:
-                return
-            files = []
-            for path in self._evictable():
-                with suppress(OSError):  # another process evicts too
-                    stat = path.stat()
-                    early = path.relative_to(self.root).as_posix() in self._early
-                    files.append((early, stat.st_mtime_ns, stat.st_size, path))
-            self._stored = sum(length for _, _, length, _ in files)
-            for _, _, length, path in sorted(files):
-                if self._stored + self._coming <= self.limit:
-                    break
-                with suppress(OSError):
-                    path.unlink()
-                    self._stored -= length

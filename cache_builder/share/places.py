@@ -14,9 +14,9 @@ from kd.common.errors import unknown_name
 __all__ = ["REMOTES", "is_remote", "local_path", "open_remote"]
 
 
-def is_remote(place: str | os.PathLike[str]) -> bool:
+def is_remote(address: str | os.PathLike[str]) -> bool:
     """True for the address of a cache elsewhere (`SCHEME://…`), False for a path. A file:// address is a path."""
-    return "://" in str(place) and not str(place).startswith("file://")
+    return "://" in str(address) and not str(address).startswith("file://")
 
 
 def open_remote(url: str) -> Remote:

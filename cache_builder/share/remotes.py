@@ -130,11 +130,11 @@ def holds(path: Path, entry: Entry) -> bool:
     return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]
 
 
-def local_path(place: str | os.PathLike[str]) -> Path:
+def local_path(address: str | os.PathLike[str]) -> Path:
     """The path that a path or a file:// address names. Raises CacheError for an address on another machine."""
-    text = str(place)
+    text = str(address)
     if not text.startswith("file://"):
-        return Path(place)
+        return Path(address)
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise CacheError("a file:// address names a file of this machine", found=text, expected="file:///PATH")

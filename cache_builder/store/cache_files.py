@@ -97,9 +97,9 @@ class LocalFiles:
         """Nothing: every file is here."""
 
 
-def files_at(place: str | os.PathLike[str] | CacheFiles) -> CacheFiles:
-    """The files of a cache: those in the folder that a path names, or `place` itself where it is such files already."""
-    return LocalFiles(Path(place)) if isinstance(place, str | os.PathLike) else place
+def files_at(cache: str | os.PathLike[str] | CacheFiles) -> CacheFiles:
+    """The files of a cache: those in the folder that a path names, or `cache` itself where it is such files already."""
+    return LocalFiles(Path(cache)) if isinstance(cache, str | os.PathLike) else cache
 
 
 def bytes_below(root: Path) -> int:

@@ -20,13 +20,14 @@ from kd.cache_builder.store.manifest import (
     TARGETS,
     VOCABULARY,
     CacheManifest,
+    load_manifest,
 )
 from kd.cache_builder.store.part import refuse_absent
 from kd.cache_builder.store.shard_record import ShardRecord, parse_shard_record
-from kd.common.errors import CacheDamageError
-from kd.common.files import read_json, sha256_of
+from kd.common.errors import CacheDamageError, CacheError
+from kd.common.files import read_json, sha256_of, unfinished
 
-OWN_NAMES = {MANIFEST, BUILDING, VOCABULARY, "examples", TARGETS, "commits", ANSWERS}
+CACHE_NAMES = {MANIFEST, BUILDING, VOCABULARY, "examples", TARGETS, "commits", ANSWERS}
 """Names of the files and folders of a cache."""
 
 
@@ -90,3 +91,25 @@ def file_size(root: Path, name: str, **where: object) -> int:
 def inside(root: Path, path: Path) -> bool:
     """True if a path, with links followed, stays in the cache's folder."""
     return path.resolve().is_relative_to(root.resolve())
+
+
+def existing_cache(out: Path) -> CacheManifest | None:
+    """The manifest under `out`, None for a fresh directory.
+
+    Raises CacheError for a directory without a manifest that holds other things than a cache does.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise CacheError("the output is not a directory", where=out, try_="another --out")
+    if (out / MANIFEST).exists() or (out / BUILDING).exists():
+        return load_manifest(out)
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in CACHE_NAMES and not unfinished(p.name))
+    if foreign:
+        raise CacheError(
+            "the output directory is not empty and not a cache",
+            where=out,
+            found=", ".join(foreign[:5]),
+            expected="an empty or new directory",
+        )
+    return None

@@ -9,7 +9,7 @@ an unbroken one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from kd.cache_builder.store.manifest_checks import (
 )
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
-from kd.common.files import canonical_json, digest_of, read_json, unfinished, write_atomic
+from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.data.blocks import BlockConfig
 
 FORMAT = "kd-cache"
@@ -166,28 +166,6 @@ def load_manifest(root: str | Path) -> CacheManifest:
             "the manifest cannot be read", where=path, found=f"{type(error).__name__}: {error}"
         ) from error
     return manifest
-
-
-def existing_cache(out: Path, own_names: Collection[str]) -> CacheManifest | None:
-    """The manifest under `out`, None for a fresh directory.
-
-    Raises CacheError for a directory without a manifest that holds other things than `own_names`.
-    """
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise CacheError("the output is not a directory", where=out, try_="another --out")
-    if (out / MANIFEST).exists() or (out / BUILDING).exists():
-        return load_manifest(out)
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in own_names and not unfinished(p.name))
-    if foreign:
-        raise CacheError(
-            "the output directory is not empty and not a cache",
-            where=out,
-            found=", ".join(foreign[:5]),
-            expected="an empty or new directory",
-        )
-    return None
 
 
 def group_files(arrays: Sequence[ArraySpec]) -> list[str]:

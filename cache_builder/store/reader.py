@@ -34,7 +34,7 @@ class CacheReader:
     """A `Reader` of one complete cache."""
 
     def __init__(
-        self, place: str | os.PathLike[str] | CacheFiles, *, top_k: int | None = None, window: int = 16
+        self, cache: str | os.PathLike[str] | CacheFiles, *, top_k: int | None = None, window: int = 16
     ) -> None:
         """Open the cache in a folder, or the cache that `CacheFiles` hold.
 
@@ -45,7 +45,7 @@ class CacheReader:
 
         Raises CacheError for an incomplete cache or an impossible `top_k`, CacheDamageError for damaged metadata.
         """
-        self.files = files_at(place)
+        self.files = files_at(cache)
         self.root = self.files.root
         self.manifest = load_manifest(self.root)
         if not self.manifest.complete:

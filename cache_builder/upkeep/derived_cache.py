@@ -14,7 +14,7 @@ import numpy as np
 
 from kd.cache_builder.store import commits
 from kd.cache_builder.store.cache_identity import refuse_mismatch
-from kd.cache_builder.store.manifest import CacheManifest, existing_cache
+from kd.cache_builder.store.manifest import CacheManifest
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA, Shard
 from kd.cache_builder.store.targets import TargetConfig
@@ -76,7 +76,7 @@ def write_derived(
         sizes.append((position, position + count, rows))
         position += count
     provenance = {**readers[0].manifest.provenance, "derived_from": made_from, "options": None}
-    existing = existing_cache(out, commits.OWN_NAMES)
+    existing = commits.existing_cache(out)
     if existing is not None:
         refuse_mismatch(out, identity, existing)
     manifest = existing or CacheManifest(

@@ -20,7 +20,7 @@ from kd.common.errors import DataError
 
 
 def slice_cache(
-    place: Path | CacheFiles,
+    cache: Path | CacheFiles,
     out: Path,
     *,
     profile: str | None = None,
@@ -37,7 +37,7 @@ def slice_cache(
 
     Raises DataError for what the cache does not hold, CacheMismatchError where `out` holds another cache.
     """
-    reader = CacheReader(place)
+    reader = CacheReader(cache)
     config = sliced_config(reader.config, profile=profile, top_k=top_k, logprob_codec=logprob_codec)
     first, stop = examples or (0, len(reader))
     if not 0 <= first < stop <= len(reader):

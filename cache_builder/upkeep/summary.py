@@ -11,9 +11,9 @@ from kd.cache_builder.store.part import load_part
 from kd.cache_builder.store.reader import quality_means
 
 
-def cache_summary(place: Path | CacheFiles) -> dict[str, Any]:
+def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
     """What `kd cache info` prints: identity, sizes, measured quality."""
-    files = files_at(place)
+    files = files_at(cache)
     manifest = load_manifest(files.root)
     part = load_part(files.root, manifest)
     means, targets = quality_means(manifest), manifest.targets

@@ -60,15 +60,15 @@ class VerifyProgress:
     """Damage found so far."""
 
 
-def verify(place: str | Path | CacheFiles, *, promises: bool = True) -> Iterator[VerifyProgress]:
+def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator[VerifyProgress]:
     """Check a cache; yields progress, the last one with all findings.
 
     Without `promises`, only bytes are compared with their digests, which finds every change since they were committed. Shards
     are checked on as many threads as there are processors, those of a URL one by one.
 
-    Raises CacheError when there is no cache at `place`; CacheDamageError when the manifest is unreadable.
+    Raises CacheError when there is none; CacheDamageError when the manifest is unreadable.
     """
-    files = files_at(place)
+    files = files_at(cache)
     root = files.root
     manifest = load_manifest(root)
     part = load_part(root, manifest)

@@ -30,14 +30,14 @@ def facts(manifest: CacheManifest, size: int, top_k: int | None = None) -> Facts
     }
 
 
-def one_line(kind: str, place: str, named: Facts) -> str:
-    """`Kind('place', teacher='…', rows=1,234, …)`."""
+def one_line(kind: str, title: str, named: Facts) -> str:
+    """`Kind('title', teacher='…', rows=1,234, …)`."""
     texts = [f"{name}={value:,}" if isinstance(value, int) else f"{name}={value!r}" for name, value in named.items()]
-    return f"{kind}({place!r}, {', '.join(texts)})"
+    return f"{kind}({title!r}, {', '.join(texts)})"
 
 
-def html_table(place: str, named: Facts) -> str:
+def html_table(title: str, named: Facts) -> str:
     """A table with a row per fact. Every text is escaped: names come from whoever built the cache."""
     texts = {name: f"{value:,}" if isinstance(value, int) else value for name, value in named.items()}
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in texts.items())
-    return f"<table><caption>{escape(place)}</caption>{rows}</table>"
+    return f"<table><caption>{escape(title)}</caption>{rows}</table>"
