@@ -105,8 +105,8 @@ def take_settings(cls: type[T], options: dict[str, Any], *, leave_out: Collectio
 
 
 def _note_settings_of_file(settings: Any, names: Collection[str]) -> None:
-    context = click.get_current_context()
-    if GIVEN in context.meta:
+    context = click.get_current_context(silent=True)
+    if context is not None and GIVEN in context.meta:
         values = flat(settings)
         texts = {name: as_text(values[name]) for name in names if values[name] is not None}
         context.meta[GIVEN] = texts | context.meta[GIVEN]

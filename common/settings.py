@@ -30,6 +30,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -130,7 +131,7 @@ class Setting:
             return None
         if isinstance(value, os.PathLike) and Path not in self.kinds:
             value = os.fspath(value)
-        if isinstance(value, str) and (self.parse is not None or str not in self.kinds):
+        if isinstance(value, str) and (self.parse is not None or self._is_no_text(value)):
             value = self._parsed(value, where)
         elif isinstance(value, list | tuple) and self.parse is not None:
             value = self._joined(value, where)
@@ -143,6 +144,10 @@ class Setting:
             raise unknown_name(self.name.replace("_", " "), str(value), self.choices, where=where)
         self._bounded(value, where)
         return value
+
+    def _is_no_text(self, text: str) -> bool:
+        """Whether the text stands for a value of another type: `5` does for `int | Literal["epoch"]`."""
+        return str not in self.kinds or (len(self.kinds) > 1 and bool(self.choices) and text not in self.choices)
 
     def _parsed(self, text: str, where: object) -> Any:
         if self.parse is not None:
@@ -255,8 +260,8 @@ def field_docs(cls: Any) -> Mapping[str, str]:
     docs: dict[str, str] = {}
     bases: list[Any] = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for base in bases:
-        body = _class_bodies(inspect.getsourcefile(base) or "").get(base.__qualname__, [])
-        for statement, following in zip(body, [*body[1:], ast.Pass()], strict=True):
+        body = _class_bodies(inspect.getsourcefile(base) or "").get(base.__name__, [])
+        for statement, following in pairwise(body):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and _is_text(following):
                 docs[statement.target.id] = " ".join(inspect.cleandoc(following.value.value).split())  # type: ignore[attr-defined]
     return docs
@@ -264,6 +269,8 @@ def field_docs(cls: Any) -> Mapping[str, str]:
 
 @cache
 def _class_bodies(file: str) -> Mapping[str, list[ast.stmt]]:
+    if not Path(file).is_file():  # a class that was typed at a prompt has no docstrings below its fields
+        return {}
     tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     return {node.name: node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 

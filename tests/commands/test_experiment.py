@@ -82,7 +82,7 @@ def test_it_runs_continues_and_takes_more_seeds(file: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("old", "new", "error", "words"),
     [
-        ("loss: kl", "loss: klx", DataError, "unknown loss"),
+        ("loss: kl", "loss: klx", click.UsageError, "'klx' is not one of"),
         ("max-steps", "max-step", click.UsageError, "--max-step"),
         ('tasks: "perplexity"', "tasks: perplexty", DataError, "unknown task"),
         ("batch-size: 2", "batch-size: x", click.UsageError, "'x'"),

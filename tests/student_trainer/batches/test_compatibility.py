@@ -36,7 +36,8 @@ def resolve(
     profile: str, *, loss: str = "kl", tail: str = "auto", alpha: float | None = None, temperature: float = 1.0
 ):
     return resolve_objective(
-        TargetConfig.of_profile(profile), loss_settings(loss=loss, tail=tail, alpha=alpha, temperature=temperature)
+        TargetConfig.of_profile(profile),
+        loss_settings(loss=loss, tail=tail, alpha=alpha, temperature=temperature, ranking="exact"),
     )
 
 
@@ -230,7 +231,7 @@ def test_unknown_losses_and_tails_list_the_known_ones_and_suggest() -> None:
     with pytest.raises(DataError, match="unknown loss 'lk'") as loss:
         resolve("kl", loss="lk")
     assert loss.value.details["known"] == ", ".join(sorted(LOSSES))
-    with pytest.raises(DataError, match="unknown tail mode of kl 'renrom'") as tail:
+    with pytest.raises(DataError, match="unknown tail 'renrom'") as tail:
         resolve("kl", tail="renrom")
     assert tail.value.details["did you mean"] == "renorm"
 
