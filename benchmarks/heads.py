@@ -108,8 +108,8 @@ def main() -> None:
     weight = (0.05 * torch.randn(args.vocabulary, args.width)).requires_grad_()
     edges = tuple(band_edges(16, args.vocabulary, 16))
     by_row, over_groups = made_up(args.rows, args.vocabulary, edges)
-    known = objectives(edges)
-    wanted = [name.strip() for name in args.losses.split(";")] if args.losses else list(known)
+    cases_by_name = objectives(edges)
+    names = [name.strip() for name in args.losses.split(";")] if args.losses else list(cases_by_name)
 
     def plain() -> None:
         F.cross_entropy(F.linear(hidden, weight), by_row.gold_ids).backward()  # type: ignore[no-untyped-call]
@@ -127,8 +127,9 @@ def main() -> None:
 
     other = Compiled if args.compile else Autograd
     cases = {("plain", False): plain}
-    for name in wanted:
-        cases |= {(name, True): head(known[name], known[name]), (name, False): head(known[name], other(known[name]))}
+    for name in names:
+        objective = cases_by_name[name]
+        cases |= {(name, True): head(objective, objective), (name, False): head(objective, other(objective))}
     seconds: dict[tuple[str, bool], float] = dict.fromkeys(cases, float("inf"))
     for _ in range(args.repeats):
         for key, case in cases.items():
@@ -138,7 +139,7 @@ def main() -> None:
             seconds[key] = min(seconds[key], time.process_time() - started)
     base = seconds["plain", False]
     print(f"{'plain':<12}{base:8.2f} s    1.00")
-    for name in wanted:
+    for name in names:
         kernel, without = seconds[name, True], seconds[name, False]
         ratios = f"{kernel:8.2f} s{kernel / base:8.2f}{without:10.2f} s{without / base:8.2f}"
         print(f"{name:<12}{ratios}{1 - kernel / without:10.0%}")

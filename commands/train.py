@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """What `kd train` is told: the training, and what is scored beside it."""
+    """All settings of `kd train`: those of the training, and those of the scores beside it."""
 
     training: TrainConfig
     scores: ScoreSettings = field(default_factory=ScoreSettings)

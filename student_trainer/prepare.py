@@ -44,7 +44,7 @@ from kd.student_trainer.config import TextSettings, TrainConfig
 from kd.student_trainer.losses.loss_registry import Objective
 
 PACKED_TOKENS = 1024
-"""Tokens of a packed sequence, where neither --seq-len nor the student's positions say more or less."""
+"""Tokens of a packed sequence, where neither --seq-len nor the student's positions limit it."""
 
 
 @dataclass(frozen=True)

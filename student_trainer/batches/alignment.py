@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ALIGNMENTS = ("bytes", "positional")
+"""Ways to pair rows with tokens."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class Side:
     """One tokenizer's cut of a target text."""
 
     byte_end: np.ndarray
-    """[n] int64, non-decreasing: where each token ends in the text's bytes; an EOS token ends where the text does"""
+    """[n] int64, non-decreasing: byte of the text where each token ends; an EOS token ends where the text does."""
     has_eos: bool = False
-    """Is the last token EOS?"""
+    """Whether the last token is EOS."""
     start: int = 0
-    """Byte where the first token begins"""
+    """Byte where the first token begins."""
 
     @property
     def text_tokens(self) -> int:
-        """Tokens that are text."""
+        """Number of tokens that are text, EOS not counted."""
         return len(self.byte_end) - self.has_eos
 
 
@@ -40,9 +41,9 @@ class Alignment:
     """Groups in text order, both sides monotone and without holes between groups."""
 
     teacher: np.ndarray
-    """[G, 2] int64: rows [start, stop)"""
+    """[G, 2] int64: rows [start, stop) of each group."""
     student: np.ndarray
-    """[G, 2] int64: target tokens [start, stop)"""
+    """[G, 2] int64: target tokens [start, stop) of each group."""
     bytes_aligned: int
     """Bytes of the text that lie in groups."""
 
@@ -55,12 +56,12 @@ def align(teacher: Side, student: Side, *, mode: str = "bytes", eos: bool = True
 
     Text that is cut short on one side (a window) is aligned as far as it goes.
     """
-    found = align_bytes(teacher, student) if mode == "bytes" else align_positions(teacher, student)
+    text = align_bytes(teacher, student) if mode == "bytes" else align_positions(teacher, student)
     if not (eos and teacher.has_eos and student.has_eos):
-        return found
+        return text
     ends = [np.array([[side.text_tokens, side.text_tokens + 1]]) for side in (teacher, student)]
     return Alignment(
-        np.concatenate([found.teacher, ends[0]]), np.concatenate([found.student, ends[1]]), found.bytes_aligned
+        np.concatenate([text.teacher, ends[0]]), np.concatenate([text.student, ends[1]]), text.bytes_aligned
     )
 
 
@@ -84,7 +85,7 @@ def align_bytes(teacher: Side, student: Side) -> Alignment:
 
 
 def align_positions(teacher: Side, student: Side) -> Alignment:
-    """Token by token up to the shorter side; `bytes_aligned` counts tokens that do cover the same bytes."""
+    """Pair token by token up to the shorter side; `bytes_aligned` counts the tokens that do cover the same bytes."""
     count = min(teacher.text_tokens, student.text_tokens)
     pairs = np.stack([np.arange(count), np.arange(1, count + 1)], axis=1)
     ends = [side.byte_end[:count] for side in (teacher, student)]

@@ -1,8 +1,8 @@
 """Which examples make which batch, in which order.
 
 All batches of a run are laid out before the first step: epoch after epoch in the reader's (seed, epoch) order,
-cut by token budget or by count. So the number of steps is known, resuming means skipping, and neither batch size,
-packing nor world size changes the order.
+cut by token budget or by count. The number of steps is therefore known, a resumed run skips batches, and the order does not
+depend on batch size, packing or world size.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class BatchPlan:
     """Every micro-batch of a run, in order."""
 
     batches: tuple[tuple[int, ...], ...]
-    """Example numbers."""
+    """Example numbers of each batch."""
     epochs: tuple[int, ...]
     """Epoch of each batch."""
     tokens: tuple[int, ...]
-    """Of each batch, without padding."""
+    """Tokens of each batch, without padding."""
     padded: tuple[int, ...]
-    """Of each batch, with padding."""
+    """Tokens of each batch, with padding."""
 
     def __len__(self) -> int:
         return len(self.batches)

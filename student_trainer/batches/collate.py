@@ -140,7 +140,7 @@ def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample
     """`[G, K]` the student's ids of the teacher's kept pieces at `rows [G]`."""
     assert targets.token_ids is not None
     kept = targets.token_ids[rows]
-    found: np.ndarray = pieces.ids[kept]
+    ids: np.ndarray = pieces.ids[kept]
     if len(rows) and rows[0] == 0 and student.side.start == 0:
         first = pieces.at_start(
             int(targets.gold_ids[0]),
@@ -148,8 +148,8 @@ def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample
             int(student.target_ids[0]),
             int(student.side.byte_end[0]),
         )
-        found[0] = first[kept[0]]
-    return found
+        ids[0] = first[kept[0]]
+    return ids
 
 
 def teacher_groups(
@@ -183,5 +183,5 @@ def loss_targets(batch: dict[str, Tensor]) -> LossTargets:
         groups = {name: batch[f"group_{name}"] for name in GROUP_FIELDS if f"group_{name}" in batch}
         rows["groups"] = GroupTargets(gold_ids=batch["gold_ids"], **groups)
     if "token_ids" in rows:
-        rows["token_ids"] = rows["token_ids"].long()  # here, on the model's device: half the bytes on the way there
+        rows["token_ids"] = rows["token_ids"].long()  # widened on the model's device: half the bytes to copy
     return LossTargets(kd_scale=batch.get("kd_scale"), **rows)

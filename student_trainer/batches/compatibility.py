@@ -61,12 +61,12 @@ def refuse_other_layout(reader: Reader, purpose: str, *, encoder: bool) -> None:
     `purpose` says what compares row by row; `encoder` whether the model has one.
     """
     if reader.manifest.blocks.encoder != encoder:
-        there, here = ("with", "has none") if not encoder else ("without", "has one")
+        teacher, model = ("with", "has none") if not encoder else ("without", "has one")
         raise CacheMismatchError(
-            f"{purpose} compares row by row, and this teacher reads its prompt {there} an encoder",
+            f"{purpose} compares row by row, and this teacher reads its prompt {teacher} an encoder",
             cache=reader.root,
             teacher=reader.manifest.provenance.get("teacher"),
-            found=f"a model that {here}",
+            found=f"a model that {model}",
             try_="a model laid out as the teacher; in training --loss "
             "uld, hybrid or alm, or --loss ce for the baseline",
         )
@@ -193,16 +193,16 @@ def needed_arrays(objective: Objective, manifest: CacheManifest) -> tuple[str, .
 
 def _tail(config: TargetConfig, loss: str, tail: str) -> str:
     """The tail mode of a loss, `auto` filled in; DataError where the cache cannot serve it."""
-    known = LOSSES[loss].variants
-    if "ghost" not in known:
-        if tail not in ("auto", *known):
-            raise unknown_name(f"tail mode of {loss}", tail, known)
-        return next(iter(known))
+    variants = LOSSES[loss].variants
+    if "ghost" not in variants:
+        if tail not in ("auto", *variants):
+            raise unknown_name(f"tail mode of {loss}", tail, variants)
+        return next(iter(variants))
     has_top_k, has_samples = _has_ids(config), bool(config.samples)
     if tail == "auto":
-        tail = "ghost" if has_top_k or not has_samples or "sampled" not in known else "sampled"
-    if tail not in known:
-        raise unknown_name(f"tail mode of {loss}", tail, known)
+        tail = "ghost" if has_top_k or not has_samples or "sampled" not in variants else "sampled"
+    if tail not in variants:
+        raise unknown_name(f"tail mode of {loss}", tail, variants)
     if (tail == "sampled" and not has_samples) or (tail != "sampled" and not has_top_k):
         raise DataError(
             f"this cache cannot serve --loss {loss} --tail {tail}",

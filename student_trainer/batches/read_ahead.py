@@ -1,4 +1,4 @@
-"""A cache is read, verified and decoded on threads beside the training step, which is not to wait for it."""
+"""Read, verify and decode a cache on threads, so that the training step does not wait for it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from torch.utils.data import Dataset
 from kd.cache_builder.store.readers.reading import CachedExample, Reader
 
 PREFETCHED_BATCHES = 4
+"""Batches that are read ahead at most."""
 TOUCHED_EXAMPLES = 256
-"""Of the first epoch, whose shards are loaded early: enough to touch nearly every shard of a window of 16."""
+"""Number of first examples whose shards are loaded early: enough to touch nearly every shard of a window of 16."""
 TOUCHING_THREADS = 4
+"""Threads that load those shards."""
 
 
 def touch_shards(reader: Reader, examples: Sequence[int]) -> list[threading.Thread]:
     """Have the reader load the shards of these examples on threads, which are returned, while the student is being loaded.
 
-    The first batches touch most shards of their window, and would all be waited for. What is wrong with one of them is said
-    when it is read in earnest. One thread would not get far: for each of a shard's hundred short calls it waits until whoever
-    loads the student lets go of the interpreter.
+    The first batches touch most shards of their window, and training would wait for all of them. A damaged shard raises its
+    error later, when its examples are read. One thread would not get far: for each of a shard's hundred short calls it waits
+    until the loading of the student releases the interpreter.
     """
 
     stop = threading.Event()
 
-    def touch(own: Sequence[int]) -> None:
+    def touch(numbers: Sequence[int]) -> None:
         with suppress(Exception):
-            for example in own:
+            for example in numbers:
                 if stop.is_set():
                     return
                 reader.locate(example)
@@ -106,12 +108,12 @@ class Prefetcher:
         self.waited += time.perf_counter() - started
         if kind == "item":
             return value
-        self._queue.put((kind, value))  # asked again, the same answer
+        self._queue.put((kind, value))  # the next call gets the same answer
         if kind == "error":
             raise value
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread; what it had read ahead is dropped."""
+        """Stop the thread and drop what it had read ahead."""
         self._stop.set()
         self._thread.join(timeout=5.0)

@@ -3,7 +3,7 @@
 An example's prompt and target are tokenised apart, so a target token never reaches back into the prompt: context =
 BOS (where there is one), prompt, separator; then the target, then EOS where the cached target has its end. What does not
 fit the window is cut as `kd.data.blocks.fit_pair` cuts it: the prompt at its beginning, the target at its end. A student
-with an encoder reads what such a teacher would: prompt and EOS there, the target and EOS at its decoder.
+with an encoder reads what such a teacher would: its encoder prompt and EOS, its decoder the target and EOS.
 No pad token is needed and no embedding is resized: batches are padded with id 0, which nothing attends to or scores.
 """
 
@@ -28,11 +28,11 @@ class StudentExample:
     """One cached example as the student reads it."""
 
     context_ids: np.ndarray
-    """[C] int32, C >= 1"""
+    """[C] int32, C >= 1."""
     target_ids: np.ndarray
-    """[m] int32"""
+    """[m] int32."""
     side: Side
-    """Where the target tokens end in the target's bytes."""
+    """Byte of the target where each of its tokens ends."""
 
     @property
     def input_ids(self) -> np.ndarray:
@@ -53,9 +53,12 @@ class StudentText:
         encoder: bool = False,
         target_len: int | None = None,
     ) -> None:
-        """`window` tokens at most, of an encoder's the prompt alone; `target_len` of the target.
+        """Tokenise every example.
 
-        `separator` between prompt and target, None = as in the cache; a student with an `encoder` reads none.
+        window       most tokens of an example; for a student with an encoder, of the prompt
+        separator    text between prompt and target, None = as in the cache; a student with an encoder reads none
+        encoder      whether the student has an encoder
+        target_len   most tokens of the target
 
         Raises DataError for a student without EOS where the cache's targets end with one.
         """
@@ -96,7 +99,7 @@ class StudentText:
         return self._examples[example]
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone; 0 for examples that are not here."""
+        """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone; 0 for shards that were not copied."""
         contexts, rows = np.zeros(self._count, dtype=np.int64), np.zeros(self._count, dtype=np.int64)
         for number, example in self._examples.items():
             contexts[number], rows[number] = len(example.context_ids), len(example.target_ids)
@@ -104,7 +107,7 @@ class StudentText:
 
 
 def _texts(reader: Reader) -> Iterator[tuple[int, Example, TokenRows, bool]]:
-    """`(number, text, the teacher's tokens, does the target end with EOS)` of every example that is here, in order."""
+    """`(number, text, the teacher's tokens, whether the target ends with EOS)` of every example that was copied, in order."""
     eos = reader.manifest.identity["tokenizer"].get("eos_token_id")
     for index in reader.shards:
         shard = reader.shard(index)

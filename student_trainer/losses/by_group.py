@@ -2,7 +2,7 @@
 
 Shapes: n student positions (rows of logits), G groups, V student vocabulary, V_t teacher vocabulary, K kept tokens,
 B rank bands. A group's distribution is the one at its first token, times the chain-rule probability of the further
-tokens that were actually there: p(piece) p(rest of the text | piece) on either side (as in TRL's GOLD, `bayesian`).
+tokens of the text: p(piece) p(rest of the text | piece) on either side (as in TRL's GOLD, `bayesian`).
 With one token on either side that factor is 1 and the loss is the plain one.
 
 Add a loss: one function `(logits, groups, settings) -> [G]` and one line in `LOSSES` of
@@ -68,7 +68,7 @@ def uld(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor
 
 
 def sorted_distance(p: Tensor, q: Tensor) -> Tensor:
-    """`[G]`: sum over ranks of |p_(r) - q_(r)|, `p [G, V_t]` in descending order already, `q [G, V]` sorted here."""
+    """`[G]`: sum over ranks of |p_(r) - q_(r)|, `p [G, V_t]` in descending order, `q [G, V]` in any."""
     q = q.sort(dim=1, descending=True).values
     common = min(p.shape[1], q.shape[1])
     rest = p[:, common:].sum(dim=1) + q[:, common:].sum(dim=1)
@@ -92,8 +92,8 @@ def uld_bins(z: Tensor, groups: GroupTargets, settings: GroupSettings) -> tuple[
     on_host = z.device.type == "cpu" and z.dtype == torch.float32
     top, ids = top_k_by_threshold(z, head) if on_host else z.topk(head, dim=1)
     span = (top[:, -1:] - z.amin(dim=1, keepdim=True)).clamp(min=1e-6, max=FAST_RANGE)  # a flat row: finer bins
-    places = (top[:, -1:] - z).mul_(FAST_BINS / span).clamp_(0, FAST_BINS - 1)
-    bins = places.to(torch.uint8).long()  # a student that has diverged has NaN for places: any byte is still a bin
+    positions = (top[:, -1:] - z).mul_(FAST_BINS / span).clamp_(0, FAST_BINS - 1)
+    bins = positions.to(torch.uint8).long()  # NaN, of a student that has diverged, becomes some byte: still a bin
     bins.scatter_(1, ids, FAST_BINS + torch.arange(head, device=z.device).expand_as(ids))
     counts = torch.zeros(len(z), FAST_BINS + head, device=z.device, dtype=z.dtype)
     counts.scatter_add_(1, bins, torch.ones_like(z))
@@ -156,7 +156,7 @@ def alm(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor
     """Approximate likelihood matching per group: how probable either side finds the group's text.
 
     tau * KL(Bernoulli(P^(1/tau)) || Bernoulli(Q^(1/tau))) with P, Q the chain-rule probabilities of the whole group at
-    temperature 1 and tau = 100. Needs nothing of the teacher but the log-probabilities of the tokens that were there.
+    temperature 1 and tau = 100. Of the teacher it needs only the log-probabilities of the text's own tokens.
 
     logits   [n, V]  unnormalised
     returns  [G]

@@ -4,7 +4,7 @@ With q a row's probabilities, a row's gradient by its tempered logits is
 
     q (M - S + c) - c onehot(gold)
 
-M [V] is what the loss asks of the probabilities at a group's first row (d loss / d q), S = Σ_v q_v M_v; c gathers all that
+M [V] is the loss's derivative by the probabilities of a group's first row (d loss / d q), S = Σ_v q_v M_v; c gathers all that
 enters through the gold token: cross-entropy, and the chain-rule factor where the row is a further token of a group.
 
 Sorting: ULD's gradient is a sign per rank. It needs the values in order and, per value, the sign at its rank. Signs change
@@ -67,7 +67,7 @@ class GroupKernel:
             first_rows = groups.first[chosen] - rows.start
             every = len(first_rows) == len(z)
             u, probabilities = (z, q) if every else (z[first_rows], q[first_rows])
-            values[chosen], slope, asked, mean = compare(
+            values[chosen], slope, direction, mean = compare(
                 u, probabilities, groups[chosen], further[chosen], weight[chosen], weights.settings
             )
             if len(late):  # rows of these groups may lie in this tile or in a later one: their first row comes before
@@ -76,10 +76,10 @@ class GroupKernel:
                 gold_weight[late] -= slopes[late_group]
             c = gold_weight[rows].unsqueeze(1)
             if every:
-                torch.mul(probabilities, asked.add_(c - mean.unsqueeze(1)), out=z)
+                torch.mul(probabilities, direction.add_(c - mean.unsqueeze(1)), out=z)
             else:
                 torch.mul(q, c, out=z)
-                z.index_add_(0, first_rows, asked.sub_(mean.unsqueeze(1)).mul_(probabilities))
+                z.index_add_(0, first_rows, direction.sub_(mean.unsqueeze(1)).mul_(probabilities))
             z.scatter_add_(1, gold, -c)
             if temperature != 1.0:
                 z.div_(temperature)
@@ -155,15 +155,15 @@ def exact_uld(
 def fast_uld(
     u: Tensor, q: Tensor, groups: GroupTargets, further: Tensor, weight: Tensor, settings: GroupSettings
 ) -> Compared:
-    """The same by a few ranks one by one and bins of value for the rest; see `kd.student_trainer.losses.by_group.uld`."""
+    """The same distance with few ranks compared one by one and the rest in bins of value; see `by_group.uld`."""
     bins, p, beyond = uld_bins(u, groups, settings)
     mass = torch.zeros_like(p).scatter_add_(1, bins, q)
     a, b = groups.log_scale.exp().unsqueeze(1).to(q.dtype), further.exp().unsqueeze(1)
     off = b * mass - a * p
     signs = off.sign()
     slope = weight * (signs * b * mass).sum(dim=1)
-    asked = (signs * weight.unsqueeze(1) * b).gather(1, bins)
-    return off.abs().sum(dim=1) + a.squeeze(1) * beyond, slope, asked, slope
+    direction = (signs * weight.unsqueeze(1) * b).gather(1, bins)
+    return off.abs().sum(dim=1) + a.squeeze(1) * beyond, slope, direction, slope
 
 
 def hybrid_comparison(
@@ -183,26 +183,26 @@ def hybrid_comparison(
         matched = generalised_jsd(left, right, settings.beta)
         (slopes,) = torch.autograd.grad(matched.sum(), right)
     others = _without(sorted_row(log_p, groups.bands, settings.edges), shared).to(q.dtype)
-    unmatched, asked, slope = rank_signs(others * a, kept, further.exp())
+    unmatched, direction, slope = rank_signs(others * a, kept, further.exp())
     one, other = settings.overlap * weight.unsqueeze(1), (1 - settings.overlap) * weight.unsqueeze(1)
-    asked.mul_(other).add_(one * slopes[:, -1:]).mul_(keep).mul_(b)
+    direction.mul_(other).add_(one * slopes[:, -1:]).mul_(keep).mul_(b)
     pieces = torch.where(shared, slopes[:, :-1] * one * b, 0.0)
-    asked.scatter_add_(1, safe, pieces)
+    direction.scatter_add_(1, safe, pieces)
     mean = other.squeeze(1) * slope + (one * slopes * right.detach()).sum(dim=1)
     mean += (one * slopes[:, -1:] * (kept.sum(dim=1, keepdim=True) * b - rest)).squeeze(1)
     value = settings.overlap * matched.detach() + (1 - settings.overlap) * unmatched
     # in the last outcome kept * b grows with b, and 1 - b falls
-    return value, mean - (one * slopes[:, -1:] * b).squeeze(1), asked, mean
+    return value, mean - (one * slopes[:, -1:] * b).squeeze(1), direction, mean
 
 
 def _without(row: Tensor, left_out: Tensor) -> Tensor:
-    """`row [G, V]`, descending, without those of its first values that `left_out [G, K]` names; zeros close it."""
+    """`row [G, V]`, descending, without those of its first K values that `left_out [G, K]` marks; padded with zeros."""
     count, k = left_out.sum(dim=1, keepdim=True), left_out.shape[1]
     order = left_out.long().argsort(dim=1, stable=True)
-    places = torch.arange(row.shape[1], device=row.device)
-    moved = (places + count).clamp(max=row.shape[1] - 1)
-    moved[:, :k] = torch.where(places[:k] < k - count, order, moved[:, :k])
-    return row.gather(1, moved).masked_fill_(places >= row.shape[1] - count, 0.0)
+    columns = torch.arange(row.shape[1], device=row.device)
+    moved = (columns + count).clamp(max=row.shape[1] - 1)
+    moved[:, :k] = torch.where(columns[:k] < k - count, order, moved[:, :k])
+    return row.gather(1, moved).masked_fill_(columns >= row.shape[1] - count, 0.0)
 
 
 def rank_signs(p: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,7 +138,7 @@ class Objective:
 
     @property
     def weights(self) -> LossWeights:
-        """What the kernels are told."""
+        """The weights and settings as kernels take them."""
         squared = self.temperature**2 if LOSSES[self.loss].squared else 1.0
         settings = replace(self.settings, temperature=self.temperature)
         return LossWeights(self.alpha * squared, self.ce, self.temperature, settings)
@@ -151,7 +151,7 @@ class Objective:
         return self.autograd_gradient_(logits, targets)
 
     def autograd_gradient_(self, logits: Tensor, targets: LossTargets) -> Tensor:
-        """The same from the definition: what a loss without a kernel uses."""
+        """The same by autograd on the definition, for losses without a kernel."""
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
             sums = torch.stack([part.sum() for part in self(leaf, targets)])

@@ -1,4 +1,4 @@
-"""What a loss and its kernel are told besides logits and targets: plain values, below every loss."""
+"""Plain values that a loss and its kernel take besides logits and targets."""
 
 from __future__ import annotations
 

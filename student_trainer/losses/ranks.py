@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 POINTS_PER_BAND = 8
-"""Of the cumulative curve."""
+"""Knots of the cumulative curve inside a band."""
 
 
 def sorted_row(logprobs: Tensor, bands: Tensor | None, edges: tuple[int, ...]) -> Tensor:
@@ -94,14 +94,14 @@ def _steps(edges: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
 def _middles(edges: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Bands that have ranks, their log-widths (float64), and the logs of the ranks of the knots (float64)."""
     filled = [b for b in range(len(edges) - 1) if edges[b + 1] > edges[b]]
-    places = [
+    middles = [
         math.log((edges[b] + 1 + edges[b + 1]) / 2)
         if edges[b + 1] - edges[b] == 1
         else 0.5 * (math.log(edges[b] + 1) + math.log(edges[b + 1]))
         for b in filled
     ]
     widths = [math.log(edges[b + 1] - edges[b]) for b in filled]
-    x = [math.log(max(edges[0], 1)), *places]
+    x = [math.log(max(edges[0], 1)), *middles]
     return (
         torch.tensor(filled, device=device, dtype=torch.int64),
         torch.tensor(widths, device=device, dtype=torch.float64),

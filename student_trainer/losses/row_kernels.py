@@ -39,11 +39,11 @@ TeacherOutcomes = Callable[[LossTargets], Tensor]
 """Targets -> the teacher's probabilities [n, K + 1]: kept ids, then everything else."""
 
 TILE_BYTES = 4 << 20
-"""Of logits that are worked on at once, on a CPU: with scratch of the same size they stay in a shared cache."""
+"""Bytes of logits that a CPU processes at once: with scratch of the same size they stay in a shared cache."""
 
 
 def tiles(logits: Tensor, rows: int | None = None) -> Iterator[slice]:
-    """Ranges of rows like those of `logits [n, V]` that fit a CPU's cache, one range on other devices; of all n, or `rows`."""
+    """Ranges of the n rows of `logits [n, V]` (or of `rows` rows as wide) that fit a CPU's cache; one range on other devices."""
     count, width = len(logits) if rows is None else rows, logits.shape[1]
     size = max(1, TILE_BYTES // (width * logits.element_size())) if logits.device.type == "cpu" else max(count, 1)
     yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
@@ -142,7 +142,7 @@ def outcomes_with_tail(targets: LossTargets) -> Tensor:
 
 
 def outcomes_with_floored_tail(targets: LossTargets) -> Tensor:
-    """The same with at least TAIL_FLOOR in the tail, for divergences that take its logarithm."""
+    """The teacher's kept probabilities and at least TAIL_FLOOR in the tail, for divergences that take its logarithm."""
     mass = need(targets.tail_mass).unsqueeze(1).clamp(min=TAIL_FLOOR)
     return torch.cat([need(targets.logprobs).exp(), mass], dim=1)
 

@@ -20,7 +20,7 @@ from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.losses.by_group import ALM_TEMPERATURE, alm, generalised_jsd, hybrid, sorted_distance, uld
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
-from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
+from kd.student_trainer.losses.loss_targets import GroupTargets
 
 N, V, TEACHER_V = 6, 40, 53
 
@@ -505,43 +505,3 @@ def test_alm_multiplies_over_a_group_s_tokens_and_has_the_gradient_of_finite_dif
             float(alm(*single, GroupSettings())), abs=1e-12
         )
     assert torch.autograd.gradcheck(lambda z: alm(z, groups, GroupSettings()), (student.requires_grad_(),))
-
-
-# Pieces of a batch
-
-
-def many_groups(seed: int) -> tuple[GroupTargets, int]:
-    """Groups of 1 to 6 rows with gaps between them, as prompts leave."""
-    rng = np.random.default_rng(seed)
-    borders = np.cumsum(rng.integers(0, 4, 40) + (np.arange(40) % 2))
-    ranges = [(int(a), int(b)) for a, b in zip(borders[::2], borders[1::2], strict=True) if b > a]
-    rows = int(borders[-1]) + 3
-    teacher = logits_of(seed, rows=len(ranges))
-    groups, _ = targets_of(teacher, ranges, student_ids=teacher.argsort(dim=1, descending=True))
-    return replace(groups, gold_ids=torch.from_numpy(rng.integers(0, V, rows))), rows
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_every_row_is_in_one_piece_and_no_group_in_two(size: int, seed: int) -> None:
-    groups, rows = many_groups(seed)
-    targets = LossTargets(groups.gold_ids, groups=groups)
-    pieces = targets.pieces(size)
-    assert [r for piece in pieces for r in range(piece.start, piece.stop)] == list(range(rows))
-    assert sum(len(targets[piece].groups) for piece in pieces) == len(groups)
-    longest = int((groups.stop - groups.first).max())
-    assert max(piece.stop - piece.start for piece in pieces) <= max(size, longest)
-    student = logits_of(9, rows=rows)
-    for loss in (uld, hybrid, alm):
-        whole = loss(student, groups, GroupSettings(overlap=0.5))
-        parts = [loss(student[piece], targets[piece].groups, GroupSettings(overlap=0.5)) for piece in pieces]
-        assert torch.allclose(torch.cat(parts), whole, rtol=0, atol=1e-12)
-
-
-def test_a_range_of_rows_keeps_the_groups_that_lie_in_it_as_a_whole() -> None:
-    groups, _ = targets_of(logits_of(1, rows=4), [(0, 2), (2, 5), (6, 7), (7, 9)])
-    found = LossTargets(groups.gold_ids, groups=groups)[1:8].groups
-    assert found is not None
-    assert (found.first.tolist(), found.stop.tolist()) == ([1, 5], [4, 6])
-    assert torch.equal(found.weight, groups.weight[1:3])
-    assert torch.equal(found.gold_ids, groups.gold_ids[1:8])

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from kd.cache_builder.teacher.selection import draw
-from kd.common.errors import DataError
 from kd.student_trainer.losses.by_row import cross_entropy, jsd, kl_ghost, kl_renorm, kl_reverse, kl_sampled
-from kd.student_trainer.losses.loss_registry import LOSSES, TAILS, Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, TAILS
 from kd.student_trainer.losses.loss_targets import LossTargets
 
 N, V, K, R = 7, 40, 6, 12
@@ -353,64 +352,10 @@ def test_draws_refuse_any_temperature_but_one(temperature: float) -> None:
         kl_sampled(random_logits(1), targets_of(random_logits(2)), temperature=temperature)
 
 
-# Cross-entropy and the composition
+# Cross-entropy
 
 
 def test_cross_entropy_is_minus_log_q_of_the_gold_token() -> None:
     logits, targets = random_logits(1), targets_of(random_logits(2))
     expected = [-float(logits[n].log_softmax(dim=0)[targets.gold_ids[n]]) for n in range(N)]
     assert torch.allclose(cross_entropy(logits, targets), torch.tensor(expected, dtype=torch.float64), atol=1e-12)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(("loss", "temperature"), WITH_TEMPERATURE)
-def test_the_objective_is_alpha_t_squared_kd_plus_the_rest_ce(loss, temperature: float, alpha: float) -> None:
-    tail = next(name for name, function in TAILS.items() if function is loss)
-    logits, targets = random_logits(1), targets_of(random_logits(2), temperature=temperature)
-    total, kd, ce = Objective("kl", tail, alpha, temperature)(logits, targets)
-    assert torch.equal(kd, loss(logits, targets, temperature=temperature))
-    assert torch.equal(ce, cross_entropy(logits, targets))
-    expected = alpha * temperature**2 * kd + (1 - alpha) * ce
-    assert torch.allclose(total, expected, rtol=0, atol=1e-12)
-
-
-def test_the_objective_of_plain_fine_tuning_is_the_cross_entropy() -> None:
-    logits, targets = random_logits(1), LossTargets(torch.arange(N))
-    total, kd, ce = Objective("ce", "none", 0.0)(logits, targets)
-    assert torch.equal(total, cross_entropy(logits, targets))
-    assert torch.equal(ce, total)
-    assert not kd.any()
-
-
-def test_t_squared_keeps_the_size_of_gradients_as_temperature_grows() -> None:
-    teacher, student = random_logits(2, 0.5), random_logits(1, 0.5)
-    sizes = []
-    for temperature in (50.0, 100.0):
-        objective = Objective("kl", "ghost", 1.0, temperature)
-        targets = targets_of(teacher, k=V, temperature=temperature)
-        sizes.append(gradient(lambda x, t, o=objective: o(x, t)[0], student, targets).norm())
-    # Hinton et al. 2015, eq. 4: towards (z - v) / V as T grows; what is left is of order |z| / T = 1 %
-    assert math.isclose(sizes[0], sizes[1], rel_tol=0.01)
-
-
-@pytest.mark.parametrize("name", ["kll", "ULD", ""])
-def test_an_unknown_loss_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(DataError) as caught:
-        Objective(name)
-    assert caught.value.details["known"] == ", ".join(sorted(LOSSES))
-
-
-def test_an_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(DataError, match="unknown loss 'kll'") as loss:
-        Objective("kll")
-    assert loss.value.details["did you mean"] == "kl"
-    with pytest.raises(DataError, match="unknown tail mode of kl 'gost'") as tail:
-        Objective("kl", "gost")
-    assert tail.value.details["did you mean"] == "ghost"
-    assert tail.value.details["known"] == ", ".join(sorted(TAILS))
-
-
-@pytest.mark.parametrize(("alpha", "temperature"), [(-0.1, 1.0), (1.1, 1.0), (float("nan"), 1.0), (1.0, 0.0)])
-def test_weights_outside_the_unit_interval_and_temperatures_of_zero_are_refused(alpha, temperature) -> None:
-    with pytest.raises(ValueError, match="alpha"):
-        Objective("kl", "ghost", alpha, temperature)
