@@ -79,7 +79,7 @@ def objectives(edges: tuple[int, ...]) -> dict[str, Objective]:
     return {
         "ce": Objective("ce", "none", 0.0),
         "kl": Objective(),
-        "kl T=2, CE": Objective(alpha=0.5, temperature=2.0),
+        "kl T=2 + CE": Objective(alpha=0.5, temperature=2.0),
         "kl renorm": Objective(tail="renorm"),
         "kl sampled": Objective(tail="sampled"),
         "reverse-kl": Objective("reverse-kl"),
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=119, help="rows at once; what training takes on a CPU by default")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="the kernels through torch.compile, not autograd")
-    parser.add_argument("--losses", help="names of cases, separated by semicolons; default all")
+    parser.add_argument("--losses", help="names of cases, separated by commas; default all")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.compile:
@@ -109,7 +109,7 @@ def main() -> None:
     edges = tuple(band_edges(16, args.vocabulary, 16))
     by_row, over_groups = made_up(args.rows, args.vocabulary, edges)
     cases_by_name = objectives(edges)
-    names = [name.strip() for name in args.losses.split(";")] if args.losses else list(cases_by_name)
+    names = [name.strip() for name in args.losses.split(",")] if args.losses else list(cases_by_name)
 
     def plain() -> None:
         F.cross_entropy(F.linear(hidden, weight), by_row.gold_ids).backward()  # type: ignore[no-untyped-call]

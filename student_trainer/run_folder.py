@@ -77,15 +77,17 @@ def write_run(folder: Path, document: Mapping[str, Any]) -> None:
 
 def append_step(folder: Path, record: StepRecord) -> None:
     """Add a line to `metrics.jsonl`."""
-    _append(folder / METRICS, json.dumps(asdict(record)))
+    append_record(folder / METRICS, asdict(record))
 
 
 def append_evaluation(folder: Path, record: Mapping[str, Any]) -> None:
     """Add a line to `evaluations.jsonl`. Raises ValueError for NaN and infinity."""
-    _append(folder / EVALUATIONS, json.dumps(record, allow_nan=False))
+    append_record(folder / EVALUATIONS, record, allow_nan=False)
 
 
-def _append(path: Path, line: str) -> None:
+def append_record(path: Path, record: Mapping[str, Any], *, allow_nan: bool = True) -> None:
+    """Add a line to a file of JSON objects; `read_records` reads it."""
+    line = json.dumps(record, allow_nan=allow_nan)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
