@@ -33,7 +33,7 @@ from kd.data.blocks import TokenRows
 from kd.data.tasks.glue import CLASSES
 from kd.models.classifiers import load_classifier, split_classifier
 from kd.models.heads import LanguageModelHead, split_head
-from kd.models.loading import load_model, load_request_tokenizer
+from kd.models.loading import load_request_tokenizer
 from kd.models.tokenizer import pad_token_id
 
 if TYPE_CHECKING:
@@ -225,13 +225,13 @@ def load_teacher(plan: BuildPlan) -> Teacher:
     from kd.cache_builder.teacher.sparsify import Sparsifier, boundary_token_ids
     from kd.cache_builder.teacher.teacher_pass import Teacher
 
-    request, loaded = plan.request.teacher, plan.request.model
+    request = plan.request.teacher
     if plan.request.corpus.kind == CLASSES:
         pad = pad_token_id(load_request_tokenizer(request))
         labels = [piece.decode("utf-8") for piece in plan.vocabulary]
         head: LanguageModelHead = split_classifier(load_classifier(request, labels, pad_id=pad), pad)
     else:
-        head = split_head(load_model(request) if loaded is None else loaded)
+        head = split_head(plan.request.source.load())
     config, size = plan.manifest.targets, plan.manifest.vocabulary_size
     boundary = None
     if PROFILES[config.profile].boundary:
