@@ -28,7 +28,6 @@ from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.store.writers.claims import Claims
 from kd.common.errors import DataError
 from kd.common.files import write_error
-from kd.common.memory import keep_freed_memory
 from kd.data.blocks import TokenRows
 from kd.data.tasks.glue import CLASSES
 from kd.models.classifiers import load_classifier, split_classifier
@@ -93,7 +92,6 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
             try_="the request on the last record of generate",
         )
     request, manifest = plan.request, plan.manifest
-    keep_freed_memory()
     writer = shard_writer.ShardWriter(request.out, manifest)
     pool = ThreadPoolExecutor(1, thread_name_prefix="kd-writer")
     try:
