@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kd.cache_builder.store.cache_files import CacheFiles
     from kd.cache_builder.store.manifest import CacheManifest
     from kd.cache_builder.upkeep.verify import Finding
+    from kd.common.errors import CacheDamageError
 
 
 @click.command("verify")
@@ -151,27 +152,43 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
 
     moved   options whose values have changed since the build: where teacher and text are now
 
-    Raises CacheDamageError where the options are not recorded.
+    Raises CacheDamageError where the options are not recorded, or the teacher was a model in memory.
     """
     from kd.cache_builder.build.build_settings import BuildSettings
     from kd.cache_builder.store.commits import committed
     from kd.cache_builder.upkeep.repair import reopen
     from kd.commands.cache import build_behind_a_bar
-    from kd.common.errors import CacheDamageError
     from kd.common.settings import make
 
     reopen(path, broken)
     rebuilt = sorted(set(range(len(before.shards))) - set(committed(path, len(before.shards))))
     recorded = before.provenance.get("options")
     if not isinstance(recorded, dict):
-        raise CacheDamageError(
-            "the damaged shards were removed, but the options they were built with are not recorded",
-            where=path,
-            found=f"shards {', '.join(map(str, rebuilt)) or 'none'}",
-            try_="its kd cache build command: it builds these alone",
-        )
+        raise cannot_rebuild(before, path, rebuilt)
     build_behind_a_bar(make(BuildSettings, recorded | moved | {"out": path}, where=path))
     return rebuilt
+
+
+def cannot_rebuild(manifest: CacheManifest, path: Path, shards: Sequence[int]) -> CacheDamageError:
+    """The error for a cache whose build this command cannot repeat."""
+    from kd.common.errors import CacheDamageError
+    from kd.models.identity import IN_MEMORY
+
+    numbers = f"shards {', '.join(map(str, shards)) or 'none'}"
+    if manifest.identity["teacher"].get("model") == IN_MEMORY:
+        return CacheDamageError(
+            "the damaged shards were removed, and their teacher was a model in memory",
+            where=path,
+            found=numbers,
+            expected="the same model, tokenizer and texts, in Python",
+            try_=f"kd.build_cache(model, tokenizer, texts, out={str(path)!r}, …): it builds only these shards",
+        )
+    return CacheDamageError(
+        "the damaged shards were removed, but the options they were built with are not recorded",
+        where=path,
+        found=numbers,
+        try_="its kd cache build command: it builds these alone",
+    )
 
 
 def require_copy(ours: CacheManifest, theirs: CacheManifest, path: Path, source: str | None) -> None:

@@ -19,10 +19,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from kd.common.errors import DataError, unknown_name
 from kd.data.data_settings import InstructionConfig
@@ -83,6 +84,30 @@ def load_corpus(
     instructions = instructions or InstructionConfig()
     _refuse_useless(spec, columns, instructions)
     corpus = _corpus_of(spec, split, columns or {}, instructions)
+    return _usable(corpus, limit)
+
+
+def corpus_of_rows(
+    name: str,
+    rows: Iterable[Mapping[str, Any]],
+    names: Sequence[str],
+    *,
+    columns: Columns | None = None,
+    limit: int | None = None,
+) -> Corpus:
+    """Rows in memory as a corpus: `text` makes documents, `prompt` and `target` make pairs. Raises DataError.
+
+    name     what errors and the ids of the examples (`name:0`, …) call the source
+    names    columns of the rows
+    columns  columns that are not called as their field is
+    limit    number of examples to keep, from the first
+    """
+    kind, examples = rows_to_examples(rows, names, columns or {}, where=name, prefix=name, split="train")
+    return _usable(Corpus(name, "train", kind, tuple(examples), {"source": "memory"}), limit)
+
+
+def _usable(corpus: Corpus, limit: int | None) -> Corpus:
+    """The corpus with its first `limit` examples that have text. Raises DataError where none are left."""
     examples = tuple(e for e in corpus.examples if e.target.strip())
     without_text = len(corpus.examples) - len(examples)
     if limit is not None:
@@ -90,11 +115,11 @@ def load_corpus(
     if not examples:
         raise DataError(
             "no text found",
-            where=f"{spec} (split {corpus.split})",
+            where=f"{corpus.spec} (split {corpus.split})",
             found="0 non-empty examples",
             try_="kd data show SPEC",
         )
-    check_examples(spec, examples)
+    check_examples(corpus.spec, examples)
     return replace(corpus, examples=examples, without_text=without_text)
 
 

@@ -1,7 +1,9 @@
 """The identity of a model as a few digests: the teacher's part of a cache's fingerprint.
 
-No weights are loaded. Weight files are identified by their SHA-256, read from a local folder or from the hub's file list;
-a hub id by the commit that its branch or tag points to. `pinned` makes later loads use that commit.
+A model that has a name is identified without loading its weights: `model_identity`. Weight files are identified by their
+SHA-256, read from a local folder or from the hub's file list; a hub id by the commit that its branch or tag points to.
+`pinned` makes later loads use that commit. A model object in memory is identified by reading its weights:
+`parameters_digest`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any
 from kd.common.errors import DataError
 from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
 
+IN_MEMORY = "in memory"
+"""What the identity of a model calls it that was never loaded by name."""
 CHANGES_NO_NUMBER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 """Entries that are left out of a configuration's digest. The identity names dtype and class beside the digest."""
 
@@ -63,6 +67,66 @@ def model_identity(request: ModelRequest) -> dict[str, Any]:
         device = "cpu" if request.load_in_4bit else resolve_device(request.device).partition(":")[0]
         return identity | {"seed": request.seed, "torch": torch.__version__.partition("+")[0], "device": device}
     return identity | weight_digests(request)
+
+
+def in_memory_identity(model: Any, digest: str) -> dict[str, Any]:
+    """Everything about a model object that can change its numbers; `digest` is its `parameters_digest`."""
+    quantization = getattr(model.config, "quantization_config", None)
+    return {
+        "model": IN_MEMORY,
+        "model_class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": "none" if quantization is None else str(getattr(quantization, "quant_method", "other")),
+        "config": config_digest(model.config),
+        "parameters": digest,
+    }
+
+
+def parameters_digest(model: Any) -> str:
+    """SHA-256 hex of a model's parameters and buffers: their names, shapes, dtypes and bytes.
+
+    Tied weights count once, under the first of their names. Two models of one digest and one configuration give the same
+    numbers; a weight that was changed in place gives another digest. Every byte is read, and tensors of a GPU are copied
+    to the host one at a time: docs/log.md has how fast that is. Raises DataError where weights are not in memory.
+    """
+    digest = hashlib.sha256()
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in sorted(_named_tensors(model).items()):
+        if tensor.device.type == "meta":
+            raise DataError(
+                "a weight of the model is not in memory",
+                where=name,
+                found="a tensor on the meta device",
+                try_="load the model without offloading",
+            )
+        tensor = tensor.detach()
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and memory in seen:
+            continue
+        seen.add(memory)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _named_tensors(model: Any) -> dict[str, Any]:
+    """Name -> parameter or buffer; of rotary frequencies that grow with the text, those the model began with."""
+    import torch
+
+    tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq"):
+                buffer = getattr(module, name.removesuffix("inv_freq") + "original_inv_freq", buffer)
+            tensors[f"{path}.{name}" if path else name] = buffer
+    return tensors
+
+
+def _bytes_of(tensor: Any) -> Any:
+    """The tensor's bytes in row-major order, as a buffer on the host."""
+    import torch
+
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
 
 
 def config_digest(config: Any) -> str:

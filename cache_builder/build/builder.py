@@ -28,12 +28,11 @@ from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.store.writers.claims import Claims
 from kd.common.errors import DataError
 from kd.common.files import write_error
-from kd.common.memory import keep_freed_memory
 from kd.data.blocks import TokenRows
 from kd.data.tasks.glue import CLASSES
 from kd.models.classifiers import load_classifier, split_classifier
 from kd.models.heads import LanguageModelHead, split_head
-from kd.models.loading import load_model, load_request_tokenizer
+from kd.models.loading import load_request_tokenizer
 from kd.models.tokenizer import pad_token_id
 
 if TYPE_CHECKING:
@@ -93,7 +92,6 @@ def build(plan: BuildPlan) -> Iterator[BuildProgress]:
             try_="the request on the last record of generate",
         )
     request, manifest = plan.request, plan.manifest
-    keep_freed_memory()
     writer = shard_writer.ShardWriter(request.out, manifest)
     pool = ThreadPoolExecutor(1, thread_name_prefix="kd-writer")
     try:
@@ -225,13 +223,13 @@ def load_teacher(plan: BuildPlan) -> Teacher:
     from kd.cache_builder.teacher.sparsify import Sparsifier, boundary_token_ids
     from kd.cache_builder.teacher.teacher_pass import Teacher
 
-    request, loaded = plan.request.teacher, plan.request.model
+    request = plan.request.teacher
     if plan.request.corpus.kind == CLASSES:
         pad = pad_token_id(load_request_tokenizer(request))
         labels = [piece.decode("utf-8") for piece in plan.vocabulary]
         head: LanguageModelHead = split_classifier(load_classifier(request, labels, pad_id=pad), pad)
     else:
-        head = split_head(load_model(request) if loaded is None else loaded)
+        head = split_head(plan.request.source.load())
     config, size = plan.manifest.targets, plan.manifest.vocabulary_size
     boundary = None
     if PROFILES[config.profile].boundary:

@@ -73,12 +73,21 @@ def request_of(settings: BuildSettings) -> BuildRequest:
     """
     teacher = model_request(settings)
     config = load_config(teacher)
+    return assembled(settings, teacher, config, lambda: corpus_of(settings, classes=is_classifier(config)))
+
+
+def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read: Callable[[], Corpus]) -> BuildRequest:
+    """The request for a teacher with this configuration over the text that `read` gives.
+
+    Settings are checked before the text is read, which may have to be fetched.
+    """
+    targets, blocks = target_config(settings, config), block_config(settings, config)
     return BuildRequest(
         out=settings.out,
         teacher=teacher,
-        targets=target_config(settings, config),
-        blocks=block_config(settings, config),
-        corpus=corpus_of(settings, classes=is_classifier(config)),
+        corpus=read(),
+        blocks=blocks,
+        targets=targets,
         layout=layout_of(settings.shard_rows),
         tokens_per_batch=settings.model.tokens_per_batch,
         shard=settings.running.shard,

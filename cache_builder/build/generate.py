@@ -25,8 +25,7 @@ from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
 from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
 from kd.data.rows.example import Example
-from kd.models.identity import model_identity, pinned
-from kd.models.loading import is_encoder_decoder, load_config, load_model, load_request_tokenizer, refuse_classifier
+from kd.models.loading import is_encoder_decoder, refuse_classifier
 from kd.models.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
 
 BLOCK = 256
@@ -53,16 +52,14 @@ class GenerationProgress:
 def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
     """Answer every prompt of `request.corpus`. Raises KdError; what was answered stays, and the same call continues."""
     generation = request.generation or GenerationConfig()
-    config = load_config(request.teacher)
+    config = request.source.config()
     refuse_classifier(request.teacher, config)
-    request = replace(
-        request, teacher=pinned(request.teacher), blocks=replace(request.blocks, encoder=is_encoder_decoder(config))
-    )
-    tokenizer = load_request_tokenizer(request.teacher)
+    request = replace(request.pinned(), blocks=replace(request.blocks, encoder=is_encoder_decoder(config)))
+    tokenizer = request.source.tokenizer()
     prompts = list(_prompts(request, tokenizer, generation.max_new_tokens))
     folder = request.out / ANSWERS
     identity = {
-        "teacher": model_identity(request.teacher),
+        "teacher": request.source.identity(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "prompts": request.corpus.digest,
         "answers": len(prompts),
@@ -78,7 +75,7 @@ def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
             block = prompts[start : start + BLOCK]
             path = folder / f"{number:05d}.parquet"
             if not path.exists():
-                model = load_model(request.teacher) if model is None else model
+                model = request.source.load() if model is None else model
                 texts = _answer_block(model, tokenizer, [ids for _, ids in block], generation, number)
                 temporary = folder / f".staging-{process_tag()}.{number}"
                 write_answers(temporary, [e.id for e, _ in block], texts)

@@ -31,14 +31,7 @@ from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import TokenRows, tokenize_corpus
 from kd.data.tasks.glue import CLASSES
 from kd.models.classifiers import refuse_other_classes, refuse_other_heads
-from kd.models.identity import model_identity, pinned
-from kd.models.loading import (
-    is_classifier,
-    is_encoder_decoder,
-    load_config,
-    load_request_tokenizer,
-    max_positions,
-)
+from kd.models.loading import is_classifier, is_encoder_decoder, max_positions
 from kd.models.tokenizer import pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
 
 
@@ -72,10 +65,9 @@ class BuildPlan:
 
 def plan_build(request: BuildRequest) -> BuildPlan:
     """Tokenise, cut into shards, work out the identity. Raises KdError on anything that could not be built."""
-    config = load_config(request.teacher)
+    config = request.source.config()
     request = replace(
-        request,
-        teacher=pinned(request.teacher),
+        request.pinned(),
         targets=request.targets.normalised(),
         blocks=replace(request.blocks, encoder=is_encoder_decoder(config)),
     )
@@ -98,7 +90,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         )
     if classes:
         refuse_other_heads(request.teacher, config)
-    tokenizer = load_request_tokenizer(request.teacher)
+    tokenizer = request.source.tokenizer()
     own, width = vocabulary_size(tokenizer), int(config.vocab_size)
     if own > width:
         raise DataError(
@@ -131,7 +123,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
             try_="--overlong truncate, or a larger --seq-len or --target-len",
         )
     identity = {
-        "teacher": model_identity(request.teacher) | {"vocabulary_size": size},
+        "teacher": request.source.identity() | {"vocabulary_size": size},
         "tokenizer": {
             "fingerprint": tokenizer_fingerprint(tokenizer),
             "entries": own,

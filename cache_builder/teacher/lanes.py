@@ -1,11 +1,9 @@
-"""Several batches of a teacher pass at once on a CPU, each on a thread of its own: a lane.
+"""Several batches at once on a CPU, each on a thread of its own: a lane.
 
-torch's own threads share every operation out, wait for the slowest at its end and spin until the next, where numpy's
-passes between could use the processor; batches need nothing of each other (docs/log.md has what that is worth). What a
-lane computes with one thread does not depend on how many lanes there are.
-
-A model may be run by several threads as long as its forward pass writes nothing into its modules. Some do (rotary
-embeddings that grow with the text), and hooks may do anything: `leaves_no_trace` tries it, and such models get one lane.
+torch's own threads share every operation, wait for the slowest at its end, and spin until the next one, while numpy's passes
+in between could use the processor. Batches need nothing of each other (docs/log.md has what lanes are worth). What a lane
+computes with one thread does not depend on the number of lanes. Which models may have several lanes, and how many:
+`execution`.
 """
 
 from __future__ import annotations
@@ -13,12 +11,9 @@ from __future__ import annotations
 import queue
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -26,18 +21,16 @@ T = TypeVar("T")
 Own = TypeVar("Own")
 
 TOKENS_IN_FLIGHT = 8192
-"""Of all lanes at once: activations and attention of more would be memory that nobody expects."""
-DEPTH = 3
-"""How far into objects that modules hold `leaves_no_trace` looks."""
+"""Most tokens of all lanes together: the activations and attention of more would take memory that nobody expects."""
 
 
 def lane_count(threads: int, tokens: int) -> int:
-    """Lanes for so many threads, where one forward pass is of `tokens` tokens."""
+    """Number of lanes for so many threads, where one forward pass has `tokens` tokens."""
     return max(1, min(threads, TOKENS_IN_FLIGHT // tokens))
 
 
 class _Threads:
-    """torch's own threads, lent out: whoever comes last gives back what the first one found."""
+    """torch's own threads, lent to one or more users: the last one to leave restores the number that the first one found."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,13 +58,13 @@ _threads = _Threads()
 
 
 class Lanes(Generic[Own]):
-    """A context in which work runs on several threads, and torch's own threads are shared out among them.
+    """A context in which work runs on several threads, and torch's own threads are divided among them.
 
-    One lane is the calling thread itself. Leaving waits for what was started and gives torch its threads back.
+    A single lane is the calling thread itself. Leaving waits for what was started and restores torch's threads.
     """
 
     def __init__(self, own: Sequence[Own]) -> None:
-        """`own`: for every lane what it has to itself, memory to work in above all."""
+        """`own`: for each lane an object that no other lane uses, such as its working memory."""
         self.count = len(own)
         self._free: queue.SimpleQueue[Own] = queue.SimpleQueue()
         for item in own:
@@ -92,9 +85,9 @@ class Lanes(Generic[Own]):
             _threads.give_back()
 
     def start(self, work: Callable[[Own], T]) -> Callable[[], T]:
-        """Start `work(what the lane has to itself)`; a call of what comes back waits for its result.
+        """Start `work(own object of the lane)`; calling the returned function waits for the result.
 
-        A single lane works here and now, and raises here.
+        A single lane does the work before it returns, and raises here.
         """
         if self._pool is None:
             result = self._work(work)
@@ -105,7 +98,7 @@ class Lanes(Generic[Own]):
             try:
                 return self._work(work)
             except BaseException as error:
-                # until somebody asks, or what ran out of memory would keep what it has
+                # otherwise the tensors of work that ran out of memory would live until the result is asked for
                 traceback.clear_frames(error.__traceback__)
                 raise
 
@@ -117,75 +110,3 @@ class Lanes(Generic[Own]):
             return work(own)
         finally:
             self._free.put(own)
-
-
-def leaves_no_trace(modules: Iterable[Any], run: Callable[[], object]) -> bool:
-    """Whether `run()` writes nothing into the modules: no attribute is set, not even to what it was; no tensor is written to.
-
-    No for what is no module, for hooks, and for a forward pass put in the place of a module's own: what those write to is
-    not seen. Neither is what lies deeper than DEPTH in objects that modules hold, or a tensor that was made in inference
-    mode. Nothing else may run meanwhile.
-    """
-    tops = list(modules)
-    hooks = torch.nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return False
-    if not all(isinstance(m, torch.nn.Module) for m in tops):
-        return False
-    every = list(dict.fromkeys(m for top in tops for m in top.modules()))
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in every):
-        return False
-    before = _state(every)
-    with _written(every) as written:
-        run()
-    after = _state(every)
-    same = len(before) == len(after) and all(a is b and m == n for (a, m), (b, n) in zip(before, after, strict=True))
-    return same and not written
-
-
-@contextmanager
-def _written(modules: Iterable[torch.nn.Module]) -> Iterator[list[str]]:
-    """The names of attributes that are set meanwhile, in order."""
-    own, names, plain = set(map(id, modules)), list[str](), torch.nn.Module.__setattr__
-
-    def watched(self: torch.nn.Module, name: str, value: Any) -> None:
-        if id(self) in own:
-            names.append(name)
-        plain(self, name, value)
-
-    torch.nn.Module.__setattr__ = watched  # type: ignore[method-assign]
-    try:
-        yield names
-    finally:
-        torch.nn.Module.__setattr__ = plain  # type: ignore[method-assign]
-
-
-def _state(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, int]]:
-    """Every object that the modules hold and how often it was written to, where that is known.
-
-    The objects themselves, so that none of them is freed and its place taken by another meanwhile.
-    """
-    seen: set[int] = set()
-    return [found for m in modules for value in vars(m).values() for found in _inside(value, DEPTH, seen)]
-
-
-def _inside(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[Any, int]]:
-    tracked = isinstance(value, torch.Tensor) and not value.is_inference()
-    yield value, value._version if tracked else 0
-    if (
-        depth == 0
-        or id(value) in seen
-        or isinstance(value, torch.nn.Module | type | FunctionType | MethodType | ModuleType)
-    ):
-        return
-    held: Iterable[Any] = vars(value).values() if hasattr(value, "__dict__") else ()
-    if isinstance(value, dict):
-        held = [*value.values(), *held]
-    elif isinstance(value, list | tuple | set | frozenset | deque):
-        held = [*value, *held]
-    else:
-        held = list(held)
-    if held:
-        seen.add(id(value))
-    for part in held:
-        yield from _inside(part, depth - 1, seen)

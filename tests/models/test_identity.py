@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.common.errors import DataError, TeacherError
-from kd.models.identity import file_sha256, model_identity, pinned, weight_digests
+from kd.models.identity import file_sha256, model_identity, parameters_digest, pinned, weight_digests
 from kd.models.loading import ModelRequest, load_model
 
 
@@ -211,3 +214,82 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, model_dir: Path):
         weight_digests(ModelRequest(str(tmp_path)))
     with pytest.raises(TeacherError, match="cannot load the model"):
         load_model(ModelRequest(str(tmp_path), device="cpu"))
+
+
+# a model in memory
+
+
+class Tiny(torch.nn.Module):
+    """Two layers, a buffer of each kind, and weights that are tied on request."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        if tied:
+            self.last.weight = self.first.weight
+        self.register_buffer("scale", torch.ones(2))
+        self.register_buffer("inv_freq", torch.ones(2), persistent=False)
+
+
+CHANGES: dict[str, Callable[[Tiny], object]] = {
+    "a weight in place": lambda m: m.first.weight.data.add_(1e-6),
+    "the last weight": lambda m: m.last.bias.data[2:].mul_(2),
+    "a buffer": lambda m: m.scale.zero_(),
+    "a buffer that is not saved": lambda m: m.inv_freq.zero_(),
+    "the dtype": lambda m: m.to(torch.bfloat16),
+    "the shape": lambda m: setattr(m, "scale", torch.ones(1, 2)),
+    "a name": lambda m: m.add_module("other", m.__dict__["_modules"].pop("last")),
+    "two weights that change places": lambda m: m._modules.update(first=m.last, last=m.first),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_a_parameter_or_buffer_changes_its_digest(change: str):
+    model = Tiny()
+    before = parameters_digest(model)
+    assert parameters_digest(Tiny()) == before
+    CHANGES[change](model)
+    assert parameters_digest(model) != before
+
+
+def test_tied_weights_count_once():
+    tied, read = Tiny(tied=True), list[int]()
+
+    def bytes_of(tensor: torch.Tensor) -> bytes:
+        read.append(tensor.numel())
+        return b""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kd.models.identity._bytes_of", bytes_of)
+        parameters_digest(tied)
+    assert sum(read) == 9 + 3 + 3 + 2 + 2
+
+
+def test_bfloat16_and_empty_tensors_have_bytes():
+    model = torch.nn.Module()
+    model.register_buffer("narrow", torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+    model.register_buffer("empty", torch.zeros(0))
+    model.register_buffer("single", torch.tensor(3.0))
+    digest = parameters_digest(model)
+    model.narrow[0] = 1.0078125  # the next number that bfloat16 knows
+    assert parameters_digest(model) != digest
+
+
+def test_a_weight_that_is_not_in_memory_is_refused():
+    with torch.device("meta"), pytest.raises(DataError, match="not in memory"):
+        parameters_digest(torch.nn.Linear(2, 2))
+
+
+def test_rotary_frequencies_that_grow_with_the_text_do_not_change_the_digest():
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.max_position_embeddings = 8
+    config.rope_parameters = {"rope_theta": 10_000.0, "rope_type": "dynamic", "factor": 2.0}
+    model = LlamaForCausalLM(config).eval()
+    before = parameters_digest(model)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    model(torch.ones(1, 20, dtype=torch.long))
+    assert not torch.equal(frequencies, model.model.rotary_emb.inv_freq), "or this test shows nothing"
+    assert parameters_digest(model) == before

@@ -182,7 +182,7 @@ def teacher_of(
         head, Sparsifier(config, V, torch.arange(0, V, 3)), **{"tokens_per_batch": 64, "head_chunk": 7} | options
     )
     if device is not None:
-        teacher.copies = HostCopies(device)
+        teacher.execution.copies = HostCopies(device)
     return teacher
 
 

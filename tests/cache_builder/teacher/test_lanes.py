@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store.targets import TargetConfig
-from kd.cache_builder.teacher.lanes import TOKENS_IN_FLIGHT, Lanes, lane_count, leaves_no_trace
+from kd.cache_builder.teacher.lanes import TOKENS_IN_FLIGHT, Lanes, lane_count
+from kd.cache_builder.teacher.module_traces import leaves_no_trace
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.cache_builder.teacher.teacher_pass import Teacher, collect
 from kd.common.errors import TeacherError
@@ -191,7 +192,7 @@ def test_the_number_of_threads_changes_no_bit_and_no_batch(heads, threads, layou
         teacher = teacher_of(heads[layout], profile)
         found.append(score(teacher))
         batches.append([batch for batch, _ in teacher.run(ROWS, 0)])
-        assert len(teacher._sparsifiers) == count
+        assert len(teacher.execution.sparsifiers) == count
         assert torch.get_num_threads() == count
         assert teacher.tokens == 2 * sum(len(r.input_ids) for r in ROWS)
     assert len(batches[0]) > THREADS
@@ -223,7 +224,7 @@ def test_of_several_bad_examples_the_first_in_the_order_of_batches_is_named(head
         with pytest.raises(TeacherError, match="not finite") as caught:
             score(teacher, rows)
         named.append(caught.value.details["where"])
-        assert len(teacher._sparsifiers) == count
+        assert len(teacher.execution.sparsifiers) == count
         assert torch.get_num_threads() == count
     assert named == ["example e2"] * 2  # the longer one: longest first
 
@@ -270,7 +271,7 @@ def test_what_does_not_fit_beside_another_batch_is_scored_alone_before_any_batch
         found.append(score(teacher))
         batches.append(sorted(batch for batch, _ in teacher.run(ROWS, 0)))
         assert (room.failures > 0) == (count > 1)
-        assert len(teacher._sparsifiers) == count
+        assert len(teacher.execution.sparsifiers) == count
     assert batches[0] == batches[1]
     assert_equal(*found)
 
@@ -284,7 +285,7 @@ def test_out_of_memory_in_a_lane_halves_the_batch_and_gives_the_same_targets(hea
         found.append(score(teacher))
         batches.append(sorted(i for batch, _ in teacher.run(ROWS, 0) for i in batch))
         assert small.failures > 0
-        assert len(teacher._sparsifiers) == count
+        assert len(teacher.execution.sparsifiers) == count
     assert batches == [list(range(len(ROWS)))] * 2
     for name, value in found[0].items():  # those in flight were not cut
         np.testing.assert_allclose(value, found[1][name], atol=1e-4, err_msg=name)
@@ -318,7 +319,7 @@ def test_every_layout_gets_its_lanes_and_the_bits_of_one_thread(threads, layout:
         head = split_head(tiny_model(layout, kind, 60, window=8).eval())
         teacher = Teacher(head, Sparsifier(TargetConfig(top_k=8), 60), tokens_per_batch=20, head_chunk=16)
         found.append(score(teacher, rows))
-        assert teacher._lanes(rows).count == count
+        assert teacher.execution.lanes(rows).count == count
     assert_equal(*found)
 
 
@@ -357,7 +358,7 @@ def test_rotary_embeddings_that_grow_with_the_text_get_one_lane(threads, rope, l
     threads(THREADS)
     teacher = teacher_of(llama(rope))
     found = score(teacher)
-    assert teacher._lanes(ROWS).count == lanes
+    assert teacher.execution.lanes(ROWS).count == lanes
     if lanes > 1:
         threads(1)
         assert_equal(found, score(teacher_of(llama(rope))))
@@ -369,9 +370,9 @@ def test_short_texts_do_not_speak_for_long_ones(threads):
     teacher = teacher_of(llama(DYNAMIC))
     short = [r for r in ROWS if len(r.input_ids) < 16]
     score(teacher, short)
-    assert teacher._lanes(short).count == THREADS
-    assert teacher._lanes(ROWS).count == 1
-    assert teacher._lanes(short).count == 1
+    assert teacher.execution.lanes(short).count == THREADS
+    assert teacher.execution.lanes(ROWS).count == 1
+    assert teacher.execution.lanes(short).count == 1
 
 
 @pytest.mark.parametrize("longest_first", [True, False])
@@ -385,7 +386,7 @@ def test_what_grows_is_seen_although_a_shorter_text_resets_it(threads, longest_f
     for row in (long, short):
         head.scored_hidden([row.context_ids], [row.target_ids])
     rows = [long, short] if longest_first else [short, long]
-    assert teacher_of(head)._lanes(rows).count == 1
+    assert teacher_of(head).execution.lanes(rows).count == 1
 
 
 @pytest.mark.parametrize(("rope", "count"), [(LONG, 4), (None, 48)])
@@ -396,7 +397,7 @@ def test_batches_do_not_depend_on_the_threads_of_a_lane(threads, rope, count: in
         threads(n)
         teacher = teacher_of(llama(rope), tokens_per_batch=0)
         batches.append([batch for batch, _ in teacher.run(rows, 0)])
-    assert teacher._lanes(rows).count == (1 if rope is not None else 16)
+    assert teacher.execution.lanes(rows).count == (1 if rope is not None else 16)
     assert batches[0] == batches[1]
     assert max(map(len, batches[0])) == 1
 
@@ -406,7 +407,7 @@ def test_an_example_longer_than_all_lanes_together_is_scored_like_any_other(head
     for count in (1, 4):
         threads(count)
         teacher = teacher_of(heads["t5"], tokens_per_batch=0)
-        assert teacher._lanes(rows).count == 1
+        assert teacher.execution.lanes(rows).count == 1
         found.append(score(teacher, rows))
     np.testing.assert_array_equal(found[0]["gold_rank"], found[1]["gold_rank"])
     np.testing.assert_allclose(found[0]["log_z"], found[1]["log_z"], atol=1e-4)  # sums of four threads
@@ -417,7 +418,7 @@ def test_what_is_tried_with_all_rows_holds_from_the_first_shard_on(threads):
     threads(THREADS)
     teacher = teacher_of(llama(DYNAMIC))
     teacher.prepare(ROWS)
-    assert teacher._lanes([r for r in ROWS if len(r.input_ids) < 16]).count == 1
+    assert teacher.execution.lanes([r for r in ROWS if len(r.input_ids) < 16]).count == 1
 
 
 def test_a_build_tries_the_model_with_all_its_rows(threads, build_request, tmp_path: Path, monkeypatch):
@@ -449,7 +450,7 @@ def test_hooks_get_one_lane(threads, model_dir: Path):
     head = split_head(load_model(ModelRequest(str(model_dir), device="cpu")))
     head.backbone.h[1].mlp.register_forward_hook(lambda module, inputs, output: None)
     teacher = teacher_of(head)
-    assert teacher._lanes(ROWS).count == 1
+    assert teacher.execution.lanes(ROWS).count == 1
 
 
 class Writes(torch.nn.Module):

@@ -1,0 +1,154 @@
+"""A cache from a model object: the teacher is in memory, and the texts are too.
+
+    reader = build_cache(model, tokenizer, ["Once upon a time …", …], out="runs/cache", top_k=16)
+
+The cache is like any other: it can be verified, sliced, shared and trained from. Its fingerprint covers a digest of the
+model's parameters, so a model that was trained further, even in place, makes another cache. The digest reads all
+weights once per call (docs/log.md has the speed). `kd cache repair` cannot load such a teacher by name: after damage,
+call `build_cache` again with the same model, tokenizer and texts, and the missing shards are built.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kd.cache_builder.build.build_settings import BuildSettings, TeacherSettings
+from kd.cache_builder.build.from_settings import AnyStep, Step, assembled, build_request
+from kd.cache_builder.build.request import GivenTeacher
+from kd.cache_builder.store.reader import CacheReader
+from kd.common.errors import DataError
+from kd.common.settings import flattened, make, settings_of
+from kd.data.data_settings import InstructionConfig
+from kd.data.sources import Corpus, corpus_of_rows
+from kd.models.identity import parameters_digest
+from kd.models.loading import Model, ModelRequest
+from kd.models.tokenizer import Tokenizer
+
+SOURCE = "texts"
+"""What errors, and the ids of examples, call the texts."""
+OF_NAMED_TEACHERS = {
+    *(settings_of(TeacherSettings).keys() - {"tokens_per_batch"}),
+    *settings_of(InstructionConfig),
+    "spec",
+    "split",
+    "workers",
+    "engine",
+}
+"""Settings of `kd cache build` that say nothing about a model and texts in memory."""
+Text = str | tuple[str, str] | Mapping[str, Any]
+"""A document, a (prompt, target) pair, or a mapping with the fields `text`, or `prompt` and `target`."""
+
+
+def build_cache(
+    model: Model,
+    tokenizer: Tokenizer,
+    texts: Iterable[Text],
+    *,
+    out: str | os.PathLike[str],
+    on_progress: Callable[[Step], object] | None = None,
+    **settings: Any,
+) -> CacheReader:
+    """Score `texts` with a model in memory, write the soft targets to the folder `out`, and open the cache.
+
+    model        a transformers model, causal or encoder-decoder; it is scored in evaluation mode and left as it was
+    tokenizer    its fast tokenizer
+    texts        documents, (prompt, target) pairs, mappings with `text` or `prompt` and `target`, or a `datasets.Dataset`
+    out          folder of the cache; the same call again continues, or finds that the cache is complete
+    on_progress  called with every progress record, which has `done`, `total` and `note`
+    settings     settings of `kd cache build` by their names in Python: top_k, profile, seq_len, columns, limit, …
+
+    Raises DataError for texts or settings that cannot be used, TeacherError for a model that cannot be scored, and
+    CacheMismatchError, with the difference, where `out` holds a cache of another model or other texts.
+    """
+    given = flattened(BuildSettings, settings)
+    refused = sorted(given.keys() & OF_NAMED_TEACHERS)
+    if refused:
+        raise DataError(
+            "these settings do not apply to a model in memory",
+            found=", ".join(refused),
+            try_="kd cache build, which loads the teacher by name",
+        )
+    name = type(model).__name__
+    chosen = make(BuildSettings, {**given, "teacher": name, "spec": SOURCE, "out": Path(out)})
+    request = assembled(chosen, ModelRequest(name), model.config, lambda: corpus_of_texts(chosen, texts))
+    with evaluating(model):
+        teacher = GivenTeacher(model, tokenizer, parameters_digest(model))
+        build_request(replace(request, given=teacher), chosen.running, watch=_watching(on_progress))
+    return CacheReader(chosen.out)
+
+
+def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:
+    """The texts as a corpus. Raises DataError naming the one that cannot be used."""
+    fields, rows = fields_and_rows(texts)
+    columns = dict(settings.data.columns or {})
+    if settings.answers.target_source == "teacher":  # prompts are enough: the answers replace these targets
+        prompt = columns.get("prompt", "prompt")
+        columns = {"prompt": prompt, "target": prompt} | columns
+    return corpus_of_rows(SOURCE, rows, fields, columns=columns, limit=settings.data.limit)
+
+
+def fields_and_rows(texts: Iterable[Text]) -> tuple[list[str], Iterable[Mapping[str, Any]]]:
+    """Names of the fields, and the rows. Raises DataError where the texts are of several kinds, or of none."""
+    fields = getattr(texts, "column_names", None)
+    if isinstance(fields, list):  # a `datasets.Dataset`
+        return fields, texts  # type: ignore[return-value]
+    if isinstance(texts, str | bytes) or isinstance(fields, Mapping):
+        raise DataError(
+            "a build needs a list of texts",
+            found="one text" if fields is None else "several splits",
+            expected="texts, (prompt, target) pairs, mappings, or one split of a data set",
+        )
+    rows = [_row(number, text) for number, text in enumerate(texts)]
+    for number, row in enumerate(rows):
+        if row.keys() != rows[0].keys():
+            raise DataError(
+                "the texts are of several kinds",
+                where=f"{SOURCE} {number}",
+                found=", ".join(map(str, row)),
+                expected=", ".join(map(str, rows[0])),
+            )
+    return [str(field) for field in rows[0]] if rows else ["text"], rows
+
+
+def _row(number: int, text: Text) -> dict[str, Any]:
+    if isinstance(text, str):
+        return {"text": text}
+    if isinstance(text, Mapping):
+        return dict(text)
+    if isinstance(text, tuple | list) and len(text) == 2:
+        return {"prompt": text[0], "target": text[1]}
+    raise DataError(
+        "a text is of no known kind",
+        where=f"{SOURCE} {number}",
+        found=type(text).__name__,
+        expected="a string, a (prompt, target) pair, or a mapping",
+    )
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _watching(on_progress: Callable[[Step], object] | None) -> Any:
+    def watch(stage: str, steps: Iterator[AnyStep]) -> AnyStep:
+        last: AnyStep | None = None
+        for last in steps:
+            if on_progress is not None:
+                on_progress(last)
+        assert last is not None
+        return last
+
+    return watch

@@ -1,0 +1,220 @@
+"""A cache from a model object in memory, with the tiny models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS, build_cache
+from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.upkeep.verify import verify
+from kd.cli import cli
+from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
+from kd.data.sources import load_corpus
+
+SMALL: dict[str, Any] = {"seq_len": 32, "top_k": 8, "tokens_per_batch": 128, "shard_rows": 128}
+PAIRS = [("The fox", " went home."), ("It rained", " for a day and a night."), ("There were", " seven ships.")]
+
+
+@pytest.fixture
+def model(model_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_dir)
+
+
+@pytest.fixture
+def texts(text_file: Path) -> list[str]:
+    return [example.target for example in load_corpus(str(text_file)).examples]
+
+
+def arrays(reader: CacheReader) -> dict[str, np.ndarray]:
+    every = [reader[i].targets for i in range(len(reader))]
+    return {
+        name: np.concatenate([getattr(t, name) for t in every])
+        for name in ("token_ids", "logprobs", "gold_ids", "gold_rank", "log_z")
+    }
+
+
+def test_its_targets_are_those_of_the_same_model_by_name(
+    model, tokenizer, texts, build_request, run_build, tmp_path: Path
+):
+    run_build(build_request(tmp_path / "named"))
+    reader = build_cache(model, tokenizer, texts, out=tmp_path / "given", **SMALL)
+    expected = arrays(CacheReader(tmp_path / "named"))
+    for name, value in arrays(reader).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    teacher = reader.manifest.identity["teacher"]
+    assert (teacher["model"], teacher["model_class"]) == ("in memory", "GPT2LMHeadModel")
+    *_, checked = verify(tmp_path / "given")
+    assert checked.findings == ()
+
+
+def test_the_same_call_again_finds_the_cache_complete(model, tokenizer, texts, tmp_path: Path, tree):
+    steps: list[Any] = []
+    build_cache(model, tokenizer, texts, out=tmp_path / "c", on_progress=steps.append, **SMALL)
+    assert [s.done for s in steps] == sorted(s.done for s in steps)
+    assert steps[-1].done == steps[-1].total
+    assert steps[-1].note
+    before = tree(tmp_path / "c")
+    again: list[Any] = []
+    build_cache(model, tokenizer, texts, out=tmp_path / "c", on_progress=again.append, **SMALL)
+    assert [s.reused for s in again] == [True]
+    assert tree(tmp_path / "c") == before
+
+
+def test_an_interrupted_build_continues_with_the_same_bytes(model, tokenizer, texts, tmp_path: Path, tree):
+    build_cache(model, tokenizer, texts, out=tmp_path / "whole", **SMALL)
+
+    def stop(step: Any) -> None:
+        if step.shards_done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(model, tokenizer, texts, out=tmp_path / "c", on_progress=stop, reuse=False, **SMALL)
+    build_cache(model, tokenizer, texts, out=tmp_path / "c", reuse=False, **SMALL)
+    assert tree(tmp_path / "c") == tree(tmp_path / "whole")
+
+
+def test_weights_changed_in_place_are_another_teacher(model, tokenizer, texts, tmp_path: Path):
+    before = build_cache(model, tokenizer, texts, out=tmp_path / "c", **SMALL).manifest.fingerprint
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] += 1.0
+    with pytest.raises(CacheMismatchError, match=r"teacher\.parameters"):
+        build_cache(model, tokenizer, texts, out=tmp_path / "c", **SMALL)
+    assert build_cache(model, tokenizer, texts, out=tmp_path / "d", **SMALL).manifest.fingerprint != before
+
+
+def test_the_model_is_scored_in_evaluation_mode_and_left_as_it_was(tokenizer, texts, save_student, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(save_student(tmp_path / "m", dropout=0.5))
+    model.eval()
+    expected = arrays(build_cache(model, tokenizer, texts, out=tmp_path / "eval", **SMALL))
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    found = arrays(build_cache(model, tokenizer, texts, out=tmp_path / "train", reuse=False, **SMALL))
+    assert [module.training for module in model.modules()] == modes
+    assert True in modes
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "mappings", "data set", "other columns"])
+def test_every_kind_of_texts_makes_the_same_rows(model, tokenizer, tmp_path: Path, kind: str):
+    mappings = [{"prompt": prompt, "target": target} for prompt, target in PAIRS]
+    given: Any = {
+        "pairs": PAIRS,
+        "mappings": mappings,
+        "data set": Dataset.from_list(mappings),
+        "other columns": Dataset.from_list([{"q": prompt, "a": target, "n": 1} for prompt, target in PAIRS]),
+    }[kind]
+    columns = {"prompt": "q", "target": "a"} if kind == "other columns" else None
+    reader = build_cache(model, tokenizer, given, out=tmp_path / "c", columns=columns, **SMALL)
+    assert [(reader[i].prompt, reader[i].target) for i in range(len(reader))] == PAIRS
+    assert [reader[i].id for i in range(len(reader))] == ["texts:0", "texts:1", "texts:2"]
+    assert build_cache(model, tokenizer, PAIRS, out=tmp_path / "c", **SMALL).manifest == reader.manifest
+
+
+def test_an_encoder_decoder_is_a_teacher_too(t5_dir: Path, tmp_path: Path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(t5_dir)
+    tokenizer = AutoTokenizer.from_pretrained(t5_dir)
+    reader = build_cache(model, tokenizer, PAIRS, out=tmp_path / "c", profile="uld", top_k=4)
+    assert (len(reader), reader.manifest.blocks.encoder, reader.manifest.targets.profile) == (3, True, "uld")
+
+
+def test_a_bfloat16_model_is_another_teacher_than_its_float32_twin(model, tokenizer, texts, tmp_path: Path):
+    wide = build_cache(model, tokenizer, texts, out=tmp_path / "wide", **SMALL)
+    narrow = build_cache(model.to(torch.bfloat16), tokenizer, texts, out=tmp_path / "narrow", **SMALL)
+    assert narrow.manifest.identity["teacher"]["dtype"] == "bfloat16"
+    assert narrow.manifest.fingerprint != wide.manifest.fingerprint
+    error = np.abs(arrays(narrow)["log_z"] - arrays(wide)["log_z"]).mean()
+    assert 0 < error < 0.5  # 8 bits of a number, and logits up to 60
+
+
+def test_prompts_are_enough_for_a_teacher_that_answers(model, tokenizer, tmp_path: Path):
+    prompts = [{"prompt": prompt} for prompt, _ in PAIRS]
+    settings = {"target_source": "teacher", "target_len": 6, "overlong": "truncate", "seq_len": 32, "top_k": 4}
+    reader = build_cache(model, tokenizer, prompts, out=tmp_path / "c", **settings)
+    assert [reader[i].prompt for i in range(len(reader))] == [prompt for prompt, _ in PAIRS]
+    assert all(reader[i].target for i in range(len(reader)))
+    assert build_cache(model, tokenizer, prompts, out=tmp_path / "c", **settings).manifest == reader.manifest
+    with torch.no_grad():
+        model.transformer.wte.weight += 0.1
+    with pytest.raises(CacheMismatchError):
+        build_cache(model, tokenizer, prompts, out=tmp_path / "c", **settings)
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ([], "no text found"),
+        ("one text", "a list of texts"),
+        (DatasetDict({"train": Dataset.from_list([{"text": "a"}])}), "a list of texts"),
+        (["a", ("b", "c")], "several kinds"),
+        ([{"prompt": "a", "target": "b"}, {"prompt": "a"}], "several kinds"),
+        ([1], "no known kind"),
+        ([("a", "b", "c")], "no known kind"),
+        ([{"text": 1}], "not text"),
+        ([{"question": "a"}], "columns are missing"),
+    ],
+)
+def test_texts_that_cannot_be_used_are_refused(model, tokenizer, tmp_path: Path, texts: Any, words: str):
+    with pytest.raises(DataError, match=words):
+        build_cache(model, tokenizer, texts, out=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("name", sorted(OF_NAMED_TEACHERS - {"tokenizer"}))
+def test_settings_of_named_teachers_are_refused(model, tokenizer, texts, tmp_path: Path, name: str):
+    with pytest.raises(DataError, match="do not apply") as error:
+        build_cache(model, tokenizer, texts, out=tmp_path / "c", **{name: "x"})
+    assert error.value.details["found"] == name
+
+
+def test_an_unknown_setting_names_the_nearest(model, tokenizer, texts, tmp_path: Path):
+    with pytest.raises(DataError, match="topk"):
+        build_cache(model, tokenizer, texts, out=tmp_path / "c", topk=4)
+
+
+def kd(*words: object, code: int = 0) -> str:
+    done = CliRunner().invoke(cli, [str(word) for word in words])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.stdout
+
+
+def test_the_cache_is_shown_sliced_and_trained_from_like_any_other(model, tokenizer, texts, model_dir, tmp_path: Path):
+    build_cache(model, tokenizer, texts, out=tmp_path / "c", **SMALL)
+    assert json.loads(kd("cache", "info", tmp_path / "c", "--json"))["teacher"] == "GPT2LMHeadModel"
+    assert json.loads(kd("cache", "verify", tmp_path / "c", "--json"))["sound"]
+    kd("cache", "slice", tmp_path / "c", "--top-k", 4, "--out", tmp_path / "slice")
+    assert CacheReader(tmp_path / "slice").manifest.targets.top_k == 4
+    words = ("--student", model_dir, "--max-steps", 1, "--batch-size", 2, "--device", "cpu")
+    kd("train", "--cache", tmp_path / "c", *words, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_repair_says_that_the_model_is_needed_and_the_call_mends_it(model, tokenizer, texts, tmp_path: Path, tree):
+    build_cache(model, tokenizer, texts, out=tmp_path / "c", **SMALL)
+    before = tree(tmp_path / "c")
+    (tmp_path / "c" / "examples" / "00001.parquet").unlink()
+    done = CliRunner().invoke(cli, ["cache", "repair", str(tmp_path / "c")])
+    assert isinstance(done.exception, CacheDamageError)
+    assert "kd.build_cache" in str(done.exception)
+    assert "shards 1" in str(done.exception)
+    build_cache(model, tokenizer, texts, out=tmp_path / "c", **SMALL)
+    assert tree(tmp_path / "c") == before
+
+
+def test_a_cache_of_this_machine_is_copied_for_an_equal_model(model, tokenizer, texts, tmp_path: Path):
+    build_cache(model, tokenizer, texts, out=tmp_path / "c", **SMALL)
+    steps: list[Any] = []
+    build_cache(model, tokenizer, texts, out=tmp_path / "d", on_progress=steps.append, **SMALL)
+    assert steps[-1].copied == steps[-1].shards_total
+    shutil.rmtree(tmp_path / "c")
