@@ -13,7 +13,7 @@ many equal logits at the k-th place, is noticed when a batch is read; it is scor
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -73,7 +73,9 @@ class Teacher:
         self._alone = self.device.type != "cpu"
         self._sparsifiers = [sparsifier]
 
-    def run(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[list[int], list[Chunk]]]:
+    def run(
+        self, rows: Sequence[TokenRows], first_example: int
+    ) -> Generator[tuple[list[int], list[Chunk]], None, None]:
         """Score `rows`, which are examples `first_example`, …: yields `(numbers into rows, chunks)` per batch.
 
         The chunks hold the batch's rows one example after another. Raises TeacherError naming the example

@@ -528,13 +528,14 @@ def test_every_row_is_in_one_piece_and_no_group_in_two(size: int, seed: int) -> 
     targets = LossTargets(groups.gold_ids, groups=groups)
     pieces = targets.pieces(size)
     assert [r for piece in pieces for r in range(piece.start, piece.stop)] == list(range(rows))
-    assert sum(len(targets[piece].groups) for piece in pieces) == len(groups)
+    cut: list[Any] = [targets[piece].groups for piece in pieces]
+    assert sum(len(part) for part in cut) == len(groups)
     longest = int((groups.stop - groups.first).max())
     assert max(piece.stop - piece.start for piece in pieces) <= max(size, longest)
     student = logits_of(9, rows=rows)
     for loss in (uld, hybrid, alm):
         whole = loss(student, groups, GroupSettings(overlap=0.5))
-        parts = [loss(student[piece], targets[piece].groups, GroupSettings(overlap=0.5)) for piece in pieces]
+        parts = [loss(student[p], part, GroupSettings(overlap=0.5)) for p, part in zip(pieces, cut, strict=True)]
         assert torch.allclose(torch.cat(parts), whole, rtol=0, atol=1e-12)
 
 
