@@ -23,12 +23,18 @@ Results go to stdout (one JSON document with `--json`), progress and messages to
 | 3 | a check found damage |
 | 130 | interrupted; the same command again continues (`kd train`: with `--resume`) |
 
-`--data SPEC`: `demo[:heldout]`, `mini[:heldout]`, `wikitext-2[:validation|test]`, a local file or folder (`.txt .tokens .jsonl
-.csv .tsv .parquet`, with `--columns` where names differ), `hub-id[:config][@revision]`, or instruction tasks: `flan:four`,
-`flan:ten`, `flan:TASK[,TASK…]`, `flan:all-but=CLUSTER`, the path of a task's `.yaml` file (`docs/extending.md`), or `glue/TASK`.
-`--teacher` / `--student`: a hub id, a local folder, `demo` (the embedded ones; `demo-t5` as a teacher), or
-`random:NAME` (random weights in the real shape of gpt2, gpt2-medium, gpt-neo-2.7B, pythia-410m, SmolLM-360M or
-flan-t5-small, -base, -large, -xl, -xxl; gpt2-mini is GPT-2 at width 128, no published model).
+`--data SPEC` is one of
+
+- `demo[:heldout]`, `mini[:heldout]`, `wikitext-2[:validation|test]`;
+- a local file or folder: `.txt .tokens .jsonl .csv .tsv .parquet`, with `--columns` where names differ;
+- `hub-id[:config][@revision]`;
+- instruction tasks: `flan:four`, `flan:ten`, `flan:TASK[,TASK…]`, `flan:all-but=CLUSTER`, or the path of a task's `.yaml` file
+  (`docs/extending.md`);
+- `glue/TASK`.
+
+`--teacher` and `--student` take a hub id, a local folder, `demo` (the embedded models; `demo-t5` as a teacher), or
+`random:NAME`. The last means random weights in the real shape of gpt2, gpt2-medium, gpt-neo-2.7B, pythia-410m,
+SmolLM-360M or flan-t5-small, -base, -large, -xl, -xxl. gpt2-mini is GPT-2 at width 128, not a published model.
 """
 
 

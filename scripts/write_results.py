@@ -23,31 +23,35 @@ COMMANDS = {
     "    kd experiment uld-tasks --set task-root=tasks",
 }
 READING = {
-    "kl-prose": "The teacher has read this text and is unsure enough to say more than the text does. The more of the loss is KL, "
-    "the better: cross-entropy on the one token that came (`kl-half`) adds noise to what the teacher already says.",
-    "uld-mini": "Nothing differs beyond its error: from random weights and after these few steps the students are where guessing "
-    "is, with the teacher or without. The teacher is nearly certain of every answer (last table), so its sorted probabilities "
-    "are those of a one-hot vector whatever the answer is: ULD then asks the student to be certain, and not of what.",
-    "kl-wikitext": "The teacher was trained on more of the same text than the students see; what they gain is what it learnt "
-    "from the rest. `kl-t2` is the setting that loses, and the agreement with the teacher says why: it follows the softened "
-    "teacher (T = 2) more closely than `kl` does, and the teacher itself less closely: after so few steps the shape of the tail "
-    "is learnt at the price of the head. Perplexity is measured at T = 1.",
-    "uld-tasks": "A teacher of this size does not know the answers: on the held-out rows it is where guessing is, and so are its "
-    "students, who give one answer to all of BoolQ and one to all of PAWS in every seed. What is not there cannot be distilled.",
+    "kl-prose": "The teacher has read this text, and is unsure enough to say more than the text does. The larger the share of KL "
+    "in the loss, the better. Cross-entropy on the one token that came (`kl-half`) adds noise to what the teacher already says.",
+    "uld-mini": "Nothing differs beyond its error. The students start from random weights. After so few steps they guess, with the "
+    "teacher or without. The teacher is nearly certain of every answer (last table), so its sorted probabilities are those of a "
+    "one-hot vector, whatever the answer is. ULD then asks the student to be certain, but not of what.",
+    "kl-wikitext": "The teacher was trained on more of the same text than the students see. The students gain what it learned from "
+    "the rest. `kl-t2` is the setting that loses, and the agreement with the teacher shows why. It follows the softened teacher "
+    "(T = 2) more closely than `kl` does, and the teacher itself less closely. After so few steps, the student learns the shape of "
+    "the tail at the expense of the head. Perplexity is measured at T = 1.",
+    "uld-tasks": "A teacher of this size does not know the answers. It guesses on the held-out rows, and so do its students: they "
+    "give one answer to all of BoolQ and one to all of PAWS, in every seed. What is not there cannot be distilled.",
 }
 SAMPLES = """kd eval RUNS/kl-wikitext/teacher-model RUNS/kl-wikitext/finetuned-seed0 RUNS/kl-wikitext/kl-seed0 \\
         --tasks samples --prompts docs/prompts.txt --max-new-tokens 24 --out RUNS/samples/evals
     kd report RUNS/samples/evals/* --out RUNS/samples/report"""
 HEAD = """# Results
 
-Written by `python scripts/write_results.py RUNS docs` from finished experiments, whatever they say. `kd experiment NAME` runs
-one of them, `recipes/experiments/NAME.yaml` says what it is, `docs/experiments.md` how to write another. All students of an
-experiment read one cache, begin alike seed by seed and take the same number of steps; teachers are tiny, made on a CPU,
-so what is shown is the method and not the state of the art. ± beside a difference is one standard error of the paired
-difference, over seeds and documents together; `p` is that of the paired t test over seeds, then of the exact permutation test,
-which cannot fall below 2/2^seeds. A figure is bold when the difference exceeds its error.
+`python scripts/write_results.py RUNS docs` writes this page from finished experiments, whatever their outcome. `kd
+experiment NAME` runs an experiment. Its file is in `recipes/experiments/`, and [Experiments and
+reports](experiments.md) explains how to write another.
 
-Classifiers on GLUE, merged seven ways with both sweeps, and distilled through a cache: `results-merging.md`.
+All students of an experiment read one cache, begin alike seed by seed, and take the same number of steps. The
+teachers are tiny and were made on a CPU, so the page shows the method and not the state of the art. ± beside a
+difference is one standard error of the paired difference, over seeds and documents together. `p` is that of the
+paired t test over seeds, then of the exact permutation test, which cannot fall below 2/2^seeds. A figure is bold when
+the difference exceeds its error.
+
+[Seven small classifiers, merged](results-merging.md) has classifiers on GLUE, merged seven ways with both sweeps, and
+distilled through a cache.
 
 """
 

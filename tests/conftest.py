@@ -229,7 +229,7 @@ def build_request(model_dir: Path, text_file: Path):
         layout: Layout | None = SMALL,
         shard: tuple[int, int] = (1, 1),
         dtype: str = "auto",
-        **targets: object,
+        **targets: Any,
     ) -> BuildRequest:
         if profile != "sampled":
             targets = {"top_k": 8, **targets}

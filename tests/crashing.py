@@ -21,7 +21,7 @@ from kd.common.errors import KdError
 WRITES = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
 
 
-def child(action: Callable[[], None]) -> tuple[int, str]:
+def child(action: Callable[[], object]) -> tuple[int, str]:
     """Run `action` in a fork: its exit code (minus the signal that killed it), and the error it ended with."""
     read, write = os.pipe()
     pid = os.fork()
@@ -82,12 +82,12 @@ def fails_at(number: int) -> Callable[[int], None]:
     return act
 
 
-def operations(action: Callable[[], None], root: Path) -> int:
+def operations(action: Callable[[], object], root: Path) -> int:
     """How many operations `action` does under `root` when nothing stops it."""
     read, write = os.pipe()
 
     def counted() -> None:
-        watch(root, lambda n: os.write(write, b".") and None)
+        watch(root, lambda n: (os.write(write, b"."), None)[1])
         action()
 
     assert child(counted) == (0, "")

@@ -23,7 +23,7 @@ PLAN = ("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", "1", 
 KD = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from kd.cli import main; main()"]
 
 
-def kd(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+def kd(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([*KD, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -81,7 +81,7 @@ def test_help_names_every_entry_of_the_registry(module: str, registry: str, comm
     known = getattr(importlib.import_module(module), registry)
     parameters = {p.name: p for p in {" ".join(p): c for p, c in leaves()}[command].params}
     parameter = parameters[option]
-    text = " ".join([parameter.help or "", *getattr(parameter.type, "choices", ())])  # type: ignore[attr-defined]
+    text = " ".join([parameter.help or "", *getattr(parameter.type, "choices", ())])
     for name in known:
         assert re.search(rf"\b{re.escape(name)}\b", text), f"--{option} does not mention {name}"
 

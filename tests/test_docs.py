@@ -9,11 +9,11 @@ from types import ModuleType
 
 import click
 import pytest
-from test_layout import modules
+from test_layout import PACKAGES, modules
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-"""Every page but the log's months, whose entries name files as they were."""
+PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")} - {ROOT / "CHANGELOG.md"})
+"""Every page but the changelog and the log's months, which name files as they were."""
 
 
 def script(name: str) -> ModuleType:
@@ -73,7 +73,7 @@ def test_every_command_of_a_page_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_points_to_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    folders = "|".join(sorted({p.parent.relative_to(ROOT).parts[0] for p in ROOT.glob("*/**/*") if p.is_file()}))
+    folders = "|".join([*PACKAGES, *script("write_architecture").FOLDERS])
     for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"{page.name} points to {path}"
     for link in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):

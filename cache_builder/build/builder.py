@@ -11,7 +11,7 @@ continues after any interruption and ends with the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,7 +78,7 @@ class BuildProgress:
         return f"{self.tokens_per_second:,.0f} tokens/s, shard {self.shards_done}/{self.shards_total}"
 
 
-def build(plan: BuildPlan) -> Iterator[BuildProgress]:
+def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
     """Run the teacher over every shard of this part that is not committed; yields progress after each batch.
 
     Raises KdError; whatever was committed stays, and the same call continues from there.

@@ -10,7 +10,7 @@ whole distribution with a seed; batches are cut the same way every time, so a re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class GenerationProgress:
         return f"{self.done:,} of {self.total:,} answers"
 
 
-def generate(request: BuildRequest) -> Iterator[GenerationProgress]:
+def generate(request: BuildRequest) -> Generator[GenerationProgress, None, None]:
     """Answer every prompt of `request.corpus`. Raises KdError; what was answered stays, and the same call continues."""
     generation = request.generation or GenerationConfig()
     config = request.source.config()

@@ -10,7 +10,7 @@ is read, and that batch is scored again with the sync.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -74,7 +74,9 @@ class Teacher:
         """Try the model with the longest of all rows of a build, see `Execution.prepare`."""
         self.execution.prepare(rows)
 
-    def run(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[list[int], list[Chunk]]]:
+    def run(
+        self, rows: Sequence[TokenRows], first_example: int
+    ) -> Generator[tuple[list[int], list[Chunk]], None, None]:
         """Score `rows`, which are examples `first_example`, …: yields `(numbers into rows, chunks)` per batch.
 
         The chunks hold the batch's rows one example after another. Raises TeacherError naming the example when logits are

@@ -7,7 +7,7 @@ The fingerprint of a slice names the cache it was cut from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def slice_cache(
     top_k: int | None = None,
     logprob_codec: str | None = None,
     examples: tuple[int, int] | None = None,
-) -> Iterator[DeriveProgress]:
+) -> Generator[DeriveProgress, None, None]:
     """Write a smaller cache to `out`; the same call continues where an earlier one stopped.
 
     profile         keep only what this profile keeps; None keeps the profile

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from kd.cache_builder.store.readers.reading import Reader
 from kd.models.packing import Packer, Size
+
+
+class Ordered(Protocol):
+    """As much of a reader as a plan needs."""
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """Every example once, in the order of this epoch."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class BatchPlan:
 
 
 def plan_batches(
-    reader: Reader,
+    reader: Ordered,
     lengths: np.ndarray,
     *,
     seed: int,

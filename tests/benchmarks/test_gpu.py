@@ -73,7 +73,7 @@ def test_without_a_gpu_it_says_how_to_try_it(gpu, monkeypatch) -> None:
 
 
 def test_busy_seconds_are_the_device_s_and_count_once(gpu) -> None:
-    kinds = torch.autograd.DeviceType
+    kinds = torch.autograd.DeviceType  # type: ignore[attr-defined]
     spans = [(kinds.CUDA, 0, 4), (kinds.CUDA, 2, 3), (kinds.CUDA, 3, 6), (kinds.CUDA, 8, 9), (kinds.CPU, 0, 100)]
     events = [
         SimpleNamespace(device_type=k, time_range=SimpleNamespace(start=a * 1e6, end=b * 1e6)) for k, a, b in spans

@@ -42,8 +42,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(folder: Path, ranges: bool = True) -> FileServer:
-        servers.append(FileServer(folder, ranges))
-        return servers[-1]
+        server = FileServer(folder, ranges)
+        servers.append(server)
+        return server
 
     yield start
     for server in servers:

@@ -46,7 +46,7 @@ def test_it_runs_continues_and_takes_more_seeds(file: Path, tmp_path: Path, monk
     assert planned.count("kd train ") == 4
     # stopped after the first pair: the next run must not do again what is done
     done: list[str] = []
-    original = module.run_step
+    original = module.run_step  # type: ignore[attr-defined]
 
     def counted(command: list[str]) -> None:
         if len(done) == 6:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
+from kd.cache_builder.weighted_caches import WeightedCache
 from kd.common.errors import DataError
 from kd.common.settings import flat, make, read_settings, settings_of
 from kd.models.loading import resolve_device
@@ -19,7 +20,7 @@ from kd.student_trainer.losses.group_kernels import GroupKernel
 from kd.student_trainer.losses.loss_registry import LOSSES, TAILS
 
 NEEDED = {"cache": "c", "student": "s", "out": "o"}
-GROUPS = [kind for kind in vars(module).values() if dataclasses.is_dataclass(kind) and kind is not module.WeightedCache]
+GROUPS = [kind for kind in vars(module).values() if dataclasses.is_dataclass(kind) and kind is not WeightedCache]
 
 
 def config(**settings: Any) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def settings(tmp_path: Path, kl_cache: Path, make_student):
 
 
 def kill_at_operations(tmp_path: Path, settings, few: int | None) -> None:
-    total = operations(lambda: train(settings("whole")) and None, tmp_path / "whole")
+    total = operations(partial(train, settings("whole")), tmp_path / "whole")
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     assert total > 20
     for number in some_of(total, few):
@@ -39,7 +40,7 @@ def kill_at_operations(tmp_path: Path, settings, few: int | None) -> None:
             train(settings(out.name))
 
         assert child(doomed)[0] == -signal.SIGKILL, number
-        code, text = child(lambda out=out: train(settings(out.name), resume=True) and None)
+        code, text = child(partial(train, settings(out.name), resume=True))
         assert code == 0 or "is finished" in text, (number, text)
         found = load_file(out / "model.safetensors")
         assert found.keys() == whole.keys()

@@ -61,7 +61,7 @@ def test_progress_ends_complete_with_every_row_and_shard_counted(tmp_path: Path,
     assert not last.reused
     assert not any(s.complete for s in steps[:-1])
     assert (last.rows_done, last.shards_done) == (last.rows_total, last.shards_total)
-    assert set(last.seconds) == {"forward", "head", "select", "encode", "write", "wait"}
+    assert set(last.seconds or ()) == {"forward", "head", "select", "encode", "write", "wait"}
     assert len(CacheReader(tmp_path / "c")) == plan.manifest.examples
 
 

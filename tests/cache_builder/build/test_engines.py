@@ -57,7 +57,7 @@ def test_a_builder_s_error_is_told_as_it_is(tmp_path: Path, build_request, model
 def test_a_builder_that_dies_is_told_and_the_others_are_stopped(tmp_path: Path, build_request, monkeypatch) -> None:
     request = build_request(tmp_path / "c")
     processes: list[int] = []
-    original = engines.multiprocessing.get_context("spawn").Process.start
+    original = multiprocessing.get_context("spawn").Process.start
 
     def start(process) -> None:
         original(process)
@@ -65,7 +65,7 @@ def test_a_builder_that_dies_is_told_and_the_others_are_stopped(tmp_path: Path, 
         if len(processes) == 2:
             os.kill(processes[0], signal.SIGKILL)
 
-    monkeypatch.setattr(engines.multiprocessing.get_context("spawn").Process, "start", start)
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", start)
     with pytest.raises(CacheError, match="a builder died") as caught:
         list(build_together(plan_build(request), workers=2))
     assert caught.value.details["found"] == "exit code -9"

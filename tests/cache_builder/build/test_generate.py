@@ -13,7 +13,7 @@ import torch
 
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.estimate import estimate
-from kd.cache_builder.build.generate import answer, answered, generate
+from kd.cache_builder.build.generate import GenerationProgress, answer, answered, generate
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.store.manifest import Layout, load_manifest
@@ -51,10 +51,16 @@ def make(tmp_path: Path, build_request):
     return request
 
 
+def asked_for(last: GenerationProgress) -> BuildRequest:
+    """The request with the answers as its text, which the last progress record holds."""
+    assert last.request is not None
+    return last.request
+
+
 def run(request: BuildRequest) -> CacheReader:
     *_, last = generate(request)
     assert last.request is not None
-    list(build(plan_build(last.request)))
+    list(build(plan_build(asked_for(last))))
     return CacheReader(request.out)
 
 
@@ -120,7 +126,7 @@ def test_a_second_run_answers_nothing_and_an_interrupted_one_continues(make, mod
     assert tree(whole.out) == tree(stopped.out)
     monkeypatch.setattr("kd.cache_builder.build.generate.load_model", lambda request: pytest.fail("answered again"))
     *_, last = generate(stopped)
-    (done,) = build(plan_build(last.request))
+    (done,) = build(plan_build(asked_for(last)))
     assert done.reused
 
 
@@ -198,12 +204,12 @@ def test_a_plan_before_the_answers_bounds_the_build_and_says_so(make, request, t
     assert (before["examples_at_most"], before["rows_at_most"]) == (5, 5 * most)
     assert not {"examples", "rows", "shards", "teacher_tokens"} & set(before)
     *_, last = generate(request)
-    after = cost(last.request)
+    after = cost(asked_for(last))
     assert after["targets_known"] is True
     assert after["bytes_at_most"] <= before["bytes_at_most"]
     for name in ("examples", "rows", "shards", "teacher_tokens"):
         assert 0 < after[name] <= before[f"{name}_at_most"]
-    list(build(plan_build(last.request)))
+    list(build(plan_build(asked_for(last))))
     manifest = load_manifest(request.out)
     assert (manifest.fingerprint, manifest.rows) == (after["fingerprint"], after["rows"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,14 @@ def test_kept_plus_tail_is_one_at_every_temperature(codec: str, case):
         np.testing.assert_allclose(kept + targets.tail_mass_at(temperature), 1, atol=1e-5)
 
 
+def step_of(codec: str) -> float:
+    """Spacing of a graded codec's scale."""
+    graded: Any = CODECS[codec]
+    return float(graded.step)
+
+
 def store_head(raw: RawTargets, codec: str) -> dict:
+    assert raw.relative is not None
     return CODECS[codec].encode(raw.relative)
 
 
@@ -120,7 +128,7 @@ def test_the_tail_s_mass_is_the_stored_odds_and_keeps_its_digits_where_kept_mass
     """One minus the kept sum has no digits left of a tail of 1e-9; its odds do."""
     odds = np.array([[-20.0], [-4.0], [3.0]], dtype=np.float16)
     config = TargetConfig(top_k=2, temperatures=(1.0,))
-    stored = {"logprobs": np.zeros((3, 2), dtype=np.uint8), "tail_odds": odds}
+    stored: dict[str, Any] = {"logprobs": np.zeros((3, 2), dtype=np.uint8), "tail_odds": odds}
     rest = {name: np.zeros(3, dtype=np.float16) for name in ("gold_ids", "gold_logprob", "gold_rank", "byte_end")}
     found = decode(stored | rest, config).tail_mass_at(1.0)
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-odds[:, 0].astype(np.float64))), rtol=2e-7)  # float32
@@ -132,6 +140,7 @@ def test_the_tail_s_mass_is_the_stored_odds_and_keeps_its_digits_where_kept_mass
 def test_decoded_rows_are_sorted_from_zero_and_close(codec: str, case):
     logits, k = case
     raw = make_raw(logits, k)
+    assert raw.relative is not None
     decoded = CODECS[codec].decode(store_head(raw, codec))
     assert decoded.shape == raw.relative.shape
     assert np.isfinite(decoded).all()
@@ -139,14 +148,14 @@ def test_decoded_rows_are_sorted_from_zero_and_close(codec: str, case):
     assert (np.diff(decoded, axis=1) <= 0).all()
     span = np.minimum(-raw.relative[:, -1:].astype(np.float64), 65504)
     clipped = np.maximum(raw.relative, -65504)
-    bound = {
+    bound: Any = {
         # half a step of span/255, and the span's own float16 rounding (2^-11 relative, 2^-25 absolute, steps of 1e-6)
         "linear8": span * (0.5 / 255 + 2**-10) + 1e-6,
         "float16": np.abs(clipped) * 2**-11 + 2**-24,
         "float32": 0,
     }.get(codec)
     if isinstance(CODECS[codec], Graded):
-        bound = spacing(CODECS[codec].step, -clipped.astype(np.float64)) / 2
+        bound = spacing(step_of(codec), -clipped.astype(np.float64)) / 2
     assert (np.abs(decoded - (clipped if codec != "float32" else raw.relative)) <= bound).all()
 
 
@@ -161,7 +170,7 @@ def spacing(step: float, y: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if isinstance(CODECS[c], Graded)])
 def test_a_graded_value_is_the_nearest_point_wherever_it_stands_in_the_row(codec: str):
-    scale = graded_scale(CODECS[codec].step).astype(np.float64)
+    scale = graded_scale(step_of(codec)).astype(np.float64)
     rng = np.random.default_rng(0)
     # rows that end in one value, after many or few others: errors would add up along the long ones
     value = -rng.uniform(0, 30, 500)
@@ -175,7 +184,7 @@ def test_a_graded_value_is_the_nearest_point_wherever_it_stands_in_the_row(codec
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if isinstance(CODECS[c], Graded)])
 def test_a_scale_is_strictly_ascending_and_said_in_the_attributes(codec: str):
-    scale = graded_scale(CODECS[codec].step)
+    scale = graded_scale(step_of(codec))
     assert scale[0] == 0
     assert scale[-1] == 65504
     assert (np.diff(scale) > 0).all()
@@ -187,7 +196,7 @@ def test_a_scale_is_strictly_ascending_and_said_in_the_attributes(codec: str):
 def test_scales_do_not_move():
     # a cache holds places on a scale: other points would be other values (fine, kl and compact profiles)
     points = {
-        name: hashlib.sha256(graded_scale(CODECS[name].step).tobytes()).hexdigest()[:16]
+        name: hashlib.sha256(graded_scale(step_of(name)).tobytes()).hexdigest()[:16]
         for name in ("graded", "graded-fine", "graded-coarse")
     }
     assert points == GOLDEN_SCALES
@@ -196,7 +205,7 @@ def test_scales_do_not_move():
 @pytest.mark.parametrize("codec", CODECS)
 def test_no_gap_is_too_large(codec: str):
     least = np.finfo(np.float32).min
-    relative = np.float32([[0, -70000, -1e30, least], [0, -1e-30, -65503, -65505], [0, 0, 0, 0]])
+    relative = np.array([[0, -70000, -1e30, least], [0, -1e-30, -65503, -65505], [0, 0, 0, 0]], dtype=np.float32)
     decoded = CODECS[codec].decode(
         {
             n: v.astype(d.dtype)

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def edited(cache: Path, folder: Path, edit, *, sign: bool = True) -> Path:
 
 
 def setter(path: str, value):
-    def edit(document: dict) -> None:
+    def edit(document: Any) -> None:
         *parents, last = path.split(".")
         for key in parents:
             document = document[int(key)] if isinstance(document, list) else document[key]

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ class Late(torch.Tensor):
 
     gpu: Gpu
 
-    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> None:
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> None:  # type: ignore[override]
         assert non_blocking, "waits"
         self.gpu.log.append("copy")
         here = weakref.ref(source)
@@ -248,7 +249,7 @@ def test_rows_that_are_not_finite_are_named_right_although_they_are_found_a_batc
 @pytest.mark.parametrize("room", [45, 60, 100])
 def test_out_of_memory_with_a_batch_on_its_way_halves_and_loses_nothing(head, gpu, room: int):
     small = LanguageModelHead(Backbone(head.backbone, gpu.log, room=room), head.weight, head.bias)
-    options = {"tokens_per_batch": 200}
+    options: dict[str, Any] = {"tokens_per_batch": 200}
     assert_same(score(teacher_of(small, GPU, **options)), score(teacher_of(small, **options)))
 
 

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,10 +108,14 @@ def test_one_lane_is_the_caller_with_all_its_threads(threads):
         assert lanes.start(lambda own: own)() == "a"
 
 
+def divided(number: int, own: str) -> int:
+    return 1 // number
+
+
 def test_an_error_is_raised_where_the_result_is_asked_for_and_the_lane_works_on(threads):
     threads(2)
     with Lanes(["a", "b"]) as lanes:
-        results = [lanes.start(lambda own, n=n: 1 // n) for n in (0, 0, 0, 1)]
+        results = [lanes.start(partial(divided, n)) for n in (0, 0, 0, 1)]
         for result in results[:3]:
             with pytest.raises(ZeroDivisionError):
                 result()
@@ -458,7 +463,7 @@ class Writes(torch.nn.Module):
         super().__init__()
         self.register_buffer("buffer", torch.zeros(3))
         self.inner = torch.nn.Linear(2, 2)
-        self.inner.weight.quant_state = SimpleNamespace(scale=1)
+        setattr(self.inner.weight, "quant_state", SimpleNamespace(scale=1))  # noqa: B010
         self.config = SimpleNamespace(scale=1, rope={"layer": {"type": "x"}})
         self.count, self.cache, self.seen, self.last = 0, {"inner": {}}, [], deque()
 
@@ -495,7 +500,7 @@ def test_what_cannot_be_looked_into_is_not_trusted():
     ran = []
     assert not leaves_no_trace([object()], lambda: ran.append(1))
     patched = torch.nn.Linear(2, 2)
-    patched.forward = patched.forward  # as accelerate puts its own in the place of it
+    setattr(patched, "forward", patched.forward)  # noqa: B010, as accelerate puts its own in the place of it
     assert not leaves_no_trace([patched], lambda: ran.append(1))
     assert not ran
 

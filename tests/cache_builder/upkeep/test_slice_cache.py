@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError
 
 
-def all_rows(root: Path, **options: object):
+def all_rows(root: Path, **options: Any):
     reader = CacheReader(root, **options)
     return concatenate([e.targets for e in reader.read(range(len(reader)))])
 
@@ -90,11 +91,11 @@ def test_a_full_cache_holds_every_other_profile(tmp_path, cache, profile: str):
         assert (cut.sample_ids == whole.sample_ids).all()
         assert np.abs(cut.log_z - whole.log_z).max() == 0
         return
-    step = CODECS[CacheReader(tmp_path / "s").config.logprob_codec].step
+    codec: Any = CODECS[CacheReader(tmp_path / "s").config.logprob_codec]
     assert (
-        np.abs(np.diff(cut.logprobs) - np.diff(whole.logprobs)).max() < 40 * step
+        np.abs(np.diff(cut.logprobs) - np.diff(whole.logprobs)).max() < 40 * codec.step
     )  # far out steps grow to y/2 at most
-    assert np.abs(cut.logprobs[:, 0] - whole.logprobs[:, 0]).max() < 2 * step
+    assert np.abs(cut.logprobs[:, 0] - whole.logprobs[:, 0]).max() < 2 * codec.step
     if profile == "uld":
         assert (cut.tail_bands == whole.tail_bands).all()
 

@@ -36,7 +36,7 @@ def one(name: str, config: InstructionConfig = PLAIN, **changes: Any) -> Example
 @pytest.mark.parametrize("labels", ["original", "flan"])
 @pytest.mark.parametrize("options", [None, False])
 @pytest.mark.parametrize("name", task_names())
-def test_every_template_renders_on_the_example_row(name: str, options: bool | None, labels: str) -> None:
+def test_every_template_renders_on_the_example_row(name: str, options: bool | None, labels: Any) -> None:
     task = load_task(name)
     shown = show_templates(task, InstructionConfig(options=options, labels=labels))
     assert len(shown) == len(task.templates)

@@ -150,6 +150,8 @@ def test_errors_are_those_of_a_loop_over_documents_and_seeds():
         # influences are scaled for the standard error over all documents, so only float64's rounding is left
         assert d.document_error == pytest.approx(math.sqrt(variance), rel=1e-9)
         assert d.test.stderr == pytest.approx(np.std(by_seed, ddof=1) / math.sqrt(3), rel=1e-9)
+        assert d.document_error is not None
+        assert d.test.stderr is not None
         assert d.error == pytest.approx(math.hypot(d.document_error, d.test.stderr))
 
 
@@ -163,6 +165,8 @@ def test_two_metrics_of_the_same_answers_are_not_taken_for_independent():
     apart = found.figure(arm, Column("ab", ((comparison, "accuracy/a"), (comparison, "accuracy/b"))))
     assert twice.error == pytest.approx(once.error, rel=1e-12)
     other = found.figure(arm, Column("b", ((comparison, "accuracy/b"),)))
+    assert once.error is not None
+    assert other.error is not None
     assert apart.error == pytest.approx(math.hypot(once.error, other.error) / 2, rel=1e-12)
 
 

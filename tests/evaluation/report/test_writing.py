@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def evaluation(model: str, influences: list[float], perplexity: float, **changes
     }
     settings = {"text_digest": "d1", "seq_len": 24, "stride": 23, "bos": True, "limit_tokens": None}
     kept = {"digest": "same", "count": len(influences), "influence": {"perplexity": influences}}
-    values = {
+    values: dict[str, Any] = {
         "model": model,
         "parameters": 12345,
         "identity": {},
@@ -48,7 +49,7 @@ def evaluation(model: str, influences: list[float], perplexity: float, **changes
         "versions": {},
         "documents": {"perplexity": kept},
     }
-    return EvalReport(**(values | changes))
+    return EvalReport(**values | changes)
 
 
 HARD = [0.45, -0.35, 0.2, -0.3]

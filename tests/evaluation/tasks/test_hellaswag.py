@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from kd.evaluation.scoring.scored_text import final
 from kd.evaluation.tasks.hellaswag import PROTOCOLS, evaluate_hellaswag, load_scenes, without_marks
 from kd.models.tokenizer import load_tokenizer
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "activity_label": "Walking",
         "ctx_a": "The fox went to the river.",
@@ -90,7 +91,8 @@ def test_nanogpt_is_the_sum_and_the_mean_of_raw_text(model, model64, tokenizer, 
     hits = [int(result.chosen["acc_norm_nanogpt"][i] == int(row["label"])) for i, row in enumerate(ROWS)]
     share = sum(hits) / 3
     estimate = result.estimates["acc_norm_nanogpt"]
-    assert (estimate.value, estimate.n) == (pytest.approx(share), 3)
+    assert estimate.value == pytest.approx(share)
+    assert estimate.n == 3
     assert estimate.stderr == pytest.approx(math.sqrt(share * (1 - share) / 2))
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def report(student_dirs: list[Path], prose_file: Path, exact_cache: Path) -> Eva
         seq_len=24,
         device="cpu",
     )
-    return list(steps)[-1].report
+    found = list(steps)[-1].report
+    assert found is not None
+    return found
 
 
 def test_a_report_holds_what_the_tasks_found(report, student, tokenizer, prose, exact_cache):
@@ -137,7 +140,7 @@ def anli_root(tmp_path: Path) -> Path:
 def test_both_wordings_are_scored_and_named(model, anli_root, request):
     folder = str(request.getfixturevalue(model))
 
-    def run(labels: str) -> EvalReport:
+    def run(labels: Any) -> Any:
         instructions = InstructionConfig(0, labels=labels, task_root=anli_root)
         return list(
             run_tasks(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_claims_that_nobody_holds_are_tidied_up_and_are_no_damage(tmp_path, dead
 def test_builders_side_by_side_share_the_work(tmp_path, build_request, tree):
     plans = [plan_build(build_request(tmp_path / "c")) for _ in range(2)]
     running = [build(plan) for plan in plans]
-    last = [None, None]
+    last: list[Any] = [None, None]
     for _ in range(200):
         for number, steps in enumerate(running):
             last[number] = next(steps, last[number])
