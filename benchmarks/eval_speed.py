@@ -28,12 +28,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, T5Config
 
+from kd.common.progress import final
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
+from kd.evaluation.measures.choices import evaluate_choices
+from kd.evaluation.measures.hellaswag import Scenes, evaluate_hellaswag, load_scenes
 from kd.evaluation.scoring import shared_context
-from kd.evaluation.scoring.scored_text import final
-from kd.evaluation.tasks.choices import evaluate_choices
-from kd.evaluation.tasks.hellaswag import Scenes, evaluate_hellaswag, load_scenes
+from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.loading import random_model
 from kd.models.tokenizer import load_tokenizer
 
@@ -109,7 +110,7 @@ def contenders(
         return ours, [(a.context, f" {e}") for a in asked for e in a.endings]
 
     def ranked() -> np.ndarray:
-        steps = evaluate_choices(model, tokenizer, work, separator="", encoding="together")
+        steps = evaluate_choices(model, tokenizer, work, reading=ReadingOptions(separator=""), encoding="together")
         return np.concatenate(final(steps).option_nats)
 
     return ranked, [(e.prompt, choice) for e in work.examples for choice in e.choices]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,127 +12,55 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.console import emit, emit_json, follow, quiet_libraries
-from kd.commands.options import PATH, corpus_options, json_option, unescaped
+from kd.commands.options import PATH, json_option
+from kd.commands.settings_options import settings_options
 from kd.common.extras import require
+from kd.common.settings import make
+from kd.evaluation.eval_settings import EvalSettings
 
 if TYPE_CHECKING:
     from kd.evaluation.results import EvalReport
 
 
-def run_evaluation(model: str, tasks: list[str], **options: Any) -> EvalReport:
-    """Drive an evaluation and its progress bar to the end."""
-    from kd.evaluation.evaluator import run_tasks
+def run_evaluation(model: str, tasks: Sequence[str], **settings: Any) -> EvalReport:
+    """Drive an evaluation and its progress bar to the end.
 
-    last = follow(f"evaluating {model}", run_tasks(model, tasks, **options), lambda p: (p.done, p.total, p.task))
-    assert last.report is not None
-    return last.report
+    settings   settings of `EvalSettings` by name; None means the default
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    return evaluation_report(model, make(EvalSettings, given | {"tasks": tuple(tasks)}))
+
+
+def evaluation_report(model: str, settings: EvalSettings) -> EvalReport:
+    """Drive an evaluation and its progress bar to the end."""
+    from kd.evaluation.evaluator import evaluate_model
+
+    last = follow(f"evaluating {model}", evaluate_model(model, settings), lambda p: (p.done, p.total, p.note))
+    assert last.result is not None
+    return last.result
 
 
 @click.command("eval")
 @click.argument("models", nargs=-1, required=True)
-@click.option(
-    "--tasks",
-    default="perplexity",
-    show_default=True,
-    help="Comma-separated: perplexity, agreement, choices, generation, hellaswag, samples.",
-)
-@click.option(
-    "--data",
-    "spec",
-    help="Data spec for perplexity, choices (examples with choices), generation (prompt and target) and --teacher.",
-)
-@click.option(
-    "--cache", metavar="PATH_OR_URL", help="Cache for agreement: KL and JSD to its teacher, top-1, calibration."
-)
-@click.option(
-    "--teacher", help="Model for agreement on --data, instead of a cache: hub id, folder, demo, or random:NAME."
-)
-@click.option(
-    "--prompts", type=PATH, help="Of samples: .txt, a prompt a line to be continued, or .jsonl, prompts to be answered."
-)
-@corpus_options
-@click.option("--seq-len", type=int, help="Window in tokens; the model's positions, at most 1024, by default.")
-@click.option("--stride", type=int, help="New tokens scored per window; seq-len - 1 by default.")
-@click.option("--bos/--no-bos", default=True, show_default=True, help="Open documents and prompts with BOS.")
-@click.option("--separator", default="\\n", show_default=True, help="Text between prompt and target of a pair.")
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    help="Of a generated answer, EOS included; by default as the longest reference needs.",
-)
-@click.option("--stop", help="Cut a generated answer at this text too, e.g. \\n, where no reference holds it.")
-@click.option(
-    "--sample-temperature",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Sample generated answers at this temperature, with --seed; 0 = greedy.",
-)
-@click.option(
-    "--metrics",
-    help="Further metrics of generation, comma-separated: rouge1, rougeL, rougeLsum, squad_em, squad_f1, "
-    "coverage, bleu, bertscore. By default those that the tasks' files name.",
-)
-@click.option("--rouge-stemmer", is_flag=True, help="Stem the words that ROUGE compares (Porter).")
-@click.option("--bertscore-model", help="Encoder of BERTScore, a folder or hub id; without one it is not computed.")
-@click.option("--bertscore-layer", type=int, help="Whose states are compared; bert-score's choice by default.")
-@click.option(
-    "--encoding",
-    default="apart",
-    show_default=True,
-    help="Of choices: prompt and option tokenised apart (as in training) or together (as lm-eval).",
-)
-@click.option(
-    "--protocol", default="nanogpt", show_default=True, help="Of hellaswag: nanogpt (0.2955) or harness (lm-eval)."
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the agreement's KL and JSD.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--load-in-4bit", is_flag=True, help="Load the models in nf4 with double quantisation (bitsandbytes).")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--tokenizer", help="Tokenizer of a random model.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and of sampling.")
-@click.option(
-    "--allow-contaminated", is_flag=True, help="Score a model on what it was trained on; the result is marked."
-)
+@settings_options(EvalSettings)
 @click.option(
     "--out", type=PATH, help="Folder for eval.json (a sub-folder per model, numbered, when there are several)."
 )
 @json_option
-def evaluate(
-    models: tuple[str, ...],
-    tasks: str,
-    spec: str | None,
-    cache: str | None,
-    out: Path | None,
-    as_json: bool,
-    separator: str,
-    stop: str | None,
-    metrics: str | None,
-    rouge_stemmer: bool,
-    bertscore_model: str | None,
-    bertscore_layer: int | None,
-    **options: Any,
-) -> None:
+def evaluate(models: tuple[str, ...], settings: EvalSettings, out: Path | None, as_json: bool) -> None:
     """Score one or more models.
 
     Example: kd eval demo --tasks perplexity --data demo --split heldout
     """
     quiet_libraries()
     require("eval", "kd eval")
-    from kd.evaluation.answers.answer_metrics import MetricSettings
-    from kd.evaluation.report.comparison import with_error
     from kd.evaluation.results import folders_of, refuse_other_scores
 
-    options |= {"separator": unescaped(separator), "stop": stop and unescaped(stop)}
-    options["metrics"] = None if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()]
-    options["metric_settings"] = MetricSettings(rouge_stemmer, bertscore_model, bertscore_layer, options["device"])
-    names = [t.strip() for t in tasks.split(",")]
     if out is not None:
-        refuse_other_scores(out, models, names)
+        refuse_other_scores(out, models, settings.tasks)
     reports: list[EvalReport] = []
     for number, model in enumerate(models):
-        report = run_evaluation(model, names, data=spec, cache=cache, **options)
+        report = evaluation_report(model, settings)
         if out is not None:
             report.save(folders_of(out, models)[number])
         reports.append(report)
@@ -139,18 +68,25 @@ def evaluate(
         emit_json([r.to_dict() for r in reports])
         return
     for report in reports:
-        click.echo(f"{report.model} ({report.parameters:,} parameters)")
-        width = max(22, *(len(name) + 2 for found in report.tasks.values() for name in found))
-        for task, found in report.tasks.items():
-            for name, metric in without_repeats(found).items():
-                click.echo(
-                    f"  {task:<12}{name:<{width}}{with_error(metric)} {metric['unit']}, {metric['n']:,} {metric['over']}s"
-                )
-            click.echo(f"  {task:<12}{conditions(report, task)}")
+        click.echo("\n".join(report_lines(report)))
+
+
+def report_lines(report: EvalReport) -> list[str]:
+    """A report as text: a line for the model, for each figure, and for the settings of each task."""
+    from kd.evaluation.report.comparison import with_error
+
+    lines = [f"{report.model} ({report.parameters:,} parameters)"]
+    width = max(22, *(len(name) + 2 for metrics in report.tasks.values() for name in metrics))
+    for task, metrics in report.tasks.items():
+        for name, figure in without_repeats(metrics).items():
+            score = f"{with_error(figure)} {figure['unit']}, {figure['n']:,} {figure['over']}s"
+            lines.append(f"  {task:<12}{name:<{width}}{score}")
+        lines.append(f"  {task:<12}{conditions(report, task)}")
+    return lines
 
 
 def without_repeats(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics without the part and the mean of tasks of those that are measured on one task alone."""
+    """Metrics without the parts and means of tasks that repeat them, because one task alone was measured."""
     parts = Counter(name.partition("/")[0] for name in metrics if "/" in name)
     return {
         name: figure
@@ -161,7 +97,7 @@ def without_repeats(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def conditions(report: EvalReport, task: str) -> str:
-    """Under which settings a task was measured, without digests: what belongs beside its scores."""
+    """The settings under which a task was measured, without digests: what belongs beside its scores."""
     used = report.settings[task]
     return ", ".join(
         f"{key.replace('_', ' ')} {json.dumps(value) if isinstance(value, str) else value}"

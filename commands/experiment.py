@@ -86,7 +86,8 @@ def check_commands(commands: list[list[str]]) -> None:
     """Refuse an unknown option, loss or task before the teacher is loaded, and not an hour later."""
     from kd.commands.settings_options import take_settings
     from kd.commands.train import TrainCommand
-    from kd.evaluation.tasks.task_registry import check_tasks
+    from kd.evaluation.eval_settings import EvalSettings
+    from kd.evaluation.evaluator import check_tasks
 
     root = click.get_current_context().find_root().command
     for words in commands:
@@ -94,17 +95,10 @@ def check_commands(commands: list[list[str]]) -> None:
         while isinstance(command, click.Group):
             command, rest = command.get_command(click.get_current_context(), rest[0]) or command, rest[1:]
         context = command.make_context(f"kd {shlex.join(words)}", list(rest), help_option_names=["-h", "--help"])
-        told = context.params
         if words[0] == "train":
             take_settings(TrainCommand, dict(context.params))
         elif words[0] == "eval":
-            check_tasks(
-                [t.strip() for t in told["tasks"].split(",")],
-                data=told["spec"],
-                cache=told["cache"],
-                teacher=told["teacher"],
-                prompts=told["prompts"],
-            )
+            check_tasks(take_settings(EvalSettings, dict(context.params)))
 
 
 def open_folder(found: Experiment, folder: Path, commands: list[list[str]]) -> None:

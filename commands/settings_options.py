@@ -89,8 +89,8 @@ def take_settings(cls: type[T], options: dict[str, Any], *, leave_out: Collectio
 
     Raises DataError, and click.UsageError where a setting without a default is missing.
     """
-    shown = [name for name, one in settings_of(cls).items() if name not in leave_out and not one.hidden]
-    given = {name: value for name in shown if (value := options.pop(name)) is not None and value != ()}
+    shown = [one for one in settings_of(cls).values() if one.name not in leave_out and not one.hidden]
+    given = {one.name: value for one in shown if _is_given(one, value := options.pop(one.name))}
     file = options.pop("config_file", None)
     written = {} if file is None else flattened(cls, read_settings(file), where=file)
     for name in leave_out:
@@ -102,6 +102,11 @@ def take_settings(cls: type[T], options: dict[str, Any], *, leave_out: Collectio
         raise click.UsageError(f"Missing option: {error.details['expected']}") from error
     _note_settings_of_file(settings, written)
     return settings
+
+
+def _is_given(one: Setting, value: Any) -> bool:
+    """Whether the option was given: an option that may be repeated has an empty tuple where it was not."""
+    return value is not None and not (one.multiple and value == ())
 
 
 def _note_settings_of_file(settings: Any, names: Collection[str]) -> None:

@@ -25,11 +25,11 @@ from kd.cache_builder.weighted_caches import CacheSpec, as_caches
 from kd.common.errors import DataError, KdError
 from kd.common.settings import as_text
 from kd.data.rows.example import Example
+from kd.data.sources import Corpus
 from kd.data.tasks.task_files import load_task, task_names
 
 if TYPE_CHECKING:
-    from kd.data.sources import Corpus
-    from kd.evaluation.tasks.hellaswag import Scenes
+    from kd.evaluation.measures.hellaswag import Scenes
 
 RUN = "run.json"
 SHINGLE = 13
@@ -139,25 +139,30 @@ def refuse_benchmark_text(cache: CacheSpec, *, allow: bool) -> str | None:
     return reason
 
 
-def contamination(texts: Sequence[TrainingText], corpus: Corpus | None, scenes: Scenes | None) -> dict[str, str]:
-    """Task `hellaswag`, and `data` for every task on the corpus -> what is wrong; empty where nothing is."""
-    found: dict[str, str] = {}
+def why_known(texts: Sequence[TrainingText], asked: Corpus | Scenes) -> str | None:
+    """Why a model that was trained on `texts` knows what it is asked; None where nothing says so."""
     for text in texts:
-        if scenes is not None:
-            reason = benchmark_text(text)
-            if reason is None and (rows := shared_rows(scenes, text)):
-                reason = f"{rows} of {len(scenes.rows)} rows share {SHINGLE} words in a row with its text"
-            if reason is not None:
-                found.setdefault("hellaswag", f"trained on {text.spec} ({text.split}): {reason}")
-        if corpus is not None and (count := shared_examples(corpus, text)):
-            known = f"{count} of {len(corpus.examples)} examples are among its text"
-            found.setdefault("data", f"trained on {text.spec} ({text.split}): {known}")
-    return found
+        reason = _examples_known(asked, text) if isinstance(asked, Corpus) else _rows_known(asked, text)
+        if reason is not None:
+            return f"trained on {text.spec} ({text.split}): {reason}"
+    return None
 
 
-def refuse_contaminated(found: Mapping[str, str]) -> None:
-    """Raise DataError where a task (the key) was trained on."""
-    for task, reason in found.items():
+def _examples_known(corpus: Corpus, text: TrainingText) -> str | None:
+    count = shared_examples(corpus, text)
+    return f"{count} of {len(corpus.examples)} examples are among its text" if count else None
+
+
+def _rows_known(scenes: Scenes, text: TrainingText) -> str | None:
+    if (reason := benchmark_text(text)) is not None:
+        return reason
+    count = shared_rows(scenes, text)
+    return f"{count} of {len(scenes.rows)} rows share {SHINGLE} words in a row with its text" if count else None
+
+
+def refuse_contaminated(reasons: Mapping[str, str]) -> None:
+    """Raise DataError where there is a task (the key) whose text is known to the model (why: the value)."""
+    for task, reason in reasons.items():
         raise DataError(
             "the model was trained on what it would be asked",
             where=f"task {task}",

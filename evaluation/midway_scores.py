@@ -1,6 +1,6 @@
 """What `kd train --eval-tasks` measures while a student learns: the tasks of `kd eval`, on a model in memory.
 
-    plan = plan_scores(config, ["hellaswag", "choices"], data="flan:boolq", split="dev", limit=200)
+    plan = plan_scores(request, "runs/cache", ["hellaswag", "choices"], data="flan:boolq", split="dev", limit=200)
     train(config, midway=Midway(plan.score, every=500))
 
 Texts are loaded and checked once, before the first step. Instruction tasks are asked in template 0, agreement on the
@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from kd.cache_builder.weighted_caches import CacheSpec
-from kd.data.data_settings import InstructionConfig
+from kd.cache_builder.weighted_caches import CacheSpec, as_caches
+from kd.common.settings import make
 from kd.data.sources import takes_instructions
-from kd.evaluation.evaluator import contaminated_tasks, score_model, with_texts
-from kd.evaluation.tasks.eval_task import Settings
-from kd.evaluation.tasks.task_registry import check_tasks, check_ways, figures_of
+from kd.evaluation.eval_settings import EvalSettings
+from kd.evaluation.evaluator import LoadedTasks, check_tasks, contaminated_tasks, load_tasks, score_model
+from kd.evaluation.tasks.task_registry import figures_of
 from kd.models.loading import Model, ModelRequest, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer
 
@@ -28,15 +27,15 @@ from kd.models.tokenizer import Tokenizer
 class ScorePlan:
     """Tasks and what they are measured on, checked."""
 
-    tasks: tuple[str, ...]
-    settings: Settings
+    loaded: LoadedTasks
     contaminated: Mapping[str, str]
     """Task -> how its text is known to the student; only where that was allowed."""
     on_progress: Callable[[str, int, int], None] | None = None
+    """Called with a task's name, and how many of its rows are done and there are."""
 
     def score(self, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
         """`tasks` (task -> metric -> value, stderr, n, …), `settings`, and `contaminated` where something is."""
-        steps = score_model(model, tokenizer, self.tasks, self.settings)
+        steps = score_model(model, tokenizer, self.loaded)
         while True:
             try:
                 step = next(steps)
@@ -44,12 +43,12 @@ class ScorePlan:
                 results = end.value
                 break
             if self.on_progress is not None:
-                self.on_progress(step.task, step.done, step.total)
-        found = {
+                self.on_progress(step.note, step.done, step.total)
+        record = {
             "tasks": {name: figures_of(name, result) for name, result in results.items()},
             "settings": {name: dict(result.settings) for name, result in results.items()},
         }
-        return found | ({"contaminated": dict(self.contaminated)} if self.contaminated else {})
+        return record | ({"contaminated": dict(self.contaminated)} if self.contaminated else {})
 
 
 def plan_scores(
@@ -57,31 +56,23 @@ def plan_scores(
     cache: CacheSpec,
     tasks: Sequence[str],
     *,
-    data: str | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    task_root: Path | None = None,
-    protocol: str = "nanogpt",
-    allow_contaminated: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
+    **settings: Any,
 ) -> ScorePlan:
-    """Check tasks and load their texts. Raises KdError as `run_tasks`, and DataError for text that is in the cache."""
-    check_tasks(tasks, data=data, cache=cache)
-    check_ways(tasks, "apart", protocol)
-    template: Literal["random"] | int = 0 if data is not None and takes_instructions(data) else "random"
-    instructions = InstructionConfig(template, task_root=task_root)
-    tokenizer = load_request_tokenizer(student)
-    settings = with_texts(
-        Settings(limit=limit, protocol=protocol),
-        tasks,
-        tokenizer,
-        data=data,
-        cache=cache,
-        split=split,
-        instructions=instructions,
-    )
-    found = contaminated_tasks(tasks, settings, student.name, cache=cache, allow=allow_contaminated)
-    return ScorePlan(tuple(dict.fromkeys(tasks)), settings, found, on_progress)
+    """Check tasks and load their texts.
+
+    settings   further settings of `EvalSettings` by name (data, split, limit, task_root, protocol, allow_contaminated, …);
+               None means the default
+
+    Raises KdError as `evaluate_model`, and DataError for text that is in the cache.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given.get("data") is not None and takes_instructions(given["data"]):
+        given.setdefault("template", 0)
+    planned = make(EvalSettings, given | {"tasks": tuple(tasks), "cache": as_caches(cache)})
+    check_tasks(planned)
+    loaded = load_tasks(planned, load_request_tokenizer(student))
+    return ScorePlan(loaded, contaminated_tasks(loaded, student.name, cache=cache), on_progress)
 
 
 def headline(record: Mapping[str, Any]) -> str:

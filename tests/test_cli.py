@@ -66,7 +66,7 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
         ("kd.cache_builder.store.targets", "PROFILES", "cache build", "profile"),
         ("kd.cache_builder.store.codecs", "CODECS", "cache build", "logprob_codec"),
         ("kd.models.loading", "DTYPES", "cache build", "dtype"),
-        ("kd.data.tasks.rendering", "TEMPLATE_CHOICES", "cache build", "template"),
+        ("kd.data.data_settings", "TEMPLATE_CHOICES", "cache build", "template"),
         ("kd.data.tasks.task", "WORDINGS", "cache build", "labels"),
         ("kd.evaluation.tasks.task_registry", "TASKS", "eval", "tasks"),
         ("kd.student_trainer.config", "OPTIMIZERS", "classify train", "optimizer"),

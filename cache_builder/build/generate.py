@@ -25,8 +25,9 @@ from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
 from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
 from kd.data.rows.example import Example
+from kd.models.answering import answer_batch, unused_ids
 from kd.models.loading import is_encoder_decoder, refuse_classifier
-from kd.models.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint
+from kd.models.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint, vocabulary_size
 
 BLOCK = 256
 """Examples per file: the unit of resuming."""
@@ -198,13 +199,6 @@ def answer(
     import torch
     from transformers import GenerationConfig as Settings
 
-    causal = not is_encoder_decoder(model.config)
-    width = max(len(p) for p in prompts)
-    ids = np.zeros((len(prompts), width), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        place = slice(width - len(prompt), width) if causal else slice(0, len(prompt))
-        ids[b, place], mask[b, place] = prompt, 1
     sampling = (
         {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0} if config.temperature else {}
     )
@@ -214,26 +208,18 @@ def answer(
         eos_token_id=eos,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=0 if eos is None else eos,
-        decoder_start_token_id=model.config.decoder_start_token_id if not causal else None,
+        decoder_start_token_id=model.config.decoder_start_token_id if is_encoder_decoder(model.config) else None,
         **sampling,
     )
     device = model.get_output_embeddings().weight.device
-    with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        # ids the tokenizer cannot emit (padded logits) are never chosen
-        found = model.generate(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
+        answers = answer_batch(
+            model,
+            prompts,
+            eos_id=eos,
+            pad_id=0,
             generation_config=settings,
-            suppress_tokens=_beyond(model, tokenizer),
+            suppress_tokens=unused_ids(model, vocabulary_size(tokenizer)),
         )
-    answers = found[:, width if causal else 1 :].cpu().tolist()
-    cut = [(row[: row.index(eos)], True) if eos in row else (row, False) for row in answers]
-    return [(tokenizer.decode(row, skip_special_tokens=True), complete) for row, complete in cut]
-
-
-def _beyond(model: Any, tokenizer: Tokenizer) -> list[int] | None:
-    from kd.models.tokenizer import vocabulary_size
-
-    beyond = range(vocabulary_size(tokenizer), int(model.get_output_embeddings().weight.shape[0]))
-    return list(beyond) or None
+    return [(tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True), answer.ended) for answer in answers]

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, write_atomic
+from kd.common.progress import Progress
 from kd.data.tasks.glue import GlueTask, glue_task, load_glue
-from kd.evaluation.scoring.scored_text import Progress
 from kd.evaluation.statistics.estimates import standard_error
 from kd.models.classifiers import HEAD, load_classifier, refuse_other_classes
 from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device

@@ -28,9 +28,9 @@ from kd.evaluation.report.comparison import Comparison, Entry, compare, short_na
 from kd.evaluation.report.figures import Bar, Delta, Series, draw_bars, draw_deltas, draw_losses
 from kd.evaluation.report.page import Sample, Section, Table, markdown_samples, markdown_table, render_page
 from kd.evaluation.report.pairs import Arm, Pair, arms_of, pairs_of
-from kd.evaluation.report.progress import progress_sections
 from kd.evaluation.report.reference import Reference, reference_of
 from kd.evaluation.report.runs import Run, collect, is_number
+from kd.evaluation.report.score_curves import progress_sections
 
 LOSSES = {"ce": "cross-entropy (nats per token)", "kd": "distillation loss (nats per token)"}
 """Key of a step record -> label of its axis; `loss` is drawn only where a run has neither."""

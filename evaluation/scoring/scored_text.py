@@ -4,8 +4,6 @@ The full logits `[B, T, V]` never exist: at 4096 tokens and 50 257 ids they are 
 rows is 51 MB. Examples are batched by length (longest first, so that a batch that is too large fails at once)
 and padded on the right, where a causal model never looks; an encoder is given a mask.
 
-Everything that evaluates is a generator of `Progress`; the last one carries the result.
-
 Shapes: N scored rows, V ids the tokenizer or the cache knows, C context tokens, n target tokens.
 """
 
@@ -13,41 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.common.progress import Progress
 from kd.models.heads import LanguageModelHead, split_head
-from kd.models.loading import Model, max_positions
+from kd.models.loading import Model
 from kd.models.padded_batches import batches_by_length, head_rows
 
 if TYPE_CHECKING:
     import torch
-
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Progress(Generic[Result]):
-    """One step of an evaluation."""
-
-    done: int
-    """Rows (target tokens) scored, or examples answered."""
-    total: int
-    """Rows or examples there are."""
-    result: Result | None = None
-    """On the last record."""
-
-
-def final(steps: Iterator[Progress[Result]]) -> Result:
-    """Run an evaluation to its end in silence and return its result."""
-    result = None
-    for step in steps:
-        result = step.result
-    assert result is not None, "an evaluation ends with its result"
-    return result
 
 
 @dataclass(frozen=True)
@@ -76,30 +51,6 @@ class LogitChunk:
     """[m, V] float32"""
     gold_ids: torch.Tensor
     """[m] int64: the token that was actually there"""
-
-
-def require_positions(model: Model, tokens: int) -> None:
-    """Raise DataError when `tokens` positions are more than the model has."""
-    limit = max_positions(model.config)
-    if limit is not None and tokens > limit:
-        raise DataError(
-            "the sequences are longer than the model's positions",
-            found=f"{tokens} tokens",
-            expected=f"at most {limit}",
-            try_=f"--seq-len {limit}",
-        )
-
-
-DEFAULT_SEQ_LEN = 1024
-"""Window of models that allow as much; shorter ones use all their positions."""
-
-
-def window(model: Model, seq_len: int | None) -> int:
-    """`seq_len`, or by default the model's positions, at most 1024. Raises DataError for more than it has."""
-    if seq_len is None:
-        seq_len = min(max_positions(model.config) or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
-    require_positions(model, seq_len)
-    return seq_len
 
 
 def require_vocabulary(width: int, vocabulary_size: int) -> None:

@@ -25,14 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.evaluation.scoring.scored_text import (
-    Progress,
-    ScoredText,
-    gold_nll,
-    not_finite,
-    out_of_memory,
-    require_vocabulary,
-)
+from kd.common.progress import Progress
+from kd.evaluation.scoring.scored_text import ScoredText, gold_nll, not_finite, out_of_memory, require_vocabulary
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.models.loading import Model
 from kd.models.padded_batches import Size, batches_by_length, head_rows

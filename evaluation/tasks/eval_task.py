@@ -1,22 +1,36 @@
-"""What a way to measure a model is: its metrics, what it is told, and what it gives back."""
+"""What a task of `kd eval` is: its metrics, what it needs, and what it gives back.
+
+A task is a value of a subclass of `Task`, listed in `kd.evaluation.tasks.task_registry`. Its module holds its options too.
+Like all task modules, this one imports nothing heavy: the command line reads them to print its help. What measures
+(`kd.evaluation.measures`) is imported when the task runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from kd.data.sources import Corpus
-from kd.evaluation.scoring.scored_text import Progress
-from kd.evaluation.statistics.estimates import Documents, Estimate
-from kd.models.loading import Model
-from kd.models.tokenizer import Tokenizer
+from kd.common.errors import DataError
+from kd.common.progress import Progress, Result
+from kd.evaluation.tasks.shared_options import SharedOptions
 
 if TYPE_CHECKING:
-    from kd.cache_builder.store.readers.reading import Reader
-    from kd.evaluation.answers.answer_metrics import MetricSettings
-    from kd.evaluation.tasks.hellaswag import Scenes
-    from kd.evaluation.tasks.samples import Prompts
+    from kd.data.sources import Corpus
+    from kd.evaluation.measures.hellaswag import Scenes
+    from kd.evaluation.statistics.estimates import Documents, Estimate
+    from kd.models.loading import Model
+    from kd.models.tokenizer import Tokenizer
+
+Options = TypeVar("Options")
+"""The settings class of a task; None for a task that has no settings of its own."""
+Material = TypeVar("Material")
+"""What a task measures on."""
+SAMPLES = 20
+"""Number of examples of which a report keeps what the model did."""
 
 
 @dataclass(frozen=True)
@@ -24,62 +38,12 @@ class Metric:
     """One figure of a task."""
 
     title: str
-    """As a table spells it."""
+    """Name of the figure in a table."""
     unit: str
     better: Literal["lower", "higher"] | None
-    """None: not a merit of the model."""
+    """Which direction is better; None where the figure is not a merit of the model."""
     over: str
     """What `n` counts: token, byte, row or example. Averages over tokens compare only with the same tokenizer."""
-
-
-@dataclass(frozen=True)
-class LiveTeacher:
-    """A teacher in memory."""
-
-    name: str
-    identity: Mapping[str, Any]
-    model: Model
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What tasks are told; each uses its own part."""
-
-    corpus: Corpus | None = None
-    reader: Reader | None = None
-    teacher: LiveTeacher | None = None
-    """Of agreement, instead of a cache."""
-    limit: int | None = None
-    """First examples of the text (applied when it was loaded) and of the cache."""
-    limit_tokens: int | None = None
-    """First tokens of the text."""
-    seq_len: int | None = None
-    stride: int | None = None
-    bos: bool = True
-    temperature: float = 1.0
-    tokens_per_batch: int | None = None
-    separator: str = "\n"
-    """Between the prompt and what follows it; an encoder-decoder needs none."""
-    max_new_tokens: int | None = None
-    """Of a generated answer, EOS included; None = as the longest reference needs."""
-    stop: str | None = None
-    """Text at which a generated answer is cut as well as at EOS."""
-    sample_temperature: float = 0.0
-    """Of generated answers: 0 = greedy."""
-    sample_seed: int = 0
-    metrics: tuple[str, ...] | None = None
-    """Of generated answers, for every task of the text; None = as the tasks' files name them."""
-    metric_settings: MetricSettings | None = None
-    encoding: str = "apart"
-    """Of choices: `apart` as in training, `together` as lm-eval."""
-    other_wording: Corpus | None = None
-    """Of choices: the same examples with the other wording of fixed labels."""
-    protocol: str = "nanogpt"
-    """Of hellaswag: `nanogpt` or `harness`."""
-    scenes: Scenes | None = None
-    """Of hellaswag: its rows."""
-    prompts: Prompts | None = None
-    """Of samples."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +51,97 @@ class TaskResult:
     """Estimates of one task by metric name, and what two results must share to be compared."""
 
     estimates: Mapping[str, Estimate]
-    """Metric of the task, or `METRIC/TASK` for a part of the text."""
+    """Metric of the task, or `METRIC/TASK` for a part of the text, to its estimate."""
     documents: Documents
     settings: Mapping[str, Any]
+    """What the task measured on and how, by name, as the report saves it."""
     samples: Sequence[Mapping[str, str]] = ()
     """What the model did with the first examples, to be read by people."""
+    cache: Mapping[str, Any] | None = None
+    """Description of the cache that the task used; None where it used none."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A way to measure a model."""
+class Task(ABC, Generic[Options, Material]):
+    """A way to measure a model. `Options` are its own settings, `Material` is what it measures on."""
 
-    about: str
-    needs: Literal["data", "cache", "rows", "prompts"]
-    """`rows`: its own, from the hub or from files under `--task-root`; `prompts`: a file of the user's."""
-    metrics: Mapping[str, Metric]
-    run: Callable[[Model, Tokenizer, Settings], Iterator[Progress[TaskResult]]]
+    has_own_rows: ClassVar[bool] = False
+    """Whether the task's rows come from the hub or `--task-root` and not from `--data`."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> Mapping[str, Metric]:
+        """Name -> every figure that the task can give."""
+
+    def reads_text(self, options: Options) -> bool:
+        """Whether the task measures on the text of `--data`."""
+        return False
+
+    def check(self, name: str, options: Options, shared: SharedOptions) -> None:
+        """Raise DataError where something that the task needs was not given. Nothing is loaded."""
+        if self.reads_text(options) and shared.data.spec is None:
+            raise DataError(f"the task {name} needs a text that was not given", try_="--data SPEC, e.g. demo:heldout")
+
+    @abstractmethod
+    def load(self, options: Options, shared: SharedOptions, tokenizer: Tokenizer, corpus: Corpus | None) -> Material:
+        """What the task measures on, checked. No weights are loaded. Raises KdError.
+
+        corpus   the text of `--data`, where any task reads one
+        """
+
+    def load_weights(self, material: Material, shared: SharedOptions) -> Material:
+        """The material with the weights that it needs besides the model's own."""
+        return material
+
+    def may_be_known(self, material: Material) -> Corpus | Scenes | None:
+        """The text or rows that the model must not have been trained on; None where there are none."""
+        return None
+
+    @abstractmethod
+    def run(
+        self, model: Model, tokenizer: Tokenizer, options: Options, shared: SharedOptions, material: Material
+    ) -> Iterator[Progress[TaskResult]]:
+        """Measure the model; the last record carries the result."""
+
+
+class TextTask(Task[Options, "Corpus"]):
+    """A task that measures on the text of `--data`."""
+
+    def reads_text(self, options: Options) -> bool:
+        """Always."""
+        return True
+
+    def load(self, options: Options, shared: SharedOptions, tokenizer: Tokenizer, corpus: Corpus | None) -> Corpus:
+        """The text, which is loaded already."""
+        assert corpus is not None, "the text was checked to be given"
+        return corpus
+
+    def may_be_known(self, material: Corpus) -> Corpus:
+        """The text."""
+        return material
+
+
+def task_progress(
+    steps: Iterator[Progress[Result]], task_result: Callable[[Result], TaskResult]
+) -> Iterator[Progress[TaskResult]]:
+    """The steps of a measurement, with its result as a task's."""
+    for step in steps:
+        yield Progress(step.done, step.total, None if step.result is None else task_result(step.result))
+
+
+def question_settings(corpus: Corpus, shared: SharedOptions) -> dict[str, Any]:
+    """What was asked of every model, whatever window and tokenizer it has; its effect is counted beside it."""
+    source = corpus.source
+    worded = {"template": source.get("template"), "labels": source.get("labels"), "data_seed": source.get("seed")}
+    return {
+        "text_digest": corpus.digest,
+        "seq_len": shared.reading.seq_len,
+        "separator": shared.reading.separator,
+        "bos": shared.reading.bos,
+        **{k: v for k, v in worded.items() if v is not None},
+    }
+
+
+def rows_digest(rows: Iterable[Any]) -> str:
+    """Hex digest of what `text_digest` leaves out."""
+    text = json.dumps(list(rows), separators=(",", ":"))
+    return hashlib.blake2b(text.encode("ascii"), digest_size=32).hexdigest()

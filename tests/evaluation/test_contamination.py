@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from evaluating import evaluated, run_tasks
 
 from kd.common.errors import DataError
 from kd.data.rows.example import Example
@@ -16,16 +17,15 @@ from kd.evaluation.contamination import (
     TrainingText,
     benchmark_text,
     cache_texts,
-    contamination,
     openings,
     refuse_benchmark_text,
     shared_examples,
     shared_rows,
     source_place,
     trained_on,
+    why_known,
 )
-from kd.evaluation.evaluator import run_tasks
-from kd.evaluation.tasks.hellaswag import Scene, Scenes
+from kd.evaluation.measures.hellaswag import Scene, Scenes
 
 LONG = "a man sits on a roof and starts pulling up roofing on a roof while it rains"
 PAIRS = tuple(Example(f"p/{i}", f"answer {i}", f"Question {i}?") for i in range(4))
@@ -62,8 +62,8 @@ def test_pairs_are_known_by_their_texts_whatever_case_and_white_space() -> None:
     known = text_of(PAIRS[0], Example("other", "ANSWER  2", "question 2?"), Example("q", "answer 3", "Another?"))
     assert shared_examples(corpus_of(*PAIRS), known) == 2
     assert shared_examples(corpus_of(*PAIRS), text_of()) == 0
-    assert contamination([known], corpus_of(*PAIRS), None)["data"].endswith("2 of 4 examples are among its text")
-    assert contamination([text_of()], corpus_of(*PAIRS), None) == {}
+    assert str(why_known([known], corpus_of(*PAIRS))).endswith("2 of 4 examples are among its text")
+    assert why_known([text_of()], corpus_of(*PAIRS)) is None
 
 
 def test_rows_of_a_task_are_known_by_their_place_in_any_wording_and_split_of_that_name() -> None:
@@ -98,8 +98,7 @@ def test_thirteen_words_in_a_row_make_a_row_known() -> None:
     assert shared_rows(scenes, text_of(Example("1", f"Once {LONG.upper()}, they say."))) == 1
     assert shared_rows(scenes, text_of(Example("1", " ".join(words[1 : 1 + SHINGLE])))) == 1
     assert shared_rows(scenes, text_of(Example("1", " ".join(words[1:SHINGLE])))) == 0
-    found = contamination([text_of(Example("1", LONG))], None, scenes)
-    assert "1 of 2 rows share 13 words" in found["hellaswag"]
+    assert "1 of 2 rows share 13 words" in str(why_known([text_of(Example("1", LONG))], scenes))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +114,7 @@ def test_thirteen_words_in_a_row_make_a_row_known() -> None:
 def test_hellaswags_text_is_known_by_the_names_of_its_sources(spec, source, known) -> None:
     text = text_of(spec=spec, source=source)
     assert (benchmark_text(text) is not None) is known
-    assert ("hellaswag" in contamination([text], None, Scenes((scene("x"),), "local"))) is known
+    assert (why_known([text], Scenes((scene("x"),), "local")) is not None) is known
 
 
 def test_a_model_that_no_run_made_was_trained_on_nothing_we_know(model_dir, trained, tmp_path) -> None:
@@ -145,13 +144,13 @@ def test_text_of_the_training_is_refused_before_weights_are_loaded_and_marked_wh
     assert "--allow-contaminated" in error.value.details["try"]
     (tmp_path / "aside").rename(weights)
     options = {"data": str(prose_file), "cache": exact_cache, "seq_len": 24, "device": "cpu"}
-    report = list(run_tasks(str(trained), ["perplexity", "agreement"], allow_contaminated=True, **options))[-1].report
+    report = evaluated(str(trained), ["perplexity", "agreement"], allow_contaminated=True, **options)
     assert "3 of 3 examples" in report.settings["perplexity"]["contaminated"]
     assert "contaminated" not in report.settings["agreement"]  # asked about the training text on purpose
-    assert list(run_tasks(str(trained), ["agreement"], cache=exact_cache, device="cpu"))[-1].report is not None
-    clean = list(
-        run_tasks(str(trained), ["perplexity"], data="demo", split="heldout", limit=1, limit_tokens=20, device="cpu")
-    )[-1].report
+    assert evaluated(str(trained), ["agreement"], cache=exact_cache, device="cpu") is not None
+    clean = evaluated(
+        str(trained), ["perplexity"], data="demo", split="heldout", limit=1, limit_tokens=20, device="cpu"
+    )
     assert "contaminated" not in clean.settings["perplexity"]
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from evaluating import evaluated
 
 from kd import cli
 from kd.common.errors import DataError
-from kd.evaluation.evaluator import run_tasks
 from kd.evaluation.midway_scores import headline, plan_scores
 from kd.evaluation.report.figures import Curve, draw_progress
-from kd.evaluation.report.progress import curves_of, progress_sections
+from kd.evaluation.report.score_curves import curves_of, progress_sections
 from kd.models.loading import ModelRequest
 from kd.student_trainer.run_folder import EVALUATIONS, read_evaluations
 
@@ -86,18 +86,16 @@ def test_lines_are_what_kd_eval_finds_before_and_after(trained, student_dirs, ex
     records = read_evaluations(out)
     assert [r["step"] for r in records] == [0, 2, 3]
     for record, model in ((records[0], student_dirs[0]), (records[-1], out)):
-        report = list(
-            run_tasks(
-                str(model),
-                ["hellaswag", "choices", "agreement"],
-                data="flan:anli_r1",
-                split="test",
-                cache=exact_cache,
-                limit=3,
-                device="cpu",
-                instructions=InstructionConfig(0, task_root=rows),
-            )
-        )[-1].report
+        report = evaluated(
+            str(model),
+            ["hellaswag", "choices", "agreement"],
+            data="flan:anli_r1",
+            split="test",
+            cache=exact_cache,
+            limit=3,
+            device="cpu",
+            instructions=InstructionConfig(0, task_root=rows),
+        )
         for task, metrics in report.tasks.items():
             for name, figure in metrics.items():
                 found = record["tasks"][task][name]

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluated
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Config
 
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError
+from kd.common.progress import final
 from kd.data.blocks import BlockConfig, tokenize_pair
 from kd.data.rows.example import Example
-from kd.evaluation.evaluator import run_tasks
-from kd.evaluation.scoring.scored_text import final
-from kd.evaluation.tasks.agreement import evaluate_agreement
+from kd.evaluation.measures.agreement import evaluate_agreement
 from kd.models.loading import ModelRequest, load_model, random_model
 from kd.models.tokenizer import load_tokenizer, token_bytes
 from kd.student_trainer.batches.collate import Collator
@@ -383,16 +383,14 @@ def test_the_output_loads_with_the_trained_logits_and_is_evaluated(
     card = write_card(finished.out).read_text()
     assert "AutoModelForSeq2SeqLM" in card
     assert "text2text-generation" in card
-    report = list(
-        run_tasks(
-            str(finished.out),
-            ["generation", "agreement"],
-            data=str(story_pairs),
-            cache=t5_cache,
-            device="cpu",
-            allow_contaminated=True,
-        )
-    )[-1].report
+    report = evaluated(
+        str(finished.out),
+        ["generation", "agreement"],
+        data=str(story_pairs),
+        cache=t5_cache,
+        device="cpu",
+        allow_contaminated=True,
+    )
     assert report is not None
     assert 0.0 <= report.tasks["generation"]["exact_match"]["value"] <= 1.0
     # the last step's loss was measured before it, over one batch; the whole cache after it

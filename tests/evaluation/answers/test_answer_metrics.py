@@ -33,8 +33,8 @@ from kd.evaluation.answers.answer_metrics import (
     metrics_by_task,
     score_answers,
 )
+from kd.evaluation.measures.generation import generation_of
 from kd.evaluation.statistics.estimates import Documents, standard_error
-from kd.evaluation.tasks.generation import generation_of
 
 OFFLINE = [name for name in ANSWER_METRICS if name != "bertscore"]
 TEXTS = (

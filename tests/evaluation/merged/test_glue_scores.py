@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
 
 from kd.common.errors import DataError
+from kd.common.progress import final
 from kd.data.tasks.glue import glue_task
 from kd.evaluation.merged.glue_scores import (
     GlueTable,
@@ -24,7 +25,6 @@ from kd.evaluation.merged.glue_scores import (
     score_ensemble,
     score_rows,
 )
-from kd.evaluation.scoring.scored_text import final
 from kd.models.classifiers import load_classifier
 from kd.models.loading import ModelRequest
 from kd.student_trainer.classify.encoding import pad_rows

@@ -23,12 +23,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, T5Config
 
+from kd.common.progress import final
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
+from kd.evaluation.measures.choices import evaluate_choices
+from kd.evaluation.measures.hellaswag import evaluate_hellaswag, load_scenes, without_marks
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
-from kd.evaluation.scoring.scored_text import final
-from kd.evaluation.tasks.choices import evaluate_choices
-from kd.evaluation.tasks.hellaswag import evaluate_hellaswag, load_scenes, without_marks
+from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.loading import random_model
 from kd.models.tokenizer import load_tokenizer
 
@@ -244,7 +245,7 @@ def test_long_contexts_are_cut_as_by_lm_eval(case):
 
 
 def load_scenes_from(rows: list[dict]):
-    from kd.evaluation.tasks.hellaswag import Scenes, _scene
+    from kd.evaluation.measures.hellaswag import Scenes, _scene
 
     return Scenes(tuple(s for i, row in enumerate(rows) if (s := _scene(row, i, "test")) is not None), "test")
 
@@ -282,7 +283,11 @@ def test_rank_classification_has_the_log_probabilities_of_lm_eval(case, separato
     model, tokenizer, lm = case
     ours = final(
         evaluate_choices(
-            model, tokenizer, Corpus("quiz", "test", "pairs", QUIZ, {}), separator=separator, encoding="together"
+            model,
+            tokenizer,
+            Corpus("quiz", "test", "pairs", QUIZ, {}),
+            reading=ReadingOptions(separator=separator),
+            encoding="together",
         )
     )
     between = "" if model.config.is_encoder_decoder else separator
@@ -296,7 +301,7 @@ def test_tokens_apart_are_those_together_where_a_word_begins(case):
     """As in training (no BOS, no separator, options that open with a space): the same log-probabilities again."""
     model, tokenizer, lm = case
     quiz = Corpus("quiz", "test", "pairs", QUIZ, {})
-    apart = final(evaluate_choices(model, tokenizer, quiz, separator="", bos=False))
+    apart = final(evaluate_choices(model, tokenizer, quiz, reading=ReadingOptions(separator="", bos=False)))
     assert [q.context_ids.tolist() for q in apart.questions] == [lm._encode_pair(e.prompt, " x")[0] for e in QUIZ]
     for question, nats in zip(apart.questions, apart.option_nats, strict=True):
         for option, ids, value in zip(question.example.choices, question.option_ids, nats, strict=True):

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from kd.common.errors import DataError
+from kd.common.progress import final
 from kd.evaluation.scoring import shared_context
-from kd.evaluation.scoring.scored_text import ScoredText, final, gold_nll
+from kd.evaluation.scoring.scored_text import ScoredText, gold_nll
 from kd.evaluation.scoring.shared_context import group_by_context, shared_nll, shares_context
 from kd.models.heads import split_head
 from kd.models.loading import is_encoder_decoder

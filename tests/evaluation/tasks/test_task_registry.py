@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluating import evaluated, run_tasks
 
 from kd.cache_builder.store.reader import CacheReader
 from kd.common.errors import CacheMismatchError, DataError
+from kd.common.progress import final
 from kd.data.data_settings import InstructionConfig
 from kd.data.rows.example import Example
 from kd.data.sources import SOURCES, Corpus, load_corpus
-from kd.evaluation.answers.answer_metrics import MetricSettings
-from kd.evaluation.evaluator import run_tasks
+from kd.evaluation.measures.agreement import evaluate_agreement
+from kd.evaluation.measures.perplexity import evaluate_perplexity
 from kd.evaluation.results import EvalReport, load_report
-from kd.evaluation.scoring.scored_text import final
+from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.evaluation.statistics.estimates import standard_error
-from kd.evaluation.tasks.agreement import evaluate_agreement
-from kd.evaluation.tasks.perplexity import evaluate_perplexity
-from kd.evaluation.tasks.task_registry import FURTHER, RANKED, TASKS
+from kd.evaluation.tasks.choices_task import RANKED
+from kd.evaluation.tasks.generation_task import further_metrics
+from kd.evaluation.tasks.task_registry import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +41,11 @@ def report(student_dirs: list[Path], prose_file: Path, exact_cache: Path) -> Eva
         seq_len=24,
         device="cpu",
     )
-    found = list(steps)[-1].report
-    assert found is not None
-    return found
+    return final(steps)
 
 
 def test_a_report_holds_what_the_tasks_found(report, student, tokenizer, prose, exact_cache):
-    perplexity = final(evaluate_perplexity(student, tokenizer, prose, seq_len=24))
+    perplexity = final(evaluate_perplexity(student, tokenizer, prose, reading=ReadingOptions(seq_len=24)))
     agreement = final(evaluate_agreement(student, CacheReader(exact_cache)))
     found = report.tasks
     for metric, estimate in [("perplexity", perplexity.perplexity), ("bits_per_byte", perplexity.bits_per_byte)]:
@@ -98,9 +98,9 @@ def quiz(monkeypatch) -> str:
 @pytest.mark.parametrize("model", ["model_dir", "t5_dir"])
 def test_choices_and_generation_of_either_architecture_make_a_report(model, quiz, request, tmp_path):
     folder = str(request.getfixturevalue(model))
-    report = list(run_tasks(folder, ["choices", "generation", "perplexity"], data=quiz, device="cpu"))[-1].report
+    report = evaluated(folder, ["choices", "generation", "perplexity"], data=quiz, device="cpu")
     for task in ("choices", "generation"):
-        declared = set(RANKED) if task == "choices" else set(TASKS[task].metrics) - set(FURTHER)
+        declared = set(RANKED) if task == "choices" else set(TASKS[task].metrics) - set(further_metrics())
         found = set(report.tasks[task])
         assert declared <= found
         assert {m.partition("/")[0] for m in found - declared} <= declared
@@ -115,7 +115,7 @@ def test_choices_and_generation_of_either_architecture_make_a_report(model, quiz
 
 def test_settings_are_what_was_asked_and_tell_other_choices_from_the_same_text(model_dir, t5_dir, quiz, monkeypatch):
     def settings(folder):
-        return list(run_tasks(str(folder), ["choices", "generation"], data=quiz, device="cpu"))[-1].report.settings
+        return evaluated(str(folder), ["choices", "generation"], data=quiz, device="cpu").settings
 
     before = settings(model_dir)
     assert settings(t5_dir) == before  # other tokenizers and windows do not make it another question
@@ -142,18 +142,16 @@ def test_both_wordings_are_scored_and_named(model, anli_root, request):
 
     def run(labels: Any) -> Any:
         instructions = InstructionConfig(0, labels=labels, task_root=anli_root)
-        return list(
-            run_tasks(
-                folder,
-                ["choices"],
-                data="flan:anli_r1",
-                split="test",
-                instructions=instructions,
-                separator=" ",
-                seq_len=60 if model == "model_dir" else None,
-                device="cpu",
-            )
-        )[-1].report
+        return evaluated(
+            folder,
+            ["choices"],
+            data="flan:anli_r1",
+            split="test",
+            instructions=instructions,
+            separator=" ",
+            seq_len=60 if model == "model_dir" else None,
+            device="cpu",
+        )
 
     both, single = run("both"), {wording: run(wording) for wording in ("original", "flan")}
     assert both.settings["choices"]["labels"] == "both"
@@ -189,7 +187,7 @@ def test_an_unknown_way_to_ask_is_refused_before_weights_are_loaded(quiz, task, 
     [
         ({"metrics": ["rougeX"]}, "unknown metric"),
         ({"metrics": ["bertscore"]}, "needs an encoder"),
-        ({"metric_settings": MetricSettings(bertscore_model="no/such/encoder")}, "recommends no layer"),
+        ({"bertscore_model": "no/such/encoder"}, "recommends no layer"),
         ({"sample_temperature": -1.0}, "temperature of sampling"),
     ],
 )
@@ -204,17 +202,15 @@ def test_what_answers_cannot_be_scored_with_is_refused_before_weights_are_loaded
 
 
 def test_scores_and_their_settings_say_which_metrics_seed_and_decoding(model_dir, quiz):
-    report = list(
-        run_tasks(
-            str(model_dir),
-            ["generation"],
-            data=quiz,
-            device="cpu",
-            metrics=["rougeL", "bleu"],
-            sample_temperature=0.5,
-            seed=7,
-        )
-    )[-1].report
+    report = evaluated(
+        str(model_dir),
+        ["generation"],
+        data=quiz,
+        device="cpu",
+        metrics=["rougeL", "bleu"],
+        sample_temperature=0.5,
+        seed=7,
+    )
     used = report.settings["generation"]
     assert used["decoding"] == "sampled at temperature 0.5, seed 7"
     assert used["bleu"].startswith("sacrebleu nrefs:2|case:mixed")
@@ -228,11 +224,9 @@ def test_hellaswag_takes_its_rows_and_leaves_the_text_to_the_others(model_dir, p
     row = {"activity_label": "Fog", "ctx": "It rained.", "endings": ["It stopped.", "the fox"], "label": 0}
     (tmp_path / "hellaswag" / "dev.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     root = InstructionConfig(task_root=tmp_path)
-    report = list(
-        run_tasks(
-            str(model_dir), ["perplexity", "hellaswag"], data=str(prose_file), limit=2, instructions=root, device="cpu"
-        )
-    )[-1].report
+    report = evaluated(
+        str(model_dir), ["perplexity", "hellaswag"], data=str(prose_file), limit=2, instructions=root, device="cpu"
+    )
     assert report.tasks["hellaswag"]["acc_nanogpt"]["n"] == 2
     assert report.settings["hellaswag"]["source"] == "local dev.jsonl"
     with pytest.raises(DataError, match="no files of the task"):
@@ -308,7 +302,7 @@ def test_a_perplexity_that_overflows_is_null_and_not_invalid_json(report, studen
     wild.save_pretrained(tmp_path / "wild")
     tokenizer.save_pretrained(tmp_path / "wild")
     steps = run_tasks(str(tmp_path / "wild"), ["perplexity"], data=prose.spec, seq_len=24, device="cpu")
-    found = list(steps)[-1].report
+    found = final(steps)
     assert found.tasks["perplexity"]["nll_per_token"]["value"] > 1000
     document = json.loads(found.save(tmp_path / "out").read_text("utf-8"))
     assert document["tasks"]["perplexity"]["perplexity"]["value"] is None

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from kd.cli import cli
 from kd.common.errors import DataError
+from kd.evaluation.measures.samples import load_prompts, repeated_share
 from kd.evaluation.report.page import Sample, markdown_samples
 from kd.evaluation.report.writing import write_report
 from kd.evaluation.results import load_report
-from kd.evaluation.tasks.samples import load_prompts, repeated_share
 
 HOSTILE = '<script>alert("x")</script> & </dd></dl><h1>taken</h1> ```` | **b**'
 

@@ -16,7 +16,7 @@ sides are softened by T and the figure is not scaled by T².
 Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`run_tasks` refuses another).
 The teacher's own figures carry the cache's quantisation: about 1e-5 nats of KL with 8-bit log-probabilities, three
 digits in its gold NLL (float16). How well either is calibrated on the rows:
-`kd.evaluation.statistics.calibration`. A teacher that is at hand needs no cache: `kd.evaluation.tasks.live_agreement`.
+`kd.evaluation.statistics.calibration`. A teacher that is at hand needs no cache: `kd.evaluation.measures.live_agreement`.
 Top-1 agreement as in Stanton et al. 2021, arXiv:2106.05945.
 """
 
@@ -29,14 +29,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kd.common.errors import CacheError
-from kd.evaluation.scoring.scored_text import (
-    LogitChunk,
-    Progress,
-    ScoredText,
-    chunk_scores,
-    logit_chunks,
-    require_positions,
-)
+from kd.common.progress import Progress
+from kd.evaluation.scoring.scored_text import LogitChunk, ScoredText, chunk_scores, logit_chunks
+from kd.evaluation.scoring.windows import require_positions
 from kd.evaluation.statistics.calibration import calibration_error
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
 from kd.models.heads import split_head

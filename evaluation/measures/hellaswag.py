@@ -31,12 +31,13 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.progress import Progress
 from kd.data.rows.hub import load_hub
 from kd.data.tasks.task import label_key
 from kd.data.tasks.task_files import parse_task
 from kd.data.tasks.task_rows import load_task_rows
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
-from kd.evaluation.scoring.scored_text import Progress, ScoredText
+from kd.evaluation.scoring.scored_text import ScoredText
 from kd.evaluation.scoring.shared_context import shared_nll
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
 from kd.models.loading import Model, is_encoder_decoder, max_positions

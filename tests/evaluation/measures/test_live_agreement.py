@@ -5,21 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluated
 from transformers import AutoModelForSeq2SeqLM
 
 from kd.cache_builder.store.reader import CacheReader
 from kd.common.errors import DataError
+from kd.common.progress import final
 from kd.data.blocks import BlockConfig, tokenize_corpus
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.evaluation.evaluator import run_tasks
-from kd.evaluation.scoring.scored_text import final
-from kd.evaluation.tasks.agreement import evaluate_agreement, jensen_shannon, rest_bucket_jsd
-from kd.evaluation.tasks.live_agreement import evaluate_live_agreement
-from kd.evaluation.tasks.perplexity import evaluate_perplexity
+from kd.evaluation.measures.agreement import evaluate_agreement, jensen_shannon, rest_bucket_jsd
+from kd.evaluation.measures.live_agreement import evaluate_live_agreement
+from kd.evaluation.measures.perplexity import evaluate_perplexity
+from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.tokenizer import load_tokenizer, vocabulary_size
 
 LN2 = float(np.log(2))
+
+WINDOW_24 = ReadingOptions(seq_len=24)
 
 
 def distributions(rng, rows: int, size: int) -> np.ndarray:
@@ -62,7 +65,9 @@ def test_one_more_outcome_for_the_rest_never_raises_jsd_and_without_mass_is_the_
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_a_teacher_agrees_with_itself(teacher, tokenizer, prose, temperature):
-    result = final(evaluate_live_agreement(teacher, teacher, tokenizer, prose, seq_len=24, temperature=temperature))
+    result = final(
+        evaluate_live_agreement(teacher, teacher, tokenizer, prose, reading=WINDOW_24, temperature=temperature)
+    )
     assert result.kl.value == 0
     assert result.jsd.value == 0
     assert result.top1_agreement.value == 1
@@ -84,7 +89,9 @@ def test_figures_equal_a_naive_full_softmax(teacher, student, teacher64, student
         jsd += (0.5 * (p * np.log(p / m) + q * np.log(q / m)).sum(axis=1)).tolist()
         same += (p.argmax(1) == q.argmax(1)).tolist()
         nll += (-z_q.log_softmax(-1)[torch.arange(len(row.target_ids)), row.target_ids.tolist()]).tolist()
-    result = final(evaluate_live_agreement(student, teacher, tokenizer, prose, seq_len=24, temperature=temperature))
+    result = final(
+        evaluate_live_agreement(student, teacher, tokenizer, prose, reading=WINDOW_24, temperature=temperature)
+    )
     assert result.rows == len(kl)
     assert result.kl.value == pytest.approx(np.mean(kl), rel=2e-5)  # float32 forward passes on both sides
     assert result.jsd.value == pytest.approx(np.mean(jsd), rel=2e-5)
@@ -94,7 +101,11 @@ def test_figures_equal_a_naive_full_softmax(teacher, student, teacher64, student
 
 def test_a_cache_of_everything_gives_the_live_teachers_figures(teacher, student, tokenizer, prose, whole_cache):
     reader = CacheReader(whole_cache)
-    live = final(evaluate_live_agreement(student, teacher, tokenizer, prose, seq_len=reader.manifest.blocks.seq_len))
+    live = final(
+        evaluate_live_agreement(
+            student, teacher, tokenizer, prose, reading=ReadingOptions(seq_len=reader.manifest.blocks.seq_len)
+        )
+    )
     cached = final(evaluate_agreement(student, reader))
     for name in ("kl", "jsd", "top1_agreement", "nll_per_token", "ece", "teacher_ece"):
         assert getattr(cached, name).value == pytest.approx(getattr(live, name).value, rel=5e-5, abs=1e-7), name
@@ -102,11 +113,11 @@ def test_a_cache_of_everything_gives_the_live_teachers_figures(teacher, student,
 
 
 def test_calibration_is_that_of_perplexity_on_the_same_rows(teacher, student, tokenizer, prose):
-    live = final(evaluate_live_agreement(student, teacher, tokenizer, prose, seq_len=24))
-    alone = final(evaluate_perplexity(student, tokenizer, prose, seq_len=24))
+    live = final(evaluate_live_agreement(student, teacher, tokenizer, prose, reading=WINDOW_24))
+    alone = final(evaluate_perplexity(student, tokenizer, prose, reading=WINDOW_24))
     assert live.ece.value == alone.ece.value
     assert live.nll_per_token.value == alone.nll_per_token.value
-    assert final(evaluate_perplexity(teacher, tokenizer, prose, seq_len=24)).ece.value == live.teacher_ece.value
+    assert final(evaluate_perplexity(teacher, tokenizer, prose, reading=WINDOW_24)).ece.value == live.teacher_ece.value
 
 
 def test_encoder_decoders_are_compared_on_pairs(t5_dir, teacher):
@@ -121,7 +132,7 @@ def test_encoder_decoders_are_compared_on_pairs(t5_dir, teacher):
 
 def test_the_task_takes_a_live_teacher_with_the_models_tokenizer_alone(student_dirs, model_dir, t5_dir, prose_file):
     def run(**options):
-        return list(run_tasks(str(student_dirs[0]), ["agreement"], seq_len=24, device="cpu", **options))[-1].report
+        return evaluated(str(student_dirs[0]), ["agreement"], seq_len=24, device="cpu", **options)
 
     report = run(teacher=str(model_dir), data=str(prose_file))
     assert report.settings["agreement"]["teacher"] == str(model_dir)
@@ -138,15 +149,15 @@ def test_the_task_takes_a_live_teacher_with_the_models_tokenizer_alone(student_d
 def test_the_window_is_what_both_have_positions_for(student, teacher, tokenizer, prose, monkeypatch):
     monkeypatch.setattr(teacher.config, "n_positions", 24)
     short = final(evaluate_live_agreement(student, teacher, tokenizer, prose))
-    asked = final(evaluate_live_agreement(student, teacher, tokenizer, prose, seq_len=24))
+    asked = final(evaluate_live_agreement(student, teacher, tokenizer, prose, reading=WINDOW_24))
     assert short.kl.value == asked.kl.value
     with pytest.raises(DataError, match="model's positions"):
-        final(evaluate_live_agreement(student, teacher, tokenizer, prose, seq_len=32))
+        final(evaluate_live_agreement(student, teacher, tokenizer, prose, reading=ReadingOptions(seq_len=32)))
 
 
 def test_a_pair_that_the_window_does_not_hold_is_cut_and_counted(student, tokenizer):
     long = Example("long", "to the river", "It rained for a day and a night. " * 20)
     corpus = Corpus("pairs", "test", "pairs", (long, Example("short", "home", "Where?")), {})
-    result = final(evaluate_perplexity(student, tokenizer, corpus, seq_len=24))
+    result = final(evaluate_perplexity(student, tokenizer, corpus, reading=WINDOW_24))
     assert result.pairs_cut == 1
-    assert final(evaluate_live_agreement(student, student, tokenizer, corpus, seq_len=24)).pairs_cut == 1
+    assert final(evaluate_live_agreement(student, student, tokenizer, corpus, reading=WINDOW_24)).pairs_cut == 1

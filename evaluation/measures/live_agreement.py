@@ -2,8 +2,8 @@
 
     KL(teacher || model) = Σ_k p_k (ln p_k - ln q_k)        over all ids of the tokenizer, float64, nats
 
-The same figures as `kd.evaluation.tasks.agreement`, without a cache's top k, rest bucket and codec, at the price of the teacher's
-forward pass. Text becomes rows as for perplexity. Both models must share a tokenizer and be of one kind.
+The same figures as those of `kd.evaluation.measures.agreement`, without a cache's top k, rest bucket and codec, but with the
+teacher's forward pass. Text becomes rows as for perplexity. Both models must share a tokenizer and be of one kind.
 """
 
 from __future__ import annotations
@@ -14,19 +14,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig, tokenize_corpus
+from kd.common.progress import Progress
+from kd.data.blocks import tokenize_corpus
 from kd.data.sources import Corpus
-from kd.evaluation.scoring.scored_text import (
-    LogitChunk,
-    Progress,
-    ScoredText,
-    chunk_scores,
-    logit_chunks,
-    window,
-)
+from kd.evaluation.measures.agreement import FIGURES, AgreementResult, agreement_of, jensen_shannon
+from kd.evaluation.measures.perplexity import first_tokens
+from kd.evaluation.scoring.reading_options import READING, ReadingOptions
+from kd.evaluation.scoring.scored_text import LogitChunk, ScoredText, chunk_scores, logit_chunks
+from kd.evaluation.scoring.windows import text_blocks, window
 from kd.evaluation.statistics.estimates import Documents
-from kd.evaluation.tasks.agreement import FIGURES, AgreementResult, agreement_of, jensen_shannon
-from kd.evaluation.tasks.perplexity import first_tokens
 from kd.models.heads import split_head
 from kd.models.loading import Model, is_encoder_decoder
 from kd.models.tokenizer import Tokenizer, vocabulary_size
@@ -38,13 +34,8 @@ def evaluate_live_agreement(
     tokenizer: Tokenizer,
     corpus: Corpus,
     *,
+    reading: ReadingOptions = READING,
     temperature: float = 1.0,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    bos: bool = True,
-    separator: str = "\n",
-    tokens_per_batch: int | None = None,
-    limit_tokens: int | None = None,
 ) -> Iterator[Progress[AgreementResult]]:
     """Score `model` against `teacher` on the rows of `corpus`; the last record carries the result.
 
@@ -56,17 +47,9 @@ def evaluate_live_agreement(
         raise DataError("one of model and teacher has an encoder", expected="two causal models, or two with an encoder")
     if temperature <= 0:
         raise DataError("temperature must be positive", found=temperature)
-    seq_len = min(window(m, seq_len) for m in (model, teacher))
-    blocks = BlockConfig(
-        seq_len=seq_len,
-        stride=seq_len - 1 if stride is None else stride,
-        bos=bos,
-        separator=separator,
-        encoder=encoder,
-        overlong="truncate",
-    )
+    blocks = text_blocks(reading, shared_window(model, teacher, reading.seq_len), encoder=encoder)
     counts: Counter[str] = Counter()
-    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, counts), limit_tokens))
+    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, counts), reading.limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
     total, done = sum(lengths), 0
@@ -74,7 +57,7 @@ def evaluate_live_agreement(
     yield Progress(0, total)
     size = vocabulary_size(tokenizer)
     both = (
-        logit_chunks(split_head(m), texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch)
+        logit_chunks(split_head(m), texts, vocabulary_size=size, tokens_per_batch=reading.tokens_per_batch)
         for m in (model, teacher)
     )
     for ours, theirs in zip(*both, strict=True):
@@ -84,6 +67,11 @@ def evaluate_live_agreement(
         yield Progress(done, total)
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
     yield Progress(total, total, agreement_of(figures, lengths, documents, temperature, counts["truncated"]))
+
+
+def shared_window(model: Model, teacher: Model, seq_len: int | None) -> int:
+    """`seq_len`, or by default what both models have positions for, at most 1024. Raises DataError as `window`."""
+    return min(window(m, seq_len) for m in (model, teacher))
 
 
 def _compare(ours: LogitChunk, theirs: LogitChunk, temperature: float) -> np.ndarray:

@@ -29,9 +29,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.common.progress import Progress
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.sources import Corpus
-from kd.evaluation.scoring.scored_text import Progress, ScoredText, TokenScores, token_scores, window
+from kd.evaluation.scoring.reading_options import READING, ReadingOptions
+from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, token_scores
+from kd.evaluation.scoring.windows import text_blocks, window
 from kd.evaluation.statistics.calibration import calibration_error
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
 from kd.models.loading import Model, is_encoder_decoder
@@ -66,38 +69,20 @@ def evaluate_perplexity(
     tokenizer: Tokenizer,
     corpus: Corpus,
     *,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    bos: bool = True,
-    separator: str = "\n",
-    tokens_per_batch: int | None = None,
-    limit_tokens: int | None = None,
+    reading: ReadingOptions = READING,
 ) -> Iterator[Progress[PerplexityResult]]:
     """Score `corpus`; the last record carries the result.
 
-    seq_len       tokens a model sees at once; None = its positions, at most 1024
-    stride        new tokens per window, 1..seq_len-1; None = seq_len - 1
-    separator     text between prompt and target of a pair; an encoder-decoder needs none
-    limit_tokens  score exactly the first so many tokens of the corpus
-
-    Raises DataError when the model has fewer positions than `seq_len` or fewer logits than the tokenizer has
+    Raises DataError when the model has fewer positions than the window or fewer logits than the tokenizer has
     entries, TeacherError when its output layer cannot be taken apart (see `kd.models.loading.split_head`).
     """
-    seq_len = window(model, seq_len)
-    blocks = BlockConfig(
-        seq_len=seq_len,
-        stride=seq_len - 1 if stride is None else stride,
-        bos=bos,
-        separator=separator,
-        encoder=is_encoder_decoder(model.config),
-        overlong="truncate",
-    )
+    blocks = text_blocks(reading, window(model, reading.seq_len), encoder=is_encoder_decoder(model.config))
     counts: Counter[str] = Counter()
-    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, counts), limit_tokens))
+    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, counts), reading.limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
     scores = yield from token_scores(
-        model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=tokens_per_batch
+        model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=reading.tokens_per_batch
     )
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
     byte_counts = np.array([int(r.byte_end[-1]) for r in rows])

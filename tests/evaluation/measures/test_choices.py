@@ -14,10 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kd.common.errors import DataError
+from kd.common.progress import final
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.evaluation.scoring.scored_text import final
-from kd.evaluation.tasks.choices import Question, choices_of, evaluate_choices, first_best, right_answer
+from kd.evaluation.measures.choices import Question, choices_of, evaluate_choices, first_best, right_answer
+from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.tokenizer import load_tokenizer
 
 ARCHITECTURES = {"causal": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}
@@ -106,7 +107,9 @@ def test_predictions_and_accuracies_follow_from_the_sums(case):
 def test_sums_do_not_depend_on_the_batch_or_the_order(case, tokens_per_batch):
     model, _, tokenizer = case
     expected = final(evaluate_choices(model, tokenizer, quiz()))
-    found = final(evaluate_choices(model, tokenizer, quiz(*QUIZ[::-1]), tokens_per_batch=tokens_per_batch))
+    found = final(
+        evaluate_choices(model, tokenizer, quiz(*QUIZ[::-1]), reading=ReadingOptions(tokens_per_batch=tokens_per_batch))
+    )
     assert found.predictions.tolist() == expected.predictions.tolist()[::-1]
     for ours, theirs in zip(found.option_nats, expected.option_nats[::-1], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)  # other batch shapes sum float32 products in another order
@@ -156,7 +159,7 @@ def test_the_encoder_reads_every_prompt_once_and_no_option(t5_dir):
 def test_the_encoder_decoders_separator_and_the_prompts_white_space_change_nothing(t5_dir):
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(t5_dir).eval(), load_tokenizer(str(t5_dir))
     expected = final(evaluate_choices(model, tokenizer, quiz()))
-    found = final(evaluate_choices(model, tokenizer, quiz(), separator=" | ", bos=False))
+    found = final(evaluate_choices(model, tokenizer, quiz(), reading=ReadingOptions(separator=" | ", bos=False)))
     assert all(np.array_equal(a, b) for a, b in zip(found.option_nats, expected.option_nats, strict=True))
 
 
@@ -234,7 +237,7 @@ def test_a_long_prompt_loses_its_beginning_alike_for_all_options(case):
     causal = not model.config.is_encoder_decoder
     long = replace(QUIZ[2], prompt="It rained for a day and a night. " * 12 + QUIZ[2].prompt)
     long = replace(long, choices=("2, 4, 8", "it stopped", "it"))
-    result = final(evaluate_choices(model, tokenizer, quiz(long, *QUIZ[3:]), seq_len=32))
+    result = final(evaluate_choices(model, tokenizer, quiz(long, *QUIZ[3:]), reading=ReadingOptions(seq_len=32)))
     assert result.prompts_cut == 1
     context = result.questions[0].context_ids
     longest = max(len(ids) for ids in result.questions[0].option_ids)
@@ -257,7 +260,7 @@ def test_options_that_cannot_be_scored_name_their_example(model_dir, tokenizer, 
 
 def test_progress_counts_option_tokens_and_ends_with_the_result(case):
     model, _, tokenizer = case
-    steps = list(evaluate_choices(model, tokenizer, quiz(), tokens_per_batch=50))
+    steps = list(evaluate_choices(model, tokenizer, quiz(), reading=ReadingOptions(tokens_per_batch=50)))
     total = sum(len(tokenizer(o, add_special_tokens=False)["input_ids"]) for e in QUIZ for o in e.choices)
     assert [s.done for s in steps] == sorted(s.done for s in steps)
     assert steps[-1].done == steps[-1].total == total

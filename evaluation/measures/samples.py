@@ -14,19 +14,21 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig
+from kd.common.progress import Progress
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.evaluation.scoring.scored_text import Progress, require_vocabulary, window
+from kd.evaluation.answers.decoding import answer_room, prompt_ids, written_answers
+from kd.evaluation.scoring.reading_options import READING, ReadingOptions
+from kd.evaluation.scoring.scored_text import require_vocabulary
+from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate
-from kd.evaluation.tasks.generation import answer_room, greedy_answers, prompt_ids
-from kd.models.loading import Model, is_encoder_decoder
+from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer, vocabulary_size
 
 NEW_TOKENS = 64
@@ -94,24 +96,18 @@ def write_samples(
     tokenizer: Tokenizer,
     prompts: Prompts,
     *,
-    seq_len: int | None = None,
-    separator: str = "\n",
-    bos: bool = True,
+    reading: ReadingOptions = READING,
     max_new_tokens: int | None = None,
-    tokens_per_batch: int | None = None,
 ) -> Iterator[Progress[SamplesResult]]:
     """Let the model continue or answer every prompt; the last record carries the texts. Options as in `generation`."""
-    encoder = is_encoder_decoder(model.config)
-    blocks = BlockConfig(
-        seq_len=window(model, seq_len), separator="" if prompts.continued else separator, bos=bos, encoder=encoder
-    ).normalised("pairs", tokenizer)
+    blocks = prompt_blocks(model, tokenizer, replace(reading, separator="") if prompts.continued else reading)
     size = vocabulary_size(tokenizer)
     require_vocabulary(int(model.get_output_embeddings().weight.shape[0]), size)
     examples = tuple(
         Example(id=str(n), task="samples", split="", prompt=p, target="") for n, p in enumerate(prompts.texts)
     )
     corpus = Corpus(prompts.name, "", "pairs", examples, {})
-    wanted = max_new_tokens or (NEW_TOKENS if encoder else min(NEW_TOKENS, blocks.seq_len // 2))
+    wanted = max_new_tokens or (NEW_TOKENS if blocks.encoder else min(NEW_TOKENS, blocks.seq_len // 2))
     room = answer_room(model, tokenizer, corpus, blocks, wanted)
     counts: Counter[str] = Counter()
     contexts = list(prompt_ids(corpus, tokenizer, blocks, room, counts))
@@ -119,13 +115,13 @@ def write_samples(
     ended_E, length_E = np.zeros(len(contexts)), np.zeros(len(contexts))
     yield Progress(0, len(contexts))
     done = 0
-    for numbers, answers in greedy_answers(
+    for numbers, answers in written_answers(
         model,
         contexts,
         max_new_tokens=room,
         eos_id=tokenizer.eos_token_id,
         vocabulary_size=size,
-        tokens_per_batch=tokens_per_batch,
+        tokens_per_batch=reading.tokens_per_batch,
     ):
         for number, answer in zip(numbers, answers, strict=True):
             ids = answer.ids.tolist()

@@ -14,19 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kd.common.errors import DataError
+from kd.common.progress import final
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.evaluation.scoring.scored_text import final
-from kd.evaluation.tasks.generation import (
-    GREEDY,
-    Sampling,
-    cut_at,
-    evaluate_generation,
-    generation_of,
-    greedy_answers,
-    gumbel_noise,
-    until_eos,
-)
+from kd.evaluation.answers.decoding import GREEDY, Sampling, gumbel_noise, written_answers
+from kd.evaluation.measures.generation import cut_at, evaluate_generation, generation_of
+from kd.evaluation.scoring.reading_options import ReadingOptions
+from kd.models.answering import until_eos
 from kd.models.tokenizer import load_tokenizer, vocabulary_size
 
 ARCHITECTURES = {"causal": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}
@@ -85,7 +79,7 @@ def answers_of(
 ):
     contexts = [np.array(prompt_ids(tokenizer, model, p), dtype=np.int32) for p in PROMPTS]
     found = {}
-    for numbers, answers in greedy_answers(
+    for numbers, answers in written_answers(
         model,
         contexts,
         max_new_tokens=steps,
@@ -175,7 +169,9 @@ def test_a_prompt_that_several_examples_have_is_asked_once_and_is_one_document(c
 def test_the_order_of_the_examples_changes_no_answer(case):
     model, tokenizer = case
     forth = final(evaluate_generation(model, tokenizer, corpus()))
-    back = final(evaluate_generation(model, tokenizer, corpus(*PAIRS[::-1]), tokens_per_batch=60))
+    back = final(
+        evaluate_generation(model, tokenizer, corpus(*PAIRS[::-1]), reading=ReadingOptions(tokens_per_batch=60))
+    )
     assert back.answers == forth.answers[::-1]
 
 
@@ -290,7 +286,9 @@ def test_the_end_of_a_long_prompt_is_what_is_answered(case):
     causal = not model.config.is_encoder_decoder
     window = lengths[4] + 8 * causal
     long = replace(PAIRS[4], prompt=lead + PROMPTS[4])
-    cut = final(evaluate_generation(model, tokenizer, corpus(long), seq_len=window, max_new_tokens=8))
+    cut = final(
+        evaluate_generation(model, tokenizer, corpus(long), reading=ReadingOptions(seq_len=window), max_new_tokens=8)
+    )
     whole = prompt_ids(tokenizer, model, long.prompt)
     kept = ([whole[0]] if causal else []) + whole[(causal - lengths[4]) or len(whole) :]
     assert len(kept) == lengths[4]
@@ -327,7 +325,7 @@ def test_documents_have_no_prompts_to_answer(teacher, tokenizer, prose):
 
 def test_progress_counts_examples_and_ends_with_the_result(case):
     model, tokenizer = case
-    steps = list(evaluate_generation(model, tokenizer, corpus(), tokens_per_batch=80))
+    steps = list(evaluate_generation(model, tokenizer, corpus(), reading=ReadingOptions(tokens_per_batch=80)))
     assert [s.done for s in steps] == sorted(s.done for s in steps)
     assert steps[-1].done == steps[-1].total == len(PAIRS)
     assert [s.result for s in steps[:-1]] == [None] * (len(steps) - 1)

@@ -8,8 +8,8 @@ import torch
 
 from kd.cache_builder.store.reader import CacheReader
 from kd.common.errors import CacheError, DataError
-from kd.evaluation.scoring.scored_text import final
-from kd.evaluation.tasks.agreement import evaluate_agreement, rest_bucket_kl
+from kd.common.progress import final
+from kd.evaluation.measures.agreement import evaluate_agreement, rest_bucket_kl
 
 VOCAB = 400
 

@@ -32,19 +32,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.progress import Progress
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
-from kd.evaluation.scoring.scored_text import Progress, ScoredText, window
+from kd.evaluation.scoring.reading_options import READING, ReadingOptions
+from kd.evaluation.scoring.scored_text import ScoredText
 from kd.evaluation.scoring.shared_context import shared_nll
+from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task, per_example
-from kd.models.loading import Model, is_encoder_decoder, max_positions
+from kd.models.loading import Model, max_positions
 from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
 
 TIE = 1e-6
@@ -87,28 +90,22 @@ def evaluate_choices(
     tokenizer: Tokenizer,
     corpus: Corpus,
     *,
-    seq_len: int | None = None,
-    separator: str = "\n",
-    bos: bool = True,
+    reading: ReadingOptions = READING,
     encoding: str = "apart",
-    tokens_per_batch: int | None = None,
 ) -> Iterator[Progress[ChoicesResult]]:
     """Score every option of `corpus`; the last record carries the result.
 
-    seq_len     tokens a model sees at once (an encoder: of the prompt); None = its positions, at most 1024 (`together`: lm-eval's)
-    separator   text between prompt and option; an encoder-decoder needs none
-    bos         open a causal model's prompt with BOS; `together` does what the tokenizer does
+    reading    its `seq_len` None means lm-eval's window where `encoding` is `together`, which also leaves BOS to the tokenizer
+    encoding   key of `ENCODINGS`
 
     Raises DataError for an unknown encoding, when no example has choices, or an option has no tokens or more than the
     model has positions.
     """
     if encoding not in ENCODINGS:
         raise unknown_name("encoding", encoding, ENCODINGS)
-    if encoding == "together" and seq_len is None:
-        seq_len = harness_window(model.config, tokenizer)
-    blocks = BlockConfig(
-        seq_len=window(model, seq_len), separator=separator, bos=bos, encoder=is_encoder_decoder(model.config)
-    ).normalised("pairs", tokenizer)
+    if encoding == "together" and reading.seq_len is None:
+        reading = replace(reading, seq_len=harness_window(model.config, tokenizer))
+    blocks = prompt_blocks(model, tokenizer, reading)
     limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1
     counts: Counter[str] = Counter()
     questions = list(ENCODINGS[encoding](corpus, tokenizer, blocks, limit, counts))
@@ -122,7 +119,7 @@ def evaluate_choices(
         )
     texts = [ScoredText(q.example.id, q.context_ids, ids) for q in questions for ids in q.option_ids]
     lengths = [len(t.target_ids) for t in texts]
-    nll_N = yield from shared_nll(model, texts, tokens_per_batch=tokens_per_batch)
+    nll_N = yield from shared_nll(model, texts, tokens_per_batch=reading.tokens_per_batch)
     starts = np.cumsum([0, *(len(q.option_ids) for q in questions)])
     nats_O = per_example(-nll_N, lengths)
     option_nats = tuple(nats_O[starts[i] : starts[i + 1]] for i in range(len(questions)))

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kd import cli as module
 from kd.common.errors import DataError
-from kd.evaluation.scoring.scored_text import final
-from kd.evaluation.tasks.hellaswag import PROTOCOLS, evaluate_hellaswag, load_scenes, without_marks
+from kd.common.progress import final
+from kd.evaluation.measures.hellaswag import PROTOCOLS, evaluate_hellaswag, load_scenes, without_marks
 from kd.models.tokenizer import load_tokenizer
 
 ROWS: list[dict[str, Any]] = [

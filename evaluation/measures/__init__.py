@@ -1,0 +1,1 @@
+"""Measurements of a model in memory: functions of model, tokenizer and text."""

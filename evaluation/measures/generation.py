@@ -1,0 +1,173 @@
+"""Answers to prompts, compared with what was accepted: exact match, token F1, and the metrics that a task names.
+
+Where examples have choices, an answer is also matched with them: `choice_match` is the share of those that name the right
+one (generate-and-match, the other way to classify), `choice_none` of those that name none (`answers.named_choice`).
+
+What a user sees, unlike rank classification (`kd.evaluation.measures.choices`): the model must also find the form of an answer
+and its end. Decoding is transformers' own `generate` with the most probable token at every step and nothing else:
+sampling, penalties or forced tokens of the model's `generation_config` are set aside, because two models compare
+only under one rule. Ids that the tokenizer cannot emit (padded columns of the output layer) are never chosen. Or tokens
+are drawn from the whole softmax at a temperature, as the most probable token after noise:
+
+    argmax_k (z_k / T + g_k)        g_k = -ln(-ln u_k), u_k uniform: a draw from softmax(z / T)         (Gumbel 1954)
+
+The noise of a prompt depends on the seed and its own tokens alone, so that neither batches, limits nor the order of
+the examples change an answer, and no generator of the process is touched.
+
+    causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
+    encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
+
+Longer prompts lose their beginning and are counted. An answer ends at EOS, or at `stop` where one is given and
+no reference holds it (a model without a trained EOS goes on with the next question: `stop="\\n"`), or after
+`max_new_tokens`; then it counts as unfinished. By default these are the tokens of the longest reference, EOS included,
+and SLACK more; never more than half the window of a causal model. Batches hold prompts of similar length. A prompt that
+several examples of a task have (CommonGen: one per reference) is answered once, and is one document to the errors.
+
+Shapes: E examples, B of a batch, C context tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.common.errors import DataError
+from kd.common.progress import Progress
+from kd.data.rows.example import Example
+from kd.data.sources import Corpus
+from kd.evaluation.answers.accepted import best_over, exact_match, named_choice, references, token_f1
+from kd.evaluation.answers.answer_metrics import MetricSettings, metrics_by_task, score_answers
+from kd.evaluation.answers.decoding import GREEDY, Sampling, answer_room, prompt_ids, written_answers
+from kd.evaluation.measures.choices import right_answer
+from kd.evaluation.scoring.reading_options import READING, ReadingOptions
+from kd.evaluation.scoring.scored_text import require_vocabulary
+from kd.evaluation.scoring.windows import prompt_blocks
+from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task
+from kd.models.loading import Model
+from kd.models.tokenizer import Tokenizer, vocabulary_size
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a model wrote, and how well it fits. Standard errors are those of a mean over examples."""
+
+    estimates: Mapping[str, Estimate]
+    """`exact_match`, `f1`, `unfinished`, and of the first two `…_mean_of_tasks` and `…/TASK` for each task.
+
+    Where examples have choices, `choice_match` and `choice_none` over these; then the tasks' own metrics."""
+    answers: tuple[str, ...]
+    """[E] texts in the order of the corpus, as compared."""
+    documents: Documents
+    max_new_tokens: int
+    """As used."""
+    prompts_cut: int
+    """Examples whose prompt lost its beginning."""
+    made_by: Mapping[str, str]
+    """Metrics, between commas -> library, version and settings, of those that a task names."""
+
+
+def evaluate_generation(
+    model: Model,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    *,
+    reading: ReadingOptions = READING,
+    max_new_tokens: int | None = None,
+    stop: str | None = None,
+    sampling: Sampling = GREEDY,
+    metrics: Sequence[str] | None = None,
+    metric_settings: MetricSettings | None = None,
+) -> Iterator[Progress[GenerationResult]]:
+    """Answer every prompt of `corpus`; progress counts examples, the last record carries the result.
+
+    max_new_tokens   most tokens of an answer, EOS included; None = as the longest reference needs
+    stop             text at which an answer is cut as well, where no reference holds it
+    metrics          keys of `ANSWER_METRICS` for every task; None = those that the tasks' files name
+
+    Raises DataError for a text without prompts, and when the answers need more positions than there are.
+    """
+    if corpus.kind != "pairs":
+        raise DataError(
+            "there are no prompts to answer",
+            where=corpus.spec,
+            found=corpus.kind,
+            expected="prompt and target",
+            try_="--columns prompt=…,target=…",
+        )
+    blocks = prompt_blocks(model, tokenizer, reading)
+    size = vocabulary_size(tokenizer)
+    require_vocabulary(int(model.get_output_embeddings().weight.shape[0]), size)
+    room = answer_room(model, tokenizer, corpus, blocks, max_new_tokens)
+    settings = metric_settings or MetricSettings()
+    chosen = metrics_by_task(corpus.examples, corpus.metrics, metrics, settings)
+    counts: Counter[str] = Counter()
+    places: dict[bytes, list[int]] = {}
+    for number, ids in enumerate(prompt_ids(corpus, tokenizer, blocks, room, counts)):
+        places.setdefault(ids.tobytes(), []).append(number)
+    contexts = [np.frombuffer(ids, dtype=np.int32) for ids in places]
+    numbers_of = list(places.values())
+    texts = [""] * len(corpus.examples)
+    unfinished_E = np.zeros(len(texts))
+    yield Progress(0, len(texts))
+    done = 0
+    for batch, answers in written_answers(
+        model,
+        contexts,
+        max_new_tokens=room,
+        eos_id=tokenizer.eos_token_id,
+        vocabulary_size=size,
+        sampling=sampling,
+        tokens_per_batch=reading.tokens_per_batch,
+    ):
+        for context, answer in zip(batch, answers, strict=True):
+            text = tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for number in numbers_of[context]:
+                cut = cut_at(text, stop, references(corpus.examples[number]))
+                texts[number] = cut
+                unfinished_E[number] = not answer.ended and cut == text
+            done += len(numbers_of[context])
+        yield Progress(done, len(texts))
+    yield Progress(
+        done, done, generation_of(corpus.examples, texts, unfinished_E, room, counts["cut"], chosen, settings)
+    )
+
+
+def cut_at(text: str, stop: str | None, accepted: Sequence[str]) -> str:
+    """`text` before the first `stop`; whole where there is none, or where an accepted text holds it."""
+    return text.partition(stop)[0] if stop and not any(stop in reference for reference in accepted) else text
+
+
+def generation_of(
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    unfinished_E: np.ndarray,
+    max_new_tokens: int,
+    prompts_cut: int,
+    chosen: Mapping[str, Sequence[str]] | None = None,
+    settings: MetricSettings | None = None,
+) -> GenerationResult:
+    """The figures from the answers `[E]`, in the order of the examples; `chosen`: further metric -> its tasks."""
+    pairs = [(answer, references(example)) for answer, example in zip(answers, examples, strict=True)]
+    documents = Documents.of_prompts(examples)
+    ones, tasks = np.ones(len(examples)), [e.task for e in examples]
+    match_E, f1_E = (np.array([best_over(metric, *pair) for pair in pairs]) for metric in (exact_match, token_f1))
+    estimates = {
+        "exact_match": documents.ratio(match_E, ones),
+        "f1": documents.ratio(f1_E, ones),
+        "unfinished": documents.ratio(unfinished_E, ones),
+        **figures_by_task("exact_match", documents, match_E, tasks),
+        **figures_by_task("f1", documents, f1_E, tasks),
+    }
+    right = [right_answer(example) for example in examples]
+    if any(index is not None for index in right):
+        named = [named_choice(answer, example.choices) for answer, example in zip(answers, examples, strict=True)]
+        asked = np.array([index is not None for index in right], dtype=np.float64)
+        hits = np.array([index is not None and index == found for index, found in zip(right, named, strict=True)])
+        none = np.array([index is not None and found is None for index, found in zip(right, named, strict=True)])
+        estimates["choice_match"] = documents.ratio(hits.astype(np.float64), asked)
+        estimates["choice_none"] = documents.ratio(none.astype(np.float64), asked)
+    further, made_by = score_answers(answers, examples, documents, chosen or {}, settings or MetricSettings())
+    return GenerationResult(estimates | further, tuple(answers), documents, max_new_tokens, prompts_cut, made_by)

@@ -1,0 +1,35 @@
+"""How a model reads text when it is evaluated: window, separator and batches.
+
+This module imports nothing heavy, because the command line reads it to print its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kd.common.settings import check, setting, unescaped
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """Windows and batches, the same for every task of an evaluation."""
+
+    seq_len: int | None = None
+    """Tokens that the model sees at once; an encoder, of the prompt. By default the model's positions, at most 1024."""
+    stride: int | None = None
+    """New tokens scored per window of a document. By default seq-len - 1, which reads the text about once."""
+    bos: bool = True
+    """Whether documents and prompts open with the BOS token."""
+    separator: str = setting("\n", parse=unescaped)
+    """Text between prompt and target of a pair; an encoder-decoder needs none."""
+    limit_tokens: int | None = None
+    """Score exactly the first N tokens of the text, in perplexity and in agreement with a live teacher. By default all."""
+    tokens_per_batch: int | None = setting(None, minimum=1)
+    """Tokens of a forward pass, padding included. By default what suits the device."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+READING = ReadingOptions()
+"""The defaults."""

@@ -1,0 +1,59 @@
+"""The window of a model: how many tokens it reads at once, and how a text is cut to fit."""
+
+from __future__ import annotations
+
+from kd.common.errors import DataError
+from kd.data.blocks import BlockConfig
+from kd.evaluation.scoring.reading_options import ReadingOptions
+from kd.models.loading import Model, is_encoder_decoder, max_positions
+from kd.models.tokenizer import Tokenizer
+
+DEFAULT_SEQ_LEN = 1024
+"""Tokens in the window of a model that has as many positions; a model with fewer uses them all."""
+
+
+def require_positions(model: Model, tokens: int) -> None:
+    """Raise DataError when `tokens` positions are more than the model has."""
+    limit = max_positions(model.config)
+    if limit is not None and tokens > limit:
+        raise DataError(
+            "the sequences are longer than the model's positions",
+            found=f"{tokens} tokens",
+            expected=f"at most {limit}",
+            try_=f"--seq-len {limit}",
+        )
+
+
+def window(model: Model, seq_len: int | None) -> int:
+    """`seq_len`, or by default the model's positions, at most 1024. Raises DataError for more than the model has."""
+    if seq_len is None:
+        seq_len = min(max_positions(model.config) or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
+    require_positions(model, seq_len)
+    return seq_len
+
+
+def text_blocks(reading: ReadingOptions, seq_len: int, *, encoder: bool) -> BlockConfig:
+    """How documents and pairs are cut to be scored token by token; a pair that is too long is cut as in training.
+
+    seq_len   tokens of the window, as `window` gives them
+    encoder   whether the model is an encoder-decoder
+    """
+    return BlockConfig(
+        seq_len=seq_len,
+        stride=seq_len - 1 if reading.stride is None else reading.stride,
+        bos=reading.bos,
+        separator=reading.separator,
+        encoder=encoder,
+        overlong="truncate",
+    )
+
+
+def prompt_blocks(model: Model, tokenizer: Tokenizer, reading: ReadingOptions) -> BlockConfig:
+    """How prompts are cut before something is to follow them."""
+    blocks = BlockConfig(
+        seq_len=window(model, reading.seq_len),
+        separator=reading.separator,
+        bos=reading.bos,
+        encoder=is_encoder_decoder(model.config),
+    )
+    return blocks.normalised("pairs", tokenizer)

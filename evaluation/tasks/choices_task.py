@@ -1,0 +1,134 @@
+"""`--tasks choices`: rank classification; see `kd.evaluation.measures.choices`.
+
+With `--labels both`, the examples are asked in each wording of their labels, and the metrics are called `METRIC_original` and
+`METRIC_flan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from kd.common.progress import Progress
+from kd.common.settings import check
+from kd.data.data_settings import BOTH
+from kd.data.tasks.task import WORDINGS
+from kd.evaluation.tasks.eval_task import (
+    SAMPLES,
+    Metric,
+    Task,
+    TaskResult,
+    question_settings,
+    rows_digest,
+)
+from kd.evaluation.tasks.shared_options import SharedOptions
+
+if TYPE_CHECKING:
+    from kd.data.sources import Corpus
+    from kd.evaluation.measures.choices import ChoicesResult
+    from kd.evaluation.statistics.estimates import Estimate
+    from kd.models.loading import Model
+    from kd.models.tokenizer import Tokenizer
+
+ACCURACY = Metric("accuracy", "share of examples", "higher", "example")
+RANKED = {
+    "accuracy": ACCURACY,
+    "accuracy_mean_of_tasks": replace(ACCURACY, title="accuracy, mean of tasks", unit="mean of shares"),
+    "accuracy_sum": replace(ACCURACY, title="accuracy by sum"),
+    "accuracy_chars": replace(ACCURACY, title="accuracy by character"),
+}
+"""Metrics of one wording."""
+
+
+METRICS = RANKED | {
+    f"{name}_{wording}": replace(metric, title=f"{metric.title}, {wording} labels")
+    for wording in WORDINGS
+    for name, metric in RANKED.items()
+}
+
+
+@dataclass(frozen=True)
+class ChoicesOptions:
+    """Options of choices."""
+
+    encoding: Literal["apart", "together"] = "apart"
+    """How choices tokenises prompt and option: apart, as in training, or together, as lm-eval."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+class ChoicesTask(Task[ChoicesOptions, "dict[str, Corpus]"]):
+    """Which of an example's choices a model finds most probable. It measures on a text per wording of the labels."""
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return METRICS
+
+    def reads_text(self, options: ChoicesOptions) -> bool:
+        return True
+
+    def load(
+        self, options: ChoicesOptions, shared: SharedOptions, tokenizer: Tokenizer, corpus: Corpus | None
+    ) -> dict[str, Corpus]:
+        assert corpus is not None, "the text was checked to be given"
+        if shared.data.instructions.labels != BOTH:
+            return {"": corpus}
+        from kd.data.sources import load_corpus
+
+        flan = replace(shared.data.instructions, labels="flan")
+        other = load_corpus(str(shared.data.spec), split=shared.data.split, limit=shared.data.limit, instructions=flan)
+        same = [e.choices for e in other.examples] == [e.choices for e in corpus.examples]
+        return {"": corpus} if same else {"_original": corpus, "_flan": other}
+
+    def may_be_known(self, material: Mapping[str, Corpus]) -> Corpus:
+        return next(iter(material.values()))
+
+    def run(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        options: ChoicesOptions,
+        shared: SharedOptions,
+        material: Mapping[str, Corpus],
+    ) -> Iterator[Progress[TaskResult]]:
+        from kd.evaluation.measures.choices import evaluate_choices
+
+        results: dict[str, ChoicesResult] = {}
+        done = total = 0
+        for suffix, corpus in material.items():
+            for step in evaluate_choices(model, tokenizer, corpus, reading=shared.reading, encoding=options.encoding):
+                yield Progress(done + step.done, max(total, done + step.total))
+            assert step.result is not None
+            results[suffix] = step.result
+            done = total = done + step.total
+        yield Progress(done, done, _task_result(options, shared, material, results))
+
+
+def _task_result(
+    options: ChoicesOptions, shared: SharedOptions, corpora: Mapping[str, Corpus], results: Mapping[str, ChoicesResult]
+) -> TaskResult:
+    """Both by the suffix of their wording; the first one's documents and samples stand for all."""
+    first = next(iter(results.values()))
+    settings: dict[str, Any] = question_settings(next(iter(corpora.values())), shared) | {"encoding": options.encoding}
+    estimates: dict[str, Estimate] = {}
+    for suffix, result in results.items():
+        for metric, estimate in result.estimates.items():
+            base, slash, part = metric.partition("/")
+            estimates[f"{base}{suffix}{slash}{part}"] = estimate
+        settings |= _wording_settings(suffix, corpora[suffix], result)
+    samples = [
+        {"prompt": q.example.prompt, "expected": q.example.choices[q.answer], "got": q.example.choices[chosen]}
+        for q, chosen in zip(first.questions[:SAMPLES], first.predictions.tolist(), strict=False)
+    ]
+    return TaskResult(estimates, first.documents, settings, samples)
+
+
+def _wording_settings(suffix: str, corpus: Corpus, result: ChoicesResult) -> dict[str, Any]:
+    labels = corpus.source.get("labels")
+    return ({"labels": BOTH if suffix else labels} if labels else {}) | {
+        f"choices{suffix}_digest": rows_digest([e.id, e.choices, e.answer] for e in corpus.examples),
+        f"examples_skipped{suffix}": result.skipped,
+        f"prompts_cut{suffix}": result.prompts_cut,
+    }

@@ -1,0 +1,84 @@
+"""Options that every task of `kd eval` shares: the text, how the model reads it, how it is loaded, how it answers.
+
+This module imports nothing heavy, because the command line reads it to print its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from kd.common.settings import check, setting
+from kd.data.data_settings import DataSettings
+from kd.evaluation.scoring.reading_options import ReadingOptions
+
+if TYPE_CHECKING:
+    from kd.models.loading import ModelRequest
+
+
+@dataclass(frozen=True)
+class EvalDataSettings(DataSettings):
+    """The text that tasks measure on."""
+
+    spec: str | None = setting(None, flag="--data", metavar="SPEC")
+    """Text for perplexity, choices (examples with choices), generation (prompts and targets), and agreement with
+    --teacher: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file or folder, or hub-id[:config][@revision]."""
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How models are loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type that models compute in; auto is float32 on a CPU, and as stored on a GPU."""
+    device: str = setting("auto", metavar="auto|cpu|cuda[:N]")
+    """Device of the models; auto is cuda where there is one."""
+    load_in_4bit: bool = False
+    """Load the models in nf4 with double quantisation (bitsandbytes)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer of a random model. By default the embedded one."""
+    seed: int = 0
+    """Seed of random weights and of sampled answers."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def model_request(self, name: str) -> ModelRequest:
+        """The request for the model that is evaluated."""
+        from kd.models.loading import ModelRequest
+
+        return ModelRequest(name, self.revision, self.dtype, self.device, self.load_in_4bit, self.tokenizer, self.seed)
+
+    def teacher_request(self, name: str) -> ModelRequest:
+        """The request for a teacher beside it; revision and tokenizer are the model's alone."""
+        from kd.models.loading import ModelRequest
+
+        return ModelRequest(name, dtype=self.dtype, device=self.device, load_in_4bit=self.load_in_4bit, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How long answers may be, for the tasks in which the model writes."""
+
+    max_new_tokens: int | None = setting(None, minimum=1)
+    """Most tokens of a generated answer, EOS included. By default as many as the longest reference needs, and 64 for
+    samples."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """Options that are not those of one task."""
+
+    data: EvalDataSettings = field(default_factory=EvalDataSettings)
+    """The text that tasks measure on."""
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+    """Windows and batches."""
+    answers: AnswerOptions = field(default_factory=AnswerOptions)
+    """Length of answers."""
+    loading: LoadingOptions = field(default_factory=LoadingOptions)
+    """How models are loaded."""

@@ -1,0 +1,77 @@
+"""Answers of a model to a batch of prompts: padded prompts, one call of `generate`, ids up to the end-of-text token.
+
+The cache builder (answers that become targets) and the evaluation (answers that are scored) both use it. How a token is
+chosen is the caller's: greedy, drawn with torch's generator, or drawn with noise of its own.
+
+Shapes: B prompts of a batch, C prompt tokens, n answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kd.models.loading import Model, is_encoder_decoder
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after one prompt."""
+
+    ids: np.ndarray
+    """[n] int64, without the end-of-text token"""
+    ended: bool
+    """Whether the model ended the text itself. If not, it ran into the limit."""
+
+
+def answer_batch(
+    model: Model, prompts: Sequence[np.ndarray], *, eos_id: int | None, pad_id: int, **options: Any
+) -> list[Answer]:
+    """One answer per prompt.
+
+    prompts   each [C >= 1] token ids, special tokens included
+    eos_id    token that ends an answer; None = the limit alone does
+    pad_id    token that fills short prompts up; the attention mask hides it
+    options   passed on to transformers' `generate`: how tokens are chosen, and how many at most
+    """
+    import torch
+
+    causal = not is_encoder_decoder(model.config)
+    ids_BC, mask_BC = padded_prompts(prompts, pad_id, left=causal)
+    device = model.get_output_embeddings().weight.device
+    with torch.inference_mode():
+        output = model.generate(input_ids=ids_BC.to(device), attention_mask=mask_BC.to(device), **options)
+    # a causal model repeats the prompt, a decoder its start token
+    written = output[:, ids_BC.shape[1] if causal else 1 :].cpu().numpy()
+    return [until_eos(row, eos_id) for row in written]
+
+
+def padded_prompts(prompts: Sequence[np.ndarray], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, `[B, C]` int64 tensors. A causal model continues at the right edge: its padding is left."""
+    import torch
+
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        columns = slice(longest - len(prompt), longest) if left else slice(0, len(prompt))
+        ids[b, columns] = torch.from_numpy(prompt.astype(np.int64))
+        mask[b, columns] = 1
+    return ids, mask
+
+
+def until_eos(row: np.ndarray, eos_id: int | None) -> Answer:
+    """`[n]` generated ids, padded after the end -> the answer before the first end-of-text token."""
+    ends = np.flatnonzero(row == eos_id) if eos_id is not None else np.zeros(0, dtype=np.int64)
+    return Answer(row[: ends[0]], True) if len(ends) else Answer(row, False)
+
+
+def unused_ids(model: Model, vocabulary_size: int) -> list[int] | None:
+    """Columns of the output layer that no token of the tokenizer has (padding), for `suppress_tokens`; None for none."""
+    return list(range(vocabulary_size, int(model.get_output_embeddings().weight.shape[0]))) or None
