@@ -17,7 +17,7 @@ from kd.common.errors import KdError
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "transformers", "accelerate", "safetensors", "datasets"),
-    "eval": ("matplotlib", "rouge_score", "sacrebleu", "bert_score", "simplemma", "nltk"),
+    "eval": ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "bert_score", "simplemma", "nltk"),
     "quantization": ("bitsandbytes",),
     "lora": ("peft",),
     "s3": ("s3fs", "aiohttp", "botocore"),
