@@ -329,7 +329,7 @@ def make_read_cache(work: Path) -> None:
     """`work/read`: the embedded text with made-up heads, written without a teacher."""
     import numpy as np
 
-    from kd.cache_builder.build.builder import write_shard
+    from kd.cache_builder.build.shard_writing import write_shard
     from kd.cache_builder.store.targets import RawTargets
     from kd.cache_builder.store.writers.claims import Claims
     from kd.cache_builder.store.writers.shard_writer import ShardWriter

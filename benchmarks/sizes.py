@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from numcodecs import blosc, zstd
 
-from kd.cache_builder.build.builder import load_teacher, write_shard
+from kd.cache_builder.build.builder import load_teacher
 from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.build.shard_writing import write_shard
 from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.reader import CacheReader, quality_means
 from kd.cache_builder.store.targets import RawTargets, TargetConfig

@@ -1,31 +1,28 @@
-"""Build a cache: run the teacher over the shards not yet committed, encode and write meanwhile.
+"""Build a cache: run the teacher over the shards that are not committed yet; encode and write them meanwhile.
 
-    for progress in build(plan_build(request)): ...      # resumable at any moment; the last progress says complete
+    for progress in build(plan_build(request)): ...      # the last record says whether the cache is complete
 
-Encoding and writing happen on one thread beside the forward pass; when that thread fails, the build stops with
-its message, and when the build is interrupted, that thread ends what it is at: zarr writes in threads of its own, which a
-signal would leave behind at work in a folder that is being removed. What is committed is complete, so the same call
-continues after any interruption and ends with the same bytes.
+A shard that is committed is complete, so the same call continues after any interruption and ends with the same bytes.
+Encoding and writing happen on one thread beside the forward pass (`shard_writing`); when that thread fails, the build stops
+with its message.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.build.reuse import Earlier
-from kd.cache_builder.store import codecs, commits
-from kd.cache_builder.store.encoding.arrays import Arrays
+from kd.cache_builder.build.shard_writing import WriterThread
+from kd.cache_builder.store import commits
 from kd.cache_builder.store.profiles import PROFILES
-from kd.cache_builder.store.targets import RawTargets
-from kd.cache_builder.store.vocabulary import tokens_digest
-from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.store.writers.claims import Claims
+from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.common.errors import DataError
 from kd.common.files import write_error
 from kd.data.blocks import TokenRows
@@ -44,23 +41,23 @@ class BuildProgress:
     """One step of a build."""
 
     rows_done: int
-    """Rows scored or found committed."""
+    """Rows that are scored or were committed before."""
     rows_total: int
     shards_done: int
     shards_total: int
     tokens_per_second: float
-    """Teacher tokens per second of this process, since it started scoring."""
+    """Target tokens per second that this process has scored since it loaded the teacher."""
     complete: bool = False
     reused: bool = False
-    """True when there was nothing left to do."""
+    """Whether there was nothing left to do."""
     copied: int = 0
-    """Shards taken over from another cache."""
+    """Shards copied from another cache."""
     elsewhere: dict[int, str] = field(default_factory=dict)
-    """Shards that other builders are at, and who they are; on the last record."""
+    """Shards that other builders hold -> who they are. Set on the last record."""
     seconds: dict[str, float] | None = None
-    """Where time went: forward, head, select, encode, write, wait; on the last record."""
+    """Seconds of forward, head, select, encode, write and wait. Set on the last record."""
     padding_share: float | None = None
-    """Share of the positions the teacher computed that was padding; on the last record, None where nothing was scored."""
+    """Share of the computed positions that was padding. Set on the last record; None where nothing was scored."""
 
     @property
     def done(self) -> int:
@@ -79,9 +76,9 @@ class BuildProgress:
 
 
 def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
-    """Run the teacher over every shard of this part that is not committed; yields progress after each batch.
+    """Run the teacher over every shard of this part that is not committed; yields a record after each batch.
 
-    Raises KdError; whatever was committed stays, and the same call continues from there.
+    Raises KdError. What is committed stays, and the same call continues from there.
     """
     if not plan.targets_known:
         raise DataError(
@@ -92,7 +89,7 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
             try_="the request on the last record of generate",
         )
     request, manifest = plan.request, plan.manifest
-    writer = shard_writer.ShardWriter(request.out, manifest)
+    writer = ShardWriter(request.out, manifest)
     pool = ThreadPoolExecutor(1, thread_name_prefix="kd-writer")
     try:
         writer.sweep()
@@ -103,7 +100,13 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
             total = len(manifest.shards)
             yield BuildProgress(manifest.rows, manifest.rows, total, total, 0.0, complete=True, reused=True)
             return
-        yield from _build(plan, writer, pool)
+        running = _Running(plan, writer, pool)
+        try:
+            yield from running.steps()
+        finally:
+            pool.shutdown()
+            running.claims.release_all()
+        yield running.last()
     except OSError as error:
         raise write_error(request.out, error) from error
     finally:
@@ -111,94 +114,93 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
         writer.close()
 
 
-def _build(plan: BuildPlan, writer: shard_writer.ShardWriter, pool: ThreadPoolExecutor) -> Iterator[BuildProgress]:
-    request, manifest = plan.request, writer.manifest
-    index, count = request.shard
-    total, mine = len(manifest.shards), range(index - 1, len(manifest.shards), count)
-    present = set(commits.committed(request.out, total))
-    for i in present:
-        commits.read_commit(request.out, manifest, i)  # a foreign commit must not count as done
-    todo = [i for i in mine if i not in present]
-    done_rows, done_shards = sum(manifest.shards[i][2] for i in present), len(present)
-    seconds = {"forward": 0.0, "head": 0.0, "select": 0.0, "encode": 0.0, "write": 0.0, "wait": 0.0}
-    earlier = Earlier(request.extend, manifest) if todo and request.extend is not None else None
-    copied = 0
-    claims, elsewhere = Claims(request.out), dict[int, str]()
-    teacher: Teacher | None = None  # torch is imported where there is something to score
-    started, tokens = time.perf_counter(), 0
-    try:
-        pending: Future[None] | None = None
+class _Running:
+    """A build at work: which shards are done, and who is at the others."""
 
-        def wait() -> int:
-            """Let the writer finish; returns the shards it was at."""
-            waiting = time.perf_counter()
-            if pending is not None:
-                pending.result()
-            seconds["wait"] += time.perf_counter() - waiting
-            return 0 if pending is None else 1
+    def __init__(self, plan: BuildPlan, writer: ShardWriter, pool: ThreadPoolExecutor) -> None:
+        self.plan, self.writer, self.manifest = plan, writer, writer.manifest
+        index, count = plan.request.shard
+        self.shards = len(self.manifest.shards)
+        present = set(commits.committed(writer.root, self.shards))
+        for i in present:
+            commits.read_commit(writer.root, self.manifest, i)  # a commit of another cache must not count as done
+        self.todo = [i for i in range(index - 1, self.shards, count) if i not in present]
+        self.rows_done = sum(self.manifest.shards[i][2] for i in present)
+        self.shards_done = len(present)
+        self.copied = 0
+        self.claims = Claims(writer.root)
+        self.elsewhere: dict[int, str] = {}
+        self.thread = WriterThread(plan, writer, pool, self.claims)
+        self.teacher: Teacher | None = None  # torch is imported only where there is something to score
+        self.started = time.perf_counter()
+        self.tokens = 0
 
-        for i, committed in _ours(todo, request.out, claims, elsewhere):
-            first, stop, size = manifest.shards[i]
+    def steps(self) -> Iterator[BuildProgress]:
+        """Copy or score every shard that is left."""
+        extend = self.plan.request.extend
+        earlier = Earlier(extend, self.manifest) if self.todo and extend is not None else None
+        for i, committed in _ours(self.todo, self.writer.root, self.claims, self.elsewhere):
+            first, stop, size = self.manifest.shards[i]
             if committed:  # another builder was faster
-                done_rows, done_shards = done_rows + size, done_shards + 1
+                self.rows_done, self.shards_done = self.rows_done + size, self.shards_done + 1
                 continue
-            rows = plan.rows[first:stop]
-            known = None if earlier is None else earlier.shard(i, rows)
-            if known is not None:
-                done_shards += wait()
-                pool.submit(_write, writer, i, rows, *known, plan, seconds, claims).result()
-                copied, done_rows, done_shards = copied + 1, done_rows + size, done_shards + 1
-                yield BuildProgress(done_rows, manifest.rows, done_shards, total, 0.0)
+            rows = self.plan.rows[first:stop]
+            same = None if earlier is None else earlier.shard(i, rows)
+            if same is None:
+                yield from self._score(i, rows, first)
                 continue
-            if teacher is None:
-                from kd.cache_builder.teacher.teacher_pass import collect
+            self.shards_done += self.thread.wait()
+            self.thread.copy(i, rows, *same)
+            self.copied, self.rows_done, self.shards_done = self.copied + 1, self.rows_done + size, self.shards_done + 1
+            yield self._progress(0.0)
+        self.shards_done += self.thread.wait()
 
-                teacher = load_teacher(plan)
-                started = time.perf_counter()
-            raw, before = None, done_rows
-            for scored, finished in collect(rows, teacher.run(rows, first)):
-                raw = finished
-                claims.touch()
-                if pending is not None and pending.done():
-                    pending.result()  # a failed writer stops the build here, with its own message
-                done_rows = before + scored
-                rate = (tokens + scored) / (time.perf_counter() - started)
-                yield BuildProgress(done_rows, manifest.rows, done_shards, total, rate)
-            assert raw is not None
-            tokens += sum(len(r.target_ids) for r in rows)
-            done_shards += wait()
-            pending = pool.submit(write_shard, writer, i, rows, raw, plan, seconds, claims)
-        done_shards += wait()
-    finally:
-        pool.shutdown()
-        claims.release_all()
-    rate, padding_share = 0.0, None
-    if teacher is not None:
-        rate = tokens / (time.perf_counter() - started)
-        seconds |= asdict(teacher.times)
-        padding_share = teacher.padding_share
-    complete = len(commits.committed(request.out, total)) == total
-    if complete:
-        writer.finish()
-    yield BuildProgress(
-        done_rows,
-        manifest.rows,
-        done_shards,
-        total,
-        rate,
-        complete,
-        not todo,
-        copied,
-        elsewhere,
-        seconds,
-        padding_share,
-    )
+    def _score(self, index: int, rows: list[TokenRows], first_example: int) -> Iterator[BuildProgress]:
+        """Run the teacher over one shard and hand the result to the writer's thread."""
+        from kd.cache_builder.teacher.teacher_pass import collect
+
+        if self.teacher is None:
+            self.teacher = load_teacher(self.plan)
+            self.started = time.perf_counter()
+        raw, before = None, self.rows_done
+        for scored, targets in collect(rows, self.teacher.run(rows, first_example)):
+            raw = targets
+            self.claims.touch()
+            self.thread.check()  # a failed writer stops the build here, with its own message
+            self.rows_done = before + scored
+            yield self._progress((self.tokens + scored) / (time.perf_counter() - self.started))
+        assert raw is not None
+        self.tokens += sum(len(r.target_ids) for r in rows)
+        self.shards_done += self.thread.wait()
+        self.thread.submit(index, rows, raw)
+
+    def _progress(self, rate: float) -> BuildProgress:
+        return BuildProgress(self.rows_done, self.manifest.rows, self.shards_done, self.shards, rate)
+
+    def last(self) -> BuildProgress:
+        """Finish the cache where all shards are committed; returns the record of the whole build."""
+        rate = 0.0 if self.teacher is None else self.tokens / (time.perf_counter() - self.started)
+        times = (
+            dict.fromkeys(("forward", "head", "select"), 0.0) if self.teacher is None else asdict(self.teacher.times)
+        )
+        complete = len(commits.committed(self.writer.root, self.shards)) == self.shards
+        if complete:
+            self.writer.finish()
+        return replace(
+            self._progress(rate),
+            complete=complete,
+            reused=not self.todo,
+            copied=self.copied,
+            elsewhere=self.elsewhere,
+            seconds=times | self.thread.seconds,
+            padding_share=None if self.teacher is None else self.teacher.padding_share,
+        )
 
 
 def _ours(todo: list[int], root: Path, claims: Claims, elsewhere: dict[int, str]) -> Iterator[tuple[int, bool]]:
-    """`(shard, is it committed)`: shards of `todo` that we claimed, and those that others have committed meanwhile.
+    """`(shard, is it committed)`: shards of `todo` that this builder has claimed, and those that others committed meanwhile.
 
-    Shards that others hold are asked for again after the rest, until nothing changes; they stay in `elsewhere`.
+    Shards that other builders hold are tried again after the rest, until nothing changes; they stay in `elsewhere`.
     """
     while todo:
         left = []
@@ -219,7 +221,7 @@ def _ours(todo: list[int], root: Path, claims: Claims, elsewhere: dict[int, str]
 
 
 def load_teacher(plan: BuildPlan) -> Teacher:
-    """Load the plan's model and put the sparsifier behind it."""
+    """Load the plan's model and prepare it for all rows of the plan."""
     from kd.cache_builder.teacher.sparsify import Sparsifier, boundary_token_ids
     from kd.cache_builder.teacher.teacher_pass import Teacher
 
@@ -237,57 +239,3 @@ def load_teacher(plan: BuildPlan) -> Teacher:
     teacher = Teacher(head, Sparsifier(config, size, boundary), tokens_per_batch=plan.request.tokens_per_batch)
     teacher.prepare(plan.rows)
     return teacher
-
-
-def write_shard(
-    writer: shard_writer.ShardWriter,
-    index: int,
-    rows: list[TokenRows],
-    raw: RawTargets,
-    plan: BuildPlan,
-    seconds: dict[str, float],
-    claims: Claims,
-) -> None:
-    """Encode and commit one shard (on the writer's thread)."""
-    started = time.perf_counter()
-    stored, quality = codecs.encode(raw, plan.manifest.targets)
-    seconds["encode"] += time.perf_counter() - started
-    _write(writer, index, rows, stored, quality, plan, seconds, claims)
-
-
-def _write(
-    writer: shard_writer.ShardWriter,
-    index: int,
-    rows: list[TokenRows],
-    stored: Arrays,
-    quality: dict[str, float],
-    plan: BuildPlan,
-    seconds: dict[str, float],
-    claims: Claims,
-) -> None:
-    started = time.perf_counter()
-    position = index * plan.manifest.layout.shard_rows
-    examples = []
-    for row in rows:
-        stop = position + len(row.target_ids)
-        examples.append(
-            {
-                "id": row.example.id,
-                "task": row.example.task,
-                "split": row.example.split,
-                "prompt": row.example.prompt,
-                "target": row.example.target,
-                "context_ids": row.context_ids,
-                "n_tokens": len(row.input_ids),
-                "row_start": position,
-                "row_end": stop,
-                "tokens_digest": tokens_digest(row.context_ids, row.target_ids),
-            }
-        )
-        position = stop
-    try:
-        writer.write(index, stored, examples, quality)
-    except OSError as error:
-        raise write_error(writer.root, error) from error
-    claims.release(index)
-    seconds["write"] += time.perf_counter() - started

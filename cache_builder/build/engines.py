@@ -2,11 +2,11 @@
 
     for progress in build_together(plan, workers=4): ...      # records as `build` yields them
 
-Every builder makes the same plan and takes the next shard that nobody has claimed (`claims`), so that a slow one holds up no
-other, and one that dies leaves its shard to the rest. What they share is the directory: on a cluster, a file system that all
-machines see under one path. How far they are is told by the commits.
+Every builder makes the same plan and takes the next shard that no other has claimed (`claims`). So a slow builder holds up no
+other, and one that dies leaves its shard to the rest. The builders share only the directory; on a cluster it is on a file
+system that all machines see under one path. Progress is read from the commits.
 
-On CUDA each builder has one GPU, in turn; on a CPU they share the processors. Add an engine: a function in `ENGINES`.
+On CUDA each builder gets one GPU, in turn; on a CPU they share the processors. Add an engine: a function in `ENGINES`.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """What one builder is given."""
+    """The work of one builder."""
 
     request: BuildRequest
     threads: int | None
-    """Of torch; None: as it finds them."""
+    """Number of torch's threads; None = leave it as it is."""
     gpu: str | None = None
-    """The only GPU it sees, as CUDA_VISIBLE_DEVICES names it; None: as it finds them."""
+    """The only GPU it may see, as CUDA_VISIBLE_DEVICES names it; None = leave the variable as it is."""
     folder: str | None = None
-    """Where relative names in the request begin."""
+    """Folder that relative paths in the request start from; None = the builder's own."""
 
 
 Answer = BuildProgress | KdError
-"""A builder's last record, or what the user has to know."""
+"""A builder's last record, or the error that stopped it."""
 Poll = Callable[[float], "list[Answer] | None"]
-"""Waits so many seconds at most; the answers of all builders once the last has come."""
+"""Waits for at most so many seconds. Returns the answers of all builders when the last has come, None before that."""
 
 
 def build_together(plan: BuildPlan, *, workers: int, engine: str = "local") -> Iterator[BuildProgress]:
-    """Build with several builders; yields progress, at last one record for all of them.
+    """Build with several builders; yields progress, and last one record for all of them.
 
-    Raises the first KdError of a builder; whatever was committed stays, and the same call continues from there.
+    Raises the first KdError of a builder. What is committed stays, and the same call continues from there.
     """
     if engine not in ENGINES:
         raise unknown_name("engine", engine, ENGINES)
     if workers < 1:
-        raise DataError("a build needs a builder", found=f"--workers {workers}", expected="1 or more")
+        raise DataError("--workers must be at least 1", found=f"--workers {workers}")
     request = replace(plan.request, out=plan.request.out.absolute(), model=None)
     sizes = [rows for _, _, rows in plan.manifest.shards]
     before, started = set(commits.committed(request.out, len(sizes))), time.perf_counter()
@@ -83,7 +83,7 @@ def build_together(plan: BuildPlan, *, workers: int, engine: str = "local") -> I
 
 
 def together(done: set[int], last: BuildProgress, records: Sequence[BuildProgress]) -> BuildProgress:
-    """One record of what all builders did, with these shards `done`; seconds are added up."""
+    """One record for all builders, where these shards are `done`. Their seconds are added."""
     spent = [record.seconds for record in records if record.seconds is not None]
     padding = [record.padding_share for record in records if record.padding_share is not None]
     elsewhere = {i: who for record in records for i, who in record.elsewhere.items() if i not in done}
@@ -99,7 +99,7 @@ def together(done: set[int], last: BuildProgress, records: Sequence[BuildProgres
 
 
 def jobs(request: BuildRequest, workers: int) -> list[Job]:
-    """One for each builder: a GPU each where the teacher runs on one, else an equal share of the processors."""
+    """One job per builder: a GPU each where the teacher runs on a GPU, else an equal share of the processors."""
     device = resolve_device(request.teacher.device)
     if device == "cuda":
         import torch
@@ -107,18 +107,18 @@ def jobs(request: BuildRequest, workers: int) -> list[Job]:
         names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         gpus = names if names[0] else [str(number) for number in range(torch.cuda.device_count())]
         return [Job(request, None, gpus[number % len(gpus)]) for number in range(workers)]
-    if device.startswith("cuda"):  # that one GPU is for all
+    if device.startswith("cuda"):  # the user has named one GPU: all builders use it
         return [Job(request, None) for _ in range(workers)]
     return [Job(request, max(1, len(os.sched_getaffinity(0)) // workers)) for _ in range(workers)]
 
 
 def work(job: Job) -> Answer:
-    """Build until nothing is left that nobody has claimed."""
+    """Build until every shard is committed or claimed by another builder."""
     share_one_heap()
     if job.folder is not None and Path(job.folder).is_dir():
         os.chdir(job.folder)
     if job.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu  # before CUDA is asked for the first time
+        os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu  # before CUDA is initialised
     if job.threads is not None:
         import torch
 
@@ -132,7 +132,7 @@ def work(job: Job) -> Answer:
 
 @contextmanager
 def local(todo: Sequence[Job]) -> Iterator[Poll]:
-    """Processes of this machine."""
+    """Run builders as processes of this machine."""
     context = multiprocessing.get_context("spawn")  # a forked one could not use CUDA, nor torch's threads
     running: dict[Connection, Any] = {}
     answers: list[Answer] = []
@@ -171,14 +171,14 @@ def local(todo: Sequence[Job]) -> Iterator[Poll]:
 
 
 def _answer(connection: Connection, job: Job) -> None:
-    """What a local builder's process does; told to stop, it leaves no staging folder behind."""
+    """Main function of a local builder's process. On SIGTERM it ends without leaving a staging folder."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # the terminal is the parent's, who tells how far all are
+    transformers.utils.logging.disable_progress_bar()  # the parent shows the progress of all
     transformers.utils.logging.set_verbosity_error()
     signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -191,7 +191,7 @@ def _answer(connection: Connection, job: Job) -> None:
 
 @contextmanager
 def on_ray(todo: Sequence[Job]) -> Iterator[Poll]:
-    """Tasks of the Ray cluster that RAY_ADDRESS names, or of one on this machine that ends with the build."""
+    """Run builders as tasks of the Ray cluster that RAY_ADDRESS names, or of a cluster on this machine that ends with the build."""
     with needed("ray", "--engine ray"):
         import ray
     begun_here = not ray.is_initialized()

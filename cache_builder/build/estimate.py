@@ -1,4 +1,4 @@
-"""What a build would cost, before a weight is loaded."""
+"""What a build would cost: rows, bytes and time, estimated without loading the model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kd.models.loading import parameter_count, resolve_device, resolve_dtype
 
 
 def _bound(most: int, blocks: BlockConfig) -> str:
-    """What the counts of a plan without answers rest on."""
+    """The limit that gives the counts of a plan without answers."""
     if most == blocks.target_len:
         return f"target length: {most} tokens per answer"
     return f"generation limit: {most} new tokens per answer; tokenised again, a text may have a few more"
 
 
 def estimate(plan: BuildPlan) -> dict[str, Any]:
-    """What a build would cost: rows, bytes, seconds. Runs a fraction of a second of matrix products, no model.
+    """The cost of a build: rows, bytes, seconds. Multiplies matrices for a fraction of a second; runs no model.
 
-    Bytes: stored arrays before compression plus the text (an upper bound; real caches end 25-45 % below).
-    Seconds: 2 * parameters * tokens floating-point operations at this device's measured matrix speed.
+    Bytes: the stored arrays before compression, plus the text. This is an upper bound; real caches are 25-45 % smaller.
+    Seconds: 2 * parameters * tokens floating-point operations at the measured matrix speed of this device.
 
-    While the teacher has not answered (`targets_known` false), the counts are those of answers as long as they may get,
-    under names that say so (`rows_at_most`), and `bound` says what they rest on; the seconds are of scoring them,
-    answering comes on top; and the fingerprint, which covers the answers, is None.
+    While the teacher has not answered (`targets_known` is false), the counts assume the longest possible answers. Their
+    names say so (`rows_at_most`), and `bound` names the limit. The seconds are those of scoring; answering comes on top.
+    The fingerprint covers the answers, so it is None.
     """
     parameters = parameter_count(plan.request.teacher)
     device, dtype = resolve_device(plan.request.teacher.device), resolve_dtype(plan.request.teacher)
@@ -39,7 +39,7 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
     for _ in range(4):
         (a @ b).sum().item()
     speed = 4 * 2 * 1024 * 2048 * 2048 / (time.perf_counter() - started)
-    known, rows = plan.targets_known, plan.manifest.rows
+    rows = plan.manifest.rows
     counts = {
         "examples": plan.manifest.examples,
         "rows": rows,
@@ -47,10 +47,10 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "teacher_tokens": plan.tokens,
     }
     seconds = 2 * parameters * plan.tokens / speed
-    if known:
+    if plan.targets_known:
         text = sum(len(r.example.target.encode()) for r in plan.rows)
         overlong = plan.manifest.provenance["overlong"]
-        own = {
+        more: dict[str, Any] = {
             "left_out_without_text": plan.request.corpus.without_text,
             "pairs_dropped": overlong["dropped"],
             "pairs_truncated": overlong["truncated"],
@@ -58,16 +58,16 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
     else:
         text = rows * max(len(piece) for i, piece in enumerate(plan.vocabulary) if i not in plan.special_ids)
         counts = {f"{name}_at_most": count for name, count in counts.items()}
-        own = {"bound": _bound(len(plan.rows[0].target_ids), plan.request.blocks)}
+        more = {"bound": _bound(len(plan.rows[0].target_ids), plan.request.blocks)}
     return {
-        "fingerprint": plan.manifest.fingerprint if known else None,
-        "targets_known": known,
+        "fingerprint": plan.manifest.fingerprint if plan.targets_known else None,
+        "targets_known": plan.targets_known,
         **counts,
         "teacher_parameters": parameters,
         "bytes_per_token_before_compression": plan.raw_bytes_per_token,
         "bytes_at_most": rows * plan.raw_bytes_per_token + text,
-        "seconds_estimated" if known else "scoring_seconds_at_most": seconds,
+        "seconds_estimated" if plan.targets_known else "scoring_seconds_at_most": seconds,
         "device": device,
-        **own,
+        **more,
         "committed_shards": len(committed(plan.request.out, len(plan.manifest.shards))),
     }

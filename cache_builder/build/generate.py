@@ -1,11 +1,11 @@
-"""Targets by the teacher: it answers the prompts, and its answers are what is scored and stored.
+"""Targets written by the teacher: it answers the prompts, and its answers are scored and stored.
 
-    for step in generate(request): ...      # resumable; the last step carries the new request
+    for step in generate(request): ...      # the last step carries the new request
     plan = plan_build(step.request)
 
-Answers are written to `generated/NNNNN.parquet`, BLOCK examples each, before the plan is made (its shards depend on
-their lengths), beside `generated/request.json`, which says what they were made from. Greedy, or sampled from the
-whole distribution with a seed; batches are cut the same way every time, so a resumed build has the same answers.
+Answers are written to `generated/NNNNN.parquet`, BLOCK examples each, before the plan is made, because shards depend on their
+lengths. `generated/request.json` beside them says what they were made from. The teacher takes the most probable token, or
+samples from the whole distribution with a seed. Batches are the same every time, so a resumed build has the same answers.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from kd.models.loading import is_encoder_decoder, refuse_classifier
 from kd.models.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint, vocabulary_size
 
 BLOCK = 256
-"""Examples per file: the unit of resuming."""
+"""Examples per file. A file is the unit of resuming."""
 BATCH = 16
-"""Prompts per call of `generate`, sorted by length inside a block."""
+"""Prompts per call of the model's `generate`. They are sorted by length inside a block."""
 
 
 @dataclass(frozen=True)
 class GenerationProgress:
-    """Answers there are so far."""
+    """One step of answering."""
 
     done: int
+    """Answers that are on disk."""
     total: int
+    """Answers in all."""
     request: BuildRequest | None = None
-    """On the last record: the request with the teacher's answers as targets, and the model already loaded."""
+    """The request with the teacher's answers as targets, and the model that was loaded. Set on the last record."""
 
     @property
     def note(self) -> str:
@@ -51,7 +53,7 @@ class GenerationProgress:
 
 
 def generate(request: BuildRequest) -> Generator[GenerationProgress, None, None]:
-    """Answer every prompt of `request.corpus`. Raises KdError; what was answered stays, and the same call continues."""
+    """Answer every prompt of `request.corpus`. Raises KdError. What is answered stays, and the same call continues."""
     generation = request.generation or GenerationConfig()
     config = request.source.config()
     refuse_classifier(request.teacher, config)
@@ -95,7 +97,7 @@ def generate(request: BuildRequest) -> Generator[GenerationProgress, None, None]
 
 
 def answered(request: BuildRequest) -> bool:
-    """Are the answers of a build under `request.out` complete?"""
+    """Whether the answers of a build are complete in `request.out`."""
     folder = request.out / ANSWERS
     if not (folder / "request.json").exists():
         return False
@@ -104,11 +106,11 @@ def answered(request: BuildRequest) -> bool:
 
 
 def longest_answers(request: BuildRequest, tokenizer: Tokenizer) -> Iterator[TokenRows]:
-    """Every prompt with as many rows as its answer may have: what a plan counts while there are no answers.
+    """Every prompt with as many rows as its answer may have, for a plan made before there are answers. The ids are zeros.
 
-    With a target length near the generation limit or below, that length: the build lets nothing longer through. Else
-    `max_new_tokens`, EOS included, as generated; tokenised again, a text may have a few more (random weights, which write
-    halves of characters: 43 for 40). Never more than a shard holds. The ids are zeros.
+    With a target length up to the generation limit, that length, because the build accepts nothing longer. Otherwise
+    `max_new_tokens`, EOS included; tokenised again, a text may have a few more (random weights, which write parts of
+    characters: 43 for 40). Never more than a shard holds.
     """
     generation = request.generation or GenerationConfig()
     length, limit = request.blocks.target_len, generation.max_new_tokens
@@ -119,7 +121,10 @@ def longest_answers(request: BuildRequest, tokenizer: Tokenizer) -> Iterator[Tok
 
 
 def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int) -> Iterator[tuple[Example, np.ndarray]]:
-    """Examples with the ids the teacher is given to answer in `most` tokens; `overlong` treats those too long."""
+    """Examples and the ids of their prompts, which leave room for answers of `most` tokens.
+
+    Prompts that are too long are treated as `overlong` says. Raises DataError.
+    """
     if request.corpus.kind == "documents":
         raise DataError(
             "there is nothing to answer",
@@ -163,7 +168,7 @@ def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int) -> Iterator
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Say what the answers are made from, or check that it is the same."""
+    """Record what the answers are made from, or raise CacheMismatchError where the folder holds answers to something else."""
     path = folder / "request.json"
     if not path.exists():
         write_atomic(path, canonical_json(identity))

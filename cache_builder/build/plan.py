@@ -1,15 +1,15 @@
-"""What a build will be: the text in tokens, cut into shards, and the identity that names it. Nothing is written.
+"""The plan of a build: the text in tokens, its shards, and the identity of the cache. Nothing is written.
 
-    plan = plan_build(request)            # loads no weights; before the teacher's answers: an upper bound
+    plan = plan_build(request)            # loads no weights
 
-`build` is given the plan; `kd cache plan` prints it.
+`build` carries the plan out, `kd cache plan` prints what it costs. Until the teacher has written the targets that it is to
+write, rows and shards are an upper bound.
 """
 
 from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -17,40 +17,42 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder.build.generate import longest_answers
-from kd.cache_builder.build.request import BuildRequest
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.cache_identity import refuse_mismatch
-from kd.cache_builder.store.manifest import (
-    CacheManifest,
-    Layout,
-    load_manifest,
+from kd.cache_builder.build.plan_checks import (
+    class_count,
+    predicted_ids,
+    refuse_long_sequences,
+    refuse_no_such_part,
+    refuse_other_kind,
 )
+from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.store.cache_identity import refuse_mismatch
+from kd.cache_builder.store.commits import existing_cache
+from kd.cache_builder.store.manifest import CacheManifest, Layout, load_manifest
 from kd.cache_builder.store.manifest_checks import check_bounds
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import TokenRows, tokenize_corpus
 from kd.data.tasks.glue import CLASSES
-from kd.models.classifiers import refuse_other_classes, refuse_other_heads
-from kd.models.loading import is_classifier, is_encoder_decoder, max_positions
-from kd.models.tokenizer import pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
+from kd.models.loading import is_encoder_decoder
+from kd.models.tokenizer import Tokenizer, pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Rows, shards and identity of a build; nothing is written yet."""
+    """Rows, shards and identity of a build. Nothing is written yet."""
 
     request: BuildRequest
     manifest: CacheManifest
     rows: list[TokenRows]
     vocabulary: list[bytes]
     codes: np.ndarray
-    """[V] what ids are stored as, see `codes_by_count`"""
+    """[V] the codes that ids are stored as, see `codes_by_count`"""
     special_ids: set[int]
 
     @property
     def targets_known(self) -> bool:
-        """False where the teacher is to write the targets and has not: rows and shards are an upper bound."""
-        return self.request.generation is None or self.request.answered
+        """False where the teacher is to write the targets and has not. Then rows and shards are an upper bound."""
+        return not _answers_missing(self.request)
 
     @property
     def tokens(self) -> int:
@@ -59,58 +61,45 @@ class BuildPlan:
 
     @property
     def raw_bytes_per_token(self) -> int:
-        """Bytes of a row before compression: an upper bound but for metadata and text."""
+        """Bytes of a row before compression. An upper bound, without metadata and text."""
         return sum(a.row_bytes for a in self.manifest.arrays)
 
 
 def plan_build(request: BuildRequest) -> BuildPlan:
-    """Tokenise, cut into shards, work out the identity. Raises KdError on anything that could not be built."""
+    """Tokenise, cut into shards, work out the identity. Raises KdError for anything that could not be built."""
     config = request.source.config()
-    request = replace(
-        request.pinned(),
-        targets=request.targets.normalised(),
-        blocks=replace(request.blocks, encoder=is_encoder_decoder(config)),
-    )
-    limit = max_positions(config)
-    for option, length in (("--seq-len", request.blocks.seq_len), ("--target-len", request.blocks.target_len)):
-        if limit is not None and length is not None and length > limit:
-            raise DataError(
-                "the sequence length is longer than the teacher's positions",
-                found=f"{option} {length}",
-                expected=f"at most {limit}",
-                try_=f"{option} {limit}",
-            )
-    classes = request.corpus.kind == CLASSES
-    if classes != is_classifier(config):
-        raise DataError(
-            "a classifier is a teacher of classes, and of nothing else",
-            where=request.teacher.name,
-            found=f"{(config.architectures or [type(config).__name__])[0]} over {request.corpus.spec}",
-            expected="a classifier over glue/TASK, or a language model over text",
-        )
-    if classes:
-        refuse_other_heads(request.teacher, config)
+    blocks = replace(request.blocks, encoder=is_encoder_decoder(config))
+    request = replace(request.pinned(), targets=request.targets.normalised(), blocks=blocks)
+    refuse_long_sequences(request, config)
+    refuse_other_kind(request, config)
     tokenizer = request.source.tokenizer()
-    own, width = vocabulary_size(tokenizer), int(config.vocab_size)
-    if own > width:
-        raise DataError(
-            "the tokenizer has more entries than the teacher has logits",
-            found=f"{own} entries",
-            expected=f"at most {width}",
-            try_="--tokenizer PATH of the right tokenizer",
-        )
-    # Padded logit columns (T5 28, Pythia 27) cannot be emitted and are left out of every sum; random weights with a
-    # tokenizer of another model keep their real width.
-    size = own if request.teacher.random_shape is None or width - own < 128 else width
+    classes = request.corpus.kind == CLASSES
     labels = request.corpus.examples[0].choices if classes else ()
+    size = predicted_ids(request, config, tokenizer)
     if classes:
-        size = _class_count(request, labels, config)
+        size = class_count(request, labels, config)
     request.targets.check_vocabulary(size)
     request = replace(request, blocks=request.blocks.normalised(request.corpus.kind, tokenizer))
     vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)
     counts: Counter[str] = Counter()
-    unknown = request.generation is not None and not request.answered
-    if unknown:
+    rows = _token_rows(request, tokenizer, counts)
+    identity = _identity(request, tokenizer, size)
+    existing = _existing(request, identity)
+    manifest = _manifest(request, rows, identity, existing, counts)
+    check_bounds(manifest.arrays, manifest.layout.shard_rows)
+    refuse_no_such_part(request.shard)
+    codes = codes_by_count(len(vocabulary), (r.target_ids if classes else r.input_ids for r in rows))
+    return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids))
+
+
+def _answers_missing(request: BuildRequest) -> bool:
+    """Whether the teacher is to write the targets and has not."""
+    return request.generation is not None and not request.answered
+
+
+def _token_rows(request: BuildRequest, tokenizer: Tokenizer, counts: Counter[str]) -> list[TokenRows]:
+    """The rows to score; `counts` receives the pairs that were `dropped` and `truncated`. Raises DataError for none."""
+    if _answers_missing(request):
         rows = list(longest_answers(request, tokenizer))
         counts["dropped"] = len(request.corpus.examples) - len(rows)
     else:
@@ -122,37 +111,62 @@ def plan_build(request: BuildRequest) -> BuildPlan:
             found=f"{counts['dropped']} dropped as too long",
             try_="--overlong truncate, or a larger --seq-len or --target-len",
         )
-    identity = {
+    return rows
+
+
+def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int) -> dict[str, Any]:
+    """Everything that can change a stored value, as the manifest holds it; `size`: ids that the teacher predicts."""
+    words: dict[str, Any] = {
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "entries": vocabulary_size(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if request.corpus.kind == CLASSES:
+        words |= {"pad_token_id": pad_token_id(tokenizer), "labels": list(request.corpus.examples[0].choices)}
+    corpus: dict[str, Any] = {"text_digest": request.corpus.digest, "kind": request.corpus.kind}
+    if request.generation is not None:
+        corpus["targets"] = request.generation.identity()
+    return {
         "teacher": request.source.identity() | {"vocabulary_size": size},
-        "tokenizer": {
-            "fingerprint": tokenizer_fingerprint(tokenizer),
-            "entries": own,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        | ({"pad_token_id": pad_token_id(tokenizer), "labels": list(labels)} if classes else {}),
-        "corpus": {"text_digest": request.corpus.digest, "kind": request.corpus.kind}
-        | ({} if request.generation is None else {"targets": request.generation.identity()}),
+        "tokenizer": words,
+        "corpus": corpus,
         "blocks": asdict(request.blocks),
         "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(request.targets).items()},
     }
-    existing = commits.existing_cache(request.out)
-    if existing is not None:
-        if unknown:  # the text is not there to be compared
-            identity["corpus"]["text_digest"] = existing.identity["corpus"]["text_digest"]
-        refuse_mismatch(request.out, identity, existing)
-        if request.layout not in (None, existing.layout):
-            raise CacheMismatchError(
-                "the directory holds a cache with other shard sizes",
-                cache=request.out,
-                found=existing.layout.shard_rows,
-                expected=getattr(request.layout, "shard_rows", None),
-                try_="leave --shard-rows out",
-            )
+
+
+def _existing(request: BuildRequest, identity: dict[str, Any]) -> CacheManifest | None:
+    """The manifest of the cache that the directory holds already. Raises CacheMismatchError where it is another cache."""
+    existing = existing_cache(request.out)
+    if existing is None:
+        return None
+    if _answers_missing(request):  # the text is not there to be compared
+        identity["corpus"]["text_digest"] = existing.identity["corpus"]["text_digest"]
+    refuse_mismatch(request.out, identity, existing)
+    if request.layout not in (None, existing.layout):
+        raise CacheMismatchError(
+            "the directory holds a cache with other shard sizes",
+            cache=request.out,
+            found=existing.layout.shard_rows,
+            expected=getattr(request.layout, "shard_rows", None),
+            try_="leave --shard-rows out",
+        )
+    return existing
+
+
+def _manifest(
+    request: BuildRequest,
+    rows: list[TokenRows],
+    identity: dict[str, Any],
+    existing: CacheManifest | None,
+    counts: Counter[str],
+) -> CacheManifest:
+    """The existing manifest, or that of a new cache. Raises DataError where a row does not fit into a shard."""
     layout = existing.layout if existing is not None else request.layout
     if layout is None:
         layout = Layout() if request.extend is None else load_manifest(request.extend).layout
     shards = _cut(rows, layout)
-    manifest = existing or CacheManifest(
+    return existing or CacheManifest(
         identity=identity,
         layout=layout,
         examples=len(rows),
@@ -161,37 +175,6 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         files={},
         provenance=_provenance(request, counts),
     )
-    check_bounds(manifest.arrays, manifest.layout.shard_rows)
-    index, count = request.shard
-    if not 1 <= index <= count:
-        raise DataError("no such part of the build", found=f"--shard {index}/{count}", expected="I/N with 1 <= I <= N")
-    codes = codes_by_count(len(vocabulary), (r.target_ids if classes else r.input_ids for r in rows))
-    return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids))
-
-
-def _class_count(request: BuildRequest, labels: Sequence[str], config: Any) -> int:
-    """The classes of a teacher, all of which are kept. Raises DataError where they are not the corpus's."""
-    refuse_other_classes(request.teacher, config, labels)
-    classes = len(labels)
-    if request.teacher.load_in_4bit:
-        raise DataError(
-            "classifiers are loaded as they are",
-            where=request.teacher.name,
-            found="--load-in-4bit",
-            try_="--dtype bfloat16",
-        )
-    if request.generation is not None:
-        raise DataError("a classifier writes no text", where=request.teacher.name, found="--targets teacher")
-    targets = request.targets
-    if targets.profile != "kl" or targets.top_k != classes or targets.samples or targets.tail_bands:
-        raise DataError(
-            "a cache of classes keeps all of them",
-            where=request.teacher.name,
-            found=f"profile {targets.profile}, top-k {targets.top_k}",
-            expected=f"profile kl, top-k {classes}",
-            try_="neither --profile nor --top-k",
-        )
-    return classes
 
 
 def _provenance(request: BuildRequest, counts: Counter[str]) -> dict[str, Any]:
@@ -208,7 +191,7 @@ def _provenance(request: BuildRequest, counts: Counter[str]) -> dict[str, Any]:
 
 
 def _cut(rows: list[TokenRows], layout: Layout) -> list[tuple[int, int, int]]:
-    """Consecutive whole examples per shard, as many as fit its row slots."""
+    """(first example, one past the last, rows) per shard: consecutive whole examples, as many as fit."""
     shards: list[tuple[int, int, int]] = []
     first = count = 0
     for number, row in enumerate(rows):

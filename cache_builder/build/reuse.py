@@ -1,7 +1,8 @@
-"""What another cache holds already need not be computed again: the same text built elsewhere, or more text after it.
+"""Shards of another cache that a build can copy: of the same text built elsewhere, or of its beginning.
 
-A shard is taken over when it is the very shard this build would make: the same examples by number, and every example's
-tokens by digest. Batches are made inside a shard, so its bytes are those the teacher would have given on that machine.
+A shard is copied where this build would make the same shard: the same examples by number, and the same tokens of every
+example by digest. Batches are made inside a shard, so its bytes are those the teacher would give on the machine it was
+built on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kd.data.blocks import TokenRows
 
 
 class Earlier:
-    """The shards of another cache that a build of `manifest` would make as well."""
+    """A finished cache, of whose shards a build of `manifest` copies those it would make itself."""
 
     def __init__(self, path: Path, manifest: CacheManifest) -> None:
         """Raises CacheMismatchError, with the difference, where anything but the text differs."""
@@ -37,7 +38,7 @@ class Earlier:
         self.manifest = manifest
 
     def shard(self, index: int, rows: Sequence[TokenRows]) -> tuple[Arrays, dict[str, float]] | None:
-        """Stored arrays and quality sums of shard `index`, which holds `rows`; None where the other cache has another."""
+        """Stored arrays and quality sums of shard `index`, which is to hold `rows`; None where the other cache's differs."""
         theirs = self.reader.manifest
         if (
             theirs.layout != self.manifest.layout
@@ -46,7 +47,7 @@ class Earlier:
             return None
         try:
             shard = self.reader.shard(index)
-        except CacheDamageError:  # then it is made again
+        except CacheDamageError:  # the teacher scores it again
             return None
         digests: list[Any] = shard.examples["tokens_digest"]
         wanted = [tokens_digest(r.context_ids, r.target_ids) for r in rows]

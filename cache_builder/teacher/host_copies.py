@@ -1,8 +1,8 @@
-"""What the device has computed, on its way to the host, and the time it took: nobody waits before it is there.
+"""Asynchronous device-to-host copies, and timing of the stages on the device.
 
-On a GPU `tensor.cpu()` and `bool(tensor)` wait for everything that was launched before; then the GPU waits in turn, for
-the next launch. Here tensors are copied to pinned memory on a stream of their own, beside the next computation, and read
-when their event has fired. On a CPU a tensor is where it shall be: everything here passes it through.
+On a GPU, `tensor.cpu()` and `bool(tensor)` wait for everything that was launched before; then the GPU waits for the next
+launch. Here tensors are copied to pinned memory on a stream of their own, beside the next computation, and read when their
+event has fired. On a CPU tensors are on the host already, and are passed through.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class HostCopies:
-    """The way from one device to the host."""
+    """Copies tensors of one device to the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,11 +25,11 @@ class HostCopies:
 
     @property
     def ahead(self) -> int:
-        """Batches to launch before the first of them is read."""
+        """Number of batches to launch before the first of them is read."""
         return 0 if self.stream is None else 1
 
     def start(self, tensors: Mapping[str, Tensor | None]) -> Arrival:
-        """Copy what the current stream has launched or is launching; returns at once."""
+        """Start copying tensors that the current stream computes; returns at once."""
         here = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         if self.stream is None:
             return Arrival(here)
@@ -45,10 +45,10 @@ class HostCopies:
 
 
 class Arrival:
-    """Tensors that are on their way.
+    """Tensors that are being copied.
 
-    It holds their sources until they have arrived: memory given back earlier would go to the next computation, which
-    knows nothing of the copying stream.
+    It holds their sources until they have arrived. Memory that is freed earlier would go to the next computation, which
+    does not wait for the copying stream.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Arrival:
         self._copies, self._event, self._sources = copies, event, sources
 
     def wait(self) -> dict[str, Tensor]:
-        """The tensors, on the host; waits until the last of them is there."""
+        """The tensors on the host; waits for the last of them."""
         if self._event is not None:
             self._event.synchronize()
         self._event = self._sources = None
@@ -65,23 +65,23 @@ class Arrival:
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
-    """Empty page-locked host memory, which a GPU writes to by itself. torch keeps what is freed for the next one."""
+    """Uninitialised page-locked host memory, which a GPU can write to by itself. torch reuses it when it is freed."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 class Laps:
-    """When the parts of a piece of work ended: by the clock, or on a GPU, where launching takes no time, by its own events."""
+    """Times at which the stages of a batch ended: on the clock, or by events of the GPU, where launching takes no time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._marks: list[tuple[str, Any]] = [("", self._now())]
 
     def mark(self, part: str) -> None:
-        """`part` ends here."""
+        """Note that the stage `part` ends here."""
         self._marks.append((part, self._now()))
 
     def seconds(self) -> Iterator[tuple[str, float]]:
-        """`(part, seconds)` in order. On a GPU only after something launched later has been waited for."""
+        """`(part, seconds)` in order. On a GPU, call it after waiting for something that was launched later."""
         for (_, before), (part, after) in pairwise(self._marks):
             yield part, after - before if self.device.type != "cuda" else before.elapsed_time(after) / 1000
 

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-Own = TypeVar("Own")
+Resource = TypeVar("Resource")
 
 TOKENS_IN_FLIGHT = 8192
 """Most tokens of all lanes together: the activations and attention of more would take memory that nobody expects."""
@@ -57,22 +57,22 @@ class _Threads:
 _threads = _Threads()
 
 
-class Lanes(Generic[Own]):
+class Lanes(Generic[Resource]):
     """A context in which work runs on several threads, and torch's own threads are divided among them.
 
     A single lane is the calling thread itself. Leaving waits for what was started and restores torch's threads.
     """
 
-    def __init__(self, own: Sequence[Own]) -> None:
-        """`own`: for each lane an object that no other lane uses, such as its working memory."""
-        self.count = len(own)
-        self._free: queue.SimpleQueue[Own] = queue.SimpleQueue()
-        for item in own:
+    def __init__(self, resources: Sequence[Resource]) -> None:
+        """`resources`: for each lane an object that no other lane uses, such as its working memory."""
+        self.count = len(resources)
+        self._free: queue.SimpleQueue[Resource] = queue.SimpleQueue()
+        for item in resources:
             self._free.put(item)
         self._pool: ThreadPoolExecutor | None = None
         self._each = 0
 
-    def __enter__(self) -> Lanes[Own]:
+    def __enter__(self) -> Lanes[Resource]:
         if self.count > 1:
             self._each = _threads.borrow(self.count)
             self._pool = ThreadPoolExecutor(self.count, "kd-lane")
@@ -84,8 +84,8 @@ class Lanes(Generic[Own]):
             self._pool = None
             _threads.give_back()
 
-    def start(self, work: Callable[[Own], T]) -> Callable[[], T]:
-        """Start `work(own object of the lane)`; calling the returned function waits for the result.
+    def start(self, work: Callable[[Resource], T]) -> Callable[[], T]:
+        """Start `work(resource of the lane)`; calling the returned function waits for the result.
 
         A single lane does the work before it returns, and raises here.
         """
@@ -104,9 +104,9 @@ class Lanes(Generic[Own]):
 
         return self._pool.submit(on_its_own).result
 
-    def _work(self, work: Callable[[Own], T]) -> T:
-        own = self._free.get()
+    def _work(self, work: Callable[[Resource], T]) -> T:
+        resource = self._free.get()
         try:
-            return work(own)
+            return work(resource)
         finally:
-            self._free.put(own)
+            self._free.put(resource)

@@ -20,14 +20,14 @@ segments by pairs; half as many columns take 10 % longer (benchmarks/chunks.py).
 
 
 def padded_width(vocabulary_size: int, device_type: str) -> int:
-    """Columns of the memory that `log_normalisers` works in; those beyond the vocabulary must hold 0 and are left alone."""
+    """Columns of the working memory of `log_normalisers`. Those beyond the vocabulary must hold 0; they are not written."""
     return vocabulary_size if device_type != "cpu" else -(-vocabulary_size // SEGMENT) * SEGMENT
 
 
 def log_normalisers(shifted: torch.Tensor, temperatures: Sequence[float], powers: torch.Tensor) -> torch.Tensor:
-    """`shifted [n, V]`, logits with maximum 0 -> `[n, T]`; the sum holds exp(0) = 1, so the logarithm is safe.
+    """Logits with maximum 0, `shifted [n, V]` -> `[n, T]`. Every sum contains exp(0) = 1, so its logarithm is finite.
 
-    `powers [n, padded_width(V)]` is written over; its first V columns may be `shifted` where temperatures double.
+    `powers [n, padded_width(V)]` is overwritten. Its first V columns may be `shifted` itself where temperatures double.
     """
     columns: dict[float, torch.Tensor] = {}
     filled = powers[:, : shifted.shape[1]]
@@ -46,19 +46,19 @@ def log_normalisers(shifted: torch.Tensor, temperatures: Sequence[float], powers
 
 
 def subtract(logits: torch.Tensor, top: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`logits [n, V] - top [n, 1]` into `out`."""
+    """Write `logits [n, V] - top [n, 1]` into `out`, and return it."""
     if logits.device.type != "cpu":
         return torch.sub(logits, top, out=out)
-    with np.errstate(invalid="ignore"):  # infinity less infinity: such rows are refused by their normalisers
+    with np.errstate(invalid="ignore"):  # infinity minus infinity: such rows are refused because of their normalisers
         np.subtract(logits.numpy(), top.numpy(), out=out.numpy())
     return out
 
 
 def exp_of_quotient(shifted: torch.Tensor, temperature: float, out: torch.Tensor) -> None:
-    """`exp(shifted / temperature)` into `out`, which may be `shifted`; all `[n, V]` float32.
+    """Write `exp(shifted / temperature)` into `out`, which may be `shifted`; all are `[n, V]` float32.
 
-    numpy's exp rounds a little worse than torch's and takes half as long on a CPU; what `log_z` is off by does not
-    change, as its own rounding weighs more. A quotient by a power of two is a product, exactly.
+    numpy's exp rounds a little worse than torch's and takes half as long on a CPU. The error of `log_z` does not change,
+    because its own rounding is larger. Dividing by a power of two equals multiplying by its inverse, exactly.
     """
     if shifted.device.type != "cpu":
         torch.div(shifted, temperature, out=out).exp_()
@@ -72,7 +72,7 @@ def exp_of_quotient(shifted: torch.Tensor, temperature: float, out: torch.Tensor
 
 
 def square(x: torch.Tensor) -> None:
-    """In place."""
+    """Square `x` in place."""
     if x.device.type != "cpu":
         x.mul_(x)
     else:
@@ -80,14 +80,14 @@ def square(x: torch.Tensor) -> None:
 
 
 def row_sums(x: torch.Tensor) -> torch.Tensor:
-    """`[n, W] -> [n]`; on a CPU W is a multiple of SEGMENT."""
+    """Sum of each row, `[n, W] -> [n]`. On a CPU W is a multiple of SEGMENT."""
     if x.device.type != "cpu":
         return x.sum(dim=1)
     return torch.from_numpy(np.vecdot(_segments(x), np.ones(SEGMENT, dtype=np.float32)).sum(axis=1))
 
 
 def row_sums_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """The same of x², which is not written down."""
+    """Sum of squares of each row, `[n, W] -> [n]`. The squares are not stored."""
     if x.device.type != "cpu":
         squares: torch.Tensor = torch.linalg.vector_norm(x, dim=1).square_()
         return squares

@@ -1,4 +1,4 @@
-"""How many logits of a row are larger than one of them, and seeded draws from a row."""
+"""The rank of one logit in its row, and seeded draws from a row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def count_larger(
 ) -> torch.Tensor:
     """`[n]` int64: how many of `logits [n, V]` are larger than `gold [n, 1]`.
 
-    Where gold is no smaller than the last of the row's largest, `kept [n, K]`, those alone have to be looked at. On a CPU
-    `marks` is memory to work in, see `kd.models.top_k.marks_for`.
+    Where gold is not smaller than the smallest of the row's top-k, `kept [n, K]`, only those are compared. On a CPU `marks`
+    is working memory, see `kd.models.top_k.marks_for`.
     """
     if logits.device.type != "cpu":
         return torch.gt(logits, gold).sum(dim=1)
@@ -32,8 +32,8 @@ def count_larger(
 def draw(shifted: torch.Tensor, uniforms: Uniforms) -> tuple[torch.Tensor, torch.Tensor]:
     """R draws per row from softmax(shifted) by inverting its cumulative sum (float64) at `uniforms [n, R]`.
 
-    Returns unique ids `[n, R]` and counts `[n, R]` (int64, most drawn first, unused slots 0). The draws depend
-    on the row's logits and its uniforms only, never on batch or chunk.
+    Returns unique ids `[n, R]` and their counts `[n, R]` (int64, most drawn first, unused slots 0). The draws depend only
+    on the row's logits and its uniforms, not on batch or chunk.
     """
     points = torch.as_tensor(uniforms).to(shifted.device)
     cumulative = shifted.double().exp().cumsum(dim=1)

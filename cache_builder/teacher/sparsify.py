@@ -1,9 +1,9 @@
-"""From a teacher's logits to what is kept of them, a few rows at a time, on the teacher's device.
+"""What is kept of a teacher's logits, computed a few rows at a time on the teacher's device.
 
-Everything is taken from one chunk `[n, V]` of float32 logits: top-k on the raw logits, one log-normaliser per
-temperature, gold log-probability and rank, seeded draws, rank bands. No log_softmax over the vocabulary is formed. On a
-CPU the chunk is worked through in blocks of rows that stay in the cache from the first pass to the last, and several
-threads take whole blocks each (`kd.models.top_k`, `selection` and `normalisers` hold the passes).
+Everything comes from one chunk `[n, V]` of float32 logits: top-k of the raw logits, one log-normaliser per temperature,
+gold log-probability and rank, seeded draws, rank bands. No log_softmax over the vocabulary is formed. On a CPU the chunk is
+processed in blocks of rows that stay in the processor's cache from the first pass to the last, and each of several threads
+takes whole blocks (`kd.models.top_k`, `selection` and `normalisers` hold the passes).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from kd.models.top_k import marks_for, top_k_at_once, top_k_by_threshold, top_k_
 LOG_MASS_FLOOR = -60.0
 """Log-mass of an empty rank band: e^-60 is below anything float32 can sum."""
 BLOCK_BYTES = 5 * 2**20
-"""Logits worked through at once on a CPU: larger blocks leave the caches between passes, in smaller ones the calls cost too
-much, and several threads wait for the interpreter's lock between them (benchmarks/chunks.py)."""
+"""Bytes of logits in a block on a CPU. Larger blocks leave the caches between passes; in smaller ones the calls cost too much,
+and several threads wait for the interpreter's lock between them (benchmarks/chunks.py)."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Kept numbers of n rows, still on the device (shapes as in `RawTargets`)."""
+    """What is kept of n rows, on the device that computed it. Shapes as in `RawTargets`."""
 
     log_z: torch.Tensor
     gold_logprob: torch.Tensor
@@ -43,11 +43,11 @@ class Chunk:
     sample_counts: torch.Tensor | None = None
     boundary_logprob: torch.Tensor | None = None
     doubt: torch.Tensor | None = None
-    """[n] uint8, of `Sparsifier.marked` alone: 0, TIED or NOT_FINITE"""
+    """[n] uint8: 0, TIED or NOT_FINITE. Set only by `Sparsifier.marked`."""
 
 
 TIED, NOT_FINITE = 1, 2
-"""Ids of the row may be others than `Sparsifier.__call__` keeps; it would raise NonFiniteRow."""
+"""Marks of a row: ties at rank k may have other ids than `Sparsifier.__call__` keeps; or it would raise NonFiniteRow."""
 
 
 class NonFiniteRow(Exception):
@@ -60,16 +60,16 @@ class NonFiniteRow(Exception):
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory to work on one block in."""
+    """Working memory for one block."""
 
     powers: torch.Tensor
     """[1 or 2, rows, padded_width(V)] float32"""
     marks: np.ndarray
-    """see `marks_for`; no rows but on a CPU"""
+    """See `marks_for`. It has no rows on other devices than a CPU."""
 
 
 class Sparsifier:
-    """Applies one `TargetConfig` to chunks of logits over `vocabulary_size` ids."""
+    """Applies one `TargetConfig` to chunks of logits over `vocabulary_size` ids. For one thread at a time, see `twin`."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Sparsifier:
         *,
         block_rows: int | None = None,
     ) -> None:
-        """`block_rows`: rows worked through at once; None: what stays in a CPU's cache, whole chunks elsewhere."""
+        """`block_rows`: rows of a block; None = what stays in a CPU's cache, and whole chunks on other devices."""
         config.check_vocabulary(vocabulary_size)
         self.config = config
         self.edges = band_edges(config.top_k, vocabulary_size, config.tail_bands) if config.tail_bands else []
@@ -88,18 +88,18 @@ class Sparsifier:
         self.block_rows = block_rows
         later = bool(self.edges or config.samples or PROFILES[config.profile].boundary)
         doubling = all(high == 2 * low for low, high in pairwise(config.temperatures))
-        self._in_place = doubling and not later  # nothing looks at the logits again once they are powers
+        self._in_place = doubling and not later  # the logits are not needed again once their powers replace them
         self._scratches: list[Scratch] = []
         self._pool: ThreadPoolExecutor | None = None
 
     def twin(self) -> Sparsifier:
-        """Another one, with memory of its own: one of them is for one thread at a time."""
+        """Another sparsifier of the same settings with its own working memory, for another thread."""
         return Sparsifier(self.config, self.vocabulary_size, self.boundary_ids, block_rows=self.block_rows)
 
     def _scratch(self, rows: int, workers: int, device: torch.device) -> list[Scratch]:
-        """Of each worker its own, reused: fresh memory of this size costs more than the arithmetic in it."""
-        found = self._scratches
-        if len(found) < workers or found[0].powers.shape[1] < rows or found[0].powers.device != device:
+        """Working memory for each worker. It is reused, because new memory of this size costs more than the arithmetic in it."""
+        current = self._scratches
+        if len(current) < workers or current[0].powers.shape[1] < rows or current[0].powers.device != device:
             shape = (1 if self._in_place else 2, rows, padded_width(self.vocabulary_size, device.type))
             marks = rows if device.type == "cpu" else 0
             with torch.inference_mode(False):
@@ -125,7 +125,7 @@ class Sparsifier:
         scratch = self._scratch(min(step, len(logits)), workers, logits.device)
 
         def work(worker: int) -> list[Chunk | NonFiniteRow]:
-            """Every `workers`-th block, up to one that is not finite."""
+            """Process every `workers`-th block, up to one that is not finite."""
             done: list[Chunk | NonFiniteRow] = []
             for start in starts[worker::workers]:
                 part = slice(start, start + step)
@@ -143,7 +143,7 @@ class Sparsifier:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(torch.get_num_threads(), "kd-select")
             shares = list(self._pool.map(work, range(workers)))
-        rows = [found.row for share in shares for found in share if isinstance(found, NonFiniteRow)]
+        rows = [block.row for share in shares for block in share if isinstance(block, NonFiniteRow)]
         if rows:
             raise NonFiniteRow(min(rows))
         ordered = [shares[i % workers][i // workers] for i in range(len(starts))]
@@ -156,7 +156,7 @@ class Sparsifier:
 
     @torch.no_grad()
     def marked(self, logits: torch.Tensor, gold_ids: torch.Tensor, uniforms: Uniforms | None = None) -> Chunk:
-        """The same without a wait for the device: rows that would need one are marked in `doubt`. For a GPU."""
+        """The same without a device sync, for a GPU: rows that would need one are marked in `doubt`."""
         scratch = self._scratch(len(logits), 1, logits.device)[0]
         return self._block(logits[:, : self.vocabulary_size].float(), gold_ids, uniforms, scratch, waits=False)
 
@@ -189,7 +189,7 @@ class Sparsifier:
         log_z = log_normalisers(shifted, config.temperatures, scratch.powers[-1, : len(logits)])
         one = log_z[:, config.temperatures.index(1.0)]
         kept = gold if relative is None else torch.minimum(gold, relative[:, -1:])
-        # a kept logit of minus infinity: no stored number can hold it
+        # a kept logit of minus infinity cannot be stored
         bad = ~torch.isfinite(torch.cat([log_z, top, kept], dim=1)).all(dim=1)
         if not waits:
             doubt = bad.to(torch.uint8) * NOT_FINITE
@@ -233,11 +233,11 @@ class Sparsifier:
 
 
 def uniforms_for(seed: int, example: int, rows: int, samples: int) -> np.ndarray:
-    """`[rows, samples]` float64 in [0, 1): a function of (seed, example number) alone (counter-based Philox)."""
+    """`[rows, samples]` float64 in [0, 1), which depend only on seed and example number (counter-based Philox)."""
     return np.random.Generator(np.random.Philox(key=[seed, example])).random((rows, samples))
 
 
 def boundary_token_ids(vocabulary: list[bytes], special_ids: set[int], device: torch.device) -> torch.Tensor:
-    """Ids whose piece starts a word (white space first) or ends the text (special tokens)."""
+    """Ids whose piece begins a word (with white space) or ends the text (special tokens)."""
     ids = [i for i, piece in enumerate(vocabulary) if i in special_ids or piece[:1].isspace()]
     return torch.tensor(ids, dtype=torch.long, device=device)

@@ -1,0 +1,95 @@
+"""What a plan refuses before a weight is loaded: teachers, texts and settings that do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kd.cache_builder.build.request import BuildRequest
+from kd.common.errors import DataError
+from kd.data.tasks.glue import CLASSES
+from kd.models.classifiers import refuse_other_classes, refuse_other_heads
+from kd.models.loading import is_classifier, max_positions
+from kd.models.tokenizer import Tokenizer, vocabulary_size
+
+PADDED_COLUMNS = 128
+"""Fewer logit columns than this beyond the tokenizer's entries are padding."""
+
+
+def refuse_long_sequences(request: BuildRequest, config: Any) -> None:
+    """Raise DataError where a sequence may be longer than the teacher's positions."""
+    limit = max_positions(config)
+    for option, length in (("--seq-len", request.blocks.seq_len), ("--target-len", request.blocks.target_len)):
+        if limit is not None and length is not None and length > limit:
+            raise DataError(
+                "the sequence length is longer than the teacher's positions",
+                found=f"{option} {length}",
+                expected=f"at most {limit}",
+                try_=f"{option} {limit}",
+            )
+
+
+def refuse_other_kind(request: BuildRequest, config: Any) -> None:
+    """Raise DataError for a classifier over text, or a language model over labelled rows."""
+    classes = request.corpus.kind == CLASSES
+    if classes != is_classifier(config):
+        raise DataError(
+            "only a classifier can score labelled rows"
+            if classes
+            else "a classifier can only score a classification data set (glue/TASK)",
+            where=request.teacher.name,
+            found=f"{(config.architectures or [type(config).__name__])[0]} over {request.corpus.spec}",
+            expected="a classifier over glue/TASK, or a language model over text",
+        )
+    if classes:
+        refuse_other_heads(request.teacher, config)
+
+
+def predicted_ids(request: BuildRequest, config: Any, tokenizer: Tokenizer) -> int:
+    """How many ids the teacher predicts: the vocabulary that sums run over. Raises DataError where it has too few.
+
+    Padded logit columns (T5 has 28, Pythia 27) cannot be emitted and are left out of every sum. Random weights with the
+    tokenizer of another model keep their real width.
+    """
+    entries, width = vocabulary_size(tokenizer), int(config.vocab_size)
+    if entries > width:
+        raise DataError(
+            "the tokenizer has more entries than the teacher has logits",
+            found=f"{entries} entries",
+            expected=f"at most {width}",
+            try_="--tokenizer PATH of the right tokenizer",
+        )
+    padded = request.teacher.random_shape is None or width - entries < PADDED_COLUMNS
+    return entries if padded else width
+
+
+def class_count(request: BuildRequest, labels: Sequence[str], config: Any) -> int:
+    """The classes of a teacher, all of which are kept. Raises DataError where they are not those of the text."""
+    refuse_other_classes(request.teacher, config, labels)
+    classes = len(labels)
+    if request.teacher.load_in_4bit:
+        raise DataError(
+            "classifiers are not loaded in 4 bits",
+            where=request.teacher.name,
+            found="--load-in-4bit",
+            try_="--dtype bfloat16",
+        )
+    if request.generation is not None:
+        raise DataError("a classifier writes no text", where=request.teacher.name, found="--targets teacher")
+    targets = request.targets
+    if targets.profile != "kl" or targets.top_k != classes or targets.samples or targets.tail_bands:
+        raise DataError(
+            "a cache of classes keeps all of them",
+            where=request.teacher.name,
+            found=f"profile {targets.profile}, top-k {targets.top_k}",
+            expected=f"profile kl, top-k {classes}",
+            try_="neither --profile nor --top-k",
+        )
+    return classes
+
+
+def refuse_no_such_part(part: tuple[int, int]) -> None:
+    """Raise DataError for a part I/N of the build with I outside 1..N."""
+    index, count = part
+    if not 1 <= index <= count:
+        raise DataError("no such part of the build", found=f"--shard {index}/{count}", expected="I/N with 1 <= I <= N")

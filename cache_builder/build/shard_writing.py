@@ -1,0 +1,119 @@
+"""One shard from the teacher's numbers to its commit: encode, write, release the claim. Runs beside the forward pass.
+
+The thread finishes the shard it is at when a build is interrupted: zarr writes in threads of its own, which a signal would
+leave at work in a folder that is being removed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from kd.cache_builder.build.plan import BuildPlan
+from kd.cache_builder.store import codecs
+from kd.cache_builder.store.encoding.arrays import Arrays
+from kd.cache_builder.store.targets import RawTargets
+from kd.cache_builder.store.vocabulary import tokens_digest
+from kd.cache_builder.store.writers.claims import Claims
+from kd.cache_builder.store.writers.shard_writer import ShardWriter
+from kd.common.files import write_error
+from kd.data.blocks import TokenRows
+
+
+class WriterThread:
+    """Encodes and commits one shard while the teacher scores the next."""
+
+    def __init__(self, plan: BuildPlan, writer: ShardWriter, pool: ThreadPoolExecutor, claims: Claims) -> None:
+        self.seconds = {"encode": 0.0, "write": 0.0, "wait": 0.0}
+        """Time spent encoding and writing, and time the teacher had to wait for that."""
+        self._plan, self._writer, self._pool, self._claims = plan, writer, pool, claims
+        self._pending: Future[None] | None = None
+
+    def check(self) -> None:
+        """Raise what the thread has failed with, if it has."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def wait(self) -> int:
+        """Wait until the shard being written is committed; returns the number of shards waited for, 0 or 1."""
+        if self._pending is None:
+            return 0
+        started = time.perf_counter()
+        self._pending.result()
+        self.seconds["wait"] += time.perf_counter() - started
+        self._pending = None
+        return 1
+
+    def submit(self, index: int, rows: list[TokenRows], raw: RawTargets) -> None:
+        """Encode and commit shard `index` in the background. The shard before it must have been waited for."""
+        assert self._pending is None
+        self._pending = self._pool.submit(
+            write_shard, self._writer, index, rows, raw, self._plan, self.seconds, self._claims
+        )
+
+    def copy(self, index: int, rows: list[TokenRows], stored: Arrays, quality: dict[str, float]) -> None:
+        """Commit shard `index` with arrays that are encoded already, and wait for it."""
+        self._pool.submit(
+            commit_shard, self._writer, index, rows, stored, quality, self._plan, self.seconds, self._claims
+        ).result()
+
+
+def write_shard(
+    writer: ShardWriter,
+    index: int,
+    rows: Sequence[TokenRows],
+    raw: RawTargets,
+    plan: BuildPlan,
+    seconds: dict[str, float],
+    claims: Claims,
+) -> None:
+    """Encode and commit one shard; adds the time it took to `seconds`."""
+    started = time.perf_counter()
+    stored, quality = codecs.encode(raw, plan.manifest.targets)
+    seconds["encode"] += time.perf_counter() - started
+    commit_shard(writer, index, rows, stored, quality, plan, seconds, claims)
+
+
+def commit_shard(
+    writer: ShardWriter,
+    index: int,
+    rows: Sequence[TokenRows],
+    stored: Arrays,
+    quality: dict[str, float],
+    plan: BuildPlan,
+    seconds: dict[str, float],
+    claims: Claims,
+) -> None:
+    """Write one shard's arrays and examples, commit it and release its claim. Raises CacheError."""
+    started = time.perf_counter()
+    try:
+        writer.write(index, stored, example_rows(rows, index * plan.manifest.layout.shard_rows), quality)
+    except OSError as error:
+        raise write_error(writer.root, error) from error
+    claims.release(index)
+    seconds["write"] += time.perf_counter() - started
+
+
+def example_rows(rows: Sequence[TokenRows], position: int) -> list[dict[str, Any]]:
+    """The table of a shard's examples; its first row has the address `position`."""
+    examples = []
+    for row in rows:
+        stop = position + len(row.target_ids)
+        examples.append(
+            {
+                "id": row.example.id,
+                "task": row.example.task,
+                "split": row.example.split,
+                "prompt": row.example.prompt,
+                "target": row.example.target,
+                "context_ids": row.context_ids,
+                "n_tokens": len(row.input_ids),
+                "row_start": position,
+                "row_end": stop,
+                "tokens_digest": tokens_digest(row.context_ids, row.target_ids),
+            }
+        )
+        position = stop
+    return examples
