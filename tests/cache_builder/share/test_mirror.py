@@ -22,8 +22,7 @@ from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
-from kd.common.byte_sizes import byte_count
-from kd.common.errors import CacheDamageError, CacheError, DataError
+from kd.common.errors import CacheDamageError, CacheError
 
 pytestmark = pytest.mark.usefixtures("hasty", "home")
 
@@ -234,12 +233,7 @@ def test_a_bound_below_one_file_is_refused(cache: Path, serve):
         CacheReader(open_files(serve(cache).url, 10))[0]
 
 
-def test_sizes_are_written_as_people_write_them(monkeypatch: pytest.MonkeyPatch):
-    for text, count in (("20GB", 20 * 10**9), ("512MiB", 2**29), ("1.5k", 1500), ("7", 7), ("3 tb", 3 * 10**12)):
-        assert byte_count(text) == count
-    for text in ("", "many", "GB", "-1", "1e9", "5 potatoes"):
-        with pytest.raises(DataError, match="number of bytes"):
-            byte_count(text)
+def test_the_bound_is_the_given_one_or_that_of_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KD_CACHE_BYTES", "2MB")
     assert cache_bytes() == 2 * 10**6
     assert cache_bytes(5) == 5

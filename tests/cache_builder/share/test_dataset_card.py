@@ -1,0 +1,61 @@
+"""A cache on the hub has a card with what it was made from and its licence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import HubServer
+
+from kd.cache_builder.share.push import push
+from kd.cache_builder.share.transfer import TransferProgress
+from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.upkeep.verify import verify
+
+pytestmark = pytest.mark.usefixtures("hasty")
+
+
+def to_the_end(steps: Any) -> TransferProgress:
+    return list(steps)[-1]
+
+
+def findings(root: Path) -> list[str]:
+    return [f"{f.where}: {f.problem}" for f in list(verify(root))[-1].findings]
+
+
+def test_a_cache_on_the_hub_has_a_card(cache: Path, hub: HubServer, tmp_path: Path):
+    to_the_end(push(cache, "hf://datasets/us/cache", license="cc-by-4.0", private=True))
+    repository = hub.repositories["us/cache"]
+    files = repository.files("main")
+    assert files is not None
+    card = files["README.md"][0].decode()
+    assert repository.private
+    assert "license: cc-by-4.0" in card.split("---")[1]
+    assert "kd train --cache hf://datasets/us/cache" in card
+    assert load_manifest(cache).fingerprint in card
+    assert repository.messages[-1] == "Add manifest.json"
+    mine = b"---\nlicense: mit\n---\nwritten by hand\n"
+    repository.commits["f" * 40] = files | {"README.md": (mine, False)}
+    repository.branches["main"] = "f" * 40
+    to_the_end(push(cache, "hf://datasets/us/cache"))
+    files = repository.files("main")
+    assert files is not None
+    assert files["README.md"][0] == mine
+
+
+def test_a_cache_with_a_card_beside_it_is_sound_and_without_a_licence_it_says_so(cache: Path, tmp_path: Path):
+    from kd.cache_builder.share.dataset_card import dataset_card
+
+    shutil.copytree(cache, tmp_path / "clone")
+    card = dataset_card(cache, "hf://datasets/us/cache")
+    assert "license: other\nlicense_name: not-stated" in card
+    assert "**not stated**" in card.replace("**Not", "**not")
+    (tmp_path / "clone" / "README.md").write_text(card)
+    (tmp_path / "clone" / ".gitattributes").write_text("*.parquet filter=lfs")
+    (tmp_path / "clone" / ".git").mkdir()
+    (tmp_path / "clone" / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    assert findings(tmp_path / "clone") == []
+    (tmp_path / "clone" / "examples" / "README.md").write_text("not here")
+    assert findings(tmp_path / "clone") == ["examples/README.md: a file that no commit knows"]

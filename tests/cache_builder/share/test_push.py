@@ -1,0 +1,92 @@
+"""A push that was cut is no cache, the next one continues, and only sound caches are sent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import Answer
+
+from kd.cache_builder.share.pull import pull
+from kd.cache_builder.share.push import push
+from kd.cache_builder.share.remotes import FolderRemote
+from kd.cache_builder.share.transfer import TransferProgress
+from kd.cache_builder.store import commits
+from kd.cache_builder.store.manifest import load_manifest
+from kd.common.errors import CacheDamageError, CacheError
+
+pytestmark = pytest.mark.usefixtures("hasty")
+Tree = Callable[[Path], dict[str, bytes]]
+
+
+def to_the_end(steps: Any) -> TransferProgress:
+    return list(steps)[-1]
+
+
+@pytest.fixture(params=["folder", "file://", "s3", "hub"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An address to push to and pull from, of each kind."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return "s3://shared/some/cache"
+    if request.param == "hub":
+        request.getfixturevalue("hub")
+        return "hf://datasets/us/cache"
+    return f"{'file://' if request.param == 'file://' else ''}{tmp_path / 'a place'}".replace(
+        " ", "%20" if request.param == "file://" else " "
+    )
+
+
+@pytest.mark.parametrize("kind", ["s3", "hub"])
+def test_a_push_survives_errors_of_the_server(
+    kind: str, small: Path, tmp_path: Path, tree: Tree, request: pytest.FixtureRequest
+):
+    server = request.getfixturevalue(kind)
+    url = {"s3": "s3://shared/cache", "hub": "hf://datasets/us/cache"}[kind]
+
+    def fault(path: str, before: int, answer: Answer) -> None:
+        if before == 0 and ("/commit/" in path or "PUT" in path or path.startswith(("/shared/cache/t", "/lfs/"))):
+            answer.status, answer.body = 500, b""
+            answer.headers.clear()
+
+    server.fault = fault
+    to_the_end(push(small, url))
+    server.fault = None
+    to_the_end(pull(url, tmp_path / "copy"))
+    assert tree(tmp_path / "copy") == tree(small)
+
+
+def test_a_push_that_was_cut_is_no_cache_to_anybody_and_goes_on(cache: Path, tmp_path: Path, tree: Tree, monkeypatch):
+    write, written = FolderRemote.write, []
+
+    def dies(self: FolderRemote, root: Path, names: list[str]) -> None:
+        if len(written) == 20:
+            raise KeyboardInterrupt
+        written.extend(names)
+        write(self, root, names)
+
+    monkeypatch.setattr(FolderRemote, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        to_the_end(push(cache, str(tmp_path / "place"), workers=1))
+    monkeypatch.setattr(FolderRemote, "write", write)
+    with pytest.raises(CacheError, match="no cache"):
+        to_the_end(pull(str(tmp_path / "place"), tmp_path / "copy"))
+    again = to_the_end(push(cache, str(tmp_path / "place")))
+    assert 0 < again.bytes_moved < again.bytes_total
+    assert tree(tmp_path / "place") == tree(cache)
+
+
+def test_a_damaged_or_unfinished_cache_is_not_shared(cache: Path, tmp_path: Path, build_request, run_build):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    gold = copy / commits.shard_files(load_manifest(cache).arrays, 0)["gold_ids"]
+    gold.write_bytes(gold.read_bytes()[:-1] + b"x")
+    with pytest.raises(CacheDamageError, match="was changed"):
+        to_the_end(push(copy, str(tmp_path / "place")))
+    assert not (tmp_path / "place" / "manifest.json").exists()
+    run_build(build_request(tmp_path / "some", shard=(1, 2)))
+    with pytest.raises(CacheError, match="only a whole cache"):
+        to_the_end(push(tmp_path / "some", str(tmp_path / "place")))
