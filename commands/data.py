@@ -9,10 +9,21 @@ from typing import TYPE_CHECKING
 import click
 
 from kd.commands.console import emit, emit_json
-from kd.commands.options import corpus_options, json_option
+from kd.commands.options import json_option
+from kd.commands.settings_options import settings_options
+from kd.common.settings import settings_of
+from kd.data.data_settings import DataSettings, InstructionConfig
 
 if TYPE_CHECKING:
-    from kd.data.data_settings import InstructionConfig
+    from collections.abc import Sequence
+
+    from kd.data.rows.example import Example
+    from kd.data.tasks.task import TaskFile
+
+SHOWN_EXAMPLES = 3
+"""Examples that `kd data show` prints by default."""
+TEMPLATE_OPTIONS = ("options", "labels")
+"""Settings of the text that change how a template looks."""
 
 
 @click.group()
@@ -27,6 +38,16 @@ def data_ls(as_json: bool) -> None:
 
     Example: kd data ls
     """
+    result = source_lines()
+    if as_json:
+        emit(result, as_json)
+        return
+    for name, text in result.items():
+        click.echo(f"  {name:<29}{text}")
+
+
+def source_lines() -> dict[str, str]:
+    """Spec -> what it stands for, in a line."""
     from kd.data.rows.local_files import FILE_READERS
     from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
     from kd.data.sources import SOURCES
@@ -36,47 +57,36 @@ def data_ls(as_json: bool) -> None:
     from kd.data.tasks.task_files import load_task, task_names
 
     about = {
-        "demo": "the standard library's own English; offline; splits train, heldout",
-        "mini": "seven small instruction tasks made up by rule; offline; splits train, heldout",
+        "demo": "the English of Python's standard library; offline; splits train, heldout",
+        "mini": "seven small instruction tasks made up by rules; offline; splits train, heldout",
         "wikitext-2": f"{WIKITEXT_ID}:{WIKITEXT_CONFIG}@{WIKITEXT_REVISION[:8]}; splits train, validation, test",
     }
-    result = {name: about.get(name, "") for name in SOURCES}
-    result["flan"] = "flan:ten"
-    result |= {f"flan:{name}": ", ".join(preset.tasks) for name, preset in PRESETS.items()}
-    result |= {f"flan:{name}": load_task(name).about for name in task_names()}
-    result["flan:all"] = "every task above"
-    result["flan:all-but=CLUSTER"] = "the tasks of no held-out cluster: " + ", ".join(flan_clusters().clusters)
-    result |= {f"glue/{t.name}": f"GLUE: {' + '.join(t.texts)} -> {', '.join(t.labels)}" for t in glue_tasks().values()}
-    result["FILE.yaml"] = "a task of your own (docs/extending.md)"
-    result["FILE or FOLDER"] = " ".join(FILE_READERS)
-    result["hub-id[:config][@revision]"] = "any data set on the hub that loads without code"
-    if as_json:
-        emit(result, as_json)
-        return
-    for name, text in result.items():
-        click.echo(f"  {name:<29}{text}")
+    lines = {name: about.get(name, "") for name in SOURCES}
+    lines["flan"] = "flan:ten"
+    lines |= {f"flan:{name}": ", ".join(preset.tasks) for name, preset in PRESETS.items()}
+    lines |= {f"flan:{name}": load_task(name).about for name in task_names()}
+    lines["flan:all"] = "every task above"
+    lines["flan:all-but=CLUSTER"] = "the tasks of no held-out cluster: " + ", ".join(flan_clusters().clusters)
+    lines |= {f"glue/{t.name}": f"GLUE: {' + '.join(t.texts)} -> {', '.join(t.labels)}" for t in glue_tasks().values()}
+    lines["FILE.yaml"] = "a task of your own (docs/extending.md)"
+    lines["FILE or FOLDER"] = " ".join(FILE_READERS)
+    lines["hub-id[:config][@revision]"] = "any data set on the hub that loads without code"
+    return lines
 
 
 @data.command("show")
 @click.argument("spec")
-@corpus_options
+@settings_options(DataSettings, leave_out=("spec",), config=False)
 @json_option
-def data_show(
-    spec: str,
-    split: str | None,
-    columns: dict[str, str],
-    limit: int | None,
-    instructions: InstructionConfig,
-    as_json: bool,
-) -> None:
-    """Show the first examples of SPEC, its size and its digest.
+def data_show(spec: str, settings: DataSettings, as_json: bool) -> None:
+    """Show the first examples of SPEC (--limit of them, or 3), its size and its digest.
 
     Example: kd data show demo --limit 3
     """
     from kd.data.sources import load_corpus
 
-    corpus = load_corpus(spec, split=split, columns=columns, instructions=instructions)
-    shown = corpus.examples[: limit or 3]
+    corpus = load_corpus(spec, split=settings.split, columns=settings.columns, instructions=settings.instructions)
+    shown = corpus.examples[: settings.limit or SHOWN_EXAMPLES]
     size = sum(len(e.target.encode()) + len(e.prompt.encode()) for e in corpus.examples)
     result = {
         "spec": spec,
@@ -92,50 +102,51 @@ def data_show(
         return
     emit(result, False)
     for example in shown:
-        prompt = f"{_clip(example.prompt)!r} -> " if example.prompt else ""
-        click.echo(f"  [{example.id}] {prompt}{_clip(example.target)!r}")
+        prompt = f"{clipped(example.prompt)!r} -> " if example.prompt else ""
+        click.echo(f"  [{example.id}] {prompt}{clipped(example.target)!r}")
 
 
 @data.command("templates")
 @click.argument("task")
-@click.option(
-    "--options/--no-options", default=None, help="List the choices after the prompt; by default where there are any."
+@settings_options(
+    InstructionConfig, leave_out=settings_of(InstructionConfig).keys() - set(TEMPLATE_OPTIONS), config=False
 )
-@click.option("--labels", default="original", show_default=True, help="Wording of fixed labels, original or flan.")
 @json_option
-def data_templates(task: str, options: bool | None, labels: str, as_json: bool) -> None:
-    """Show the templates of TASK (a name, or a .yaml file) on an example row; needs no data.
+def data_templates(task: str, settings: InstructionConfig, as_json: bool) -> None:
+    """Show the templates of TASK (a name, or a .yaml file) on an example row, without any data.
 
     Example: kd data templates boolq
     """
-    from kd.common.settings import make
-    from kd.data.data_settings import InstructionConfig
     from kd.data.tasks.mixtures import check_options
     from kd.data.tasks.rendering import show_templates
     from kd.data.tasks.task_files import load_task
 
-    found = load_task(task.removeprefix("flan:"))
-    config = make(InstructionConfig, {"options": options, "labels": labels})
-    check_options([found], config)
-    shown = show_templates(found, config)
+    task_file = load_task(task.removeprefix("flan:"))
+    check_options([task_file], settings)
+    shown = show_templates(task_file, settings)
     if as_json:
-        settings = {
-            "task": found.name,
-            "about": found.about,
-            "clusters": found.clusters,
-            "metrics": found.metrics,
-            "hub": None if found.hub is None else asdict(found.hub),
-            "columns": found.columns,
-            "splits": {name: str(part) for name, part in found.splits.items()},
-            "example": found.example,
-        }
-        rendered = [asdict(t) | {"shown": asdict(e)} for t, e in zip(found.templates, shown, strict=True)]
-        click.echo(json.dumps(settings | {"templates": rendered}, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(task_document(task_file, shown), indent=2, ensure_ascii=False))
         return
-    click.echo(f"{found.name}: {found.about}")
-    for index, (template, example) in enumerate(zip(found.templates, shown, strict=True)):
+    click.echo(f"{task_file.name}: {task_file.about}")
+    for index, (template, example) in enumerate(zip(task_file.templates, shown, strict=True)):
         click.echo(f"\n[{index}]{' inverted' if template.inverted else ''}\n{example.prompt}\n=> {example.target}")
 
 
-def _clip(text: str, width: int = 160) -> str:
+def task_document(task: TaskFile, shown: Sequence[Example]) -> dict[str, object]:
+    """A task as JSON: its settings, and its templates with the example row in each."""
+    return {
+        "task": task.name,
+        "about": task.about,
+        "clusters": task.clusters,
+        "metrics": task.metrics,
+        "hub": None if task.hub is None else asdict(task.hub),
+        "columns": task.columns,
+        "splits": {name: str(part) for name, part in task.splits.items()},
+        "example": task.example,
+        "templates": [asdict(t) | {"shown": asdict(e)} for t, e in zip(task.templates, shown, strict=True)],
+    }
+
+
+def clipped(text: str, width: int = 160) -> str:
+    """The text, or its beginning and an ellipsis where it is longer than `width` characters."""
     return text if len(text) <= width else text[: width - 1] + "…"
