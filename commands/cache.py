@@ -68,9 +68,19 @@ def cache_build(settings: BuildSettings, profile_build: bool, as_json: bool) -> 
 
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
+    given = click.get_current_context().meta[GIVEN]
+    build_and_show(settings, given, profile_build=profile_build, as_json=as_json)
+
+
+def build_and_show(
+    settings: BuildSettings, given: Mapping[str, str | bool], *, profile_build: bool = False, as_json: bool = False
+) -> BuildProgress:
+    """Build a cache behind progress bars, print the result, and return the last progress record.
+
+    given   options as they were typed; the cache records those that say what is in it
+    """
     from kd.cache_builder.upkeep.summary import cache_summary
 
-    given = click.get_current_context().meta[GIVEN]
     last = build_behind_a_bar(settings, {name: value for name, value in given.items() if name in RECORDED})
     result = cache_summary(settings.out) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
     if profile_build and last.seconds is not None:
@@ -86,6 +96,7 @@ def cache_build(settings: BuildSettings, profile_build: bool, as_json: bool) -> 
             del result["elsewhere"]
             echo_other_builders(last.elsewhere)
     emit(result, as_json)
+    return last
 
 
 def echo_other_builders(elsewhere: Mapping[int, str]) -> None:

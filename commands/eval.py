@@ -52,6 +52,11 @@ def evaluate(models: tuple[str, ...], settings: EvalSettings, out: Path | None, 
 
     Example: kd eval demo --tasks perplexity --data demo --split heldout
     """
+    score_and_show(models, settings, out, as_json=as_json)
+
+
+def score_and_show(models: Sequence[str], settings: EvalSettings, out: Path | None, *, as_json: bool = False) -> None:
+    """Score models, save their reports under `out` and print them: all of `kd eval` after its options are read."""
     quiet_libraries()
     require("eval", "kd eval")
     from kd.evaluation.results import folders_of, refuse_other_scores
@@ -118,6 +123,11 @@ def report(runs: tuple[Path, ...], out: Path, baseline: str | None, as_json: boo
 
     Example: kd report demo-out/distilled demo-out/finetuned --out runs/report
     """
+    report_and_show(runs, out, baseline, as_json=as_json)
+
+
+def report_and_show(runs: Sequence[Path], out: Path, baseline: str | None, *, as_json: bool = False) -> None:
+    """Write the report and print it: all of `kd report` after its options are read."""
     require("eval", "kd report")
     from kd.evaluation.report.writing import write_report
 

@@ -1,19 +1,25 @@
-"""kd recipe: the reference systems' settings, command by command."""
+"""kd recipe: the settings of the reference systems, command by command."""
 
 from __future__ import annotations
 
-import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kd.commands.console import emit, emit_json
 from kd.commands.options import PATH, Function, json_option
 
+if TYPE_CHECKING:
+    from kd.cache_builder.build.builder import BuildProgress
+    from kd.recipes.steps import Step
+
 
 @click.group()
 def recipe() -> None:
-    """Run the reference systems' settings, command by command."""
+    """Run the settings of the reference systems, command by command."""
 
 
 @recipe.command("ls")
@@ -28,80 +34,116 @@ def recipe_ls(as_json: bool) -> None:
     emit({name: load_recipe(name).about for name in recipe_names()}, as_json)
 
 
-def recipe_options(function: Function) -> Function:
-    """What `show` and `run` share."""
-    for option in (
-        json_option,
-        click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="NAME=VALUE",
-            callback=parse_settings,
-            help="Give a variable of the recipe another value; may be repeated.",
-        ),
-        click.option("--out", type=PATH, help="Folder of the run; runs/NAME by default."),
-        click.argument("name"),
-    ):
-        function = option(function)
-    return function
-
-
-def parse_settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def parse_variables(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=VALUE` pairs as a mapping. Raises click.BadParameter."""
     pairs = [value.partition("=") for value in values]
     if any(not name or not sign for name, sign, _value in pairs):
         raise click.BadParameter("expected NAME=VALUE, e.g. student=EleutherAI/pythia-410m")
     return {name: value for name, _sign, value in pairs}
 
 
+variables_option = click.option(
+    "--set",
+    "variables",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=parse_variables,
+    help="Set a variable of the file; may be repeated.",
+)
+
+
+def recipe_options(function: Function) -> Function:
+    """The argument and the options that `show` and `run` share."""
+    for option in (
+        json_option,
+        variables_option,
+        click.option("--out", type=PATH, help="Folder of the run. [default: runs/NAME]"),
+        click.argument("name"),
+    ):
+        function = option(function)
+    return function
+
+
 @recipe.command("show")
 @recipe_options
-def recipe_show(name: str, out: Path | None, settings: dict[str, str], as_json: bool) -> None:
-    """Print a recipe's commands, as one would type them.
+def recipe_show(name: str, out: Path | None, variables: dict[str, str], as_json: bool) -> None:
+    """Print a recipe's commands as they would be typed.
 
     Example: kd recipe show neo-wikitext --set student=EleutherAI/pythia-160m
     """
-    import shlex
-
     from kd.recipes.recipe_file import load_recipe
 
-    found = load_recipe(name)
-    commands = found.commands(out or Path("runs") / found.name, settings)
+    chosen = load_recipe(name)
+    steps = chosen.fill(out or Path("runs") / chosen.name, variables)
     if as_json:
-        emit_json({"name": found.name, "about": found.about, "variables": dict(found.variables), "commands": commands})
+        commands = [step.words for step in steps]
+        emit_json(
+            {"name": chosen.name, "about": chosen.about, "variables": dict(chosen.variables), "commands": commands}
+        )
         return
-    click.echo(f"# {found.about}\n# variables: {', '.join(f'{k}={v}' for k, v in found.variables.items())}")
-    for command in commands:
-        click.echo(shlex.join(["kd", *command]))
+    click.echo(f"# {chosen.about}\n# variables: {', '.join(f'{k}={v}' for k, v in chosen.variables.items())}")
+    echo_commands(steps)
+
+
+def echo_commands(steps: Sequence[Step]) -> None:
+    """Print the commands of steps as they would be typed."""
+    for step in steps:
+        click.echo(shlex.join(["kd", *step.words]))
 
 
 @recipe.command("run")
 @recipe_options
-def recipe_run(name: str, out: Path | None, settings: dict[str, str], as_json: bool) -> None:
-    """Run a recipe. The same command again continues: finished trainings are passed over, others resumed.
+def recipe_run(name: str, out: Path | None, variables: dict[str, str], as_json: bool) -> None:
+    """Run a recipe. The same command again continues: it skips finished trainings and resumes others.
 
     Example: kd recipe run oscarnav-four --out runs/four
     """
     from kd.recipes.recipe_file import load_recipe
 
-    found = load_recipe(name)
-    folder = out or Path("runs") / found.name
-    commands = found.commands(folder, settings)
-    for number, command in enumerate(commands, 1):
-        click.echo(f"{number}/{len(commands)}  kd {' '.join(command)}", err=True)
-        run_step(command)
-    emit({"recipe": found.name, "out": str(folder), "steps": len(commands)}, as_json, f"{found.name}: done")
+    chosen = load_recipe(name)
+    folder = out or Path("runs") / chosen.name
+    steps = chosen.fill(folder, variables)
+    run_commands(steps)
+    emit({"recipe": chosen.name, "out": str(folder), "steps": len(steps)}, as_json, f"{chosen.name}: done")
 
 
-def run_step(command: list[str]) -> None:
-    """One command of a recipe; a training run that is finished is passed over, one that was begun is resumed."""
-    if command[0] == "train":
-        state = Path(command[command.index("--out") + 1]) / "run.json"
-        if state.exists():
-            if json.loads(state.read_text(encoding="utf-8")).get("complete"):
-                return
-            command = [*command, "--resume"]
-    try:
-        click.get_current_context().find_root().command.main(args=command, standalone_mode=False)
-    except click.exceptions.Abort:  # how a single training goes on is not how the recipe does
-        raise KeyboardInterrupt from None
+def run_commands(steps: Sequence[Step]) -> list[Any]:
+    """Run steps as their commands run, with progress bars and printed results; see `kd.recipes.run_steps`."""
+    from kd.recipes.run_steps import run_steps
+
+    return run_steps(steps, RUNNERS, say=lambda line: click.echo(line, err=True))
+
+
+def _build(step: Step) -> BuildProgress:
+    from kd.cache_builder.build.build_settings import BuildSettings
+    from kd.commands.cache import build_and_show
+
+    profile_build = step.options.get("profile-build") is True
+    return build_and_show(step.setting(BuildSettings), step.given, profile_build=profile_build)
+
+
+def _train(step: Step) -> None:
+    from kd.commands.train import train_student
+    from kd.recipes.run_steps import is_begun
+    from kd.student_trainer.config import ScoreSettings, TrainConfig
+
+    resume = is_begun(step) or step.options.get("resume") is True
+    train_student(step.setting(TrainConfig), step.setting(ScoreSettings), resume=resume)
+
+
+def _eval(step: Step) -> None:
+    from kd.commands.eval import score_and_show
+    from kd.evaluation.eval_settings import EvalSettings
+
+    score_and_show(step.arguments, step.setting(EvalSettings), step.out if "out" in step.options else None)
+
+
+def _report(step: Step) -> None:
+    from kd.commands.eval import report_and_show
+
+    baseline = step.options.get("baseline")
+    report_and_show([Path(run) for run in step.arguments], step.out, None if baseline is None else str(baseline))
+
+
+RUNNERS = {"cache build": _build, "train": _train, "eval": _eval, "report": _report}
+"""Command of a step -> the function that runs it."""

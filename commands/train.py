@@ -43,8 +43,12 @@ def train(settings: TrainCommand, resume: bool, as_json: bool) -> None:
 
     Example: kd train --cache runs/cache --student demo --out runs/student --max-steps 20
     """
+    train_student(settings.training, settings.scores, resume=resume, as_json=as_json)
+
+
+def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, as_json: bool = False) -> None:
+    """Train, score, write the model card and print the result: all of `kd train` after its options are read."""
     quiet_libraries()
-    config, scores = settings.training, settings.scores
     from kd.evaluation.contamination import refuse_benchmark_text
 
     result: dict[str, Any] = {}

@@ -1,131 +1,89 @@
-"""The demo's settings and its outcome: what `kd demo` builds, trains, compares and draws.
+"""The outcome of `kd demo`: what its two experiments measured, as a report, as a document, and for a terminal.
 
-Two acts, alike in form: a teacher runs once over a text, and two students start from the same weights and see the same
-text in the same order for the same number of steps; one learns from the text alone, one from the teacher's cached
-predictions too. Act one: English prose, a student with the teacher's tokenizer, KL. Act two: instructions, an
-encoder-decoder teacher (in 4 bits where bitsandbytes is installed), a student with another tokenizer, ULD.
-Both are scored on what neither students nor teachers were trained on. Every number in the outcome is measured in
-that run. The composition itself (build, train, evaluate) is `commands/demo.py`.
+The experiments are `recipes/experiments/demo-prose.yaml` and `demo-instructions.yaml`, alike in form. A teacher runs once over
+a text. Two students start from the same weights and see the same text in the same order for the same number of steps; one
+learns from the text only, the other from the teacher's cached predictions too. The first is on English prose, with a student
+that has the teacher's tokenizer, and KL. The second is on instructions, with an encoder-decoder teacher (in 4 bits where
+bitsandbytes is installed), a student with another tokenizer, and ULD. All models are scored on text that none of them was
+trained on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, write_atomic
-from kd.common.settings import make
 from kd.evaluation.report.comparison import Entry, compare
 from kd.evaluation.report.page import Section, Table
 from kd.evaluation.report.writing import write_report
-from kd.models.tokenizer import EMBEDDED
+from kd.evaluation.results import load_report, read_object
+from kd.recipes.experiment_file import Experiment, load_experiment
+from kd.recipes.steps import Step
 
 if TYPE_CHECKING:
-    from kd.cache_builder.build.build_settings import BuildSettings
     from kd.evaluation.results import EvalReport
-    from kd.student_trainer.config import TrainConfig
-    from kd.student_trainer.training import TrainResult
 
-SEQ_LEN = 128
+NAMES = ("demo-prose", "demo-instructions")
+"""The demo's experiments."""
 
 
 @dataclass(frozen=True)
-class Act:
-    """One teacher, its cache, and students that differ in the loss alone."""
+class DemoPart:
+    """One experiment of the demo, in the demo's folder."""
 
-    title: str
-    teacher: str
-    cache: str
-    """Folder under the demo's."""
-    build: Mapping[str, Any]
-    """Options of `kd cache build` that are not its defaults."""
-    losses: Mapping[str, Mapping[str, Any]]
-    """Run -> what only it is told; the first is plain fine-tuning."""
-    training: Mapping[str, Any]
-    """What all runs are told."""
-    tasks: tuple[str, ...]
-    evaluation: Mapping[str, Any]
-    """Options of `kd eval`."""
-    prefix: str = ""
-    """Of the names of its models in the report."""
-    load_in_4bit: bool = field(default=False)
-    """Of the teacher, in the build and when it is scored."""
+    experiment: Experiment
+    out: Path
 
     @property
-    def teacher_name(self) -> str:
-        """The teacher's name in the report."""
-        return f"{self.prefix}teacher"
+    def title(self) -> str:
+        """What the experiment is about, in one line."""
+        return self.experiment.about
 
-    def build_settings(self, out: Path) -> BuildSettings:
-        """Settings of its build, as `kd cache build` has them."""
-        from kd.cache_builder.build.build_settings import BuildSettings
+    @property
+    def cache(self) -> Path:
+        """Folder of the cache."""
+        return self.out / self.experiment.folders.cache
 
-        values = {
-            "teacher": self.teacher,
-            "spec": "demo",
-            "split": "train",
-            "out": out / self.cache,
-            "load_in_4bit": self.load_in_4bit,
-            "device": "cpu",
-            "reuse": False,  # the demo measures the teacher pass
-            **self.build,
-        }
-        return make(BuildSettings, values)
+    @property
+    def teacher(self) -> str:
+        """Name of the teacher in the outcome, and of its folder."""
+        return self.experiment.folders.teacher
 
-    def train_configs(self, out: Path, seed: int = 0) -> list[TrainConfig]:
-        """One run per entry of `losses`."""
-        from kd.student_trainer.config import TrainConfig
+    @property
+    def steps(self) -> list[Step]:
+        """The commands to run."""
+        variables = {"four-bit": "true"} if "four-bit" in self.experiment.variables and has_bitsandbytes() else {}
+        return self.experiment.recipe.fill(self.out, variables)
 
-        common = {
-            "cache": str(out / self.cache),
-            "seed": seed,
-            "device": "cpu",
-            "schedule": "cosine",
-            "warmup": 0.05,
-            "weight_decay": 0.1,
-            **self.training,
-        }
-        return [make(TrainConfig, {**common, **own, "out": str(out / name)}) for name, own in self.losses.items()]
+    @property
+    def trainings(self) -> dict[str, dict[str, Any]]:
+        """Student -> the result in its `run.json`, once the steps have run."""
+        return {run: read_object(self.out / run / "run.json")["result"] for run in self.experiment.runs}
 
-    def models(self, out: Path) -> dict[str, str]:
-        """Name in the report -> model to evaluate."""
-        return {self.teacher_name: self.teacher} | {name: str(out / name) for name in self.losses}
+    @property
+    def reports(self) -> dict[str, EvalReport]:
+        """Name -> scores of the teacher and the students, once the steps have run."""
+        return {name: load_report(self.out / name) for name in (self.teacher, *self.experiment.runs)}
 
 
-def acts() -> list[Act]:
-    """The demo's two acts."""
-    prose = Act(
-        "Prose, the teacher's tokenizer: KL",
-        teacher="demo",
-        cache="cache",
-        build={"limit": 160, "seq_len": SEQ_LEN},  # about 300,000 tokens
-        losses={"finetuned": {"loss": "ce"}, "distilled": {"loss": "kl"}},
-        training={"student": "demo", "max_steps": 600, "tokens_per_batch": 2048, "lr": 2e-3},
-        tasks=("perplexity",),
-        evaluation={"data": "demo", "split": "heldout", "seq_len": SEQ_LEN, "device": "cpu"},
-    )
-    instructions = Act(
-        "Instructions, an encoder-decoder teacher, another tokenizer: ULD",
-        teacher="demo-t5",
-        cache="t5-cache",
-        build={"spec": "mini", "profile": "uld"},
-        losses={"t5-finetuned": {"loss": "ce"}, "t5-distilled": {"loss": "uld", "alpha": 0.2}},
-        training={"student": str(EMBEDDED["demo"]), "max_steps": 300, "tokens_per_batch": 2048, "lr": 1e-3},
-        tasks=("choices", "generation"),
-        evaluation={"data": "mini", "split": "heldout", "device": "cpu"},
-        prefix="t5-",
-        load_in_4bit=find_spec("bitsandbytes") is not None,
-    )
-    return [prose, instructions]
+def has_bitsandbytes() -> bool:
+    """Whether the teacher of the second experiment can be loaded in 4 bits."""
+    return find_spec("bitsandbytes") is not None
 
 
-def require_fresh(out: Path) -> None:
-    """Make the folder; raise DataError when a finished or half-finished demo lies there."""
-    taken = [name for act in acts() for name in act.losses if (out / name).exists()]
+def demo_parts(out: Path) -> list[DemoPart]:
+    """The demo's experiments, in the folder `out`."""
+    return [DemoPart(load_experiment(name), out) for name in NAMES]
+
+
+def require_fresh(out: Path, parts: list[DemoPart]) -> None:
+    """Make the folder. Raises DataError where it holds a student of an earlier demo."""
+    taken = [run for part in parts for run in part.experiment.runs if (out / run).exists()]
     if taken:
         raise DataError(
             "the demo was run here before",
@@ -137,26 +95,27 @@ def require_fresh(out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class ActResult:
-    """What one act measured."""
+class PartResult:
+    """What one experiment of the demo measured."""
 
-    act: Act
+    title: str
     cache: Mapping[str, Any]
-    """`kd cache info`"""
+    """The result of `kd cache info`."""
     build_speed: float
-    """teacher rows per second"""
-    results: Mapping[str, TrainResult]
+    """Teacher rows per second."""
+    trainings: Mapping[str, Mapping[str, Any]]
+    """Student -> the result in its `run.json`: the fine-tuned student, then the distilled one."""
     reports: Mapping[str, EvalReport]
-    """Of teacher and students."""
+    """Model -> its scores: the teacher, then the students."""
 
     @property
     def names(self) -> tuple[str, str]:
-        """The fine-tuned run and the distilled one."""
-        first, second = self.act.losses
+        """Names of the fine-tuned and the distilled student."""
+        first, second = self.trainings
         return first, second
 
     def difference(self, task: str, metric: str) -> tuple[float, float | None]:
-        """Distilled minus fine-tuned, and its standard error (paired over documents)."""
+        """Distilled minus fine-tuned, and the standard error of the difference (paired over documents)."""
         entries = [Entry(name, report) for name, report in self.reports.items()]
         comparison = next(c for c in compare(entries) if c.task == task)
         left, right = (list(self.reports).index(name) for name in self.names)
@@ -165,25 +124,25 @@ class ActResult:
 
     def facts(self) -> Table:
         """Sizes and speeds."""
-        finetuned, distilled = (self.results[name].tokens_per_second for name in self.names)
+        finetuned, distilled = (self.trainings[name]["tokens_per_second"] for name in self.names)
         shown = [
             ["cached tokens", f"{self.cache['rows']:,}"],
             ["cache size", f"{self.cache['bytes'] / 1e6:.1f} MB"],
             ["bytes per token, everything counted", f"{self.cache['bytes_per_token']:.1f}"],
             [f"teacher's mass in the top {self.cache['top_k']}", f"{self.cache['mass_kept_mean']:.4f}"],
             ["KL(teacher || decoded)", f"{self.cache['head_kl_mean']:.1e} nats"],
-            ["teacher's weights", "4 bits (nf4)" if self.act.load_in_4bit else str(self.cache["dtype"])],
+            ["teacher's weights", str(self.cache["dtype"]) if self.cache["quantization"] == "none" else "4 bits (nf4)"],
             ["teacher pass", f"{self.build_speed:,.0f} tokens/s"],
             ["training without teacher", f"{finetuned:,.0f} tokens/s"],
             ["training from the cache", f"{distilled:,.0f} tokens/s"],
         ]
-        share = self.results[self.names[1]].aligned_share
+        share = self.trainings[self.names[1]]["aligned_share"]
         if share is not None:
             shown.insert(5, ["target text aligned between the tokenizers", f"{share:.1%}"])
         return Table(["", "measured"], shown)
 
     def document(self) -> dict[str, Any]:
-        """For a program."""
+        """The measurements as JSON, for programs."""
         kept = (
             "fingerprint",
             "rows",
@@ -197,8 +156,8 @@ class ActResult:
         return {
             "cache": {k: self.cache[k] for k in kept},
             "build_tokens_per_second": self.build_speed,
-            "train_tokens_per_second": {n: r.tokens_per_second for n, r in self.results.items()},
-            "steps": {n: r.steps for n, r in self.results.items()},
+            "train_tokens_per_second": {n: t["tokens_per_second"] for n, t in self.trainings.items()},
+            "steps": {n: t["steps"] for n, t in self.trainings.items()},
             "parameters": {n: r.parameters for n, r in self.reports.items()},
             "scores": {
                 n: {
@@ -211,18 +170,21 @@ class ActResult:
 
 
 def card_scores(report: EvalReport) -> list[tuple[str, str]]:
-    """Lines of a student's model card."""
-    wanted = {
+    """A student's scores as lines (what, value) of its model card."""
+    metric_of = {
         "perplexity": "perplexity",
         "choices": "accuracy_mean_of_tasks",
         "generation": "exact_match_mean_of_tasks",
     }
-    found = [(task, metrics[wanted[task]]) for task, metrics in report.tasks.items()]
-    return [(f"{task}, held out: {figure['title']}", f"{figure['value']:.4g}") for task, figure in found]
+    figures = [(task, metrics[metric_of[task]]) for task, metrics in report.tasks.items()]
+    return [(f"{task}, held out: {figure['title']}", f"{figure['value']:.4g}") for task, figure in figures]
 
 
-def write_outcome(out: Path, results: list[ActResult], *, seconds: float) -> dict[str, Any]:
-    """Write `report/` and `outcome.json`; returns the latter's document: all figures of this run."""
+def write_demo_outcome(out: Path, results: list[PartResult], *, seconds: float) -> dict[str, Any]:
+    """Write `report/` and `outcome.json`; returns the document in `outcome.json`, all figures of the run.
+
+    seconds   duration of the demo
+    """
     prose, instructions = results
     gap, gap_error = prose.difference("perplexity", "perplexity")
     change, change_error = instructions.difference("generation", "exact_match_mean_of_tasks")
@@ -235,13 +197,13 @@ def write_outcome(out: Path, results: list[ActResult], *, seconds: float) -> dic
         },
         "exact_match_gain": change,
         "exact_match_gain_stderr": change_error,
-        "acts": {r.act.title: r.document() for r in results},
+        "acts": {r.title: r.document() for r in results},
         "seconds": seconds,
         "report": str(out / "report" / "report.html"),
     }
     lead = [
         Section(
-            r.act.title,
+            r.title,
             text="One pass of the teacher made the cache; both students started from the same weights and saw the same "
             "text in the same order for the same number of steps.",
             table=r.facts(),
@@ -254,10 +216,10 @@ def write_outcome(out: Path, results: list[ActResult], *, seconds: float) -> dic
     return outcome
 
 
-def outcome_lines(results: list[ActResult], outcome: Mapping[str, Any]) -> list[str]:
-    """The outcome for a terminal."""
+def outcome_lines(results: list[PartResult], outcome: Mapping[str, Any]) -> list[str]:
+    """The outcome as lines for a terminal."""
     prose, instructions = results
-    lines = [prose.act.title, f"  {'':<14}{'parameters':>12}{'held-out perplexity':>24}{'bits per byte':>16}"]
+    lines = [prose.title, f"  {'':<14}{'parameters':>12}{'held-out perplexity':>24}{'bits per byte':>16}"]
     for name, report in prose.reports.items():
         scores = report.tasks["perplexity"]
         figure = f"{scores['perplexity']['value']:.2f} ± {scores['perplexity']['stderr']:.2f}"
@@ -269,7 +231,7 @@ def outcome_lines(results: list[ActResult], outcome: Mapping[str, Any]) -> list[
         "",
         *_fact_lines(prose),
         "",
-        instructions.act.title,
+        instructions.title,
     ]
     lines += _exact_match_lines(instructions)
     change, error = outcome["exact_match_gain"], outcome["exact_match_gain_stderr"]
@@ -284,7 +246,7 @@ def outcome_lines(results: list[ActResult], outcome: Mapping[str, Any]) -> list[
     return lines
 
 
-def _exact_match_lines(result: ActResult) -> list[str]:
+def _exact_match_lines(result: PartResult) -> list[str]:
     names = list(result.reports)
     lines = [f"  {'held-out exact match':<24}" + "".join(f"{name:>16}" for name in names)]
     first = result.reports[names[0]].tasks["generation"]
@@ -296,5 +258,5 @@ def _exact_match_lines(result: ActResult) -> list[str]:
     return lines
 
 
-def _fact_lines(result: ActResult) -> list[str]:
+def _fact_lines(result: PartResult) -> list[str]:
     return [f"  {row[0]:<44}{row[1]}" for row in result.facts().rows]

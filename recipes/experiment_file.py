@@ -1,38 +1,59 @@
-"""Experiments: one file that says which students are trained from one cache, over which seeds, and how they are scored.
+"""Experiments: files that say which students are trained from one cache, over which seeds, and how they are scored.
 
     about: one line
-    seeds: [0, 1, 2]                              of weights drawn at random, of order and dropout
+    seeds: [0, 1, 2]                              seeds of random weights, order and dropout
     variables: {data: demo}                       as in a recipe
-    before: [{command: train, options: {…}}]      steps of a recipe that come first, e.g. to make the teacher
+    before: [{command: train, options: {…}}]      steps of a recipe that run first, e.g. to make the teacher
     cache: {teacher: demo, data: "{data}"}        options of kd cache build
     train: {student: demo, max-steps: 300}        options of kd train that all students share
-    arms:                                         what each kind of student is told besides; the first is the baseline
+    arms:                                         options of kd train for each kind of student; the first is the baseline
       finetuned: {loss: ce}
       distilled: {loss: kl}
     evaluate: {tasks: perplexity, data: demo}     options of kd eval, or a list of several evaluations
+    folders: {student: "{arm}-seed{seed}"}        names of the folders, where they are not the usual ones (`Folders`)
 
-An experiment is a recipe that was written out: `recipe` gives its commands, seed by seed and arm by arm, so that an
-interrupted one has whole pairs. `{out}` holds `cache`, `teacher/eval`, `ARM-seedS` and `ARM-seedS/eval`.
-Add one: a file in `recipes/experiments/`, or any path.
+An experiment becomes a recipe (`Experiment.recipe`). Its students are trained seed by seed, so that an interrupted experiment
+has whole pairs. By default `{out}` holds `cache`, `teacher/eval`, `ARM-seedS` and `ARM-seedS/eval`.
+To add an experiment, put a file into `recipes/experiments/`, or pass any path.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
-from kd.recipes.recipe_file import COMMANDS, Recipe, read_mapping, variables_of
+from kd.recipes.recipe_file import Recipe, check_step, read_mapping, variables_of
 
 FOLDER = Path(__file__).parent / "experiments"
-KEYS = ("about", "seeds", "variables", "before", "cache", "train", "arms", "evaluate")
-OWN = {"cache": ("out", "shard"), "train": ("out", "cache", "seed", "resume", "config"), "evaluate": ("out",)}
+KEYS = ("about", "seeds", "variables", "before", "cache", "train", "arms", "evaluate", "folders")
+RESERVED = {"cache": ("out", "shard"), "train": ("out", "cache", "seed", "resume", "config"), "evaluate": ("out",)}
 """Part of the file -> options that the experiment sets itself."""
-OF_THE_TEACHER = ("load-in-4bit", "dtype", "revision", "tokenizer", "device")
-"""Options of a build that its teacher's evaluation needs too."""
+TEACHER_OPTIONS = ("load-in-4bit", "dtype", "revision", "tokenizer", "device")
+"""Options of a build that the teacher's evaluation needs too."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Names of the folders that an experiment makes in its own."""
+
+    cache: str = "cache"
+    """Folder of the cache."""
+    teacher: str = "teacher"
+    """Folder that holds the teacher's scores."""
+    student: str = "{arm}-seed{seed}"
+    """Folder of a student; `{arm}` and `{seed}` are filled in."""
+    scores: str = "eval"
+    """Folder of scores in the teacher's and a student's folder; `.` is that folder itself."""
+
+    def scores_in(self, folder: str, number: int) -> str:
+        """The folder of the scores of evaluation `number`, counted from 1, of the model that belongs to `folder`."""
+        if self.scores == ".":
+            return folder
+        return f"{folder}/{self.scores}" + ("" if number == 1 else f"-{number}")
 
 
 @dataclass(frozen=True)
@@ -44,37 +65,63 @@ class Experiment:
     seeds: tuple[int, ...]
     variables: Mapping[str, str]
     before: tuple[Mapping[str, Any], ...]
+    """Steps of a recipe that run before the cache is built."""
     cache: Mapping[str, Any]
+    """Options of kd cache build."""
     train: Mapping[str, Any]
+    """Options of kd train that all students share."""
     arms: Mapping[str, Mapping[str, Any]]
-    """Name -> options; the first is the baseline."""
+    """Name of an arm -> its options of kd train; the first arm is the baseline."""
     evaluations: tuple[Mapping[str, Any], ...]
+    """Options of kd eval, of each evaluation."""
+    folders: Folders = field(default_factory=Folders)
+
+    def __post_init__(self) -> None:
+        if len(set(self.runs)) < len(self.runs):
+            raise DataError(
+                "two students of the experiment would share a folder",
+                where=self.name,
+                found=f"folders: student: {self.folders.student}",
+                expected="{arm}, and {seed} where there are several seeds",
+            )
+        if self.folders.scores == "." and len(self.evaluations) > 1:
+            raise DataError(
+                "several evaluations would share a folder",
+                where=self.name,
+                found="folders: scores: .",
+                expected="a name such as eval",
+            )
 
     @property
     def baseline(self) -> str:
-        """The arm all others are compared with."""
+        """The arm that all others are compared with."""
         return next(iter(self.arms))
 
     @property
     def runs(self) -> list[str]:
-        """Folders of the students under `{out}`, arm by arm."""
-        return [f"{arm}-seed{seed}" for arm in self.arms for seed in self.seeds]
+        """Folders of the students in the experiment's folder, arm by arm."""
+        return [self.run_of(arm, seed) for arm in self.arms for seed in self.seeds]
+
+    def run_of(self, arm: str, seed: int) -> str:
+        """Folder of one student in the experiment's folder."""
+        return self.folders.student.replace("{arm}", arm).replace("{seed}", str(seed))
 
     @property
     def recipe(self) -> Recipe:
-        """Every command of the experiment but the report."""
-        steps = [*self.before, {"command": "cache build", "options": {**self.cache, "out": "{out}/cache"}}]
-        quantised = {k: v for k, v in self.cache.items() if k in OF_THE_TEACHER}
-        steps += self._scores(str(self.cache["teacher"]), "{out}/teacher", quantised)
+        """All steps of the experiment except its report."""
+        cache = f"{{out}}/{self.folders.cache}"
+        steps = [*self.before, {"command": "cache build", "options": {**self.cache, "out": cache}}]
+        of_teacher = {k: v for k, v in self.cache.items() if k in TEACHER_OPTIONS}
+        steps += self._scores(str(self.cache["teacher"]), f"{{out}}/{self.folders.teacher}", of_teacher)
         for seed in self.seeds:
-            for arm, own in self.arms.items():
-                out = f"{{out}}/{arm}-seed{seed}"
-                options = {**self.train, **own, "cache": "{out}/cache", "seed": seed, "out": out}
+            for arm, arm_options in self.arms.items():
+                out = f"{{out}}/{self.run_of(arm, seed)}"
+                options = {**self.train, **arm_options, "cache": cache, "seed": seed, "out": out}
                 steps += [{"command": "train", "options": options}, *self._scores(out, out, {})]
         return Recipe(self.name, self.about, self.variables, tuple(steps))
 
     def with_seeds(self, seeds: Sequence[int]) -> Experiment:
-        """The same over other seeds. Raises DataError for none, or for one that comes twice."""
+        """The same experiment over other seeds. Raises DataError for no seed, or for one that comes twice."""
         return replace(self, seeds=_seeds(list(seeds), self.name))
 
     def _scores(self, model: str, folder: str, more: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -82,7 +129,7 @@ class Experiment:
             {
                 "command": "eval",
                 "arguments": [model],
-                "options": {**options, **more, "out": f"{folder}/eval{'' if number == 1 else f'-{number}'}"},
+                "options": {**options, **more, "out": self.folders.scores_in(folder, number)},
             }
             for number, options in enumerate(self.evaluations, 1)
         ]
@@ -107,33 +154,48 @@ def load_experiment(name: str) -> Experiment:
     for key in ("cache", "train", "arms", "evaluate"):
         if not document.get(key):
             raise DataError("an experiment is not complete", where=path, found=f"no {key}", expected=", ".join(KEYS))
-    evaluations = document["evaluate"] if isinstance(document["evaluate"], list) else [document["evaluate"]]
-    arms, before = document["arms"], document.get("before") or []
-    if not isinstance(arms, dict) or len(arms) < 2:
+    if not isinstance(document["arms"], dict) or len(document["arms"]) < 2:
         raise DataError(
             "an experiment compares at least two arms",
             where=path,
-            found=arms,
+            found=document["arms"],
             expected="arms: {finetuned: {loss: ce}, distilled: {loss: kl}}",
         )
-    parts = [
-        ("cache", document["cache"]),
-        ("train", document["train"]),
-        *(("train", a or {}) for a in arms.values()),
-        *(("evaluate", e) for e in evaluations),
-    ]
-    for part, options in parts:
+    arms = {str(arm): options or {} for arm, options in document["arms"].items()}
+    evaluations = document["evaluate"] if isinstance(document["evaluate"], list) else [document["evaluate"]]
+    _check_options("cache", [document["cache"]], path)
+    _check_options("train", [document["train"], *arms.values()], path)
+    _check_options("evaluate", evaluations, path)
+    if not document["cache"].get("teacher"):
+        raise DataError("an experiment is not complete", where=path, found="no teacher in cache")
+    return Experiment(
+        path.stem,
+        str(document.get("about", "")),
+        _seeds(document.get("seeds", [0, 1, 2]), path),
+        variables_of(document),
+        _steps_before(document.get("before") or [], path),
+        document["cache"],
+        document["train"],
+        arms,
+        tuple(evaluations),
+        _folders(document.get("folders") or {}, path),
+    )
+
+
+def _check_options(part: str, mappings: Sequence[Any], path: Path) -> None:
+    """Raise DataError for options that are not a mapping, or that the experiment sets itself."""
+    for options in mappings:
         if not isinstance(options, dict):
             raise DataError("options are not a mapping", where=f"{path}: {part}", found=options)
         for option in options:
-            if option in OWN[part]:
+            if option in RESERVED[part]:
                 raise DataError("the experiment sets this option itself", where=f"{path}: {part}", found=f"--{option}")
-    if not document["cache"].get("teacher"):
-        raise DataError("an experiment is not complete", where=path, found="no teacher in cache")
-    for step in before if isinstance(before, list) else [before]:
-        if not isinstance(step, dict) or step.get("command") not in COMMANDS:
-            found = step.get("command") if isinstance(step, dict) else step
-            raise unknown_name("command in an experiment", str(found), COMMANDS, where=path)
+
+
+def _steps_before(steps: Any, path: Path) -> tuple[Mapping[str, Any], ...]:
+    steps = steps if isinstance(steps, list) else [steps]
+    for step in steps:
+        check_step(step, "experiment", path)
         if "out" not in (step.get("options") or {}):
             raise DataError(
                 "a step before the cache has no folder of its own",
@@ -141,40 +203,35 @@ def load_experiment(name: str) -> Experiment:
                 found=step["command"],
                 expected='options: {out: "{out}/…"}',
             )
-    return Experiment(
-        path.stem,
-        str(document.get("about", "")),
-        _seeds(document.get("seeds", [0, 1, 2]), path),
-        variables_of(document),
-        tuple(before),
-        document["cache"],
-        document["train"],
-        {str(name): own or {} for name, own in arms.items()},
-        tuple(evaluations),
-    )
+    return tuple(steps)
 
 
-def _seeds(found: Any, where: object) -> tuple[int, ...]:
-    whole = isinstance(found, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in found)
-    if not whole or not found or len(set(found)) < len(found):
+def _folders(values: Any, path: Path) -> Folders:
+    names = [f.name for f in fields(Folders)]
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise DataError("the folders are not a mapping of names", where=f"{path}: folders", found=values)
+    for name in values:
+        if name not in names:
+            raise unknown_name("folder of an experiment", str(name), names, where=path)
+    return Folders(**values)
+
+
+def _seeds(seeds: Any, where: object) -> tuple[int, ...]:
+    whole = isinstance(seeds, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
         raise DataError(
             "the seeds of an experiment are whole numbers, each once",
             where=where,
-            found=found,
+            found=seeds,
             expected="seeds: [0, 1, 2]",
         )
-    return tuple(found)
-
-
-def out_of(words: Sequence[str]) -> str:
-    """The folder a command writes."""
-    return words[list(words).index("--out") + 1]
+    return tuple(seeds)
 
 
 def refuse_other_commands(before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]], where: Path) -> None:
-    """Raise DataError when a folder that was written by one command would now be taken for another's.
+    """Raise DataError when a folder that one command wrote would be used for another command.
 
-    before, now   folder -> words of its command; folders of one side alone (more seeds, another arm) do no harm
+    before, now   folder -> words of its command. Folders that only one of them has are allowed: more seeds, another arm.
     """
     for folder, words in now.items():
         old = list(before.get(folder, words))

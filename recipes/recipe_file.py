@@ -1,15 +1,16 @@
-"""Recipes: files that say which `kd` commands reproduce a system, with variables that the user may set.
+"""Recipes: files that list the `kd` commands that reproduce a system, with variables that the user may set.
 
     about: one line
     variables: {teacher: google/flan-t5-xl, …}
     steps:
       - command: cache build
-        arguments: [...]                 positional ones, if any
+        arguments: [...]                 positional arguments, if any
         options: {teacher: "{teacher}", load-in-4bit: true, out: "{out}/cache"}
 
-`{out}` is the folder of the run; `true` and `false` are flags (`--flag`, `--no-flag`); an option whose value is an empty
-variable is left out. A recipe is run command by command, exactly as it would be typed: `kd recipe show` prints that.
-Add one: a file in `recipes/`, or any path.
+`{out}` is the folder of the run, and `{models}` the folder of the embedded models. Options have the names of the command
+line; `true` and `false` are switches (`--flag`, `--no-flag`), also as the value of a variable. An option whose value is an
+empty variable is left out. `kd recipe show` prints the commands as they would be typed.
+To add a recipe, put a file into `recipes/`, or pass any path.
 """
 
 from __future__ import annotations
@@ -20,39 +21,44 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.recipes.steps import STEP_KINDS, Step
 
 FOLDER = Path(__file__).parent
-COMMANDS = ("cache build", "train", "eval", "report")
+MODELS = FOLDER.parent / "models"
+SWITCHES = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as written; `commands` fills in the variables."""
+    """A recipe as written; `fill` puts the variables in."""
 
     name: str
     about: str
     variables: Mapping[str, str]
+    """Name -> default; the empty text leaves out the options that use it."""
     steps: tuple[Mapping[str, Any], ...]
+    """Steps of the file, with variables in braces."""
 
-    def commands(self, out: Path, settings: Mapping[str, str]) -> list[list[str]]:
-        """The words of each command. Raises DataError for a variable that the recipe does not have."""
-        for key in settings:
-            if key not in self.variables:
-                raise unknown_name("variable of the recipe", key, self.variables, where=self.name)
-        values = {**self.variables, **settings, "out": str(out)}
-        return [self._words(step, values) for step in self.steps]
+    def fill(self, out: Path, variables: Mapping[str, str]) -> list[Step]:
+        """The steps with their variables filled in. Raises DataError for a variable that the recipe does not have.
 
-    def _words(self, step: Mapping[str, Any], values: Mapping[str, str]) -> list[str]:
-        words = str(step["command"]).split()
-        words += [self._filled(argument, values) for argument in step.get("arguments", ())]
+        out         folder of the run
+        variables   name -> value; other variables keep their defaults
+        """
+        for name in variables:
+            if name not in self.variables:
+                raise unknown_name("variable of the recipe", name, self.variables, where=self.name)
+        values = {"models": str(MODELS), **self.variables, **variables, "out": str(out)}
+        return [self._step(step, values) for step in self.steps]
+
+    def _step(self, step: Mapping[str, Any], values: Mapping[str, str]) -> Step:
+        arguments = tuple(self._filled(argument, values) for argument in step.get("arguments", ()))
+        options: dict[str, str | bool] = {}
         for option, value in step.get("options", {}).items():
-            if isinstance(value, bool):
-                words.append(f"--{option}" if value else f"--no-{option}")
-                continue
-            text = self._filled(value, values)
-            if text:
-                words += [f"--{option}", text]
-        return words
+            text = value if isinstance(value, bool) else self._filled(value, values)
+            if text != "":
+                options[str(option)] = SWITCHES.get(text, text) if isinstance(text, str) else text
+        return Step(str(step["command"]), options, arguments, self.name)
 
     def _filled(self, value: Any, values: Mapping[str, str]) -> str:
         try:
@@ -79,13 +85,23 @@ def load_recipe(name: str) -> Recipe:
         if not path.exists():
             raise unknown_name("recipe", name, recipe_names(), try_="kd recipe ls, or the path of a .yaml file")
     document = read_mapping(path, "recipe")
-    if not isinstance(document.get("steps"), list) or not document["steps"]:
+    steps = document.get("steps")
+    if not isinstance(steps, list) or not steps:
         raise DataError("this is not a recipe", where=path, expected="a mapping with about, variables and steps")
-    for step in document["steps"]:
-        if not isinstance(step, dict) or step.get("command") not in COMMANDS:
-            found = step.get("command") if isinstance(step, dict) else step
-            raise unknown_name("command in a recipe", str(found), COMMANDS, where=str(path))
-    return Recipe(path.stem, str(document.get("about", "")), variables_of(document), tuple(document["steps"]))
+    for step in steps:
+        check_step(step, "recipe", path)
+    return Recipe(path.stem, str(document.get("about", "")), variables_of(document), tuple(steps))
+
+
+def check_step(step: Any, kind: str, where: Path) -> None:
+    """Raise DataError for a step that is not a mapping with a known command.
+
+    kind   `recipe` or `experiment`, for the error
+    """
+    command = step.get("command") if isinstance(step, dict) else step
+    if not isinstance(step, dict) or command not in STEP_KINDS:
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise unknown_name(f"command in {article} {kind}", str(command), STEP_KINDS, where=where)
 
 
 def read_mapping(path: Path, kind: str) -> dict[str, Any]:
@@ -107,5 +123,7 @@ def read_mapping(path: Path, kind: str) -> dict[str, Any]:
 
 
 def variables_of(document: Mapping[str, Any]) -> dict[str, str]:
-    """The variables of a recipe or an experiment; none is the empty text."""
-    return {str(k): "" if v is None else str(v) for k, v in (document.get("variables") or {}).items()}
+    """The variables of a recipe or an experiment. YAML's null becomes the empty text; true and false become words."""
+    texts = {None: "", True: "true", False: "false"}
+    variables = document.get("variables") or {}
+    return {str(k): texts[v] if v is None or isinstance(v, bool) else str(v) for k, v in variables.items()}

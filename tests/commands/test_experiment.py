@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,8 +13,10 @@ from click.testing import CliRunner
 
 from kd.cli import cli
 from kd.commands import experiment as module
+from kd.commands import recipe as recipe_module
 from kd.common.errors import DataError
 from kd.recipes.experiment_file import experiment_names, load_experiment
+from kd.recipes.steps import Step
 
 TEXT = "The fox went down to the river to look at the fish, and came home with a story. There were {} ships.\n"
 
@@ -46,20 +50,25 @@ def test_it_runs_continues_and_takes_more_seeds(file: Path, tmp_path: Path, monk
     assert planned.count("kd train ") == 4
     # stopped after the first pair: the next run must not do again what is done
     done: list[str] = []
-    original = module.run_step  # type: ignore[attr-defined]
 
-    def counted(command: list[str]) -> None:
-        if len(done) == 6:
-            raise KeyboardInterrupt
-        done.append(command[0])
-        original(command)
+    def counted(command: str, runner: Callable[[Step], object]) -> Callable[[Step], object]:
+        def run(step: Step) -> object:
+            if len(done) == 6:
+                raise KeyboardInterrupt("stopped", "continue this step")
+            done.append(command)
+            return runner(step)
 
-    monkeypatch.setattr(module, "run_step", counted)
-    with pytest.raises(click.exceptions.Abort):
+        return run
+
+    original = recipe_module.RUNNERS
+    monkeypatch.setattr(recipe_module, "RUNNERS", {c: counted(c, runner) for c, runner in original.items()})
+    with pytest.raises(click.exceptions.Abort) as stopped:
         cli.main(["experiment", str(file), "--out", str(out)], standalone_mode=False)
-    assert done == ["cache", "eval", "train", "eval", "train", "eval"]
+    assert isinstance(stopped.value.__cause__, KeyboardInterrupt)
+    assert stopped.value.__cause__.args == ()  # how to continue the experiment is not how to continue the step
+    assert done == ["cache build", "eval", "train", "eval", "train", "eval"]
     kept = (out / "plain-seed0" / "run.json").read_bytes()
-    monkeypatch.setattr(module, "run_step", original)
+    monkeypatch.setattr(recipe_module, "RUNNERS", original)
     document = json.loads(kd("experiment", file, "--out", out, "--json"))
     assert (out / "plain-seed0" / "run.json").read_bytes() == kept
     (pair,) = document["reference"]["pairs"]
@@ -82,10 +91,12 @@ def test_it_runs_continues_and_takes_more_seeds(file: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("old", "new", "error", "words"),
     [
-        ("loss: kl", "loss: klx", click.UsageError, "'klx' is not one of"),
-        ("max-steps", "max-step", click.UsageError, "--max-step"),
+        ("loss: kl", "loss: klx", DataError, "unknown loss"),
+        ("max-steps", "max-step", DataError, "did you mean  max-steps"),
+        ("seq-len: 32, device", "seq-length: 32, device", DataError, "did you mean  seq-len"),
+        ("allow-contaminated", "alow-contaminated", DataError, "did you mean  allow-contaminated"),
         ('tasks: "perplexity"', "tasks: perplexty", DataError, "unknown task"),
-        ("batch-size: 2", "batch-size: x", click.UsageError, "'x'"),
+        ("batch-size: 2", "batch-size: x", DataError, "batch_size 'x'"),
     ],
 )
 def test_what_is_wrong_in_a_late_step_is_said_before_the_first(
@@ -100,19 +111,23 @@ def test_what_is_wrong_in_a_late_step_is_said_before_the_first(
 
 
 def test_a_step_that_wrote_nothing_may_be_mended(file: Path, tmp_path: Path):
-    found = load_experiment(str(file))
-    first = found.recipe.commands(tmp_path / "run", {})
-    mended = [["3" if word == "2" else word for word in words] for words in first]
-    module.open_folder(found, tmp_path / "run", first)
-    module.open_folder(found, tmp_path / "run", mended)
+    chosen = load_experiment(str(file))
+    first = chosen.recipe.fill(tmp_path / "run", {})
+    mended = replace(chosen, train={**chosen.train, "max-steps": 3}).recipe.fill(tmp_path / "run", {})
+    module.open_folder(chosen, tmp_path / "run", first)
+    module.open_folder(chosen, tmp_path / "run", mended)
     (tmp_path / "run" / "plain-seed0").mkdir()
     with pytest.raises(DataError, match="other settings"):
-        module.open_folder(found, tmp_path / "run", first)
+        module.open_folder(chosen, tmp_path / "run", first)
 
 
 @pytest.mark.parametrize("name", experiment_names())
 def test_every_word_of_the_packages_experiments_is_one_that_its_command_knows(name: str):
-    assert kd("experiment", name, "--plan").count("kd train ") >= 6
+    planned = kd("experiment", name, "--plan")
+    chosen = load_experiment(name)
+    trainings = len(chosen.runs) + sum(step["command"] == "train" for step in chosen.before)
+    assert planned.count("kd train ") == trainings
+    assert name in str(module.experiment.help)
 
 
 def test_a_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path):

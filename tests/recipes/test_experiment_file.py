@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from kd.common.errors import DataError
-from kd.recipes.experiment_file import FOLDER, experiment_names, load_experiment, out_of, refuse_other_commands
+from kd.recipes.demo_outcome import NAMES
+from kd.recipes.experiment_file import experiment_names, load_experiment, refuse_other_commands
+from kd.recipes.run_steps import check_steps
 
 SMALL = """
 seeds: [3, 5]
@@ -27,36 +29,45 @@ def written(tmp_path: Path, text: str) -> str:
 
 
 def test_an_experiment_is_a_recipe_written_out(tmp_path: Path):
-    found = load_experiment(written(tmp_path, SMALL))
-    commands = [" ".join(c) for c in found.recipe.commands(Path("o"), {"text": "U"})]
+    chosen = load_experiment(written(tmp_path, SMALL))
+    steps = chosen.recipe.fill(Path("o"), {"text": "U"})
+    commands = [" ".join(step.words) for step in steps]
     assert commands[0] == "train --out o/first --loss ce"
     assert commands[1] == "cache build --teacher o/first --data U --device cpu --out o/cache"
     assert commands[2] == "eval o/first --tasks perplexity --data U --device cpu --out o/teacher/eval"
     assert commands[3].endswith("--out o/teacher/eval-2")
     assert commands[4] == "train --student demo --max-steps 4 --loss ce --cache o/cache --seed 3 --out o/plain-seed3"
     assert commands[7] == "train --student demo --max-steps 5 --loss kl --cache o/cache --seed 3 --out o/taught-seed3"
-    assert [out_of(c.split()) for c in commands if c.startswith("train")] == [
+    assert [str(step.out) for step in steps if step.command == "train"] == [
         "o/first",
         "o/plain-seed3",
         "o/taught-seed3",
         "o/plain-seed5",
         "o/taught-seed5",
     ]
-    assert len({out_of(c.split()) for c in commands}) == len(commands)
-    assert found.baseline == "plain"
-    assert found.with_seeds([7]).runs == ["plain-seed7", "taught-seed7"]
+    assert len({step.out for step in steps}) == len(steps)
+    assert chosen.baseline == "plain"
+    assert chosen.with_seeds([7]).runs == ["plain-seed7", "taught-seed7"]
 
 
-def test_the_experiments_of_the_package_load():
-    assert {"kl-prose", "uld-mini", "kl-wikitext", "uld-tasks"} == set(experiment_names())
-    for name in experiment_names():
-        found = load_experiment(name)
-        assert found.about
-        assert len(found.seeds) >= 3
-        assert found.arms[found.baseline] == {"loss": "ce"}
-        for arm, own in found.arms.items():  # equal steps: an arm differs in what it learns from alone
-            assert set(own) <= {"loss", "alpha", "temperature"}, arm
-    assert sorted(p.stem for p in FOLDER.glob("*.yaml")) == experiment_names()
+def test_folders_may_have_other_names(tmp_path: Path):
+    text = SMALL.replace("[3, 5]", "[3]") + "folders: {cache: soft, teacher: big, student: '{arm}', scores: scored}"
+    chosen = load_experiment(written(tmp_path, text))
+    outs = [str(step.out) for step in chosen.recipe.fill(Path("o"), {})]
+    assert outs[1:7] == ["o/soft", "o/big/scored", "o/big/scored-2", "o/plain", "o/plain/scored", "o/plain/scored-2"]
+    with pytest.raises(DataError, match="would share a folder"):
+        chosen.with_seeds([3, 5])
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: str, tmp_path: Path):
+    chosen = load_experiment(name)
+    assert chosen.about
+    assert len(chosen.seeds) >= (1 if name in NAMES else 3)  # the demo shows one run of each student
+    assert chosen.arms[chosen.baseline] == {"loss": "ce"}
+    for arm, options in chosen.arms.items():  # equal steps: arms differ in what they learn from alone
+        assert set(options) <= {"loss", "alpha", "temperature"}, arm
+    check_steps(chosen.recipe.fill(tmp_path, {}))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,10 @@ def test_the_experiments_of_the_package_load():
         ("[3, 5]", "[3, 3]", "each once"),
         ("[3, 5]", "many", "each once"),
         ("command: train", "command: tain", "unknown command"),
+        ("seeds:", "folders: {cash: x}\nseeds:", "unknown folder"),
+        ("seeds:", "folders: {cache: 1}\nseeds:", "not a mapping of names"),
+        ("seeds:", "folders: {student: x}\nseeds:", "would share a folder"),
+        ("seeds:", "folders: {scores: .}\nseeds:", "evaluations would share a folder"),
         ('out: "{out}/first", ', "", "no folder of its own"),
         ('teacher: "{out}/first", ', "", "no teacher"),
         ("seeds:", "seeds: [", "cannot read"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,6 +14,8 @@ from click.testing import CliRunner
 from kd.cli import cli
 from kd.common.errors import DataError
 from kd.recipes.recipe_file import FOLDER, Recipe, load_recipe, recipe_names
+from kd.recipes.run_steps import check_steps
+from kd.recipes.steps import Step
 
 NAMES = recipe_names()
 
@@ -26,7 +29,9 @@ def test_the_reference_systems_are_there():
 def test_every_word_of_a_recipe_is_one_that_its_command_knows(name: str, tmp_path: Path):
     recipe = load_recipe(name)
     assert recipe.about
-    for words in recipe.commands(tmp_path, {}):
+    steps = recipe.fill(tmp_path, {})
+    check_steps(steps)
+    for words in [step.words for step in steps]:
         command: click.Command = cli
         while isinstance(command, click.Group):
             command, words = command.commands[words[0]], words[1:]
@@ -36,11 +41,20 @@ def test_every_word_of_a_recipe_is_one_that_its_command_knows(name: str, tmp_pat
 
 
 def test_variables_are_filled_in_and_an_empty_one_takes_its_option_away(tmp_path: Path):
-    words = [shlex.join(c) for c in load_recipe("oscarnav-four").commands(tmp_path, {"student": "MINE"})]
+    recipe = load_recipe("oscarnav-four")
+    words = [shlex.join(step.words) for step in recipe.fill(tmp_path, {"student": "MINE"})]
     assert "--student MINE" in words[1]
     assert "--task-root" not in words[0]
-    assert "--task-root T" in shlex.join(load_recipe("oscarnav-four").commands(tmp_path, {"task-root": "T"})[0])
+    assert "--task-root T" in shlex.join(recipe.fill(tmp_path, {"task-root": "T"})[0].words)
     assert "--load-in-4bit --data flan:four" in words[0]
+
+
+@pytest.mark.parametrize(("value", "words"), [("true", ["--eos"]), ("false", ["--no-eos"]), ("", [])])
+def test_a_variable_may_hold_a_switch(tmp_path: Path, value: str, words: list[str]):
+    (tmp_path / "r.yaml").write_text("variables: {end: true}\nsteps: [{command: cache build, options: {eos: '{end}'}}]")
+    (step,) = load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path, {"end": value})
+    assert step.words == ["cache", "build", *words]
+    assert load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path, {})[0].words[2:] == ["--eos"]
 
 
 def test_unknown_names_suggest_the_nearest(tmp_path: Path):
@@ -48,7 +62,7 @@ def test_unknown_names_suggest_the_nearest(tmp_path: Path):
         load_recipe("oscarnav-for")
     assert caught.value.details["did you mean"] == "oscarnav-four"
     with pytest.raises(DataError) as caught:
-        load_recipe("oscarnav-four").commands(tmp_path, {"studnt": "x"})
+        load_recipe("oscarnav-four").fill(tmp_path, {"studnt": "x"})
     assert caught.value.details["did you mean"] == "student"
 
 
@@ -71,7 +85,7 @@ def test_a_file_that_is_no_recipe_says_so(tmp_path: Path, text: str, words: str)
 def test_a_variable_that_is_not_there_is_named(tmp_path: Path):
     (tmp_path / "r.yaml").write_text("steps: [{command: train, options: {student: '{who}'}}]")
     with pytest.raises(DataError, match="does not have") as caught:
-        load_recipe(str(tmp_path / "r.yaml")).commands(tmp_path, {})
+        load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path, {})
     assert "{who}" in str(caught.value)
 
 
@@ -138,23 +152,20 @@ def stand_ins(tmp_path_factory, save_student, t5_dir: Path, model_dir: Path) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_runs_with_small_stand_ins(name: str, tmp_path: Path, stand_ins, monkeypatch: pytest.MonkeyPatch):
     """The recipe's own commands, but for what is too large for a tiny model: 4 bits, lengths beyond its positions."""
-    smaller = {"--seq-len": "64", "--target-len": "16", "--epochs": "0.5", "--dtype": "float32", "--precision": "fp32"}
+    smaller = {"seq-len": "64", "target-len": "16", "epochs": "0.5", "dtype": "float32", "precision": "fp32"}
 
-    original = Recipe.commands
+    original = Recipe.fill
 
-    def shortened(recipe: Recipe, out: Path, settings: dict[str, str]) -> list[list[str]]:
-        result = []
-        for words in original(recipe, out, settings):
-            words = [w for w in words if w != "--load-in-4bit"]
-            for option, value in smaller.items():
-                if option in words:
-                    words[words.index(option) + 1] = value
-            if words[0] == "train":
-                words += ["--device", "cpu"]
-            result.append(words)
-        return result
+    def shortened(recipe: Recipe, out: Path, variables: dict[str, str]) -> list[Step]:
+        steps = []
+        for step in original(recipe, out, variables):
+            options = {k: smaller.get(k, v) for k, v in step.options.items() if k != "load-in-4bit"}
+            if step.command == "train":
+                options["device"] = "cpu"
+            steps.append(replace(step, options=options))
+        return steps
 
-    monkeypatch.setattr(Recipe, "commands", shortened)
+    monkeypatch.setattr(Recipe, "fill", shortened)
     words = [f"--set={k}={v}" for k, v in stand_ins[name].items()]
     kd("recipe", "run", name, "--out", tmp_path / "run", *words)
     assert (tmp_path / "run" / "report" / "report.html").exists()

@@ -225,7 +225,7 @@ def test_rows_that_the_hub_does_not_give_say_how_to_give_them_as_files():
             try_="a local file",
         )
 
-    with pytest.raises(DataError, match="of the task boolq") as error:
+    with pytest.raises(DataError, match=r"\(task boolq\)") as error:
         load_task_rows(load_task("boolq"), "dev", None, offline)
     assert error.value.details["where"] == "google/boolq split validation"
     for said in ("--task-root DIR", "DIR/boolq/dev.jsonl", "answer, passage, question"):
