@@ -1,9 +1,9 @@
-"""The `kd` command: options become one config, one call is made, what it yields is printed.
+"""The `kd` command: its subcommands, its errors and its exit codes.
 
-Results go to stdout (one JSON document with --json), progress and messages to stderr. Exit codes: 0 done, 1 a clear
-error, 2 wrong usage, 3 a check found damage, 130 interrupted (run the same command again: it continues).
-The commands are in `commands/`, imported when asked for; their heavy imports live inside them, so that `kd --help`
-answers at once.
+Results go to stdout (one JSON document with --json), progress and messages to stderr. The exit code is 0 for success, 1 for
+an error, 2 for wrong usage, 3 when a check found damage, and 130 after an interruption (the same command continues).
+The commands are in `commands/` and are imported on first use. They import heavy libraries inside functions, so that
+`kd --help` answers at once.
 """
 
 from __future__ import annotations
@@ -32,25 +32,27 @@ def _fail(error: KdError) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: errors the user can cause become a few lines on stderr and an exit code."""
+    """Run `kd`. Errors that a user can cause become a few lines on stderr and an exit code."""
     from kd.common.errors import KdError
     from kd.common.extras import missing_package
     from kd.common.memory import share_one_heap
 
     share_one_heap()
-    signal.signal(signal.SIGTERM, _interrupt)  # what Slurm and Docker send before they kill
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read-ahead threads and its fork check do not mix
+    signal.signal(signal.SIGTERM, _interrupt)  # Slurm and Docker send it before they kill
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # it warns about forks that the read-ahead threads do not make
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        cause = error.__cause__ if isinstance(error, click.exceptions.Abort) else error  # click's own, or ours
-        said = cause.args if isinstance(cause, KeyboardInterrupt) else ()
-        what = said[0] if said else "interrupted"
-        how = said[1] if len(said) > 1 else "run the same command again to continue"
-        click.echo(f"{what}; {how}", err=True)
+        cause = error.__cause__ if isinstance(error, click.exceptions.Abort) else error  # click wraps ours
+        arguments = cause.args if isinstance(cause, KeyboardInterrupt) else ()
+        what = arguments[0] if arguments else "interrupted"
+        how_to_continue = arguments[1] if len(arguments) > 1 else "run the same command again to continue"
+        click.echo(f"{what}; {how_to_continue}", err=True)
         sys.exit(130)
     except KdError as error:
         _fail(error)
@@ -73,7 +75,7 @@ COMMANDS = {
     "report": "kd.commands.eval:report",
     "train": "kd.commands.train:train",
 }
-"""Name -> "module:attribute"."""
+"""Name -> `module:attribute` of the command."""
 
 
 @click.group(

@@ -1,8 +1,8 @@
-"""What commands print, and where.
+"""Print results to stdout, and progress and messages to stderr.
 
-A result goes to stdout: one JSON document with --json, else aligned lines under a title (thousands separated, four
-digits of a fraction, yes and no, "-" for what is unknown). Progress and messages go to stderr: a bar where that is a
-terminal, elsewhere a plain line about every ten per cent, without control characters. rich comes when a bar is drawn.
+A result is one JSON document with --json. Otherwise it is aligned lines under a title, with thousands separators, four
+significant digits, yes and no, and "-" for unknown values. On a terminal, progress is a bar; elsewhere it is a plain line
+about every ten per cent, without control characters. rich is imported when a bar is drawn.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def emit_json(document: Any) -> None:
 
 
 def readable(value: Any) -> str:
-    """A value as a line of a result shows it."""
+    """A value as text, as `emit` shows it."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
@@ -51,7 +51,7 @@ def readable(value: Any) -> str:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A rich bar on stderr where that is a terminal; elsewhere a plain line about every ten per cent."""
+    """A function `(done, total, note)` that draws a bar on a terminal, and elsewhere prints a line every ten per cent."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -81,9 +81,9 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def follow(label: str, steps: Iterable[Step], show: Callable[[Step], tuple[int, int, str]]) -> Step:
-    """Drive a generator of progress records to its end behind a bar; returns the last record.
+    """Drive a generator of progress records to its end behind a progress bar; returns the last record.
 
-    `show` says of a record how much is done, of how much, and a note.
+    show   a record -> units done, units in all, and a note for people
     """
     last: Step | None = None
     with progress_bar(label) as advance:

@@ -1,4 +1,4 @@
-"""Commands of a group that are imported when they are asked for, so that one command does not pay for all."""
+"""Commands of a group that are imported on first use, so that one command does not wait for the imports of all."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import click
 
 
 class LazyCommands(MutableMapping[str, click.Command]):
-    """Name -> command, for `click.Group(commands=…)`; a command given as "module:attribute" is imported on first use.
+    """Name -> command, for `click.Group(commands=…)`. A command given as `module:attribute` is imported on first use.
 
-    The names alone need no import; whoever lists the help of all commands imports all their modules.
+    Listing the names imports nothing; listing the help of all commands imports all their modules.
     """
 
-    def __init__(self, places: Mapping[str, str]) -> None:
-        self._entries: dict[str, str | click.Command] = dict(places)
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        """`modules` maps a name to `module:attribute`."""
+        self._entries: dict[str, str | click.Command] = dict(modules)
 
     def __getitem__(self, name: str) -> click.Command:
         entry = self._entries[name]
