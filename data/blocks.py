@@ -52,7 +52,7 @@ class BlockConfig:
     target_len: int | None = None
     """Maximum number of target tokens of a pair, EOS included; None is what `seq_len` leaves."""
     overlong: str = "error"
-    """What happens to a pair that is too long: error, drop or truncate."""
+    """Policy for pairs that are too long: error, drop or truncate."""
 
     def __post_init__(self) -> None:
         if self.overlong not in OVERLONG:

@@ -54,7 +54,7 @@ class Corpus:
     """`documents` (cut into blocks), `pairs` (prompt and target, kept whole), or `classes` (see `glue.CLASSES`)."""
     examples: tuple[Example, ...]
     source: dict[str, str]
-    """What identifies the source besides its text, e.g. hub id, configuration and revision."""
+    """Facts that identify the source besides its text, e.g. hub id, configuration and revision."""
     metrics: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Task -> metrics that its file names; empty where there are no task files."""
     without_text: int = 0

@@ -170,15 +170,15 @@ def split_classifier(model: Any, pad_id: int) -> ClassifierHead:
     size = int(model.config.vocab_size)
     texts = [np.array([i % size for i in range(1, n) if i % size != pad_id]) for n in (8, 5)]
     with torch.no_grad():
-        got = parts.logits(parts.scored_hidden(texts, []))
+        logits = parts.logits(parts.scored_hidden(texts, []))
         alone = [model(input_ids=torch.from_numpy(text)[None].to(head.weight.device)).logits[0] for text in texts]
     expected = torch.stack(alone).float()
     # both are the same product; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
-    if not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
+    if not torch.allclose(logits, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
         raise TeacherError(
             "the model changes its logits after the classification head",
             where=type(model).__name__,
-            found=f"largest difference {float((got - expected).abs().max()):.3g}",
+            found=f"largest difference {float((logits - expected).abs().max()):.3g}",
             expected=f"logits = {HEAD}(last hidden state)",
         )
     return parts

@@ -163,9 +163,11 @@ class EncoderDecoderHead(LanguageModelHead):
 
     @property
     def bodies(self) -> tuple[Any, ...]:
+        """Decoder and encoder."""
         return self.backbone, self.encoder
 
     def forward_tokens(self, threads: int | None = None) -> int:
+        """Default token budget of a forward pass, shared by encoder and decoder."""
         return forward_tokens(self.weight.device.type, threads, two_sides=True)
 
     def size(self, context: int, target: int) -> Size:
@@ -251,10 +253,10 @@ def split_head(model: Model) -> LanguageModelHead:
     model.eval()
     with torch.no_grad():
         ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-        got = torch.nn.functional.linear(parts.example_hidden(ids), head.weight, head.bias).float()
+        logits = torch.nn.functional.linear(parts.example_hidden(ids), head.weight, head.bias).float()
         decoder_ids = {"decoder_input_ids": ids} if isinstance(parts, EncoderDecoderHead) else {}
-        gain = 1000 / max(float(got.abs().max()), 1e-6)
-        got *= gain
+        gain = 1000 / max(float(logits.abs().max()), 1e-6)
+        logits *= gain
         hook = head.register_forward_hook(lambda module, inputs, output: output * gain)
         try:
             expected = model(input_ids=ids, use_cache=False, **decoder_ids).logits.float()
@@ -269,11 +271,13 @@ def split_head(model: Model) -> LanguageModelHead:
             try_="--dtype float32 or bfloat16, and check the weights",
         )
     # both are the same product; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
-    if got.shape != expected.shape or not torch.allclose(got, expected, atol=0.02 * float(expected.abs().max()) + 1e-6):
+    if logits.shape != expected.shape or not torch.allclose(
+        logits, expected, atol=0.02 * float(expected.abs().max()) + 1e-6
+    ):
         raise TeacherError(
             "the model changes its logits after the output layer",
             where=type(model).__name__,
-            found=f"largest difference {float((got - expected).abs().max()):.3g}",
+            found=f"largest difference {float((logits - expected).abs().max()):.3g}",
             expected="logits = lm_head(last hidden state)",
         )
     return parts

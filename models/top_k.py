@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 BLOCK_COLUMNS = 64
-"""Most columns per block in `top_k_by_threshold`; a large k makes them fewer, so that there are at least 8 k blocks."""
+"""Largest number of columns per block in `top_k_by_threshold`. Blocks are smaller for a large k: there are at least 8 k."""
 SPARE = 8
 """Logits beyond the k-th that `top_k_at_once` sorts too, to settle ties."""
 WORD = 8

@@ -41,7 +41,7 @@ class DemoPart:
 
     @property
     def title(self) -> str:
-        """What the experiment is about, in one line."""
+        """The experiment's line `about`."""
         return self.experiment.about
 
     @property
@@ -83,12 +83,12 @@ def demo_parts(out: Path) -> list[DemoPart]:
 
 def require_fresh(out: Path, parts: list[DemoPart]) -> None:
     """Make the folder. Raises DataError where it holds a student of an earlier demo."""
-    taken = [run for part in parts for run in part.experiment.runs if (out / run).exists()]
-    if taken:
+    students = [run for part in parts for run in part.experiment.runs if (out / run).exists()]
+    if students:
         raise DataError(
             "the demo was run here before",
             where=out,
-            found=", ".join(taken),
+            found=", ".join(students),
             try_="another --out, or remove the folder",
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def require_fresh(out: Path, parts: list[DemoPart]) -> None:
 
 @dataclass(frozen=True)
 class PartResult:
-    """What one experiment of the demo measured."""
+    """The measurements of one experiment of the demo."""
 
     title: str
     cache: Mapping[str, Any]
@@ -143,7 +143,7 @@ class PartResult:
 
     def document(self) -> dict[str, Any]:
         """The measurements as JSON, for programs."""
-        kept = (
+        facts = (
             "fingerprint",
             "rows",
             "bytes",
@@ -154,7 +154,7 @@ class PartResult:
             "quantization",
         )
         return {
-            "cache": {k: self.cache[k] for k in kept},
+            "cache": {k: self.cache[k] for k in facts},
             "build_tokens_per_second": self.build_speed,
             "train_tokens_per_second": {n: t["tokens_per_second"] for n, t in self.trainings.items()},
             "steps": {n: t["steps"] for n, t in self.trainings.items()},

@@ -25,7 +25,7 @@ Options = Mapping[str, str | bool]
 
 @dataclass(frozen=True)
 class StepKind:
-    """What a command of a step accepts."""
+    """The options of a command."""
 
     classes: Callable[[], Sequence[type]]
     """The classes of its settings. A function, so that they are imported on first use."""
@@ -115,7 +115,7 @@ def by_class(
 
 
 def _names(one: Setting) -> set[str]:
-    """How files may call a setting: as its field, or as its option."""
+    """Names of a setting in a file: its field's and its option's."""
     return {one.name, one.option.removeprefix("--").replace("-", "_")}
 
 

@@ -67,9 +67,9 @@ class Draft:
     references: tuple[str, ...] = ()
 
 
-def _placed(right: str, wrong: Sequence[str], place: int) -> tuple[str, ...]:
+def _placed(right: str, wrong: Sequence[str], position: int) -> tuple[str, ...]:
     options = list(wrong)
-    options.insert(place, right)
+    options.insert(position, right)
     return tuple(options)
 
 
@@ -82,14 +82,14 @@ def _listed(draw: Draw, options: Sequence[str]) -> str:
     return "Choose from:  " + ", ".join(options) + "."
 
 
-def _judged(draw: Draw, prompt: str, labels: Sequence[str], label: int, place: int) -> Draft:
-    """A question whose answer is `labels[label]`, at position `place` among the options."""
+def _judged(draw: Draw, prompt: str, labels: Sequence[str], label: int, position: int) -> Draft:
+    """A question whose answer is `labels[label]`, which is option number `position`."""
     wrong = draw.shuffled([text for i, text in enumerate(labels) if i != label])
-    choices = _placed(labels[label], wrong, place)
+    choices = _placed(labels[label], wrong, position)
     return Draft(f"{prompt}\n{_listed(draw, choices)}", labels[label], choices)
 
 
-def _nli(draw: Draw, label: int, place: int) -> Draft:
+def _nli(draw: Draw, label: int, position: int) -> Draft:
     facts = draw.facts(2, [draw.pick(RELATIONS)])
     fact = draw.pick(facts)
     thing, value = fact.thing, fact.value
@@ -106,10 +106,10 @@ def _nli(draw: Draw, label: int, place: int) -> Draft:
         )
     )
     prompt = template.format(a=draw.passage(facts), b=hypothesis)
-    return _judged(draw, prompt, draw.pick(YES_MAYBE_NO), label, place)
+    return _judged(draw, prompt, draw.pick(YES_MAYBE_NO), label, position)
 
 
-def _boolq(draw: Draw, label: int, place: int) -> Draft:
+def _boolq(draw: Draw, label: int, position: int) -> Draft:
     facts = draw.facts(2 + draw.below(2), RELATIONS)
     fact = draw.pick(facts)
     value = fact.value if label == 0 else draw.other_value(fact, facts)
@@ -121,16 +121,16 @@ def _boolq(draw: Draw, label: int, place: int) -> Draft:
             "Answer from the text … {a} {q}",
         )
     )
-    return _judged(draw, template.format(a=draw.passage(facts), q=question), draw.pick(YES_NO), label, place)
+    return _judged(draw, template.format(a=draw.passage(facts), q=question), draw.pick(YES_NO), label, position)
 
 
-def _choice(draw: Draw, label: int, place: int) -> Draft:
+def _choice(draw: Draw, label: int, position: int) -> Draft:
     facts = draw.facts(2, [draw.pick(RELATIONS)])
     fact = draw.pick(facts)
     near = [f.value for f in facts if f is not fact]
     far = draw.shuffled([v for v in fact.relation.values if v != fact.value and v not in near])
     wrong = draw.shuffled([*near, *far[: 2 if label else 1]])
-    choices = _placed(fact.value, wrong, place)
+    choices = _placed(fact.value, wrong, position)
     template = draw.pick(
         (
             "{a}\n{q}\n{o}",
@@ -142,9 +142,9 @@ def _choice(draw: Draw, label: int, place: int) -> Draft:
     return Draft(prompt, fact.value, choices)
 
 
-def _extract(draw: Draw, label: int, place: int) -> Draft:
+def _extract(draw: Draw, label: int, position: int) -> Draft:
     facts = draw.facts(2 + draw.below(2), RELATIONS)
-    fact = facts[place % len(facts)]
+    fact = facts[position % len(facts)]
     template = draw.pick(
         (
             "Passage: {a}\nQuestion: {q}\nAnswer with words of the passage.",
@@ -157,10 +157,10 @@ def _extract(draw: Draw, label: int, place: int) -> Draft:
     return Draft(prompt, fact.value, references=references)
 
 
-def _summary(draw: Draw, label: int, place: int) -> Draft:
+def _summary(draw: Draw, label: int, position: int) -> Draft:
     (fact,) = draw.facts(1, RELATIONS)
     sentences = draw.shuffled(FILLERS)[:2]
-    sentences.insert(place, fact.say(draw.pick(fact.relation.wordings)))
+    sentences.insert(position, fact.say(draw.pick(fact.relation.wordings)))
     report = " ".join(sentences)
     if label:
         prompt = draw.pick(("Report: {r}\nFill in the form: name, thing.", "{r}\n\nWhose is it, and what is it?"))
@@ -170,7 +170,7 @@ def _summary(draw: Draw, label: int, place: int) -> Draft:
     return Draft(prompt.format(r=report), references[0], references=references)
 
 
-def _concepts(draw: Draw, label: int, place: int) -> Draft:
+def _concepts(draw: Draw, label: int, position: int) -> Draft:
     person, value = draw.pick(PEOPLE), draw.pick(PLACES)
     thing = draw.thing_of(person)
     if label:
@@ -188,7 +188,7 @@ def _concepts(draw: Draw, label: int, place: int) -> Draft:
 GIVING = ("{p} gave {q} the {t}.", "{q} got the {t} from {p}.", "The {t} went from {p} to {q}.")
 
 
-def _paraphrase(draw: Draw, label: int, place: int) -> Draft:
+def _paraphrase(draw: Draw, label: int, position: int) -> Draft:
     form = draw.below(4)
     if form == 0:  # who gave and who got
         thing = draw.pick(THINGS)
@@ -215,7 +215,7 @@ def _paraphrase(draw: Draw, label: int, place: int) -> Draft:
             "Is this a paraphrase?  {a}  {b}",
         )
     )
-    return _judged(draw, template.format(a=a, b=b), draw.pick(YES_NO), label, place)
+    return _judged(draw, template.format(a=a, b=b), draw.pick(YES_NO), label, position)
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,13 @@ class Family:
     """One kind of task."""
 
     make: Callable[[Draw, int, int], Draft]
-    """`make(draw, label, place)`: label is the answer or form, place the position of the right option or sentence."""
+    """`make(draw, label, position)`: position is that of the right option or sentence."""
     cells: tuple[tuple[int, int], ...]
-    """The pairs (label, place), which are equally frequent."""
+    """The pairs (label, position), which are equally frequent."""
 
 
-def _grid(labels: int, places: int) -> tuple[tuple[int, int], ...]:
-    return tuple((label, place) for label in range(labels) for place in range(places))
+def _grid(labels: int, positions: int) -> tuple[tuple[int, int], ...]:
+    return tuple((label, position) for label in range(labels) for position in range(positions))
 
 
 def examples(split: str, count: int | None = None, seed: int = 0) -> Iterator[Example]:
@@ -271,7 +271,7 @@ def _draft(name: str, number: int, split: str, seed: int) -> Draft:
 FAMILIES: dict[str, Family] = {
     "nli": Family(_nli, _grid(3, 3)),
     "boolq": Family(_boolq, _grid(2, 2)),
-    "choice": Family(_choice, (*_grid(1, 3), *((1, place) for place in range(4)))),  # three options, or four
+    "choice": Family(_choice, (*_grid(1, 3), *((1, position) for position in range(4)))),  # three options, or four
     "extract": Family(_extract, _grid(1, 6)),
     "summary": Family(_summary, _grid(2, 3)),
     "concepts": Family(_concepts, _grid(2, 1)),

@@ -24,7 +24,7 @@ MAX_INVERTED = 3
 
 @dataclass(frozen=True)
 class Field:
-    """How one field is read from a row."""
+    """A field of a template, and how it is read from a row."""
 
     columns: tuple[str, ...]
     """Columns; dots descend into mappings. Several columns are joined, and empty ones left out."""

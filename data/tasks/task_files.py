@@ -184,15 +184,15 @@ def _labels(read: TypedMapping) -> Labels | None:
     labels = TypedMapping(read.data["labels"], f"{read.where} labels", ("column", *WORDINGS))
     words: dict[str, tuple[tuple[str, str], ...]] = {}
     for wording in WORDINGS:
-        given = labels.data.get(wording, labels.data.get("original"))
-        if not isinstance(given, dict) or not all(isinstance(word, str) for word in given.values()) or len(given) < 2:
+        pairs = labels.data.get(wording, labels.data.get("original"))
+        if not isinstance(pairs, dict) or not all(isinstance(word, str) for word in pairs.values()) or len(pairs) < 2:
             raise DataError(
                 "labels are a mapping from row values to words",
                 where=f"{labels.where}.{wording}",
-                found=repr(given),
+                found=repr(pairs),
                 expected='{0: "entailment", 1: "neutral", …}, words in quotes',
             )
-        words[wording] = tuple((label_key(key), word) for key, word in given.items())
+        words[wording] = tuple((label_key(key), word) for key, word in pairs.items())
     if {k for k, _ in words["flan"]} != {k for k, _ in words["original"]}:
         raise DataError(
             "the two wordings list different labels",
@@ -221,10 +221,10 @@ def _sizes(read: TypedMapping) -> dict[str, int]:
 
 
 def _templates(read: TypedMapping) -> Iterator[Template]:
-    given = read.data.get("templates")
-    if not isinstance(given, list) or not given:
+    items = read.data.get("templates")
+    if not isinstance(items, list) or not items:
         raise read.wrong("templates", "a list of at least one {prompt: …, target: …}")
-    for index, item in enumerate(given):
+    for index, item in enumerate(items):
         template = TypedMapping(item, f"{read.where} templates[{index}]", ("prompt", "target", "inverted", "options"))
         yield Template(
             template.text("prompt"),
