@@ -15,9 +15,9 @@ from kd.commands.settings_options import GIVEN, RecordingCommand, settings_optio
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress
-    from kd.cache_builder.build.from_settings import Step
+    from kd.cache_builder.build.from_settings import StageStep
 
-    AnyStep = TypeVar("AnyStep", bound=Step)
+    AnyStep = TypeVar("AnyStep", bound=StageStep)
 
 ELSEWHERE = {
     "ls": "kd.commands.cache_copies:cache_ls",

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import click
 
-Step = TypeVar("Step")
+Record = TypeVar("Record")
+"""Type of a progress record."""
 
 
 def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
@@ -80,12 +81,12 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
 
 
-def follow(label: str, steps: Iterable[Step], show: Callable[[Step], tuple[int, int, str]]) -> Step:
+def follow(label: str, steps: Iterable[Record], show: Callable[[Record], tuple[int, int, str]]) -> Record:
     """Drive a generator of progress records to its end behind a progress bar; returns the last record.
 
     show   a record -> units done, units in all, and a note for people
     """
-    last: Step | None = None
+    last: Record | None = None
     with progress_bar(label) as advance:
         for last in steps:
             advance(*show(last))

@@ -35,7 +35,7 @@ ANSWER_TOKENS = 255
 """Default length of an answer that the teacher writes; with its EOS token it is a target of 256."""
 
 
-class Step(Protocol):
+class StageStep(Protocol):
     """A progress record."""
 
     @property
@@ -51,7 +51,7 @@ class Step(Protocol):
         """More about this record, for people."""
 
 
-AnyStep = TypeVar("AnyStep", bound=Step)
+AnyStep = TypeVar("AnyStep", bound=StageStep)
 
 
 class Watch(Protocol):

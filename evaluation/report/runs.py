@@ -60,7 +60,7 @@ def fact(facts: Mapping[str, Any], key: str) -> Any:
     return facts.get(key, (facts.get("identity") or {}).get(key))
 
 
-def collect(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
+def read_inputs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
     """Runs and evaluations of the input directories, in their order, under names that differ.
 
     An evaluation of a run's folder that lies elsewhere still knows how its model was trained, while that folder is there.
@@ -85,7 +85,7 @@ def collect(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
         names[wanted] = names.get(wanted, 0) + 1
         name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
         if is_run:
-            runs.append(Run(name, facts, read_steps(folder / METRICS)))
+            runs.append(Run(name, facts, read_ascending_steps(folder / METRICS)))
         entries += [Entry(name, report, facts) for report in reports]
     if not runs and not entries:
         raise DataError("there is nothing to report", expected="at least one evaluation or training run")
@@ -114,7 +114,7 @@ def _training_of(report: EvalReport) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def read_steps(path: Path) -> tuple[dict[str, Any], ...]:
+def read_ascending_steps(path: Path) -> tuple[dict[str, Any], ...]:
     """Step records by ascending step; a torn last line is left out. Raises DataError for any other bad line."""
     lines = path.read_bytes().split(b"\n")
     records: dict[int, dict[str, Any]] = {}

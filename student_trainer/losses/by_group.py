@@ -35,12 +35,12 @@ def _student(logits: Tensor, groups: GroupTargets, temperature: float) -> tuple[
     scaled = logits / temperature
     log_z = scaled.logsumexp(dim=1)
     gold = scaled.gather(1, groups.gold_ids.unsqueeze(1)).squeeze(1) - log_z
-    further = row_sums(gold, groups.first + 1, groups.stop)
+    further = group_sums(gold, groups.first + 1, groups.stop)
     further = torch.where(groups.stop - groups.first > 1, further, torch.zeros_like(further))  # exactly, for one token
     return scaled[groups.first], log_z[groups.first], further
 
 
-def row_sums(values: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+def group_sums(values: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """`[G]` sums of `values[start:stop]`; in float64, for they are differences of long sums."""
     total = F.pad(values.double().cumsum(0), (1, 0))
     return (total[stop] - total[start]).to(values.dtype)
@@ -164,7 +164,7 @@ def alm(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor
     Minixhofer et al. 2025, arXiv:2503.20083 (without its correction for biased chunk ends).
     """
     gold = logits.log_softmax(dim=1).gather(1, groups.gold_ids.unsqueeze(1)).squeeze(1)
-    return alm_of(row_sums(gold, groups.first, groups.stop), groups)
+    return alm_of(group_sums(gold, groups.first, groups.stop), groups)
 
 
 def alm_of(log_q: Tensor, groups: GroupTargets) -> Tensor:

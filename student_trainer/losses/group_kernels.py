@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.student_trainer.losses.by_group import alm_of, generalised_jsd, row_sums, uld_bins
+from kd.student_trainer.losses.by_group import alm_of, generalised_jsd, group_sums, uld_bins
 from kd.student_trainer.losses.loss_settings import GroupSettings, LossWeights
 from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets, need
 from kd.student_trainer.losses.ranks import sorted_row
@@ -97,7 +97,7 @@ def alm_kernel(logits: Tensor, targets: LossTargets, weights: LossWeights) -> Te
     for rows in tiles(logits):
         log_q[rows] -= softmax_(logits[rows])
     with torch.enable_grad():
-        leaf = row_sums(log_q, groups.first, groups.stop).requires_grad_()
+        leaf = group_sums(log_q, groups.first, groups.stop).requires_grad_()
         value = alm_of(leaf, groups)
         (slope,) = torch.autograd.grad(value.sum(), leaf)
     weight = _group_weights(groups, targets, weights, logits)
