@@ -29,7 +29,7 @@ from kd.evaluation.report.figures import Bar, Delta, Series, draw_bars, draw_del
 from kd.evaluation.report.page import Sample, Section, Table, markdown_samples, markdown_table, render_page
 from kd.evaluation.report.pairs import Arm, Pair, arms_of, pairs_of
 from kd.evaluation.report.reference import Reference, reference_of
-from kd.evaluation.report.runs import Run, read_inputs, is_number
+from kd.evaluation.report.runs import Run, is_number, read_inputs
 from kd.evaluation.report.score_curves import progress_sections
 
 LOSSES = {"ce": "cross-entropy (nats per token)", "kd": "distillation loss (nats per token)"}

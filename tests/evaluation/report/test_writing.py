@@ -18,7 +18,7 @@ from kd.common.errors import DataError
 from kd.evaluation.report.comparison import Entry, compare, short_name, with_error
 from kd.evaluation.report.figures import smooth
 from kd.evaluation.report.page import Section, Table, markdown_table, render_page
-from kd.evaluation.report.runs import read_inputs, read_ascending_steps
+from kd.evaluation.report.runs import read_ascending_steps, read_inputs
 from kd.evaluation.report.writing import write_report
 from kd.evaluation.results import EvalReport, folders_of, refuse_other_scores
 from kd.evaluation.statistics.estimates import standard_error
