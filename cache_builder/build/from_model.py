@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.build.build_settings import BuildSettings, TeacherSettings
-from kd.cache_builder.build.from_settings import AnyStep, Step, assembled, build_request
+from kd.cache_builder.build.from_settings import AnyStep, StageStep, assembled, build_request
 from kd.cache_builder.build.request import GivenTeacher
 from kd.cache_builder.store.reader import CacheReader
 from kd.common.errors import DataError
@@ -50,7 +50,7 @@ def build_cache(
     texts: Iterable[Text],
     *,
     out: str | os.PathLike[str],
-    on_progress: Callable[[Step], object] | None = None,
+    on_progress: Callable[[StageStep], object] | None = None,
     **settings: Any,
 ) -> CacheReader:
     """Score `texts` with a model in memory, write the soft targets to the folder `out`, and open the cache.
@@ -142,7 +142,7 @@ def evaluating(model: Model) -> Iterator[None]:
             module.training = True
 
 
-def _watching(on_progress: Callable[[Step], object] | None) -> Any:
+def _watching(on_progress: Callable[[StageStep], object] | None) -> Any:
     def watch(stage: str, steps: Iterator[AnyStep]) -> AnyStep:
         last: AnyStep | None = None
         for last in steps:
