@@ -102,7 +102,7 @@ def test_a_new_head_follows_the_seed_and_takes_the_labels_names(layouts: dict[st
 def test_what_is_no_classifier_or_has_other_classes_or_heads_is_refused(
     layouts: dict[str, Path], gpt2_pool: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="no classifier"):
+    with pytest.raises(DataError, match="not a classifier"):
         load_classifier(ModelRequest(str(layouts["gpt2"]), device="cpu"), pad_id=0)
     cola = ModelRequest(gpt2_pool.models[0].path, device="cpu")
     with pytest.raises(DataError, match="another number of classes"):
