@@ -308,14 +308,14 @@ def test_what_does_not_belong_together_is_refused(
         plan_build(replace(request, targets=TargetConfig.of_profile("kl", top_k=1)))
     with pytest.raises(DataError, match="keeps all of them"):
         plan_build(replace(request, targets=TargetConfig.of_profile("uld", top_k=2)))
-    with pytest.raises(DataError, match="as they are"):
+    with pytest.raises(DataError, match="in 4 bits"):
         plan_build(replace(request, teacher=replace(request.teacher, load_in_4bit=True)))
     with pytest.raises(DataError, match="writes no text"):
         plan_build(replace(request, generation=GenerationConfig()))
-    with pytest.raises(DataError, match="teacher of classes"):
+    with pytest.raises(DataError, match="only score a classification data set"):
         plan_build(replace(request, corpus=load_corpus("demo", limit=1)))
     tokens = build_request(tmp_path / "tokens")
-    with pytest.raises(DataError, match="teacher of classes"):
+    with pytest.raises(DataError, match="only score a classification data set"):
         plan_build(replace(tokens, corpus=request.corpus))
     list(build(plan_build(tokens)))
     with pytest.raises(CacheMismatchError, match="over tokens"):
@@ -332,7 +332,7 @@ def test_what_does_not_belong_together_is_refused(
         changed(config, cache=None, task="sst2", alpha=0.5)
     with pytest.raises(TeacherError, match="predicts no tokens"):
         load_model(request.teacher)
-    with pytest.raises(DataError, match="as they are"):
+    with pytest.raises(DataError, match="in 4 bits"):
         load_classifier(replace(request.teacher, load_in_4bit=True), pad_id=0)
     with pytest.raises(DataError, match="GLUE's own columns"):
         load_classes("glue/sst2", columns={"text": "sentence"})
