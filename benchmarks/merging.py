@@ -1,9 +1,10 @@
 """How much memory and time a merge takes: `python benchmarks/merging.py [--shape gpt2] [--models 7] [--methods ...]`.
 
-Models of a known shape are written to a temporary folder (random weights, the base's moved at random), and each method
-merges them in a process of its own. Memory is the resident set, pages of mapped files included, sampled every 5 ms; `held`
-is its peak above what was resident before, in models (bytes of one backbone in float32) and in MB. fisher and regmean also
-run the models, on made-up rows; libraries are loaded before. The design's bound: two models, and one tensor of each other.
+Models of a known shape are written to a temporary folder: a base with random weights, and models with small random changes.
+Each method merges them in a process of its own. Memory is the resident set, pages of mapped files included, sampled every 5 ms.
+`held` is its peak minus what was resident before, in models (bytes of one backbone in float32) and in MB. fisher and regmean
+also run the models, on made-up rows. Libraries are loaded before. The bound of the design is two models and one tensor of each
+other model.
 """
 
 from __future__ import annotations
@@ -47,26 +48,30 @@ def merge_once(folder: Path, method: str) -> None:
     import torch
     import transformers
 
-    from kd.student_trainer.merging.merger import MergeSettings, prepare
+    from kd.common.progress import final
+    from kd.common.settings import make
+    from kd.student_trainer.merging.merge_settings import MergeSettings
+    from kd.student_trainer.merging.merge_statistics import RowModel
+    from kd.student_trainer.merging.merger import prepared_merger
     from kd.student_trainer.merging.pool import PoolModel, read_pool
     from kd.student_trainer.merging.stored_weights import skeleton
 
-    def measure(model: PoolModel) -> Any:
+    def load_rows(model: PoolModel) -> RowModel:
         whole = transformers.AutoModel.from_pretrained(model.path)
-        made = torch.Generator().manual_seed(0)
-        ids = torch.randint(1, whole.config.vocab_size, (2, 16), generator=made)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, whole.config.vocab_size, (2, 16), generator=generator)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return whole, lambda batch: whole(**batch).last_hidden_state[:, -1, :3], [batch]
+        return RowModel(whole, lambda batch: whole(**batch).last_hidden_state[:, -1, :3], [batch])
 
     pool = read_pool(folder / "pool.yaml")
     with tempfile.TemporaryDirectory(dir=folder) as statistics:
-        merger = [s.merger for s in prepare(pool, MergeSettings(method), folder=Path(statistics), measure=measure)][-1]
-        assert merger is not None
+        settings = make(MergeSettings, {"method": method})
+        merger = final(prepared_merger(pool, settings, folder=Path(statistics), load_rows=load_rows))
         merger.apply(skeleton(pool, device="cpu"))
 
 
 def worker(folder: Path, method: str) -> dict[str, float]:
-    """Merge in this process; peak and seconds."""
+    """Merge in this process; returns the peak in bytes and the seconds."""
     import torch
 
     torch.set_num_threads(1)
@@ -104,11 +109,11 @@ def main() -> None:
         return
     from kd.models.shapes import SHAPES
 
-    found = measure_shape(SHAPES[options.shape](), options.models, tuple(options.methods.split(",")))
-    print(f"{options.models} models of {options.shape}, {found['bytes'] / 1e6:,.0f} MB each\n")
+    measured = measure_shape(SHAPES[options.shape](), options.models, tuple(options.methods.split(",")))
+    print(f"{options.models} models of {options.shape}, {measured['bytes'] / 1e6:,.0f} MB each\n")
     print("| method | held, models | held, MB | seconds |\n|---|---|---|---|")
-    for method, row in found["methods"].items():
-        print(f"| {method} | {row['held'] / found['bytes']:.2f} | {row['held'] / 1e6:,.0f} | {row['seconds']:.1f} |")
+    for method, row in measured["methods"].items():
+        print(f"| {method} | {row['held'] / measured['bytes']:.2f} | {row['held'] / 1e6:,.0f} | {row['seconds']:.1f} |")
 
 
 if __name__ == "__main__":

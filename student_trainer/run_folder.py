@@ -3,6 +3,7 @@
     run.json             identity, cache and state of the run; settings and result once it is complete
     metrics.jsonl        one line per logged step
     evaluations.jsonl    one line per scoring of the student while it learned (`kd.student_trainer.midway`)
+    classify.json        of `kd classify train`, in place of run.json: settings, rows and result; written last
     checkpoint-N         what transformers' Trainer needs to continue after step N
 
 `run.json` is written first and last. A line that was cut short when a run was killed is left out when the file is read, and
@@ -21,6 +22,7 @@ from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import canonical_json, sweep, unfinished, write_atomic
 
 RUN, METRICS, EVALUATIONS = "run.json", "metrics.jsonl", "evaluations.jsonl"
+CLASSIFIER_RUN = "classify.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,28 @@ class StepRecord:
     """Share of the time since the last line that training waited for data."""
 
 
+@dataclass(frozen=True)
+class ClassifyRecord:
+    """One line of `metrics.jsonl` of a classifier. Losses are means since the last line, in nats per row."""
+
+    step: int
+    """Optimizer steps so far."""
+    steps_total: int
+    """Optimizer steps of the whole run."""
+    epoch: float
+    """Passes over the rows so far."""
+    loss: float
+    """Cross-entropy. From a cache: alpha * kd * T^2 + ce_weight * ce."""
+    lr: float
+    """Learning rate of the last step."""
+    grad_norm: float
+    """Norm of the last step's gradient before clipping."""
+    kd: float | None = None
+    """Distillation loss of this process, without weight and T^2; None without a cache or with `ce`."""
+    ce: float | None = None
+    """Cross-entropy with the labels, of this process; None without a cache."""
+
+
 def is_run(folder: Path) -> bool:
     """Whether a training was started in this folder."""
     return (folder / RUN).is_file()
@@ -61,6 +85,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RUN
     if not path.is_file():
         raise DataError("not a training run", where=folder, expected=RUN)
+    return _read_object(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -75,7 +103,18 @@ def write_run(folder: Path, document: Mapping[str, Any]) -> None:
     write_atomic(folder / RUN, canonical_json(document))
 
 
-def append_step(folder: Path, record: StepRecord) -> None:
+def write_classifier_run(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write `classify.json`."""
+    write_atomic(folder / CLASSIFIER_RUN, canonical_json(document))
+
+
+def read_classifier_run(folder: Path) -> dict[str, Any] | None:
+    """`classify.json`; None where there is none. Raises DataError where it is not a JSON object."""
+    path = folder / CLASSIFIER_RUN
+    return _read_object(path) if path.is_file() else None
+
+
+def append_step(folder: Path, record: StepRecord | ClassifyRecord) -> None:
     """Add a line to `metrics.jsonl`."""
     append_record(folder / METRICS, asdict(record))
 

@@ -8,27 +8,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from kd.data.tasks.glue import glue_tasks
 from kd.models.classifiers import load_classifier
 from kd.models.loading import ModelRequest
-from kd.student_trainer.merging.pool import ModelPool, read_pool
+from kd.student_trainer.merging.pool import ModelPool, PoolModel, read_pool
+from kd.student_trainer.merging.stored_weights import StoredPool, skeleton
 
 WORDS = ("fox", "river", "keeper", "baker", "bridge", "fog", "bells", "ships", "story", "price")
 
 
-def rows_of(task: str, count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Rows whose label is what the first word says."""
-    found = []
-    known = glue_tasks()[task]
+Tensors = dict[str, np.ndarray]
+"""Tensors of a backbone by name, float64."""
+
+
+def read_tensors(model: PoolModel, names: list[str]) -> Tensors:
+    """Tensors of a model of a pool straight from its file, by the end of their names."""
+    tensors = load_file(Path(model.path) / "model.safetensors")
+    return {n: next(v for k, v in tensors.items() if k == n or k.endswith(f".{n}")).astype(np.float64) for n in names}
+
+
+def made_up_rows(task: str, count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Rows whose first word tells the label."""
+    rows = []
+    glue = glue_tasks()[task]
     for i in range(first, first + count):
-        label = i % len(known.labels)
+        label = i % len(glue.labels)
         text = " ".join([WORDS[label * 3], *(WORDS[(i * k + k) % 10] for k in range(2, 3 + i % 7))])
-        texts = [text, " ".join(WORDS[(i + k) % 10] for k in range(1 + i % 4))][: len(known.texts)]
-        found.append(dict(zip(known.texts, texts, strict=True)) | {"idx": i, "label": label})
-    return found
+        texts = [text, " ".join(WORDS[(i + k) % 10] for k in range(1 + i % 4))][: len(glue.texts)]
+        rows.append(dict(zip(glue.texts, texts, strict=True)) | {"idx": i, "label": label})
+    return rows
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +51,7 @@ def glue_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in glue_tasks():
         (root / task).mkdir(parents=True)
         for split, count, first in (("train", 48, 0), ("dev", 20, 100)):
-            lines = [json.dumps(row) for row in rows_of(task, count, first)]
+            lines = [json.dumps(row) for row in made_up_rows(task, count, first)]
             (root / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
 
@@ -58,7 +71,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, tokenizer
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    found = {"gpt2": model_dir}
+    folders = {"gpt2": model_dir}
     for name, config, cls in (
         ("gpt_neox", GPTNeoXConfig(**size), GPTNeoXForCausalLM),
         ("llama", LlamaConfig(**size, num_key_value_heads=1), LlamaForCausalLM),
@@ -68,8 +81,8 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, tokenizer
             torch.manual_seed(0)
             cls(config).save_pretrained(folder)
         shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +120,14 @@ def gpt2_pool(
 ) -> ModelPool:
     """The same in the GPT-2 layout alone."""
     return _pool(tmp_path_factory.mktemp("pool"), layouts["gpt2"], make_classifier)
+
+
+@pytest.fixture
+def wholes(pool: ModelPool) -> tuple[list[Tensors], Tensors]:
+    """All tensors of the models of `pool`, and those of its base."""
+    names = StoredPool.of(pool, skeleton(pool), with_base=False).names
+    assert pool.base is not None
+    return [read_tensors(m, names) for m in pool.models], read_tensors(pool.base, names)
 
 
 def _pool(folder: Path, base: Path, make: Callable[..., Path]) -> ModelPool:

@@ -69,12 +69,6 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
         ("kd.data.data_settings", "TEMPLATE_CHOICES", "cache build", "template"),
         ("kd.data.tasks.task", "WORDINGS", "cache build", "labels"),
         ("kd.evaluation.tasks.task_registry", "TASKS", "eval", "tasks"),
-        ("kd.student_trainer.config", "OPTIMIZERS", "classify train", "optimizer"),
-        ("kd.student_trainer.config", "SCHEDULES", "classify train", "schedule"),
-        ("kd.student_trainer.config", "PRECISIONS", "classify train", "precision"),
-        ("kd.student_trainer.merging.merge_methods", "MERGE_METHODS", "merge", "method"),
-        ("kd.student_trainer.merging.merge_methods", "ELECTIONS", "merge", "elect"),
-        ("kd.evaluation.merged.sweep", "SELECTIONS", "merge", "select_on"),
     ],
 )
 def test_help_names_every_entry_of_the_registry(module: str, registry: str, command: str, option: str) -> None:

@@ -1,13 +1,13 @@
 """GLUE's seven classification tasks: rows of one or two texts with a label.
 
-    glue/sst2                 the hub's nyu-mll/glue (bare `glue` is refused by hub 1.0)
-    FOLDER/sst2               local files of the hub's columns, where FOLDER is called glue, or a task was named
+    glue/sst2                 the hub's nyu-mll/glue (hub 1.0 refuses the bare name `glue`)
+    FOLDER/sst2               local files with the columns of the hub, where FOLDER is called glue or a task is named
     TASK with --task-root     ROOT/TASK, as for instruction tasks
 
-Files of a folder are told apart by the words of their names: `train.jsonl` or `subset_train.jsonl` is train,
-`validation`, `valid`, `val` or `dev` is dev, and `sample` stands for dev where there is no other. `glue.yaml` holds the table:
-columns, label words, split, metrics. Labels are GLUE's own numbers (MNLI 0 entailment, 1 neutral, 2 contradiction; RTE and
-QNLI 0 entailment); the hub's test rows have none (-1) and are refused.
+The words of a file's name tell its split: `train.jsonl` and `subset_train.jsonl` are train; `validation`, `valid`, `val` and
+`dev` are dev, and `sample` stands for dev where no other file does. `glue.yaml` is the table of tasks: columns, label words, split,
+metrics. Labels are numbered as in GLUE (MNLI 0 entailment, 1 neutral, 2 contradiction; RTE and QNLI 0 entailment). The test rows
+of the hub have no labels (-1) and are refused.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from kd.data.tasks.task_rows import SAME
 GLUE_ID = "nyu-mll/glue"
 GLUE_SPLITS = ("train", "dev")
 CLASSES = "classes"
-"""Kind of a corpus whose examples are texts to classify: the target is the label's word, and one row its number."""
+"""Kind of a corpus whose examples are texts to classify: the target is the word of the label, and the one row is its number."""
 PAIR = "\x1f"
-"""ASCII's unit separator, between the two texts of a pair in such an example's prompt."""
+"""Separator of the two texts of a pair in the prompt of such an example: ASCII's unit separator."""
 
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One line of the table."""
+    """A task, as the table describes it."""
 
     name: str
     texts: tuple[str, ...]
-    """Columns: one, or the two of a pair."""
+    """Columns of the texts: one, or two for a pair."""
     labels: tuple[str, ...]
     """A word for each label number."""
     dev: str
-    """Name of the scored split on the hub."""
+    """Name of the dev split on the hub."""
     metrics: tuple[str, ...]
-    """What GLUE reports besides accuracy: `mcc`, `f1`."""
+    """Metrics that GLUE reports besides accuracy: `mcc`, `f1`."""
 
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """A text or a pair, and what it is."""
+    """A text or a pair of texts, and the number of its label."""
 
     id: str
     texts: tuple[str, ...]
@@ -65,21 +65,19 @@ class LabelledRows:
     split: str
     rows: tuple[LabelledRow, ...]
     source: Mapping[str, str]
-    """Hub id and commit, or `local` and the files' names."""
+    """Where the rows come from: hub id and commit, or `local` and the names of the files."""
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """The rows as examples of rank classification: the texts on lines of their own, then the label's word."""
-        words = self.task.labels
-        return tuple(
-            Example(row.id, words[row.label], "\n".join(row.texts), self.task.name, self.split, words, row.label)
-            for row in self.rows
-        )
+        """The rows as examples of rank classification: a line per text, and the word of the label as target."""
+        return self._examples("\n")
 
     @property
     def labelled(self) -> tuple[Example, ...]:
-        """The rows as examples of a corpus of classes, see `CLASSES`: a pair's texts are told apart by PAIR."""
-        words = self.task.labels
+        """The rows as examples of a corpus of classes (see `CLASSES`), with PAIR between the texts of a pair.
+
+        Raises DataError for a text that holds PAIR.
+        """
         for row in self.rows:
             if any(PAIR in text for text in row.texts):
                 raise DataError(
@@ -88,20 +86,24 @@ class LabelledRows:
                     found="U+001F",
                     try_="rows without it",
                 )
+        return self._examples(PAIR)
+
+    def _examples(self, separator: str) -> tuple[Example, ...]:
+        words = self.task.labels
         return tuple(
-            Example(row.id, words[row.label], PAIR.join(row.texts), self.task.name, self.split, words, row.label)
+            Example(row.id, words[row.label], separator.join(row.texts), self.task.name, self.split, words, row.label)
             for row in self.rows
         )
 
     @property
     def digest(self) -> str:
-        """Digest of ids, texts and labels in their order."""
+        """Digest of ids, texts and labels, in order."""
         return text_digest(self.examples)
 
 
 @lru_cache(maxsize=1)
 def glue_tasks() -> Mapping[str, GlueTask]:
-    """The table by name."""
+    """The tasks by name, in the order of the table."""
     import yaml
 
     table = yaml.safe_load(Path(__file__).with_name("glue.yaml").read_text(encoding="utf-8"))
@@ -112,14 +114,14 @@ def glue_tasks() -> Mapping[str, GlueTask]:
 
 
 def glue_task(name: str) -> GlueTask:
-    """A task by name; raises DataError listing all."""
+    """A task by name. Raises DataError with all names for one that is unknown."""
     if name not in glue_tasks():
         raise unknown_name("GLUE task", name, glue_tasks())
     return glue_tasks()[name]
 
 
 def is_glue(spec: str) -> bool:
-    """Does a data spec end in glue/TASK?"""
+    """Whether a data spec ends in glue/TASK."""
     path = Path(spec)
     return path.parent.name == "glue" and path.name in glue_tasks()
 
@@ -134,38 +136,45 @@ def load_glue(
 ) -> LabelledRows:
     """Rows of one split (`train`, or `dev`, also called validation); `limit` keeps the first.
 
-    One of `spec` and `task` may be left out: a task alone is the hub's, or `task_root`'s folder of that name; a spec's
-    last part names its task. Raises DataError for an unknown task or split, missing files or columns, and rows without a label.
+    One of `spec` and `task` may be left out: a task alone means the rows of the hub, or of the folder with its name in
+    `task_root`; the last part of a spec names its task. Raises DataError for an unknown task or split, missing files or columns,
+    and rows without a label.
     """
-    known = glue_task(task or (Path(spec).name if spec else ""))
-    name = "dev" if split in (*SAME, known.dev) else split
-    if name not in GLUE_SPLITS:
-        raise unknown_name("split", split, GLUE_SPLITS, where=f"glue/{known.name}", note="the test rows have no labels")
-    folder = (
-        task_root.expanduser() / known.name
-        if task_root is not None
-        else Path(spec or f"glue/{known.name}").expanduser()
-    )
+    glue = glue_task(task or (Path(spec).name if spec else ""))
+    split = _split_name(glue, split)
+    folder = Path(spec or f"glue/{glue.name}") if task_root is None else task_root / glue.name
+    folder = folder.expanduser()
     if folder.exists() or task_root is not None:
-        rows, source = _local(folder, known, name)
-    elif spec is None or spec == f"glue/{known.name}":
-        found = load_hub(GLUE_ID, known.name, None, known.dev if name == "dev" else "train")
-        where = f"{GLUE_ID}:{known.name} {name}"
-        rows = _labelled(known, found.data.column_names, found.data, where, name)
-        source = {"source": GLUE_ID, "config": known.name, "revision": found.revision}
+        rows, source = _local_rows(folder, glue, split)
+    elif spec is None or spec == f"glue/{glue.name}":
+        rows, source = _hub_rows(glue, split)
     else:
         raise DataError(
             "no such file or folder",
             where=spec,
-            expected=f"glue/{known.name}, or a folder of its rows",
+            expected=f"glue/{glue.name}, or a folder of its rows",
             try_="--task-root DIR with DIR/TASK/train.jsonl",
         )
     if not rows:
-        raise DataError("no rows found", where=folder, expected=f"rows of {known.name}, split {name}")
-    return LabelledRows(known, name, rows if limit is None else rows[:limit], source)
+        raise DataError("no rows found", where=folder, expected=f"rows of {glue.name}, split {split}")
+    return LabelledRows(glue, split, rows if limit is None else rows[:limit], source)
 
 
-def _local(path: Path, task: GlueTask, split: str) -> tuple[tuple[LabelledRow, ...], dict[str, str]]:
+def _split_name(task: GlueTask, split: str) -> str:
+    """`train` or `dev`, for any name of a split."""
+    name = "dev" if split in (*SAME, task.dev) else split
+    if name not in GLUE_SPLITS:
+        raise unknown_name("split", split, GLUE_SPLITS, where=f"glue/{task.name}", note="the test rows have no labels")
+    return name
+
+
+def _hub_rows(task: GlueTask, split: str) -> tuple[tuple[LabelledRow, ...], dict[str, str]]:
+    table = load_hub(GLUE_ID, task.name, None, task.dev if split == "dev" else "train")
+    rows = _labelled(task, table.data.column_names, table.data, f"{GLUE_ID}:{task.name} {split}", split)
+    return rows, {"source": GLUE_ID, "config": task.name, "revision": table.revision}
+
+
+def _local_rows(path: Path, task: GlueTask, split: str) -> tuple[tuple[LabelledRow, ...], dict[str, str]]:
     if not path.exists():
         raise DataError(
             "no files of the task",
@@ -176,39 +185,39 @@ def _local(path: Path, task: GlueTask, split: str) -> tuple[tuple[LabelledRow, .
     files = [path] if path.is_file() else _files_of(path, split)
     rows: list[LabelledRow] = []
     for file in files:
-        names, found = read_table(file)
-        rows += _labelled(task, names, found, str(file), split, prefix="" if len(files) == 1 else f"{file.stem}/")
+        columns, table = read_table(file)
+        rows += _labelled(task, columns, table, str(file), split, prefix="" if len(files) == 1 else f"{file.stem}/")
     return tuple(rows), {"source": "local", "files": ", ".join(f.name for f in files)}
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """The files whose name says the split, in order of name."""
-    there = sorted(p for p in folder.iterdir() if p.suffix in TABLE_READERS and p.is_file())
+    """The files whose names tell the split, in the order of their names."""
+    tables = sorted(p for p in folder.iterdir() if p.suffix in TABLE_READERS and p.is_file())
     for names in ({split, *(SAME if split == "dev" else ())}, {"sample"} if split == "dev" else set()):
-        found = [f for f in there if names & set(re.findall(r"[a-z]+", f.stem.lower()))]
-        if found:
-            return found
+        files = [f for f in tables if names & set(re.findall(r"[a-z]+", f.stem.lower()))]
+        if files:
+            return files
     raise DataError(
         "no file of the split",
         where=folder,
-        found=", ".join(f.name for f in there) or "no table files",
+        found=", ".join(f.name for f in tables) or "no table files",
         expected=f"{split}.jsonl (or .csv, .tsv, .parquet)",
     )
 
 
 def _labelled(
-    task: GlueTask, names: Sequence[str], rows: Iterable[Mapping[str, Any]], where: str, split: str, prefix: str = ""
+    task: GlueTask, columns: Sequence[str], table: Iterable[Mapping[str, Any]], where: str, split: str, prefix: str = ""
 ) -> tuple[LabelledRow, ...]:
-    missing = [c for c in (*task.texts, "label") if c not in names]
+    missing = [c for c in (*task.texts, "label") if c not in columns]
     if missing:
         raise DataError(
             "columns are missing",
             where=where,
-            found=", ".join(names) or "none",
+            found=", ".join(columns) or "none",
             expected=", ".join((*task.texts, "label")),
         )
-    found = []
-    for number, row in enumerate(rows):
+    rows = []
+    for number, row in enumerate(table):
         texts = tuple(row[c] for c in task.texts)
         if not all(isinstance(t, str) for t in texts):
             raise DataError("a value is not text", where=f"{where} row {number}", expected=", ".join(task.texts))
@@ -220,5 +229,5 @@ def _labelled(
                 found=row["label"],
                 expected=f"0 to {len(task.labels) - 1}: {', '.join(task.labels)}",
             )
-        found.append(LabelledRow(f"{split}/{prefix}{number}", texts, int(label)))
-    return tuple(found)
+        rows.append(LabelledRow(f"{split}/{prefix}{number}", texts, int(label)))
+    return tuple(rows)

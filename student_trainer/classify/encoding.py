@@ -1,9 +1,9 @@
 """Rows of one or two texts as token ids, and batches of them.
 
-A pair is what the tokenizer makes of `tokenizer(first, second)`: for GPT-2 the two lists of ids one after the other, no
-separator and no space between. Padding is on the right and as short as the batch allows: causal attention never looks
-right, and the head reads the last token that is not padding, so the logits are those of padding to 512
-(`tests/student_trainer/classify/test_classifiers.py` holds one against the other), and rows of GLUE are far shorter.
+A pair is encoded as `tokenizer(first, second)`. For GPT-2 that is one list of ids after the other, without a separator or a space.
+Padding is on the right and as short as the batch allows. Causal attention never looks to the right and the head reads the last
+token that is not padding, so the logits equal those of padding to 512 (`tests/student_trainer/classify/test_classifiers.py`
+compares them). Rows of GLUE are far shorter than 512 tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 from kd.data.tasks.glue import LabelledRow
 from kd.models.padded_batches import batches_by_length
 from kd.models.tokenizer import Tokenizer, encode_texts, pad_token_id
+from kd.student_trainer.classify.classify_settings import MAX_LENGTH
 
 Batch = dict[str, Tensor]
-"""`input_ids` and `attention_mask` `[B, T]`; `labels` `[B]` and a teacher's log-probabilities `[B, C]` where they are known."""
+"""`input_ids` and `attention_mask` `[B, T]`; for training also `labels` `[B]`, and `teacher` `[B, C]` log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class EncodedRows:
     """Token ids and labels, in the rows' order."""
 
     ids: tuple[tuple[int, ...], ...]
-    """Each at least one token: an empty text is one padding token."""
+    """Token ids of each row, at least one: an empty text is one padding token."""
     labels: np.ndarray
     """[n] int64"""
     pad_id: int
     teacher: np.ndarray | None = None
-    """[n, C] float32 log-probabilities of a teacher, nats, where there is one"""
+    """[n, C] float32 log-probabilities of a teacher, nats; None without a teacher"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,13 +45,13 @@ class EncodedRows:
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> EncodedRows:
         """The rows of these numbers, in this order."""
-        places = np.asarray(numbers, dtype=np.int64)
-        teacher = None if self.teacher is None else self.teacher[places]
-        return EncodedRows(tuple(self.ids[i] for i in numbers), self.labels[places], self.pad_id, teacher)
+        chosen = np.asarray(numbers, dtype=np.int64)
+        teacher = None if self.teacher is None else self.teacher[chosen]
+        return EncodedRows(tuple(self.ids[i] for i in numbers), self.labels[chosen], self.pad_id, teacher)
 
 
-def encode_rows(tokenizer: Tokenizer, rows: Sequence[LabelledRow], *, max_length: int = 512) -> EncodedRows:
-    """Tokenise, see `encode_texts`."""
+def encode_rows(tokenizer: Tokenizer, rows: Sequence[LabelledRow], *, max_length: int = MAX_LENGTH) -> EncodedRows:
+    """Tokenise rows; each is cut to `max_length` tokens (see `encode_texts`)."""
     ids = encode_texts(tokenizer, [row.texts for row in rows], max_length)
     labels = np.array([row.label for row in rows], dtype=np.int64)
     return EncodedRows(tuple(map(tuple, ids)), labels, pad_token_id(tokenizer))
@@ -69,11 +70,11 @@ def pad_rows(ids: Sequence[Sequence[int]], pad_id: int, *, length: int | None = 
 
 @dataclass(frozen=True)
 class PadBatch:
-    """Rows of `EncodedRows` to a batch with labels: the Trainer's collator."""
+    """Makes a batch with labels of rows of `EncodedRows`: the collator of the Trainer."""
 
     pad_id: int
     length: int | None = None
-    """Pad to this many tokens; None = to the longest of the batch."""
+    """Tokens that every row is padded to; None = the longest row of the batch."""
 
     def __call__(self, rows: Sequence[dict[str, object]]) -> Batch:
         batch = pad_rows([row["ids"] for row in rows], self.pad_id, length=self.length)  # type: ignore[misc]
@@ -84,6 +85,6 @@ class PadBatch:
 
 
 def length_batches(rows: EncodedRows, tokens_per_batch: int) -> Iterator[tuple[list[int], Batch]]:
-    """(row numbers, batch) by length, the longest first: at most `tokens_per_batch` with padding, at least one row."""
+    """(row numbers, batch), the longest rows first: at most `tokens_per_batch` tokens with padding, at least one row."""
     for numbers in batches_by_length([len(row) for row in rows.ids], tokens_per_batch):
         yield numbers, pad_rows([rows.ids[i] for i in numbers], rows.pad_id)

@@ -1,15 +1,14 @@
 """Ways to merge models of one architecture, as pure functions of one tensor's values in every model.
 
 Shapes: M models, `values [M, ...]`, `base [...]`, result `[...]`; float64 in and out, rounded once when it is stored. No
-function knows which tensor it is given: what is global (Ties' thresholds and majority, Fisher's norms) is measured before
-(`merge`) and handed in. Facts of the reference's implementation (FusionBench, GPT-2) that differ from the papers are named.
-Add a method: a function and a line in `MERGE_METHODS`, and in `merge` what it measures.
+function knows which tensor it is given: what concerns whole models (the thresholds and the majority of Ties, the norms of Fisher)
+is measured before (`merge_statistics`) and handed in. Where the reference's implementation (FusionBench, GPT-2) differs from a
+paper, the function says so. `method_registry.MERGE_METHODS` lists the methods by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def ties(
     """Trim task vectors, elect a sign for each entry, merge what agrees with it; base + scaling * merged.
 
     thresholds  [M]: smallest |entry| that is kept, over a model's whole task vector (`kth_magnitude`)
-    majority    sign of the sum of all entries' signs: what an entry whose sum is 0 gets
+    majority    sign of the sum of the signs of all entries; an entry whose sum is 0 takes it
     elect       sum (the reference), mean (the paper) or max of the entries that agree
 
     One model that keeps everything is task arithmetic. Yadav et al. 2023, TIES-Merging, arXiv:2306.01708.
@@ -95,7 +94,7 @@ def fisher_weights(norms: Sequence[float], *, normalize: bool = True, minimal: f
 
 
 def regmean(values: Tensor, grams: Iterable[Tensor], *, off_diagonal: float = 0.6) -> Tensor:
-    """The linear map that is nearest to every model's own on that model's inputs.
+    """The linear map that comes nearest to the map of every model on the inputs of that model.
 
     values        [M, in, out] weights
     grams         M matrices [in, in], X^T X of the layer's inputs; read one at a time
@@ -135,29 +134,3 @@ def dare(values: Tensor, base: Tensor, *, density: float, scaling: float, seed: 
         torch.manual_seed(seed)
         drawn: Tensor = dare_linear(vectors, torch.ones(len(vectors), dtype=base.dtype), density)
     return base + scaling * drawn
-
-
-@dataclass(frozen=True)
-class MergeMethod:
-    """What a way to merge is told and what it must be given."""
-
-    about: str
-    needs_base: bool = False
-    scaling: float | None = None
-    """Default of the factor of the task vectors, where there is one."""
-    statistics: str | None = None
-    """`fisher` or `gram`: what is measured on each model's own training rows."""
-    live: bool = False
-    """No merged weights: all models run."""
-
-
-MERGE_METHODS: dict[str, MergeMethod] = {
-    "simple-average": MergeMethod("the mean of all weights"),
-    "task-arithmetic": MergeMethod("base + scaling * sum of task vectors", needs_base=True, scaling=0.3),
-    "ties": MergeMethod("the same of trimmed task vectors that agree in sign", needs_base=True, scaling=0.3),
-    "fisher": MergeMethod("mean weighted by diagonal Fisher information", statistics="fisher"),
-    "regmean": MergeMethod("linear layers by least squares on their inputs, the rest by mean", statistics="gram"),
-    "dare": MergeMethod("task arithmetic on a random share of each task vector (peft)", needs_base=True, scaling=0.3),
-    "ensemble": MergeMethod("the mean of all models' last states under each head, live", live=True),
-}
-"""Name -> method; `kd merge --method`."""

@@ -6,10 +6,10 @@
       sst2: {path: runs/sst2}                  - name: cola                            cola:
                                                  path: tanganke/gpt2_cola                pretrained_model_name_or_path: …
 
-Ours on the left; the two layouts of FusionBench's GPT-2 pools are read as they stand (`type`, `_target_`, data sets and tokenizer
-are about its classes and are passed over). `_pretrained_` is the base: it is not merged. A relative path is looked for
-beside the file, then from where the command runs; anything else is a hub id. For classifiers a model's name is its GLUE
-task; `data: SPEC` names the text that fisher and regmean read with a language model.
+The layout of kd is on the left. The two layouts of FusionBench's GPT-2 pools are read unchanged; their keys for classes, data
+sets and tokenizers (`type`, `_target_`, …) are ignored. `_pretrained_` is the base: it is not merged. A relative path is looked up
+beside the file, then in the working directory; anything else is a hub id. The name of a classifier is its GLUE task.
+`data: SPEC` names the text that fisher and regmean read for a language model.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 from kd.common.errors import DataError, unknown_name
 
 BASE = "_pretrained_"
-OURS = ("base", "models")
-THEIRS = (
+POOL_KEYS = ("base", "models")
+FUSION_BENCH_KEYS = (
     "type",
     "name",
     "dtype",
@@ -39,7 +39,7 @@ THEIRS = (
     "test_datasets",
     "tokenizer",
 )
-"""Keys of FusionBench's files; all but `models` say which of its classes load what."""
+"""Keys of FusionBench's files; all but `models` name its own classes and are ignored."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PoolModel:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     data: str | None = None
-    """Data spec for statistics of a language model."""
+    """Data spec of the rows that fisher and regmean read; None = the GLUE task of a classifier."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class ModelPool:
 
     @property
     def names(self) -> list[str]:
+        """Names of the models, in order."""
         return [model.name for model in self.models]
 
     def need_base(self, purpose: str) -> PoolModel:
@@ -84,17 +85,17 @@ def read_pool(file: Path) -> ModelPool:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError("cannot read the pool", where=file, found=error) from error
     if not isinstance(document, dict) or not document.get("models"):
-        raise DataError("the file is no pool of models", where=file, expected="models: a list or a mapping")
+        raise DataError("the file is not a pool of models", where=file, expected="models: a list or a mapping")
     for key in document:
-        if key not in (*OURS, *THEIRS):
-            raise unknown_name("key", str(key), (*OURS, *THEIRS), where=file)
-    listed = _listed(document["models"], file)
+        if key not in (*POOL_KEYS, *FUSION_BENCH_KEYS):
+            raise unknown_name("key", str(key), (*POOL_KEYS, *FUSION_BENCH_KEYS), where=file)
+    entries = _listed(document["models"], file)
     if "base" in document:
-        listed.append(_model(BASE, document["base"], file))
+        entries.append(_model(BASE, document["base"], file))
     models: dict[str, PoolModel] = {}
-    for model in listed:
+    for model in entries:
         if model.name in models:
-            raise DataError("two models have one name", where=file, found=model.name)
+            raise DataError("two models have the same name", where=file, found=model.name)
         models[model.name] = model
     base = models.pop(BASE, None)
     if not models:
@@ -107,7 +108,7 @@ def _listed(models: Any, file: Path) -> list[PoolModel]:
         return [_model(str(name), entry, file) for name, entry in models.items()]
     if not isinstance(models, list) or not all(isinstance(m, dict) and "name" in m for m in models):
         raise DataError(
-            "models are not named", where=f"{file} models", expected="a mapping, or a list of name and path"
+            "the models have no names", where=f"{file} models", expected="a mapping, or a list of name and path"
         )
     return [_model(str(entry["name"]), entry, file) for entry in models]
 
@@ -117,7 +118,7 @@ def _model(name: str, entry: Any, file: Path) -> PoolModel:
         return PoolModel(name, _located(entry, file))
     where = f"{file} models {name}"
     if not isinstance(entry, Mapping):
-        raise DataError("a model is no path", where=where, found=type(entry).__name__, expected="a path or hub id")
+        raise DataError("a model is not a path", where=where, found=type(entry).__name__, expected="a path or hub id")
     known = ("name", "path", "pretrained_model_name_or_path", "revision", "data", "_target_", "torch_dtype")
     for key in entry:
         if key not in known:

@@ -1,13 +1,14 @@
 """Weights of models of one architecture, a block of one tensor at a time, from safetensors.
 
-A file may spell a backbone's tensors with its prefix (`transformer.h.0…`) or without (`h.0…`); both are found under the
-name that the merged model uses. Heads of classifiers are no part of a backbone. Each tensor's files are opened, read in
+A file may spell the tensors of a backbone with its prefix (`transformer.h.0…`) or without (`h.0…`); both are known here by the
+name that the merged model uses. The head of a classifier is not part of its backbone. The files of a tensor are opened, read in
 blocks of rows and closed again: neither memory nor the pages of mapped files ever hold a whole tensor of each model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,38 +23,42 @@ from kd.models.loading import ModelRequest, load_config
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
 
 BLOCK_ELEMENTS = 2**16
-"""Numbers of one tensor that are in memory at once, of each model: 512 KiB of float64, which stays in a core's cache."""
+"""Numbers of one tensor that are in memory at once, per model: 512 KiB of float64, which fits into the cache of a core."""
 BLOCKS_PER_OPENING = 16
-"""Files are mapped and unmapped again every so many blocks: pages that were read would pile up to a tensor of each model."""
+"""Blocks after which the files are unmapped and mapped again. Otherwise the pages that were read would add up to a tensor of
+each model."""
+TensorPlace = tuple[Path, str]
+"""(file, name in the file)"""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """Where each tensor of one model lies."""
+    """Where each tensor of one model is stored."""
 
     name: str
-    places: dict[str, tuple[Path, str]]
-    """Name in the merged model -> (file, name in the file)."""
+    places: dict[str, TensorPlace]
+    """Name in the merged model -> file, and name in the file."""
     shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Block:
-    """The same rows of one tensor, of every model."""
+    """The same rows of one tensor in every model."""
 
     name: str
     rows: slice
-    """Of the first dimension; everything, of a tensor that fits."""
+    """Rows of the first dimension; `slice(None)` for a scalar or a whole tensor."""
     values: Tensor
     """[M, ...] float64"""
     base: Tensor | None
-    """[...] float64"""
+    """[...] float64; None where the pool has no base or the method needs none"""
 
 
 def skeleton(pool: ModelPool, *, device: str = "meta") -> Any:
-    """The model that is going to be written, without its weights: the backbone of classifiers, or a whole language model.
+    """The model that will be written, without weights: the backbone of classifiers, or a whole language model.
 
-    On any other device than `meta` its memory is allocated; every stored tensor of it is then to be written.
+    On the device `meta` it takes no memory. On any other device its memory is allocated, and the caller must write every
+    tensor that is stored.
     """
     import transformers
 
@@ -66,13 +71,13 @@ def skeleton(pool: ModelPool, *, device: str = "meta") -> Any:
 
 
 def tensor_names(model: Any) -> list[str]:
-    """The tensors that make a model what it is, sorted: parameters, and buffers that files keep; tied ones once."""
+    """The stored tensors of a model, sorted: parameters and the buffers that files hold; tied parameters appear once."""
     tied = {name for name, _ in _shared(model)}
     return sorted(name for name in model.state_dict() if name not in tied)
 
 
 def _shared(model: Any) -> Iterator[tuple[str, str]]:
-    """(name, name it is another word for) of tied parameters."""
+    """(second name, first name) of tied parameters."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in first:
@@ -81,16 +86,38 @@ def _shared(model: Any) -> Iterator[tuple[str, str]]:
 
 
 def stored_model(model: PoolModel, names: list[str], prefix: str) -> StoredModel:
-    """Find `names` in a model's files. Raises DataError for files that lack one, or are no safetensors."""
+    """Look up `names` in the files of a model. Raises DataError for files that lack one, or are not safetensors."""
+    places, shapes = _stored_tensors(model)
+    keys = {}
+    for name in names:
+        spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        key = next((spelling for spelling in spellings if spelling in places), None)
+        if key is None:
+            raise DataError(
+                "a model of the pool lacks a tensor",
+                where=f"{model.name} ({model.path})",
+                expected=name,
+                found=f"{len(places)} others, such as {min(places, default='none')}",
+            )
+        keys[name] = key
+    return StoredModel(
+        model.name,
+        {name: (places[key], key) for name, key in keys.items()},
+        {name: shapes[key] for name, key in keys.items()},
+    )
+
+
+def _stored_tensors(model: PoolModel) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """File and shape of every tensor in the files of a model, by its name there."""
     from safetensors import safe_open
 
     folder = _folder(model)
-    there: dict[str, Path] = {}
+    places: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files([p.name for p in folder.iterdir()], lambda n: (folder / n).read_text(), model.path):
         if not file.endswith(".safetensors"):
             raise DataError(
-                "the weights are no safetensors",
+                "the weights are not in safetensors format",
                 where=folder / file,
                 expected="model.safetensors",
                 try_="load and save it with transformers once",
@@ -98,22 +125,11 @@ def stored_model(model: PoolModel, names: list[str], prefix: str) -> StoredModel
         try:
             with safe_open(folder / file, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118  (a handle, not a dict)
-                    there[key] = folder / file
+                    places[key] = folder / file
                     shapes[key] = tuple(handle.get_slice(key).get_shape())
-        except Exception as error:  # a Rust error type of its own
+        except Exception as error:  # safetensors raises its own Rust error type
             raise DataError("cannot read the weights", where=folder / file, found=error) from error
-    places = {}
-    for name in names:
-        key = next((k for k in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if k in there), None)
-        if key is None:
-            raise DataError(
-                "a model of the pool lacks a tensor",
-                where=f"{model.name} ({model.path})",
-                expected=name,
-                found=f"{len(there)} others, such as {min(there, default='none')}",
-            )
-        places[name] = (there[key], key)
-    return StoredModel(model.name, places, {name: shapes[key] for name, (_, key) in places.items()})
+    return places, shapes
 
 
 def _folder(model: PoolModel) -> Path:
@@ -124,7 +140,7 @@ def _folder(model: PoolModel) -> Path:
 
     try:
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # the hub's client raises many unrelated types
+    except Exception as error:  # the client of the hub raises many unrelated types
         raise DataError(
             "no such model",
             where=f"{model.name}: {model.path}",
@@ -135,7 +151,7 @@ def _folder(model: PoolModel) -> Path:
 
 @dataclass(frozen=True)
 class StoredPool:
-    """The models and the base, found and of one shape."""
+    """The files of the models and of the base, which all hold the same tensors."""
 
     models: tuple[StoredModel, ...]
     base: StoredModel | None
@@ -143,24 +159,24 @@ class StoredPool:
 
     @classmethod
     def of(cls, pool: ModelPool, model: Any, *, with_base: bool) -> StoredPool:
-        """Find the tensors of `model` (see `skeleton`) in every file. Raises DataError where a shape differs."""
+        """Look up the tensors of `model` (see `skeleton`) in every file. Raises DataError where a shape differs."""
         names, prefix = tensor_names(model), str(model.base_model_prefix)
-        found = [stored_model(m, names, prefix) for m in pool.models]
+        models = [stored_model(m, names, prefix) for m in pool.models]
         base = stored_model(pool.need_base("this method"), names, prefix) if with_base else None
-        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        for one in [*found, *([base] if base else [])]:
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        for stored in [*models, *([base] if base else [])]:
             for name in names:
-                if one.shapes[name] != wanted[name]:
+                if stored.shapes[name] != expected[name]:
                     raise DataError(
                         "the models of the pool are not of one shape",
-                        where=f"{one.name} tensor {name}",
-                        found=one.shapes[name],
-                        expected=wanted[name],
+                        where=f"{stored.name} tensor {name}",
+                        found=stored.shapes[name],
+                        expected=expected[name],
                     )
-        return cls(tuple(found), base, names)
+        return cls(tuple(models), base, names)
 
     def blocks(self, name: str) -> Iterator[Block]:
-        """One tensor in blocks of rows, of every model."""
+        """One tensor of every model, in blocks of rows."""
         slices = list(row_blocks(self.models[0].shapes[name]))
         for start in range(0, len(slices), BLOCKS_PER_OPENING):
             with ExitStack() as stack:
@@ -170,22 +186,27 @@ class StoredPool:
                     values = torch.stack([reader(rows) for reader in readers])
                     yield Block(name, rows, values, None if base is None else base(rows))
 
+    def whole(self, name: str) -> Block:
+        """One tensor of every model, in one block."""
+        values = torch.empty((len(self.models), *self.models[0].shapes[name]), dtype=torch.float64)
+        for value, model in zip(values, self.models, strict=True):
+            value.copy_(read_whole(model.places[name]))
+        base = None if self.base is None else read_whole(self.base.places[name]).double()
+        return Block(name, slice(None), values, base)
+
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of the first dimension, each of at most BLOCK_ELEMENTS numbers (or one row)."""
     if not shape:
         yield slice(None)
         return
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    step = max(1, BLOCK_ELEMENTS // max(width, 1))
+    step = max(1, BLOCK_ELEMENTS // max(math.prod(shape[1:]), 1))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
-def _reader(stack: ExitStack, place: tuple[Path, str]) -> Any:
-    """rows -> that block in float64; a scalar is read whole."""
+def _reader(stack: ExitStack, place: TensorPlace) -> Callable[[slice], Tensor]:
+    """A function from rows to that block in float64; a scalar is read whole."""
     from safetensors import safe_open
 
     file, key = place
@@ -196,7 +217,13 @@ def _reader(stack: ExitStack, place: tuple[Path, str]) -> Any:
     return lambda rows: view[rows].double()
 
 
-def read_whole(place: tuple[Path, str]) -> Tensor:
+def read_rows(place: TensorPlace, rows: slice) -> Tensor:
+    """A block of one tensor, in float64."""
+    with ExitStack() as stack:
+        return _reader(stack, place)(rows)
+
+
+def read_whole(place: TensorPlace) -> Tensor:
     """One tensor, in the dtype it is stored in."""
     from safetensors import safe_open
 

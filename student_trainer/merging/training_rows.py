@@ -1,4 +1,4 @@
-"""The rows that fisher and regmean read: a classifier's own GLUE task, or the text a pool names for a language model."""
+"""The rows that fisher and regmean read: a classifier's own GLUE task, or the text that a pool names for a language model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from kd.data.sources import load_corpus
 from kd.data.tasks.glue import load_glue
 from kd.models.classifiers import load_classifier, refuse_other_classes
 from kd.models.loading import ModelRequest, load_config, load_model, load_request_tokenizer, max_positions
-from kd.models.tokenizer import pad_token_id
+from kd.models.tokenizer import Tokenizer, pad_token_id
 from kd.student_trainer.classify.encoding import encode_rows, pad_rows
-from kd.student_trainer.merging.merger import Measured
+from kd.student_trainer.merging.merge_statistics import RowModel
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
+
+TokenRows = Sequence[Sequence[int]]
+"""Token ids of each row."""
 
 
 def is_classifier_pool(pool: ModelPool) -> bool:
-    """Are the models sequence classifiers (or else language models)? Raises DataError for a mixture."""
+    """Whether the models are sequence classifiers (else they are language models). Raises DataError for a mixture."""
     kinds = {}
     for model in pool.models:
         config = load_config(ModelRequest(model.path, revision=model.revision))
@@ -31,76 +34,86 @@ def is_classifier_pool(pool: ModelPool) -> bool:
         raise DataError(
             "the pool mixes classifiers and language models",
             where=pool.file,
-            found=f"classifiers: {', '.join(name for name, yes in kinds.items() if yes)}",
+            found=f"classifiers: {', '.join(name for name, is_classifier in kinds.items() if is_classifier)}",
         )
     return next(iter(kinds.values()))
 
 
 @dataclass(frozen=True)
 class RowSampler:
-    """Gives a model of the pool and batches of its own rows: the `Measure` of `merge.prepare`."""
+    """Loads a model of the pool with batches of its own training rows (`merge_statistics.LoadRows`)."""
 
     classifiers: bool
+    """The models are classifiers: their rows are those of their GLUE tasks."""
     examples: int
-    """Rows drawn of the training split."""
+    """Rows drawn from the training split, without replacement."""
     batch_size: int
-    pad_to: int | None = None
-    """Pad every row to this many tokens, as the reference does; None = to the longest of the batch."""
-    max_length: int = 512
-    task_root: Path | None = None
-    device: str = "auto"
-    seed: int = 0
-    """Of the drawing."""
+    """Rows per batch."""
+    pad_to: int | None
+    """Tokens that every row is padded to, as in the reference; None = the longest row of the batch."""
+    max_length: int
+    """Tokens of a row; longer rows are cut."""
+    task_root: Path | None
+    """Folder of local GLUE rows; None = the hub."""
+    device: str
+    seed: int
+    """Seed of the draw."""
 
-    def __call__(self, model: PoolModel) -> Measured:
+    def __call__(self, model: PoolModel) -> RowModel:
+        """Raises DataError where the rows are missing or do not belong to the model."""
         request = ModelRequest(model.path, revision=model.revision, device=self.device, dtype="float32")
-        tokenizer = load_request_tokenizer(request)
-        pad = pad_token_id(tokenizer)
         limit = min(self.max_length, max_positions(load_config(request)) or self.max_length)
-        if self.classifiers:
-            found = load_glue(model.data, task=model.name, split="train", task_root=self.task_root)
-            chosen = [found.rows[i] for i in self._drawn(len(found.rows))]
-            ids: Sequence[Sequence[int]] = encode_rows(tokenizer, chosen, max_length=limit).ids
-            whole = load_classifier(request, pad_id=pad)
-            refuse_other_classes(request, whole.config, found.task.labels)
-            part = whole.base_model
-            for parameter in whole.parameters():
-                parameter.requires_grad_(False)
-            for parameter in part.parameters():
-                parameter.requires_grad_(True)
-            return part, lambda batch: whole(**batch).logits, self._batches(ids, pad, limit, whole.device)
+        tokenizer = load_request_tokenizer(request)
+        load = self._classifier if self.classifiers else self._language_model
+        return load(model, request, tokenizer, limit)
+
+    def _classifier(self, model: PoolModel, request: ModelRequest, tokenizer: Tokenizer, limit: int) -> RowModel:
+        labelled = load_glue(model.data, task=model.name, split="train", task_root=self.task_root)
+        sample = [labelled.rows[i] for i in self._draw(len(labelled.rows))]
+        ids = encode_rows(tokenizer, sample, max_length=limit).ids
+        pad_id = pad_token_id(tokenizer)
+        classifier = load_classifier(request, pad_id=pad_id)
+        refuse_other_classes(request, classifier.config, labelled.task.labels)
+        backbone = classifier.base_model
+        classifier.requires_grad_(False)
+        backbone.requires_grad_(True)
+        batches = self._batches(ids, pad_id, limit, classifier.device)
+        return RowModel(backbone, lambda batch: classifier(**batch).logits, batches)
+
+    def _language_model(self, model: PoolModel, request: ModelRequest, tokenizer: Tokenizer, limit: int) -> RowModel:
         if model.data is None:
             raise DataError(
-                "no text is named for a language model", where=model.name, expected="data: SPEC in the pool"
+                "the pool names no text for a language model", where=model.name, expected="data: SPEC in the pool"
             )
         texts = [f"{e.prompt}\n{e.target}" if e.prompt else e.target for e in load_corpus(model.data).examples]
-        chosen_texts = [texts[i] for i in self._drawn(len(texts))]
-        ids = [row or [pad] for row in tokenizer(chosen_texts, truncation=True, max_length=limit)["input_ids"]]
-        language = load_model(request)
+        sample = [texts[i] for i in self._draw(len(texts))]
+        pad_id = pad_token_id(tokenizer)
+        ids = [row or [pad_id] for row in tokenizer(sample, truncation=True, max_length=limit)["input_ids"]]
+        language_model = load_model(request)
 
         def logits(batch: dict[str, Tensor]) -> Tensor:
-            return language(**batch).logits[batch["attention_mask"].bool()]  # type: ignore[no-any-return]
+            return language_model(**batch).logits[batch["attention_mask"].bool()]  # type: ignore[no-any-return]
 
-        return language, logits, self._batches(ids, pad, limit, language.device)
+        return RowModel(language_model, logits, self._batches(ids, pad_id, limit, language_model.device))
 
-    def _drawn(self, count: int) -> np.ndarray:
-        """Row numbers, without replacement."""
+    def _draw(self, count: int) -> np.ndarray:
+        """Numbers of the drawn rows, of `count`."""
         return np.random.default_rng(self.seed).permutation(count)[: self.examples]
 
-    def _batches(self, ids: Sequence[Sequence[int]], pad: int, limit: int, device: Any) -> PaddedBatches:
-        width = None if self.pad_to is None else min(self.pad_to, limit)
-        return PaddedBatches(ids, self.batch_size, pad, width, device)
+    def _batches(self, ids: TokenRows, pad_id: int, limit: int, device: Any) -> PaddedBatches:
+        length = None if self.pad_to is None else min(self.pad_to, limit)
+        return PaddedBatches(ids, self.batch_size, pad_id, length, device)
 
 
 @dataclass(frozen=True)
 class PaddedBatches:
     """Rows in their order, a batch at a time; the same at every pass."""
 
-    ids: Sequence[Sequence[int]]
+    ids: TokenRows
     batch_size: int
     pad_id: int
     length: int | None
-    """Of every row; None = the longest of the batch."""
+    """Tokens of every padded row; None = the longest row of the batch."""
     device: Any
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

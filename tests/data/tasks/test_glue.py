@@ -23,10 +23,10 @@ def test_the_table_holds_the_seven_tasks_in_order() -> None:
 def test_every_file_name_of_the_real_folders_is_understood(shared: Path) -> None:
     for task in glue_tasks():
         for split, least in (("train", 2000), ("dev", 200)):
-            found = load_glue(str(shared / "glue" / task), split=split)
-            assert len(found.rows) >= least
-            assert found.source["source"] == "local"
-            assert {row.label for row in found.rows} == set(range(len(found.task.labels)))
+            labelled = load_glue(str(shared / "glue" / task), split=split)
+            assert len(labelled.rows) >= least
+            assert labelled.source["source"] == "local"
+            assert {row.label for row in labelled.rows} == set(range(len(labelled.task.labels)))
 
 
 def test_a_task_and_a_root_name_the_same_rows_as_a_folder(glue_root: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from kd.common.errors import DataError
+from kd.common.settings import changed, make
 from kd.data.tasks.glue import LabelledRow, load_glue
 from kd.models.classifiers import load_classifier
 from kd.models.loading import ModelRequest
 from kd.models.tokenizer import load_tokenizer, pad_token_id
-from kd.student_trainer.classify.classifier_training import ClassifyConfig, train_classifier
+from kd.student_trainer.classify.classifier_training import train_classifier
+from kd.student_trainer.classify.classify_settings import ClassifyConfig
 from kd.student_trainer.classify.encoding import PadBatch, encode_rows, length_batches, pad_rows
 from kd.student_trainer.classify.pooling import pooled_states
 
@@ -76,9 +77,9 @@ def test_pooled_states_under_the_head_are_the_models_own_logits(
 ) -> None:
     model = load_classifier(ModelRequest(str(layouts[layout]), device="cpu"), ("no", "yes"), pad_id=0)
     with torch.inference_mode():
-        own = model(**pad_rows(encoded.ids, 0)).logits
+        expected = model(**pad_rows(encoded.ids, 0)).logits
     states = pooled_states(model.base_model, encoded, tokens_per_batch=100)
-    assert torch.allclose(states @ model.score.weight.T, own, atol=1e-5)
+    assert torch.allclose(states @ model.score.weight.T, expected, atol=1e-5)
 
 
 def test_batches_by_length_hold_every_row_once_within_the_budget(encoded: Any) -> None:
@@ -101,7 +102,7 @@ def test_a_new_head_follows_the_seed_and_takes_the_labels_names(layouts: dict[st
 def test_what_is_no_classifier_or_has_other_classes_or_heads_is_refused(
     layouts: dict[str, Path], gpt2_pool: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="no classifier"):
+    with pytest.raises(DataError, match="not a classifier"):
         load_classifier(ModelRequest(str(layouts["gpt2"]), device="cpu"), pad_id=0)
     cola = ModelRequest(gpt2_pool.models[0].path, device="cpu")
     with pytest.raises(DataError, match="another number of classes"):
@@ -114,16 +115,17 @@ def test_what_is_no_classifier_or_has_other_classes_or_heads_is_refused(
 
 @pytest.fixture
 def config(glue_root: Path, layouts: dict[str, Path], tmp_path: Path) -> ClassifyConfig:
-    return ClassifyConfig(
-        model=str(layouts["llama"]),
-        out=str(tmp_path / "run"),
-        data=str(glue_root / "sst2"),
-        epochs=3,
-        lr=5e-3,
-        max_length=64,
-        device="cpu",
-        log_every=5,
-    )
+    settings = {
+        "model": str(layouts["llama"]),
+        "out": str(tmp_path / "run"),
+        "data": str(glue_root / "sst2"),
+        "epochs": 3,
+        "lr": 5e-3,
+        "max_length": 64,
+        "device": "cpu",
+        "log_every": 5,
+    }
+    return make(ClassifyConfig, settings)
 
 
 def weights(folder: str) -> dict[str, np.ndarray]:
@@ -144,7 +146,7 @@ def test_training_learns_and_what_is_saved_loads_with_transformers(config: Class
     tokenizer = AutoTokenizer.from_pretrained(config.out)
     assert model.config.id2label == {0: "negative", 1: "positive"}
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0
-    dev = load_glue(config.data, split="dev").rows
+    dev = load_glue(config.rows.data, split="dev").rows
     batch = tokenizer([row.texts[0] for row in dev], padding=True, return_tensors="pt")
     with torch.inference_mode():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -155,18 +157,18 @@ def test_training_learns_and_what_is_saved_loads_with_transformers(config: Class
 
 
 def test_equal_settings_give_equal_weights_and_another_seed_others(config: ClassifyConfig, tmp_path: Path) -> None:
-    found = []
+    trained = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run = replace(config, out=str(tmp_path / name), seed=seed, max_steps=4)
+        run = changed(config, out=str(tmp_path / name), seed=seed, max_steps=4)
         train_classifier(run)
-        found.append(weights(run.out))
-    assert all(np.array_equal(found[0][k], found[1][k]) for k in found[0])
-    assert not np.array_equal(found[0]["score.weight"], found[2]["score.weight"])
+        trained.append(weights(run.out))
+    assert all(np.array_equal(trained[0][k], trained[1][k]) for k in trained[0])
+    assert not np.array_equal(trained[0]["score.weight"], trained[2]["score.weight"])
 
 
 def test_padding_to_the_limit_trains_the_same_model(config: ClassifyConfig, tmp_path: Path) -> None:
     runs = [
-        replace(config, out=str(tmp_path / str(pad)), pad_to_max=pad, max_steps=4, lr=1e-3) for pad in (False, True)
+        changed(config, out=str(tmp_path / str(pad)), pad_to_max=pad, max_steps=4, lr=1e-3) for pad in (False, True)
     ]
     losses = [train_classifier(run).loss for run in runs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # float32 sums in other block sizes, over four steps
@@ -176,7 +178,7 @@ def test_padding_to_the_limit_trains_the_same_model(config: ClassifyConfig, tmp_
 def test_lora_trains_a_small_share_and_is_merged_into_the_output(
     config: ClassifyConfig, layouts: dict[str, Path], tmp_path: Path, layout: str
 ) -> None:
-    run = replace(config, model=str(layouts[layout]), out=str(tmp_path / "lora"), lora=2, max_steps=6)
+    run = changed(config, model=str(layouts[layout]), out=str(tmp_path / "lora"), lora=2, max_steps=6)
     result = train_classifier(run)
     assert result.trained_parameters < 0.2 * result.parameters
     saved, before = weights(run.out), weights(str(layouts[layout]))
@@ -195,11 +197,11 @@ def test_lora_trains_a_small_share_and_is_merged_into_the_output(
 
 def test_settings_that_cannot_be_are_refused(config: ClassifyConfig, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="positions"):
-        train_classifier(replace(config, max_length=512))
+        train_classifier(changed(config, max_length=512))
     with pytest.raises(DataError, match="unknown GLUE task"):
-        train_classifier(replace(config, task="sst3"))
+        train_classifier(changed(config, task="sst3"))
     with pytest.raises(DataError, match="no task was named"):
-        replace(config, data=None)
+        changed(config, data=None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").touch()
     with pytest.raises(DataError, match="not empty"):

@@ -26,15 +26,18 @@ from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherError
+from kd.common.settings import changed, make
 from kd.data.blocks import BlockConfig
 from kd.data.data_settings import InstructionConfig
 from kd.data.sources import load_classes, load_corpus
 from kd.data.tasks.glue import PAIR, load_glue
 from kd.evaluation.merged.glue_scores import evaluate_classifier, load_heads
+from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings
 from kd.models.classifiers import load_classifier, split_classifier
 from kd.models.loading import ModelRequest, load_model
 from kd.models.tokenizer import load_tokenizer
-from kd.student_trainer.classify.classifier_training import ClassifyConfig, train_classifier
+from kd.student_trainer.classify.classifier_training import train_classifier
+from kd.student_trainer.classify.classify_settings import ClassifyConfig
 from kd.student_trainer.classify.encoding import PadBatch, encode_rows, pad_rows
 from kd.student_trainer.classify.soft_labels import read_classes
 from kd.student_trainer.losses.loss_registry import Objective
@@ -90,15 +93,16 @@ def soft(sst2_teacher: Path, glue_root: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(soft: Path, layouts: dict[str, Path], tmp_path: Path) -> ClassifyConfig:
-    return ClassifyConfig(
-        model=str(layouts["llama"]),
-        out=str(tmp_path / "run"),
-        cache=str(soft),
-        lr=5e-3,
-        max_length=64,
-        device="cpu",
-        log_every=5,
-    )
+    settings = {
+        "model": str(layouts["llama"]),
+        "out": str(tmp_path / "run"),
+        "cache": str(soft),
+        "lr": 5e-3,
+        "max_length": 64,
+        "device": "cpu",
+        "log_every": 5,
+    }
+    return make(ClassifyConfig, settings)
 
 
 def test_a_cache_holds_softmax_of_the_models_own_logits_at_every_temperature(
@@ -113,8 +117,8 @@ def test_a_cache_holds_softmax_of_the_models_own_logits_at_every_temperature(
     for temperature in TEMPERATURES:
         scaled = logits / temperature
         expected = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
-        _, found = read_classes(reader, temperature=temperature)
-        assert np.abs(found - expected).max() < 2e-5  # float32 of logits up to 20, batched otherwise
+        _, log_probs = read_classes(reader, temperature=temperature)
+        assert np.abs(log_probs - expected).max() < 2e-5  # float32 of logits up to 20, batched otherwise
     assert [f for step in verify(reader.root) for f in step.findings] == []
     right = np.mean(logits.argmax(1) == encoded.labels)
     assert reader.manifest.quality["top1"] / reader.manifest.rows == pytest.approx(right)
@@ -162,9 +166,10 @@ def test_a_classifier_that_numbers_its_classes_otherwise_is_refused(
         list(build(plan_build(replace(request, teacher=swapped))))
     (pool := tmp_path / "pool.yaml").write_text(f"base: {sst2_teacher}\nmodels: {{sst2: {swapped.name}}}\n")
     with pytest.raises(DataError, match="another order"):
-        load_heads(read_pool(pool), task_root=glue_root, max_length=64)
+        load_heads(read_pool(pool), GlueRowSettings(glue_root, max_length=64))
+    settings = make(ClassifierEvaluation, {"data": str(glue_root / "sst2"), "max_length": 64, "device": "cpu"})
     with pytest.raises(DataError, match="another order"):
-        list(evaluate_classifier(swapped.name, data=str(glue_root / "sst2"), max_length=64, device="cpu"))
+        list(evaluate_classifier(swapped.name, settings))
     nameless = renamed(request.teacher, tmp_path / "nameless", ("LABEL_0", "LABEL_1"))
     list(build(plan_build(replace(request, teacher=nameless))))  # says nothing about the order: the reference's files
 
@@ -201,8 +206,8 @@ def same(a: str, b: str, *, atol: float) -> bool:
 
 
 def test_cross_entropy_from_a_cache_is_training_from_the_labels(config: ClassifyConfig, glue_root: Path) -> None:
-    train_classifier(replace(config, loss="ce", max_steps=6))
-    plain = replace(config, cache=None, data=str(glue_root / "sst2"), out=config.out + "-plain", max_steps=6)
+    train_classifier(changed(config, loss="ce", max_steps=6))
+    plain = changed(config, cache=None, data=str(glue_root / "sst2"), out=config.out + "-plain", max_steps=6)
     train_classifier(plain)
     assert same(config.out, plain.out, atol=1e-6)  # the same numbers, summed by another function
     records = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
@@ -211,7 +216,7 @@ def test_cross_entropy_from_a_cache_is_training_from_the_labels(config: Classify
 
 def test_a_step_is_that_of_the_formula_in_float64(config: ClassifyConfig, soft: Path) -> None:
     """One SGD-like look at the gradient norm of the first step: kd at T=2, weighted, with its T^2."""
-    config = replace(config, temperature=2.0, alpha=0.7, ce_weight=0.2, max_steps=1, batch_size=48)
+    config = changed(config, temperature=2.0, alpha=0.7, ce_weight=0.2, max_steps=1, batch_size=48)
     train_classifier(config)
     record = json.loads((Path(config.out) / "metrics.jsonl").read_text().splitlines()[0])
     rows, log_p = read_classes(CacheReader(soft), temperature=2.0)
@@ -230,14 +235,14 @@ def test_a_step_is_that_of_the_formula_in_float64(config: ClassifyConfig, soft: 
 
 
 def test_accumulated_batches_are_one_batch(config: ClassifyConfig) -> None:
-    train_classifier(replace(config, max_steps=4, batch_size=8))
-    parts = replace(config, max_steps=4, batch_size=2, accumulate=4, out=config.out + "-parts")
+    train_classifier(changed(config, max_steps=4, batch_size=8))
+    parts = changed(config, max_steps=4, batch_size=2, accumulate=4, out=config.out + "-parts")
     train_classifier(parts)
     assert same(config.out, parts.out, atol=2e-5)  # float32 sums in another order, through Adam's square root
 
 
 def test_a_student_of_another_layout_learns_its_teachers_answers(config: ClassifyConfig, soft: Path) -> None:
-    result = train_classifier(replace(config, epochs=30))
+    result = train_classifier(changed(config, epochs=30))
     rows, log_p = read_classes(CacheReader(soft))
     encoded = encode_rows(load_tokenizer(config.model), rows.rows, max_length=64)
     student = AutoModelForSequenceClassification.from_pretrained(config.out).eval()
@@ -303,31 +308,31 @@ def test_what_does_not_belong_together_is_refused(
         plan_build(replace(request, targets=TargetConfig.of_profile("kl", top_k=1)))
     with pytest.raises(DataError, match="keeps all of them"):
         plan_build(replace(request, targets=TargetConfig.of_profile("uld", top_k=2)))
-    with pytest.raises(DataError, match="as they are"):
+    with pytest.raises(DataError, match="in 4 bits"):
         plan_build(replace(request, teacher=replace(request.teacher, load_in_4bit=True)))
     with pytest.raises(DataError, match="writes no text"):
         plan_build(replace(request, generation=GenerationConfig()))
-    with pytest.raises(DataError, match="teacher of classes"):
+    with pytest.raises(DataError, match="only score a classification data set"):
         plan_build(replace(request, corpus=load_corpus("demo", limit=1)))
     tokens = build_request(tmp_path / "tokens")
-    with pytest.raises(DataError, match="teacher of classes"):
+    with pytest.raises(DataError, match="only score a classification data set"):
         plan_build(replace(tokens, corpus=request.corpus))
     list(build(plan_build(tokens)))
     with pytest.raises(CacheMismatchError, match="over tokens"):
-        train_classifier(replace(config, cache=str(tmp_path / "tokens")))
+        train_classifier(changed(config, cache=str(tmp_path / "tokens")))
     with pytest.raises(CacheMismatchError, match="another task"):
-        train_classifier(replace(config, task="mnli"))
-    with pytest.raises(DataError, match="no text to align"):
-        train_classifier(replace(config, loss="uld"))
+        train_classifier(changed(config, task="mnli"))
+    with pytest.raises(DataError, match="unknown loss"):
+        train_classifier(changed(config, loss="uld"))
     with pytest.raises(DataError, match="that temperature"):
-        train_classifier(replace(config, temperature=3.0))
+        train_classifier(changed(config, temperature=3.0))
     with pytest.raises(DataError, match="its own rows"):
-        replace(config, data="glue/sst2")
+        changed(config, data="glue/sst2")
     with pytest.raises(DataError, match="no teacher"):
-        replace(config, cache=None, task="sst2", alpha=0.5)
+        changed(config, cache=None, task="sst2", alpha=0.5)
     with pytest.raises(TeacherError, match="predicts no tokens"):
         load_model(request.teacher)
-    with pytest.raises(DataError, match="as they are"):
+    with pytest.raises(DataError, match="in 4 bits"):
         load_classifier(replace(request.teacher, load_in_4bit=True), pad_id=0)
     with pytest.raises(DataError, match="GLUE's own columns"):
         load_classes("glue/sst2", columns={"text": "sentence"})
@@ -414,9 +419,9 @@ def test_padding_is_not_read_wherever_it_stands(sst2_teacher: Path) -> None:
     texts = [np.array(ids) for ids in ([5, 6, 3, 3], [3], [3, 7, 3], [9, 8, 7, 6, 5], [3, 3])]
     head = split_classifier(model, 3)
     with torch.inference_mode():
-        found = head.logits(head.scored_hidden(texts, []))
-        own = torch.cat([model(input_ids=torch.from_numpy(text)[None]).logits for text in texts])
-    assert torch.allclose(found, own, atol=1e-5)
+        logits = head.logits(head.scored_hidden(texts, []))
+        expected = torch.cat([model(input_ids=torch.from_numpy(text)[None]).logits for text in texts])
+    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def run_cli(*words: str) -> Any:

@@ -15,22 +15,22 @@ def held(bench: ModuleType, methods: tuple[str, ...]) -> tuple[dict[str, float],
     from transformers import GPT2Config
 
     config = GPT2Config(vocab_size=2000, n_positions=64, n_embd=256, n_layer=8, n_head=4)
-    found = bench.measure_shape(config, 7, methods)
-    return {m: row["held"] for m, row in found["methods"].items()}, found["bytes"], 4.0 * 2000 * 256
+    measured = bench.measure_shape(config, 7, methods)
+    return {m: row["held"] for m, row in measured["methods"].items()}, measured["bytes"], 4.0 * 2000 * 256
 
 
 def test_seven_models_are_merged_in_the_memory_of_two(load_benchmark) -> None:
-    found, model, tensor = held(load_benchmark("merging"), ("ties",))
+    measured, model, tensor = held(load_benchmark("merging"), ("ties",))
     bound = 2 * model + 7 * tensor + SLACK
     assert bound < 0.6 * 7 * model  # holding all of them would not pass
-    assert found["ties"] < bound, {m: f"{b / model:.2f} models" for m, b in found.items()}
+    assert measured["ties"] < bound, {m: f"{b / model:.2f} models" for m, b in measured.items()}
 
 
 @pytest.mark.slow
 def test_every_method_stays_in_the_memory_of_two_models(load_benchmark) -> None:
     bench = load_benchmark("merging")
-    found, model, tensor = held(bench, bench.METHODS)
-    for method, size in found.items():
+    measured, model, tensor = held(bench, bench.METHODS)
+    for method, size in measured.items():
         bound = 2 * model + 7 * tensor + SLACK
         if (
             method == "regmean"

@@ -65,14 +65,14 @@ def test_scaling_zero_is_the_base_exactly(values: torch.Tensor, base: torch.Tens
 def test_ties_of_one_whole_task_vector_is_task_arithmetic_exactly(
     values: torch.Tensor, base: torch.Tensor, elect: str
 ) -> None:
-    found = ties(values[:1], base, thresholds=everything(1), majority=-1, elect=elect, scaling=0.7)
-    assert torch.equal(found, task_arithmetic(values[:1], base, scaling=0.7))
+    result = ties(values[:1], base, thresholds=everything(1), majority=-1, elect=elect, scaling=0.7)
+    assert torch.equal(result, task_arithmetic(values[:1], base, scaling=0.7))
 
 
 def test_models_that_agree_in_sign_lose_nothing_in_ties(base: torch.Tensor) -> None:
     values = base + float32_values(3, 4, 6, 4).abs()
-    found = ties(values, base, thresholds=everything(4), majority=-1, scaling=0.5)
-    assert torch.equal(found, task_arithmetic(values, base, scaling=0.5))
+    result = ties(values, base, thresholds=everything(4), majority=-1, scaling=0.5)
+    assert torch.equal(result, task_arithmetic(values, base, scaling=0.5))
 
 
 def test_ties_drops_what_disagrees_by_hand() -> None:
@@ -82,15 +82,15 @@ def test_ties_drops_what_disagrees_by_hand() -> None:
     # sums 1, -2, -5 (0.1 is trimmed): keep 3 + 2; -2 - 1; -5
     by_elect = {"sum": [5.0, -3.0, -5.0], "mean": [2.5, -1.5, -5.0], "max": [3.0, -2.0, -5.0]}
     for elect, expected in by_elect.items():
-        found = ties(values, zero, thresholds=thresholds, majority=1, elect=elect, scaling=1.0)
-        assert found.tolist() == expected, elect
+        result = ties(values, zero, thresholds=thresholds, majority=1, elect=elect, scaling=1.0)
+        assert result.tolist() == expected, elect
 
 
 def test_an_entry_whose_sum_is_zero_gets_the_majority_sign() -> None:
     values = torch.tensor([[2.0], [-2.0]], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    found = [float(ties(values, zero, thresholds=everything(2), majority=m, scaling=1.0)) for m in (1.0, -1.0)]
-    assert found == [2.0, -2.0]
+    result = [float(ties(values, zero, thresholds=everything(2), majority=m, scaling=1.0)) for m in (1.0, -1.0)]
+    assert result == [2.0, -2.0]
 
 
 def test_equal_information_and_weights_give_the_average(values: torch.Tensor) -> None:
@@ -102,15 +102,15 @@ def test_equal_information_and_weights_give_the_average(values: torch.Tensor) ->
 def test_information_of_one_model_alone_gives_that_model(values: torch.Tensor) -> None:
     information = torch.zeros_like(values)
     information[2] = 1.0
-    found = fisher_average(values, information, weights=fisher_weights([1.0] * 5), minimal=1e-12)
+    result = fisher_average(values, information, weights=fisher_weights([1.0] * 5), minimal=1e-12)
     # four others of weight 1e-12 pull by at most their distance times 4e-12
-    assert torch.allclose(found, values[2], rtol=0, atol=1e-10)
+    assert torch.allclose(result, values[2], rtol=0, atol=1e-10)
 
 
 def test_fisher_of_equal_models_is_the_model(base: torch.Tensor) -> None:
     information = float32_values(5, 3, 6, 4).abs()
-    found = fisher_average(base.expand(3, 6, 4), information, weights=fisher_weights([1.0, 2.0, 3.0]))
-    assert torch.allclose(found, base, rtol=4 * ULP, atol=0)
+    result = fisher_average(base.expand(3, 6, 4), information, weights=fisher_weights([1.0, 2.0, 3.0]))
+    assert torch.allclose(result, base, rtol=4 * ULP, atol=0)
 
 
 def test_fisher_weights_fall_with_the_norm_and_add_up() -> None:
@@ -141,9 +141,9 @@ def test_regmean_solves_the_least_squares_problem_it_claims(values: torch.Tensor
     rows = np.concatenate([x.numpy() for x in inputs])  # as many rows of each model: one weight for all
     wanted = np.concatenate([(x @ w).numpy() for x, w in zip(inputs, values, strict=True)])
     solution = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-    found = regmean(values, grams_of(inputs), off_diagonal=1.0).numpy()
+    result = regmean(values, grams_of(inputs), off_diagonal=1.0).numpy()
     # normal equations square the condition number of the rows, here about 5
-    np.testing.assert_allclose(found, solution, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(result, solution, rtol=1e-11, atol=1e-12)
 
 
 def test_regmean_follows_the_reference_formula(values: torch.Tensor, inputs: list[torch.Tensor]) -> None:
@@ -152,16 +152,16 @@ def test_regmean_follows_the_reference_formula(values: torch.Tensor, inputs: lis
         shrunk = gram.numpy() * (0.6 + 0.4 * np.eye(6))
         total += shrunk
         pulled += shrunk @ weight.numpy()
-    found = regmean(values, grams_of(inputs), off_diagonal=0.6).numpy()
-    np.testing.assert_allclose(found, np.linalg.inv(total) @ pulled, rtol=1e-11, atol=1e-12)
+    result = regmean(values, grams_of(inputs), off_diagonal=0.6).numpy()
+    np.testing.assert_allclose(result, np.linalg.inv(total) @ pulled, rtol=1e-11, atol=1e-12)
 
 
 def test_regmean_leaves_the_mean_where_no_model_saw_an_input(values: torch.Tensor, inputs: list[torch.Tensor]) -> None:
     for x in inputs:
         x[:, 3] = 0.0
-    found = regmean(values, grams_of(inputs), off_diagonal=1.0)
-    assert torch.allclose(found[3], values.mean(dim=0)[3], rtol=0, atol=1e-12)
-    assert bool(torch.isfinite(found).all())
+    result = regmean(values, grams_of(inputs), off_diagonal=1.0)
+    assert torch.allclose(result[3], values.mean(dim=0)[3], rtol=0, atol=1e-12)
+    assert bool(torch.isfinite(result).all())
 
 
 def test_dare_is_task_arithmetic_on_average_and_at_density_one(values: torch.Tensor, base: torch.Tensor) -> None:

@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from glue_fixtures import Tensors, read_tensors
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from kd.common.errors import DataError, KdError
+from kd.common.errors import DataError
+from kd.common.progress import final
+from kd.common.settings import make
 from kd.models.classifiers import load_classifier
 from kd.models.loading import ModelRequest
 from kd.student_trainer.merging import stored_weights as weights_module
-from kd.student_trainer.merging.merge_methods import MERGE_METHODS
-from kd.student_trainer.merging.merger import Merger, MergeSettings, kth_magnitude, prepare
+from kd.student_trainer.merging.merge_settings import MergeSettings
+from kd.student_trainer.merging.merger import Merger, prepared_merger
+from kd.student_trainer.merging.method_registry import MERGE_METHODS
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
-from kd.student_trainer.merging.stored_weights import StoredPool, row_blocks, skeleton
+from kd.student_trainer.merging.stored_weights import skeleton
 from kd.student_trainer.merging.training_rows import RowSampler
-
-Whole = dict[str, np.ndarray]
-"""A backbone's tensors, float64."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,39 +35,24 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights_module, "BLOCK_ELEMENTS", 300)
 
 
-def ready(pool: ModelPool, settings: MergeSettings, folder: Path, measure: Any = None) -> Merger:
-    merger = [step.merger for step in prepare(pool, settings, folder=folder, measure=measure)][-1]
-    assert merger is not None
-    return merger
+def prepared(pool: ModelPool, settings: dict[str, Any], folder: Path, load_rows: Any = None) -> Merger:
+    return final(prepared_merger(pool, make(MergeSettings, settings), folder=folder, load_rows=load_rows))
 
 
-def merged(pool: ModelPool, settings: MergeSettings, folder: Path, measure: Any = None) -> Whole:
-    merger = ready(pool, settings, folder, measure)
+def merged(pool: ModelPool, method: str, folder: Path, load_rows: Any = None, **settings: Any) -> Tensors:
+    merger = prepared(pool, {"method": method, **settings}, folder, load_rows)
     model = skeleton(pool, device="cpu")
     for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, float("nan"))  # whatever is not written shows
+        torch.nn.init.constant_(parameter, float("nan"))  # a tensor that is not written shows
     merger.apply(model)
     return {name: model.state_dict()[name].double().numpy() for name in merger.stored.names}
 
 
-def read(model: PoolModel, names: list[str]) -> Whole:
-    """The same tensors straight from the file, by the end of their name."""
-    found = load_file(Path(model.path) / "model.safetensors")
-    return {n: next(v for k, v in found.items() if k == n or k.endswith(f".{n}")).astype(np.float64) for n in names}
-
-
-@pytest.fixture
-def wholes(pool: ModelPool) -> tuple[list[Whole], Whole]:
-    names = StoredPool.of(pool, skeleton(pool), with_base=False).names
-    assert pool.base is not None
-    return [read(m, names) for m in pool.models], read(pool.base, names)
-
-
-def assert_same(found: Whole, expected: Whole) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(result: Tensors, expected: Tensors) -> None:
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
         # stored in float32: half a unit in the last place, and one more where float64 sums sit on a rounding boundary
-        np.testing.assert_allclose(found[name], value, rtol=2**-23, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(result[name], value, rtol=2**-23, atol=1e-9, err_msg=name)
 
 
 def sampler(glue_root: Path, **changes: Any) -> RowSampler:
@@ -75,6 +60,7 @@ def sampler(glue_root: Path, **changes: Any) -> RowSampler:
         "classifiers": True,
         "examples": 20,
         "batch_size": 6,
+        "pad_to": None,
         "max_length": 64,
         "task_root": glue_root,
         "device": "cpu",
@@ -86,9 +72,9 @@ def sampler(glue_root: Path, **changes: Any) -> RowSampler:
 def test_simple_average_and_task_arithmetic_equal_numpy(pool: ModelPool, wholes: Any, tmp_path: Path) -> None:
     models, base = wholes
     mean = {n: sum(m[n] for m in models) / 3 for n in base}
-    assert_same(merged(pool, MergeSettings("simple-average"), tmp_path), mean)
+    assert_same(merged(pool, "simple-average", tmp_path), mean)
     moved = {n: base[n] + 0.4 * sum(m[n] - base[n] for m in models) for n in base}
-    assert_same(merged(pool, MergeSettings("task-arithmetic", 0.4), tmp_path), moved)
+    assert_same(merged(pool, "task-arithmetic", tmp_path, scaling=0.4), moved)
 
 
 @pytest.mark.parametrize("elect", ["sum", "mean", "max"])
@@ -111,18 +97,7 @@ def test_ties_equals_numpy_on_flat_vectors(pool: ModelPool, wholes: Any, tmp_pat
     for n in sorted(base):
         part = change[start : start + base[n].size].reshape(base[n].shape)
         expected[n], start = base[n] + 0.5 * part, start + base[n].size
-    assert_same(merged(pool, MergeSettings("ties", 0.5, elect=elect), tmp_path), expected)
-
-
-def test_the_threshold_keeps_a_share_and_one_entry_more(pool: ModelPool, wholes: Any) -> None:
-    models, base = wholes
-    stored = StoredPool.of(pool, skeleton(pool), with_base=True)
-    size = sum(v.size for v in base.values())
-    for share in (0.05, 0.2, 0.999):
-        found = kth_magnitude(stored, 1, share)
-        vector = np.concatenate([(models[1][n] - base[n]).ravel() for n in base]).astype(np.float32)
-        assert (np.abs(vector) >= found).sum() == int(size * share) + 1
-    assert kth_magnitude(stored, 1, 1.0) == 0.0
+    assert_same(merged(pool, "ties", tmp_path, scaling=0.5, elect=elect), expected)
 
 
 @pytest.mark.parametrize("batch_size", [6, 1])
@@ -130,14 +105,14 @@ def test_fisher_equals_float64_gradients_and_numpy(
     gpt2_pool: ModelPool, glue_root: Path, tmp_path: Path, batch_size: int
 ) -> None:
     """Batches of one are `--per-example`; batches of six mix their rows, as in the reference."""
-    measure = sampler(glue_root, batch_size=batch_size)
-    found = merged(gpt2_pool, MergeSettings("fisher"), tmp_path, measure)
-    information: list[Whole] = []
+    load_rows = sampler(glue_root, batch_size=batch_size)
+    result = merged(gpt2_pool, "fisher", tmp_path, load_rows)
+    information: list[Tensors] = []
     for model in gpt2_pool.models:
         whole = load_classifier(ModelRequest(model.path, device="cpu"), pad_id=0).double()
         sums = {n: np.zeros(p.shape) for n, p in whole.base_model.named_parameters()}
         rows = 0
-        for batch in measure(model)[2]:
+        for batch in load_rows(model).batches:
             whole.zero_grad()
             p = torch.softmax(whole(**batch).logits, dim=1)
             (p.detach().sqrt() * p.log()).sum().backward()
@@ -150,8 +125,8 @@ def test_fisher_equals_float64_gradients_and_numpy(
     norms = np.array([np.sqrt(sum((v**2).sum() for v in one.values())) for one in information])
     shares = 1 / (norms + 1e-6)
     shares /= shares.sum() * 3
-    models = [read(m, list(found)) for m in gpt2_pool.models]
-    for n, value in found.items():
+    models = [read_tensors(m, list(result)) for m in gpt2_pool.models]
+    for n, value in result.items():
         weights = [w * (one[n] + 1e-6) for w, one in zip(shares, information, strict=True)]
         expected = sum(w * m[n] for w, m in zip(weights, models, strict=True)) / sum(weights)
         # F comes from float32 gradients here: relative errors of 1e-3 in the smallest, weighing parameters 0.1 apart
@@ -163,8 +138,8 @@ def test_regmean_equals_numpy_on_recorded_inputs(
     pool: ModelPool, glue_root: Path, tmp_path: Path, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Conv1D in the GPT-2 layout, Linear in the others; padding to the limit counts unless it is masked."""
-    measure = sampler(glue_root, pad_to=None if masked else 64)
-    found = merged(pool, MergeSettings("regmean", mask_pads=masked), tmp_path, measure)
+    load_rows = sampler(glue_root, pad_to=None if masked else 64)
+    result = merged(pool, "regmean", tmp_path, load_rows, mask_pads=masked)
     seen: dict[int, list[np.ndarray]] = {}
     for cls in (Conv1D, torch.nn.Linear):
         original = cls.forward
@@ -174,32 +149,32 @@ def test_regmean_equals_numpy_on_recorded_inputs(
             return original(self, x)
 
         monkeypatch.setattr(cls, "forward", recorded)
-    grams: list[Whole] = []
+    grams: list[Tensors] = []
     for model in pool.models:
-        part, _, batches = measure(model)
-        totals: Whole = {}
+        row_model = load_rows(model)
+        totals: Tensors = {}
         tokens = 0
-        for batch in batches:
+        for batch in row_model.batches:
             seen.clear()
             with torch.no_grad():
-                part(**batch)
+                row_model.part(**batch)
             keep = (
                 batch["attention_mask"].numpy().astype(bool)
                 if masked
                 else np.ones(batch["input_ids"].shape, dtype=bool)
             )
             tokens += int(keep.sum())
-            for name, module in part.named_modules():
+            for name, module in row_model.part.named_modules():
                 for x in seen.get(id(module), []):
                     totals[f"{name}.weight"] = totals.get(f"{name}.weight", 0.0) + x[keep].T @ x[keep]
         grams.append({n: g / tokens for n, g in totals.items()})
-    models = [read(m, list(found)) for m in pool.models]
-    assert len(grams[0]) == {"gpt2": 8, "gpt_neox": 8, "llama": 14}[part.config.model_type]
-    for n, value in found.items():
+    models = [read_tensors(m, list(result)) for m in pool.models]
+    assert len(grams[0]) == {"gpt2": 8, "gpt_neox": 8, "llama": 14}[row_model.part.config.model_type]
+    for n, value in result.items():
         if n not in grams[0]:
             np.testing.assert_allclose(value, sum(m[n] for m in models) / 3, rtol=2**-23, atol=1e-9)
             continue
-        flip = part.config.model_type != "gpt2"
+        flip = row_model.part.config.model_type != "gpt2"
         shrunk = [g[n] * (0.6 + 0.4 * np.eye(len(g[n]))) for g in grams]
         pulled = sum(g @ (m[n].T if flip else m[n]) for g, m in zip(shrunk, models, strict=True))
         expected = np.linalg.solve(sum(shrunk), pulled)
@@ -218,28 +193,28 @@ def test_a_model_merged_with_itself_is_the_model_exactly(
     gpt2_pool: ModelPool, glue_root: Path, tmp_path: Path, method: str
 ) -> None:
     twice = copies(gpt2_pool, tmp_path, [1, 1, 1])
-    found = merged(twice, MergeSettings(method), tmp_path, sampler(glue_root))
-    for name, value in read(gpt2_pool.models[1], list(found)).items():
+    result = merged(twice, method, tmp_path, sampler(glue_root))
+    for name, value in read_tensors(gpt2_pool.models[1], list(result)).items():
         # fisher divides two sums that float64 rounds apart by 1e-16: the same float32
-        assert np.array_equal(found[name], value), name
+        assert np.array_equal(result[name], value), name
 
 
 def test_scaling_zero_is_the_base_and_one_model_at_one_is_that_model(gpt2_pool: ModelPool, tmp_path: Path) -> None:
     assert gpt2_pool.base is not None
     for method in ("task-arithmetic", "ties", "dare"):
-        found = merged(gpt2_pool, MergeSettings(method, 0.0), tmp_path)
-        assert all(np.array_equal(found[n], v) for n, v in read(gpt2_pool.base, list(found)).items())
+        result = merged(gpt2_pool, method, tmp_path, scaling=0.0)
+        assert all(np.array_equal(result[n], v) for n, v in read_tensors(gpt2_pool.base, list(result)).items())
     one = copies(gpt2_pool, tmp_path, [2])
-    found = merged(one, MergeSettings("ties", 1.0, threshold=100), tmp_path)
-    assert all(np.array_equal(found[n], v) for n, v in read(gpt2_pool.models[2], list(found)).items())
+    result = merged(one, "ties", tmp_path, scaling=1.0, threshold=100)
+    assert all(np.array_equal(result[n], v) for n, v in read_tensors(gpt2_pool.models[2], list(result)).items())
 
 
 @pytest.mark.parametrize("method", [m for m in MERGE_METHODS if m not in ("ensemble", "dare")])
 def test_the_order_of_models_does_not_matter(
     gpt2_pool: ModelPool, glue_root: Path, tmp_path: Path, method: str
 ) -> None:
-    forward = merged(gpt2_pool, MergeSettings(method), tmp_path / "a", sampler(glue_root))
-    backward = merged(copies(gpt2_pool, tmp_path, [2, 1, 0]), MergeSettings(method), tmp_path / "b", sampler(glue_root))
+    forward = merged(gpt2_pool, method, tmp_path / "a", sampler(glue_root))
+    backward = merged(copies(gpt2_pool, tmp_path, [2, 1, 0]), method, tmp_path / "b", sampler(glue_root))
     for n, value in forward.items():
         # float64 sums in another order may round to the neighbouring float32
         np.testing.assert_allclose(value, backward[n], rtol=2**-22, atol=1e-9)
@@ -247,27 +222,27 @@ def test_the_order_of_models_does_not_matter(
 
 def test_simple_average_is_task_arithmetic_at_one_third(gpt2_pool: ModelPool, tmp_path: Path) -> None:
     assert_same(
-        merged(gpt2_pool, MergeSettings("simple-average"), tmp_path),
-        merged(gpt2_pool, MergeSettings("task-arithmetic", 1 / 3), tmp_path),
+        merged(gpt2_pool, "simple-average", tmp_path),
+        merged(gpt2_pool, "task-arithmetic", tmp_path, scaling=1 / 3),
     )
 
 
 def test_excluded_tensors_keep_the_bases_values(gpt2_pool: ModelPool, tmp_path: Path) -> None:
-    found = merged(gpt2_pool, MergeSettings("simple-average", exclude=("wte", r"h\.0\.")), tmp_path)
+    result = merged(gpt2_pool, "simple-average", tmp_path, exclude=("wte", r"h\.0\."))
     assert gpt2_pool.base is not None
-    base = read(gpt2_pool.base, list(found))
-    kept = {n for n in found if np.array_equal(found[n], base[n])}
-    assert kept == {n for n in found if n.startswith(("wte", "h.0."))}
+    base = read_tensors(gpt2_pool.base, list(result))
+    kept = {n for n in result if np.array_equal(result[n], base[n])}
+    assert kept == {n for n in result if n.startswith(("wte", "h.0."))}
 
 
 def test_language_models_merge_whole(make_student: Callable[..., Path], tmp_path: Path) -> None:
     for tied in (True, False):
         folders = [make_student(seed=s, tied=tied) for s in (1, 2)]
         pool = ModelPool(tmp_path / "pool.yaml", None, tuple(PoolModel(str(i), str(f)) for i, f in enumerate(folders)))
-        found = merged(pool, MergeSettings("simple-average"), tmp_path)
-        assert any("lm_head" in name for name in found) != tied
-        left, right = (read(m, list(found)) for m in pool.models)
-        assert_same(found, {n: (left[n] + right[n]) / 2 for n in found})
+        result = merged(pool, "simple-average", tmp_path)
+        assert any("lm_head" in name for name in result) != tied
+        left, right = (read_tensors(m, list(result)) for m in pool.models)
+        assert_same(result, {n: (left[n] + right[n]) / 2 for n in result})
 
 
 def test_language_models_with_texts_merge_by_fisher_and_regmean(
@@ -275,14 +250,14 @@ def test_language_models_with_texts_merge_by_fisher_and_regmean(
 ) -> None:
     models = tuple(PoolModel(str(s), str(make_student(seed=s)), data=str(text_file)) for s in (1, 2))
     pool = ModelPool(tmp_path / "pool.yaml", None, models)
-    mean = merged(pool, MergeSettings("simple-average"), tmp_path)
+    mean = merged(pool, "simple-average", tmp_path)
     for method in ("fisher", "regmean"):
-        found = merged(pool, MergeSettings(method), tmp_path, sampler(tmp_path, classifiers=False, batch_size=4))
-        assert not np.array_equal(found["transformer.h.0.mlp.c_fc.weight"], mean["transformer.h.0.mlp.c_fc.weight"])
-    with pytest.raises(DataError, match="no text is named"):
+        result = merged(pool, method, tmp_path, sampler(tmp_path, classifiers=False, batch_size=4))
+        assert not np.array_equal(result["transformer.h.0.mlp.c_fc.weight"], mean["transformer.h.0.mlp.c_fc.weight"])
+    with pytest.raises(DataError, match="names no text"):
         merged(
             replace(pool, models=(replace(models[0], data=None),)),
-            MergeSettings("fisher"),
+            "fisher",
             tmp_path,
             sampler(tmp_path, classifiers=False),
         )
@@ -299,66 +274,14 @@ def test_a_classifier_that_numbers_its_classes_otherwise_is_not_measured(
     config.save_pretrained(folder)
     pool = replace(gpt2_pool, models=(replace(cola, path=str(folder)), *gpt2_pool.models[1:]))
     with pytest.raises(DataError, match="another order") as caught:
-        merged(pool, MergeSettings(method), tmp_path, sampler(glue_root, examples=2))
+        merged(pool, method, tmp_path, sampler(glue_root, examples=2))
     assert caught.value.details["where"] == str(folder)
     assert caught.value.details["found"] == "acceptable, unacceptable"
     assert caught.value.details["expected"] == "unacceptable, acceptable"
 
 
-def test_blocks_of_rows_cover_a_tensor_once() -> None:
-    for shape in ((), (7,), (1000,), (70, 9), (3, 400), (5, 2, 3)):
-        if not shape:
-            assert list(row_blocks(shape)) == [slice(None)]
-            continue
-        covered = [i for rows in row_blocks(shape) for i in range(shape[0])[rows]]
-        assert covered == list(range(shape[0]))
-
-
-def test_models_that_do_not_fit_together_are_refused(
-    gpt2_pool: ModelPool, tmp_path: Path, layouts: dict[str, Path]
-) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    tensors = load_file(Path(gpt2_pool.models[0].path) / "model.safetensors")
-    (other / "config.json").write_bytes((Path(gpt2_pool.models[0].path) / "config.json").read_bytes())
-    wide = {k: np.concatenate([v, v]) if k.endswith("wpe.weight") else v for k, v in tensors.items()}
-    save_file(wide, other / "model.safetensors", metadata={"format": "pt"})
-    pool = replace(gpt2_pool, models=(gpt2_pool.models[0], PoolModel("mrpc", str(other))))
-    with pytest.raises(DataError, match="not of one shape") as caught:
-        ready(pool, MergeSettings("simple-average"), tmp_path)
-    assert "wpe" in str(caught.value)
-    save_file(
-        {k: v for k, v in tensors.items() if "wpe" not in k}, other / "model.safetensors", metadata={"format": "pt"}
-    )
-    with pytest.raises(DataError, match="lacks a tensor"):
-        ready(pool, MergeSettings("simple-average"), tmp_path)
-    (other / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
-    with pytest.raises(DataError, match="cannot read the weights"):
-        ready(pool, MergeSettings("simple-average"), tmp_path)
-    with pytest.raises(DataError, match="starts from a base"):
-        ready(replace(gpt2_pool, base=None), MergeSettings("ties"), tmp_path)
-    with pytest.raises(KdError):
-        ready(
-            replace(gpt2_pool, models=(PoolModel("cola", str(tmp_path / "nowhere")),)),
-            MergeSettings("simple-average"),
-            tmp_path,
-        )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"method": "simple-averge"}, "unknown merge method"),
-        ({"method": "fisher", "scaling": 0.3}, "no scaling"),
-        ({"method": "ties", "scaling": float("nan")}, "no number"),
-        ({"method": "ties", "threshold": 0.0}, "out of bounds"),
-        ({"method": "ties", "threshold": 101.0}, "out of bounds"),
-        ({"method": "ties", "elect": "median"}, "what agrees"),
-        ({"method": "dare", "density": 0.0}, "out of bounds"),
-        ({"method": "regmean", "off_diagonal": 1.1}, "out of bounds"),
-        ({"method": "ties", "exclude": ("[",)}, "regular expression"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        MergeSettings(**settings)
+def test_a_method_without_scaling_refuses_one(gpt2_pool: ModelPool, tmp_path: Path) -> None:
+    for method in [name for name, method in MERGE_METHODS.items() if method.scaling is None]:
+        with pytest.raises(DataError, match="no scaling") as caught:
+            prepared(gpt2_pool, {"method": method, "scaling": 0.3}, tmp_path)
+        assert caught.value.details["found"] == "--scaling 0.3"
