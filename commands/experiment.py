@@ -104,8 +104,7 @@ def check_commands(commands: list[list[str]]) -> None:
 def open_folder(found: Experiment, folder: Path, commands: list[list[str]]) -> None:
     """Write down which command makes which folder. Raises DataError where one was made by another command."""
     from kd.common.errors import DataError
-    from kd.common.files import canonical_json, write_atomic
-    from kd.evaluation.results import read_object
+    from kd.common.files import canonical_json, read_object, write_atomic
     from kd.recipes.experiment_file import out_of, refuse_other_commands
 
     state = folder / STATE
@@ -143,9 +142,9 @@ def write_outcome(found: Experiment, folder: Path) -> tuple[dict[str, str], dict
     from dataclasses import asdict
 
     from kd.cache_builder.store.reader import CacheReader
+    from kd.common.files import read_object
     from kd.evaluation.report.certainty import certainty, section
     from kd.evaluation.report.writing import write_report
-    from kd.evaluation.results import read_object
 
     inputs = [folder / "teacher", *(folder / run for run in found.runs)]
     measured = certainty(CacheReader(folder / "cache"))
