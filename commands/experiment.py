@@ -81,8 +81,7 @@ def experiment(
 def open_folder(chosen: Experiment, folder: Path, steps: Sequence[Step]) -> None:
     """Record which command writes which folder. Raises DataError where another command wrote one of them."""
     from kd.common.errors import DataError
-    from kd.common.files import canonical_json, write_atomic
-    from kd.evaluation.results import read_object
+    from kd.common.files import canonical_json, read_object, write_atomic
     from kd.recipes.experiment_file import refuse_other_commands
 
     state = folder / STATE
@@ -111,9 +110,9 @@ def write_experiment_report(chosen: Experiment, folder: Path) -> tuple[dict[str,
     from dataclasses import asdict
 
     from kd.cache_builder.store.reader import CacheReader
+    from kd.common.files import read_object
     from kd.evaluation.report.certainty import certainty, section
     from kd.evaluation.report.writing import write_report
-    from kd.evaluation.results import read_object
 
     inputs = [folder / chosen.folders.teacher, *(folder / run for run in chosen.runs)]
     measured = certainty(CacheReader(folder / chosen.folders.cache))

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kd.common.errors import CacheDamageError, CacheError
+from kd.common.errors import CacheDamageError, CacheError, DataError
 
 MAX_JSON_BYTES = 64 * 2**20
 """Most bytes of a JSON file; checked before a file is read."""
@@ -158,6 +158,20 @@ def write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     publish(temporary, path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object in any spelling. Raises DataError when the file is absent, too large, not JSON, or not an object."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise DataError("a JSON file is too large", where=path, found=f"{size} bytes", expected=f"{MAX_JSON_BYTES}")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError("a JSON file cannot be read", where=path, found=f"{type(error).__name__}: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError("a JSON file is not an object", where=path, found=type(value).__name__)
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

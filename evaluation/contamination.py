@@ -1,6 +1,6 @@
 """Was a model trained on what it is about to be asked?
 
-A run directory says which cache it was trained from (`run.json`), and a cache holds its text. Found are
+A run directory names the cache that it was trained from (`run.json`), and a cache holds its text. These are found:
 
     hellaswag        a cache whose source is HellaSwag, or WikiHow or ActivityNet's captions, where its text is from; and
                      rows of which 13 words in a row stand in the cache's text (the overlap of Brown et al. 2020)
@@ -8,8 +8,8 @@ A run directory says which cache it was trained from (`run.json`), and a cache h
                      instruction task with the same place at the source, whatever template words them (BoolQ's dev and
                      test are one split), and documents that begin with the same 200 characters
 
-A student that was trained from another run is looked at through it. Where a cache has gone, its name and the digest of its
-text still count. `agreement` is asked about the training text on purpose and is never called contaminated.
+A student that started from another run is known to have read that run's text too. Where a cache is no longer there, the
+text's name still counts. `agreement` is asked about the training text on purpose and is never called contaminated.
 """
 
 from __future__ import annotations
@@ -27,50 +27,52 @@ from kd.common.settings import as_text
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.data.tasks.task_files import load_task, task_names
+from kd.student_trainer.run_folder import is_run, read_run
 
 if TYPE_CHECKING:
     from kd.evaluation.measures.hellaswag import Scenes
 
-RUN = "run.json"
 SHINGLE = 13
-"""Words in a row."""
+"""Number of words in a row that make a row of HellaSwag known."""
 OPENING = 200
-"""Characters by which a document is known."""
+"""Number of characters at the beginning of a document that identify it."""
 HELLASWAG_SOURCES = re.compile(r"hella.?swag|wiki.?how|activity.?net", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """What a run was trained on."""
+    """A text that a run was trained on."""
 
     run: str
+    """Folder of the run."""
     spec: str
+    """Name of the text, as `--data` spells it."""
     split: str
     source: str
-    """What identifies the source besides, as text."""
+    """What identifies the source besides its name, as JSON."""
     digest: str | None
-    """Of the corpus; None where the cache has gone."""
+    """Digest of the text; None where the cache is no longer there."""
     examples: tuple[Example, ...]
-    """Cached ones, in order; of a document its blocks. Empty where the cache has gone."""
+    """Examples of the cache in order; blocks of a document. Empty where the cache is no longer there."""
 
 
 def trained_on(model: str) -> list[TrainingText]:
     """The texts a model was trained on, as the runs say that made it; empty for a model that no run made here."""
-    found: list[TrainingText] = []
+    texts: list[TrainingText] = []
     seen: set[Path] = set()
     folder = Path(model).expanduser()
-    while (folder / RUN).is_file() and folder.resolve() not in seen:
+    while is_run(folder) and folder.resolve() not in seen:
         seen.add(folder.resolve())
         try:
-            run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            run = read_run(folder)
+        except DataError:
             break
         settings = run.get("settings")
         if not isinstance(settings, dict) or not isinstance(settings.get("cache"), str):
             break
-        found += _training_texts(folder, run, settings["cache"])
+        texts += _training_texts(folder, run, settings["cache"])
         folder = Path(str(settings.get("student"))).expanduser()
-    return found
+    return texts
 
 
 def _training_texts(folder: Path, run: Mapping[str, Any], cache: str) -> list[TrainingText]:

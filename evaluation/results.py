@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError
-from kd.common.files import MAX_JSON_BYTES, canonical_json, write_atomic
+from kd.common.files import canonical_json, read_object, write_atomic
 
 FORMAT, FORMAT_VERSION = "kd-eval", 1
 EVAL, DOCUMENTS = "eval.json", "documents.json"
@@ -118,17 +118,3 @@ def refuse_other_scores(out: Path, models: Sequence[str], tasks: Sequence[str]) 
                 expected=expected if folder in planned else "nothing",
                 try_="another --out",
             )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of at most 64 MiB. Raises DataError saying which file is absent or damaged."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise DataError("a JSON file is too large", where=path, found=f"{size} bytes", expected=f"{MAX_JSON_BYTES}")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError("a JSON file cannot be read", where=path, found=f"{type(error).__name__}: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError("a JSON file is not an object", where=path, found=type(value).__name__)
-    return value

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
-from kd.common.files import canonical_json, write_atomic
+from kd.common.files import canonical_json, read_object, write_atomic
 from kd.evaluation.report.comparison import Entry, compare
 from kd.evaluation.report.page import Section, Table
 from kd.evaluation.report.writing import write_report
-from kd.evaluation.results import load_report, read_object
+from kd.evaluation.results import load_report
 from kd.recipes.experiment_file import Experiment, load_experiment
 from kd.recipes.steps import Step
 

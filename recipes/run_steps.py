@@ -54,7 +54,8 @@ def run_steps(
 
 def is_finished(step: Step) -> bool:
     """Whether a training or an evaluation is complete on disk. Other commands find out for themselves."""
-    from kd.evaluation.results import EVAL, read_object
+    from kd.common.files import read_object
+    from kd.evaluation.results import EVAL
 
     if step.command == "eval":
         return "out" in step.options and (step.out / EVAL).exists()

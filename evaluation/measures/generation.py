@@ -39,8 +39,8 @@ from kd.common.progress import Progress
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.evaluation.answers.accepted import best_over, exact_match, named_choice, references, token_f1
+from kd.evaluation.answers.answer_decoding import GREEDY, Sampling, answer_room, prompt_ids, written_answers
 from kd.evaluation.answers.answer_metrics import MetricSettings, metrics_by_task, score_answers
-from kd.evaluation.answers.decoding import GREEDY, Sampling, answer_room, prompt_ids, written_answers
 from kd.evaluation.measures.choices import right_answer
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import require_vocabulary

@@ -23,7 +23,7 @@ from kd.common.errors import DataError
 from kd.common.progress import Progress
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.evaluation.answers.decoding import answer_room, prompt_ids, written_answers
+from kd.evaluation.answers.answer_decoding import answer_room, prompt_ids, written_answers
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import require_vocabulary
 from kd.evaluation.scoring.windows import prompt_blocks

@@ -10,7 +10,6 @@ counts once, the later.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,8 @@ import numpy as np
 from kd.common.errors import DataError
 from kd.evaluation.report.comparison import Entry, short_name
 from kd.evaluation.report.figures import Series, smooth
-from kd.evaluation.results import EVAL, EvalReport, load_report, numbered, read_object
-
-RUN, METRICS = "run.json", "metrics.jsonl"
+from kd.evaluation.results import EVAL, EvalReport, load_report, numbered
+from kd.student_trainer.run_folder import METRICS, RUN, is_run, read_records, read_run
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def fact(facts: Mapping[str, Any], key: str) -> Any:
     return facts.get(key, (facts.get("identity") or {}).get(key))
 
 
-def read_inputs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
+def collect_runs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
     """Runs and evaluations of the input directories, in their order, under names that differ.
 
     An evaluation of a run's folder that lies elsewhere still knows how its model was trained, while that folder is there.
@@ -70,9 +68,9 @@ def read_inputs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
     entries: list[Entry] = []
     names: dict[str, int] = {}
     for folder in (one for given in inputs for one in _folders(given)):
-        is_run = _is_run(folder)
+        trained = _is_training(folder)
         reports = [load_report(f) for f in _evaluations(folder)]
-        if not is_run and not reports:
+        if not trained and not reports:
             found = "no such directory" if not folder.is_dir() else f"no {EVAL}, no {RUN} with {METRICS}"
             raise DataError(
                 "neither an evaluation nor a training run",
@@ -80,25 +78,26 @@ def read_inputs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
                 found=found,
                 expected="a directory written by kd eval --out or kd train --out",
             )
-        facts = read_object(folder / RUN) if is_run else _training_of(reports[0])
+        facts = read_run(folder) if trained else _training_of(reports[0])
         wanted = facts.get("name") or (short_name(reports[0].model) if reports else None) or folder.name
         names[wanted] = names.get(wanted, 0) + 1
         name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
-        if is_run:
-            runs.append(Run(name, facts, read_ascending_steps(folder / METRICS)))
+        if trained:
+            runs.append(Run(name, facts, _steps(folder)))
         entries += [Entry(name, report, facts) for report in reports]
     if not runs and not entries:
         raise DataError("there is nothing to report", expected="at least one evaluation or training run")
     return runs, entries
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / RUN).is_file() and (folder / METRICS).is_file()
+def _is_training(folder: Path) -> bool:
+    """Whether a training was started in this folder, and has logged a step."""
+    return is_run(folder) and (folder / METRICS).is_file()
 
 
 def _folders(given: Path) -> list[Path]:
     """The folder, or where it is nothing itself those of several models' evaluations in it."""
-    return [given] if _is_run(given) or _evaluations(given) else numbered(given) or [given]
+    return [given] if _is_training(given) or _evaluations(given) else numbered(given) or [given]
 
 
 def _evaluations(folder: Path) -> list[Path]:
@@ -110,33 +109,13 @@ def _evaluations(folder: Path) -> list[Path]:
 
 def _training_of(report: EvalReport) -> dict[str, Any]:
     """`run.json` of the evaluated model's folder, or nothing."""
-    path = Path(report.model) / RUN
-    return read_object(path) if path.is_file() else {}
+    folder = Path(report.model)
+    return read_run(folder) if is_run(folder) else {}
 
 
-def read_ascending_steps(path: Path) -> tuple[dict[str, Any], ...]:
-    """Step records by ascending step; a torn last line is left out. Raises DataError for any other bad line."""
-    lines = path.read_bytes().split(b"\n")
-    records: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # no newline after it: the run was stopped while writing
-                continue
-            found = f"{type(error).__name__}: {error}"
-            raise DataError(
-                "a step record cannot be read",
-                where=f"{path} line {number}",
-                found=found,
-                expected='{"step": …, "loss": …}',
-            ) from error
-        if not isinstance(step, int) or isinstance(step, bool):
-            raise DataError("a step record has no step number", where=f"{path} line {number}", found=repr(step)[:40])
-        records[step] = record
+def _steps(folder: Path) -> tuple[dict[str, Any], ...]:
+    """The lines of `metrics.jsonl` by ascending step; of a step that was logged twice the later line. Raises DataError."""
+    records = {record["step"]: record for record in read_records(folder / METRICS)}
     return tuple(records[step] for step in sorted(records))
 
 

@@ -16,10 +16,9 @@ import numpy as np
 from kd.common.errors import DataError
 from kd.evaluation.report.figures import Curve, draw_progress
 from kd.evaluation.report.page import Section
-from kd.evaluation.results import read_object
-from kd.student_trainer.run_folder import read_evaluations
+from kd.student_trainer.run_folder import EVALUATIONS, is_run, read_evaluations, read_run
 
-RUN, PICTURE = "run.json", "progress.png"
+PICTURE = "progress.png"
 SHOWN = (
     "perplexity",
     "kl",
@@ -54,7 +53,7 @@ def curves_of(folders: Sequence[Path]) -> dict[str, list[Curve]]:
         records = _records(folder)
         if not records:
             continue
-        wanted = str(read_object(folder / RUN).get("name") or folder.name) if (folder / RUN).is_file() else folder.name
+        wanted = str((read_run(folder) if is_run(folder) else {}).get("name") or folder.name)
         names[wanted] = names.get(wanted, 0) + 1
         name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
         for (task, metric), about in _metrics(records).items():
@@ -78,7 +77,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             "a line of scores cannot be read",
-            where=folder / "evaluations.jsonl",
+            where=folder / EVALUATIONS,
             found=f"{type(error).__name__}: {error}",
         ) from error
     return [by_step[step] for step in sorted(by_step)]

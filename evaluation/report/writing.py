@@ -29,7 +29,7 @@ from kd.evaluation.report.figures import Bar, Delta, Series, draw_bars, draw_del
 from kd.evaluation.report.page import Sample, Section, Table, markdown_samples, markdown_table, render_page
 from kd.evaluation.report.pairs import Arm, Pair, arms_of, pairs_of
 from kd.evaluation.report.reference import Reference, reference_of
-from kd.evaluation.report.runs import Run, is_number, read_inputs
+from kd.evaluation.report.runs import Run, collect_runs, is_number
 from kd.evaluation.report.score_curves import progress_sections
 
 LOSSES = {"ce": "cross-entropy (nats per token)", "kd": "distillation loss (nats per token)"}
@@ -82,7 +82,7 @@ def write_report(
     baseline      name of the arm that the others are compared with; None = those trained with `ce`
     Raises DataError, naming what cannot be read; then nothing is written.
     """
-    runs, entries = read_inputs(inputs)
+    runs, entries = collect_runs(inputs)
     comparisons = compare(entries)
     arms = arms_of(entries)
     pairs = pairs_of(arms, baseline)

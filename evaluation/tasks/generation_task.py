@@ -96,8 +96,8 @@ class GenerationTask(TextTask[GenerationOptions]):
         self, options: GenerationOptions, shared: SharedOptions, tokenizer: Tokenizer, corpus: Corpus | None
     ) -> Corpus:
         """The text; metrics and temperature are checked too."""
+        from kd.evaluation.answers.answer_decoding import Sampling
         from kd.evaluation.answers.answer_metrics import metrics_by_task
-        from kd.evaluation.answers.decoding import Sampling
 
         corpus = super().load(options, shared, tokenizer, corpus)
         metrics_by_task(
@@ -115,7 +115,7 @@ class GenerationTask(TextTask[GenerationOptions]):
         material: Corpus,
     ) -> Iterator[Progress[TaskResult]]:
         from kd.evaluation.answers.accepted import references
-        from kd.evaluation.answers.decoding import Sampling
+        from kd.evaluation.answers.answer_decoding import Sampling
         from kd.evaluation.measures.generation import evaluate_generation
 
         steps = evaluate_generation(

@@ -18,7 +18,7 @@ from kd.common.errors import DataError
 from kd.evaluation.report.comparison import Entry, compare, short_name, with_error
 from kd.evaluation.report.figures import smooth
 from kd.evaluation.report.page import Section, Table, markdown_table, render_page
-from kd.evaluation.report.runs import read_ascending_steps, read_inputs
+from kd.evaluation.report.runs import collect_runs
 from kd.evaluation.report.writing import write_report
 from kd.evaluation.results import EvalReport, folders_of, refuse_other_scores
 from kd.evaluation.statistics.estimates import standard_error
@@ -381,36 +381,41 @@ def test_sections_of_the_caller_lead_the_report(tmp_path):
 def test_equal_names_are_told_apart(tmp_path):
     for folder in ("x", "y"):
         evaluation("/models/kl", HARD, 8.0).save(tmp_path / folder)
-    assert [e.name for e in read_inputs([tmp_path / "x", tmp_path / "y"])[1]] == ["kl", "kl (2)"]
+    assert [e.name for e in collect_runs([tmp_path / "x", tmp_path / "y"])[1]] == ["kl", "kl (2)"]
 
 
 def test_an_unfinished_run_is_reported_from_its_configuration(tmp_path):
     folder = save_run(tmp_path / "r", kd=True)
     (folder / "run.json").write_text(json.dumps({"identity": {"student": "tiny", "loss": "kl"}, "complete": False}))
-    (run,), _ = read_inputs([folder])
+    (run,), _ = collect_runs([folder])
     assert (run.name, run.fact("student"), run.fact("loss"), run.fact("teacher")) == ("r", "tiny", "kl", None)
 
 
 def test_a_torn_last_line_is_left_out_and_a_torn_middle_line_is_an_error(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+    folder = save_run(tmp_path / "r", kd=False)
+    path = folder / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    assert [r["step"] for r in read_ascending_steps(path)] == [1, 2]
+    (run,), _ = collect_runs([folder])
+    assert [r["step"] for r in run.records] == [1, 2]
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n')
     with pytest.raises(DataError, match="step record") as error:
-        read_ascending_steps(path)
+        collect_runs([folder])
     assert str(error.value.details["where"]).endswith("line 2")
 
 
 def test_a_step_logged_twice_counts_once_the_later(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2, "loss": 9.0}\n{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
-    assert [(r["step"], r["loss"]) for r in read_ascending_steps(path)] == [(1, 3.0), (2, 2.0)]
+    folder = save_run(tmp_path / "r", kd=False)
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 2, "loss": 9.0}\n{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
+    )
+    (run,), _ = collect_runs([folder])
+    assert [(r["step"], r["loss"]) for r in run.records] == [(1, 3.0), (2, 2.0)]
 
 
 def test_losses_that_are_not_finite_are_left_out_of_the_curve(tmp_path):
     folder = save_run(tmp_path / "r", kd=False, steps=3)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0}\n')
-    (run,), _ = read_inputs([folder])
+    (run,), _ = collect_runs([folder])
     assert run.series("loss").values.tolist() == [2.0]
     assert write_report([folder], tmp_path / "out").loss_png.exists()
 
@@ -419,7 +424,7 @@ def test_the_folder_of_several_models_evaluations_stands_for_them_in_their_order
     models = [f"m{i}" for i in range(11)]
     for model, folder in zip(models, folders_of(tmp_path, models), strict=True):
         evaluation(model, HARD, 8.0).save(folder)
-    _, entries = read_inputs([tmp_path])
+    _, entries = collect_runs([tmp_path])
     assert [e.name for e in entries] == models  # 10 after 9
     assert folders_of(tmp_path, ["one"]) == [tmp_path]
 
