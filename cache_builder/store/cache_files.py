@@ -1,4 +1,4 @@
-"""Where the files of one cache come from: a folder that holds them all, or a mirror that fetches what is read.
+"""`CacheFiles`: the files of one cache, in a folder that holds them all or in a mirror that fetches the ones that are read.
 
 A reader is given `CacheFiles` and never asks where they came from. `LocalFiles` is a folder on this disk. The other kind is
 `kd.cache_builder.share.mirror.Mirror`, a folder that is filled from a URL. In both, the manifest and `partial.json` lie in

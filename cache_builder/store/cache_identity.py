@@ -1,4 +1,4 @@
-"""How two caches' identities differ, and the error that says so: what a cache was made from must not change under a build."""
+"""Compare the identities of caches: the differences between two, and the error that prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds on what a manifest or a commit may claim: a stranger's document must not make a reader allocate or leave the folder."""
+"""Checks of manifests and commits: no document may make a reader allocate without bounds, or leave the cache's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Profiles: named choices of what a cache keeps of each row. The command line lists them, so nothing heavy is imported here."""
+"""Profiles: named choices of what a cache keeps of each row. This module imports nothing heavy: the command line reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ShardRecord`: the document in a shard's commit, and how a stranger's is read within bounds."""
+"""`ShardRecord`: the content of a shard's commit, read within bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`SoftTargets`: what a teacher said about N positions, as a reader hands it out.
+"""`SoftTargets`: a teacher's predictions at N positions, as a reader hands them out.
 
 Shapes: N positions (rows), K kept tokens, T temperatures of the grid, B rank bands, R draws.
 All log-probabilities are natural (nats). `log_z[:, t]` is the log-normaliser at temperature `T_t` relative to

@@ -1,4 +1,4 @@
-"""From rows in shards to checked targets: what every reader does once it knows which rows are wanted."""
+"""Decode rows of shards to targets, and check them: shared by all readers."""
 
 from __future__ import annotations
 

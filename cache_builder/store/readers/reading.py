@@ -1,4 +1,4 @@
-"""What a reader of a cache offers (`Reader`) and what it hands out (`CachedExample`).
+"""`Reader`, the protocol of all readers of caches, and the `CachedExample`s that they hand out.
 
 Training and evaluation take a `Reader`. `CacheReader` is one over a single cache, `MixedReader` one over several.
 """

@@ -24,7 +24,7 @@ def test_a_reader_names_its_teacher_rows_bytes_and_profile(cache: Path):
     manifest, size = reader.manifest, sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
     text = repr(reader)
     assert text.startswith(f"CacheReader({str(cache)!r}, teacher={manifest.provenance['teacher']!r}, ")
-    assert f"rows={manifest.rows:,}, bytes={size:,}, profile='{manifest.targets.profile} " in text
+    assert f"rows={manifest.rows:,}, bytes={size:,}, profile='{manifest.targets.profile}, " in text
     assert "\n" not in text
 
 
