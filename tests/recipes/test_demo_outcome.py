@@ -17,7 +17,7 @@ from kd.recipes import demo_outcome
 
 
 def small() -> list[demo_outcome.Act]:
-    prose, instructions = demo_outcome.original()
+    prose, instructions = demo_outcome.original()  # type: ignore[attr-defined]
     return [
         dataclasses.replace(
             prose,
