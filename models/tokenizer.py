@@ -11,12 +11,13 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Tokenizer = Any
 """A fast tokenizer of transformers (`PreTrainedTokenizerFast`)."""
@@ -133,6 +134,8 @@ def encode_with_ends(tokenizer: Tokenizer, pieces: list[bytes], text: str) -> tu
     """Tokenise `text` without special tokens.
 
     Returns `input_ids [n]` int32 and `byte_end [n]` int64: the end of each token in the text's UTF-8 bytes. Ends never
+    import numpy as np
+
     decrease, and the last one is the length of the text. They are exact where the pieces spell the text (byte-level BPE,
     sentencepiece without a lossy normaliser); otherwise they come from the tokenizer's character offsets.
     """
