@@ -315,7 +315,7 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(DataError, match="only score a classification data set"):
         plan_build(replace(request, corpus=load_corpus("demo", limit=1)))
     tokens = build_request(tmp_path / "tokens")
-    with pytest.raises(DataError, match="only score a classification data set"):
+    with pytest.raises(DataError, match="only a classifier can score"):
         plan_build(replace(tokens, corpus=request.corpus))
     list(build(plan_build(tokens)))
     with pytest.raises(CacheMismatchError, match="over tokens"):

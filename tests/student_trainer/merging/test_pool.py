@@ -67,16 +67,16 @@ def test_a_folder_beside_the_file_comes_before_a_hub_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("models: {}", "no pool of models"),
-        ("- cola", "no pool of models"),
-        ("models: [cola]", "not named"),
-        ("models: {cola: 3}", "no path"),
+        ("models: {}", "not a pool of models"),
+        ("- cola", "not a pool of models"),
+        ("models: [cola]", "no names"),
+        ("models: {cola: 3}", "not a path"),
         ("models: {cola: {data: x}}", "no path"),
         ("models: {cola: {path: x, weight: 2}}", "unknown key"),
         ("modles: {}\nmodels: {cola: x}", "unknown key"),
         ("models: {_pretrained_: gpt2}", "besides the base"),
-        ("base: a\nmodels: {_pretrained_: b, cola: c}", "one name"),
-        ("models: [{name: a, path: x}, {name: a, path: y}]", "one name"),
+        ("base: a\nmodels: {_pretrained_: b, cola: c}", "the same name"),
+        ("models: [{name: a, path: x}, {name: a, path: y}]", "the same name"),
         ("models: {cola: x", "cannot read"),
     ],
 )
