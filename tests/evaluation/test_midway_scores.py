@@ -163,7 +163,6 @@ def test_runs_that_were_not_scored_make_no_section_and_a_torn_line_no_trouble(tm
         (["--eval-tasks", "helaswag"], "unknown task"),
         (["--eval-tasks", "choices"], "needs a text"),
         (["--eval-tasks", "hellaswag", "--eval-task-root", "nowhere"], "no files of the task"),
-        (["--eval-tasks", "hellaswag", "--eval-protocol", "x"], "unknown protocol"),
         (["--eval-tasks", "perplexity", "--eval-data", "PROSE"], "was trained on what it would be asked"),
         (["--eval-data", "PROSE"], "was trained on what it would be asked"),
     ],
