@@ -53,23 +53,24 @@ class AgreementResult:
     top1_agreement: Estimate
     """Share of rows whose most probable token is the teacher's."""
     nll_per_token: Estimate
-    """The model's, of the gold token, in nats at temperature 1."""
+    """The model's NLL of the gold token, in nats per row, at temperature 1."""
     teacher_nll_per_token: Estimate
-    """The teacher's; from a cache as stored (float16)."""
+    """The teacher's NLL of the gold token, in nats per row; from a cache with the digits that it stores (float16)."""
     ece: Estimate
     """Expected calibration error of the model against the gold tokens, at temperature 1."""
     teacher_ece: Estimate
-    """The teacher's."""
+    """Expected calibration error of the teacher, at temperature 1."""
     rows: int
-    """Scored."""
+    """Number of rows that were scored."""
     temperature: float
     documents: Documents
     pairs_cut: int = 0
-    """Examples that the window did not hold; a cache has none."""
+    """Number of examples that were longer than the window; 0 for a cache."""
 
 
 FIGURES = ("kl", "jsd", "same", "nll", "confidence", "right", "teacher_nll", "teacher_confidence", "teacher_right")
-"""What is known of every row: nats, nats, share, nats, probability, share; the last three of the teacher."""
+"""Figures of every row: two divergences in nats, a share, an NLL in nats, a probability and a share; the last three are the
+teacher's."""
 
 
 def evaluate_agreement(

@@ -59,14 +59,14 @@ class GenerationResult:
 
     Where examples have choices, `choice_match` and `choice_none` over these; then the tasks' own metrics."""
     answers: tuple[str, ...]
-    """[E] texts in the order of the corpus, as compared."""
+    """[E] texts in the order of the corpus, as they were compared."""
     documents: Documents
     max_new_tokens: int
-    """As used."""
+    """Most tokens of an answer, as used."""
     prompts_cut: int
-    """Examples whose prompt lost its beginning."""
+    """Number of examples whose prompt lost its beginning."""
     made_by: Mapping[str, str]
-    """Metrics, between commas -> library, version and settings, of those that a task names."""
+    """Metric names, separated by commas -> library, version and settings; of the metrics that a task names."""
 
 
 def evaluate_generation(

@@ -21,11 +21,13 @@ CHIEF = {
     "hellaswag": ("acc_norm_nanogpt", "acc_norm_harness"),
     "samples": (),
 }
-"""Task -> metrics of the table; of other tasks the first that says which way is better."""
+"""Task -> its metrics in the table. Of a task that is not here, the table shows the first metric that says which way is
+better."""
 ANSWERS = ("squad_f1", "rougeL", "rougeLsum", "coverage", "bleu", "bertscore", "rouge1", "squad_em", "exact_match")
-"""Of `generation`: the first of these that a task of the text was scored with is that task's column."""
+"""Metrics of `generation` in order of preference: each task of a text has one column, the first of these that it was scored
+with."""
 UNCOUNTED = ("agreement",)
-"""Tasks in neither wins nor means: closeness to the teacher is a means, not an end."""
+"""Tasks that count neither for wins nor for means: closeness to the teacher is a means, not an end."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Column:
 
     title: str
     parts: tuple[tuple[Comparison, str], ...]
-    """Comparison and metric; more than one make a mean."""
+    """Comparison and metric of each figure; several of them make a mean."""
     counts: bool = True
-    """In win counts and means; False for a second metric of what another column counts."""
+    """Whether the column counts for wins and means. False for a second metric of something that another column counts."""
 
     @property
     def better(self) -> str:

@@ -33,7 +33,7 @@ class Entry:
     name: str
     report: EvalReport
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """`run.json` of the training that made the model; empty where nobody trained it here."""
+    """`run.json` of the training that made the model; empty for a model that was not trained here."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Comparison:
     @property
     def metrics(self) -> list[str]:
         """Metric names that any entry has, in the task's own order (a file's keys are sorted)."""
-        found = dict.fromkeys(m for e in self.entries for m in e.report.tasks[self.task])
+        names = dict.fromkeys(m for e in self.entries for m in e.report.tasks[self.task])
         known = list(TASKS[self.task].metrics) if self.task in TASKS else []
-        return [m for m in known if m in found] + [m for m in found if m not in known]
+        return [m for m in known if m in names] + [m for m in names if m not in known]
 
     @property
     def shown(self) -> list[str]:

@@ -30,7 +30,7 @@ PLACE = (
     "cache_shard_rows",
     "head_chunk",
 )
-"""Settings that say where and how, not what."""
+"""Settings that say where and how a training ran, and not what was trained."""
 LOSS = (
     "loss",
     "alpha",
@@ -44,7 +44,7 @@ LOSS = (
     "top_k",
     "objective",
 )
-"""Settings that make the difference between a fine-tuned and a distilled student."""
+"""Settings that may differ between a fine-tuned and a distilled student of one pair."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Arm:
 
     name: str
     models: Mapping[int | None, str]
-    """Seed -> name in the report; None where the model was not trained here."""
+    """Seed -> name in the report. The seed is None for a model that was not trained here."""
     parameters: int
-    """Counted in the weights."""
+    """Number of parameters in the weights."""
     facts: Mapping[str, Any]
-    """`run.json` of one of them; empty where there is none."""
+    """`run.json` of one of the trainings; empty where there is none."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -140,9 +140,9 @@ def pairs_of(arms: Sequence[Arm], baseline: str | None = None) -> list[Pair]:
     bases = [a for a in arms if (a.name == baseline if baseline is not None else a.loss == "ce")]
     pairs = []
     for arm in arms:
-        found = [p for b in bases if b is not arm and b.start == arm.start and (p := Pair(b, arm)).seeds]
-        if found and arm not in bases:
-            pairs.append(min(found, key=lambda p: len(p.differs)))
+        candidates = [p for b in bases if b is not arm and b.start == arm.start and (p := Pair(b, arm)).seeds]
+        if candidates and arm not in bases:
+            pairs.append(min(candidates, key=lambda p: len(p.differs)))
     return pairs
 
 

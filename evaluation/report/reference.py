@@ -38,9 +38,9 @@ class Figure:
     value: float
     seeds: int
     seed_error: float | None
-    """None for one seed."""
+    """Standard error over seeds; None for one seed."""
     document_error: float | None
-    """None where a text is a single document."""
+    """Standard error over documents; None where a text is a single document."""
 
     @property
     def error(self) -> float | None:
@@ -55,7 +55,7 @@ class Difference:
     column: Column
     pair: Pair
     test: PairedTest
-    """Over seeds."""
+    """Significance test over seeds; None where there are too few."""
     by_seed: tuple[float, ...]
     document_error: float | None
 
@@ -89,7 +89,7 @@ class Reference:
     arms: tuple[Arm, ...]
     pairs: tuple[Pair, ...]
     columns: tuple[Column, ...]
-    """The mean last, where there is one."""
+    """Columns in order; the mean is the last, where there is one."""
 
     @property
     def tasks(self) -> tuple[Column, ...]:
@@ -219,8 +219,8 @@ class Reference:
         counted += f"{wins['better']}, worse in {wins['worse']}, within the error in {wins['within error']}"
         counted += f"; {wins['no error known']} of a single document have no error." if wins["no error known"] else "."
         if pair.differs:
-            told = "; ".join(f"{k.replace('_', ' ')} {a} and {b}" for k, (a, b) in pair.differs.items())
-            counted += f" The loss is not all that differs: {told}."
+            differing = "; ".join(f"{k.replace('_', ' ')} {a} and {b}" for k, (a, b) in pair.differs.items())
+            counted += f" The loss is not all that differs: {differing}."
         return counted
 
     def document(self) -> dict[str, Any]:
