@@ -13,7 +13,7 @@ p_rest comes from the cache's exact normaliser. ln q_rest is a logsumexp over th
 1 - Σ q: with 99.99 % of the mass kept, that difference has lost half of float32's digits. At temperature T both
 sides are softened by T and the figure is not scaled by T².
 
-Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`run_tasks` refuses another).
+Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`kd.evaluation.tokenizer_check`).
 The teacher's own figures carry the cache's quantisation: about 1e-5 nats of KL with 8-bit log-probabilities, three
 digits in its gold NLL (float16). How well either is calibrated on the rows:
 `kd.evaluation.statistics.calibration`. A teacher that is at hand needs no cache: `kd.evaluation.measures.live_agreement`.

@@ -57,7 +57,7 @@ as much."""
 
 @dataclass(frozen=True)
 class Question:
-    """One example as the model meets it."""
+    """One example as token ids."""
 
     example: Example
     context_ids: np.ndarray

@@ -43,7 +43,7 @@ class Certainty:
 
 
 def certainty(reader: Reader) -> Certainty | None:
-    """Of every row; None for a cache that keeps draws alone."""
+    """The means over every row of a cache; None for a cache that keeps draws alone."""
     sums = np.zeros(5)
     rows = 0
     for start in range(0, len(reader), EXAMPLES):
@@ -70,7 +70,7 @@ def _sums(targets: SoftTargets) -> np.ndarray:
 
 
 def section(measured: Certainty) -> Section:
-    """For a report."""
+    """The section of a report that shows the means."""
     rows = [
         ["rows (target tokens)", f"{measured.rows:,}"],
         ["entropy, at least", f"{measured.entropy:.3f} nats"],

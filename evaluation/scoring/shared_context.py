@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branch:
-    """A context and what may follow it."""
+    """A context and the texts that may follow it."""
 
     context_ids: np.ndarray
     """[C] int32 ids of the context, C >= 1."""
@@ -103,7 +103,7 @@ def group_by_context(texts: Sequence[ScoredText]) -> tuple[list[Branch], list[li
 
 
 def shares_context(head: LanguageModelHead) -> bool:
-    """Does branching off from a context give this model's own numbers? Tried on a few tokens.
+    """Whether branching off from a context gives the numbers of separate passes. It is tried on a few tokens.
 
     Two contexts of different lengths, so that padding is part of the trial; continuations of 4, 2 and 1 tokens.
     """
@@ -130,7 +130,7 @@ def torch_out_of_memory() -> type[Exception]:
 
 
 class _NotFinite(Exception):
-    """A logit that is NaN or infinite: where, within a batch."""
+    """Raised where a logit is NaN or infinite; it says where in the batch."""
 
     def __init__(self, branch: int, way: int, token: int) -> None:
         self.branch, self.way, self.token = branch, way, token
@@ -148,7 +148,7 @@ class _Rows:
 
 
 def _batch_nll(head: LanguageModelHead, branches: Sequence[Branch], vocabulary_size: int) -> list[list[np.ndarray]]:
-    """Of each branch and continuation, `[n]` float64 nats."""
+    """`[n]` float64 nats for each branch and continuation."""
     import torch
 
     with torch.inference_mode():
@@ -288,7 +288,7 @@ def _decoder_rows(head: EncoderDecoderHead, branches: Sequence[Branch]) -> _Rows
 
 
 def _is_branchable(cache: Any) -> bool:
-    """Keys and values alone, in tensors that are replaced and never written to."""
+    """Whether the cache holds keys and values alone, in tensors that are replaced and never written to."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     return isinstance(cache, DynamicCache) and all(
