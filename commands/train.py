@@ -111,7 +111,7 @@ def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
 
 
 def held_out(config: TrainConfig, scores: ScoreSettings) -> dict[str, Any]:
-    """Options of `run_tasks` for the perplexity before and after; that the text is not in the cache was checked."""
+    """Settings of the evaluation for the perplexity before and after; that the text is not in the cache was checked."""
     return {
         "data": scores.eval_data,
         "split": scores.eval_split,
@@ -194,6 +194,6 @@ def final_scores(records: list[dict[str, Any]], data: str | None) -> list[tuple[
 
 
 def held_out_perplexity(model: str, **options: Any) -> float:
-    """Perplexity of a model on a data spec, with a progress bar; options of `run_tasks`."""
+    """Perplexity of a model on a data spec, with a progress bar; `options` are settings of `EvalSettings`."""
     report = run_evaluation(model, ["perplexity"], **options)
     return float(report.tasks["perplexity"]["perplexity"]["value"])

@@ -179,31 +179,31 @@ def shared_examples(corpus: Corpus, text: TrainingText) -> int:
     if text.digest == corpus.digest:
         return len(corpus.examples)
     if corpus.kind == "documents":
-        known = {opening for opening in openings(text.examples) if len(opening) == OPENING}
-        return sum(_plain(e.target)[:OPENING] in known for e in corpus.examples)
+        openings_read = {opening for opening in openings(text.examples) if len(opening) == OPENING}
+        return sum(_plain(e.target)[:OPENING] in openings_read for e in corpus.examples)
     keys = {_key(e) for e in text.examples} | {p for e in text.examples if (p := source_place(e.id)) is not None}
     return sum(_key(e) in keys or source_place(e.id) in keys for e in corpus.examples)
 
 
 def openings(blocks: Sequence[Example]) -> Iterator[str]:
     """The first characters of each document that was cut into `blocks`."""
-    known: dict[str, str] = {}
+    beginnings: dict[str, str] = {}
     for block in blocks:
         name, _, number = block.id.rpartition("#")
-        begun = known.get(name, block.prompt if number == "0" else "")
+        begun = beginnings.get(name, block.prompt if number == "0" else "")
         if len(begun) < 2 * OPENING:  # white space is still to go
-            known[name] = begun + block.target
-    return (_plain(text)[:OPENING] for text in known.values())
+            beginnings[name] = begun + block.target
+    return (_plain(text)[:OPENING] for text in beginnings.values())
 
 
 def shared_rows(scenes: Scenes, text: TrainingText) -> int:
     """Rows of which SHINGLE words in a row, of the context and the right ending, stand in the text."""
     rows = [set(_shingles(f"{s.context} {s.endings[s.answer]}")) for s in scenes.rows]
     wanted = set().union(*rows)
-    known: set[tuple[str, ...]] = set()
+    shared: set[tuple[str, ...]] = set()
     for example in text.examples:
-        known |= wanted.intersection(_shingles(f"{example.prompt} {example.target}"))
-    return sum(bool(row & known) for row in rows)
+        shared |= wanted.intersection(_shingles(f"{example.prompt} {example.target}"))
+    return sum(bool(row & shared) for row in rows)
 
 
 def _shingles(text: str) -> Iterator[tuple[str, ...]]:

@@ -145,11 +145,13 @@ def contaminated_tasks(loaded: LoadedTasks, model: str, *, cache: CacheSpec | No
 
     Raises DataError where there is one, unless `allow_contaminated`.
     """
-    asked = {name: TASKS[name].may_be_known(material) for name, material in loaded.materials.items()}
-    if all(text is None for text in asked.values()):
+    texts_asked = {name: TASKS[name].may_be_known(material) for name, material in loaded.materials.items()}
+    if all(text is None for text in texts_asked.values()):
         return {}
     texts = trained_on(model) + ([] if cache is None else cache_texts(cache, run="this run"))
-    reasons = {name: reason for name, text in asked.items() if text is not None and (reason := why_known(texts, text))}
+    reasons = {
+        name: reason for name, text in texts_asked.items() if text is not None and (reason := why_known(texts, text))
+    }
     if not loaded.settings.allow_contaminated:
         refuse_contaminated(reasons)
     return reasons

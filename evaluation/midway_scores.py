@@ -29,7 +29,7 @@ class ScorePlan:
 
     loaded: LoadedTasks
     contaminated: Mapping[str, str]
-    """Task -> how its text is known to the student; only where that was allowed."""
+    """Task -> why its text is known to the student; empty unless that was allowed."""
     on_progress: Callable[[str, int, int], None] | None = None
     """Called with a task's name, and how many of its rows are done and there are."""
 

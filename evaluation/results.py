@@ -28,23 +28,23 @@ class EvalReport:
     """One model's results; the document in `eval.json`."""
 
     model: str
-    """As the user wrote it."""
+    """Name of the model, as the user wrote it."""
     parameters: int
-    """Counted; tied weights once."""
+    """Number of parameters; tied weights count once."""
     identity: dict[str, Any]
-    """Class, dtype, quantisation, weight digests: see `kd.models.identity.model_identity`."""
+    """Class, dtype, quantisation and weight digests of the model: see `kd.models.identity.model_identity`."""
     tokenizer: str
-    """Fingerprint."""
+    """Fingerprint of the tokenizer."""
     tasks: dict[str, dict[str, dict[str, Any]]]
     """task -> metric -> value, stderr (None for one document), n, over, unit, better, title.
 
     A metric `METRIC/TASK` is that of the examples of one task of the text."""
     settings: dict[str, dict[str, Any]]
-    """task -> what must be equal for two results to be comparable, text or cache included."""
+    """task -> settings that must be equal for two results to be comparable, text or cache included."""
     data: dict[str, Any] | None
-    """spec, split, kind, examples, text_digest; None where no task needed a text."""
+    """spec, split, kind, examples and text_digest of the text; None where no task needed a text."""
     cache: dict[str, Any] | None
-    """path, fingerprint, teacher, examples, rows; None where no task needed a cache."""
+    """path, fingerprint, teacher, examples and rows of the cache; None where no task needed a cache."""
     versions: dict[str, str]
     documents: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     """task -> digest of the documents, metric -> influences, and samples; saved beside the report."""
@@ -100,8 +100,8 @@ def folders_of(out: Path, models: Sequence[str]) -> list[Path]:
 
 def numbered(out: Path) -> list[Path]:
     """The folders of `folders_of` that are in `out`, in the order of their numbers."""
-    found = [path.parent for path in out.glob(f"*-*/{EVAL}") if path.parent.name.partition("-")[0].isdigit()]
-    return sorted(found, key=lambda folder: (int(folder.name.partition("-")[0]), folder.name))
+    folders = [path.parent for path in out.glob(f"*-*/{EVAL}") if path.parent.name.partition("-")[0].isdigit()]
+    return sorted(folders, key=lambda folder: (int(folder.name.partition("-")[0]), folder.name))
 
 
 def refuse_other_scores(out: Path, models: Sequence[str], tasks: Sequence[str]) -> None:
@@ -110,11 +110,14 @@ def refuse_other_scores(out: Path, models: Sequence[str], tasks: Sequence[str]) 
     for folder in [*([out] if (out / EVAL).is_file() else []), *numbered(out)]:
         before = load_report(folder)
         if planned.get(folder) != before.model or not set(tasks) & set(before.tasks):
-            found, expected = f"{before.model}: {', '.join(before.tasks)}", f"{planned.get(folder)}: {', '.join(tasks)}"
+            scores, expected = (
+                f"{before.model}: {', '.join(before.tasks)}",
+                f"{planned.get(folder)}: {', '.join(tasks)}",
+            )
             raise DataError(
                 "the output folder holds other scores",
                 where=folder,
-                found=found,
+                found=scores,
                 expected=expected if folder in planned else "nothing",
                 try_="another --out",
             )

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from kd.data.rows.example import Example
 
 FINAL = ".,;:!?…。！？"
-"""What a sentence may end with. Not brackets, signs or quotes: `C++`, `50%` and `f()` keep theirs."""
+"""Marks that may end a sentence. Brackets, signs and quotes are not among them, so `C++`, `50%` and `f()` keep theirs."""
 
 
 def normalise_answer(text: str) -> str:
@@ -48,11 +48,11 @@ def token_f1(got: str, expected: str) -> float:
 
     2·common / (words got + words expected). Without words on either side: 1 when both have none, else 0.
     """
-    found, wanted = squad_words(got), squad_words(expected)
-    if not found or not wanted:
-        return float(found == wanted)
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted))
+    words, wanted = squad_words(got), squad_words(expected)
+    if not words or not wanted:
+        return float(words == wanted)
+    common = sum((Counter(words) & Counter(wanted)).values())
+    return 2 * common / (len(words) + len(wanted))
 
 
 def squad_exact_match(got: str, expected: str) -> float:

@@ -48,9 +48,9 @@ class MetricSettings:
 
     rouge_stemmer: bool = False
     bertscore_model: str | None = None
-    """Folder or hub id of an encoder; None: BERTScore is not computed."""
+    """Folder or hub id of BERTScore's encoder. None: BERTScore is not computed."""
     bertscore_layer: int | None = None
-    """Whose states are compared; None = what bert-score recommends for that encoder."""
+    """Layer of the encoder whose states are compared, counted from 1. None: the layer that bert-score recommends for it."""
     device: str = "auto"
 
 
@@ -61,11 +61,12 @@ class AnswerMetric:
     title: str
     unit: str
     score: Callable[[Sequence[str], Sequence[Example], MetricSettings], np.ndarray]
-    """`[E]` score of each example, NaN where it has none; of a corpus metric `[E, S]` statistics to be summed."""
+    """`[E]` score of each example, NaN for an example without one; for a corpus metric `[E, S]` statistics to be summed."""
     made_by: Callable[[Sequence[Example], MetricSettings], str]
-    """Library, version and settings."""
+    """Function that names the library, its version and its settings."""
     of_sums: Callable[[np.ndarray], float] | None = None
-    """Score of a corpus from its summed statistics `[S]`; None: the mean over examples."""
+    """Function that makes the score of a corpus from its summed statistics `[S]`. None: the score is the mean over
+    examples."""
 
 
 def metrics_by_task(
@@ -99,10 +100,10 @@ def metrics_by_task(
         from kd.evaluation.answers.bertscore import encoder_layer
 
         encoder_layer(settings.bertscore_model, settings.bertscore_layer)
-    found = {name: [t for t in tasks if name in named.get(t, ())] for name in ANSWER_METRICS}
+    chosen = {name: [t for t in tasks if name in named.get(t, ())] for name in ANSWER_METRICS}
     if settings.bertscore_model is None:
-        found["bertscore"] = []
-    return {name: tasks for name, tasks in found.items() if tasks}
+        chosen["bertscore"] = []
+    return {name: tasks for name, tasks in chosen.items() if tasks}
 
 
 def score_answers(
@@ -122,20 +123,20 @@ def score_answers(
     for name, wanted in chosen.items():
         metric = ANSWER_METRICS[name]
         inside = np.array([task in wanted for task in tasks])
-        own = [e for e, held in zip(examples, inside, strict=True) if held]
-        scores = metric.score([a for a, held in zip(answers, inside, strict=True) if held], own, settings)
-        known = ~np.isnan(scores).reshape(len(scores), -1).any(axis=1)
-        if not known.any():
+        scored = [e for e, held in zip(examples, inside, strict=True) if held]
+        scores = metric.score([a for a, held in zip(answers, inside, strict=True) if held], scored, settings)
+        has_score = ~np.isnan(scores).reshape(len(scores), -1).any(axis=1)
+        if not has_score.any():
             continue
-        inside[inside] = known
-        made_by.setdefault(metric.made_by(own, settings), []).append(name)
+        inside[inside] = has_score
+        made_by.setdefault(metric.made_by(scored, settings), []).append(name)
         part, kept = documents.part(inside), [task for task, held in zip(tasks, inside, strict=True) if held]
         if metric.of_sums is None:
-            found = {name: part.ratio(scores[known], np.ones(len(kept)))}
-            found |= figures_by_task(name, part, scores[known], kept)
+            figures = {name: part.ratio(scores[has_score], np.ones(len(kept)))}
+            figures |= figures_by_task(name, part, scores[has_score], kept)
         else:
-            found = with_tasks(name, part, scores[known], kept, metric.of_sums, seed=BOOTSTRAP_SEED)
-        estimates |= {key: documents.spread(estimate, part) for key, estimate in found.items()}
+            figures = with_tasks(name, part, scores[has_score], kept, metric.of_sums, seed=BOOTSTRAP_SEED)
+        estimates |= {key: documents.spread(estimate, part) for key, estimate in figures.items()}
     return estimates, {", ".join(names): made for made, names in made_by.items()}
 
 
@@ -217,8 +218,8 @@ def _bleu(answers: Sequence[str], examples: Sequence[Example], settings: MetricS
     from sacrebleu.metrics.bleu import BLEU
 
     scorer = BLEU(effective_order=True)  # of a sentence's statistics nothing but the score depends on it
-    found = [scorer.sentence_score(a, list(references(e))) for a, e in zip(answers, examples, strict=True)]
-    return np.array([[*f.counts, *f.totals, f.sys_len, f.ref_len] for f in found], dtype=np.float64)
+    scores = [scorer.sentence_score(a, list(references(e))) for a, e in zip(answers, examples, strict=True)]
+    return np.array([[*f.counts, *f.totals, f.sys_len, f.ref_len] for f in scores], dtype=np.float64)
 
 
 def bleu_of_sums(sums: np.ndarray) -> float:
@@ -270,4 +271,4 @@ ANSWER_METRICS: dict[str, AnswerMetric] = {
     "bertscore": AnswerMetric("BERTScore", SHARE, _bertscore, _bertscore_made_by),
 }
 CHOICES_METRICS = ("accuracy",)
-"""What a task's file may name besides: scores of other evaluation tasks."""
+"""Metrics that a task's file may name although they do not belong to generated answers: those of rank classification."""

@@ -29,14 +29,14 @@ def encoder_layer(name: str, layer: int | None) -> int:
     if layer is not None:
         return layer
     short = {key.rpartition("/")[2]: number for key, number in model2layers.items()}
-    known = model2layers.get(name, short.get(Path(name).name))
-    if known is None:
+    number_of_layer = model2layers.get(name, short.get(Path(name).name))
+    if number_of_layer is None:
         raise DataError(
             "bert-score recommends no layer of this encoder",
             found=f"--bertscore-model {name}",
             try_="--bertscore-layer N, counted from 1",
         )
-    return int(known)
+    return int(number_of_layer)
 
 
 def described(name: str, layer: int | None) -> str:
@@ -64,9 +64,9 @@ def encoder_f1(
         for text in texts
         if answer.strip() and text.strip()
     ]
-    found = np.zeros(len(answers))
+    best = np.zeros(len(answers))
     if not pairs:
-        return found
+        return best
     device = resolve_device(device)
     model, tokenizer = load_encoder(name, encoder_layer(name, layer), device)
     weights: Any = defaultdict(lambda: 1.0)
@@ -76,5 +76,5 @@ def encoder_f1(
         model, *texts, tokenizer, weights, verbose=False, batch_size=PAIRS_PER_BATCH, device=device
     )
     for (e, _, _), f1 in zip(pairs, scores[:, 2].double().tolist(), strict=True):
-        found[e] = max(found[e], f1)
-    return found
+        best[e] = max(best[e], f1)
+    return best

@@ -13,7 +13,7 @@ p_rest comes from the cache's exact normaliser. ln q_rest is a logsumexp over th
 1 - Σ q: with 99.99 % of the mass kept, that difference has lost half of float32's digits. At temperature T both
 sides are softened by T and the figure is not scaled by T².
 
-Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`run_tasks` refuses another).
+Cached rows name tokens by the teacher's ids, so the model must share its tokenizer (`kd.evaluation.tokenizer_check`).
 The teacher's own figures carry the cache's quantisation: about 1e-5 nats of KL with 8-bit log-probabilities, three
 digits in its gold NLL (float16). How well either is calibrated on the rows:
 `kd.evaluation.statistics.calibration`. A teacher that is at hand needs no cache: `kd.evaluation.measures.live_agreement`.
@@ -53,23 +53,24 @@ class AgreementResult:
     top1_agreement: Estimate
     """Share of rows whose most probable token is the teacher's."""
     nll_per_token: Estimate
-    """The model's, of the gold token, in nats at temperature 1."""
+    """The model's NLL of the gold token, in nats per row, at temperature 1."""
     teacher_nll_per_token: Estimate
-    """The teacher's; from a cache as stored (float16)."""
+    """The teacher's NLL of the gold token, in nats per row; from a cache with the digits that it stores (float16)."""
     ece: Estimate
     """Expected calibration error of the model against the gold tokens, at temperature 1."""
     teacher_ece: Estimate
-    """The teacher's."""
+    """Expected calibration error of the teacher, at temperature 1."""
     rows: int
-    """Scored."""
+    """Number of rows that were scored."""
     temperature: float
     documents: Documents
     pairs_cut: int = 0
-    """Examples that the window did not hold; a cache has none."""
+    """Number of examples that were longer than the window; 0 for a cache."""
 
 
 FIGURES = ("kl", "jsd", "same", "nll", "confidence", "right", "teacher_nll", "teacher_confidence", "teacher_right")
-"""What is known of every row: nats, nats, share, nats, probability, share; the last three of the teacher."""
+"""Figures of every row: two divergences in nats, a share, an NLL in nats, a probability and a share; the last three are the
+teacher's."""
 
 
 def evaluate_agreement(

@@ -51,20 +51,21 @@ from kd.models.loading import Model, max_positions
 from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
 
 TIE = 1e-6
-"""Relative: float32 forward passes of other batch shapes differ by about as much."""
+"""Relative difference below which two scores are a tie: forward passes in float32 with other batch shapes differ by about
+as much."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One example as the model meets it."""
+    """One example as token ids."""
 
     example: Example
     context_ids: np.ndarray
-    """[C] int32: the same for all its options"""
+    """[C] int32 ids of the prompt, the same for all options."""
     option_ids: tuple[np.ndarray, ...]
-    """Each [n] int32, n >= 1, without EOS"""
+    """[n] int32 ids of each option, n >= 1, without EOS."""
     answer: int
-    """Index of the right option"""
+    """Index of the right option."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,14 @@ class ChoicesResult:
     """`accuracy`, `accuracy_sum`, `accuracy_chars`, `accuracy_mean_of_tasks`, and `accuracy/TASK` for each task."""
     questions: tuple[Question, ...]
     option_nats: tuple[np.ndarray, ...]
-    """Of each question, [options] float64: l, the log-probability of each option."""
+    """[options] float64 for each question: l, the log-probability of each option."""
     predictions: np.ndarray
-    """[E] int64: index chosen by the mean per token"""
+    """[E] int64: index of the option with the largest mean per token."""
     documents: Documents
     skipped: int
-    """Examples without two choices or without a known answer."""
+    """Number of examples without two choices or without a known answer."""
     prompts_cut: int
-    """Examples whose prompt lost its beginning."""
+    """Number of examples whose prompt lost its beginning."""
 
 
 def evaluate_choices(
@@ -234,7 +235,9 @@ def choices_of(
     answers = np.array([q.answer for q in questions])
     documents = Documents.of_examples([q.example.id for q in questions], "pairs")
     ones = np.ones(len(questions))
-    estimates = {name: documents.ratio((found == answers).astype(np.float64), ones) for name, found in chosen.items()}
+    estimates = {
+        name: documents.ratio((options == answers).astype(np.float64), ones) for name, options in chosen.items()
+    }
     hits = (chosen["accuracy"] == answers).astype(np.float64)
     estimates |= figures_by_task("accuracy", documents, hits, [q.example.task for q in questions])
     return ChoicesResult(
@@ -255,4 +258,4 @@ def first_best(scores: np.ndarray) -> int:
 
 
 ENCODINGS = {"apart": ask, "together": ask_together}
-"""How prompt and options become tokens."""
+"""Name of an encoding -> the function that turns examples into questions."""

@@ -1,29 +1,17 @@
 """Answers to prompts, compared with what was accepted: exact match, token F1, and the metrics that a task names.
 
-Where examples have choices, an answer is also matched with them: `choice_match` is the share of those that name the right
-one (generate-and-match, the other way to classify), `choice_none` of those that name none (`answers.named_choice`).
+Where examples have choices, an answer is also matched with them. `choice_match` is the share of answers that name the right
+choice (generate-and-match, the other way to classify), `choice_none` the share of those that name none
+(`kd.evaluation.answers.accepted.named_choice`).
 
-What a user sees, unlike rank classification (`kd.evaluation.measures.choices`): the model must also find the form of an answer
-and its end. Decoding is transformers' own `generate` with the most probable token at every step and nothing else:
-sampling, penalties or forced tokens of the model's `generation_config` are set aside, because two models compare
-only under one rule. Ids that the tokenizer cannot emit (padded columns of the output layer) are never chosen. Or tokens
-are drawn from the whole softmax at a temperature, as the most probable token after noise:
+Unlike in rank classification (`kd.evaluation.measures.choices`), the model must also find the form of an answer and its end.
+How tokens are chosen and prompts are cut: `kd.evaluation.answers.answer_decoding`. An answer ends at EOS, or at `stop` where
+one is given and no reference holds it: a model that was not trained to write EOS goes on with the next question, and
+`stop="\\n"` cuts that off. An answer that ends after `max_new_tokens` counts as unfinished. By default these are the tokens of
+the longest reference, EOS included, and SLACK more, but never more than half the window of a causal model. A prompt that
+several examples of a task have (CommonGen: one per reference) is answered once, and standard errors count it as one document.
 
-    argmax_k (z_k / T + g_k)        g_k = -ln(-ln u_k), u_k uniform: a draw from softmax(z / T)         (Gumbel 1954)
-
-The noise of a prompt depends on the seed and its own tokens alone, so that neither batches, limits nor the order of
-the examples change an answer, and no generator of the process is touched.
-
-    causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
-    encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
-
-Longer prompts lose their beginning and are counted. An answer ends at EOS, or at `stop` where one is given and
-no reference holds it (a model without a trained EOS goes on with the next question: `stop="\\n"`), or after
-`max_new_tokens`; then it counts as unfinished. By default these are the tokens of the longest reference, EOS included,
-and SLACK more; never more than half the window of a causal model. Batches hold prompts of similar length. A prompt that
-several examples of a task have (CommonGen: one per reference) is answered once, and is one document to the errors.
-
-Shapes: E examples, B of a batch, C context tokens.
+Shapes: E examples.
 """
 
 from __future__ import annotations
@@ -52,21 +40,21 @@ from kd.models.tokenizer import Tokenizer, vocabulary_size
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What a model wrote, and how well it fits. Standard errors are those of a mean over examples."""
+    """What a model wrote, and how well it matches the references. Standard errors are those of a mean over examples."""
 
     estimates: Mapping[str, Estimate]
     """`exact_match`, `f1`, `unfinished`, and of the first two `…_mean_of_tasks` and `…/TASK` for each task.
 
     Where examples have choices, `choice_match` and `choice_none` over these; then the tasks' own metrics."""
     answers: tuple[str, ...]
-    """[E] texts in the order of the corpus, as compared."""
+    """[E] texts in the order of the corpus, as they were compared."""
     documents: Documents
     max_new_tokens: int
-    """As used."""
+    """Most tokens of an answer, as used."""
     prompts_cut: int
-    """Examples whose prompt lost its beginning."""
+    """Number of examples whose prompt lost its beginning."""
     made_by: Mapping[str, str]
-    """Metrics, between commas -> library, version and settings, of those that a task names."""
+    """Metric names, separated by commas -> library, version and settings; of the metrics that a task names."""
 
 
 def evaluate_generation(
@@ -136,7 +124,7 @@ def evaluate_generation(
 
 
 def cut_at(text: str, stop: str | None, accepted: Sequence[str]) -> str:
-    """`text` before the first `stop`; whole where there is none, or where an accepted text holds it."""
+    """`text` before the first `stop`; all of it where there is none, or where an accepted text contains `stop`."""
     return text.partition(stop)[0] if stop and not any(stop in reference for reference in accepted) else text
 
 

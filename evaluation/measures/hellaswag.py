@@ -51,7 +51,8 @@ fields: {activity: activity_label, ctx: ctx}
 choices: {columns: [endings], label: label}
 templates: [{prompt: "{ctx}"}]
 """
-"""Where the rows are; not among the tasks of `--data flan:…`, for it is measured and never trained on."""
+"""Task file that says where the rows are. It is not among the tasks of `--data flan:…`, because HellaSwag is measured and
+never trained on."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Scene:
     id: str
     activity: str
     context: str
-    """`ctx`"""
+    """Text of the column `ctx`."""
     parts: tuple[str, str] | None
-    """`ctx_a` and `ctx_b`, where the file has them."""
+    """Texts of the columns `ctx_a` and `ctx_b`; None where the file has none."""
     endings: tuple[str, ...]
     answer: int
 
@@ -84,11 +85,11 @@ class Asked:
     scene: Scene
     context: str
     endings: tuple[str, ...]
-    """Texts whose length counts; the space before them does not."""
+    """Texts whose length counts, without the space before them."""
     texts: tuple[ScoredText, ...]
-    """One per ending."""
+    """One text to score per ending."""
     cut: bool
-    """Did a context lose its beginning?"""
+    """Whether a context lost its beginning."""
 
 
 @dataclass(frozen=True)
@@ -99,36 +100,36 @@ class HellaSwagResult:
     """`acc_PROTOCOL`, `acc_norm_PROTOCOL`, and `acc_bytes_harness`."""
     asked: tuple[Asked, ...]
     nats: tuple[np.ndarray, ...]
-    """Of each row, [endings] float64: log-probability of each ending."""
+    """[endings] float64 for each row: log-probability of each ending."""
     chosen: Mapping[str, np.ndarray]
-    """Metric -> [rows] int64: index of the ending chosen."""
+    """Metric -> [rows] int64: index of the chosen ending."""
     documents: Documents
     contexts_cut: int
-    """Rows of which a context lost its beginning."""
+    """Number of rows in which a context lost its beginning."""
     rows_joined: int
-    """Rows without `ctx_a` and `ctx_b`."""
+    """Number of rows without `ctx_a` and `ctx_b`."""
 
 
 def load_scenes(task_root: Path | None = None, limit: int | None = None) -> Scenes:
     """The validation rows: from TASK_ROOT/hellaswag where one is given, else from the hub. Raises DataError."""
-    found = load_task_rows(parse_task(SOURCE, "hellaswag", "hellaswag"), "dev", task_root, load_hub)
+    source_rows = load_task_rows(parse_task(SOURCE, "hellaswag", "hellaswag"), "dev", task_root, load_hub)
     rows: list[Scene] = []
     unlabelled = 0
-    for number, row in enumerate(found.rows, found.first):
+    for number, row in enumerate(source_rows.rows, source_rows.first):
         if limit is not None and len(rows) == limit:
             break
-        scene = _scene(row, number, f"{found.where} row {number}")
+        scene = _scene(row, number, f"{source_rows.where} row {number}")
         unlabelled += scene is None
         rows += [scene] if scene is not None else []
     if not rows:
         raise DataError(
             "no row has an answer",
-            where=found.where,
+            where=source_rows.where,
             found=f"{unlabelled} unlabelled rows",
             expected="label: 0..3",
             try_="the validation rows",
         )
-    return Scenes(tuple(rows), found.source, unlabelled)
+    return Scenes(tuple(rows), source_rows.source, unlabelled)
 
 
 def _scene(row: Mapping[str, Any], number: int, where: str) -> Scene | None:
@@ -189,12 +190,12 @@ def evaluate_hellaswag(
     nats_O = per_example(-nll_N, [len(t.target_ids) for t in texts])
     nats = tuple(np.split(nats_O, np.cumsum([len(a.texts) for a in asked])[:-1]))
     chosen = {
-        name: np.array([_largest(found / lengths(a)) for a, found in zip(asked, nats, strict=True)])
+        name: np.array([_largest(values / lengths(a)) for a, values in zip(asked, nats, strict=True)])
         for name, lengths in norms.items()
     }
     documents = Documents.of_examples([s.id for s in scenes.rows], "pairs")
     answers, ones = np.array([s.answer for s in scenes.rows]), np.ones(len(asked))
-    estimates = {name: documents.ratio((found == answers).astype(np.float64), ones) for name, found in chosen.items()}
+    estimates = {name: documents.ratio((values == answers).astype(np.float64), ones) for name, values in chosen.items()}
     joined = sum(s.parts is None for s in scenes.rows) if protocol == "harness" else 0
     result = HellaSwagResult(estimates, asked, nats, chosen, documents, sum(a.cut for a in asked), joined)
     yield Progress(len(nll_N), len(nll_N), result)
@@ -280,4 +281,4 @@ PROTOCOLS: dict[str, tuple[Ask, dict[str, Norm]]] = {
         {"acc_harness": _one, "acc_norm_harness": _characters, "acc_bytes_harness": _bytes},
     ),
 }
-"""Protocol -> how it asks, and its metrics: the length that divides an ending's log-probability."""
+"""Protocol -> the function that words a scene, and for each metric the length that divides an ending's log-probability."""

@@ -46,22 +46,22 @@ class PerplexityResult:
     """What a model thinks of a text. Standard errors are clustered by document."""
 
     nll_per_token: Estimate
-    """Nats per token."""
+    """Mean NLL, in nats per token."""
     perplexity: Estimate
-    """exp of it."""
+    """exp(NLL per token)."""
     bits_per_byte: Estimate
-    """Bits per UTF-8 byte."""
+    """NLL in bits per UTF-8 byte."""
     tokens: int
-    """Scored."""
+    """Number of tokens that were scored."""
     bytes: int
-    """UTF-8 bytes of the scored tokens."""
+    """Number of UTF-8 bytes of the scored tokens."""
     ece: Estimate
     """Expected calibration error, 0..1."""
     documents: Documents
     blocks: BlockConfig
     """Window and stride as used."""
     pairs_cut: int
-    """Examples that the window did not hold."""
+    """Number of examples that were longer than the window."""
 
 
 def evaluate_perplexity(

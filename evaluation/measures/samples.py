@@ -32,9 +32,9 @@ from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer, vocabulary_size
 
 NEW_TOKENS = 64
-"""Of an answer, where the user names no number."""
+"""Default number of tokens of an answer."""
 GRAM = 4
-"""Words of a run that counts as repeated when the answer held it before."""
+"""Number of words in a run; a run counts as repeated when the answer held it before."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Prompts:
     """Prompts of one file."""
 
     name: str
-    """Of the file, without its folder."""
+    """Name of the file, without its folder."""
     texts: tuple[str, ...]
     expected: tuple[str | None, ...]
     continued: bool
-    """Is what follows the prompt its continuation? Else an answer, after the separator."""
+    """True: what follows a prompt continues it. False: it is an answer, and the separator stands before it."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class SamplesResult:
     """What a model wrote."""
 
     answers: tuple[str, ...]
-    """In the order of the prompts."""
+    """Texts in the order of the prompts."""
     estimates: Mapping[str, Estimate]
     """`ended`, `length`, `repeated`."""
     documents: Documents
     max_new_tokens: int
     prompts_cut: int
-    """Prompts that lost their beginning."""
+    """Number of prompts that lost their beginning."""
 
 
 def load_prompts(path: Path, limit: int | None = None) -> Prompts:

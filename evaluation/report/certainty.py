@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CERTAIN = 0.95
 EXAMPLES = 64
-"""Read at once."""
+"""Number of examples that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Certainty:
 
     rows: int
     entropy: float
-    """Nats."""
+    """Mean entropy of the teacher, in nats."""
     certain: float
     top1: float
     nll: float
-    """Nats."""
+    """Mean NLL of the gold token under the teacher, in nats."""
     kept: float
-    """Probability of the kept tokens."""
+    """Mean probability of the kept tokens."""
 
 
 def certainty(reader: Reader) -> Certainty | None:
-    """Of every row; None for a cache that keeps draws alone."""
+    """The means over every row of a cache; None for a cache that keeps draws alone."""
     sums = np.zeros(5)
     rows = 0
     for start in range(0, len(reader), EXAMPLES):
@@ -69,15 +69,15 @@ def _sums(targets: SoftTargets) -> np.ndarray:
     )
 
 
-def section(found: Certainty) -> Section:
-    """For a report."""
+def section(measured: Certainty) -> Section:
+    """The section of a report that shows the means."""
     rows = [
-        ["rows (target tokens)", f"{found.rows:,}"],
-        ["entropy, at least", f"{found.entropy:.3f} nats"],
-        [f"rows with one token above {CERTAIN:g}", f"{found.certain:.1%}"],
-        ["most probable token is the text's", f"{found.top1:.1%}"],
-        ["negative log-likelihood of the text", f"{found.nll:.3f} nats"],
-        ["probability kept in the cache", f"{found.kept:.4f}"],
+        ["rows (target tokens)", f"{measured.rows:,}"],
+        ["entropy, at least", f"{measured.entropy:.3f} nats"],
+        [f"rows with one token above {CERTAIN:g}", f"{measured.certain:.1%}"],
+        ["most probable token is the text's", f"{measured.top1:.1%}"],
+        ["negative log-likelihood of the text", f"{measured.nll:.3f} nats"],
+        ["probability kept in the cache", f"{measured.kept:.4f}"],
     ]
     note = "Soft targets say more than the text where the teacher is uncertain and right to be so: an entropy near 0 is the "
     note += "text once more, one far above the negative log-likelihood is a teacher that knows less than it could."

@@ -21,11 +21,13 @@ CHIEF = {
     "hellaswag": ("acc_norm_nanogpt", "acc_norm_harness"),
     "samples": (),
 }
-"""Task -> metrics of the table; of other tasks the first that says which way is better."""
+"""Task -> its metrics in the table. Of a task that is not here, the table shows the first metric that says which way is
+better."""
 ANSWERS = ("squad_f1", "rougeL", "rougeLsum", "coverage", "bleu", "bertscore", "rouge1", "squad_em", "exact_match")
-"""Of `generation`: the first of these that a task of the text was scored with is that task's column."""
+"""Metrics of `generation` in order of preference: each task of a text has one column, the first of these that it was scored
+with."""
 UNCOUNTED = ("agreement",)
-"""Tasks in neither wins nor means: closeness to the teacher is a means, not an end."""
+"""Tasks that count neither for wins nor for means: closeness to the teacher is a means, not an end."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Column:
 
     title: str
     parts: tuple[tuple[Comparison, str], ...]
-    """Comparison and metric; more than one make a mean."""
+    """Comparison and metric of each figure; several of them make a mean."""
     counts: bool = True
-    """In win counts and means; False for a second metric of what another column counts."""
+    """Whether the column counts for wins and means. False for a second metric of something that another column counts."""
 
     @property
     def better(self) -> str:
@@ -45,17 +47,17 @@ class Column:
 
     @property
     def unit(self) -> str:
-        """As the first part has it."""
+        """The unit of the first part."""
         return str(self._about["unit"])
 
     @property
     def sign(self) -> float:
-        """+1 where more is better."""
+        """+1 where more is better, else -1."""
         return 1.0 if self.better == "higher" else -1.0
 
     @property
     def is_share(self) -> bool:
-        """Between 0 and 1 and better when higher: what a mean over tasks may hold."""
+        """Whether the figure lies between 0 and 1 and is better when higher, so that a mean over tasks may contain it."""
         values = [e for c, m in self.parts for entry in c.entries if (e := c.figure(entry, m).get("value")) is not None]
         return self.better == "higher" and bool(values) and all(0 <= v <= 1 for v in values)
 
@@ -71,12 +73,12 @@ class Column:
         return None if any(v is None for v in values) else float(np.mean(np.array(values, dtype=np.float64)))
 
     def stderr(self, model: str) -> float | None:
-        """A bound on the documents' error from the parts' own errors; None where one is unknown."""
+        """An upper bound of the standard error over documents, from the errors of the parts; None where one is unknown."""
         errors = [_figure(c, m, model).get("stderr") for c, m in self.parts]
         return None if any(e is None for e in errors) else float(np.mean(np.array(errors, dtype=np.float64)))
 
     def influence(self, model: str) -> dict[str, np.ndarray] | None:
-        """How far each document moves the figure, by digest of the documents; None where a part does not say."""
+        """How far each document moves the figure, by digest of the documents; None where this is unknown for a part."""
         found: dict[str, np.ndarray] = {}
         for comparison, metric in self.parts:
             kept = next(
@@ -93,12 +95,12 @@ class Column:
         return found
 
     def comparable(self, models: Sequence[str]) -> bool:
-        """Were these models measured alike, in every part?"""
+        """Whether these models were measured alike in every part."""
         return all(c.comparable_models(models, m) for c, m in self.parts)
 
 
 def columns_of(comparisons: Sequence[Comparison]) -> tuple[Column, ...]:
-    """Those of all comparisons, and their mean where at least two are shares."""
+    """The columns of all comparisons, and their mean where at least two are shares."""
     harness = any("acc_norm_harness" in c.metrics for c in comparisons)  # of two protocols one counts
     columns = [
         replace(column, counts=False) if harness and column.parts[0][1] == "acc_norm_nanogpt" else column

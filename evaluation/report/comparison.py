@@ -33,7 +33,7 @@ class Entry:
     name: str
     report: EvalReport
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """`run.json` of the training that made the model; empty where nobody trained it here."""
+    """`run.json` of the training that made the model; empty for a model that was not trained here."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Task and what it was measured on, in the user's words."""
+        """The task, and the text or cache as the user named it."""
         report = self.entries[0].report
         if "cache_fingerprint" in report.settings[self.task]:
             cache = report.cache or {}
@@ -63,13 +63,13 @@ class Comparison:
     @property
     def metrics(self) -> list[str]:
         """Metric names that any entry has, in the task's own order (a file's keys are sorted)."""
-        found = dict.fromkeys(m for e in self.entries for m in e.report.tasks[self.task])
+        names = dict.fromkeys(m for e in self.entries for m in e.report.tasks[self.task])
         known = list(TASKS[self.task].metrics) if self.task in TASKS else []
-        return [m for m in known if m in found] + [m for m in found if m not in known]
+        return [m for m in known if m in names] + [m for m in names if m not in known]
 
     @property
     def shown(self) -> list[str]:
-        """Metrics of the table: in a text of one task, its part and the mean of tasks repeat the whole."""
+        """Metrics of the table. In a text of one task, its part and the mean of tasks repeat the whole and are left out."""
         parts = {m.partition("/")[2] for m in self.metrics if "/" in m}
         return [m for m in self.metrics if len(parts) > 1 or not ("/" in m or "_mean_of_tasks" in m)]
 
@@ -112,7 +112,7 @@ class Comparison:
         return math.hypot(*errors) if len(errors) == 2 else None
 
     def comparable_models(self, models: Sequence[str], metric: str) -> bool:
-        """Were these models measured alike, and is one of two values better?"""
+        """Whether these models were measured alike, so that one of two values may be better."""
         return self._comparable([e for e in self.entries if e.name in models], metric)
 
     def _comparable(self, entries: Sequence[Entry], metric: str) -> bool:
@@ -193,7 +193,7 @@ def with_error(figure: dict[str, Any]) -> str:
 
 
 def value_with_error(value: float, error: float | None, *, signed: bool = False) -> str:
-    """The same of two numbers; `signed` puts a plus before what is not negative."""
+    """The same for two numbers; `signed` puts a plus before a value that is not negative."""
     sign = "+" if signed else ""
     if not error:
         return f"{value:{sign}.5g}"

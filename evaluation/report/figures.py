@@ -40,7 +40,7 @@ class Series:
     values: np.ndarray
     """[n] nats per token"""
     seeds: tuple[np.ndarray, ...] = ()
-    """[n] each: of every seed, where `values` is their mean."""
+    """[n] values of every seed, where `values` is their mean; else empty."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Delta:
     """What a pair gained in one column; positive is better."""
 
     label: str
-    """Of the column."""
+    """Name of the column."""
     other: str
     baseline: str
     gain: float
     error: float | None
     by_seed: tuple[float, ...] = ()
-    """Gains of the seeds, drawn as dots where there are several."""
+    """Gain of each seed; several are drawn as dots."""
 
 
 def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Sequence[str] = ()) -> Path:

@@ -27,9 +27,9 @@ class Table:
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
-    """Each as long as `headers`; the first cell names the row."""
+    """Rows, each as long as `headers`; the first cell names the row."""
     best: frozenset[tuple[int, int]] = frozenset()
-    """(row, column) of cells to emphasise."""
+    """(row, column) of the cells to emphasise."""
 
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows):
@@ -48,9 +48,9 @@ class Sample:
 
     prompt: str
     expected: str | None
-    """A reference, where there is one."""
+    """A reference; None where there is none."""
     answers: Sequence[tuple[str, str]]
-    """Model and text."""
+    """Name of a model, and the text that it wrote."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Section:
 
     heading: str
     text: str | None = None
-    """A paragraph."""
+    """A paragraph under the heading; None for none."""
     table: Table | None = None
     samples: Sequence[Sample] = ()
     image: Path | None = None
-    """A PNG file, taken into the page."""
+    """A PNG file, which is taken into the page; None for none."""
     note: str | None = None
     """Small print under table and image; also the image's alternative text."""
     folded: bool = False
-    """Shown on demand: a page of many models stays short. In Markdown it is not folded."""
+    """Whether the section is shown on demand, so that a page of many models stays short. In Markdown it is not folded."""
 
 
 def render_page(title: str, intro_lines: Sequence[str], sections: Sequence[Section]) -> str:

@@ -30,7 +30,7 @@ PLACE = (
     "cache_shard_rows",
     "head_chunk",
 )
-"""Settings that say where and how, not what."""
+"""Settings that say where and how a training ran, and not what was trained."""
 LOSS = (
     "loss",
     "alpha",
@@ -44,36 +44,36 @@ LOSS = (
     "top_k",
     "objective",
 )
-"""Settings that make the difference between a fine-tuned and a distilled student."""
+"""Settings that may differ between a fine-tuned and a distilled student of one pair."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Students that were told the same, or one model that nobody trained here."""
+    """Students that were trained with the same settings but for the seed, or one model that was not trained here."""
 
     name: str
     models: Mapping[int | None, str]
-    """Seed -> name in the report; None where the model was not trained here."""
+    """Seed -> name in the report. The seed is None for a model that was not trained here."""
     parameters: int
-    """Counted in the weights."""
+    """Number of parameters in the weights."""
     facts: Mapping[str, Any]
-    """`run.json` of one of them; empty where there is none."""
+    """`run.json` of one of the trainings; empty where there is none."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the students were told, but for the seed."""
+        """The settings of the students' training, without the seed."""
         told = dict(fact(self.facts, "settings") or self.facts.get("identity") or {})
         return {k: v for k, v in told.items() if k not in (*PLACE, "seed")}
 
     @property
     def loss(self) -> str | None:
-        """What they were trained with; None for a model that nobody trained here."""
+        """The loss of their training; None for a model that was not trained here."""
         found = fact(self.facts, "loss")
         return None if found is None else str(found)
 
     @property
     def start(self) -> tuple[Any, ...]:
-        """Student, its tokenizer and the cache: what the arms of a pair share."""
+        """The student, its tokenizer and the cache, which the arms of a pair have in common."""
         same = [self.settings.get(k) for k in ("student", "tokenizer", "revision")]
         return (*same, fact(self.facts, "cache_fingerprint"))
 
@@ -87,17 +87,17 @@ class Pair:
 
     @property
     def seeds(self) -> list[int]:
-        """Those that both have, ascending."""
+        """The seeds that both arms have, ascending."""
         return sorted(s for s in self.baseline.models.keys() & self.other.models.keys() if s is not None)
 
     @property
     def models(self) -> list[tuple[str, str]]:
-        """Names in the report, seed by seed."""
+        """The names of both models in the report, for each seed."""
         return [(self.baseline.models[s], self.other.models[s]) for s in self.seeds]
 
     @property
     def differs(self) -> dict[str, tuple[Any, Any]]:
-        """Settings beside the loss in which the arms differ: fairness is the reader's to judge."""
+        """Settings other than the loss in which the arms differ. Whether the comparison is fair is for the reader to judge."""
         a, b = self.baseline.settings, self.other.settings
         return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if k not in LOSS and a.get(k) != b.get(k)}
 
@@ -131,7 +131,7 @@ def arms_of(entries: Sequence[Entry]) -> list[Arm]:
 
 
 def pairs_of(arms: Sequence[Arm], baseline: str | None = None) -> list[Pair]:
-    """Every arm with the baseline that fits it best; none for those without.
+    """A pair for every arm that has a baseline: the arm and the baseline that fits it best.
 
     baseline   name of the arm to compare with; None = those trained with `ce`
     """
@@ -140,9 +140,9 @@ def pairs_of(arms: Sequence[Arm], baseline: str | None = None) -> list[Pair]:
     bases = [a for a in arms if (a.name == baseline if baseline is not None else a.loss == "ce")]
     pairs = []
     for arm in arms:
-        found = [p for b in bases if b is not arm and b.start == arm.start and (p := Pair(b, arm)).seeds]
-        if found and arm not in bases:
-            pairs.append(min(found, key=lambda p: len(p.differs)))
+        candidates = [p for b in bases if b is not arm and b.start == arm.start and (p := Pair(b, arm)).seeds]
+        if candidates and arm not in bases:
+            pairs.append(min(candidates, key=lambda p: len(p.differs)))
     return pairs
 
 

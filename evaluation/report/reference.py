@@ -33,35 +33,35 @@ from kd.evaluation.statistics.significance import PairedTest, paired_test
 
 @dataclass(frozen=True)
 class Figure:
-    """An arm's figure in one column."""
+    """The figure of an arm in one column."""
 
     value: float
     seeds: int
     seed_error: float | None
-    """None for one seed."""
+    """Standard error over seeds; None for one seed."""
     document_error: float | None
-    """None where a text is a single document."""
+    """Standard error over documents; None where a text is a single document."""
 
     @property
     def error(self) -> float | None:
-        """Both errors together; None where the documents' is unknown."""
+        """The standard error over seeds and documents; None where the latter is unknown."""
         return None if self.document_error is None else math.hypot(self.document_error, self.seed_error or 0.0)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Distilled minus fine-tuned in one column, in the metric's unit."""
+    """The distilled figure minus the fine-tuned one in one column, in the metric's unit."""
 
     column: Column
     pair: Pair
     test: PairedTest
-    """Over seeds."""
+    """Significance test over seeds; None where there are too few."""
     by_seed: tuple[float, ...]
     document_error: float | None
 
     @property
     def error(self) -> float | None:
-        """Of the mean difference, both errors together; None where the documents' is unknown."""
+        """The standard error of the mean difference, over seeds and documents; None where the latter is unknown."""
         return None if self.document_error is None else math.hypot(self.document_error, self.test.stderr or 0.0)
 
     @property
@@ -78,7 +78,7 @@ class Difference:
 
     @property
     def seeds_better(self) -> int:
-        """In how many seeds the distilled student is better."""
+        """The number of seeds in which the distilled student is better."""
         return sum(self.column.sign * d > 0 for d in self.by_seed)
 
 
@@ -89,7 +89,7 @@ class Reference:
     arms: tuple[Arm, ...]
     pairs: tuple[Pair, ...]
     columns: tuple[Column, ...]
-    """The mean last, where there is one."""
+    """Columns in order; the mean is the last, where there is one."""
 
     @property
     def tasks(self) -> tuple[Column, ...]:
@@ -98,13 +98,13 @@ class Reference:
 
     @property
     def rows(self) -> list[Arm]:
-        """Models of no pair (teachers, and what nobody trained here), then each baseline with those compared with it."""
+        """Models of no pair (teachers, models that were not trained here), then each baseline with the arms compared with it."""
         paired = list(dict.fromkeys(a.name for p in self.pairs for a in (p.baseline, p.other)))
         by_name = {a.name: a for a in self.arms}
         return [a for a in self.arms if a.name not in paired] + [by_name[name] for name in paired]
 
     def figure(self, arm: Arm, column: Column) -> Figure | None:
-        """Mean over the seeds; None where a seed was not measured."""
+        """The mean over the seeds; None where a seed was not measured."""
         models = list(arm.models.values())
         values = [v for m in models if (v := column.value(m)) is not None]
         if len(values) < len(models):
@@ -115,7 +115,7 @@ class Reference:
         )
 
     def difference(self, pair: Pair, column: Column) -> Difference | None:
-        """None where one side was not measured, or not alike."""
+        """The difference of a pair in one column; None where one side was not measured, or the two not alike."""
         values = [(column.value(a), column.value(b)) for a, b in pair.models]
         if any(a is None or b is None for a, b in values) or not column.comparable([m for p in pair.models for m in p]):
             return None
@@ -126,7 +126,7 @@ class Reference:
         return Difference(column, pair, paired_test(each), each, _documents_error(column, weights))
 
     def differences(self, pair: Pair) -> list[Difference]:
-        """In the order of the columns; those that cannot be compared are left out."""
+        """The differences of a pair in the order of the columns; columns that cannot be compared are left out."""
         return [d for c in self.columns if (d := self.difference(pair, c)) is not None]
 
     def wins(self, pair: Pair) -> dict[str, int]:
@@ -161,7 +161,7 @@ class Reference:
         return {a.name for a in self.arms if name in a.models.values()}
 
     def table(self) -> Table:
-        """Models down, metrics across."""
+        """The table with a row per model and a column per metric."""
         headers = ["model", "parameters", *(f"{c.title}{ARROWS[c.better]}" for c in self.columns)]
         rows = []
         for arm in self.rows:
@@ -210,7 +210,7 @@ class Reference:
         return value_with_error(test.mean, test.sd)
 
     def pair_note(self, pair: Pair) -> str:
-        """Who won how often, and what else differs."""
+        """How often each side won, and in which settings they differ."""
         wins = self.wins(pair)
         total = sum(wins.values())
         counted = (
@@ -219,12 +219,12 @@ class Reference:
         counted += f"{wins['better']}, worse in {wins['worse']}, within the error in {wins['within error']}"
         counted += f"; {wins['no error known']} of a single document have no error." if wins["no error known"] else "."
         if pair.differs:
-            told = "; ".join(f"{k.replace('_', ' ')} {a} and {b}" for k, (a, b) in pair.differs.items())
-            counted += f" The loss is not all that differs: {told}."
+            differing = "; ".join(f"{k.replace('_', ' ')} {a} and {b}" for k, (a, b) in pair.differs.items())
+            counted += f" The loss is not all that differs: {differing}."
         return counted
 
     def document(self) -> dict[str, Any]:
-        """For a program."""
+        """The table as JSON, for a program."""
         return {
             "columns": [
                 {

@@ -31,9 +31,9 @@ class Run:
 
     name: str
     facts: dict[str, Any]
-    """`run.json`: student, loss, teacher, cache_fingerprint, settings; of an unfinished run only what it was told."""
+    """`run.json`: student, loss, teacher, cache_fingerprint, settings. An unfinished run has its `identity` alone."""
     records: tuple[dict[str, Any], ...]
-    """`metrics.jsonl`, ascending steps."""
+    """Lines of `metrics.jsonl` by ascending step."""
 
     def fact(self, key: str) -> Any:
         """A fact of `run.json`, or of its `identity` while the run is unfinished; None where it says nothing."""

@@ -57,14 +57,14 @@ def curves_of(folders: Sequence[Path]) -> dict[str, list[Curve]]:
         names[wanted] = names.get(wanted, 0) + 1
         name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
         for (task, metric), about in _metrics(records).items():
-            found = [
+            points = [
                 (r["step"], f["value"], f["stderr"])
                 for r in records
                 if (f := r["tasks"].get(task, {}).get(metric)) and f["value"] is not None
             ]
             steps, values, errors = (
                 np.array([np.nan if v is None else v for v in part], dtype=np.float64)
-                for part in zip(*found, strict=True)
+                for part in zip(*points, strict=True)
             )
             title = f"{task}: {about['title']} [{about['unit']}]"
             panels.setdefault(title, []).append(Curve(name, steps, values, errors))

@@ -37,7 +37,7 @@ LOSSES = {"ce": "cross-entropy (nats per token)", "kd": "distillation loss (nats
 BARS = ("perplexity", "kl", "top1_agreement", "accuracy", "exact_match", "acc_norm_nanogpt", "acc_norm_harness")
 """Metrics that get a panel of bars."""
 SIDE_BY_SIDE = ("samples", "generation")
-"""Tasks whose answers are shown, and how many of them: MOST_SAMPLES."""
+"""Tasks whose answers are shown side by side, at most MOST_SAMPLES of each."""
 MOST_SAMPLES = 12
 MARK = (
     "A figure is marked best only when it beats every other by more than the standard error of the difference, "
@@ -60,11 +60,11 @@ class ReportFiles:
     reference_csv: Path
     json: Path
     loss_png: Path | None
-    """None without training runs."""
+    """Loss curves; None without training runs."""
     metrics_png: Path | None
-    """None without evaluations."""
+    """Bars; None without evaluations."""
     deltas_png: Path | None
-    """None without pairs."""
+    """Gains; None without pairs."""
 
 
 def write_report(
@@ -173,9 +173,9 @@ def _side_by_side(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> lis
             for sample in samples:
                 places.setdefault((sample["prompt"], sample.get("expected")), []).append((name, sample["got"]))
         if places:
-            found = [Sample(prompt, expected, answers) for (prompt, expected), answers in places.items()]
+            samples_shown = [Sample(prompt, expected, answers) for (prompt, expected), answers in places.items()]
             note = "Of students over several seeds the first." if any(len(a.models) > 1 for a in arms) else None
-            sections.append(Section(f"Side by side, {comparison.title}", samples=found, note=note))
+            sections.append(Section(f"Side by side, {comparison.title}", samples=samples_shown, note=note))
     return sections
 
 

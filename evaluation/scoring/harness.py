@@ -19,9 +19,9 @@ import numpy as np
 from kd.models.tokenizer import Tokenizer
 
 UNLIMITED = 1000000000000000019884624838656
-"""A tokenizer's `model_max_length` when nobody set it."""
+"""Value of a tokenizer's `model_max_length` that nobody has set."""
 DEFAULT_WINDOW = 2048
-"""Where neither model nor tokenizer says how much it reads."""
+"""Tokens of the window where neither model nor tokenizer has a limit."""
 
 
 def harness_window(config: Any, tokenizer: Tokenizer) -> int:

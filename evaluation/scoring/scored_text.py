@@ -31,9 +31,9 @@ class ScoredText:
 
     id: str
     context_ids: np.ndarray
-    """[C] int32, C >= 1"""
+    """[C] int32 ids that the model sees, C >= 1."""
     target_ids: np.ndarray
-    """[n] int32, n >= 1"""
+    """[n] int32 ids that are scored, n >= 1."""
 
     @property
     def tokens(self) -> int:
@@ -46,11 +46,11 @@ class LogitChunk:
     """Logits of a few scored positions, on the model's device."""
 
     rows: np.ndarray
-    """[m] int64: row numbers, counted over all examples in the order they were given"""
+    """[m] int64 row numbers, counted over all examples in the order in which they were given."""
     logits: torch.Tensor
     """[m, V] float32"""
     gold_ids: torch.Tensor
-    """[m] int64: the token that was actually there"""
+    """[m] int64 ids of the tokens that stand in the text."""
 
 
 def require_vocabulary(width: int, vocabulary_size: int) -> None:
@@ -111,11 +111,11 @@ class TokenScores:
     """What a model thought of every scored token, in the texts' order."""
 
     nll_N: np.ndarray
-    """[N] float64 nats"""
+    """[N] float64 NLL in nats."""
     confidence_N: np.ndarray
-    """[N] float64: probability of the token it found most probable"""
+    """[N] float64: probability of the token that the model found most probable."""
     right_N: np.ndarray
-    """[N] float64: 1 where that is the token that was there"""
+    """[N] float64: 1 where that token stands in the text, else 0."""
 
 
 def token_scores(
@@ -138,8 +138,8 @@ def chunk_scores(chunk: LogitChunk) -> np.ndarray:
     log_z = chunk.logits.logsumexp(dim=1)
     gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
     largest, token = chunk.logits.max(dim=1)
-    found = (log_z - gold, (largest - log_z).exp(), token == chunk.gold_ids)
-    return np.stack([part.double().cpu().numpy() for part in found])
+    parts = (log_z - gold, (largest - log_z).exp(), token == chunk.gold_ids)
+    return np.stack([part.double().cpu().numpy() for part in parts])
 
 
 def gold_nll(

@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branch:
-    """A context and what may follow it."""
+    """A context and the texts that may follow it."""
 
     context_ids: np.ndarray
-    """[C] int32, C >= 1"""
+    """[C] int32 ids of the context, C >= 1."""
     continuations: tuple[np.ndarray, ...]
-    """Each [n] int32, n >= 1; all different, the longest first"""
+    """[n] int32 ids of each continuation, n >= 1; all are different, and the longest comes first."""
 
 
 def shared_nll(
@@ -65,14 +65,14 @@ def shared_nll(
     tokens_per_batch = tokens_per_batch or head.forward_tokens()
     branches, places = group_by_context(texts)
     total, done = sum(len(t.target_ids) for t in texts), 0
-    found: list[list[np.ndarray]] = [[] for _ in branches]
+    by_branch: list[list[np.ndarray]] = [[] for _ in branches]
     counts = [sum(len(texts[i].target_ids) for ways in at for i in ways) for at in places]
     yield Progress(0, total)
     sizes: list[Size] = [(len(b.context_ids), len(b.continuations[0])) for b in branches]
     for batch in batches_by_length(sizes, tokens_per_batch):
         try:
             for branch, nlls in zip(batch, _batch_nll(head, [branches[i] for i in batch], size), strict=True):
-                found[branch] = nlls
+                by_branch[branch] = nlls
         except _NotFinite as error:
             first = texts[places[batch[error.branch]][error.way][0]]
             raise not_finite(first.id, error.token) from None
@@ -81,7 +81,7 @@ def shared_nll(
         done += sum(counts[i] for i in batch)
         yield Progress(done, total)
     by_text: list[np.ndarray] = [np.empty(0)] * len(texts)
-    for nlls, at in zip(found, places, strict=True):
+    for nlls, at in zip(by_branch, places, strict=True):
         for nll, numbers in zip(nlls, at, strict=True):
             for number in numbers:
                 by_text[number] = nll
@@ -103,7 +103,7 @@ def group_by_context(texts: Sequence[ScoredText]) -> tuple[list[Branch], list[li
 
 
 def shares_context(head: LanguageModelHead) -> bool:
-    """Does branching off from a context give this model's own numbers? Tried on a few tokens.
+    """Whether branching off from a context gives the numbers of separate passes. It is tried on a few tokens.
 
     Two contexts of different lengths, so that padding is part of the trial; continuations of 4, 2 and 1 tokens.
     """
@@ -130,7 +130,7 @@ def torch_out_of_memory() -> type[Exception]:
 
 
 class _NotFinite(Exception):
-    """A logit that is NaN or infinite: where, within a batch."""
+    """Raised where a logit is NaN or infinite; it says where in the batch."""
 
     def __init__(self, branch: int, way: int, token: int) -> None:
         self.branch, self.way, self.token = branch, way, token
@@ -142,13 +142,13 @@ class _Rows:
     """Hidden states that predict the tokens of a batch's continuations."""
 
     hidden: torch.Tensor
-    """[U, d]: a row that several continuations share is there once"""
+    """[U, d]; a row that several continuations share is there once."""
     at: list[list[np.ndarray]]
-    """Of each branch and continuation, [n] int64: the rows of its tokens"""
+    """[n] int64 for each branch and continuation: the rows of its tokens."""
 
 
 def _batch_nll(head: LanguageModelHead, branches: Sequence[Branch], vocabulary_size: int) -> list[list[np.ndarray]]:
-    """Of each branch and continuation, `[n]` float64 nats."""
+    """`[n]` float64 nats for each branch and continuation."""
     import torch
 
     with torch.inference_mode():
@@ -170,11 +170,11 @@ def _batch_nll(head: LanguageModelHead, branches: Sequence[Branch], vocabulary_s
             nll_P[pairs] = (log_z[at] - logits[at, gold]).cpu().numpy()
     lengths = [len(at) for at in ways]
     if not np.isfinite(nll_P).all():
-        place = int(np.flatnonzero(~np.isfinite(nll_P))[0])
-        way = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        first_bad = int(np.flatnonzero(~np.isfinite(nll_P))[0])
+        way = int(np.searchsorted(np.cumsum(lengths), first_bad, side="right"))
         first = np.cumsum([0, *(len(b.continuations) for b in branches)])
         branch = int(np.searchsorted(first, way, side="right")) - 1
-        raise _NotFinite(branch, way - int(first[branch]), place - sum(lengths[:way]))
+        raise _NotFinite(branch, way - int(first[branch]), first_bad - sum(lengths[:way]))
     parts = iter(np.split(nll_P, np.cumsum(lengths)[:-1]))
     return [[next(parts) for _ in b.continuations] for b in branches]
 
@@ -288,7 +288,7 @@ def _decoder_rows(head: EncoderDecoderHead, branches: Sequence[Branch]) -> _Rows
 
 
 def _is_branchable(cache: Any) -> bool:
-    """Keys and values alone, in tensors that are replaced and never written to."""
+    """Whether the cache holds keys and values alone, in tensors that are replaced and never written to."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     return isinstance(cache, DynamicCache) and all(

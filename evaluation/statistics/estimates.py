@@ -37,13 +37,13 @@ class Estimate:
     """A number measured on documents, and how far each of them moves it."""
 
     value: float
-    """In the metric's own unit."""
+    """The number, in the metric's own unit."""
     influence: np.ndarray
-    """[G] float64: u_d, in the same unit."""
+    """[G] float64: u_d of each document, in the same unit."""
     n: int
-    """Tokens, bytes or rows averaged over."""
+    """Number of tokens, bytes or rows that were averaged over."""
     resampled: float | None = None
-    """Standard error found by drawing documents anew, where the estimate is no ratio."""
+    """Standard error from drawing documents anew, for an estimate that is no ratio; None for a ratio."""
 
     @property
     def stderr(self) -> float | None:
@@ -61,9 +61,9 @@ class Documents:
     """Which document each example belongs to."""
 
     names: tuple[str, ...]
-    """[G], in order of first appearance."""
+    """[G] names of the documents, in order of first appearance."""
     numbers: np.ndarray
-    """[examples] int64 into `names`."""
+    """[examples] int64: index into `names` of each example's document."""
 
     @classmethod
     def of_examples(cls, ids: Sequence[str], kind: str) -> Documents:
@@ -87,12 +87,12 @@ class Documents:
 
     def spread(self, estimate: Estimate, part: Documents) -> Estimate:
         """An estimate over `part` with one influence for each of these documents, and the same standard error."""
-        own, size = len(part.names), len(self.names)
-        scale = math.sqrt(own / (own - 1) * (size - 1) / size) if own > 1 else math.nan
+        count, size = len(part.names), len(self.names)
+        scale = math.sqrt(count / (count - 1) * (size - 1) / size) if count > 1 else math.nan
         influence = np.zeros(size)
         places = {name: d for d, name in enumerate(self.names)}
-        influence[[places[name] for name in part.names]] = estimate.influence * (scale if own < size else 1.0)
-        if own < 2:
+        influence[[places[name] for name in part.names]] = estimate.influence * (scale if count < size else 1.0)
+        if count < 2:
             influence[:] = math.nan
         return replace(estimate, influence=influence)
 
@@ -194,7 +194,7 @@ def with_tasks(
 
 
 DRAWS = 1000
-"""Of the bootstrap: its own error is then about 2 % of the standard error."""
+"""Number of draws of the bootstrap: its own error is then about 2 % of the standard error."""
 
 
 def from_statistics(

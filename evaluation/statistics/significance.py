@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_EXACT = 16
-"""Differences up to which all 2^n sign changes are looked at."""
+"""Most differences for which all 2^n changes of sign are tried."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class PairedTest:
     n: int
     mean: float
     sd: float | None
-    """Of the differences, n - 1 in the denominator."""
+    """Standard deviation of the differences, with n - 1 in the denominator."""
     stderr: float | None
     interval: tuple[float, float] | None
-    """Of 95 %, Student's t."""
+    """Confidence interval of 95 % of the mean, from Student's t."""
     t: float | None
-    """None where all differences are equal."""
+    """Student's t; None where all differences are equal."""
     p_t: float | None
-    """Two-sided; None where all differences are equal: the t test then knows no scale."""
+    """Two-sided p of the t test; None where all differences are equal, because the test then has no scale."""
     p_permutation: float | None
-    """Two-sided, exact; None beyond MOST_EXACT differences."""
+    """Two-sided exact p of the sign-flip test; None for more than MOST_EXACT differences."""
 
 
 def paired_test(differences: Sequence[float]) -> PairedTest:

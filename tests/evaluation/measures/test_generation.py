@@ -20,7 +20,6 @@ from kd.data.sources import Corpus
 from kd.evaluation.answers.answer_decoding import GREEDY, Sampling, gumbel_noise, written_answers
 from kd.evaluation.measures.generation import cut_at, evaluate_generation, generation_of
 from kd.evaluation.scoring.reading_options import ReadingOptions
-from kd.models.answering import until_eos
 from kd.models.tokenizer import load_tokenizer, vocabulary_size
 
 ARCHITECTURES = {"causal": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}
@@ -309,13 +308,6 @@ def test_a_stop_text_cuts_answers_where_no_reference_holds_it(teacher, tokenizer
     assert cut_at("a\nb", "\n", ("x",)) == "a"
     assert cut_at("a\nb", "\n", ("x", "x\ny")) == "a\nb"
     assert cut_at("a\nb", None, ("x",)) == "a\nb"
-
-
-def test_answers_end_before_the_first_eos():
-    row = np.array([5, 6, 0, 7, 0])
-    assert (until_eos(row, 0).ids.tolist(), until_eos(row, 0).ended) == ([5, 6], True)
-    assert (until_eos(row, 9).ids.tolist(), until_eos(row, 9).ended) == ([5, 6, 0, 7, 0], False)
-    assert until_eos(row, 5).ids.tolist() == []
 
 
 def test_documents_have_no_prompts_to_answer(teacher, tokenizer, prose):
