@@ -14,7 +14,14 @@ from kd.common.settings import settings_of
 from kd.recipes.steps import STEP_KINDS, Step
 from kd.student_trainer.config import ScoreSettings, TrainConfig
 
-BUILD = {"teacher": "demo", "data": "demo", "out": "x", "temperatures": "1,2", "load-in-4bit": True, "bos": False}
+BUILD: dict[str, str | bool] = {
+    "teacher": "demo",
+    "data": "demo",
+    "out": "x",
+    "temperatures": "1,2",
+    "load-in-4bit": True,
+    "bos": False,
+}
 
 
 def test_words_and_settings_say_the_same() -> None:

@@ -140,7 +140,13 @@ def test_a_bfloat16_model_is_another_teacher_than_its_float32_twin(model, tokeni
 
 def test_prompts_are_enough_for_a_teacher_that_answers(model, tokenizer, tmp_path: Path):
     prompts = [{"prompt": prompt} for prompt, _ in PAIRS]
-    settings = {"target_source": "teacher", "target_len": 6, "overlong": "truncate", "seq_len": 32, "top_k": 4}
+    settings: dict[str, Any] = {
+        "target_source": "teacher",
+        "target_len": 6,
+        "overlong": "truncate",
+        "seq_len": 32,
+        "top_k": 4,
+    }
     reader = build_cache(model, tokenizer, prompts, out=tmp_path / "c", **settings)
     assert [reader[i].prompt for i in range(len(reader))] == [prompt for prompt, _ in PAIRS]
     assert all(reader[i].target for i in range(len(reader)))
@@ -173,8 +179,9 @@ def test_texts_that_cannot_be_used_are_refused(model, tokenizer, tmp_path: Path,
 
 @pytest.mark.parametrize("name", sorted(OF_NAMED_TEACHERS - {"tokenizer"}))
 def test_settings_of_named_teachers_are_refused(model, tokenizer, texts, tmp_path: Path, name: str):
+    setting: dict[str, Any] = {name: "x"}
     with pytest.raises(DataError, match="do not apply") as error:
-        build_cache(model, tokenizer, texts, out=tmp_path / "c", **{name: "x"})
+        build_cache(model, tokenizer, texts, out=tmp_path / "c", **setting)
     assert error.value.details["found"] == name
 
 

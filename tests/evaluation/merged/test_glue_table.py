@@ -17,7 +17,9 @@ def test_a_table_marks_the_best_average_and_shows_errors() -> None:
 
     table = GlueTable("scaling", ("cola", "sst2"), {"0": scores(0.5), "0.1": scores(0.7), "0.2": scores(0.7)})
     assert table.best == "0.1"  # the first of several that are equal
-    assert table.average("0.1") == Score(0.75, pytest.approx(0.025), 200)  # sqrt(0.03² + 0.04²) / 2
+    average = table.average("0.1")
+    assert (average.value, average.n) == (0.75, 200)
+    assert average.stderr == pytest.approx(0.025)  # sqrt(0.03² + 0.04²) / 2
     text = table.markdown()
     assert "| 0.1 | 70.0 ± 3.0 | 80.0 ± 4.0 | **75.0 ± 2.5** |" in text
     assert text.count("**") == 2

@@ -172,7 +172,7 @@ def test_a_folder_with_something_in_it_is_left_alone(gpt2_pool: ModelPool, tmp_p
 def test_each_statistic_has_its_own_rows(gpt2_pool: ModelPool, tmp_path: Path) -> None:
     def sampled(method: str, **settings: Any) -> tuple[int, int, int | None] | None:
         sampler = row_sampler(merge_run(gpt2_pool, tmp_path, method=method, **settings), classifiers=True)
-        return sampler and (sampler.examples, sampler.batch_size, sampler.pad_to)
+        return None if sampler is None else (sampler.examples, sampler.batch_size, sampler.pad_to)
 
     assert sampled("ties") is None
     assert sampled("fisher") == (FISHER_ROWS.examples, FISHER_ROWS.batch_size, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_the_options_of_a_row_loss_reach_it() -> None:
     logits, targets = random_logits(1), targets_of(random_logits(2))
     for name, loss in LOSSES.items():
         for option in loss.options:
-            _, kd, _ = Objective(name, settings=GroupSettings(**{option: 0.2}))(logits, targets)
+            settings = replace(GroupSettings(), **{option: 0.2})  # type: ignore[arg-type]
+            _, kd, _ = Objective(name, settings=settings)(logits, targets)
             assert torch.equal(kd, loss.variants["ghost"](logits, targets, **{option: 0.2}))
             assert not torch.equal(kd, loss.variants["ghost"](logits, targets))
 
