@@ -48,6 +48,19 @@ def test_the_tree_holds_every_module_of_the_package_with_its_own_line() -> None:
             assert f"{'  ' * depth + path.name:<34} {writer.first_line(path)}" in lines, path
 
 
+def test_central_types_are_defined_where_the_page_says() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page[page.index("| type | where |") : page.index("## The tree")]
+    rows = re.findall(r"^\| (`.+?`) \| (`.+?`) \|", table, flags=re.MULTILINE)
+    assert rows
+    for names, places in rows:
+        roots = [ROOT / place for place in re.findall(r"`([^`]+)`", places)]
+        files = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py"))]
+        code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+        for name in re.findall(r"`([^`]+)`", names):
+            assert re.search(rf"^(class |def )?{name}\b", code, flags=re.MULTILINE), f"{name} is not in {places}"
+
+
 def test_a_module_without_a_docstring_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = script("write_architecture")
     monkeypatch.setattr(writer, "ROOT", tmp_path)
@@ -85,7 +98,7 @@ def test_every_page_is_reached_from_the_readme() -> None:
     todo, seen = [ROOT / "README.md"], set()
     while todo:
         page = todo.pop()
-        if page not in seen:
+        if page not in seen and page.exists():
             seen.add(page)
             links = re.findall(r"\]\((?!https?://|#)([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
             todo += [(page.parent / link).resolve() for link in links]
