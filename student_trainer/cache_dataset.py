@@ -32,8 +32,8 @@ from kd.student_trainer.batches.compatibility import needed_arrays, resolve_obje
 from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.loss_functions import LossParts, chunked_distillation_loss, distillation_loss
-from kd.student_trainer.losses.by_group import GroupSettings
-from kd.student_trainer.losses.by_row import Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_settings import GroupSettings
 from kd.student_trainer.prepare import prepare, rank_edges
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")

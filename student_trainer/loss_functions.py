@@ -15,7 +15,8 @@ from torch import Tensor
 from kd.models.padded_batches import head_rows
 from kd.student_trainer.batches.collate import loss_targets
 from kd.student_trainer.head import chunked_head_loss, layer_parameters
-from kd.student_trainer.losses.by_row import LossTargets, Objective
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_targets import LossTargets
 
 
 class LossParts(NamedTuple):
