@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, KdError, TeacherError
     from kd.evaluation.evaluate import evaluate
     from kd.evaluation.results import EvalReport
-    from kd.models.pretrained import load_student, load_teacher
+    from kd.models.pretrained import load_teacher
     from kd.student_trainer.cache_dataset import CacheDataset
     from kd.student_trainer.loss_functions import LossParts, chunked_distillation_loss, distillation_loss
     from kd.student_trainer.losses.loss_registry import Objective
+    from kd.student_trainer.student_model import load_student
     from kd.student_trainer.training import TrainResult, train
 
     __version__: str
@@ -63,10 +64,11 @@ _HOMES = {
     ],
     "kd.evaluation.evaluate": ["evaluate"],
     "kd.evaluation.results": ["EvalReport"],
-    "kd.models.pretrained": ["load_student", "load_teacher"],
+    "kd.models.pretrained": ["load_teacher"],
     "kd.student_trainer.cache_dataset": ["CacheDataset"],
     "kd.student_trainer.loss_functions": ["LossParts", "chunked_distillation_loss", "distillation_loss"],
     "kd.student_trainer.losses.loss_registry": ["Objective"],
+    "kd.student_trainer.student_model": ["load_student"],
     "kd.student_trainer.training": ["TrainResult", "train"],
 }
 """Module -> the public names that are defined there. A type checker reads the imports above instead; a test compares both."""

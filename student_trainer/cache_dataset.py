@@ -11,36 +11,36 @@ The batches are those of `kd.train` with the same settings, in the same order; o
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.weighted_caches import CacheSpec
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
+from kd.common.settings import settings_of
 from kd.models.loading import load_config, load_request_tokenizer
-from kd.models.pretrained import student_request
 from kd.models.tokenizer import Tokenizer, load_tokenizer
-from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches
-from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
+from kd.student_trainer.batches.batch_plan import BatchPlan
+from kd.student_trainer.batches.compatibility import needed_arrays
 from kd.student_trainer.batches.read_ahead import Prefetcher
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.config import StudentSettings, TrainConfig, config_from
 from kd.student_trainer.loss_functions import LossParts, chunked_distillation_loss, distillation_loss
 from kd.student_trainer.losses.loss_registry import Objective
-from kd.student_trainer.losses.loss_settings import GroupSettings
-from kd.student_trainer.prepare import prepare, rank_edges
+from kd.student_trainer.prepare import prepare, student_request
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 """Tensors of a batch that the student reads; all others are targets."""
-SETTINGS = (
-    *("loss", "tail", "alpha", "ce_weight", "beta", "alignment", "align_eos", "ranking", "prompt_loss", "temperature"),
-    *("seq_len", "target_len", "separator", "top_k", "epochs", "tokens_per_batch", "batch_size", "seed", "cache_bytes"),
+SETTINGS = tuple(
+    one.name
+    for one in settings_of(TrainConfig).values()
+    if one.path[0] in ("data", "objective", "text", "batches", "seed")
+    and one.name not in ("cache", "max_steps", "accumulate", "packing")
 )
 """Settings of `TrainConfig` that decide what the batches are."""
 
@@ -48,7 +48,7 @@ SETTINGS = (
 class CacheDataset(Dataset[dict[str, Tensor]]):
     """The batches of a cache, ready for a student: a map-style `torch` dataset whose items are whole batches.
 
-    cache        a path, a URL, the beginning of a fingerprint, or a mapping {place: weight} of several
+    cache        what `kd.open_cache` takes: a path, a URL, the beginning of a fingerprint, or several with weights
     student      the model that learns, its configuration, or its name as for `kd.train`
     tokenizer    the student's tokenizer, or its name; None = the one beside a student given by name
     rank, world_size   this process and how many there are: each of them gets every `world_size`-th batch
@@ -78,7 +78,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        cache: str | os.PathLike[str],
+        cache: CacheSpec,
         student: Any,
         tokenizer: Tokenizer | str | None = None,
         *,
@@ -89,34 +89,26 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         _check_names(settings)
         if not 0 <= rank < world_size:
             raise DataError("no such rank", found=f"rank {rank} of {world_size}", expected=f"0..{world_size - 1}")
-        name = student if isinstance(student, str) else "the student"
-        self.config = TrainConfig(str(cache), name, "", **settings)
-        self.cache, self.rank, self.world_size = cache, rank, world_size
-        configuration, own_tokenizer = _student(student, tokenizer)
-        reader = open_cache(cache, top_k=self.config.top_k, cache_bytes=self.config.cache_bytes)
-        objective = _objective(self.config, reader)
-        self._arrays = needed_arrays(objective, reader.manifest)
-        reader.keep(self._arrays)
-        text, self._collator, self.vocabulary_size = prepare(
-            self.config, reader, objective, configuration, own_tokenizer
-        )
-        tokens, rows = reader.lengths() if text is None else text.lengths()
-        two_sides = self._collator.start_id is not None
-        self._sizes = np.stack([tokens - rows, rows], axis=1) if two_sides else tokens[:, None]
-        self.fingerprint = reader.manifest.fingerprint
+        name = student if isinstance(student, str) else type(student).__name__
+        config = config_from({"cache": cache, "student": name, "out": "", **settings})
+        self._prepared = prepare(config, student=_student(student, tokenizer))
+        self._open_reader: CacheReader | None = self._prepared.reader
+        self.rank, self.world_size = rank, world_size
+        self.vocabulary_size = self._prepared.vocabulary_size
+        """Number of the student's logits that count."""
+        self.fingerprint = self._prepared.reader.manifest.fingerprint
         """Fingerprint of the cache."""
-        self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self._pass: _Pass | None = None
         self.position = 0
         """Batches of this pass that are done: that the loop over the dataset handed out, or that a loaded state names."""
         self._first = 0
-        self._open_reader: CacheReader | None = reader
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._pass: _Pass | None = None
 
     @property
     def objective(self) -> Objective:
         """What is compared, and how it is weighed: for `kd.distillation_loss`."""
-        return self._collator.objective
+        return self._prepared.objective
 
     @property
     def epoch(self) -> int:
@@ -141,7 +133,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of {len(self)}")
         examples = self._planned.plan.batches[number * self.world_size + self.rank]
-        return self._collator(self._reader.read(examples))
+        return self._prepared.collator(self._reader.read(examples))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The batches of a pass in order, read ahead on a thread; after `load_state_dict`, those that are left of it."""
@@ -202,7 +194,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
             self._epoch.fill_(before)
             raise CacheMismatchError(
                 "the state to continue belongs to other batches",
-                cache=self.cache,
+                where=self._reader.root,
                 found=state["batches"],
                 expected=digest,
                 try_="the same cache, student, settings and number of processes as before",
@@ -210,21 +202,23 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         self.position = self._first = int(state["position"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the open cache: every process reads it by itself."""
-        return vars(self) | {"_open_reader": None}
+        """What another process needs; it opens the cache by itself."""
+        parts: dict[str, Any] = {"reader": None, "tokenizer": None, "model_config": None}
+        return vars(self) | {"_prepared": replace(self._prepared, **parts), "_open_reader": None}
 
     @property
     def _reader(self) -> CacheReader:
         if self._open_reader is None:
-            reader = open_cache(self.cache, top_k=self.config.top_k, cache_bytes=self.config.cache_bytes)
+            data = self._prepared.config.data
+            reader = open_cache(data.cache, top_k=data.top_k, cache_bytes=data.cache_bytes)
             if reader.manifest.fingerprint != self.fingerprint:
                 raise CacheMismatchError(
                     "another cache lies where this dataset's was",
-                    where=self.cache,
+                    where=reader.root,
                     found=reader.manifest.fingerprint,
                     expected=self.fingerprint,
                 )
-            reader.keep(self._arrays)
+            reader.keep(needed_arrays(self.objective, reader.manifest))
             if self._pass is not None:
                 reader.announce(self._own_batches(self._pass.plan))
             self._open_reader = reader
@@ -234,22 +228,13 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
     def _planned(self) -> _Pass:
         """The pass that begins with the epoch that is set."""
         if self._pass is None or self._pass.epoch != self.epoch:
-            config, epoch = self.config, self.epoch
-            plan = plan_batches(
-                self._reader,
-                self._sizes,
-                seed=config.seed,
-                first_epoch=epoch,
-                epochs=config.epochs,
-                multiple_of=self.world_size,
-                batch_size=config.batch_size,
-                tokens_per_batch=config.tokens_per_batch or (None if config.batch_size else 4096),
-            )
-            known = (self.fingerprint, self.world_size, self.objective, plan.batches)
+            epoch = self.epoch
+            plan = replace(self._prepared, reader=self._reader).plan(self.world_size, first_epoch=epoch)
             if self._pass is None:
                 self._reader.announce(self._own_batches(plan))
-            else:  # an order can be announced once
+            else:  # a reader takes one order
                 self._open_reader = None
+            known = (self.fingerprint, self.world_size, self.objective, plan.batches)
             self._pass = _Pass(epoch, plan, hashlib.sha256(repr(known).encode()).hexdigest()[:16])
         return self._pass
 
@@ -290,40 +275,29 @@ def _only(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _check_names(settings: Mapping[str, Any]) -> None:
     """Raise DataError for a setting that decides nothing about batches."""
-    others = {f.name for f in fields(TrainConfig)} - {*SETTINGS}
     for name in settings:
-        if name in others:
+        if name in SETTINGS:
+            continue
+        if name in settings_of(TrainConfig):
             raise DataError(
                 "this setting belongs to the training loop, not to its batches",
                 found=name,
                 expected=", ".join(SETTINGS),
                 try_="leave it out, or kd.train",
             )
-        if name not in SETTINGS:
-            raise unknown_name("setting", name, SETTINGS)
+        raise unknown_name("setting", name, SETTINGS)
 
 
 def _student(student: Any, tokenizer: Tokenizer | str | None) -> tuple[Any, Tokenizer]:
     """The student's configuration and tokenizer. Raises DataError where a tokenizer is missing."""
+    if isinstance(tokenizer, str) and not isinstance(student, str):
+        tokenizer = load_tokenizer(tokenizer)
     if isinstance(student, str):
         named = tokenizer if isinstance(tokenizer, str) else None
-        request = student_request(student, tokenizer=named)
-        own = load_request_tokenizer(request) if tokenizer is None or named is not None else tokenizer
-        return load_config(request), own
+        request = student_request(StudentSettings(student, tokenizer=named), seed=0)
+        if tokenizer is None or isinstance(tokenizer, str):
+            tokenizer = load_request_tokenizer(request)
+        return load_config(request), tokenizer
     if tokenizer is None:
         raise DataError("a student in memory needs its tokenizer", expected="CacheDataset(cache, student, tokenizer)")
-    own = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    return getattr(student, "config", student), own
-
-
-def _objective(config: TrainConfig, reader: CacheReader) -> Objective:
-    settings = GroupSettings(edges=rank_edges(reader), ranking=config.ranking, beta=config.beta)
-    return resolve_objective(
-        reader.config,
-        loss=config.loss,
-        tail=config.tail,
-        alpha=config.alpha,
-        temperature=config.temperature,
-        ce_weight=config.ce_weight,
-        settings=settings,
-    )
+    return getattr(student, "config", student), tokenizer

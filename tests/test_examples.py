@@ -57,7 +57,7 @@ def weights(folder: Path) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def start() -> torch.Tensor:
     """The weights of the student before it is trained."""
-    from kd.models.pretrained import load_student
+    from kd.student_trainer.student_model import load_student
 
     model, _ = load_student("demo")
     named = {name: w.detach() for name, w in model.named_parameters()}

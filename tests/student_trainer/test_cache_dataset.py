@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from kd.common.errors import CacheMismatchError, DataError, KdError
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
-from kd.student_trainer.cache_dataset import CacheDataset
+from kd.student_trainer.cache_dataset import SETTINGS, CacheDataset
 from kd.student_trainer.trainer import DistillationTrainer
 
 Batch = dict[str, Any]
@@ -357,3 +358,8 @@ def test_a_student_in_memory_needs_its_tokenizer(cases) -> None:
 def test_there_are_as_many_ranks_as_processes(cases) -> None:
     with pytest.raises(DataError, match="rank 2 of 2"):
         cases["kl"].dataset(rank=2, world_size=2)
+
+
+def test_the_settings_of_batches_are_documented() -> None:
+    described = (CacheDataset.__doc__ or "").partition("settings  ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"\w+", described.partition(":")[2])) == {*SETTINGS}
