@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kd.cache_builder.build.from_model import build_cache
     from kd.cache_builder.opening import open_cache
-    from kd.cache_builder.store.reader import CacheReader
+    from kd.cache_builder.store.readers.reading import Reader
     from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, KdError, TeacherError
     from kd.evaluation.evaluate import evaluate
     from kd.evaluation.results import EvalReport
@@ -36,12 +36,12 @@ __all__ = [
     "CacheDataset",
     "CacheError",
     "CacheMismatchError",
-    "CacheReader",
     "DataError",
     "EvalReport",
     "KdError",
     "LossParts",
     "Objective",
+    "Reader",
     "TeacherError",
     "TrainResult",
     "__version__",
@@ -58,7 +58,7 @@ __all__ = [
 _HOMES = {
     "kd.cache_builder.build.from_model": ["build_cache"],
     "kd.cache_builder.opening": ["open_cache"],
-    "kd.cache_builder.store.reader": ["CacheReader"],
+    "kd.cache_builder.store.readers.reading": ["Reader"],
     "kd.common.errors": [
         *("CacheDamageError", "CacheError", "CacheMismatchError", "DataError", "KdError", "TeacherError"),
     ],

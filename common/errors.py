@@ -69,12 +69,12 @@ class CacheMismatchError(CacheError):
     """The cache was made from something else than what was asked for.
 
     >>> import kd
-    >>> student, tokenizer = kd.load_student("random:demo-t5-student", tokenizer="demo-t5")
+    >>> model, tokenizer = kd.load_teacher("demo")
     >>> try:
-    ...     kd.CacheDataset("cache", student.config, tokenizer, loss="kl")
+    ...     kd.build_cache(model, tokenizer, ["A text that is not in that cache."], out="cache")
     ... except kd.CacheMismatchError as error:
     ...     print(error.headline)
-    x
+    the directory holds a cache made from something else
     """
 
 

@@ -5,6 +5,7 @@ python scripts/write_api_docs.py
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import kd
+from kd.common.settings import field_docs
 
 HEAD = """# Python
 
@@ -68,9 +70,12 @@ def members(value: type) -> Iterator[tuple[str, Any]]:
 def entry(name: str) -> str:
     """The section of one public name."""
     value = getattr(kd, name)
-    is_error = inspect.isclass(value) and issubclass(value, Exception)
-    call = f"class {name}({value.__base__.__name__})" if is_error else signature(value, f"kd.{name}")
+    bare = inspect.isclass(value) and (issubclass(value, Exception) or getattr(value, "_is_protocol", False))
+    call = f"class {name}({value.__base__.__name__})" if bare else signature(value, f"kd.{name}")
     parts = [f"## `kd.{name}`", f"```python\n{call}\n```", *blocks(value.__doc__ or "")]
+    if dataclasses.is_dataclass(value):
+        docs = field_docs(value)
+        parts.append("\n".join(f"- `{f.name}` {docs.get(f.name, '')}".rstrip() for f in dataclasses.fields(value)))
     for member, function in members(value) if inspect.isclass(value) else ():
         is_property = isinstance(function, property)
         called = member if is_property else signature(function, member)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd.cache_builder.opening import open_cache
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.weighted_caches import CacheSpec
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
 from kd.common.settings import settings_of
@@ -51,7 +51,8 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
     cache        what `kd.open_cache` takes: a path, a URL, the beginning of a fingerprint, or several with weights
     student      the model that learns, its configuration, or its name as for `kd.train`
     tokenizer    the student's tokenizer, or its name; None = the one beside a student given by name
-    rank, world_size   this process and how many there are: each of them gets every `world_size`-th batch
+    rank         number of this process; it gets every `world_size`-th batch, from this one on
+    world_size   number of processes that share the batches
     settings     those settings of `kd.train` that decide what a batch is: loss, tail, alpha, ce_weight, temperature, beta,
                  alignment, align_eos, ranking, prompt_loss, seq_len, target_len, separator, top_k, epochs,
                  tokens_per_batch, batch_size, seed, cache_bytes
@@ -73,7 +74,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
     >>> parts = dataset.loss(model(**dataset.inputs(batch)), batch)
     >>> parts.loss.backward()
     >>> len(batch["input_ids"]), round(float(parts.kd), 1)
-    (4, 1.5)
+    (4, 1.2)
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         name = student if isinstance(student, str) else type(student).__name__
         config = config_from({"cache": cache, "student": name, "out": "", **settings})
         self._prepared = prepare(config, student=_student(student, tokenizer))
-        self._open_reader: CacheReader | None = self._prepared.reader
+        self._open_reader: Reader | None = self._prepared.reader
         self.rank, self.world_size = rank, world_size
         self.vocabulary_size = self._prepared.vocabulary_size
         """Number of the student's logits that count."""
@@ -137,7 +138,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The batches of a pass in order, read ahead on a thread; after `load_state_dict`, those that are left of it."""
-        numbers = self.next_pass()
+        numbers = self._next_pass()
         self.position = numbers.start
         ahead = Prefetcher(map(self.__getitem__, numbers))
         try:
@@ -158,7 +159,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
             defaults["multiprocessing_context"] = "spawn"
         return DataLoader(self, **defaults | options)
 
-    def next_pass(self) -> range:
+    def _next_pass(self) -> range:
         """Numbers of the batches that the next pass hands out: all of them, or what a loaded state has left."""
         first, self._first = self._first, 0
         return range(first, len(self))
@@ -207,7 +208,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         return vars(self) | {"_prepared": replace(self._prepared, **parts), "_open_reader": None}
 
     @property
-    def _reader(self) -> CacheReader:
+    def _reader(self) -> Reader:
         if self._open_reader is None:
             data = self._prepared.config.data
             reader = open_cache(data.cache, top_k=data.top_k, cache_bytes=data.cache_bytes)
@@ -252,7 +253,7 @@ class PassSampler(Sampler[int]):
         return len(self.dataset) - self.dataset._first
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.dataset.next_pass())
+        return iter(self.dataset._next_pass())
 
 
 @dataclass(frozen=True)

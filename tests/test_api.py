@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import pytest
 
 import kd
+from kd.cache_builder.upkeep.cache_registry import remember
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(name for name in kd.__all__ if name != "__version__")
@@ -109,6 +110,7 @@ def test_every_public_function_is_annotated_and_documented(name: str) -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_cache: Path) -> Path:
     """The working directory of an example: `cache` is a cache of the embedded teacher."""
     shutil.copytree(demo_cache, tmp_path / "cache")
+    remember(tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
