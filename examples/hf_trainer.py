@@ -9,6 +9,7 @@ Each process gets its own share of the batches from the dataset. Use one GPU per
 import argparse
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -42,6 +43,7 @@ def main() -> None:
         lr_scheduler_type="constant",
         logging_steps=1,
         report_to="none",
+        use_cpu=not torch.cuda.is_available(),
     )
     model, tokenizer = kd.load_student(args.student)
     share = {"rank": settings.process_index, "world_size": settings.world_size}
