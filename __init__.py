@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kd.cache_builder.opening import open_cache
     from kd.cache_builder.store.readers.reading import Reader
     from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, KdError, TeacherError
+    from kd.common.extras import MissingPackageError
     from kd.evaluation.evaluate import evaluate
     from kd.evaluation.results import EvalReport
     from kd.models.pretrained import load_teacher
@@ -40,6 +41,7 @@ __all__ = [
     "EvalReport",
     "KdError",
     "LossParts",
+    "MissingPackageError",
     "Objective",
     "Reader",
     "TeacherError",
@@ -62,6 +64,7 @@ _HOMES = {
     "kd.common.errors": [
         *("CacheDamageError", "CacheError", "CacheMismatchError", "DataError", "KdError", "TeacherError"),
     ],
+    "kd.common.extras": ["MissingPackageError"],
     "kd.evaluation.evaluate": ["evaluate"],
     "kd.evaluation.results": ["EvalReport"],
     "kd.models.pretrained": ["load_teacher"],
@@ -74,20 +77,34 @@ _HOMES = {
 """Module -> the public names that are defined there. A type checker reads the imports above instead; a test compares both."""
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first used."""
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # or every name would be one, of any type
 
-        value: Any = version("kd-logit-cache")
-    else:
-        home = next((module for module, names in _HOMES.items() if name in names), None)
-        if home is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        """A public name, imported when it is first used. Raises MissingPackageError where that needs an extra."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value = version("kd-logit-cache")
+        else:
+            home = next((module for module, names in _HOMES.items() if name in names), None)
+            if home is None:
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            value = getattr(_imported(home, name), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _imported(module: str, name: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        from kd.common.extras import missing_package
+
+        missing = missing_package(error, f"kd.{name}")
+        if missing is None:
+            raise
+        raise missing from error

@@ -73,7 +73,7 @@ def entry(name: str) -> str:
     bare = inspect.isclass(value) and (issubclass(value, Exception) or getattr(value, "_is_protocol", False))
     call = f"class {name}({value.__base__.__name__})" if bare else signature(value, f"kd.{name}")
     parts = [f"## `kd.{name}`", f"```python\n{call}\n```", *blocks(value.__doc__ or "")]
-    if dataclasses.is_dataclass(value):
+    if inspect.isclass(value) and dataclasses.is_dataclass(value):
         docs = field_docs(value)
         parts.append("\n".join(f"- `{f.name}` {docs.get(f.name, '')}".rstrip() for f in dataclasses.fields(value)))
     for member, function in members(value) if inspect.isclass(value) else ():

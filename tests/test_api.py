@@ -52,9 +52,24 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         kd.open_cash  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_a_name_that_needs_an_extra_says_which() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import kd
+kd.KdError, kd.open_cache  # need none
+try:
+    kd.train
+except kd.MissingPackageError as error:
+    print(error)
+"""
+    assert _output(code).splitlines()[0] == "kd.train needs torch"
+    assert "kd-logit-cache[train]" in _output(code)
+
+
 def test_what_a_type_checker_imports_is_what_is_imported_at_run_time() -> None:
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     imported = {
         (node.module, alias.name) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
@@ -77,9 +92,8 @@ def test_every_error_of_kd_is_public() -> None:
         for one in error.__subclasses__():
             yield from below(one)
 
-    from kd.common import errors
-
-    assert {e.__name__ for e in below(kd.KdError) if e.__module__ == errors.__name__} <= set(kd.__all__)
+    homes = ("kd.common.errors", "kd.common.extras")
+    assert {e.__name__ for e in below(kd.KdError) if e.__module__ in homes} <= set(kd.__all__)
 
 
 def functions(name: str) -> list[Any]:
