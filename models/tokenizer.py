@@ -134,11 +134,11 @@ def encode_with_ends(tokenizer: Tokenizer, pieces: list[bytes], text: str) -> tu
     """Tokenise `text` without special tokens.
 
     Returns `input_ids [n]` int32 and `byte_end [n]` int64: the end of each token in the text's UTF-8 bytes. Ends never
-    import numpy as np
-
     decrease, and the last one is the length of the text. They are exact where the pieces spell the text (byte-level BPE,
     sentencepiece without a lossy normaliser); otherwise they come from the tokenizer's character offsets.
     """
+    import numpy as np
+
     data = text.encode("utf-8")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.asarray(encoding["input_ids"], dtype=np.int32)
