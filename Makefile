@@ -44,6 +44,7 @@ typecheck: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/write_cli_docs.py
+	$(BIN)/python scripts/write_api_docs.py
 	$(BIN)/python scripts/write_architecture.py
 
 bench: $(STAMP)

@@ -26,6 +26,14 @@ def open_cache(spec: CacheSpec, *, top_k: int | None = None, cache_bytes: int | 
     cache_bytes   most bytes of a URL's shards that are kept on this disk; None = `KD_CACHE_BYTES`, or 20 GB
 
     Raises CacheError for an incomplete or missing cache, CacheMismatchError for caches that cannot be mixed.
+
+    >>> import kd
+    >>> cache = kd.open_cache("cache", top_k=8)
+    >>> len(cache), cache[0].targets.token_ids.shape[1]
+    (36, 8)
+    >>> by_fingerprint = kd.open_cache(cache.manifest.fingerprint[:12])
+    >>> len(kd.open_cache({"cache": 0.7, str(by_fingerprint.root): 0.3}))
+    72
     """
     caches = as_caches(spec)
     readers = [CacheReader(open_files(one.place, cache_bytes), top_k=top_k) for one in caches]

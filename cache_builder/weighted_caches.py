@@ -34,8 +34,8 @@ class WeightedCache:
         return self.place if self.weight is None else f"{self.place}={str(self.weight).removesuffix('.0')}"
 
 
-CacheSpec: TypeAlias = str | os.PathLike[str] | Mapping[str, float] | Sequence[WeightedCache]
-"""What names a cache or a mixture: the text of `parse_caches`, a path, place -> weight, or the parsed value."""
+CacheSpec: TypeAlias = str | os.PathLike[str] | Mapping[str, float] | Sequence[WeightedCache | tuple[str, float]]
+"""What names a cache or a mixture: the text of `parse_caches`, a path, weights by place (mapping or pairs), or the parsed value."""
 
 
 def parse_caches(text: str) -> tuple[WeightedCache, ...]:
@@ -83,7 +83,7 @@ def as_caches(spec: CacheSpec) -> tuple[WeightedCache, ...]:
     elif isinstance(spec, Mapping):
         caches = tuple(_weighted(f"{place}={weight}") for place, weight in spec.items())
     else:
-        caches = tuple(spec)
+        caches = tuple(one if isinstance(one, WeightedCache) else _weighted(f"{one[0]}={one[1]}") for one in spec)
     require_weights(caches)
     return caches
 

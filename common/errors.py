@@ -18,7 +18,17 @@ from collections.abc import Iterable
 
 
 class KdError(Exception):
-    """An error for the user: a headline, then lines of `name  value` in the order given. Details that are None are left out."""
+    """An error for the user: a headline, then lines of `name  value` in the order given. Details that are None are left out.
+
+    It is the base of every error that a user can cause. `exit_code` is what the command line ends with.
+
+    >>> import kd
+    >>> try:
+    ...     kd.open_cache("nowhere")
+    ... except kd.KdError as error:
+    ...     print(type(error).__name__, error.exit_code, error.headline, sep=" | ")
+    CacheError | 1 | this is not a cache
+    """
 
     exit_code = 1
 
@@ -38,25 +48,57 @@ def _label(key: str) -> str:
 
 
 class DataError(KdError):
-    """Text, columns, tokenizer or model files are not usable."""
+    """Text, columns, tokenizer, model files or settings are not usable.
+
+    >>> import kd
+    >>> issubclass(kd.DataError, kd.KdError)
+    True
+    """
 
 
 class CacheError(KdError):
-    """A cache directory cannot be read or written."""
+    """A cache directory cannot be read or written.
+
+    >>> import kd
+    >>> issubclass(kd.CacheMismatchError, kd.CacheError), issubclass(kd.CacheDamageError, kd.CacheError)
+    (True, True)
+    """
 
 
 class CacheMismatchError(CacheError):
-    """The cache was made from something else than what was asked for."""
+    """The cache was made from something else than what was asked for.
+
+    >>> import kd
+    >>> model, tokenizer = kd.load_teacher("demo")
+    >>> try:
+    ...     kd.build_cache(model, tokenizer, ["A text that is not in that cache."], out="cache")
+    ... except kd.CacheMismatchError as error:
+    ...     print(error.headline)
+    the directory holds a cache made from something else
+    """
 
 
 class CacheDamageError(CacheError):
-    """Bytes on disk differ from what was committed."""
+    """Bytes on disk differ from what was committed. The command line ends with exit code 3.
+
+    >>> import kd
+    >>> kd.CacheDamageError.exit_code
+    3
+    """
 
     exit_code = 3
 
 
 class TeacherError(KdError):
-    """The teacher cannot be loaded or gives unusable numbers."""
+    """The teacher cannot be loaded or gives unusable numbers.
+
+    >>> import kd
+    >>> try:
+    ...     kd.load_teacher("no/such-model")
+    ... except kd.TeacherError as error:
+    ...     print(error.headline)
+    cannot load the model
+    """
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str], **details: object) -> DataError:

@@ -28,7 +28,12 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 class MissingPackageError(KdError):
-    """A package is not installed; the error names the extra that brings it."""
+    """A package is not installed; the error names the extra that brings it.
+
+    >>> import kd
+    >>> issubclass(kd.MissingPackageError, kd.KdError)
+    True
+    """
 
 
 @contextmanager
@@ -57,12 +62,15 @@ def require_package(package: str, purpose: str) -> None:
         raise _error(package, f"{purpose} needs {package}")
 
 
-def missing_package(error: ImportError) -> MissingPackageError | None:
-    """The error for the user when an import failed for want of an extra; None for every other failed import."""
+def missing_package(error: ImportError, user: str = "this command") -> MissingPackageError | None:
+    """The error for the user when an import failed for want of an extra; None for every other failed import.
+
+    user   what cannot be used, the subject of the error's first line
+    """
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package not in _EXTRA_OF:
         return None
-    return _error(package, f"this command needs {package}", error)
+    return _error(package, f"{user} needs {package}", error)
 
 
 def _error(

@@ -61,11 +61,25 @@ def evaluate_model(model_name: str, settings: EvalSettings) -> Iterator[Progress
     contaminated = contaminated_tasks(loaded, model_name)
     model = load_model(request)
     results = yield from score_model(model, tokenizer, loaded.with_weights())
+    report = report_of(model_name, model, tokenizer, model_identity(request), loaded, results, contaminated)
+    yield Progress(1, 1, report, note=list(results)[-1])
+
+
+def report_of(
+    model_name: str,
+    model: Model,
+    tokenizer: Tokenizer,
+    identity: dict[str, Any],
+    loaded: LoadedTasks,
+    results: Mapping[str, TaskResult],
+    contaminated: Mapping[str, str],
+) -> EvalReport:
+    """The report of a model's results; `identity` as `kd.models.identity` gives it, `contaminated` as `contaminated_tasks`."""
     caches = [result.cache for result in results.values() if result.cache is not None]
-    report = EvalReport(
+    return EvalReport(
         model=model_name,
         parameters=int(model.num_parameters()),
-        identity=model_identity(request),
+        identity=identity,
         tokenizer=tokenizer_fingerprint(tokenizer),
         tasks={name: figures_of(name, result) for name, result in results.items()},
         settings={
@@ -78,7 +92,6 @@ def evaluate_model(model_name: str, settings: EvalSettings) -> Iterator[Progress
         | {p: version(p) for p in ("kd-logit-cache", "torch", "transformers")},
         documents={name: _influences(result) for name, result in results.items()},
     )
-    yield Progress(1, 1, report, note=list(results)[-1])
 
 
 def check_tasks(settings: EvalSettings) -> None:

@@ -25,7 +25,18 @@ EVAL, DOCUMENTS = "eval.json", "documents.json"
 
 @dataclass(frozen=True)
 class EvalReport:
-    """One model's results; the document in `eval.json`."""
+    """One model's results; the document in `eval.json`.
+
+    >>> import kd
+    >>> from pathlib import Path
+    >>> report = kd.evaluate("demo", "perplexity", data="demo", split="heldout", limit=1)
+    >>> isinstance(report, kd.EvalReport), report.parameters
+    (True, 2667072)
+    >>> sorted(report.tasks["perplexity"])
+    ['bits_per_byte', 'ece', 'nll_per_token', 'perplexity']
+    >>> report.save(Path("scores")).name
+    'eval.json'
+    """
 
     model: str
     """Name of the model, as the user wrote it."""

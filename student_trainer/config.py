@@ -9,14 +9,15 @@ they belong to. This module imports nothing heavy: the command line reads it to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kd.cache_builder.weighted_caches import WeightedCache, parse_caches, require_weights
+from kd.cache_builder.weighted_caches import WeightedCache, as_caches, parse_caches, require_weights
 from kd.common.byte_sizes import byte_count
 from kd.common.errors import DataError
-from kd.common.settings import as_text, check, flat, setting, unescaped
+from kd.common.settings import as_text, check, flat, make, setting, unescaped
 
 LORA_TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
@@ -253,6 +254,14 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued: everything but where and how often to write."""
         return {name: value for name, value in self.saved().items() if name not in FREE}
+
+
+def config_from(settings: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from settings by name; `cache` may be all that `open_cache` takes. Raises DataError."""
+    given = {str(name).replace("-", "_"): value for name, value in settings.items()}
+    if "cache" in given:
+        given["cache"] = as_caches(given["cache"])
+    return make(TrainConfig, given)
 
 
 FREE = ("out", "cache", "cache_bytes", "save_every", "log_every", "report_to", "device")

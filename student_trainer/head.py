@@ -157,13 +157,17 @@ def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | 
 
 def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
     """Weight `[V, d]` and bias `[V]` of the output layer as they count now: LoRA adapters on it are added, with gradients."""
-    head = model.get_output_embeddings()
-    if not hasattr(head, "base_layer"):
-        return head.weight, head.bias
-    weight = head.base_layer.weight
-    for name in head.active_adapters:
-        weight = weight + head.get_delta_weight(name)
-    return weight, head.base_layer.bias
+    return layer_parameters(model.get_output_embeddings())
+
+
+def layer_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight `[V, d]` and bias `[V]` of a linear layer; LoRA adapters on it are added, with gradients."""
+    if not hasattr(layer, "base_layer"):
+        return layer.weight, layer.bias
+    weight = layer.base_layer.weight
+    for name in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(name)
+    return weight, layer.base_layer.bias
 
 
 def detach_loss(model: Any) -> None:

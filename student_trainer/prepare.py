@@ -40,7 +40,7 @@ from kd.student_trainer.batches.compatibility import (
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, touch_shards
 from kd.student_trainer.batches.student_text import StudentText
-from kd.student_trainer.config import TextSettings, TrainConfig
+from kd.student_trainer.config import StudentSettings, TextSettings, TrainConfig
 from kd.student_trainer.losses.loss_registry import Objective
 
 PACKED_TOKENS = 1024
@@ -83,13 +83,17 @@ class Prepared:
         """Number of examples that did not fit the student's window."""
         return 0 if self.collator.text is None else self.collator.text.truncated
 
-    def plan(self, multiple: int) -> BatchPlan:
-        """All micro-batches of the run, `multiple` of them to an optimizer step over all devices."""
+    def plan(self, multiple: int, *, first_epoch: int = 0) -> BatchPlan:
+        """All micro-batches of the run, `multiple` of them to an optimizer step over all devices.
+
+        first_epoch   epoch to begin with, which decides the order of examples
+        """
         batches = self.config.batches
         return plan_batches(
             self.reader,
             self.sizes,
             seed=self.config.seed,
+            first_epoch=first_epoch,
             epochs=batches.epochs,
             multiple_of=multiple,
             capacity=self.collator.capacity,
@@ -99,18 +103,19 @@ class Prepared:
         )
 
 
-def prepare(config: TrainConfig, *, touch: bool = False) -> Prepared:
+def prepare(config: TrainConfig, *, touch: bool = False, student: tuple[Any, Tokenizer] | None = None) -> Prepared:
     """Open the cache and check that it belongs to the student. Raises KdError where it does not.
 
-    touch   load the shards of the first batches on threads meanwhile (a resumed run begins with other batches)
+    touch     load the shards of the first batches on threads meanwhile (a resumed run begins with other batches)
+    student   configuration and tokenizer of a student in memory; None = of the one that the settings name
     """
     reader = open_cache(config.data.cache, top_k=config.data.top_k, cache_bytes=config.data.cache_bytes)
     objective = resolve_objective(reader.config, config.objective, edges=rank_edges(reader))
     reader.keep(needed_arrays(objective, reader.manifest))
     if touch:
         touch_shards(reader, reader.epoch_order(config.seed, 0)[:TOUCHED_EXAMPLES].tolist())
-    request = student_request(config)
-    tokenizer, model_config = load_request_tokenizer(request), load_config(request)
+    request = student_request(config.model, config.seed)
+    model_config, tokenizer = student or (load_config(request), load_request_tokenizer(request))
     if reads_own_text(config, reader, objective, model_config, tokenizer):
         collator, width = text_collator(config, reader, objective, model_config, tokenizer)
     else:
@@ -125,16 +130,15 @@ def prepare(config: TrainConfig, *, touch: bool = False) -> Prepared:
     return Prepared(config, reader, request, model_config, tokenizer, collator, width, sizes, rows)
 
 
-def student_request(config: TrainConfig) -> ModelRequest:
-    """The student's weights before training, in float32 on the CPU."""
-    model = config.model
+def student_request(model: StudentSettings, seed: int) -> ModelRequest:
+    """The student's weights before training, in float32 on the CPU; `seed` of random ones."""
     return ModelRequest(
         model.model_name,
         revision=model.revision,
         device="cpu",
         dtype="float32",
         tokenizer=model.tokenizer,
-        seed=config.seed,
+        seed=seed,
     )
 
 

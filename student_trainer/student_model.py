@@ -1,4 +1,4 @@
-"""The student in memory: loaded with the loss in its forward pass, and written out when it has learned."""
+"""The student in memory: by name for a loop of one's own, or with the loss in its forward pass; and written out at the end."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 from transformers import set_seed
 
-from kd.models.loading import Model, load_model
+from kd.models.loading import Model, load_model, load_request_tokenizer
 from kd.models.packable import require_packable
+from kd.models.tokenizer import Tokenizer
+from kd.student_trainer.config import StudentSettings
 from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.lora import with_adapters
-from kd.student_trainer.prepare import Prepared
+from kd.student_trainer.prepare import Prepared, student_request
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,28 @@ class Student:
     """Number of the model's parameters, adapters not counted."""
 
 
-def load_student(prepared: Prepared) -> Student:
+def load_student(
+    name: str, *, revision: str | None = None, tokenizer: str | None = None, seed: int = 0
+) -> tuple[Model, Tokenizer]:
+    """The model that `kd.train(student=NAME)` begins with, and its tokenizer: float32 weights on the CPU.
+
+    name        `demo` (a small model with random weights), `random:NAME`, a folder, or a hub id
+    revision    branch, tag or commit of a hub model
+    tokenizer   folder or hub id of the tokenizer of a random student
+    seed        seed of random weights
+
+    Raises TeacherError for a model that cannot be loaded.
+
+    >>> import kd
+    >>> model, tokenizer = kd.load_student("demo")
+    >>> model.num_parameters()
+    556896
+    """
+    request = student_request(StudentSettings(name, revision, tokenizer), seed)
+    return load_model(request), load_request_tokenizer(request)
+
+
+def student_with_loss(prepared: Prepared) -> Student:
     """Load the student with its loss, adapters and checkpointing, as the run's settings say. Raises KdError."""
     config = prepared.config
     set_seed(config.seed)

@@ -26,13 +26,14 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from kd.common.settings import flat
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.read_ahead import CachedExamples
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.config import TrainConfig, config_from
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import Prepared, prepare
 from kd.student_trainer.run_folder import StepRecord, leave_run, read_steps, resume_point, start_run, write_run
-from kd.student_trainer.student_model import Student, load_student, save_student
+from kd.student_trainer.student_model import Student, save_student, student_with_loss
 from kd.student_trainer.trainer import DistillationTrainer, StopWithCheckpoint
 from kd.student_trainer.trainer_arguments import set_steps, training_arguments
 
@@ -41,7 +42,13 @@ Stoppable = AbstractContextManager[threading.Event]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run reports."""
+    """What a finished run reports.
+
+    >>> import kd
+    >>> result = kd.train(cache="cache", student="demo", out="student", loss="ce", max_steps=1)
+    >>> isinstance(result, kd.TrainResult), result.kd is None, result.ce > 0
+    (True, True, True)
+    """
 
     out: str
     """Folder of the run."""
@@ -74,25 +81,39 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | None = None,
     *,
     resume: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     midway: Midway | None = None,
     stoppable: Stoppable | None = None,
+    **settings: Any,
 ) -> TrainResult:
-    """Run (or continue) the training `config` describes. Raises KdError before the first step on any mismatch.
+    """Train a student from a cache, or continue an interrupted training. The teacher is never loaded.
 
+    config      settings as an object; None = they are given by name
+    resume      continue from the last checkpoint in `out`
     on_step     called with every line of the log, on the main process
     midway      what to score while the student learns; it changes nothing of the training
     stoppable   entered while steps are made. Once its event is set, the step under way is finished, a checkpoint is written,
                 and KeyboardInterrupt is raised. Only with one process: several would have to agree on the step
+    settings    the options of `kd train`, spelled with underscores; `cache`, `student` and `out` have no default
+
+    Several caches are mixed by weights: `cache={"runs/a": 0.7, "runs/b": 0.3}`. Raises KdError before the first step where
+    cache and student do not belong together.
+
+    >>> import kd
+    >>> result = kd.train(cache="cache", student="demo", out="student", loss="kl", temperature=2.0, max_steps=2)
+    >>> result.steps, result.parameters
+    (2, 556896)
     """
+    if config is None or settings:
+        config = config_from({**({} if config is None else flat(config)), **settings})
     prepared = prepare(config, touch=not resume)
     arguments = training_arguments(config)
     identity = run_identity(prepared, arguments.world_size)
     checkpoint = resume_point(config.folder, identity, resume=resume)
-    student = load_student(prepared)
+    student = student_with_loss(prepared)
     multiple = config.batches.accumulate * arguments.world_size
     plan = prepared.plan(multiple)
     prepared.reader.announce(plan.batches)

@@ -273,3 +273,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) ->
     out = tmp_path_factory.mktemp("caches") / "full"
     run_build(build_request(out, profile="full", samples=4, tail_bands=4))
     return out
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `full` cache of the embedded teacher over a few pages of text; made by the command line, copy it before changing it."""
+    from click.testing import CliRunner
+
+    from kd.cli import cli
+
+    folder = tmp_path_factory.mktemp("demo-cache")
+    (folder / "text.txt").write_text(f"\n{END}\n".join(STORIES * 3), encoding="utf-8")
+    options = ["--profile", "full", "--samples", "4", "--temperatures", "1,2", "--seq-len", "64", "--device", "cpu"]
+    where = ["--teacher", "demo", "--data", str(folder / "text.txt"), "--out", str(folder / "cache")]
+    done = CliRunner().invoke(cli, ["cache", "build", *where, *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return folder / "cache"

@@ -15,7 +15,12 @@ from kd.common.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
-ORDER = ("common", "models", "data", "cache_builder", "student_trainer", "evaluation", "recipes", "commands", "cli")
+ROOT_MODULES = ("cli", "__init__")
+"""What users meet: the command, and `import kd`."""
+ORDER = (
+    *("common", "models", "data", "cache_builder", "student_trainer", "evaluation", "recipes", "commands"),
+    *ROOT_MODULES,
+)
 """Each may import itself and those before it."""
 CACHE_ROOMS = {
     "store": set(),
@@ -39,7 +44,8 @@ DOORS = {
 
 
 def modules() -> list[Path]:
-    return [ROOT / "cli.py", *(p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py")))]
+    in_root = [ROOT / f"{name}.py" for name in ROOT_MODULES]
+    return [*in_root, *(p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py")))]
 
 
 def imports(path: Path) -> set[str]:
@@ -120,7 +126,7 @@ def test_all_code_is_type_checked() -> None:
         for p in ROOT.glob("*/**/*.py")
         if not p.relative_to(ROOT).parts[0].startswith(".")
     }
-    assert {f".typing/kd/{x}" for x in ("cli.py", *PACKAGES)} | (folders - {*PACKAGES, "tests"}) == set(
+    assert {f".typing/kd/{x}" for x in ("__init__.py", "cli.py", *PACKAGES)} | (folders - {*PACKAGES, "tests"}) == set(
         settings["files"]
     )
     assert re.search(
@@ -134,7 +140,7 @@ def test_every_data_file_of_the_package_is_in_the_wheel() -> None:
         path
         for package, patterns in settings["package-data"].items()
         for pattern in patterns
-        for path in (ROOT / package.removeprefix("kd.").replace(".", "/")).glob(pattern)
+        for path in (ROOT / package.removeprefix("kd").removeprefix(".").replace(".", "/")).glob(pattern)
     }
     files = {
         p
@@ -142,7 +148,7 @@ def test_every_data_file_of_the_package_is_in_the_wheel() -> None:
         for suffix in (".yaml", ".json", ".safetensors", ".j2")
         for p in (ROOT / package).rglob(f"*{suffix}")
     }
-    assert files == shipped
+    assert files | {ROOT / "py.typed"} == shipped
 
 
 def test_no_module_lies_outside_a_package_folder() -> None:
@@ -151,12 +157,12 @@ def test_no_module_lies_outside_a_package_folder() -> None:
             assert (path.parent / "__init__.py").exists(), path
 
 
-def test_cli_is_the_only_module_in_the_root() -> None:
-    assert [p.name for p in ROOT.glob("*.py")] == ["cli.py"]
+def test_the_root_holds_no_module_but_the_command_and_the_front_door() -> None:
+    assert {p.stem for p in ROOT.glob("*.py")} == {*ROOT_MODULES}
 
 
 def test_every_package_has_its_place_in_the_order_of_imports() -> None:
-    assert {*PACKAGES, "cli"} == set(ORDER)
+    assert {*PACKAGES, *ROOT_MODULES} == set(ORDER)
 
 
 def test_no_two_modules_import_each_other_in_a_circle() -> None:
@@ -173,7 +179,8 @@ def test_imports_point_only_downwards() -> None:
         layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
         for name in imports(path):
             parts = name.split(".")
-            if parts[0] == "kd" and len(parts) > 1:
+            assert name != "kd", f"{path.name} imports the front door: import the module that defines the name"
+            if parts[0] == "kd":
                 assert ORDER.index(parts[1]) <= ORDER.index(layer), f"{path.name} imports {name}"
             assert parts[0] not in PACKAGES, f"{path.name} imports {name}: spell it kd.{name}"
 

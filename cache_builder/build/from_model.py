@@ -64,6 +64,13 @@ def build_cache(
 
     Raises DataError for texts or settings that cannot be used, TeacherError for a model that cannot be scored, and
     CacheMismatchError, with the difference, where `out` holds a cache of another model or other texts.
+
+    >>> import kd
+    >>> model, tokenizer = kd.load_teacher("demo")
+    >>> texts = ["The fox went down to the river.", "The keeper counted seven ships."]
+    >>> cache = kd.build_cache(model, tokenizer, texts, out="own-cache", top_k=16)
+    >>> len(cache), cache[1].target
+    (2, 'The keeper counted seven ships.')
     """
     given = flattened(BuildSettings, settings)
     refused = sorted(given.keys() & OF_NAMED_TEACHERS)

@@ -50,6 +50,7 @@ def plan_batches(
     lengths: np.ndarray,
     *,
     seed: int,
+    first_epoch: int = 0,
     epochs: float = 1.0,
     count: int | None = None,
     tokens_per_batch: int | None = None,
@@ -57,7 +58,7 @@ def plan_batches(
     capacity: Size | None = None,
     multiple_of: int = 1,
 ) -> BatchPlan:
-    """Lay out `epochs` epochs (at least one example), or exactly `count` micro-batches.
+    """Lay out `epochs` epochs from `first_epoch` on (at least one example), or exactly `count` micro-batches.
 
     `lengths [E, sides]` tokens per example, `[E]` where there is one side. A batch holds `batch_size` sequences, or as
     many as fit `tokens_per_batch` with their padding; a sequence is one example, or, with a `capacity`, what
@@ -69,7 +70,7 @@ def plan_batches(
     numbers: list[int] = []
     epoch = 0
     while True:
-        order = reader.epoch_order(seed, epoch)
+        order = reader.epoch_order(seed, first_epoch + epoch)
         if count is None:
             remaining = epochs - epoch
             if remaining <= 0:
@@ -77,7 +78,7 @@ def plan_batches(
             order = order[: max(round(len(order) * min(1.0, remaining)), 0 if batches else 1)]
         cut = list(_cut(order, sizes, tokens_per_batch, batch_size, capacity))
         batches += cut
-        numbers += [epoch] * len(cut)
+        numbers += [first_epoch + epoch] * len(cut)
         epoch += 1
         if count is not None and len(batches) >= count:
             batches, numbers = batches[:count], numbers[:count]

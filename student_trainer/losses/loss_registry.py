@@ -100,7 +100,20 @@ LOSSES: dict[str, Loss] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """alpha * kd + ce_weight * CE; kd times T^2 where the loss asks for it. See `LOSSES`."""
+    """alpha * kd + ce_weight * CE; kd times T^2 where the loss asks for it. See `LOSSES`.
+
+    `CacheDataset.objective` is the one that suits a cache; losses over aligned text need its settings.
+
+    >>> import kd
+    >>> objective = kd.Objective("kl", alpha=0.75, temperature=2.0)
+    >>> objective.ce
+    0.25
+    >>> kd.Objective("kll")
+    Traceback (most recent call last):
+    kd.common.errors.DataError: unknown loss 'kll'
+      known         alm, ce, hybrid, jsd, kl, reverse-kl, uld
+      did you mean  kl
+    """
 
     loss: str = "kl"
     """Key of `LOSSES`."""

@@ -54,7 +54,16 @@ class CachedBatch(list[CachedExample]):
 
 
 class Reader(Protocol):
-    """Random access to the examples of a finished cache, or of several that are read as one; thread-safe."""
+    """Random access to the examples of a finished cache, or of several that are read as one; thread-safe.
+
+    >>> import kd
+    >>> cache: kd.Reader = kd.open_cache("cache")
+    >>> example = cache[0]
+    >>> example.target
+    'Once upon a time there was a small fox who lived at the edge of the wood. ...'
+    >>> example.targets.token_ids.shape[1], cache.manifest.targets.temperatures
+    (64, (1.0, 2.0))
+    """
 
     root: Path
     """Folder of the cache, for messages; of a mixture, the folders with commas between them."""
