@@ -42,7 +42,9 @@ def demo(out: Path, as_json: bool) -> None:
         with redirect_stdout(sys.stderr):  # what the steps print is progress here
             results = [run_part(part) for part in parts]
     except KeyboardInterrupt:  # a demo is measured as a whole, so it does not continue
-        raise KeyboardInterrupt("interrupted", f"remove {out}, or choose another --out, to run the demo again") from None
+        raise KeyboardInterrupt(
+            "interrupted", f"remove {out}, or choose another --out, to run the demo again"
+        ) from None
     outcome = write_demo_outcome(out, results, seconds=time.perf_counter() - started)
     if as_json:
         emit_json(outcome)

@@ -160,7 +160,7 @@ class _Running:
         from kd.cache_builder.teacher.teacher_pass import collect
 
         if self.teacher is None:
-            self.teacher = load_teacher(self.plan)
+            self.teacher = teacher_of_plan(self.plan)
             self.started = time.perf_counter()
         raw, before = None, self.rows_done
         for scored, targets in collect(rows, self.teacher.run(rows, first_example)):
@@ -220,7 +220,7 @@ def _ours(todo: list[int], root: Path, claims: Claims, elsewhere: dict[int, str]
         todo = left
 
 
-def load_teacher(plan: BuildPlan) -> Teacher:
+def teacher_of_plan(plan: BuildPlan) -> Teacher:
     """Load the plan's model and prepare it for all rows of the plan."""
     from kd.cache_builder.teacher.sparsify import Sparsifier, boundary_token_ids
     from kd.cache_builder.teacher.teacher_pass import Teacher

@@ -69,7 +69,9 @@ def test_a_second_run_has_nothing_to_do_and_loads_no_teacher(tmp_path, build_req
     request = build_request(tmp_path / "c")
     run_build(request)
     before = tree(tmp_path / "c")
-    monkeypatch.setattr("kd.cache_builder.build.builder.load_teacher", lambda plan: pytest.fail("loaded the teacher"))
+    monkeypatch.setattr(
+        "kd.cache_builder.build.builder.teacher_of_plan", lambda plan: pytest.fail("loaded the teacher")
+    )
     (step,) = run_build(request)
     assert step.reused
     assert step.complete
@@ -514,7 +516,7 @@ def test_a_commit_of_another_cache_does_not_count_as_done(tmp_path, build_reques
     (tmp_path / "b" / "commits").mkdir(exist_ok=True)
     shutil.copy(tmp_path / "a" / "commits" / "00003.json", tmp_path / "b" / "commits")
     monkeypatch.setattr(
-        "kd.cache_builder.build.builder.load_teacher", lambda plan: pytest.fail("scored before it looked")
+        "kd.cache_builder.build.builder.teacher_of_plan", lambda plan: pytest.fail("scored before it looked")
     )
     with pytest.raises(CacheDamageError, match="does not belong"):
         run_build(build_request(tmp_path / "b"))

@@ -64,7 +64,9 @@ def test_a_build_of_a_known_fingerprint_is_copied_and_says_so(tmp_path, model_di
         "cpu",
     )
     kd(*build, "--out", tmp_path / "one")
-    monkeypatch.setattr("kd.cache_builder.build.builder.load_teacher", lambda plan: pytest.fail("loaded the teacher"))
+    monkeypatch.setattr(
+        "kd.cache_builder.build.builder.teacher_of_plan", lambda plan: pytest.fail("loaded the teacher")
+    )
     text = kd(*build, "--out", tmp_path / "two")
     assert f"built at {tmp_path / 'one'}" in text
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
