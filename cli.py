@@ -68,7 +68,7 @@ COMMANDS = {
     "classify": "kd.commands.classify:classify",
     "data": "kd.commands.data:data",
     "demo": "kd.commands.demo:demo",
-    "eval": "kd.commands.eval:evaluate",
+    "eval": "kd.commands.eval:eval_command",
     "experiment": "kd.commands.experiment:experiment",
     "merge": "kd.commands.merge:merge",
     "recipe": "kd.commands.recipe:recipe",

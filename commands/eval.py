@@ -47,7 +47,7 @@ def evaluation_report(model: str, settings: EvalSettings) -> EvalReport:
     "--out", type=PATH, help="Folder for eval.json (a sub-folder per model, numbered, when there are several)."
 )
 @json_option
-def evaluate(models: tuple[str, ...], settings: EvalSettings, out: Path | None, as_json: bool) -> None:
+def eval_command(models: tuple[str, ...], settings: EvalSettings, out: Path | None, as_json: bool) -> None:
     """Score one or more models.
 
     Example: kd eval demo --tasks perplexity --data demo --split heldout
