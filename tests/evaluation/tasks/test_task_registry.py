@@ -169,7 +169,7 @@ def test_two_wordings_need_a_source_that_has_them(model_dir, quiz, anli_root):
     both = InstructionConfig(labels="both", task_root=anli_root)
     with pytest.raises(DataError, match="no templates"):
         list(run_tasks(str(model_dir), ["choices"], data=quiz, instructions=both, device="cpu"))
-    with pytest.raises(DataError, match="one way at a time"):
+    with pytest.raises(DataError, match="only one wording"):
         load_corpus("flan:anli_r1", split="test", instructions=both)
 
 
