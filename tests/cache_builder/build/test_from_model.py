@@ -179,8 +179,8 @@ def test_texts_that_cannot_be_used_are_refused(model, tokenizer, tmp_path: Path,
 
 @pytest.mark.parametrize("name", sorted(OF_NAMED_TEACHERS - {"tokenizer"}))
 def test_settings_of_named_teachers_are_refused(model, tokenizer, texts, tmp_path: Path, name: str):
+    settings: dict[str, Any] = {name: "x"}
     with pytest.raises(DataError, match="do not apply") as error:
-        settings: dict[str, Any] = {name: "x"}
         build_cache(model, tokenizer, texts, out=tmp_path / "c", **settings)
     assert error.value.details["found"] == name
 
