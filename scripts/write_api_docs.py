@@ -8,12 +8,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import kd
-from kd.common.settings import field_docs
+from kd.cache_builder.build.build_settings import BuildSettings
+from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS
+from kd.common.settings import field_docs, settings_of
+from kd.evaluation.eval_settings import EvalSettings
+from kd.student_trainer.config import TrainConfig
 
 HEAD = """# Python
 
@@ -24,6 +28,12 @@ error that a caller can cause is a `kd.KdError`.
 This page is made from the docstrings by `scripts/write_api_docs.py`.
 """
 WIDTH = 100
+SETTINGS: dict[str, tuple[Any, Collection[str]]] = {
+    "build_cache": (BuildSettings, {*OF_NAMED_TEACHERS, "out"}),
+    "evaluate": (EvalSettings, {"tasks"}),
+    "train": (TrainConfig, ()),
+}
+"""Function -> the class of the settings it takes by name, and those of them that it does not take."""
 
 
 def signature(function: Any, name: str) -> str:
@@ -67,12 +77,27 @@ def members(value: type) -> Iterator[tuple[str, Any]]:
             yield name, member
 
 
+def settings_table(cls: Any, without: Collection[str] = ()) -> str:
+    """The settings of a class by name, with their defaults, as a Markdown table."""
+    rows = []
+    for one in settings_of(cls).values():
+        if one.name in without:
+            continue
+        default = "required" if one.required else f"`{one.default!r}`"
+        meaning = one.doc.replace("|", "\\|")
+        name = one.option.removeprefix("--").replace("-", "_")
+        rows.append(f"| `{name}` | {default} | {meaning} |")
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+
 def entry(name: str) -> str:
     """The section of one public name."""
     value = getattr(kd, name)
     bare = inspect.isclass(value) and (issubclass(value, Exception) or getattr(value, "_is_protocol", False))
     call = f"class {name}({value.__base__.__name__})" if bare else signature(value, f"kd.{name}")
     parts = [f"## `kd.{name}`", f"```python\n{call}\n```", *blocks(value.__doc__ or "")]
+    if name in SETTINGS:
+        parts.append(settings_table(*SETTINGS[name]))
     if inspect.isclass(value) and dataclasses.is_dataclass(value):
         docs = field_docs(value)
         parts.append("\n".join(f"- `{f.name}` {docs.get(f.name, '')}".rstrip() for f in dataclasses.fields(value)))

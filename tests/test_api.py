@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,15 @@ def load_script(name: str) -> ModuleType:
 def test_the_page_of_the_api_is_made_from_the_docstrings() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert page == load_script("write_api_docs").render(), "run scripts/write_api_docs.py"
+
+
+def test_the_first_lines_of_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    for block in code:
+        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_a_type_checker_sees_every_public_name(tmp_path: Path) -> None:
