@@ -86,7 +86,7 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
             where=plan.request.corpus.spec,
             found="the plan of an upper bound",
             expected="its answers as targets",
-            try_="the request on the last record of generate",
+            try_="the result of generate",
         )
     request, manifest = plan.request, plan.manifest
     writer = ShardWriter(request.out, manifest)

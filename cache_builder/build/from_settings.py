@@ -210,8 +210,8 @@ def build_request(
 def with_answers(request: BuildRequest, watch: Watch = in_silence) -> BuildRequest:
     """The request with the teacher's answers as targets; the teacher writes those that are not on disk yet."""
     last = watch("generating", generate(request))
-    assert last.request is not None
-    return last.request
+    assert last.result is not None
+    return last.result
 
 
 def with_shards_of_an_equal_cache(plan: BuildPlan, say: Callable[[str], object]) -> BuildPlan:

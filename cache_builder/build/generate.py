@@ -1,7 +1,7 @@
 """Targets written by the teacher: it answers the prompts, and its answers are scored and stored.
 
-    for step in generate(request): ...      # the last step carries the new request
-    plan = plan_build(step.request)
+    for step in generate(request): ...      # the last record's result is the new request
+    plan = plan_build(step.result)
 
 Answers are written to `generated/NNNNN.parquet`, BLOCK examples each, before the plan is made, because shards depend on their
 lengths. `generated/request.json` beside them says what they were made from. The teacher takes the most probable token, or
@@ -11,7 +11,7 @@ samples from the whole distribution with a seed. Batches are the same every time
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kd.cache_builder.store.manifest import ANSWERS, Layout
 from kd.cache_builder.store.writers.answers_table import read_answers, write_answers
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
+from kd.common.progress import Progress
 from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
 from kd.data.rows.example import Example
 from kd.models.answering import answer_batch, unused_ids
@@ -35,25 +36,12 @@ BATCH = 16
 """Prompts per call of the model's `generate`. They are sorted by length inside a block."""
 
 
-@dataclass(frozen=True)
-class GenerationProgress:
-    """One step of answering."""
+def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, None]:
+    """Answer every prompt of `request.corpus`; yields a record per file of answers.
 
-    done: int
-    """Answers that are on disk."""
-    total: int
-    """Answers in all."""
-    request: BuildRequest | None = None
-    """The request with the teacher's answers as targets, and the model that was loaded. Set on the last record."""
-
-    @property
-    def note(self) -> str:
-        """How many answers there are, for people."""
-        return f"{self.done:,} of {self.total:,} answers"
-
-
-def generate(request: BuildRequest) -> Generator[GenerationProgress, None, None]:
-    """Answer every prompt of `request.corpus`. Raises KdError. What is answered stays, and the same call continues."""
+    The result is the request with the teacher's answers as targets, and the model if it was loaded. Raises KdError. What is
+    answered stays, and the same call continues.
+    """
     generation = request.generation or GenerationConfig()
     config = request.source.config()
     refuse_classifier(request.teacher, config)
@@ -84,7 +72,7 @@ def generate(request: BuildRequest) -> Generator[GenerationProgress, None, None]
                 write_answers(temporary, [e.id for e, _ in block], texts)
                 publish(temporary, path)
             answers += read_answers(path, [e.id for e, _ in block])
-            yield GenerationProgress(len(answers), len(prompts))
+            yield Progress(len(answers), len(prompts), note=f"{len(answers):,} of {len(prompts):,} answers")
     except OSError as error:
         raise write_error(request.out, error) from error
     examples = tuple(
@@ -93,7 +81,8 @@ def generate(request: BuildRequest) -> Generator[GenerationProgress, None, None]
     # an answer that is empty and cut short has nothing to score
     examples = tuple(e for e in examples if e.target or e.complete)
     corpus = replace(request.corpus, examples=examples)
-    yield GenerationProgress(len(answers), len(prompts), replace(request, corpus=corpus, answered=True, model=model))
+    result = replace(request, corpus=corpus, answered=True, model=model)
+    yield Progress(len(answers), len(prompts), result, note=f"{len(answers):,} answers")
 
 
 def answered(request: BuildRequest) -> bool:

@@ -13,13 +13,14 @@ import torch
 
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.estimate import estimate
-from kd.cache_builder.build.generate import GenerationProgress, answer, answered, generate
+from kd.cache_builder.build.generate import answer, answered, generate
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.store.manifest import Layout, load_manifest
 from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
+from kd.common.progress import Progress
 from kd.models.loading import ModelRequest, load_model
 from kd.models.tokenizer import load_tokenizer
 
@@ -51,15 +52,15 @@ def make(tmp_path: Path, build_request):
     return request
 
 
-def asked_for(last: GenerationProgress) -> BuildRequest:
+def asked_for(last: Progress[BuildRequest]) -> BuildRequest:
     """The request with the answers as its text, which the last progress record holds."""
-    assert last.request is not None
-    return last.request
+    assert last.result is not None
+    return last.result
 
 
 def run(request: BuildRequest) -> CacheReader:
     *_, last = generate(request)
-    assert last.request is not None
+    assert last.result is not None
     list(build(plan_build(asked_for(last))))
     return CacheReader(request.out)
 
@@ -124,7 +125,7 @@ def test_a_second_run_answers_nothing_and_an_interrupted_one_continues(make, mod
     run(stopped)
     assert answered(stopped)
     assert tree(whole.out) == tree(stopped.out)
-    monkeypatch.setattr("kd.cache_builder.build.generate.load_model", lambda request: pytest.fail("answered again"))
+    monkeypatch.setattr("kd.cache_builder.build.request.load_model", lambda request: pytest.fail("answered again"))
     *_, last = generate(stopped)
     (done,) = build(plan_build(asked_for(last)))
     assert done.reused
@@ -134,7 +135,7 @@ def test_sampled_answers_are_a_function_of_the_seed(make, model_dir: Path):
     texts = []
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         *_, last = generate(make(model_dir, out, temperature=1.0, seed=seed))
-        texts.append([e.target for e in last.request.corpus.examples])
+        texts.append([e.target for e in last.result.corpus.examples])
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -174,7 +175,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_at_their_beginning
     monkeypatch.setattr("kd.cache_builder.build.generate.BLOCK", 4)  # five prompts would be two files, four are one
     *_, dropped = generate(make(model_dir, "d", seq_len=14, overlong="drop"))
     assert answered(make(model_dir, "d", seq_len=14, overlong="drop"))
-    assert "p.jsonl:1" not in [e.id for e in dropped.request.corpus.examples]
+    assert "p.jsonl:1" not in [e.id for e in dropped.result.corpus.examples]
     reader = run(make(model_dir, "t", seq_len=14, overlong="truncate"))
     assert all(len(e.context_ids) + len(e.targets) <= 14 for e in reader.read(range(len(reader))))
     with pytest.raises(DataError, match="no room for a prompt"):
