@@ -17,8 +17,8 @@ from kd.data.data_settings import DataSettings, InstructionConfig
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kd.data.instruction_tasks.task import TaskFile
     from kd.data.rows.example import Example
-    from kd.data.tasks.task import TaskFile
 
 SHOWN_EXAMPLES = 3
 """Examples that `kd data show` prints by default."""
@@ -48,13 +48,13 @@ def data_ls(as_json: bool) -> None:
 
 def source_lines() -> dict[str, str]:
     """Spec -> what it stands for, in a line."""
+    from kd.data.instruction_tasks.clusters import flan_clusters
+    from kd.data.instruction_tasks.glue import glue_tasks
+    from kd.data.instruction_tasks.mixtures import PRESETS
+    from kd.data.instruction_tasks.task_files import load_task, task_names
     from kd.data.rows.local_files import FILE_READERS
     from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
     from kd.data.sources import SOURCES
-    from kd.data.tasks.clusters import flan_clusters
-    from kd.data.tasks.glue import glue_tasks
-    from kd.data.tasks.mixtures import PRESETS
-    from kd.data.tasks.task_files import load_task, task_names
 
     about = {
         "demo": "the English of Python's standard library; offline; splits train, heldout",
@@ -117,9 +117,9 @@ def data_templates(task: str, settings: InstructionConfig, as_json: bool) -> Non
 
     Example: kd data templates boolq
     """
-    from kd.data.tasks.mixtures import check_options
-    from kd.data.tasks.rendering import show_templates
-    from kd.data.tasks.task_files import load_task
+    from kd.data.instruction_tasks.mixtures import check_options
+    from kd.data.instruction_tasks.rendering import show_templates
+    from kd.data.instruction_tasks.task_files import load_task
 
     task_file = load_task(task.removeprefix("flan:"))
     check_options([task_file], settings)

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.instruction_tasks.glue import CLASSES, PAIR
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.data.tasks.glue import CLASSES, PAIR
 from kd.models.tokenizer import Tokenizer, encode_texts, encode_with_ends, token_bytes
 
 OVERLONG = ("error", "drop", "truncate")

@@ -6,8 +6,8 @@
     FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns for other column names
     hub-id[:config][@revision]            any data set on the hub that loads without code
     flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
-    glue/TASK                             a GLUE task, with the label's word as target (kd.data.tasks.glue); also a folder
-    FILE.yaml                             your own instruction task (kd.data.tasks.task_files)
+    glue/TASK                             a GLUE task, the label's word as target (kd.data.instruction_tasks.glue); also a folder
+    FILE.yaml                             your own instruction task (kd.data.instruction_tasks.task_files)
 
 A *documents* source gives whole texts, which are later cut into blocks. A *pairs* source (columns prompt and target) gives
 examples that stay whole. Hub data sets load through `datasets`; scripts are never run.
@@ -28,16 +28,16 @@ from typing import Any
 from kd.common.errors import DataError, unknown_name
 from kd.data.data_settings import InstructionConfig
 from kd.data.demo import mini_mixture, stdlib_text
+from kd.data.instruction_tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
+from kd.data.instruction_tasks.mixtures import load_mixture, mix, select
+from kd.data.instruction_tasks.task import SPLITS, TaskFile
+from kd.data.instruction_tasks.task_files import load_task
+from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.rows.example import Example, check_examples, text_digest
 from kd.data.rows.hub import load_hub
 from kd.data.rows.local_files import FILE_READERS, read_local
 from kd.data.rows.row_examples import Columns, rows_to_examples
 from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION, wikitext_articles
-from kd.data.tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
-from kd.data.tasks.mixtures import load_mixture, mix, select
-from kd.data.tasks.task import SPLITS, TaskFile
-from kd.data.tasks.task_files import load_task
-from kd.data.tasks.task_rows import SAME
 
 HELD_OUT = {"test": "heldout", "validation": "heldout", "dev": "heldout"}
 """Other names of the held-out split of `demo` and `mini`."""

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 from kd.cache_builder.weighted_caches import CacheSpec, as_caches
 from kd.common.errors import DataError, KdError
 from kd.common.settings import as_text
+from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.data.tasks.task_files import load_task, task_names
 from kd.student_trainer.run_folder import is_run, read_run
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from kd.data.tasks.glue import glue_tasks
+from kd.data.instruction_tasks.glue import glue_tasks
 from kd.models.classifiers import load_classifier
 from kd.models.loading import ModelRequest
 from kd.student_trainer.merging.pool import ModelPool, PoolModel, read_pool

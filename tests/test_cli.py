@@ -67,7 +67,7 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
         ("kd.cache_builder.store.codecs", "CODECS", "cache build", "logprob_codec"),
         ("kd.models.loading", "DTYPES", "cache build", "dtype"),
         ("kd.data.data_settings", "TEMPLATE_CHOICES", "cache build", "template"),
-        ("kd.data.tasks.task", "WORDINGS", "cache build", "labels"),
+        ("kd.data.instruction_tasks.task", "WORDINGS", "cache build", "labels"),
         ("kd.evaluation.tasks.task_registry", "TASKS", "eval", "tasks"),
     ],
 )
@@ -105,7 +105,7 @@ def test_data_templates_shows_every_template_offline() -> None:
 @pytest.fixture
 def task_root(tmp_path: Path) -> Path:
     """Made-up rows of two tasks under DIR/TASK/SPLIT.jsonl."""
-    from kd.data.tasks.task_files import load_task
+    from kd.data.instruction_tasks.task_files import load_task
 
     for name in ("boolq", "xsum"):
         (tmp_path / "root" / name).mkdir(parents=True)

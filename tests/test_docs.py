@@ -112,8 +112,8 @@ def test_no_placeholder_is_left() -> None:
 
 def test_the_task_file_in_the_documents_is_a_task(tmp_path: Path) -> None:
     from kd.data.data_settings import InstructionConfig
-    from kd.data.tasks.rendering import show_templates
-    from kd.data.tasks.task_files import load_task
+    from kd.data.instruction_tasks.rendering import show_templates
+    from kd.data.instruction_tasks.task_files import load_task
 
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     first, second = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)

@@ -32,7 +32,7 @@ from kd.cache_builder.store.manifest_checks import check_bounds
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import TokenRows, tokenize_corpus
-from kd.data.tasks.glue import CLASSES
+from kd.data.instruction_tasks.glue import CLASSES
 from kd.models.loading import is_encoder_decoder
 from kd.models.tokenizer import Tokenizer, pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from kd.cache_builder.build.request import BuildRequest
 from kd.common.errors import DataError
-from kd.data.tasks.glue import CLASSES
+from kd.data.instruction_tasks.glue import CLASSES
 from kd.models.classifiers import refuse_other_classes, refuse_other_heads
 from kd.models.loading import is_classifier, max_positions
 from kd.models.tokenizer import Tokenizer, vocabulary_size

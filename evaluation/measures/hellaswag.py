@@ -32,10 +32,10 @@ import numpy as np
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.progress import Progress
+from kd.data.instruction_tasks.task import label_key
+from kd.data.instruction_tasks.task_files import parse_task
+from kd.data.instruction_tasks.task_rows import load_task_rows
 from kd.data.rows.hub import load_hub
-from kd.data.tasks.task import label_key
-from kd.data.tasks.task_files import parse_task
-from kd.data.tasks.task_rows import load_task_rows
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
 from kd.evaluation.scoring.scored_text import ScoredText
 from kd.evaluation.scoring.shared_context import shared_nll

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.data.tasks.glue import GlueTask
+from kd.data.instruction_tasks.glue import GlueTask
 from kd.evaluation.statistics.estimates import standard_error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
-from kd.data.tasks.glue import GlueTask, glue_task, load_glue
+from kd.data.instruction_tasks.glue import GlueTask, glue_task, load_glue
 from kd.evaluation.merged.glue_figures import Score, Scores, glue_figures
 from kd.evaluation.merged.glue_table import GlueTable
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings

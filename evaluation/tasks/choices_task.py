@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kd.common.progress import Progress
 from kd.common.settings import check
 from kd.data.data_settings import BOTH
-from kd.data.tasks.task import WORDINGS
+from kd.data.instruction_tasks.task import WORDINGS
 from kd.evaluation.tasks.eval_task import (
     SAMPLES,
     Metric,

@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from kd.cache_builder.opening import open_cache
 from kd.common.errors import DataError
 from kd.common.settings import saved
-from kd.data.tasks.glue import LabelledRows, glue_task, load_glue
+from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue
 from kd.models.classifiers import HEAD, load_classifier
 from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device
 from kd.models.tokenizer import Tokenizer, pad_token_id, vocabulary_size

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import CacheMismatchError
-from kd.data.tasks.glue import PAIR, GlueTask, LabelledRow, LabelledRows, glue_task
+from kd.data.instruction_tasks.glue import PAIR, GlueTask, LabelledRow, LabelledRows, glue_task
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_targets import LossTargets
 

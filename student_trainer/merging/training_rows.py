@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from kd.common.errors import DataError
+from kd.data.instruction_tasks.glue import load_glue
 from kd.data.sources import load_corpus
-from kd.data.tasks.glue import load_glue
 from kd.models.classifiers import load_classifier, refuse_other_classes
 from kd.models.loading import ModelRequest, load_config, load_model, load_request_tokenizer, max_positions
 from kd.models.tokenizer import Tokenizer, pad_token_id

@@ -20,9 +20,9 @@ from sacrebleu.metrics.bleu import BLEU
 
 from kd.common.errors import DataError
 from kd.data.data_settings import InstructionConfig
+from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
 from kd.data.sources import load_corpus
-from kd.data.tasks.task_files import load_task, task_names
 from kd.evaluation.answers.accepted import best_over, squad_exact_match, token_f1
 from kd.evaluation.answers.answer_metrics import (
     ANSWER_METRICS,

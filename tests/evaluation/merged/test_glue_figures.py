@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
 
-from kd.data.tasks.glue import glue_task, glue_tasks
+from kd.data.instruction_tasks.glue import glue_task, glue_tasks
 from kd.evaluation.merged.glue_figures import GLUE_METRICS, Score, f1, glue_figures, matthews
 
 

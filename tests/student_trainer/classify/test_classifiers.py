@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kd.common.errors import DataError
 from kd.common.settings import changed, make
-from kd.data.tasks.glue import LabelledRow, load_glue
+from kd.data.instruction_tasks.glue import LabelledRow, load_glue
 from kd.models.classifiers import load_classifier
 from kd.models.loading import ModelRequest
 from kd.models.tokenizer import load_tokenizer, pad_token_id

@@ -29,8 +29,8 @@ from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherErro
 from kd.common.settings import changed, make
 from kd.data.blocks import BlockConfig
 from kd.data.data_settings import InstructionConfig
+from kd.data.instruction_tasks.glue import PAIR, load_glue
 from kd.data.sources import load_classes, load_corpus
-from kd.data.tasks.glue import PAIR, load_glue
 from kd.evaluation.merged.glue_scores import evaluate_classifier, load_heads
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings
 from kd.models.classifiers import load_classifier, split_classifier

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
-from kd.data.tasks.clusters import ClusterRegistry, flan_clusters
-from kd.data.tasks.mixtures import select, tasks_without
-from kd.data.tasks.task_files import load_task, task_names
+from kd.data.instruction_tasks.clusters import ClusterRegistry, flan_clusters
+from kd.data.instruction_tasks.mixtures import select, tasks_without
+from kd.data.instruction_tasks.task_files import load_task, task_names
 
 FLAN = flan_clusters()
 HELD_OUT = st.sets(st.sampled_from(sorted(FLAN.clusters)), min_size=1)

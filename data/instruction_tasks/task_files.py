@@ -1,10 +1,10 @@
 """Read a task's YAML file: where its rows are, how a row becomes fields, and templates that turn fields into text.
 
-The package's tasks are in `data/tasks/instructions/NAME.yaml`; `--data path/to/task.yaml` reads any other file. Every key is
-checked when the file is read, so a misspelt field is an error that names the file, not a hole in a prompt.
+The package's tasks are in `data/instruction_tasks/instructions/NAME.yaml`; `--data path/to/task.yaml` reads any other
+file. Every key is checked when the file is read, so a misspelt field is an error that names the file, not a hole in a prompt.
 
     extends                    a task of the package; its keys are used where this file has none
-    about, clusters, flan      a line about the task; its clusters and its name in the FLAN registry (kd.data.tasks.clusters)
+    about, clusters, flan      a line about the task; its clusters and its name in the FLAN registry (see `clusters`)
     hub, files, url            where rows come from: a hub id, files beside the YAML or at an address, a page to get them from
     splits                     train, dev, test -> split at the source, with an optional slice `train[:90%]`
     fields                     name in templates -> column, `dotted.path`, or {column: …, join/numbered/replace/drop/wrap}
@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from kd.common.errors import DataError, unknown_name
-from kd.data.tasks.task import (
+from kd.data.instruction_tasks.task import (
     SPLITS,
     WORDINGS,
     Choices,
@@ -43,8 +43,8 @@ from kd.data.tasks.task import (
     Template,
     label_key,
 )
-from kd.data.tasks.task_rules import check_task
-from kd.data.tasks.typed_mapping import TypedMapping
+from kd.data.instruction_tasks.task_rules import check_task
+from kd.data.instruction_tasks.typed_mapping import TypedMapping
 
 
 def task_names() -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def task_names() -> tuple[str, ...]:
     return tuple(
         sorted(
             f.name.removesuffix(".yaml")
-            for f in package_files("kd.data.tasks.instructions").iterdir()
+            for f in package_files("kd.data.instruction_tasks.instructions").iterdir()
             if f.name.endswith(".yaml")
         )
     )
@@ -80,7 +80,7 @@ def _packaged_task(name: str) -> TaskFile:
 
 
 def _packaged_text(name: str) -> str:
-    return (package_files("kd.data.tasks.instructions") / f"{name}.yaml").read_text(encoding="utf-8")
+    return (package_files("kd.data.instruction_tasks.instructions") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def parse_task(text: str, name: str, where: str) -> TaskFile:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.rows.example import Example, text_digest
 from kd.data.rows.hub import load_hub
 from kd.data.rows.tables import TABLE_READERS, read_table
-from kd.data.tasks.task_rows import SAME
 
 GLUE_ID = "nyu-mll/glue"
 GLUE_SPLITS = ("train", "dev")

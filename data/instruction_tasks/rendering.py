@@ -16,9 +16,9 @@ from typing import Any
 
 from kd.common.errors import DataError
 from kd.data.data_settings import BOTH, InstructionConfig
+from kd.data.instruction_tasks.row_answers import RowAnswers, grouped_references, reference_group, row_answers
+from kd.data.instruction_tasks.task import ANSWER, Field, TaskFile, Template, column_value, fill
 from kd.data.rows.example import Example
-from kd.data.tasks.row_answers import RowAnswers, grouped_references, reference_group, row_answers
-from kd.data.tasks.task import ANSWER, Field, TaskFile, Template, column_value, fill
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The types of a task file: fields of a row, the kind of answer, and templates; and pure functions on them.
 
-`kd.data.tasks.task_files` reads and checks the YAML; `kd.data.tasks.rendering` turns rows into examples.
+`kd.data.instruction_tasks.task_files` reads and checks the YAML; `kd.data.instruction_tasks.rendering` turns rows into examples.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.data.tasks.task import SplitPart, fill
+from kd.data.instruction_tasks.task import SplitPart, fill
 
 
 @given(st.dictionaries(st.sampled_from("abc"), st.text(), min_size=3))

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.hub import HubRows, is_url, load_url
 from kd.data.rows.tables import TABLE_READERS, Row, read_table
-from kd.data.tasks.task import SPLITS, SplitPart, TaskFile
 
 SAME = ("dev", "validation", "valid", "val")
 """Names of the dev split."""

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd.common.errors import DataError
+from kd.data.instruction_tasks.task_files import load_task
+from kd.data.instruction_tasks.task_rows import load_task_rows
 from kd.data.rows.hub import HubRows
-from kd.data.tasks.task_files import load_task
-from kd.data.tasks.task_rows import load_task_rows
 
 PAWS = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "label": i % 2} for i in range(4)]
 CODE = [{"instruction": f"i{n}", "input": "", "output": f"o{n}"} for n in range(20)]

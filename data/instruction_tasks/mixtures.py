@@ -24,12 +24,12 @@ from fractions import Fraction
 
 from kd.common.errors import DataError, unknown_name
 from kd.data.data_settings import InstructionConfig
+from kd.data.instruction_tasks.clusters import flan_clusters
+from kd.data.instruction_tasks.rendering import Rendered, check_template_index, keyed, render_rows
+from kd.data.instruction_tasks.task import TaskFile
+from kd.data.instruction_tasks.task_files import load_task, task_names
+from kd.data.instruction_tasks.task_rows import LoadHub, load_task_rows
 from kd.data.rows.example import Example
-from kd.data.tasks.clusters import flan_clusters
-from kd.data.tasks.rendering import Rendered, check_template_index, keyed, render_rows
-from kd.data.tasks.task import TaskFile
-from kd.data.tasks.task_files import load_task, task_names
-from kd.data.tasks.task_rows import LoadHub, load_task_rows
 
 FLAN_CAP = 30_000
 """Rows per task in FLAN's mixtures."""

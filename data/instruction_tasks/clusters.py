@@ -2,7 +2,7 @@
 
 Zero-shot claims depend on this. A data set is unseen only if no data set of its clusters, or of a cluster excluded together
 with one of them, was trained on (Wei et al. 2022, arXiv:2109.01652, section 2.2). The registry is
-`data/tasks/flan_clusters.yaml`: 12 clusters and 62 data sets. Exclusions are symmetric and not transitive: holding out
+`data/instruction_tasks/flan_clusters.yaml`: 12 clusters and 62 data sets. Exclusions are symmetric and not transitive: holding out
 commonsense also excludes reading comprehension with commonsense, but not reading comprehension.
 """
 
@@ -62,7 +62,9 @@ class ClusterRegistry:
 @cache
 def flan_clusters() -> ClusterRegistry:
     """The registry that comes with the package."""
-    data = yaml.safe_load((package_files("kd.data.tasks") / "flan_clusters.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load(
+        (package_files("kd.data.instruction_tasks") / "flan_clusters.yaml").read_text(encoding="utf-8")
+    )
     return ClusterRegistry(
         {name: tuple(members) for name, members in data["clusters"].items()},
         tuple((a, b) for a, b in data["excluded_together"]),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kd.common.errors import DataError
+from kd.data.instruction_tasks.glue import glue_tasks, is_glue, load_glue
 from kd.data.sources import load_corpus
-from kd.data.tasks.glue import glue_tasks, is_glue, load_glue
 
 
 def test_the_table_holds_the_seven_tasks_in_order() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd.common.errors import DataError
-from kd.data.tasks.task import Choices, Field, Labels, TaskFile, column_value, label_key
+from kd.data.instruction_tasks.task import Choices, Field, Labels, TaskFile, column_value, label_key
 
 UNLABELLED = ("-1", "none", "")
 """Label values of a row that has no label."""

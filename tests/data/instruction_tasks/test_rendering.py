@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from kd.common.errors import DataError
 from kd.data.data_settings import InstructionConfig
+from kd.data.instruction_tasks.rendering import Rendered, keyed, options_text, render_rows, show_templates
+from kd.data.instruction_tasks.task import TaskFile
+from kd.data.instruction_tasks.task_files import load_task, parse_task, task_names
 from kd.data.rows.example import Example, text_digest
-from kd.data.tasks.rendering import Rendered, keyed, options_text, render_rows, show_templates
-from kd.data.tasks.task import TaskFile
-from kd.data.tasks.task_files import load_task, parse_task, task_names
 
 PLAIN = InstructionConfig(template=0)
 BOOLQ = load_task("boolq").example
@@ -239,7 +239,7 @@ def test_random_templates_are_all_used_and_change_with_the_seed() -> None:
 
 def test_the_text_is_the_same_in_every_process() -> None:
     script = (
-        "from kd.data.tasks.rendering import *; from kd.data.tasks.task_files import load_task;"
+        "from kd.data.instruction_tasks.rendering import *; from kd.data.instruction_tasks.task_files import load_task;"
         "from kd.data.rows.example import text_digest;"
         "t = load_task('squad'); print(text_digest(render_rows(t, [t.example] * 50, split='train',"
         "config=InstructionConfig(data_seed=3), where='').examples))"

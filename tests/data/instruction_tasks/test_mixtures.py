@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from kd.common.errors import DataError
 from kd.data.data_settings import InstructionConfig
+from kd.data.instruction_tasks.mixtures import mixing_rates, row_cap, sampled, select, shuffled
+from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
 from kd.data.sources import load_corpus
-from kd.data.tasks.mixtures import mixing_rates, row_cap, sampled, select, shuffled
-from kd.data.tasks.task_files import load_task, task_names
 
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 10**6), min_size=1).filter(lambda c: any(c.values()))
 MAXIMUM = st.none() | st.integers(1, 10**5)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from kd.common.errors import DataError
-from kd.data.tasks.task import ANSWER, MAX_INVERTED, TaskFile, template_fields
-from kd.data.tasks.task_files import load_task, parse_task, task_names
+from kd.data.instruction_tasks.task import ANSWER, MAX_INVERTED, TaskFile, template_fields
+from kd.data.instruction_tasks.task_files import load_task, parse_task, task_names
 
 GOOD = {
     "fields": {"passage": "text"},
