@@ -10,6 +10,7 @@ file; a setting that neither names keeps its default.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
@@ -37,6 +38,23 @@ class RecordingCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
+class NamedChoice(click.Choice[str]):
+    """One of a setting's names. Another text is an error that names the nearest of them."""
+
+    def __init__(self, one: Setting) -> None:
+        super().__init__(one.choices)
+        self.hint = one.hint
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Called by click."""
+        if isinstance(value, str) and value not in self.choices:
+            nearest = difflib.get_close_matches(value, self.choices, n=1, cutoff=0.5)
+            advice = self.hint or (f"did you mean {nearest[0]!r}?" if nearest else "")
+            expected = ", ".join(map(repr, self.choices))
+            self.fail(f"{value!r} is not one of {expected}." + (f" {advice}" if advice else ""), param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Parsed(click.ParamType[Any]):
     """A value that the setting itself reads from text."""
 
@@ -50,7 +68,9 @@ class Parsed(click.ParamType[Any]):
             return self.one.checked(value)
         except DataError as error:
             expected = error.details.get("expected") or error.details.get("known")
-            self.fail(f"{value!r}: {error.headline}" + (f"; expected {expected}" if expected else ""), param, ctx)
+            nearest = error.details.get("did you mean")
+            said = f"{value!r}: {error.headline}" + (f"; expected {expected}" if expected else "")
+            self.fail(said + (f"; did you mean {nearest!r}?" if nearest else ""), param, ctx)
 
 
 def settings_options(
@@ -137,7 +157,7 @@ def attributes(one: Setting) -> dict[str, Any]:
 def option_type(one: Setting) -> click.ParamType[Any]:
     """The type of a setting's values, so that click refuses others before any work."""
     if one.choices and set(one.kinds) == {str}:
-        return click.Choice(one.choices)
+        return NamedChoice(one)
     plain = one.parse is None and len(one.kinds) == 1 and get_origin(one.kinds[0]) is None
     bounded = one.minimum is not None or one.above is not None
     if plain and one.kinds[0] is int and one.above is None:

@@ -57,6 +57,7 @@ def setting(
     above: float | None = None,
     multiple: bool = False,
     hidden: bool = False,
+    hint: str | None = None,
 ) -> Any:
     """A field of a settings class, with what its type cannot say.
 
@@ -69,6 +70,7 @@ def setting(
     above     bound that the value must exceed
     multiple  on the command line: the option may be repeated, and the values make a tuple (joined, where `parse` makes tuples)
     hidden    not an option of the command line
+    hint      what to try where a value is none of the choices
     """
     extra: dict[str, Any] = {
         "flag": flag,
@@ -79,6 +81,7 @@ def setting(
         "above": above,
         "multiple": multiple,
         "hidden": hidden,
+        "hint": hint,
     }
     if choices is not None:
         extra["choices"] = tuple(choices)
@@ -110,6 +113,7 @@ class Setting:
     above: float | None = None
     multiple: bool = False
     hidden: bool = False
+    hint: str | None = None
 
     @property
     def option(self) -> str:
@@ -141,7 +145,7 @@ class Setting:
                 "a setting has the wrong type", where=where, found=f"{self.name} {value!r}", expected=self._expected()
             )
         if self.choices and isinstance(value, str) and value not in self.choices:
-            raise unknown_name(self.name.replace("_", " "), str(value), self.choices, where=where)
+            raise unknown_name(self.name.replace("_", " "), str(value), self.choices, where=where, try_=self.hint)
         self._bounded(value, where)
         return value
 

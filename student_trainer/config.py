@@ -43,6 +43,10 @@ PrecisionName = Literal["fp32", "bf16"]
 # tests compare each of these with its registry
 
 
+ONE_DEVICE = "CUDA_VISIBLE_DEVICES=N chooses one device, torchrun or accelerate launch uses several"
+"""What to try where a device is named by its number."""
+
+
 @dataclass(frozen=True)
 class CacheSettings:
     """Which cache is read, and how much of it."""
@@ -72,7 +76,7 @@ class StudentSettings:
     """Branch, tag or commit of a hub student."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, for a random student."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", hint=ONE_DEVICE)
     """Device to train on. CUDA_VISIBLE_DEVICES=N selects one GPU; torchrun or accelerate launch uses several."""
     precision: PrecisionName = "fp32"
     """Precision of the matrix products: bf16 (autocast) or fp32."""

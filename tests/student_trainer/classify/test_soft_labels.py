@@ -334,7 +334,7 @@ def test_what_does_not_belong_together_is_refused(
         load_model(request.teacher)
     with pytest.raises(DataError, match="in 4 bits"):
         load_classifier(replace(request.teacher, load_in_4bit=True), pad_id=0)
-    with pytest.raises(DataError, match="GLUE's own columns"):
+    with pytest.raises(DataError, match="takes no templates and no --columns"):
         load_classes("glue/sst2", columns={"text": "sentence"})
     assert not (tmp_path / "c").exists()
 
