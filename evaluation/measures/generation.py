@@ -153,8 +153,8 @@ def generation_of(
     if any(index is not None for index in right):
         named = [named_choice(answer, example.choices) for answer, example in zip(answers, examples, strict=True)]
         asked = np.array([index is not None for index in right], dtype=np.float64)
-        hits = np.array([index is not None and index == found for index, found in zip(right, named, strict=True)])
-        none = np.array([index is not None and found is None for index, found in zip(right, named, strict=True)])
+        hits = np.array([index is not None and index == name for index, name in zip(right, named, strict=True)])
+        none = np.array([index is not None and name is None for index, name in zip(right, named, strict=True)])
         estimates["choice_match"] = documents.ratio(hits.astype(np.float64), asked)
         estimates["choice_none"] = documents.ratio(none.astype(np.float64), asked)
     further, made_by = score_answers(answers, examples, documents, chosen or {}, settings or MetricSettings())

@@ -79,7 +79,7 @@ class Column:
 
     def influence(self, model: str) -> dict[str, np.ndarray] | None:
         """How far each document moves the figure, by digest of the documents; None where this is unknown for a part."""
-        found: dict[str, np.ndarray] = {}
+        influences: dict[str, np.ndarray] = {}
         for comparison, metric in self.parts:
             kept = next(
                 (e.report.documents.get(comparison.task, {}) for e in comparison.entries if e.name == model), {}
@@ -89,10 +89,10 @@ class Column:
                 return None
             digest = str(kept.get("digest"))
             u = np.array(influence) / len(self.parts)
-            if digest in found and len(found[digest]) != len(u):
+            if digest in influences and len(influences[digest]) != len(u):
                 return None
-            found[digest] = found[digest] + u if digest in found else u
-        return found
+            influences[digest] = influences[digest] + u if digest in influences else u
+        return influences
 
     def comparable(self, models: Sequence[str]) -> bool:
         """Whether these models were measured alike in every part."""
@@ -136,8 +136,8 @@ def _answers(there: Sequence[str]) -> list[str]:
     tasks = list(dict.fromkeys(m.partition("/")[2] for m in there if "/" in m))
     if len(tasks) < 2:
         return [m for m in ANSWERS if m in there][:1]
-    found = [next((f"{m}/{task}" for m in ANSWERS if f"{m}/{task}" in there), None) for task in tasks]
-    return [m for m in found if m is not None]
+    metrics = [next((f"{m}/{task}" for m in ANSWERS if f"{m}/{task}" in there), None) for task in tasks]
+    return [m for m in metrics if m is not None]
 
 
 def _column(comparison: Comparison, metric: str) -> Column:

@@ -136,8 +136,8 @@ class Comparison:
         if not pairs:
             return {winner for winner in [self.best(metric)] if winner is not None}
         places = {e.name: number for number, e in enumerate(self.entries)}
-        found = [self.best(metric, [places[a], places[b]]) for a, b in pairs if a in places and b in places]
-        return {winner for winner in found if winner is not None}
+        winners = [self.best(metric, [places[a], places[b]]) for a, b in pairs if a in places and b in places]
+        return {winner for winner in winners if winner is not None}
 
     def note(self) -> str:
         """What was averaged over, in which units, under which settings; parts (`METRIC/TASK`) are left to the table."""

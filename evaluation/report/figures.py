@@ -77,10 +77,10 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Seque
         drawn = zip(_panels(figure, len(panels)), panels.items(), strict=True)
         for number, (axes, (title, series)) in enumerate(drawn):
             for one in series:
-                place = order.index(one.label)
+                index = order.index(one.label)
                 look = {
-                    "color": COLOURS[place % len(COLOURS)],
-                    "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
+                    "color": COLOURS[index % len(COLOURS)],
+                    "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
                 }
                 if one.seeds:
                     calm = np.stack([smooth(values) for values in one.seeds])
@@ -118,9 +118,9 @@ def draw_bars(
             axes.errorbar(values[known], places[known], xerr=errors[known], fmt="none", ecolor="#222222", capsize=3)
             ends = np.minimum(values + errors, longest)
             reach = max(float(ends.max()), 1e-12)
-            for place, bar in enumerate(bars):
+            for row, bar in enumerate(bars):
                 on = " →" if bar.value > longest else ""
-                axes.text(ends[place] + 0.02 * reach, place, f"{bar.value:.4g}{on}", va="center")
+                axes.text(ends[row] + 0.02 * reach, row, f"{bar.value:.4g}{on}", va="center")
             axes.set_yticks(places, [_short(b.label) for b in bars])
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
@@ -147,11 +147,11 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequen
             axes.axvline(0, color="#5b6472", linewidth=1)
             for d in deltas:
                 row = rows[number].index(d.label)
-                place = row + (pairs.index((d.other, d.baseline)) - (len(pairs) - 1) / 2) * 0.6 / len(pairs)
+                height = row + (pairs.index((d.other, d.baseline)) - (len(pairs) - 1) / 2) * 0.6 / len(pairs)
                 colour = COLOURS[order.index(d.other) % len(COLOURS)]
-                axes.errorbar(d.gain, place, xerr=d.error, fmt="o", color=colour, markersize=6, capsize=3, zorder=3)
+                axes.errorbar(d.gain, height, xerr=d.error, fmt="o", color=colour, markersize=6, capsize=3, zorder=3)
                 if len(d.by_seed) > 1:
-                    axes.plot(d.by_seed, [place] * len(d.by_seed), "|", color=colour, markersize=7, alpha=0.6)
+                    axes.plot(d.by_seed, [height] * len(d.by_seed), "|", color=colour, markersize=7, alpha=0.6)
             names = [_short(label) for label in rows[number]] if len(rows[number]) > 1 else [""]  # the title says it
             axes.set_yticks(range(len(rows[number])), names)
             axes.set_ylim(len(rows[number]) - 0.4, -0.6)
@@ -258,15 +258,15 @@ def draw_progress(path: Path, panels: Mapping[str, Sequence[Curve]]) -> Path:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="#e3e6ea")
             for curve in curves:
-                place = order.index(curve.label)
-                colour = COLOURS[place % len(COLOURS)]
+                index = order.index(curve.label)
+                colour = COLOURS[index % len(COLOURS)]
                 axes.errorbar(
                     curve.steps,
                     curve.values,
                     yerr=np.nan_to_num(curve.errors),
                     color=colour,
                     capsize=2,
-                    linestyle=DASHES[place // len(COLOURS) % len(DASHES)],
+                    linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
                     marker="o",
                     markersize=3.5,
                     linewidth=1.5,

@@ -62,14 +62,14 @@ class Arm:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the students' training, without the seed."""
-        told = dict(fact(self.facts, "settings") or self.facts.get("identity") or {})
-        return {k: v for k, v in told.items() if k not in (*PLACE, "seed")}
+        settings = dict(fact(self.facts, "settings") or self.facts.get("identity") or {})
+        return {k: v for k, v in settings.items() if k not in (*PLACE, "seed")}
 
     @property
     def loss(self) -> str | None:
         """The loss of their training; None for a model that was not trained here."""
-        found = fact(self.facts, "loss")
-        return None if found is None else str(found)
+        loss = fact(self.facts, "loss")
+        return None if loss is None else str(loss)
 
     @property
     def start(self) -> tuple[Any, ...]:

@@ -144,8 +144,8 @@ class Reference:
         verdicts: dict[str, list[str]] = {}
         marked = set()
         for pair in self.pairs:
-            found = self.difference(pair, column)
-            verdict = "unknown" if found is None else found.verdict
+            gain = self.difference(pair, column)
+            verdict = "unknown" if gain is None else gain.verdict
             verdicts.setdefault(pair.baseline.name, []).append(verdict)
             if verdict == "better":
                 marked.add(pair.other.name)

@@ -142,8 +142,8 @@ def figures_by_task(metric: str, documents: Documents, values: np.ndarray, tasks
     values  [examples] float64, of examples that are documents of their own
     tasks   [examples] task of each
     """
-    found = means_by_task(documents, values, tasks)
-    return {f"{metric}_mean_of_tasks": mean_of(found), **{f"{metric}/{task}": e for task, e in found.items()}}
+    by_task = means_by_task(documents, values, tasks)
+    return {f"{metric}_mean_of_tasks": mean_of(by_task), **{f"{metric}/{task}": e for task, e in by_task.items()}}
 
 
 def means_by_task(documents: Documents, values: np.ndarray, tasks: Sequence[str]) -> dict[str, Estimate]:
@@ -153,14 +153,14 @@ def means_by_task(documents: Documents, values: np.ndarray, tasks: Sequence[str]
     are scaled by the root of [G_t/(G_t-1)] / [G/(G-1)]. A task of one document has no known error.
     """
     size = len(documents.names)
-    found: dict[str, Estimate] = {}
+    by_task: dict[str, Estimate] = {}
     for task in sorted(set(tasks)):
         inside = np.array([name == task for name in tasks], dtype=np.float64)
         mean = documents.ratio(values * inside, inside)
-        own = len(np.unique(documents.numbers[inside > 0]))
-        scale = math.sqrt(own / (own - 1) * (size - 1) / size) if own > 1 else math.nan
-        found[task] = Estimate(mean.value, mean.influence * scale, mean.n)
-    return found
+        count = len(np.unique(documents.numbers[inside > 0]))
+        scale = math.sqrt(count / (count - 1) * (size - 1) / size) if count > 1 else math.nan
+        by_task[task] = Estimate(mean.value, mean.influence * scale, mean.n)
+    return by_task
 
 
 def mean_of(estimates: Mapping[str, Estimate]) -> Estimate:
@@ -180,15 +180,15 @@ def with_tasks(
     seed: int,
 ) -> dict[str, Estimate]:
     """As `figures_by_task`, and `metric` over all, of a score that is no mean: see `from_statistics`."""
-    found: dict[str, Estimate] = {}
+    means: dict[str, Estimate] = {}
     for task in sorted(set(tasks)):
         inside = np.array([name == task for name in tasks])
         part = documents.part(inside)
-        found[task] = documents.spread(from_statistics(part, statistics[inside], score, seed=seed), part)
-    by_task = {f"{metric}/{task}": estimate for task, estimate in found.items()}
+        means[task] = documents.spread(from_statistics(part, statistics[inside], score, seed=seed), part)
+    by_task = {f"{metric}/{task}": estimate for task, estimate in means.items()}
     return {
         metric: from_statistics(documents, statistics, score, seed=seed),
-        f"{metric}_mean_of_tasks": mean_of(found),
+        f"{metric}_mean_of_tasks": mean_of(means),
         **by_task,
     }
 
