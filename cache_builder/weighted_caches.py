@@ -13,12 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from kd.common.errors import DataError
 
 MIXED = "--cache runs/a=0.7 --cache runs/b=0.3"
 """How a mixture is spelled on the command line, for errors."""
+NAMES_OF_CACHES = "a path, a URL, the beginning of a fingerprint, or a mapping of several to their weights"
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,22 @@ def as_caches(spec: CacheSpec) -> tuple[WeightedCache, ...]:
         caches = parse_caches(os.fspath(spec))
     elif isinstance(spec, Mapping):
         caches = tuple(_weighted(f"{place}={weight}") for place, weight in spec.items())
+    elif isinstance(spec, list | tuple):
+        caches = tuple(_as_cache(one) for one in spec)
     else:
-        caches = tuple(one if isinstance(one, WeightedCache) else _weighted(f"{one[0]}={one[1]}") for one in spec)
+        raise DataError("this names no cache", found=type(spec).__name__, expected=NAMES_OF_CACHES)
     require_weights(caches)
     return caches
+
+
+def _as_cache(one: Any) -> WeightedCache:
+    if isinstance(one, WeightedCache):
+        return one
+    if isinstance(one, str | os.PathLike):
+        return WeightedCache(os.fspath(one))
+    if isinstance(one, list | tuple) and len(one) == 2:
+        return _weighted(f"{one[0]}={one[1]}")
+    raise DataError("this names no cache", found=repr(one)[:80], expected=NAMES_OF_CACHES)
 
 
 def shares_of(caches: Sequence[WeightedCache]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,19 +40,25 @@ def evaluation_report(model: str, settings: EvalSettings) -> EvalReport:
     return last.result
 
 
+@dataclass(frozen=True)
+class EvalCommand:
+    """All settings of `kd eval`: those of the evaluation, and where it is saved."""
+
+    evaluation: EvalSettings = field(default_factory=EvalSettings)
+    out: Path | None = None
+    """Folder for eval.json (a sub-folder per model, numbered, when there are several)."""
+
+
 @click.command("eval")
 @click.argument("models", nargs=-1, required=True)
-@settings_options(EvalSettings)
-@click.option(
-    "--out", type=PATH, help="Folder for eval.json (a sub-folder per model, numbered, when there are several)."
-)
+@settings_options(EvalCommand)
 @json_option
-def eval_command(models: tuple[str, ...], settings: EvalSettings, out: Path | None, as_json: bool) -> None:
+def eval_command(models: tuple[str, ...], settings: EvalCommand, as_json: bool) -> None:
     """Score one or more models.
 
     Example: kd eval demo --tasks perplexity --data demo --split heldout
     """
-    score_and_show(models, settings, out, as_json=as_json)
+    score_and_show(models, settings.evaluation, settings.out, as_json=as_json)
 
 
 def score_and_show(models: Sequence[str], settings: EvalSettings, out: Path | None, *, as_json: bool = False) -> None:

@@ -107,7 +107,7 @@ def unknown_name(kind: str, name: str, choices: Iterable[str], **details: object
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return DataError(
         f"unknown {kind} {name!r}",
-        known=", ".join(names),
         **({"did_you_mean": nearest[0]} if nearest else {}),
+        known=", ".join(names),
         **details,
     )

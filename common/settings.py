@@ -25,6 +25,7 @@ import dataclasses
 import inspect
 import json
 import os
+import reprlib
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -137,12 +138,17 @@ class Setting:
             value = os.fspath(value)
         if isinstance(value, str) and (self.parse is not None or self._is_no_text(value)):
             value = self._parsed(value, where)
+        elif isinstance(value, Mapping) and self.multiple:
+            value = self._joined([f"{key}={one}" for key, one in value.items()], where)
         elif isinstance(value, list | tuple) and self.parse is not None:
             value = self._joined(value, where)
         value = self._as_kind(value)
         if not self._fits(value):
             raise DataError(
-                "a setting has the wrong type", where=where, found=f"{self.name} {value!r}", expected=self._expected()
+                "a setting has the wrong type",
+                where=where,
+                found=f"{self.name} {reprlib.repr(value)}",
+                expected=self._expected(),
             )
         if self.choices and isinstance(value, str) and value not in self.choices:
             raise unknown_name(self.name.replace("_", " "), str(value), self.choices, where=where, try_=self.hint)
@@ -311,7 +317,7 @@ def flattened(cls: Any, values: Mapping[str, Any], *, where: object = None) -> d
         else:
             name = by_flag.get(name, name)
             if name not in known:
-                raise unknown_name("setting", str(key), {*by_flag}, where=where)
+                raise unknown_name("setting", str(key), {*by_flag} | groups, where=where)
             inner = {name: value}
         for inner_name, inner_value in inner.items():
             if inner_name in flat:
@@ -381,12 +387,29 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
+        tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        _refuse_twice(tree, path)
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise DataError("cannot read the configuration file", where=path, found=f"{line}{error.problem}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError("cannot read the configuration file", where=path, found=str(error).splitlines()[0]) from error
     if not isinstance(document, dict):
-        raise DataError("the configuration file is not a mapping", where=path, found=type(document).__name__)
+        found = "an empty file" if document is None else type(document).__name__
+        raise DataError("the configuration file is not a mapping", where=path, found=found, expected="name: value")
     return {str(key): value for key, value in document.items()}
+
+
+def _refuse_twice(node: Any, path: Path) -> None:
+    """Raise DataError for a name that stands twice in one mapping: YAML itself would keep the last value."""
+    names: set[str] = set()
+    for key, value in node.value if getattr(node, "id", "") == "mapping" else ():
+        if key.value in names:
+            found = f"line {key.start_mark.line + 1}: {key.value}"
+            raise DataError("a setting is given twice", where=path, found=found)
+        names.add(key.value)
+        _refuse_twice(value, path)
 
 
 def saved(settings: Any) -> dict[str, Any]:

@@ -43,6 +43,8 @@ def evaluate(
     >>> in_memory.tasks == report.tasks
     True
     """
+    if not isinstance(tasks, str | Sequence):
+        raise DataError("these are no tasks", found=type(tasks).__name__, expected="a name, or a list of names")
     chosen = make(EvalSettings, {"tasks": tasks if isinstance(tasks, str) else tuple(tasks), **settings})
     if isinstance(model, str | os.PathLike):
         return final(evaluate_model(os.fspath(model), chosen))

@@ -106,6 +106,10 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._pass: _Pass | None = None
 
+    def __repr__(self) -> str:
+        loss = self._prepared.config.objective.loss
+        return f"CacheDataset({self._prepared.reader!r}, loss={loss!r}, rank={self.rank} of {self.world_size})"
+
     @property
     def objective(self) -> Objective:
         """What is compared, and how it is weighed: for `kd.distillation_loss`."""

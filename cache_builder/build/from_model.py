@@ -72,6 +72,7 @@ def build_cache(
     >>> len(cache), cache[1].target
     (2, 'The keeper counted seven ships.')
     """
+    require_objects(model, tokenizer)
     given = flattened(BuildSettings, settings)
     refused = sorted(given.keys() & OF_NAMED_TEACHERS)
     if refused:
@@ -87,6 +88,17 @@ def build_cache(
         teacher = GivenTeacher(model, tokenizer, parameters_digest(model))
         build_request(replace(request, given=teacher), chosen.running, watch=_watching(on_progress))
     return CacheReader(chosen.out)
+
+
+def require_objects(model: Any, tokenizer: Any) -> None:
+    """Raise DataError for what is no model of transformers, or no fast tokenizer."""
+    for name, value, attribute, expected in (
+        ("model", model, "get_output_embeddings", "a transformers model"),
+        ("tokenizer", tokenizer, "backend_tokenizer", "a fast tokenizer of transformers"),
+    ):
+        if not hasattr(value, attribute):
+            advice = "model, tokenizer = kd.load_teacher(name) loads both"
+            raise DataError(f"the {name} cannot be used", found=type(value).__name__, expected=expected, try_=advice)
 
 
 def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:

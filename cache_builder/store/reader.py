@@ -182,7 +182,7 @@ class CacheReader:
     def locate(self, example: int) -> tuple[shard_store.Shard, int]:
         """As `Reader.locate`."""
         if not 0 <= example < len(self):
-            raise IndexError(example)
+            raise IndexError(f"example {example} of a cache of {len(self)}")
         shard = self.shard(int(np.searchsorted(self._starts, example, side="right")) - 1)
         return shard, example - shard.first_example
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from kd.cache_builder.weighted_caches import WeightedCache, as_caches, parse_caches, shares_of
 from kd.common.errors import DataError
-from kd.common.settings import as_text
+from kd.common.settings import as_text, make
+from kd.student_trainer.config import TrainConfig
 
 places = st.text("abc/._-", min_size=1).filter(lambda text: not Path(text).exists())
 weights = st.floats(min_value=1e-6, max_value=1e6) | st.integers(1, 9).map(float)
@@ -66,3 +68,20 @@ def test_a_folder_whose_name_looks_like_a_mixture_is_one_cache(tmp_path: Path, m
     (tmp_path / "a=1,b=2").mkdir()
     monkeypatch.chdir(tmp_path)
     assert parse_caches("a=1,b=2") == (WeightedCache("a=1,b=2"),)
+
+
+@pytest.mark.parametrize("value", [None, 3, object(), [4], [("a", "b", "c")], [("a", "much")], {"a": -1}, []])
+def test_what_names_no_cache_is_an_error_of_ours(value: Any) -> None:
+    with pytest.raises(DataError):
+        as_caches(value)
+
+
+def test_a_list_of_one_path_is_that_cache_and_several_need_weights() -> None:
+    assert as_caches(["a"]) == (WeightedCache("a"),)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="mixed by weights"):
+        as_caches(["a", "b"])  # type: ignore[arg-type]
+
+
+def test_a_file_may_map_caches_to_weights() -> None:
+    settings = make(TrainConfig, {"cache": {"a": 0.7, "b": 0.3}, "student": "demo", "out": "o"})
+    assert settings.data.cache == (WeightedCache("a", 0.7), WeightedCache("b", 0.3))

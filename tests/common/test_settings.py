@@ -355,3 +355,19 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str)
         with pytest.raises(DataError, match="configuration file") as caught:
             read_settings(path)
         assert caught.value.details["where"] == path
+
+
+def test_an_error_in_a_file_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for text, words in (("called: n\nsteps: [1\n", "line 3"), ("steps: 2\ngroup: {}\nsteps: 3\n", "line 3: steps")):
+        file.write_text(text)
+        with pytest.raises(DataError) as caught:
+            read_settings(file)
+        assert words in str(caught.value.details["found"])
+
+
+def test_a_typo_in_the_name_of_a_group_suggests_the_group() -> None:
+    with pytest.raises(DataError) as caught:
+        make(Outer, {"called": "n", "grup": {"steps": 3}})
+    assert caught.value.details["did you mean"] == "group"
+    assert list(caught.value.details)[0] == "did you mean"

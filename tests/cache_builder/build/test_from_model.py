@@ -225,3 +225,12 @@ def test_a_cache_of_this_machine_is_copied_for_an_equal_model(model, tokenizer, 
     build_cache(model, tokenizer, texts, out=tmp_path / "d", on_progress=steps.append, **SMALL)
     assert steps[-1].copied == steps[-1].shards_total
     shutil.rmtree(tmp_path / "c")
+
+
+def test_what_is_no_model_or_no_tokenizer_is_refused_by_name(model, tokenizer, texts, tmp_path: Path):
+    for wrong, words in (((tokenizer, model), "the model cannot"), ((model, None), "the tokenizer cannot")):
+        with pytest.raises(DataError, match=words):
+            build_cache(*wrong, texts, out=tmp_path / "c")
+    with pytest.raises(DataError, match="the model cannot"):
+        build_cache("demo", tokenizer, texts, out=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
