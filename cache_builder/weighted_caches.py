@@ -41,6 +41,8 @@ CacheSpec: TypeAlias = str | os.PathLike[str] | Mapping[str, float] | Sequence[W
 
 def parse_caches(text: str) -> tuple[WeightedCache, ...]:
     """`A=0.7,B=0.3` as a mixture, any other text as one cache. Raises DataError."""
+    if not text.strip():
+        raise DataError("no cache was given", found=repr(text), expected=NAMES_OF_CACHES)
     if Path(text).exists():
         return (WeightedCache(text),)
     if re.search(r"=[^,/]*(,|$)", text):

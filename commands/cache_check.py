@@ -165,7 +165,7 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
     recorded = before.provenance.get("options")
     if not isinstance(recorded, dict):
         raise cannot_rebuild(before, path, rebuilt)
-    build_behind_a_bar(make(BuildSettings, recorded | moved | {"out": path}, where=path))
+    build_behind_a_bar(make(BuildSettings, recorded | moved | {"out": path}, where=path, typed=True))
     return rebuilt
 
 

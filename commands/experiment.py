@@ -69,7 +69,7 @@ def experiment(
         require(extra, "kd experiment")
     with redirect_stdout(sys.stderr):  # what the steps print is progress here
         open_folder(chosen, folder, steps)
-        run_commands(steps)
+        run_commands(steps, keep_scores=True)
         files, document = write_experiment_report(chosen, folder)
     if as_json:
         emit_json(document | {"files": files})

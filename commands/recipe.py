@@ -107,11 +107,11 @@ def recipe_run(name: str, out: Path | None, variables: dict[str, str], as_json: 
     emit({"recipe": chosen.name, "out": str(folder), "steps": len(steps)}, as_json, f"{chosen.name}: done")
 
 
-def run_commands(steps: Sequence[Step]) -> list[Any]:
+def run_commands(steps: Sequence[Step], *, keep_scores: bool = False) -> list[Any]:
     """Run steps as their commands run, with progress bars and printed results; see `kd.recipes.run_steps`."""
     from kd.recipes.run_steps import run_steps
 
-    return run_steps(steps, RUNNERS, say=lambda line: click.echo(line, err=True))
+    return run_steps(steps, RUNNERS, keep_scores=keep_scores, say=lambda line: click.echo(line, err=True))
 
 
 def _build(step: Step) -> BuildProgress:

@@ -65,7 +65,7 @@ class Parsed(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Called by click."""
         try:
-            return self.one.checked(value)
+            return self.one.checked(value, typed=True)
         except DataError as error:
             expected = error.details.get("expected") or error.details.get("known")
             nearest = error.details.get("did you mean")
@@ -158,7 +158,7 @@ def option_type(one: Setting) -> click.ParamType[Any]:
     """The type of a setting's values, so that click refuses others before any work."""
     if one.choices and set(one.kinds) == {str}:
         return NamedChoice(one)
-    plain = one.parse is None and len(one.kinds) == 1 and get_origin(one.kinds[0]) is None
+    plain = one.parse is None and one.typed is None and len(one.kinds) == 1 and get_origin(one.kinds[0]) is None
     bounded = one.minimum is not None or one.above is not None
     if plain and one.kinds[0] is int and one.above is None:
         return click.IntRange(min=int(one.minimum)) if one.minimum is not None else click.INT

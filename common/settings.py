@@ -52,6 +52,7 @@ def setting(
     flag: str | None = None,
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    typed: Callable[[str], str] | None = None,
     choices: Collection[str] | None = None,
     shown: str | None = None,
     minimum: float | None = None,
@@ -65,6 +66,7 @@ def setting(
     flag      spelling on the command line, where it is not the field's name (`--data` for `spec`)
     metavar   what the help shows in place of the value's type
     parse     text -> value; raises ValueError or DataError for text that means nothing
+    typed     text as typed in a shell -> text; values of files and of Python are taken as they are
     choices   the texts that the value may be, where they are the names of a registry and not a `Literal`
     shown     what the help names as the default, where the default's own text says little
     minimum   smallest value
@@ -77,6 +79,7 @@ def setting(
         "flag": flag,
         "metavar": metavar,
         "parse": parse,
+        "typed": typed,
         "shown": shown,
         "minimum": minimum,
         "above": above,
@@ -109,6 +112,7 @@ class Setting:
     flag: str | None = None
     metavar: str | None = None
     parse: Callable[[str], Any] | None = None
+    typed: Callable[[str], str] | None = None
     shown: str | None = None
     minimum: float | None = None
     above: float | None = None
@@ -126,12 +130,14 @@ class Setting:
         """Whether there is no default."""
         return self.default is dataclasses.MISSING
 
-    def checked(self, value: Any, where: object = None) -> Any:
+    def checked(self, value: Any, where: object = None, *, typed: bool = False) -> Any:
         """`value` as a value of this setting. Raises DataError.
 
         Text is parsed where the type is none of text, as a configuration file or an environment may hold it; so is each
-        text of a list. A path is text where the type is text.
+        text of a list. A path is text where the type is text. `typed`: the value was typed in a shell.
         """
+        if typed and self.typed is not None and isinstance(value, str):
+            value = self.typed(value)
         if value is None and self.optional:
             return None
         if isinstance(value, os.PathLike) and Path not in self.kinds:
@@ -289,14 +295,15 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def make(cls: type[T], values: Mapping[str, Any], *, where: object = None) -> T:
+def make(cls: type[T], values: Mapping[str, Any], *, where: object = None, typed: bool = False) -> T:
     """Settings of class `cls` from flat names (or groups, as nested mappings). Raises DataError.
 
     Names may be spelled with hyphens. An unknown one is refused, with the nearest known one; so is a value of another type.
+    `typed`: texts are as typed in a shell, where `\\n` stands for a line end.
     """
     known = settings_of(cls)
     given = flattened(cls, values, where=where)
-    checked = {name: known[name].checked(value, where) for name, value in given.items()}
+    checked = {name: known[name].checked(value, where, typed=typed) for name, value in given.items()}
     missing = [one.option for one in known.values() if one.required and one.name not in checked]
     if missing:
         raise MissingSettings("settings are missing", where=where, expected=", ".join(missing))

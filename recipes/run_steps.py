@@ -1,7 +1,8 @@
 """Run the steps of a recipe or an experiment in order; what is finished is skipped, what was begun is continued.
 
-A cache knows which of its shards are missing. A training is finished when its `run.json` says so, and an evaluation when its
-folder holds `eval.json`. Reports are always written again.
+A cache knows which of its shards are missing. A training is finished when its `run.json` says so, and an evaluation of an
+experiment, which remembers its commands, when its folder holds `eval.json`. A recipe scores again. Reports are always
+written again.
 
 The functions that run a step are given by the caller, because the command line shows progress and Python does not need it.
 """
@@ -31,11 +32,16 @@ def check_steps(steps: Sequence[Step]) -> None:
 
 
 def run_steps(
-    steps: Sequence[Step], runners: Mapping[str, Runner], *, say: Callable[[str], object] = lambda line: None
+    steps: Sequence[Step],
+    runners: Mapping[str, Runner],
+    *,
+    keep_scores: bool = False,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[Any]:
     """Run steps in order; returns what each runner returned, None for a step that was finished already.
 
     runners   command of a step -> the function that runs it
+    keep_scores  skip evaluations whose folder holds scores; only for callers that know them to be of the same command
     say       receives a line for every step: its number, and the command as it would be typed
 
     Raises DataError before the first step for options that cannot be used, KdError for a step that fails, and
@@ -46,7 +52,8 @@ def run_steps(
     for number, step in enumerate(steps, 1):
         say(f"{number}/{len(steps)}  kd {shlex.join(step.words)}")
         try:
-            results.append(None if is_finished(step) else runners[step.command](step))
+            skipped = is_finished(step) and (keep_scores or step.command != "eval")
+            results.append(None if skipped else runners[step.command](step))
         except KeyboardInterrupt:  # without the advice on how to continue that step alone
             raise KeyboardInterrupt from None
     return results

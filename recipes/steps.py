@@ -72,7 +72,7 @@ class Step:
 
         Options override the file that `config` names, as on the command line.
         """
-        return {cls: make(cls, part, where=self._label) for cls, part in self._parts.items()}
+        return {cls: make(cls, part, where=self._label, typed=True) for cls, part in self._parts.items()}
 
     @property
     def _label(self) -> str:

@@ -32,7 +32,6 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "adamw8bit
 """Our name -> transformers' name."""
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Our name -> transformers' name."""
-PRECISIONS = ("fp32", "bf16")
 """Number formats of the training's matrix products."""
 
 LossName = Literal["kl", "reverse-kl", "jsd", "uld", "hybrid", "alm", "ce"]
@@ -136,7 +135,7 @@ class TextSettings:
     """Compare the ends of text too, where both sides have an EOS token."""
     prompt_loss: bool = False
     """Add the prompt's tokens to the cross-entropy."""
-    separator: str | None = setting(None, parse=unescaped, shown="as in the cache")
+    separator: str | None = setting(None, typed=unescaped, shown="as in the cache")
     """Text between prompt and target for the student."""
     seq_len: int | None = setting(None, minimum=1, shown="the student's positions")
     """Most tokens of an example in the student's own tokens (for an encoder: of the prompt), and of a packed sequence."""

@@ -62,7 +62,6 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
         ("kd.student_trainer.losses.loss_registry", "TAILS", "train", "tail"),
         ("kd.student_trainer.config", "OPTIMIZERS", "train", "optimizer"),
         ("kd.student_trainer.config", "SCHEDULES", "train", "schedule"),
-        ("kd.student_trainer.config", "PRECISIONS", "train", "precision"),
         ("kd.cache_builder.store.targets", "PROFILES", "cache build", "profile"),
         ("kd.cache_builder.store.codecs", "CODECS", "cache build", "logprob_codec"),
         ("kd.models.loading", "DTYPES", "cache build", "dtype"),

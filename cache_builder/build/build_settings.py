@@ -70,7 +70,7 @@ class BlockSettings:
     """Begin documents and prompts with the BOS token, where the tokenizer has one."""
     eos: bool = False
     """Score an EOS token after each document."""
-    separator: str = setting("\n", parse=unescaped)
+    separator: str = setting("\n", typed=unescaped)
     """Text between the prompt and the target of a pair."""
 
     def __post_init__(self) -> None:

@@ -80,6 +80,7 @@ class MergeResult:
 
 def run_merge(run: MergeRun) -> Iterator[Progress[MergeResult]]:
     """Read the pool, merge and score it; the last record carries the result. Raises KdError for anything unusable."""
+    merge_method(run.merge)  # a scaling that the method lacks is refused before anything is read
     pool = read_pool(run.pool)
     classifiers = is_classifier_pool(pool)
     heads = load_heads(pool, run.rows) if classifiers and run.score else []

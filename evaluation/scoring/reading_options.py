@@ -20,7 +20,7 @@ class ReadingOptions:
     """New tokens scored per window of a document. By default seq-len - 1, which reads the text about once."""
     bos: bool = True
     """Whether documents and prompts open with the BOS token."""
-    separator: str = setting("\n", parse=unescaped)
+    separator: str = setting("\n", typed=unescaped)
     """Text between prompt and target of a pair; an encoder-decoder needs none."""
     limit_tokens: int | None = None
     """Score exactly the first N tokens of the text, in perplexity and in agreement with a live teacher. By default all."""

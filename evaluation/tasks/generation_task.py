@@ -55,7 +55,7 @@ def further_metrics() -> dict[str, Metric]:
 class GenerationOptions:
     """Options of generation."""
 
-    stop: str | None = setting(None, parse=unescaped)
+    stop: str | None = setting(None, typed=unescaped)
     """Text at which a generated answer is cut too, e.g. \\n, unless a reference holds it."""
     sample_temperature: float = 0.0
     """Temperature at which generated answers are sampled, with --seed; 0 is greedy."""

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ALIGNMENTS = ("bytes", "positional")
-"""Ways to pair rows with tokens."""
-
 
 @dataclass(frozen=True)
 class Side:

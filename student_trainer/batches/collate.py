@@ -37,7 +37,7 @@ class Collator:
     text: StudentText | None = None
     """The text in the student's own tokens; None = the cached tokens."""
     alignment: str = "bytes"
-    """How groups are found: one of `alignment.ALIGNMENTS`."""
+    """How groups are found: `bytes` or `positional`, see `alignment`."""
     align_eos: bool = True
     """Whether the ends of text make a group of their own."""
     prompt_loss: bool = False

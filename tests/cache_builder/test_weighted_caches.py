@@ -70,7 +70,7 @@ def test_a_folder_whose_name_looks_like_a_mixture_is_one_cache(tmp_path: Path, m
     assert parse_caches("a=1,b=2") == (WeightedCache("a=1,b=2"),)
 
 
-@pytest.mark.parametrize("value", [None, 3, object(), [4], [("a", "b", "c")], [("a", "much")], {"a": -1}, []])
+@pytest.mark.parametrize("value", [None, 3, "", " ", object(), [4], [("a", "b", "c")], [("a", "much")], {"a": -1}, []])
 def test_what_names_no_cache_is_an_error_of_ours(value: Any) -> None:
     with pytest.raises(DataError):
         as_caches(value)

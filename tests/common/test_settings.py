@@ -80,7 +80,7 @@ class Group:
     """Whether to look twice."""
     colour: str = setting("red", choices=COLOURS)
     """Name of a registry."""
-    separator: str = setting("\n", parse=unescaped)
+    separator: str = setting("\n", typed=unescaped)
     """Text in between."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of columns."""
@@ -235,7 +235,7 @@ def test_a_name_may_be_used_once_in_all_groups() -> None:
         ("weights", "1,2.5", (1.0, 2.5)),
         ("weights", [1, 2.5], (1.0, 2.5)),
         ("weights", "", ()),
-        ("separator", "\\n\\t", "\n\t"),
+        ("separator", "\\n\\t", "\\n\\t"),  # escapes are for what is typed in a shell
         ("points", "1:2,3:4", (Point(1, 2), Point(3, 4))),
         ("points", ["1:2,3:4", "5:6"], (Point(1, 2), Point(3, 4), Point(5, 6))),
         ("points", [Point(1, 2), "5:6"], (Point(1, 2), Point(5, 6))),
@@ -245,6 +245,11 @@ def test_text_and_lists_become_the_value_that_they_stand_for(name: str, given_va
     made = flat(outer(**{name: given_value}))[name]
     assert made == value
     assert type(made) is type(value)
+
+
+def test_escapes_stand_for_line_ends_where_the_text_was_typed_in_a_shell() -> None:
+    typed = make(Outer, {"called": "n", "separator": "\\n\\t"}, typed=True)
+    assert flat(typed)["separator"] == "\n\t"
 
 
 @pytest.mark.parametrize(
@@ -370,4 +375,4 @@ def test_a_typo_in_the_name_of_a_group_suggests_the_group() -> None:
     with pytest.raises(DataError) as caught:
         make(Outer, {"called": "n", "grup": {"steps": 3}})
     assert caught.value.details["did you mean"] == "group"
-    assert list(caught.value.details)[0] == "did you mean"
+    assert next(iter(caught.value.details)) == "did you mean"
