@@ -186,8 +186,8 @@ def resume_point(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> 
     before = read_run(folder)
     if not resume:
         advice = "another --out" if before["complete"] else "--resume to continue it, or another --out"
-        what = "a finished run" if before["complete"] else "a run"
-        raise DataError(f"the output folder holds {what} already", where=folder, try_=advice)
+        found = "a finished run" if before["complete"] else "a run that was stopped"
+        raise DataError("the output folder holds a run already", where=folder, found=found, try_=advice)
     refuse_other_settings(folder, before["identity"], identity)
     if before["complete"]:
         raise DataError("the run to continue is finished", where=folder, try_="another --out")

@@ -111,8 +111,8 @@ class Objective:
     >>> kd.Objective("kll")
     Traceback (most recent call last):
     kd.common.errors.DataError: unknown loss 'kll'
-      known         alm, ce, hybrid, jsd, kl, reverse-kl, uld
       did you mean  kl
+      known         alm, ce, hybrid, jsd, kl, reverse-kl, uld
     """
 
     loss: str = "kl"

@@ -26,7 +26,7 @@ def test_every_group_of_options_is_that_of_a_task_or_shared() -> None:
 
 def test_text_as_typed_and_values_make_the_same_settings() -> None:
     typed = {"tasks": "choices, hellaswag", "separator": "\\n", "metrics": "rougeL,bleu", "cache": "a=0.7,b=0.3"}
-    settings = make(EvalSettings, typed)
+    settings = make(EvalSettings, typed, typed=True)
     assert settings.tasks == ("choices", "hellaswag")
     assert settings.shared.reading.separator == "\n"
     assert settings.generation.metrics == ("rougeL", "bleu")

@@ -288,7 +288,8 @@ def test_a_finished_or_foreign_folder_is_left_alone(run, tmp_path: Path, tree) -
     before = tree(finished.out)
     with pytest.raises(DataError, match="holds a run already") as caught:
         run()
-    assert "--resume" in str(caught.value.details["try"])
+    assert caught.value.details["found"] == "a finished run"
+    assert "--resume" not in str(caught.value.details["try"])
     with pytest.raises(DataError, match="is finished"):
         run(resume=True)
     assert tree(finished.out) == before
