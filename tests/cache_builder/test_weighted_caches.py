@@ -77,9 +77,9 @@ def test_what_names_no_cache_is_an_error_of_ours(value: Any) -> None:
 
 
 def test_a_list_of_one_path_is_that_cache_and_several_need_weights() -> None:
-    assert as_caches(["a"]) == (WeightedCache("a"),)  # type: ignore[arg-type]
+    assert as_caches(["a"]) == (WeightedCache("a"),)  # type: ignore[list-item]
     with pytest.raises(DataError, match="mixed by weights"):
-        as_caches(["a", "b"])  # type: ignore[arg-type]
+        as_caches(["a", "b"])  # type: ignore[list-item]
 
 
 def test_a_file_may_map_caches_to_weights() -> None:

@@ -227,10 +227,14 @@ def test_a_cache_of_this_machine_is_copied_for_an_equal_model(model, tokenizer, 
     shutil.rmtree(tmp_path / "c")
 
 
-def test_what_is_no_model_or_no_tokenizer_is_refused_by_name(model, tokenizer, texts, tmp_path: Path):
-    for wrong, words in (((tokenizer, model), "the model cannot"), ((model, None), "the tokenizer cannot")):
-        with pytest.raises(DataError, match=words):
-            build_cache(*wrong, texts, out=tmp_path / "c")
-    with pytest.raises(DataError, match="the model cannot"):
-        build_cache("demo", tokenizer, texts, out=tmp_path / "c")
+@pytest.mark.parametrize("wrong", ["a name for a model", "the tokenizer for the model", "no tokenizer"])
+def test_what_is_no_model_or_no_tokenizer_is_refused_by_name(model, tokenizer, texts, tmp_path: Path, wrong: str):
+    given: dict[str, tuple[Any, Any, str]] = {
+        "a name for a model": ("demo", tokenizer, "the model cannot"),
+        "the tokenizer for the model": (tokenizer, model, "the model cannot"),
+        "no tokenizer": (model, None, "the tokenizer cannot"),
+    }
+    first, second, words = given[wrong]
+    with pytest.raises(DataError, match=words):
+        build_cache(first, second, texts, out=tmp_path / "c")
     assert not (tmp_path / "c").exists()
