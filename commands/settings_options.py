@@ -19,7 +19,8 @@ from typing import Any, TypeVar, get_origin
 import click
 
 from kd.common.errors import DataError
-from kd.common.settings import MissingSettings, Setting, as_text, flat, flattened, make, read_settings, settings_of
+from kd.common.settings import MissingSettings, Setting, as_text, flat, flattened, make, settings_of
+from kd.common.settings_file import read_settings
 
 T = TypeVar("T")
 GIVEN = "kd.given"

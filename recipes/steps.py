@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import unknown_name
-from kd.common.settings import Setting, as_text, flattened, make, read_settings, settings_of
+from kd.common.settings import Setting, as_text, flattened, make, settings_of
+from kd.common.settings_file import read_settings
 
 T = TypeVar("T")
 Options = Mapping[str, str | bool]

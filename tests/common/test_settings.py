@@ -22,12 +22,12 @@ from kd.common.settings import (
     field_docs,
     flat,
     make,
-    read_settings,
     saved,
     setting,
     settings_of,
     unescaped,
 )
+from kd.common.settings_file import read_settings
 
 COLOURS = ("red", "green")
 
