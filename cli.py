@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from kd.commands.lazy import LazyCommands
+from kd.commands.terminal.lazy import LazyCommands
 
 if TYPE_CHECKING:
     from kd.common.errors import KdError

@@ -191,7 +191,7 @@ def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
 def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
     import torch
 
-    from kd.models.padded_batches import batches_by_length, forward_tokens
+    from kd.models.batching.padded_batches import batches_by_length, forward_tokens
 
     plan = t5_plan(work / "none", tokens)
     model = plan.request.model
@@ -357,7 +357,7 @@ def make_read_cache(work: Path) -> None:
 
 
 def case_read(work: Path, tokens: int) -> dict[str, float]:
-    from kd.cache_builder.store.reader import CacheReader
+    from kd.cache_builder.store.readers.reader import CacheReader
     from kd.student_trainer.batches.collate import Collator
     from kd.student_trainer.batches.compatibility import needed_arrays
     from kd.student_trainer.losses.loss_registry import Objective
@@ -442,8 +442,8 @@ def main() -> None:
 
 
 def report(results: dict[str, list[dict[str, float]]], cache: Path) -> None:
-    from kd.cache_builder.store.manifest import load_manifest
-    from kd.cache_builder.store.reader import quality_means
+    from kd.cache_builder.store.readers.reader import quality_means
+    from kd.cache_builder.store.records.manifest import load_manifest
 
     middle = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
     print(f"{'case':<8}{'tokens/s':>12}{'ratio':>8}{'by CPU time':>14}{'peak MB above the model':>26}{'ratio':>8}")

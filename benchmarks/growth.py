@@ -98,7 +98,7 @@ def measure(point: Point, work: Path) -> dict[str, float]:
 
 
 def read_all(cache: Path) -> None:
-    from kd.cache_builder.store.reader import CacheReader
+    from kd.cache_builder.store.readers.reader import CacheReader
 
     reader = CacheReader(cache)
     reader.read(range(len(reader)))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator

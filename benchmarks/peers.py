@@ -171,7 +171,7 @@ def stored_case(work: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     import numpy as np
     import torch
 
-    from kd.cache_builder.store.reader import CacheReader
+    from kd.cache_builder.store.readers.reader import CacheReader
     from kd.models.loading import ModelRequest
     from kd.models.loading import load_model as load_request
 

@@ -26,8 +26,8 @@ import zarr
 
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.chunks import decode_shard
-from kd.cache_builder.store.commits import read_commit, shard_files
-from kd.cache_builder.store.manifest import CacheManifest, load_manifest
+from kd.cache_builder.store.records.commits import read_commit, shard_files
+from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
 
 Read = dict[str, list[np.ndarray]]
 """Of every array, its shards."""

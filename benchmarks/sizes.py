@@ -31,8 +31,8 @@ from kd.cache_builder.build.builder import teacher_of_plan
 from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.shard_writing import write_shard
-from kd.cache_builder.store.manifest import load_manifest
-from kd.cache_builder.store.reader import CacheReader, quality_means
+from kd.cache_builder.store.readers.reader import CacheReader, quality_means
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.claims import Claims

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.cache_builder.store import codecs
+from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.targets import RawTargets, TargetConfig, band_edges
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus

@@ -177,7 +177,7 @@ def build_cache(
     from kd.cache_builder.build.builder import build
     from kd.cache_builder.build.plan import plan_build
     from kd.cache_builder.build.request import BuildRequest
-    from kd.cache_builder.store.manifest import Layout
+    from kd.cache_builder.store.records.manifest import Layout
     from kd.cache_builder.store.targets import TargetConfig
     from kd.data.blocks import BlockConfig
     from kd.data.sources import load_corpus
@@ -206,7 +206,7 @@ class CachedStudent:
         import torch
         from transformers import AutoTokenizer
 
-        from kd.cache_builder.store.reader import CacheReader
+        from kd.cache_builder.store.readers.reader import CacheReader
         from kd.cache_builder.store.targets import band_edges
         from kd.common.settings import make
         from kd.models.tokenizer import vocabulary_size
@@ -232,7 +232,7 @@ class CachedStudent:
 
     def train(self, count: int, batch_tokens: int) -> None:
         """`count` steps in the cache's order, its files opened, verified and decoded on the way."""
-        from kd.cache_builder.store.reader import CacheReader
+        from kd.cache_builder.store.readers.reader import CacheReader
         from kd.student_trainer.batches.batch_plan import plan_batches
         from kd.student_trainer.batches.read_ahead import CachedExamples
 

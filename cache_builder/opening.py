@@ -11,8 +11,8 @@ import os
 
 from kd.cache_builder.share.places import is_remote, local_path
 from kd.cache_builder.store.cache_files import CacheFiles, LocalFiles
-from kd.cache_builder.store.mixed_reader import MixedReader
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.mixed_reader import MixedReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.upkeep.cache_registry import located
 from kd.cache_builder.weighted_caches import CacheSpec, as_caches, shares_of

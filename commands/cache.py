@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from kd.cache_builder.build.build_settings import RECORDED, BuildSettings
-from kd.commands.console import emit, follow, quiet_libraries
-from kd.commands.lazy import LazyCommands
-from kd.commands.options import json_option
-from kd.commands.settings_options import GIVEN, RecordingCommand, settings_options
+from kd.commands.terminal.console import emit, follow, quiet_libraries
+from kd.commands.terminal.lazy import LazyCommands
+from kd.commands.terminal.options import json_option
+from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, settings_options
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.console import emit_json, follow
-from kd.commands.options import PATH, json_option
+from kd.commands.terminal.console import emit_json, follow
+from kd.commands.terminal.options import PATH, json_option
 
 if TYPE_CHECKING:
     from kd.cache_builder.store.cache_files import CacheFiles
-    from kd.cache_builder.store.manifest import CacheManifest
+    from kd.cache_builder.store.records.manifest import CacheManifest
     from kd.cache_builder.upkeep.verify import Finding
     from kd.common.errors import CacheDamageError
 
@@ -36,8 +36,8 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     Example: kd cache verify runs/cache
     """
     from kd.cache_builder.opening import open_files
-    from kd.cache_builder.store.manifest import load_manifest
-    from kd.cache_builder.store.part import load_part
+    from kd.cache_builder.store.records.manifest import load_manifest
+    from kd.cache_builder.store.records.part import load_part
     from kd.cache_builder.upkeep.verify import verify
     from kd.common.errors import CacheError
 
@@ -97,7 +97,7 @@ def cache_repair(path: Path, source: str | None, as_json: bool, **moved: Any) ->
     Example: kd cache repair runs/cache
     """
     from kd.cache_builder.opening import open_files
-    from kd.cache_builder.store.manifest import load_manifest
+    from kd.cache_builder.store.records.manifest import load_manifest
 
     copy = None if source is None else open_files(source)
     mended = [] if copy is None else mend_from(copy, path, source)
@@ -130,7 +130,7 @@ def mend_from(copy: CacheFiles, path: Path, source: str | None) -> list[str]:
 
     Raises CacheError where there is no cache at the copy, CacheMismatchError where it is another cache.
     """
-    from kd.cache_builder.store.manifest import load_manifest
+    from kd.cache_builder.store.records.manifest import load_manifest
     from kd.cache_builder.upkeep.repair import mend_manifest
 
     theirs = load_manifest(copy.root)
@@ -155,7 +155,7 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
     Raises CacheDamageError where the options are not recorded, or the teacher was a model in memory.
     """
     from kd.cache_builder.build.build_settings import BuildSettings
-    from kd.cache_builder.store.commits import committed
+    from kd.cache_builder.store.records.commits import committed
     from kd.cache_builder.upkeep.repair import reopen
     from kd.commands.cache import build_behind_a_bar
     from kd.common.settings import make

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
-from kd.commands.console import emit, emit_json, follow
-from kd.commands.options import PATH, json_option, parse_range
+from kd.commands.terminal.console import emit, emit_json, follow
+from kd.commands.terminal.options import PATH, json_option, parse_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

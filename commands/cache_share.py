@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.console import emit, follow
-from kd.commands.options import PATH, json_option, parse_range
+from kd.commands.terminal.console import emit, follow
+from kd.commands.terminal.options import PATH, json_option, parse_range
 
 if TYPE_CHECKING:
     from kd.cache_builder.share.transfer import TransferProgress
-    from kd.cache_builder.store.manifest import CacheManifest
+    from kd.cache_builder.store.records.manifest import CacheManifest
 
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Files to transfer at the same time."

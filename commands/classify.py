@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import click
 
-from kd.commands.console import emit, emit_json, follow, progress_bar, quiet_libraries
-from kd.commands.options import json_option
-from kd.commands.settings_options import settings_options
+from kd.commands.terminal.console import emit, emit_json, follow, progress_bar, quiet_libraries
+from kd.commands.terminal.options import json_option
+from kd.commands.terminal.settings_options import settings_options
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, MatrixSettings
 from kd.student_trainer.classify.classify_settings import ClassifyConfig
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.console import emit, emit_json
-from kd.commands.options import json_option
-from kd.commands.settings_options import settings_options
+from kd.commands.terminal.console import emit, emit_json
+from kd.commands.terminal.options import json_option
+from kd.commands.terminal.settings_options import settings_options
 from kd.common.settings import settings_of
 from kd.data.data_settings import DataSettings, InstructionConfig
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.console import emit_json, quiet_libraries
-from kd.commands.options import PATH, json_option
 from kd.commands.recipe import run_commands
+from kd.commands.terminal.console import emit_json, quiet_libraries
+from kd.commands.terminal.options import PATH, json_option
 from kd.common.extras import require
 
 if TYPE_CHECKING:

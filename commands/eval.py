@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.console import emit, emit_json, follow, quiet_libraries
-from kd.commands.options import PATH, json_option
-from kd.commands.settings_options import settings_options
+from kd.commands.terminal.console import emit, emit_json, follow, quiet_libraries
+from kd.commands.terminal.options import PATH, json_option
+from kd.commands.terminal.settings_options import settings_options
 from kd.common.extras import require
 from kd.common.settings import make
 from kd.evaluation.eval_settings import EvalSettings

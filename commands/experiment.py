@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.console import emit_json
-from kd.commands.options import PATH, json_option
 from kd.commands.recipe import echo_commands, run_commands, variables_option
+from kd.commands.terminal.console import emit_json
+from kd.commands.terminal.options import PATH, json_option
 from kd.common.extras import require
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def write_experiment_report(chosen: Experiment, folder: Path) -> tuple[dict[str,
     """Write the report over teacher and students; returns its files and the document in `report.json`."""
     from dataclasses import asdict
 
-    from kd.cache_builder.store.reader import CacheReader
+    from kd.cache_builder.store.readers.reader import CacheReader
     from kd.common.files import read_object
     from kd.evaluation.report.certainty import certainty, section
     from kd.evaluation.report.writing import write_report

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.console import emit_json, follow, quiet_libraries
-from kd.commands.options import json_option
-from kd.commands.settings_options import settings_options
+from kd.commands.terminal.console import emit_json, follow, quiet_libraries
+from kd.commands.terminal.options import json_option
+from kd.commands.terminal.settings_options import settings_options
 from kd.evaluation.merged.merged_settings import MergeRun
 
 if TYPE_CHECKING:

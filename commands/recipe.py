@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.console import emit, emit_json
-from kd.commands.options import PATH, Function, json_option
+from kd.commands.terminal.console import emit, emit_json
+from kd.commands.terminal.options import PATH, Function, json_option
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.console import emit, progress_bar, quiet_libraries
 from kd.commands.eval import run_evaluation
-from kd.commands.options import json_option
-from kd.commands.settings_options import settings_options
+from kd.commands.terminal.console import emit, progress_bar, quiet_libraries
+from kd.commands.terminal.options import json_option
+from kd.commands.terminal.settings_options import settings_options
 from kd.student_trainer.config import ScoreSettings, TrainConfig
 
 if TYPE_CHECKING:

@@ -91,8 +91,8 @@ def cache_texts(cache: CacheSpec, *, run: str = "", whole: bool = True) -> list[
     `cache` as `kd train --cache` takes it. Raises CacheError.
     """
     from kd.cache_builder.opening import open_files
-    from kd.cache_builder.store.manifest import load_manifest
-    from kd.cache_builder.store.part import load_part
+    from kd.cache_builder.store.records.manifest import load_manifest
+    from kd.cache_builder.store.records.part import load_part
     from kd.cache_builder.store.shard_store import read_example_table
 
     texts = []

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.common.errors import DataError, TeacherError
+from kd.models.batching.padded_batches import Size, padded_ids
 from kd.models.heads import LanguageModelHead
 from kd.models.loading import ModelRequest, cannot_load, is_classifier, load_config, resolve_device, resolve_dtype
-from kd.models.padded_batches import Size, padded_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

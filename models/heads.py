@@ -2,7 +2,7 @@
 
 The teacher pass, the student's loss and the evaluation share this code, so that all of them see the same positions.
 `[batch, T, V]` logits are never formed. Hidden states come for whole batches, and the output layer is applied to a few
-rows at a time: at V = 50k and 8,192 tokens the full tensor would take 1.6 GB. `kd.models.padded_batches` says how many rows.
+rows at a time: at V = 50k and 8,192 tokens the full tensor would take 1.6 GB. `padded_batches` says how many rows.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.common.errors import TeacherError
+from kd.models.batching.packing import segment_mask
+from kd.models.batching.padded_batches import Size, forward_tokens, padded_ids
 from kd.models.loading import Model, decoder_start, is_encoder_decoder
-from kd.models.packing import segment_mask
-from kd.models.padded_batches import Size, forward_tokens, padded_ids
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ import inspect
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.models.batching.packing import lay_out
 from kd.models.heads import EncoderDecoderHead, split_head
 from kd.models.loading import RELATIVE_POSITIONS, Model
-from kd.models.packing import lay_out
 
 
 def require_packable(model: Model) -> None:

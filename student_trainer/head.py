@@ -4,7 +4,7 @@
 Here each chunk of rows computes its logits, its loss and, at once, its gradient, which is folded into the
 gradients of hidden states and weight; nothing of size V outlives its chunk. One matrix product forward and two
 backward, as in plain training, with no recomputation. Idea: Liger-Kernel's fused linear losses, arXiv:2410.10989.
-How many rows: `kd.models.padded_batches.head_rows`.
+How many rows: `kd.models.batching.padded_batches.head_rows`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.models.batching.padded_batches import head_rows
 from kd.models.heads import split_head
-from kd.models.padded_batches import head_rows
 from kd.student_trainer.batches.collate import loss_targets
 from kd.student_trainer.losses.loss_targets import LossTargets
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kd.models.padded_batches import head_rows
+from kd.models.batching.padded_batches import head_rows
 from kd.student_trainer.batches.collate import loss_targets
 from kd.student_trainer.head import chunked_head_loss, layer_parameters
 from kd.student_trainer.losses.loss_registry import Objective

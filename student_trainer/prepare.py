@@ -15,6 +15,7 @@ from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import DataError
+from kd.models.batching.packing import Size
 from kd.models.loading import (
     ModelRequest,
     decoder_start,
@@ -23,7 +24,6 @@ from kd.models.loading import (
     load_request_tokenizer,
     max_positions,
 )
-from kd.models.packing import Size
 from kd.models.tokenizer import Tokenizer, vocabulary_size
 from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches
 from kd.student_trainer.batches.collate import Collator

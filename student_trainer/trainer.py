@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from kd.common.errors import DataError
-from kd.models.padded_batches import on_device
+from kd.models.batching.padded_batches import on_device
 from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches
 from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.head import forward_arguments

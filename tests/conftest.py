@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest
-from kd.cache_builder.store.manifest import Layout
+from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
 from kd.data.blocks import BlockConfig
 from kd.data.sources import load_corpus

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.commits import file_entry
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.commits import file_entry
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.files import canonical_json, digest_of, sha256_of

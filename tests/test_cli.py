@@ -62,7 +62,7 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
         ("kd.student_trainer.config", "OPTIMIZERS", "train", "optimizer"),
         ("kd.student_trainer.config", "SCHEDULES", "train", "schedule"),
         ("kd.cache_builder.store.targets", "PROFILES", "cache build", "profile"),
-        ("kd.cache_builder.store.codecs", "CODECS", "cache build", "logprob_codec"),
+        ("kd.cache_builder.store.encoding.codecs", "CODECS", "cache build", "logprob_codec"),
         ("kd.models.loading", "DTYPES", "cache build", "dtype"),
         ("kd.data.data_settings", "TEMPLATE_CHOICES", "cache build", "template"),
         ("kd.data.instruction_tasks.task", "WORDINGS", "cache build", "labels"),

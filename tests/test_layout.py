@@ -36,7 +36,7 @@ DOORS = {
     "datasets": {"data/rows/hub.py"},
     "bitsandbytes": {"models/quantised.py"},
     "click": {"cli.py", "commands/"},
-    "rich": {"commands/console.py"},
+    "rich": {"commands/terminal/console.py"},
     "ray": {"cache_builder/build/engines.py"},
     "peft": {"student_trainer/lora.py", "student_trainer/merging/merge_methods.py"},
 }
@@ -155,6 +155,14 @@ def test_no_module_lies_outside_a_package_folder() -> None:
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), path
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({p.parent for p in modules()} - {ROOT}), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_folder_shows_more_than_a_dozen_modules(folder: Path) -> None:
+    """A folder is read at a glance. `__init__.py` is not counted, and one module more is let pass."""
+    assert len([*folder.glob("[!_]*.py")]) <= 13
 
 
 def test_the_root_holds_no_module_but_the_command_and_the_front_door() -> None:

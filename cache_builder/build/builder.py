@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.build.reuse import Earlier
 from kd.cache_builder.build.shard_writing import WriterThread
-from kd.cache_builder.store import commits
 from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.common.errors import DataError

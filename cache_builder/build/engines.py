@@ -26,7 +26,7 @@ from typing import Any
 from kd.cache_builder.build.builder import BuildProgress, build
 from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest
-from kd.cache_builder.store import commits
+from kd.cache_builder.store.records import commits
 from kd.common.errors import CacheError, DataError, KdError, unknown_name
 from kd.common.extras import needed
 from kd.common.memory import share_one_heap

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kd.cache_builder.build.plan import BuildPlan
-from kd.cache_builder.store.commits import committed
+from kd.cache_builder.store.records.commits import committed
 from kd.data.blocks import BlockConfig
 from kd.models.loading import parameter_count, resolve_device, resolve_dtype
 

@@ -20,7 +20,7 @@ from typing import Any
 from kd.cache_builder.build.build_settings import BuildSettings, TeacherSettings
 from kd.cache_builder.build.from_settings import AnyStep, StageStep, assembled, build_request
 from kd.cache_builder.build.request import GivenTeacher
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.settings import flattened, make, settings_of
 from kd.data.data_settings import InstructionConfig

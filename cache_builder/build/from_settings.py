@@ -19,8 +19,8 @@ from kd.cache_builder.build.engines import build_together
 from kd.cache_builder.build.generate import answered, generate
 from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
-from kd.cache_builder.store.commits import existing_cache
-from kd.cache_builder.store.manifest import Layout, load_manifest
+from kd.cache_builder.store.records.commits import existing_cache
+from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.data.blocks import BlockConfig

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
-from kd.cache_builder.store.cache_identity import identity_difference
-from kd.cache_builder.store.manifest import ANSWERS, Layout
+from kd.cache_builder.store.records.cache_identity import identity_difference
+from kd.cache_builder.store.records.manifest import ANSWERS, Layout
 from kd.cache_builder.store.writers.answers_table import read_answers, write_answers
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error

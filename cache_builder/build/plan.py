@@ -25,10 +25,10 @@ from kd.cache_builder.build.plan_checks import (
     refuse_other_kind,
 )
 from kd.cache_builder.build.request import BuildRequest
-from kd.cache_builder.store.cache_identity import refuse_mismatch
-from kd.cache_builder.store.commits import existing_cache
-from kd.cache_builder.store.manifest import CacheManifest, Layout, load_manifest
-from kd.cache_builder.store.manifest_checks import check_bounds
+from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.commits import existing_cache
+from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest
+from kd.cache_builder.store.records.manifest_checks import check_bounds
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import TokenRows, tokenize_corpus

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.cache_identity import refuse_mismatch
 from kd.cache_builder.store.encoding.arrays import Arrays
-from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.cache_builder.upkeep.cache_registry import located
 from kd.common.errors import CacheDamageError

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kd.cache_builder.build.plan import BuildPlan
-from kd.cache_builder.store import codecs
+from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.targets import RawTargets
 from kd.cache_builder.store.vocabulary import tokens_digest

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from kd.cache_builder.store.manifest import TARGETS
+from kd.cache_builder.store.records.manifest import TARGETS
 from kd.common.errors import CacheError
 
 COUNTS_PER_BOUND = 8

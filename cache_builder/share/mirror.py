@@ -27,10 +27,10 @@ from kd.cache_builder.share.fetching import fetch, fetch_small
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
 from kd.cache_builder.share.transfer import COMMIT_BYTES, describe
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import MANIFEST, CacheManifest
-from kd.cache_builder.store.part import PARTIAL, Part, whole
-from kd.cache_builder.store.shard_record import ShardRecord
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest
+from kd.cache_builder.store.records.part import PARTIAL, Part, whole
+from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.common.byte_sizes import byte_count
 from kd.common.errors import CacheDamageError
 from kd.common.files import publish, write_error

@@ -20,8 +20,8 @@ from kd.cache_builder.share.fetching import fetch, fetch_small, in_parallel
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote, holds
 from kd.cache_builder.share.transfer import COMMIT_BYTES, Tally, TransferProgress, describe, raise_mismatch
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import (
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import (
     ANSWERS,
     BUILDING,
     MANIFEST,
@@ -30,7 +30,7 @@ from kd.cache_builder.store.manifest import (
     CacheManifest,
     load_manifest,
 )
-from kd.cache_builder.store.part import PARTIAL, Part, load_part, part_of, whole
+from kd.cache_builder.store.records.part import PARTIAL, Part, load_part, part_of, whole
 from kd.cache_builder.upkeep.verify import BESIDE
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import publish, sha256_of, sync_folder, unfinished, write_error

@@ -19,10 +19,10 @@ from kd.cache_builder.share.fetching import in_parallel, persist
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
 from kd.cache_builder.share.transfer import Tally, TransferProgress, fetch_if_there, raise_mismatch
-from kd.cache_builder.store import commits
 from kd.cache_builder.store.cache_files import LocalFiles
-from kd.cache_builder.store.manifest import MANIFEST, CacheManifest, load_manifest
-from kd.cache_builder.store.part import PARTIAL, load_part
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, load_manifest
+from kd.cache_builder.store.records.part import PARTIAL, load_part
 from kd.common.errors import CacheDamageError, CacheError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from kd.cache_builder.share.fetching import fetch_small
 from kd.cache_builder.share.remotes import Remote
-from kd.cache_builder.store.cache_identity import refuse_mismatch
-from kd.cache_builder.store.manifest import MANIFEST, CacheManifest, load_manifest
-from kd.cache_builder.store.part import PARTIAL, Part, load_part
+from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, load_manifest
+from kd.cache_builder.store.records.part import PARTIAL, Part, load_part
 from kd.common.errors import CacheError, CacheMismatchError, KdError
 from kd.common.files import MAX_JSON_BYTES
 

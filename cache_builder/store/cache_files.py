@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.part import load_part
-from kd.cache_builder.store.shard_record import ShardRecord
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import CacheManifest
+from kd.cache_builder.store.records.part import load_part
+from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.common.errors import CacheDamageError
 from kd.common.files import sha256_of
 

@@ -16,7 +16,7 @@ import numpy as np
 from numcodecs import blosc
 
 from kd.cache_builder.store.encoding.arrays import ArraySpec
-from kd.cache_builder.store.manifest import Layout
+from kd.cache_builder.store.records.manifest import Layout
 from kd.common.errors import CacheError
 
 MISSING = 2**64 - 1

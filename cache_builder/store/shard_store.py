@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.chunks import decode_shard
-from kd.cache_builder.store.commits import shard_files
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.parquet import read_parquet
-from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.part import load_part
-from kd.cache_builder.store.shard_record import ShardRecord
+from kd.cache_builder.store.records.commits import shard_files
+from kd.cache_builder.store.records.manifest import CacheManifest
+from kd.cache_builder.store.records.part import load_part
+from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.vocabulary import code_table, unpack_rows
 from kd.common.errors import CacheDamageError
 

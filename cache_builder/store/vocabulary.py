@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.parquet import read_parquet
-from kd.cache_builder.store.manifest import VOCABULARY, CacheManifest
+from kd.cache_builder.store.records.manifest import VOCABULARY, CacheManifest
 from kd.common.errors import CacheDamageError
 
 VOCABULARY_SCHEMA = pa.schema([("id", pa.int32()), ("piece", pa.binary()), ("code", pa.int32())])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kd.models.padded_batches import Size, batches_by_length, padded_tokens
+from kd.models.batching.padded_batches import Size, batches_by_length, padded_tokens
 
 SMALLEST_CHUNK = 16
 """Rows of the output layer below which a chunk is not halved any more."""

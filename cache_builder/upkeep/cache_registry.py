@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.commits import committed
-from kd.cache_builder.store.manifest import BUILDING, MANIFEST, load_manifest
+from kd.cache_builder.store.records.commits import committed
+from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, load_manifest
 from kd.common.errors import CacheError, KdError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.common.home import kd_home

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kd.cache_builder.store import codecs
+from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN
 from kd.cache_builder.store.profiles import PROFILES

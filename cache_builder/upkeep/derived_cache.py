@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.cache_identity import refuse_mismatch
-from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA, Shard
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.store.vocabulary import codes_by_count

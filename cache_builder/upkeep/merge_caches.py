@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kd.cache_builder.store.mixed_reader import refuse_unlike
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.mixed_reader import refuse_unlike
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.derived_cache import DeriveProgress, Piece, write_derived
 from kd.common.errors import DataError
 from kd.common.files import digest_of

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store import commits
 from kd.cache_builder.store.cache_files import CacheFiles, LocalFiles
-from kd.cache_builder.store.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
-from kd.cache_builder.store.shard_record import parse_shard_record
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
+from kd.cache_builder.store.records.shard_record import parse_shard_record
 from kd.cache_builder.upkeep.verify import Finding
 from kd.common.errors import CacheDamageError, CacheMismatchError
 from kd.common.files import process_tag, publish, read_json, sync_folder

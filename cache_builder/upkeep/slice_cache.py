@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.profiles import PROFILES
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.derived_cache import DeriveProgress, Piece, write_derived
 from kd.common.errors import DataError

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
-from kd.cache_builder.store.manifest import load_manifest
-from kd.cache_builder.store.part import load_part
-from kd.cache_builder.store.reader import quality_means
+from kd.cache_builder.store.readers.reader import quality_means
+from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.records.part import load_part
 
 
 def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.cache_builder.store import codecs, commits, shard_store
+from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
 from kd.cache_builder.store.chunks import broken_chunks
+from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import ArraySpec
-from kd.cache_builder.store.manifest import CacheManifest, load_manifest
-from kd.cache_builder.store.part import PARTIAL, load_part
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
+from kd.cache_builder.store.records.part import PARTIAL, load_part
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.common.errors import CacheDamageError, CacheError, KdError

@@ -35,8 +35,8 @@ from kd.data.sources import Corpus
 from kd.evaluation.answers.accepted import references
 from kd.evaluation.scoring.scored_text import out_of_memory
 from kd.models.answering import Answer, answer_batch, unused_ids
+from kd.models.batching.padded_batches import Size, batches_by_length
 from kd.models.loading import Model, max_positions
-from kd.models.padded_batches import Size, batches_by_length
 from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
 
 if TYPE_CHECKING:

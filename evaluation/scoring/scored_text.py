@@ -17,9 +17,9 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
+from kd.models.batching.padded_batches import batches_by_length, head_rows
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.loading import Model
-from kd.models.padded_batches import batches_by_length, head_rows
 
 if TYPE_CHECKING:
     import torch

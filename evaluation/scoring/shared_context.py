@@ -27,9 +27,9 @@ import numpy as np
 
 from kd.common.progress import Progress
 from kd.evaluation.scoring.scored_text import ScoredText, gold_nll, not_finite, out_of_memory, require_vocabulary
+from kd.models.batching.padded_batches import Size, batches_by_length, head_rows
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.models.loading import Model
-from kd.models.padded_batches import Size, batches_by_length, head_rows
 
 if TYPE_CHECKING:
     import torch

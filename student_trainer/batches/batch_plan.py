@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kd.models.packing import Packer, Size
+from kd.models.batching.packing import Packer, Size
 
 
 class Ordered(Protocol):
@@ -62,7 +62,7 @@ def plan_batches(
 
     `lengths [E, sides]` tokens per example, `[E]` where there is one side. A batch holds `batch_size` sequences, or as
     many as fit `tokens_per_batch` with their padding; a sequence is one example, or, with a `capacity`, what
-    `kd.models.packing` puts into so many tokens. The number of batches is rounded down to a multiple of `multiple_of`
+    `kd.models.batching.packing` puts into so many tokens. The number of batches is rounded down to a multiple of `multiple_of`
     (accumulation steps times world size), so that every step is whole.
     """
     sizes = [tuple(size) for size in lengths.reshape(len(lengths), -1).tolist()]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd.cache_builder.store.readers.reading import CachedBatch, CachedExample
 from kd.cache_builder.store.soft_targets import SoftTargets, concatenate
-from kd.models.packing import Size, lay_out, pack_sequences
+from kd.models.batching.packing import Size, lay_out, pack_sequences
 from kd.student_trainer.batches.alignment import Side, align
 from kd.student_trainer.batches.pieces import SharedPieces
 from kd.student_trainer.batches.student_text import StudentExample, StudentText
@@ -29,7 +29,7 @@ class Collator:
 
     For a student with an encoder, `input_ids` are what the encoder reads. Its decoder reads `decoder_input_ids [B, T]`: for
     every example `start_id` and all target tokens but the last; `positions` count there. Where examples are packed,
-    `segment_ids` and `position_ids [B, T]` replace the mask, as `kd.models.packing` makes them.
+    `segment_ids` and `position_ids [B, T]` replace the mask, as `kd.models.batching.packing` makes them.
     """
 
     objective: Objective

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.part import part_of
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.readers.reading import Reader
+from kd.cache_builder.store.records.manifest import CacheManifest
+from kd.cache_builder.store.records.part import part_of
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
 from kd.models.loading import max_positions

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kd.data.instruction_tasks.glue import LabelledRow
-from kd.models.padded_batches import batches_by_length
+from kd.models.batching.padded_batches import batches_by_length
 from kd.models.tokenizer import Tokenizer, encode_texts, pad_token_id
 from kd.student_trainer.classify.classify_settings import MAX_LENGTH
 

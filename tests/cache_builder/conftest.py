@@ -12,7 +12,7 @@ import pytest
 from servers import FileServer, HubServer, Proxy, Server, nginx
 
 from kd.cache_builder.share import fetching
-from kd.cache_builder.store.manifest import Layout
+from kd.cache_builder.store.records.manifest import Layout
 
 
 @pytest.fixture

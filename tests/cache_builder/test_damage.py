@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.cache_builder.store.chunks import broken_chunks
-from kd.cache_builder.store.manifest import Layout, load_manifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import canonical_json

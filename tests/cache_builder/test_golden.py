@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import tensorstore
 
-from kd.cache_builder.store.cache_identity import refuse_mismatch
-from kd.cache_builder.store.manifest import READABLE_VERSIONS
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.manifest import READABLE_VERSIONS
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheMismatchError
 

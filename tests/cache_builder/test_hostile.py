@@ -26,9 +26,9 @@ from hostile import change_file, change_manifest, sign_commit, sign_manifest, us
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kd.cache_builder.store.commits import file_entry
 from kd.cache_builder.store.encoding.parquet import footer_sizes
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.commits import file_entry
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.files import canonical_json
 

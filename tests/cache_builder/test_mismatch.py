@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
-from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.settings import make
 from kd.data.blocks import BlockConfig

@@ -15,8 +15,8 @@ from servers import Answer, FileServer, HubServer
 
 from kd.cache_builder.share import fetching
 from kd.cache_builder.share.mirror import mirrors
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cli import cli
 
 

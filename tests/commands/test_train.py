@@ -8,7 +8,7 @@ import signal
 import pytest
 from click.testing import CliRunner
 
-from kd.commands.settings_options import take_settings
+from kd.commands.terminal.settings_options import take_settings
 from kd.commands.train import TrainCommand, stop_on_signals, train
 from kd.common.settings import make
 

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from kd.common.errors import DataError
+from kd.models.batching.packing import lay_out
 from kd.models.heads import split_head
 from kd.models.packable import require_packable
-from kd.models.packing import lay_out
 
 V = 50
 EVERY = with_kinds(LAYOUTS)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.settings import make
 from kd.data.blocks import BlockConfig
 from kd.student_trainer.config import TrainConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError
 from kd.models.loading import ModelRequest, load_model

@@ -11,8 +11,8 @@ from servers import FileServer
 
 from kd.cache_builder.share.mirror import mirrors
 from kd.cache_builder.share.pull import pull
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records import commits
 from kd.common.errors import CacheError, CacheMismatchError
 from kd.common.settings import make
 from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective

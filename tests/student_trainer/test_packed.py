@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model, with_kinds
 from transformers import BloomConfig, BloomForCausalLM
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError
-from kd.models.packing import Size, pack_sequences
+from kd.models.batching.packing import Size, pack_sequences
 from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator

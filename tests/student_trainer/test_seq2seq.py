@@ -17,7 +17,7 @@ import torch
 from evaluating import evaluated
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Config
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kd.cache_builder.store.manifest import Layout
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import Layout
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
 from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.batches.batch_plan import plan_batches

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.cache_builder.store import codecs
-from kd.cache_builder.store.manifest import CacheManifest
+from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.readers.reading import CachedBatch, CachedExample
+from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.shard_store import Shard
 from kd.cache_builder.store.soft_targets import SoftTargets, take_rows
 from kd.cache_builder.store.vocabulary import tokens_digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
-from kd.cache_builder.store.manifest import CacheManifest
+from kd.cache_builder.store.records.manifest import CacheManifest
 
 Facts = Mapping[str, str | int]
 """Name -> value of what is shown of a cache."""

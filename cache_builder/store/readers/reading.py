@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.part import Part
+from kd.cache_builder.store.records.manifest import CacheManifest
+from kd.cache_builder.store.records.part import Part
 from kd.cache_builder.store.shard_store import Shard
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import TargetConfig

@@ -27,10 +27,10 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from kd.cache_builder.store.cache_files import LocalFiles
-from kd.cache_builder.store.cache_identity import refuse_mismatch
-from kd.cache_builder.store.commits import commit_path, file_entry, read_commit, shard_files
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec
-from kd.cache_builder.store.manifest import (
+from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.commits import commit_path, file_entry, read_commit, shard_files
+from kd.cache_builder.store.records.manifest import (
     ANSWERS,
     BUILDING,
     MANIFEST,
@@ -41,7 +41,7 @@ from kd.cache_builder.store.manifest import (
     group_files,
     load_manifest,
 )
-from kd.cache_builder.store.shard_record import ShardRecord
+from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
 from kd.cache_builder.store.vocabulary import code_table, pack_rows
 from kd.cache_builder.store.writers.claims import void_claims

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from kd.cache_builder.build.build_settings import AnswerSettings, BlockSettings, BuildSettings, RunningSettings
 from kd.cache_builder.build.engines import ENGINES
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
-from kd.cache_builder.store.manifest import load_manifest
 from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cli import cli
 from kd.common.errors import DataError
 from kd.common.settings import as_text, flat, make, settings_of

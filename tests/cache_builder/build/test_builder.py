@@ -21,10 +21,11 @@ import pytest
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.estimate import estimate
 from kd.cache_builder.build.plan import plan_build
-from kd.cache_builder.store import commits, shard_store
+from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import LocalFiles
-from kd.cache_builder.store.manifest import Layout, load_manifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.teacher.teacher_pass import Teacher
 from kd.cache_builder.upkeep.verify import verify
@@ -147,7 +148,7 @@ from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.plan import plan_build
-from kd.cache_builder.store.manifest import Layout
+from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
 from kd.data.blocks import BlockConfig
 from kd.models.loading import ModelRequest

@@ -16,7 +16,7 @@ from kd.cache_builder.build import engines
 from kd.cache_builder.build.builder import BuildProgress
 from kd.cache_builder.build.engines import ENGINES, build_together, jobs
 from kd.cache_builder.build.plan import plan_build
-from kd.cache_builder.store import commits
+from kd.cache_builder.store.records import commits
 from kd.common.errors import CacheError, DataError, TeacherError
 from kd.common.files import unfinished
 from kd.models.tokenizer import load_tokenizer

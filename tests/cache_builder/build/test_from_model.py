@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS, build_cache
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError

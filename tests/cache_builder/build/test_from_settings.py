@@ -10,8 +10,8 @@ import pytest
 
 from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cache_builder.build.from_settings import build_of, plan_of, request_of
-from kd.cache_builder.store.manifest import Layout, load_manifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.settings import changed, make
 

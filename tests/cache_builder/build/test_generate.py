@@ -16,8 +16,8 @@ from kd.cache_builder.build.estimate import estimate
 from kd.cache_builder.build.generate import answer, answered, generate
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
-from kd.cache_builder.store.manifest import Layout, load_manifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
 from kd.common.progress import Progress

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from kd.cache_builder.store.manifest import Layout, load_manifest
+from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cli import cli
 from kd.common.errors import CacheMismatchError
 

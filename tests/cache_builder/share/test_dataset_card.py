@@ -11,7 +11,7 @@ from servers import HubServer
 
 from kd.cache_builder.share.push import push
 from kd.cache_builder.share.transfer import TransferProgress
-from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.verify import verify
 
 pytestmark = pytest.mark.usefixtures("hasty")

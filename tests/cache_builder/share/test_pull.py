@@ -17,8 +17,8 @@ import pytest
 from kd.cache_builder.share.pull import STAGING, pull
 from kd.cache_builder.share.push import push
 from kd.cache_builder.share.transfer import TransferProgress
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 

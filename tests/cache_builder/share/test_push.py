@@ -14,8 +14,8 @@ from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
 from kd.cache_builder.share.remotes import FolderRemote
 from kd.cache_builder.share.transfer import TransferProgress
-from kd.cache_builder.store import commits
-from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.common.errors import CacheDamageError, CacheError
 
 pytestmark = pytest.mark.usefixtures("hasty")

@@ -17,14 +17,15 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.cache_builder.store import commits, shard_store
+from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.chunks import decode_shard
-from kd.cache_builder.store.codecs import array_specs
 from kd.cache_builder.store.encoding.arrays import ArraySpec
+from kd.cache_builder.store.encoding.codecs import array_specs
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
-from kd.cache_builder.store.manifest import Layout, load_manifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.store.vocabulary import code_table, codes_by_count, pack_rows, tokens_digest, unpack_rows
 from kd.cache_builder.store.writers import shard_writer

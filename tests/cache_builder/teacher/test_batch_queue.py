@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.cache_builder.teacher.batch_queue import SMALLEST_CHUNK, Batch, BatchQueue
-from kd.models.padded_batches import batches_by_length, padded_tokens
+from kd.models.batching.padded_batches import batches_by_length, padded_tokens
 
 SIZES = [40, 12, 30, 8, 25, 3, 60, 17]
 

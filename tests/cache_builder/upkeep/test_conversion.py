@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.conversion import converted
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kd.cache_builder.store.manifest import load_manifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheMismatchError, DataError

@@ -13,8 +13,8 @@ from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.opening import open_files
 from kd.cache_builder.store.cache_files import LocalFiles
-from kd.cache_builder.store.manifest import load_manifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.repair import mend, mend_manifest, reopen
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli

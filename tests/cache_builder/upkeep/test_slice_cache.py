@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
-from kd.cache_builder.store.manifest import load_manifest
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.soft_targets import concatenate
 from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.verify import verify

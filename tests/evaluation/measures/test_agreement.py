@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import CacheError, DataError
 from kd.common.progress import final
 from kd.evaluation.measures.agreement import evaluate_agreement, rest_bucket_kl

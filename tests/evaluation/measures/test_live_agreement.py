@@ -8,7 +8,7 @@ import torch
 from evaluating import evaluated
 from transformers import AutoModelForSeq2SeqLM
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.progress import final
 from kd.data.blocks import BlockConfig, tokenize_corpus

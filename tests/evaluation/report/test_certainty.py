@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.evaluation.report.certainty import certainty, section
 
 

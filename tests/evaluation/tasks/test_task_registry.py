@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from evaluating import evaluated, run_tasks
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.progress import final
 from kd.data.data_settings import InstructionConfig

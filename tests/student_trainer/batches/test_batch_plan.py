@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.student_trainer.batches.batch_plan import PlannedBatches, plan_batches
 from kd.student_trainer.batches.read_ahead import CachedExamples
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.losses.loss_registry import Objective
 

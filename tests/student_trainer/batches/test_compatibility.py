@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from kd.cache_builder.store.profiles import PROFILES
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.settings import make

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.models.tokenizer import load_tokenizer, token_bytes
 from kd.student_trainer.batches import pieces
 from kd.student_trainer.batches.alignment import Side, align

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kd.cache_builder.store import shard_store
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import CacheDamageError
 from kd.student_trainer.batches.read_ahead import PREFETCHED_BATCHES, TOUCHING_THREADS, Prefetcher, touch_shards
 
@@ -52,7 +52,7 @@ def test_a_shard_that_cannot_be_touched_is_told_when_it_is_read(
 ENDS = """
 import sys, time
 from kd.cache_builder.store import shard_store
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.student_trainer.batches.read_ahead import touch_shards
 
 read = shard_store.read_shard

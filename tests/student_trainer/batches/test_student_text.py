@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig
 from kd.models.tokenizer import encode_with_ends, load_tokenizer, token_bytes

@@ -20,7 +20,7 @@ from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.share.dataset_card import dataset_card
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.verify import verify

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import band_edges
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
 from kd.student_trainer.batches.collate import Collator, loss_targets

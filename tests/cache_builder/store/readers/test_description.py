@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from kd.cache_builder.store.manifest import load_manifest
-from kd.cache_builder.store.mixed_reader import MixedReader
-from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.store.readers.description import facts, html_table
+from kd.cache_builder.store.readers.mixed_reader import MixedReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import load_manifest
 
 
 def cells(html: str) -> dict[str, str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from kd.cache_builder.store.mixed_reader import MixedReader
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.mixed_reader import MixedReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.readers.reading import Reader
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.manifest_checks import bounded_count, check_inside, file_table
+from kd.cache_builder.store.records.manifest_checks import bounded_count, check_inside, file_table
 from kd.common.errors import CacheDamageError
 from kd.common.files import digest_of
 

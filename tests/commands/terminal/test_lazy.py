@@ -9,7 +9,7 @@ import click
 import pytest
 
 from kd.cli import COMMANDS, cli
-from kd.commands.lazy import LazyCommands
+from kd.commands.terminal.lazy import LazyCommands
 
 
 def loaded(*words: str) -> set[str]:
@@ -24,9 +24,9 @@ def loaded(*words: str) -> set[str]:
 
 
 def test_one_command_imports_its_own_module_and_what_commands_share() -> None:
-    shared = {"kd.commands.lazy", "kd.commands.console", "kd.commands.options"}
-    assert loaded("data", "show") == shared | {"kd.commands.data", "kd.commands.settings_options"}
-    every = shared | {"kd.commands.settings_options"}
+    shared = {"kd.commands.terminal.lazy", "kd.commands.terminal.console", "kd.commands.terminal.options"}
+    assert loaded("data", "show") == shared | {"kd.commands.data", "kd.commands.terminal.settings_options"}
+    every = shared | {"kd.commands.terminal.settings_options"}
     assert loaded() == every | {place.partition(":")[0] for place in COMMANDS.values()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kd.cache_builder.store.manifest import (
+from kd.cache_builder.store.records.manifest import (
     Layout,
     fingerprint_of,
     load_manifest,

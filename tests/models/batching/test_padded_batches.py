@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.models.padded_batches import batches_by_length, even_rows, forward_tokens, padded_tokens
+from kd.models.batching.padded_batches import batches_by_length, even_rows, forward_tokens, padded_tokens
 
 
 @pytest.mark.parametrize("budget", [1, 20, 25, 64, 200, 4096])

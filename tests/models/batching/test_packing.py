@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
-from kd.models.packing import Packer, Size, lay_out, pack_sequences, segment_mask
+from kd.models.batching.packing import Packer, Size, lay_out, pack_sequences, segment_mask
 
 ONE_SIDE = st.lists(st.tuples(st.integers(1, 20)), max_size=40)
 TWO_SIDES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), max_size=40)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kd.cache_builder.opening import open_cache
-from kd.cache_builder.store.mixed_reader import MixedReader
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.mixed_reader import MixedReader
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import CacheMismatchError
 from kd.common.settings import changed, make
 from kd.student_trainer.config import TrainConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.encoding.arrays import ArraySpec
-from kd.cache_builder.store.manifest import (
+from kd.cache_builder.store.records.manifest import (
     ANSWERS,
     BUILDING,
     MANIFEST,
@@ -22,8 +22,8 @@ from kd.cache_builder.store.manifest import (
     CacheManifest,
     load_manifest,
 )
-from kd.cache_builder.store.part import refuse_absent
-from kd.cache_builder.store.shard_record import ShardRecord, parse_shard_record
+from kd.cache_builder.store.records.part import refuse_absent
+from kd.cache_builder.store.records.shard_record import ShardRecord, parse_shard_record
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import read_json, sha256_of, unfinished
 

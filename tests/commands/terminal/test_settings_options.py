@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from kd.commands.settings_options import GIVEN, RecordingCommand, settings_options, take_settings
+from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, settings_options, take_settings
 from kd.common.byte_sizes import byte_count
 from kd.common.errors import DataError
 from kd.common.settings import flat, make, setting, settings_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
-from kd.cache_builder.store.manifest import CacheManifest
+from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.common.errors import CacheDamageError, CacheError, unknown_name
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 

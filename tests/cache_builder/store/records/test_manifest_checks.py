@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd.cache_builder.store.manifest_checks import check_inside
+from kd.cache_builder.store.records.manifest_checks import check_inside
 from kd.common.errors import CacheError
 
 

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.codecs import array_specs
 from kd.cache_builder.store.encoding.arrays import ArraySpec
+from kd.cache_builder.store.encoding.codecs import array_specs
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
-from kd.cache_builder.store.manifest_checks import (
+from kd.cache_builder.store.records.manifest_checks import (
     bounded_count,
     check_bounds,
     check_file_names,

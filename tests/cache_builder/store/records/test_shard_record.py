@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.cache_builder.store.shard_record import parse_shard_record
+from kd.cache_builder.store.records.shard_record import parse_shard_record
 from kd.common.errors import CacheDamageError
 from kd.common.files import digest_of
 

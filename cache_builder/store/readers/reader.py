@@ -19,11 +19,11 @@ import numpy as np
 
 from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
-from kd.cache_builder.store.manifest import CacheManifest, load_manifest
-from kd.cache_builder.store.part import Part, load_part
 from kd.cache_builder.store.readers.decoding import Decoder
 from kd.cache_builder.store.readers.description import Facts, facts, html_table, one_line
 from kd.cache_builder.store.readers.reading import CachedExample
+from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
+from kd.cache_builder.store.records.part import Part, load_part
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import read_vocabulary
 from kd.common.errors import CacheError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kd.cache_builder.store.cache_identity import identity_difference, refuse_mismatch
-from kd.cache_builder.store.manifest import load_manifest
+from kd.cache_builder.store.records.cache_identity import identity_difference, refuse_mismatch
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.common.errors import CacheMismatchError
 
 

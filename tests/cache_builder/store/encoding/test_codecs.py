@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.cache_builder.store.codecs import array_specs, decode, encode
 from kd.cache_builder.store.encoding.arrays import id_dtype
+from kd.cache_builder.store.encoding.codecs import array_specs, decode, encode
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, Graded, graded_scale, power_sums
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.cache_builder.store.targets import RawTargets, TargetConfig

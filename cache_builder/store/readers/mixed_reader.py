@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder.store.cache_files import bytes_below
-from kd.cache_builder.store.cache_identity import identity_difference
-from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.part import Part
-from kd.cache_builder.store.reader import CacheReader
 from kd.cache_builder.store.readers.decoding import Decoder
 from kd.cache_builder.store.readers.description import Facts, facts, html_table, one_line
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.readers.reading import CachedExample
+from kd.cache_builder.store.records.cache_identity import identity_difference
+from kd.cache_builder.store.records.manifest import CacheManifest
+from kd.cache_builder.store.records.part import Part
 from kd.cache_builder.store.shard_store import Shard
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.common.errors import CacheError, CacheMismatchError

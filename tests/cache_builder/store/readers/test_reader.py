@@ -16,8 +16,8 @@ from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import CacheFiles
-from kd.cache_builder.store.manifest import CacheManifest
-from kd.cache_builder.store.reader import CacheReader, quality_means
+from kd.cache_builder.store.readers.reader import CacheReader, quality_means
+from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.soft_targets import SoftTargets, concatenate
 from kd.common.errors import CacheError
 

@@ -14,11 +14,12 @@ import pytest
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
 from kd.cache_builder.share.transfer import TransferProgress
-from kd.cache_builder.store import commits, shard_store
+from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import LocalFiles
-from kd.cache_builder.store.manifest import load_manifest
-from kd.cache_builder.store.part import ALWAYS, PARTIAL, Part, load_part, part_of, whole
-from kd.cache_builder.store.reader import CacheReader
+from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.records.part import ALWAYS, PARTIAL, Part, load_part, part_of, whole
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, DataError

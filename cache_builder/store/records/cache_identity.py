@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.manifest import FORMAT_VERSION, CacheManifest
+from kd.cache_builder.store.records.manifest import FORMAT_VERSION, CacheManifest
 from kd.common.errors import CacheMismatchError
 
 
