@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from kd.commands.terminal.lazy import LazyCommands
+from kd.commands.terminal.lazy import LazyCommands, ListedGroup
 
 if TYPE_CHECKING:
     from kd.common.errors import KdError
@@ -76,10 +76,27 @@ COMMANDS = {
     "train": "kd.commands.train:train",
 }
 """Name -> `module:attribute` of the command."""
+LINES = {
+    "cache": "Build, inspect, check and share teacher-logit caches.",
+    "classify": "Fine-tune and score sequence classifiers on GLUE.",
+    "data": "Look at text sources.",
+    "demo": "Run the whole pipeline on the embedded teachers and texts, offline, in minutes.",
+    "eval": "Score one or more models.",
+    "experiment": "Train students with and without the teacher over several seeds from one cache, score both, "
+    "and test the difference.",
+    "merge": "Merge models of one architecture: classifiers keep a head per task, language models are merged whole.",
+    "recipe": "Run the settings of the reference systems, command by command.",
+    "report": "Compare runs and evaluations: tables, gains, loss curves and bars as PNG, Markdown, CSV, JSON "
+    "and one HTML page.",
+    "train": "Train a student from a cache; the teacher is never loaded.",
+}
+"""Name -> its line in `kd --help`, which imports no command."""
 
 
 @click.group(
+    cls=ListedGroup,
     commands=LazyCommands(COMMANDS),
+    lines=LINES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="kd-logit-cache", prog_name="kd")

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
+from typing import Any
 
 import click
+
+
+class ListedGroup(click.Group):
+    """A group whose `--help` shows a line per command from a table, so that it imports none of them."""
+
+    def __init__(self, *arguments: Any, lines: Mapping[str, str], **options: Any) -> None:
+        """`lines` maps each command's name to its line."""
+        super().__init__(*arguments, **options)
+        self.lines = lines
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Called by click."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.lines[name]) for name in self.list_commands(ctx)])
 
 
 class LazyCommands(MutableMapping[str, click.Command]):
     """Name -> command, for `click.Group(commands=…)`. A command given as `module:attribute` is imported on first use.
 
-    Listing the names imports nothing; listing the help of all commands imports all their modules.
+    Listing the names imports nothing.
     """
 
     def __init__(self, modules: Mapping[str, str]) -> None:

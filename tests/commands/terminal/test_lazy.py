@@ -8,7 +8,7 @@ import sys
 import click
 import pytest
 
-from kd.cli import COMMANDS, cli
+from kd.cli import COMMANDS, LINES, cli
 from kd.commands.terminal.lazy import LazyCommands
 
 
@@ -24,10 +24,16 @@ def loaded(*words: str) -> set[str]:
 
 
 def test_one_command_imports_its_own_module_and_what_commands_share() -> None:
-    shared = {"kd.commands.terminal.lazy", "kd.commands.terminal.console", "kd.commands.terminal.options"}
-    assert loaded("data", "show") == shared | {"kd.commands.data", "kd.commands.terminal.settings_options"}
-    every = shared | {"kd.commands.terminal.settings_options"}
-    assert loaded() == every | {place.partition(":")[0] for place in COMMANDS.values()}
+    shared = {"kd.commands.terminal", "kd.commands.terminal.lazy"}
+    assert loaded() == shared, "the help of `kd` imports no command"
+    options = {f"kd.commands.terminal.{name}" for name in ("console", "options", "settings_options")}
+    assert loaded("data", "show") == shared | options | {"kd.commands.data"}
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_the_line_of_a_command_is_the_first_sentence_of_its_help(name: str) -> None:
+    whole = " ".join((cli.commands[name].help or "").split("\n\n")[0].split())
+    assert LINES[name].rstrip(".") == whole.partition(". ")[0].rstrip(".")
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
