@@ -1,11 +1,11 @@
-"""What models write after the user's own prompts: to be read side by side, not to be scored.
+"""The models' answers to the user's own prompts, for reading side by side.
 
     prompts.txt     one prompt a line, continued as it stands
     prompts.jsonl   {"prompt": …} and, if it is known, {"expected": …}; asked as tasks are, with the separator after it
 
-Decoding is that of `generation`: the most probable token at every step, under one rule for all models, so that what a report
-shows is not the luckiest of several draws. Three figures go with the texts because eyes overlook them: how many
-answers came to an end, how long they are, and how much of them repeats what they said before. None is a merit.
+Decoding is that of `generation`: every model takes the most probable token at every step, so that no text is the luckiest
+of several draws. Three figures accompany the texts, because readers overlook them: the share of answers that ended, their
+length, and how much of them repeats earlier words. They do not rank the models.
 """
 
 from __future__ import annotations

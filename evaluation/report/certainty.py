@@ -1,12 +1,13 @@
-"""How much a teacher's soft targets say that the text does not: the first thing to look at where distillation wins nothing.
+"""How much the teacher's soft targets say beyond the text itself.
 
-A teacher that is certain of what comes next gives the student the text once more; one that knows little gives it noise.
-Per row of a cache, with p over the kept tokens and everything else as one more outcome:
+A teacher that is certain of the next token repeats the text. A teacher that knows little adds noise. Look here first
+when distillation gains nothing. The figures are per row of a cache. p runs over the kept tokens, and everything else
+counts as one more outcome:
 
-    entropy        -Σ p ln p, nats; a lower bound, as the rest is one outcome
+    entropy        -Σ p ln p, nats; a lower bound, because the rest is one outcome
     certain        share of rows whose most probable token has more than CERTAIN
     top-1          share of rows whose most probable token is the text's
-    NLL            -ln p(text), nats: what the teacher would score itself
+    NLL            -ln p(text), nats: the teacher's own score
 """
 
 from __future__ import annotations

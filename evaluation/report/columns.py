@@ -1,7 +1,7 @@
-"""The columns of the reference table: what is shown of each task, one metric on one text.
+"""The columns of the reference table: each is one metric of one task on one text.
 
-A *column* is the chief metric of one task on one text, or of one task of a mixture; the last is the mean over those that
-are shares.
+A *column* is the chief metric of one task on one text, or of one task of a mixture. The last column is the mean over the
+columns that are shares.
 """
 
 from __future__ import annotations

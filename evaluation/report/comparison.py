@@ -1,11 +1,12 @@
-"""Models side by side: which figures may be compared, and which difference is larger than its error.
+"""Compare models: which figures may be compared, and which differences are larger than their errors.
 
-One table per task and text (or cache). In a table a figure is marked best only when it beats every other by more
-than the standard error of the difference. That error is paired over documents where both evaluations have the
-same ones, which is usual and several times tighter than adding two errors; otherwise the two are added in squares,
-which overstates it. Nothing is marked where the settings differ (window, stride, limit, temperature), where a figure
-per token meets another tokenizer (a share of examples may), or where a text is a single document and no error can
-be given.
+There is one table per task and text (or cache). A figure is marked as best only when it beats every other one by more
+than the standard error of the difference. Usually both evaluations have the same documents, and the error is paired over
+them. Otherwise the two errors are added in squares, which is several times wider and overstates the error.
+
+Nothing is marked where the settings differ (window, stride, limit, temperature). Nothing is marked where a figure is per
+token and the tokenizers differ; a share of examples may still be compared. A text of a single document has no error, so
+nothing is marked there either.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The pictures of a report: loss curves, bars and differences with error bars, scores while students learn, drawn through
-matplotlib's object API.
+"""The figures of a report: loss curves, bars and differences with error bars, and scores during training.
 
-No pyplot, no global state, no display: a `Figure` on the Agg canvas is a value that becomes a PNG file. Colours are
-Okabe and Ito's, told apart by most colour-blind readers; runs beyond eight repeat them with another dash.
-Raw losses are drawn faint, and over them their mean under a two-sided exponential window with a half-life of 1 % of
-the run. A one-sided running mean, as training dashboards draw it, lags: on 2.4 + 5.3 exp(-step/150) over 2000 steps it
-reads up to 0.7 nats too high, the two-sided one 0.06 beyond the first few records. Panels stand one above the other, so
-that a phone's width is enough. Students over several seeds are one curve: their mean, and the range of the seeds as a band.
+They are drawn through matplotlib's object API, without pyplot, global state or a display. A `Figure` on the Agg canvas is
+a value that becomes a PNG file. The colours are those of Okabe and Ito, which most colour-blind readers can tell apart.
+Runs beyond eight repeat the colours with another dash. Panels stand one above the other, so that the width of a phone is
+enough. Students over several seeds are one curve: their mean, with the range of the seeds as a band.
+
+Raw losses are drawn faint. The line over them is their mean under a two-sided exponential window with a half-life of 1 %
+of the run. Training dashboards use a one-sided mean, which lags: on 2.4 + 5.3 exp(-step/150) over 2000 steps it reads up
+to 0.7 nats too high. The two-sided mean is off by at most 0.06 beyond the first few records.
 """
 
 from __future__ import annotations

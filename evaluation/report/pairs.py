@@ -1,10 +1,10 @@
 """Which students belong together: arms over seeds, and the fine-tuned and distilled arms that make a pair.
 
-An *arm* is the students whose settings differ in the seed alone. A *pair* is a fine-tuned arm (`--loss ce`, or the baseline
-of an experiment) and another that began with the same student and read the same cache; seed s of one is compared with seed s
-of the other, because they began with the same weights and saw the same examples in the same order. What else than the
-loss differs between them is named beside the comparison, not hidden by it. Models that nobody trained here (teachers,
-models of the hub) are arms of their own.
+An *arm* holds the students whose settings differ in the seed alone. A *pair* is a fine-tuned arm (`--loss ce`, or the
+baseline of an experiment) and another arm that began with the same student and read the same cache. Seed s of one is
+compared with seed s of the other: both began with the same weights and saw the same examples in the same order. If more
+than the loss differs between them, the report names it beside the comparison. Models that were not trained here
+(teachers, models of the hub) are arms of their own.
 """
 
 from __future__ import annotations

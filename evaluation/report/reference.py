@@ -1,15 +1,15 @@
-"""The reference table: models down, every task's chief metric across, and what the teacher was worth in each.
+"""The reference table: a row per model, a column per task, and what the teacher gained in each.
 
-What a column is says `columns`. A figure of an arm is the mean over its seeds. Its error has two parts, which are kept
-apart because more seeds shrink the first and more text the second:
+`columns` defines a column. A figure of an arm is the mean over its seeds. Its error has two parts. More seeds shrink the
+first, and more text shrinks the second, so they are kept apart:
 
     seeds      sd over seeds / √seeds                          another run would have given other weights
     documents  clustered by document, of the mean over seeds   another text would have been easier or harder
 
-± is both together (root of the sum of squares). Differences are paired in both: within seeds, where the two students
-began alike, and over documents, where both saw the same. The mean over columns adds the influences of documents, so that
-two metrics of the same examples are not counted as if they were independent; where influences are missing, the errors of
-the columns and seeds are added up, which can only overstate, and those of the two sides of a pair in squares.
+± is both together (root of the sum of squares). Differences are paired in both parts: within seeds, where the two students
+began with the same weights, and over documents, where both saw the same ones. The mean over columns adds the influences
+of documents, so that two metrics of the same examples do not count as independent. Where influences are missing, the
+errors of columns and seeds are added up, which can only overstate; those of the two sides of a pair are added in squares.
 
 A student is marked in a column only when the difference of its pair exceeds its error.
 """

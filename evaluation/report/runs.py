@@ -1,11 +1,11 @@
-"""What lies in the folders that a report is made of: training runs, evaluations, or both.
+"""Find what a report is made of in its input folders: training runs, evaluations, or both.
 
     run.json  metrics.jsonl      a training run (`kd train --out`); one JSON object per logged step
     eval.json                    an evaluation (`kd eval --out`), in the folder itself or, of a run, in `eval`, `eval-2`, …
     0-NAME  1-NAME  …            evaluations of several models at once
 
-Runs that are still going or were killed can be read: a last line that was cut off is left out, and a step logged twice
-counts once, the later.
+A run that is not finished or was killed can be read. A last line that was cut off is left out. A step that was logged
+twice counts once, with its later record.
 """
 
 from __future__ import annotations

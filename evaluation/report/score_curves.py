@@ -1,8 +1,8 @@
-"""How students' scores move while they learn, from `evaluations.jsonl`: one panel per metric, the start drawn as a line.
+"""Students' scores during training, read from `evaluations.jsonl`: one panel per metric.
 
-The dashed line is the score before the first step: what the student brought along. A curve that stays on it learned nothing
-that the task asks for. Bars are one standard error of the examples asked, the same ones at every step, so that
-differences along a curve are surer than its bars.
+The dashed line is the score before the first step. A curve that stays on it shows that the student learned nothing that
+the task measures. Bars are one standard error over examples. Every step is scored on the same examples, so differences
+along a curve are more certain than its bars suggest.
 """
 
 from __future__ import annotations

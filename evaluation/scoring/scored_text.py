@@ -1,8 +1,8 @@
-"""Run a model over examples and hand out logits for the scored positions, a few hundred rows at a time.
+"""Run a model over examples and yield logits for the scored positions, a few hundred rows at a time.
 
-The full logits `[B, T, V]` never exist: at 4096 tokens and 50 257 ids they are 0.8 GB in float32, a chunk of 256
-rows is 51 MB. Examples are batched by length (longest first, so that a batch that is too large fails at once)
-and padded on the right, where a causal model never looks; an encoder is given a mask.
+The full logits `[B, T, V]` are never formed. At 4096 tokens and 50 257 ids they would take 0.8 GB in float32; a chunk of
+256 rows takes 51 MB. Examples are batched by length, the longest first, so that a batch that is too large fails at once.
+They are padded on the right, where a causal model never looks. An encoder gets a mask.
 
 Shapes: N scored rows, V ids the tokenizer or the cache knows, C context tokens, n target tokens.
 """

@@ -1,16 +1,16 @@
-"""Log-probabilities of several continuations of one context, the context read once.
+"""Log-probabilities of several continuations of one context. The context passes through the model once.
 
-A question with four options is four texts that begin alike. Scored apart, the context passes through the model four
-times; here it passes once, and what follows branches off from what the model keeps of it:
+A question with four options is four texts with the same beginning. Separate passes would read that beginning four times.
+Here the model reads it once, and each option continues from the state that the model keeps:
 
     causal            keys and values of the contexts (padded on the left, as in generation), then one pass per option
                       over its own tokens; the first token of every option is read from the context's last position
     encoder-decoder   one pass of the encoder and one projection of its output to the decoder's cross-attention
 
-Nothing is copied to branch: transformers' dynamic caches grow by making new tensors, so a shallow copy of the cache is
-a branch of it. The numbers are those of separate passes within rounding. That is proved on a few tokens before a
-model is used; one whose state is something else (recurrent layers, caches written in place) is scored by separate
-passes (`kd.evaluation.scoring.scored_text.gold_nll`). Measured against those and lm-evaluation-harness: benchmarks/eval_speed.py.
+No state is copied. transformers' dynamic caches grow by making new tensors, so a shallow copy of the cache is enough.
+The log-probabilities equal those of separate passes up to rounding. This is checked on a few tokens before a model is
+used. A model that fails the check (recurrent layers, caches that are written in place) is scored by separate passes
+(`kd.evaluation.scoring.scored_text.gold_nll`). benchmarks/eval_speed.py compares the speed with lm-evaluation-harness.
 
 Shapes: B contexts of a batch, C context tokens, n continuation tokens, d width of the model, U rows of hidden states.
 """
