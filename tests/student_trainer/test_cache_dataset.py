@@ -290,11 +290,13 @@ def test_processes_share_the_batches_of_one(name: str, cases) -> None:
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11 asks torch 2.13 for it
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_data_loader_continues_in_mid_pass(cases, workers: int) -> None:
-    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    from torchdata import stateful_dataloader
 
     def loader() -> Any:
         context = {"multiprocessing_context": "spawn"} if workers else {}
-        return torchdata.StatefulDataLoader(cases["kl"].dataset(), batch_size=None, num_workers=workers, **context)
+        return stateful_dataloader.StatefulDataLoader(
+            cases["kl"].dataset(), batch_size=None, num_workers=workers, **context
+        )
 
     whole = list(cases["kl"].dataset())
     first = loader()
