@@ -116,11 +116,11 @@ def numbered(out: Path) -> list[Path]:
 
 
 def refuse_other_scores(out: Path, models: Sequence[str], tasks: Sequence[str]) -> None:
-    """Raise DataError where `out` holds scores of other models, or of other tasks: they would be lost, or mixed up."""
+    """Raise DataError where `out` holds scores of other models, or of tasks that are not measured again: they would be lost."""
     planned = dict(zip(folders_of(out, models), models, strict=True))
     for folder in [*([out] if (out / EVAL).is_file() else []), *numbered(out)]:
         before = load_report(folder)
-        if planned.get(folder) != before.model or not set(tasks) & set(before.tasks):
+        if planned.get(folder) != before.model or not set(before.tasks) <= set(tasks):
             scores, expected = (
                 f"{before.model}: {', '.join(before.tasks)}",
                 f"{planned.get(folder)}: {', '.join(tasks)}",

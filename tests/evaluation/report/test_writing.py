@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -447,6 +448,11 @@ def test_scores_of_other_models_or_tasks_are_not_overwritten_or_mixed(tmp_path):
     ):
         with pytest.raises(DataError, match="other scores"):
             refuse_other_scores(out, models, tasks)
+    report = evaluation("a", HARD, 8.0)
+    replace(report, tasks=report.tasks | {"hellaswag": report.tasks["perplexity"]}).save(alone)
+    with pytest.raises(DataError, match="hellaswag"):  # it would be lost
+        refuse_other_scores(alone, ["a"], ["perplexity"])
+    refuse_other_scores(alone, ["a"], ["hellaswag", "perplexity"])
 
 
 @pytest.mark.parametrize("make", [lambda p: p / "absent", lambda p: p])
