@@ -95,6 +95,7 @@ def data_show(spec: str, settings: DataSettings, as_json: bool) -> None:
         "examples": len(corpus.examples),
         "bytes": size,
         "text_digest": corpus.digest,
+        "left_out": corpus.left_out.document(),
     }
     if as_json:
         result["source"] = corpus.source

@@ -17,7 +17,6 @@ row: the context is what the classifier reads, the target is the number of its l
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from kd.common.errors import DataError, unknown_name
 from kd.data.instruction_tasks.glue import CLASSES, PAIR
+from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.models.tokenizer import Tokenizer, encode_texts, encode_with_ends, token_bytes
@@ -113,11 +113,11 @@ class TokenRows:
 
 
 def tokenize_corpus(
-    corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig, counts: Counter[str] | None = None
+    corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig, left_out: LeftOut | None = None
 ) -> Iterator[TokenRows]:
     """All rows of `corpus` in order. Raises DataError naming the example that cannot be scored.
 
-    counts   receives the number of pairs that were `dropped`, and of pairs whose prompt or target was `truncated`
+    left_out   receives the pairs that are `too_long` and were dropped, and those whose prompt or target was `shortened`
     """
     pieces = token_bytes(tokenizer)
     if corpus.kind == "documents":
@@ -132,7 +132,7 @@ def tokenize_corpus(
         for example in corpus.examples:
             yield from document_blocks(example, tokenizer, pieces, config)
         return
-    counts = Counter() if counts is None else counts
+    left_out = LeftOut() if left_out is None else left_out
     refused: list[str] = []
     if corpus.kind == CLASSES:
         pairs = _classified(corpus.examples, tokenizer, config.seq_len)
@@ -146,9 +146,9 @@ def tokenize_corpus(
         elif config.overlong == "error":
             refused.append(f"{example.id} ({len(row.context_ids)} context and {len(row.target_ids)} target tokens)")
         elif config.overlong == "drop" or fitted is None:
-            counts["dropped"] += 1
+            left_out.add("too_long", example.id)
         else:
-            counts["truncated"] += 1
+            left_out.add("shortened", example.id)
             yield fitted
     if refused:
         limits = f"{config.seq_len} " + ("for the prompt" if config.encoder else "in all")

@@ -33,6 +33,7 @@ from kd.data.instruction_tasks.mixtures import load_mixture, mix, select
 from kd.data.instruction_tasks.task import SPLITS, TaskFile
 from kd.data.instruction_tasks.task_files import load_task
 from kd.data.instruction_tasks.task_rows import SAME
+from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example, check_examples, text_digest
 from kd.data.rows.hub import load_hub
 from kd.data.rows.local_files import FILE_READERS, read_local
@@ -57,8 +58,8 @@ class Corpus:
     """Facts that identify the source besides its text, e.g. hub id, configuration and revision."""
     metrics: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Task -> metrics that its file names; empty where there are no task files."""
-    without_text: int = 0
-    """Number of rows that were left out because they are empty or only white space."""
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
+    """What of the source did not become an example, and why."""
 
     @property
     def digest(self) -> str:
@@ -109,18 +110,21 @@ def corpus_of_rows(
 def _usable(corpus: Corpus, limit: int | None) -> Corpus:
     """The corpus with its first `limit` examples that have text. Raises DataError where none are left."""
     examples = tuple(e for e in corpus.examples if e.target.strip())
-    without_text = len(corpus.examples) - len(examples)
+    left_out = joined([corpus.left_out])
+    for example in corpus.examples:
+        if not example.target.strip():
+            left_out.add("without_text", example.id)
     if limit is not None:
         examples = examples[:limit]
     if not examples:
         raise DataError(
             "no text found",
             where=f"{corpus.spec} (split {corpus.split})",
-            found="0 non-empty examples",
+            found=f"0 examples; left out: {left_out}",
             try_="kd data show SPEC",
         )
     check_examples(corpus.spec, examples)
-    return replace(corpus, examples=examples, without_text=without_text)
+    return replace(corpus, examples=examples, left_out=left_out)
 
 
 def load_classes(

@@ -49,12 +49,7 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
     seconds = 2 * parameters * plan.tokens / speed
     if plan.targets_known:
         text = sum(len(r.example.target.encode()) for r in plan.rows)
-        overlong = plan.manifest.provenance["overlong"]
-        more: dict[str, Any] = {
-            "left_out_without_text": plan.request.corpus.without_text,
-            "pairs_dropped": overlong["dropped"],
-            "pairs_truncated": overlong["truncated"],
-        }
+        more: dict[str, Any] = {}
     else:
         text = rows * max(len(piece) for i, piece in enumerate(plan.vocabulary) if i not in plan.special_ids)
         counts = {f"{name}_at_most": count for name, count in counts.items()}
@@ -69,5 +64,6 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "seconds_estimated" if plan.targets_known else "scoring_seconds_at_most": seconds,
         "device": device,
         **more,
+        "left_out": plan.left_out.document(),
         "committed_shards": len(committed(plan.request.out, len(plan.manifest.shards))),
     }

@@ -25,6 +25,7 @@ from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
 from kd.common.progress import Progress
 from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
+from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
 from kd.models.answering import answer_batch, unused_ids
 from kd.models.loading import is_encoder_decoder, refuse_classifier
@@ -47,7 +48,8 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     refuse_classifier(request.teacher, config)
     request = replace(request.pinned(), blocks=replace(request.blocks, encoder=is_encoder_decoder(config)))
     tokenizer = request.source.tokenizer()
-    prompts = list(_prompts(request, tokenizer, generation.max_new_tokens))
+    left_out = joined([request.corpus.left_out])
+    prompts = list(_prompts(request, tokenizer, generation.max_new_tokens, left_out))
     folder = request.out / ANSWERS
     identity = {
         "teacher": request.source.identity(),
@@ -78,9 +80,11 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     examples = tuple(
         replace(e, target=text, complete=complete) for (e, _), (text, complete) in zip(prompts, answers, strict=True)
     )
-    # an answer that is empty and cut short has nothing to score
+    for example in examples:
+        if not (example.target or example.complete):  # it has nothing to score
+            left_out.add("unanswered", example.id)
     examples = tuple(e for e in examples if e.target or e.complete)
-    corpus = replace(request.corpus, examples=examples)
+    corpus = replace(request.corpus, examples=examples, left_out=left_out)
     result = replace(request, corpus=corpus, answered=True, model=model)
     yield Progress(len(answers), len(prompts), result, note=f"{len(answers):,} answers")
 
@@ -94,7 +98,7 @@ def answered(request: BuildRequest) -> bool:
     return all((folder / f"{n:05d}.parquet").exists() for n in range(-(-answers // BLOCK)))
 
 
-def longest_answers(request: BuildRequest, tokenizer: Tokenizer) -> Iterator[TokenRows]:
+def longest_answers(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftOut) -> Iterator[TokenRows]:
     """Every prompt with as many rows as its answer may have, for a plan made before there are answers. The ids are zeros.
 
     With a target length up to the generation limit, that length, because the build accepts nothing longer. Otherwise
@@ -105,14 +109,16 @@ def longest_answers(request: BuildRequest, tokenizer: Tokenizer) -> Iterator[Tok
     length, limit = request.blocks.target_len, generation.max_new_tokens
     most = min(length if length is not None and length <= limit + 1 else limit, (request.layout or Layout()).shard_rows)
     nothing = np.zeros(most, dtype=np.int32)
-    for example, ids in _prompts(request, tokenizer, generation.max_new_tokens):
+    for example, ids in _prompts(request, tokenizer, generation.max_new_tokens, left_out):
         yield TokenRows(replace(example, target=""), ids, nothing, nothing.astype(np.int64))
 
 
-def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int) -> Iterator[tuple[Example, np.ndarray]]:
+def _prompts(
+    request: BuildRequest, tokenizer: Tokenizer, most: int, left_out: LeftOut
+) -> Iterator[tuple[Example, np.ndarray]]:
     """Examples and the ids of their prompts, which leave room for answers of `most` tokens.
 
-    Prompts that are too long are treated as `overlong` says. Raises DataError.
+    Prompts that are too long are treated as `overlong` says, and `left_out` receives them. Raises DataError.
     """
     if request.corpus.kind == "documents":
         raise DataError(
@@ -142,9 +148,13 @@ def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int) -> Iterator
         row = tokenize_pair(replace(example, target=""), tokenizer, pieces, request.blocks)
         fitted = fit_pair(row, limits)
         assert fitted is not None
+        if fitted is not row and request.blocks.overlong == "truncate":
+            left_out.add("prompt_shortened", example.id)
         if fitted is row or request.blocks.overlong == "truncate":
             yield example, fitted.context_ids
-        elif request.blocks.overlong == "error":
+        elif request.blocks.overlong == "drop":
+            left_out.add("too_long", example.id)
+        else:
             refused.append(f"{example.id} ({len(row.context_ids)} tokens)")
     if refused:
         raise DataError(

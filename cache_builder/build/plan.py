@@ -9,7 +9,6 @@ write, rows and shards are an upper bound.
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -33,6 +32,7 @@ from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import TokenRows, tokenize_corpus
 from kd.data.instruction_tasks.glue import CLASSES
+from kd.data.left_out import LeftOut, joined
 from kd.models.loading import is_encoder_decoder
 from kd.models.tokenizer import Tokenizer, pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
 
@@ -48,6 +48,8 @@ class BuildPlan:
     codes: np.ndarray
     """[V] the codes that ids are stored as, see `codes_by_count`"""
     special_ids: set[int]
+    left_out: LeftOut
+    """What of the text is not in the rows, and why."""
 
     @property
     def targets_known(self) -> bool:
@@ -81,15 +83,15 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     request.targets.check_vocabulary(size)
     request = replace(request, blocks=request.blocks.normalised(request.corpus.kind, tokenizer))
     vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)
-    counts: Counter[str] = Counter()
-    rows = _token_rows(request, tokenizer, counts)
+    left_out = joined([request.corpus.left_out])
+    rows = _token_rows(request, tokenizer, left_out)
     identity = _identity(request, tokenizer, size)
     existing = _existing(request, identity)
-    manifest = _manifest(request, rows, identity, existing, counts)
+    manifest = _manifest(request, rows, identity, existing, left_out)
     check_bounds(manifest.arrays, manifest.layout.shard_rows)
     refuse_no_such_part(request.shard)
     codes = codes_by_count(len(vocabulary), (r.target_ids if classes else r.input_ids for r in rows))
-    return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids))
+    return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids), left_out)
 
 
 def _answers_missing(request: BuildRequest) -> bool:
@@ -97,18 +99,17 @@ def _answers_missing(request: BuildRequest) -> bool:
     return request.generation is not None and not request.answered
 
 
-def _token_rows(request: BuildRequest, tokenizer: Tokenizer, counts: Counter[str]) -> list[TokenRows]:
-    """The rows to score; `counts` receives the pairs that were `dropped` and `truncated`. Raises DataError for none."""
+def _token_rows(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftOut) -> list[TokenRows]:
+    """The rows to score; `left_out` receives what cannot be scored. Raises DataError for none."""
     if _answers_missing(request):
-        rows = list(longest_answers(request, tokenizer))
-        counts["dropped"] = len(request.corpus.examples) - len(rows)
+        rows = list(longest_answers(request, tokenizer, left_out))
     else:
-        rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks, counts))
+        rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks, left_out))
     if not rows:
         raise DataError(
             "no example is left",
             where=request.corpus.spec,
-            found=f"{counts['dropped']} dropped as too long",
+            found=f"left out: {left_out}",
             try_="--overlong truncate, or a larger --seq-len or --target-len",
         )
     return rows
@@ -159,7 +160,7 @@ def _manifest(
     rows: list[TokenRows],
     identity: dict[str, Any],
     existing: CacheManifest | None,
-    counts: Counter[str],
+    left_out: LeftOut,
 ) -> CacheManifest:
     """The existing manifest, or that of a new cache. Raises DataError where a row does not fit into a shard."""
     layout = existing.layout if existing is not None else request.layout
@@ -173,18 +174,18 @@ def _manifest(
         rows=sum(len(r.target_ids) for r in rows),
         shards=tuple(shards),
         files={},
-        provenance=_provenance(request, counts),
+        provenance=_provenance(request, left_out),
     )
 
 
-def _provenance(request: BuildRequest, counts: Counter[str]) -> dict[str, Any]:
+def _provenance(request: BuildRequest, left_out: LeftOut) -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
     return {
         "teacher": request.teacher.name,
         "corpus": request.corpus.spec,
         "split": request.corpus.split,
         "source": request.corpus.source,
-        "overlong": {"dropped": counts["dropped"], "truncated": counts["truncated"]},
+        "left_out": left_out.document(),
         "options": None if request.options is None else dict(request.options),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }

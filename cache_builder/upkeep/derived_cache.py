@@ -22,6 +22,7 @@ from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.cache_builder.upkeep.conversion import converted, measured
 from kd.common.files import write_error
+from kd.data.left_out import joined, recorded
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def write_derived(
             count += p.stop - p.first
         sizes.append((position, position + count, rows))
         position += count
+    left_out = joined(filter(None, (recorded(reader.manifest.provenance) for reader in readers)))
     provenance = {**readers[0].manifest.provenance, "derived_from": made_from, "options": None}
+    provenance |= {"left_out": left_out.document()}
     existing = commits.existing_cache(out)
     if existing is not None:
         refuse_mismatch(out, identity, existing)

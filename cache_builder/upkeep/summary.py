@@ -9,6 +9,7 @@ from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
 from kd.cache_builder.store.readers.reader import quality_means
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.records.part import load_part
+from kd.data.left_out import recorded
 
 
 def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
@@ -16,6 +17,7 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
     files = files_at(cache)
     manifest = load_manifest(files.root)
     part = load_part(files.root, manifest)
+    left_out = recorded(manifest.provenance)
     means, targets = quality_means(manifest), manifest.targets
     done = files.committed(len(manifest.shards)) if part is None else part.shards
     files.expect(done, ())
@@ -53,8 +55,7 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "vocabulary_size": manifest.vocabulary_size,
         "kind": manifest.identity["corpus"]["kind"],
         "corpus": manifest.provenance.get("corpus"),
-        "pairs_dropped": manifest.provenance.get("overlong", {}).get("dropped"),
-        "pairs_truncated": manifest.provenance.get("overlong", {}).get("truncated"),
+        "left_out": None if left_out is None else left_out.document(),
         "split": manifest.provenance.get("split"),
         "seq_len": manifest.blocks.seq_len,
         "mass_kept_mean": means.get("mass_kept"),

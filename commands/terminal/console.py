@@ -14,15 +14,19 @@ from typing import Any, TypeVar
 
 import click
 
+from kd.data.left_out import said
+
 Record = TypeVar("Record")
 """Type of a progress record."""
 
 
 def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
-    """Print one result: a JSON document, or aligned lines."""
+    """Print one result: a JSON document, or aligned lines. The record of what was left out is a line of words."""
     if as_json:
         emit_json(result)
         return
+    if "left_out" in result:
+        result = {**result, "left_out": said(result["left_out"])}
     if title:
         click.echo(title)
     width = max((len(k) for k in result), default=0) + 2

@@ -8,7 +8,6 @@ teacher's forward pass. Text becomes rows as for perplexity. Both models must sh
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from kd.common.errors import DataError
 from kd.common.progress import Progress
 from kd.data.blocks import tokenize_corpus
+from kd.data.left_out import LeftOut
 from kd.data.sources import Corpus
 from kd.evaluation.measures.agreement import FIGURES, AgreementResult, agreement_of, jensen_shannon
 from kd.evaluation.measures.perplexity import first_tokens
@@ -48,8 +48,8 @@ def evaluate_live_agreement(
     if temperature <= 0:
         raise DataError("temperature must be positive", found=temperature)
     blocks = text_blocks(reading, shared_window(model, teacher, reading.seq_len), encoder=encoder)
-    counts: Counter[str] = Counter()
-    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, counts), reading.limit_tokens))
+    left_out = LeftOut()
+    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, left_out), reading.limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
     total, done = sum(lengths), 0
@@ -66,7 +66,7 @@ def evaluate_live_agreement(
         done += len(ours.rows)
         yield Progress(done, total)
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
-    yield Progress(total, total, agreement_of(figures, lengths, documents, temperature, counts["truncated"]))
+    yield Progress(total, total, agreement_of(figures, lengths, documents, temperature, left_out.count("shortened")))
 
 
 def shared_window(model: Model, teacher: Model, seq_len: int | None) -> int:

@@ -22,7 +22,6 @@ window its end; such pairs are counted. Whether the model is as often right as i
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +30,7 @@ import numpy as np
 from kd.common.errors import DataError
 from kd.common.progress import Progress
 from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
+from kd.data.left_out import LeftOut
 from kd.data.sources import Corpus
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, token_scores
@@ -77,8 +77,8 @@ def evaluate_perplexity(
     entries, TeacherError when its output layer cannot be taken apart (see `kd.models.loading.split_head`).
     """
     blocks = text_blocks(reading, window(model, reading.seq_len), encoder=is_encoder_decoder(model.config))
-    counts: Counter[str] = Counter()
-    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, counts), reading.limit_tokens))
+    left_out = LeftOut()
+    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, left_out), reading.limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
     scores = yield from token_scores(
@@ -87,7 +87,7 @@ def evaluate_perplexity(
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
     byte_counts = np.array([int(r.byte_end[-1]) for r in rows])
     total = len(scores.nll_N)
-    cut = counts["truncated"]
+    cut = left_out.count("shortened")
     yield Progress(total, total, perplexity_of(scores, lengths, byte_counts, documents, blocks, cut))
 
 

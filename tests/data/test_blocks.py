@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig, TokenRows, document_blocks, tokenize_corpus
+from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.models.tokenizer import encode_with_ends, token_bytes
@@ -218,11 +218,11 @@ def long_pairs() -> Corpus:
 
 
 def test_pairs_that_are_too_long_are_dropped_and_counted(tokenizer):
-    counts = Counter()
+    left_out = LeftOut()
     config = BlockConfig(seq_len=40, overlong="drop")
-    rows = list(tokenize_corpus(long_pairs(), tokenizer, config, counts))
+    rows = list(tokenize_corpus(long_pairs(), tokenizer, config, left_out))
     assert [r.example.id for r in rows] == ["p0"]
-    assert counts == {"dropped": 3}
+    assert left_out.document() == {"too_long": {"count": 3, "first": "p1"}}
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 40])
@@ -230,11 +230,11 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(tokenizer):
 def test_truncated_pairs_fit_and_keep_the_beginning_of_the_target_and_the_end_of_the_prompt(
     tokenizer, seq_len: int, target_len: int | None
 ):
-    counts = Counter()
+    left_out = LeftOut()
     config = BlockConfig(seq_len=seq_len, target_len=target_len, overlong="truncate")
-    rows = {r.example.id: r for r in tokenize_corpus(long_pairs(), tokenizer, config, counts)}
+    rows = {r.example.id: r for r in tokenize_corpus(long_pairs(), tokenizer, config, left_out)}
     whole = {r.example.id: r for r in tokenize_corpus(long_pairs(), tokenizer, BlockConfig(10_000))}
-    assert counts["truncated"] + counts["dropped"] >= 3
+    assert left_out.count("shortened") + left_out.count("too_long") >= 3
     for name, row in rows.items():
         assert len(row.context_ids) + len(row.target_ids) <= seq_len
         assert len(row.context_ids) >= 1

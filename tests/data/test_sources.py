@@ -206,7 +206,8 @@ def test_empty_examples_are_left_out_and_nothing_else(tmp_path: Path):
     path = write(tmp_path / "t.jsonl", [{"text": " \n"}, {"text": "a"}, {"text": None}, {"text": ""}, {"text": "b"}])
     corpus = load_corpus(str(path))
     assert [(e.id, e.target) for e in corpus.examples] == [("t.jsonl:1", "a"), ("t.jsonl:4", "b")]
-    assert (corpus.without_text, load_corpus(str(path), limit=1).without_text) == (3, 3)
+    assert corpus.left_out.document() == {"without_text": {"count": 3, "first": "t.jsonl:0"}}
+    assert load_corpus(str(path), limit=1).left_out == corpus.left_out
 
 
 def test_no_text_at_all_is_refused(tmp_path: Path):

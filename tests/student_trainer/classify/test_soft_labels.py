@@ -30,6 +30,7 @@ from kd.common.settings import changed, make
 from kd.data.blocks import BlockConfig
 from kd.data.data_settings import InstructionConfig
 from kd.data.instruction_tasks.glue import PAIR, load_glue
+from kd.data.left_out import recorded
 from kd.data.sources import load_classes, load_corpus
 from kd.evaluation.merged.glue_scores import evaluate_classifier, load_heads
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings
@@ -291,11 +292,12 @@ def test_texts_longer_than_the_window(sst2_teacher: Path, glue_root: Path, tmp_p
     with pytest.raises(DataError, match="longer than the limits"):
         plan_build(request)
     reader = built(replace(request, blocks=BlockConfig(limit, overlong=policy)))
-    counts = reader.manifest.provenance["overlong"]
+    left_out = recorded(reader.manifest.provenance)
     cut = encode_rows(load_tokenizer(str(sst2_teacher)), load_glue(str(glue_root / "sst2")).rows, max_length=limit)
     kept = [list(ids) for ids, length in zip(cut.ids, lengths, strict=True) if policy == "truncate" or length <= limit]
     assert [list(e.context_ids) for e in reader.read(range(len(reader)))] == kept
-    assert counts == {"dropped": over if policy == "drop" else 0, "truncated": over if policy == "truncate" else 0}
+    assert left_out is not None
+    assert left_out.counts == {"too_long" if policy == "drop" else "shortened": over}
 
 
 def test_what_does_not_belong_together_is_refused(
