@@ -17,10 +17,13 @@ from typing import Any, Literal, get_args
 Reason = Literal[
     "other_files",
     "hidden_files",
+    "linked_folders",
+    "empty_files",
     "without_text",
+    "without_prompt",
     "unlabelled",
     "over_max_chars",
-    "over_cap",
+    "beyond_limit",
     "too_short",
     "too_long",
     "shortened",
@@ -31,10 +34,13 @@ Reason = Literal[
 
     other_files       files of a folder whose type is not read
     hidden_files      files and folders of a folder whose name begins with a dot
+    linked_folders    links to folders in a folder, which are not followed
+    empty_files       files of a folder that hold nothing
     without_text      examples that are empty or only white space
+    without_prompt    pairs whose prompt is empty; they stay, and their targets are scored without one
     unlabelled        rows of a task that have no answer
     over_max_chars    rows of a task that are longer than its `max_chars`
-    over_cap          rows of a task beyond the number that is kept of it
+    beyond_limit      rows beyond the number that is kept of a task or of the text
     too_short         documents without a token to score
     too_long          pairs and texts to classify that do not fit and were dropped
     shortened         pairs and texts to classify that were cut to fit; only their ends are left out

@@ -3,7 +3,8 @@
     demo[:heldout]                        the English of Python's standard library; no network
     mini[:heldout]                        seven small instruction tasks made up by rules; no network
     wikitext-2[:validation|test]          WikiText-2 from the hub, at a pinned revision
-    FILE or FOLDER                        .txt .tokens .jsonl .csv .tsv .parquet, with --columns for other column names
+    FILE or FOLDER                        .txt .tokens .jsonl .json .csv .tsv .parquet, also .gz and .zst; --columns for other names
+    'FOLDER/*.jsonl', FILE,FILE           a glob, or several files, folders and globs (kd.data.rows.file_list)
     hub-id[:config][@revision]            any data set on the hub that loads without code
     flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
     glue/TASK                             a GLUE task, the label's word as target (kd.data.instruction_tasks.glue); also a folder
@@ -28,16 +29,20 @@ from typing import Any
 from kd.common.errors import DataError, unknown_name
 from kd.data.data_settings import InstructionConfig
 from kd.data.demo import mini_mixture, stdlib_text
+from kd.data.instruction_tasks.draws import kept_rows
 from kd.data.instruction_tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
-from kd.data.instruction_tasks.mixtures import load_mixture, mix, select
+from kd.data.instruction_tasks.mixtures import Mixed, load_mixture, mix, select
 from kd.data.instruction_tasks.task import SPLITS, TaskFile
 from kd.data.instruction_tasks.task_files import load_task
 from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.left_out import LeftOut, joined
+from kd.data.rows.compressed import COMPRESSIONS
 from kd.data.rows.example import Example, check_examples, text_digest
+from kd.data.rows.file_list import FileList, list_files
 from kd.data.rows.hub import load_hub
 from kd.data.rows.local_files import FILE_READERS, read_local
 from kd.data.rows.row_examples import Columns, rows_to_examples
+from kd.data.rows.tables import rows_in
 from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION, wikitext_articles
 
 HELD_OUT = {"test": "heldout", "validation": "heldout", "dev": "heldout"}
@@ -79,7 +84,7 @@ def load_corpus(
 
     split          None is the one in the spec, else `train`
     columns        columns of a table that are not called as their field is
-    limit          number of examples to keep, from the first
+    limit          number of examples to keep, from the first; drawn where they are in the order of their labels
     instructions   how tasks become text; for other sources only the defaults are accepted
     """
     instructions = instructions or InstructionConfig()
@@ -103,19 +108,32 @@ def corpus_of_rows(
     columns  columns that are not called as their field is
     limit    number of examples to keep, from the first
     """
-    kind, examples = rows_to_examples(rows, names, columns or {}, where=name, prefix=name, split="train")
-    return _usable(Corpus(name, "train", kind, tuple(examples), {"source": "memory"}), limit)
+    left_out = LeftOut()
+    kind, examples = rows_to_examples(
+        rows,
+        names,
+        columns or {},
+        where=name,
+        place=rows_in(name),
+        prefix=name,
+        split="train",
+        left_out=left_out,
+    )
+    source = {"source": "memory"}
+    return _usable(Corpus(name, "train", kind, tuple(examples), source, left_out=left_out), limit)
 
 
 def _usable(corpus: Corpus, limit: int | None) -> Corpus:
-    """The corpus with its first `limit` examples that have text. Raises DataError where none are left."""
+    """The corpus with `limit` of its examples that have text (see `draws`). Raises DataError where none are left."""
     examples = tuple(e for e in corpus.examples if e.target.strip())
     left_out = joined([corpus.left_out])
     for example in corpus.examples:
         if not example.target.strip():
             left_out.add("without_text", example.id)
-    if limit is not None:
-        examples = examples[:limit]
+    if limit is not None and limit < len(examples):
+        kept = kept_rows([e.answer for e in examples], [e.id for e in examples], limit)
+        left_out.add("beyond_limit", corpus.spec, len(examples) - limit)
+        examples = tuple(examples[number] for number in kept)
     if not examples:
         raise DataError(
             "no text found",
@@ -137,6 +155,7 @@ def load_classes(
 ) -> Corpus:
     """A GLUE task as texts to classify: from the hub, a folder, or the settings' `task_root`. Raises DataError."""
     instructions = instructions or InstructionConfig()
+    _refuse_address(spec)
     unused = [name for name in _changed(instructions) if name != "task_root"]
     if columns:
         unused.append("columns")
@@ -153,16 +172,14 @@ def load_classes(
             expected="glue/TASK: " + ", ".join(glue_tasks()),
             try_="--data glue/sst2, with --task-root DIR for local rows",
         )
-    rows = load_glue(spec, split=split or "train", limit=limit, task_root=instructions.task_root)
-    examples = rows.labelled
-    check_examples(spec, examples)
-    return Corpus(spec, rows.split, CLASSES, examples, dict(rows.source))
+    rows = load_glue(spec, split=split or "train", task_root=instructions.task_root)
+    return _usable(Corpus(spec, rows.split, CLASSES, rows.labelled, dict(rows.source)), limit)
 
 
 def takes_instructions(spec: str) -> bool:
     """Whether the source renders templates, so that an `InstructionConfig` changes its examples."""
     path = Path(spec).expanduser()
-    return spec.partition(":")[0] in TASK_SOURCES or (path.suffix in TASK_SUFFIXES and path.exists())
+    return spec.partition(":")[0] in TASK_SOURCES or (path.suffix.lower() in TASK_SUFFIXES and path.exists())
 
 
 def _refuse_useless(spec: str, columns: Columns | None, instructions: InstructionConfig) -> None:
@@ -191,6 +208,7 @@ def _changed(instructions: InstructionConfig) -> list[str]:
 
 def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: InstructionConfig) -> Corpus:
     """The corpus as its source gives it: with examples that have no text, and ids unchecked."""
+    _refuse_address(spec)
     name, _, suffix = spec.partition(":")
     path = Path(spec).expanduser()
     if name in TASK_SOURCES:
@@ -201,8 +219,10 @@ def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: Ins
         return SOURCES[name](spec, split or suffix or "train")
     if is_glue(spec) and not path.is_file():
         return _glue(spec, split or "train")
-    if path.exists():
-        return _local(spec, path, split or "train", columns)
+    left_out = LeftOut()
+    files = list_files(spec, FILE_READERS, left_out)
+    if files is not None:
+        return _local(files, split or "train", columns, left_out)
     if _is_hub_id(spec):
         return _hub(spec, split or "train", columns)
     names = (*SOURCES, *TASK_SOURCES)
@@ -211,14 +231,26 @@ def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: Ins
     raise unknown_name("data source", spec, names, try_="a local file or folder, or a hub id like owner/name")
 
 
+def _refuse_address(spec: str) -> None:
+    """Raise DataError for a text that lies at an address, such as `s3://bucket/text.jsonl`."""
+    kind, sign, place = spec.partition("://")
+    if sign:
+        raise DataError(
+            "text is read from this disk or from the hub, not from an address",
+            where=f"{kind}://{place.rpartition('@')[2].partition('?')[0]}",  # neither user and password nor a signature
+            expected="a file, a folder, a glob, or a hub id like owner/name",
+            try_="download the text first (for s3: aws s3 cp), or name the address in a task file under files",
+        )
+
+
 def _is_hub_id(spec: str) -> bool:
     """Whether `spec` is `owner/name[:config][@revision]`. Dots are common in hub names: only a data file's suffix rules it out."""
     name = re.split("[:@]", spec)[0]
-    files = {*FILE_READERS, *TASK_SUFFIXES, ".json", ".gz", ".zip", ".zst", ".arrow", ".md"}
+    files = {*FILE_READERS, *TASK_SUFFIXES, *COMPRESSIONS, ".zip", ".arrow", ".md"}
     return (
         re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", spec) is not None
         and not spec.startswith(".")
-        and Path(name).suffix not in files
+        and Path(name).suffix.lower() not in files
     )
 
 
@@ -247,18 +279,18 @@ def _wikitext(spec: str, split: str) -> Corpus:
 def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
     mixture = spec.partition(":")[2] or "ten"
     selection = select(mixture)
-    examples, source = load_mixture(selection, _task_split(split), instructions, load_hub)
-    return Corpus(spec, _task_split(split), "pairs", examples, source, _metrics(map(load_task, selection.tasks)))
+    mixed = load_mixture(selection, _task_split(split), instructions, load_hub)
+    return _of_tasks(spec, split, mixed, map(load_task, selection.tasks))
 
 
 def _task_file(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
     task = load_task(spec)
-    examples, source = mix([task], _task_split(split), instructions, load_hub)
-    return Corpus(spec, _task_split(split), "pairs", examples, source, _metrics([task]))
+    return _of_tasks(spec, split, mix([task], _task_split(split), instructions, load_hub), [task])
 
 
-def _metrics(tasks: Iterable[TaskFile]) -> dict[str, tuple[str, ...]]:
-    return {task.name: task.metrics for task in tasks}
+def _of_tasks(spec: str, split: str, mixed: Mixed, tasks: Iterable[TaskFile]) -> Corpus:
+    metrics = {task.name: task.metrics for task in tasks}
+    return Corpus(spec, _task_split(split), "pairs", mixed.examples, mixed.source, metrics, mixed.left_out)
 
 
 def _task_split(split: str) -> str:
@@ -278,16 +310,24 @@ def _hub(spec: str, split: str, columns: Columns) -> Corpus:
     name, _, revision = spec.partition("@")
     name, _, config = name.partition(":")
     rows = load_hub(name, config or None, revision or None, split)
+    left_out = LeftOut()
     kind, examples = rows_to_examples(
-        rows.data, list(rows.data.column_names), columns, where=spec, prefix=name, split=split
+        rows.data,
+        list(rows.data.column_names),
+        columns,
+        where=spec,
+        place=rows_in(spec),
+        prefix=name,
+        split=split,
+        left_out=left_out,
     )
     source = {"source": name, "config": config or "default", "revision": rows.revision}
-    return Corpus(spec, split, kind, tuple(examples), source)
+    return Corpus(spec, split, kind, tuple(examples), source, left_out=left_out)
 
 
-def _local(spec: str, path: Path, split: str, columns: Columns) -> Corpus:
-    kind, examples = read_local(path, columns, split)
-    return Corpus(spec, split, kind, tuple(examples), {"source": "local"})
+def _local(files: FileList, split: str, columns: Columns, left_out: LeftOut) -> Corpus:
+    kind, examples = read_local(files, columns, split, left_out)
+    return Corpus(files.spec, split, kind, tuple(examples), {"source": "local"}, left_out=left_out)
 
 
 SOURCES: dict[str, Callable[[str, str], Corpus]] = {

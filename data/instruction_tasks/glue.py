@@ -13,17 +13,19 @@ of the hub have no labels (-1) and are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.instruction_tasks.draws import kept_rows
 from kd.data.instruction_tasks.task_rows import SAME
+from kd.data.rows.compressed import plain_name
 from kd.data.rows.example import Example, text_digest
 from kd.data.rows.hub import load_hub
-from kd.data.rows.tables import TABLE_READERS, read_table
+from kd.data.rows.tables import Place, read_table, rows_in, table_files
 
 GLUE_ID = "nyu-mll/glue"
 GLUE_SPLITS = ("train", "dev")
@@ -134,7 +136,7 @@ def load_glue(
     limit: int | None = None,
     task_root: Path | None = None,
 ) -> LabelledRows:
-    """Rows of one split (`train`, or `dev`, also called validation); `limit` keeps the first.
+    """Rows of one split (`train`, or `dev`, also called validation); `limit` keeps so many (see `draws`).
 
     One of `spec` and `task` may be left out: a task alone means the rows of the hub, or of the folder with its name in
     `task_root`; the last part of a spec names its task. Raises DataError for an unknown task or split, missing files or columns,
@@ -157,7 +159,9 @@ def load_glue(
         )
     if not rows:
         raise DataError("no rows found", where=folder, expected=f"rows of {glue.name}, split {split}")
-    return LabelledRows(glue, split, rows if limit is None else rows[:limit], source)
+    if limit is not None:
+        rows = tuple(rows[n] for n in kept_rows([row.label for row in rows], [row.id for row in rows], limit))
+    return LabelledRows(glue, split, rows, source)
 
 
 def _split_name(task: GlueTask, split: str) -> str:
@@ -170,7 +174,8 @@ def _split_name(task: GlueTask, split: str) -> str:
 
 def _hub_rows(task: GlueTask, split: str) -> tuple[tuple[LabelledRow, ...], dict[str, str]]:
     table = load_hub(GLUE_ID, task.name, None, task.dev if split == "dev" else "train")
-    rows = _labelled(task, table.data.column_names, table.data, f"{GLUE_ID}:{task.name} {split}", split)
+    where = f"{GLUE_ID}:{task.name} {split}"
+    rows = _labelled(task, table.data.column_names, table.data, where, rows_in(where), split)
     return rows, {"source": GLUE_ID, "config": task.name, "revision": table.revision}
 
 
@@ -185,16 +190,24 @@ def _local_rows(path: Path, task: GlueTask, split: str) -> tuple[tuple[LabelledR
     files = [path] if path.is_file() else _files_of(path, split)
     rows: list[LabelledRow] = []
     for file in files:
-        columns, table = read_table(file)
-        rows += _labelled(task, columns, table, str(file), split, prefix="" if len(files) == 1 else f"{file.stem}/")
+        table = read_table(file)
+        prefix = "" if len(files) == 1 else f"{plain_name(file)}/"
+        rows += _labelled(task, table.names, table.rows, table.file, table.place, split, prefix)
     return tuple(rows), {"source": "local", "files": ", ".join(f.name for f in files)}
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
     """The files whose names tell the split, in the order of their names."""
-    tables = sorted(p for p in folder.iterdir() if p.suffix in TABLE_READERS and p.is_file())
+    tables = table_files(folder)
     for names in ({split, *(SAME if split == "dev" else ())}, {"sample"} if split == "dev" else set()):
-        files = [f for f in tables if names & set(re.findall(r"[a-z]+", f.stem.lower()))]
+        files = [f for f in tables if names & set(re.findall(r"[a-z]+", plain_name(f).lower()))]
+        if len({plain_name(f) for f in files}) < len(files):
+            raise DataError(
+                "two files hold the same rows",
+                where=folder,
+                found=", ".join(f.name for f in files),
+                expected="one of each name",
+            )
         if files:
             return files
     raise DataError(
@@ -206,28 +219,36 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 
 def _labelled(
-    task: GlueTask, columns: Sequence[str], table: Iterable[Mapping[str, Any]], where: str, split: str, prefix: str = ""
+    task: GlueTask,
+    columns: Sequence[str],
+    table: Iterable[Mapping[str, Any]],
+    where: str,
+    place: Place,
+    split: str,
+    prefix: str = "",
 ) -> tuple[LabelledRow, ...]:
-    missing = [c for c in (*task.texts, "label") if c not in columns]
-    if missing:
-        raise DataError(
-            "columns are missing",
-            where=where,
-            found=", ".join(columns) or "none",
-            expected=", ".join((*task.texts, "label")),
-        )
+    _check_columns(task, columns, where)
     rows = []
     for number, row in enumerate(table):
+        _check_columns(task, row, place(number))
         texts = tuple(row[c] for c in task.texts)
         if not all(isinstance(t, str) for t in texts):
-            raise DataError("a value is not text", where=f"{where} row {number}", expected=", ".join(task.texts))
+            raise DataError("a value is not text", where=place(number), expected=", ".join(task.texts))
         label = str(row["label"]).strip()  # CSV holds text
         if not (label.isdigit() and int(label) < len(task.labels)):
             raise DataError(
                 "a label is out of bounds",
-                where=f"{where} row {number}",
+                where=place(number),
                 found=row["label"],
                 expected=f"0 to {len(task.labels) - 1}: {', '.join(task.labels)}",
             )
         rows.append(LabelledRow(f"{split}/{prefix}{number}", texts, int(label)))
     return tuple(rows)
+
+
+def _check_columns(task: GlueTask, columns: Collection[str], where: str) -> None:
+    needed = (*task.texts, "label")
+    if any(column not in columns for column in needed):
+        raise DataError(
+            "columns are missing", where=where, found=", ".join(columns) or "none", expected=", ".join(needed)
+        )

@@ -25,10 +25,12 @@ from fractions import Fraction
 from kd.common.errors import DataError, unknown_name
 from kd.data.data_settings import InstructionConfig
 from kd.data.instruction_tasks.clusters import flan_clusters
-from kd.data.instruction_tasks.rendering import Rendered, check_template_index, keyed, render_rows
+from kd.data.instruction_tasks.draws import keyed
+from kd.data.instruction_tasks.rendering import Rendered, check_template_index, render_rows
 from kd.data.instruction_tasks.task import TaskFile
 from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.instruction_tasks.task_rows import LoadHub, load_task_rows
+from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
 
 FLAN_CAP = 30_000
@@ -47,6 +49,17 @@ class Selection:
     tasks: tuple[str, ...]
     cap: int | None = None
     """Rows kept per task, from the first; None is the number in the task's file."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The examples of a mixture in its order."""
+
+    examples: tuple[Example, ...]
+    source: dict[str, str]
+    """Where the rows of each task come from, and the settings of the text."""
+    left_out: LeftOut
+    """Rows of the tasks that are not among the examples."""
 
 
 def select(name: str) -> Selection:
@@ -78,16 +91,14 @@ def tasks_without(held_out: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in task_names() if not excluded & set(load_task(name).clusters))
 
 
-def load_mixture(
-    selection: Selection, split: str, config: InstructionConfig, load_hub: LoadHub
-) -> tuple[tuple[Example, ...], dict[str, str]]:
-    """Examples of the selected tasks in the mixture's order, and their provenance."""
+def load_mixture(selection: Selection, split: str, config: InstructionConfig, load_hub: LoadHub) -> Mixed:
+    """Examples of the selected tasks in the mixture's order."""
     return mix([load_task(name) for name in selection.tasks], split, config, load_hub, cap=selection.cap)
 
 
 def mix(
     tasks: Sequence[TaskFile], split: str, config: InstructionConfig, load_hub: LoadHub, *, cap: int | None = None
-) -> tuple[tuple[Example, ...], dict[str, str]]:
+) -> Mixed:
     """Load, render and order tasks. One task keeps its order; several are shuffled or drawn (see the module's head)."""
     check_options(tasks, config)
     if len({task.name for task in tasks}) < len(tasks):
@@ -104,25 +115,29 @@ def mix(
         source = load_task_rows(task, split, config.task_root, load_hub)
         most = row_cap(task, split, config, cap)
         part = render_rows(
-            task, source.rows, split=split, config=config, where=source.where, cap=most, first=source.first
+            task, source.rows, split=split, config=config, place=source.place, cap=most, first=source.first
         )
         if not part.examples:
             raise DataError(
                 "a task has no examples",
                 where=source.where,
-                found=f"{part.too_long} rows too long, {part.unlabelled} unlabelled",
+                found=f"0 examples; left out: {part.left_out}",
             )
         parts[task.name] = part
         provenance[f"task {task.name}"] = (
-            f"{source.source}; {len(part.examples)} examples, cap {most or 'none'}, "
-            f"left out: {part.too_long} too long, {part.unlabelled} unlabelled"
+            f"{source.source}; {len(part.examples)} examples, cap {most or 'none'}"
+            + (" (drawn, because the rows are in the order of their labels)" if part.drawn else "")
+            + f", left out: {part.left_out}"
         )
     pools = {name: part.examples for name, part in parts.items()}
+    left_out = joined(part.left_out for part in parts.values())
     if config.mix_maximum is not None:
-        return sampled(pools, maximum=config.mix_maximum, draws=config.mix_draws, seed=config.data_seed), provenance
-    if len(pools) == 1:
-        return next(iter(pools.values())), provenance
-    return shuffled(pools, seed=config.data_seed), provenance
+        examples = sampled(pools, maximum=config.mix_maximum, draws=config.mix_draws, seed=config.data_seed)
+    elif len(pools) == 1:
+        examples = next(iter(pools.values()))
+    else:
+        examples = shuffled(pools, seed=config.data_seed)
+    return Mixed(examples, provenance, left_out)
 
 
 def row_cap(task: TaskFile, split: str, config: InstructionConfig, cap: int | None) -> int | None:

@@ -9,36 +9,45 @@ The suffix that lists the choices is FLAN's (Wei et al. 2022, arXiv:2109.01652, 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from kd.common.errors import DataError
 from kd.data.data_settings import BOTH, InstructionConfig
-from kd.data.instruction_tasks.row_answers import RowAnswers, grouped_references, reference_group, row_answers
-from kd.data.instruction_tasks.task import ANSWER, Field, TaskFile, Template, column_value, fill
+from kd.data.instruction_tasks.draws import drawing_order, first_rows_are_unlike, keyed
+from kd.data.instruction_tasks.row_answers import (
+    UNLABELLED,
+    RowAnswers,
+    grouped_references,
+    reference_group,
+    row_answers,
+)
+from kd.data.instruction_tasks.task import (
+    ANSWER,
+    Field,
+    TaskFile,
+    Template,
+    column_value,
+    fill,
+    label_key,
+    template_fields,
+)
+from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
+from kd.data.rows.tables import Place
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Examples of one task, and how many rows were left out."""
+    """Examples of one task."""
 
     examples: tuple[Example, ...]
-    too_long: int = 0
-    """Number of rows left out by `max_chars`."""
-    unlabelled: int = 0
-    """Number of rows left out because they have no answer."""
-
-
-def keyed(seed: int, *parts: str | int) -> int:
-    """A 256-bit number that depends only on the seed and the parts."""
-    digest = hashlib.blake2b(digest_size=32, key=str(seed).encode()[:64])
-    for part in parts:
-        data = str(part).encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return int.from_bytes(digest.digest(), "little")
+    left_out: LeftOut
+    """Rows that did not become examples."""
+    drawn: bool = False
+    """Whether a limit drew the rows that it kept, because they are in the order of their labels."""
 
 
 def options_text(choices: Sequence[str]) -> str:
@@ -48,19 +57,19 @@ def options_text(choices: Sequence[str]) -> str:
 
 def render_rows(
     task: TaskFile,
-    rows: Iterable[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     *,
     split: str,
     config: InstructionConfig,
-    where: str,
+    place: Place,
     cap: int | None = None,
     first: int = 0,
 ) -> Rendered:
     """Examples of `rows` in their order; ids are `task/split/row`, counted from `first`.
 
-    Rows that are too long or have no answer are left out; then the first `cap` are kept. `rows` is read twice where
-    references are grouped. Raises DataError for missing columns, an unknown label, a template index that does not exist,
-    and where no row has an answer.
+    Rows that are too long or have no answer are left out; then the first `cap` are kept, or drawn ones where the rows are in the
+    order of their labels (`draws`). `rows` is read twice where references are grouped. Raises DataError for missing columns, an
+    unknown label, a template index that does not exist, and where no row has an answer.
     """
     check_template_index(task, config)
     if config.labels == BOTH:
@@ -70,44 +79,66 @@ def render_rows(
             found="--labels both",
             expected="original or flan; both is for kd eval --tasks choices",
         )
-    groups = grouped_references(task, rows, where)
-    examples: list[Example] = []
-    too_long = unlabelled = 0
-    for number, row in enumerate(rows, first):
-        if cap is not None and len(examples) == cap:
+    groups = grouped_references(task, rows, lambda number: place(first + number))
+    ids = [f"{task.name}/{split}/{number}" for number in range(first, first + len(rows))]
+    drawn = cap is not None and cap < len(rows) and first_rows_are_unlike(_labels(task, rows, first, place), cap)
+    kept: dict[int, tuple[Mapping[str, Any], RowAnswers]] = {}
+    left_out = LeftOut()
+    seen = 0
+    for number, row in ((n, rows[n]) for n in drawing_order(ids, config.data_seed)) if drawn else enumerate(rows):
+        if cap is not None and len(kept) == cap:
             break
-        row_where = f"{where} row {number}"
-        missing = [c for c in task.columns if c not in row]
-        if missing:
-            raise DataError(
-                "columns are missing",
-                where=row_where,
-                found=", ".join(map(str, row)) or "none",
-                expected=", ".join(missing),
-                try_="rows in the columns of the task's file: kd data templates TASK",
-            )
+        seen += 1
+        row_where = place(first + number)
+        _check_columns(task, row, row_where)
         if _too_long(task, row, row_where):
-            too_long += 1
+            left_out.add("over_max_chars", ids[number])
             continue
         answers = row_answers(task, row, config.labels, row_where)
         if answers is None:
-            unlabelled += 1
+            left_out.add("unlabelled", ids[number])
             continue
         group = reference_group(task, row, row_where)
-        if group is not None:
-            answers = replace(answers, references=groups[group])
-        identity = f"{task.name}/{split}/{number}"
-        template = task.templates[_template_index(task, config, identity, len(examples))]
-        examples.append(_render(task, template, row, answers, config, identity, split, row_where))
-    if not examples and unlabelled:
+        kept[number] = (row, answers if group is None else replace(answers, references=groups[group]))
+    left_out.add("beyond_limit", f"{task.name}/{split}", len(rows) - seen)
+    examples: list[Example] = []
+    for number in sorted(kept):
+        row, answers = kept[number]
+        template = task.templates[_template_index(task, config, ids[number], len(examples))]
+        examples.append(_render(task, template, row, answers, config, ids[number], split, place(first + number)))
+    if not examples and left_out.count("unlabelled"):
         raise DataError(
             "no row has an answer",
-            where=where,
-            found=f"{unlabelled} unlabelled rows",
+            where=place(first),
+            found=f"{left_out.count('unlabelled')} unlabelled rows",
             expected="labels or references",
             try_="another --split",
         )
-    return Rendered(tuple(examples), too_long, unlabelled)
+    return Rendered(tuple(examples), left_out, drawn)
+
+
+def _labels(task: TaskFile, rows: Sequence[Mapping[str, Any]], first: int, place: Place) -> list[str]:
+    """The labels of all rows that have one; none where the answers are free text. Of a data set only that column is read."""
+    column = task.labels.column if task.labels else task.choices.label if task.choices else ""
+    if not column:
+        return []
+    top = column.partition(".")[0]
+    data_set: Any = rows
+    seen = [{top: value} for value in data_set[top]] if hasattr(rows, "select_columns") else rows
+    labels = (label_key(column_value(row, column, place(first + number))) for number, row in enumerate(seen))
+    return [label for label in labels if label not in UNLABELLED]
+
+
+def _check_columns(task: TaskFile, row: Mapping[str, Any], where: str) -> None:
+    missing = [c for c in task.columns if c not in row]
+    if missing:
+        raise DataError(
+            "columns are missing",
+            where=where,
+            found=", ".join(map(str, row)) or "none",
+            expected=", ".join(missing),
+            try_="rows in the columns of the task's file: kd data templates TASK",
+        )
 
 
 def _too_long(task: TaskFile, row: Mapping[str, Any], where: str) -> bool:
@@ -147,8 +178,8 @@ def _render(
     where: str,
 ) -> Example:
     values: dict[str, str] = {}
-    for name, field in task.fields.items():
-        value = field.read(row, where)
+    for name in _used_fields(template):  # a null in a field that the template does not name is no hole in its text
+        value = task.fields[name].read(row, where)
         if not isinstance(value, str):
             raise DataError(
                 "a field is a list",
@@ -181,6 +212,13 @@ def _render(
     return Example(identity, target, prompt, task.name, split, choices=texts, answer=answers.index)
 
 
+@cache
+def _used_fields(template: Template) -> tuple[str, ...]:
+    """The fields that a template names, besides the answer."""
+    names = (*template_fields(template.prompt, "prompt"), *template_fields(template.target, "target"))
+    return tuple(name for name in dict.fromkeys(names) if name != ANSWER)
+
+
 def _keywords(field: Field, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The items of a list, or the words of a text."""
     value = field.read(row, where)
@@ -195,6 +233,10 @@ def show_templates(task: TaskFile, config: InstructionConfig) -> list[Example]:
         example
         for index in range(len(task.templates))
         for example in render_rows(
-            task, [task.example], split="example", config=replace(config, template=index), where=f"{task.path} example"
+            task,
+            [task.example],
+            split="example",
+            config=replace(config, template=index),
+            place=lambda number: f"{task.path} example row",
         ).examples
     ]

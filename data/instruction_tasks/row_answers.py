@@ -8,6 +8,7 @@ from typing import Any
 
 from kd.common.errors import DataError
 from kd.data.instruction_tasks.task import Choices, Field, Labels, TaskFile, column_value, label_key
+from kd.data.rows.tables import Place
 
 UNLABELLED = ("-1", "none", "")
 """Label values of a row that has no label."""
@@ -90,13 +91,13 @@ def reference_group(task: TaskFile, row: Mapping[str, Any], where: str) -> str |
     return str(column_value(row, task.references.group, where))
 
 
-def grouped_references(task: TaskFile, rows: Iterable[Mapping[str, Any]], where: str) -> dict[str, tuple[str, ...]]:
+def grouped_references(task: TaskFile, rows: Iterable[Mapping[str, Any]], place: Place) -> dict[str, tuple[str, ...]]:
     """Group -> references of all its rows, in the order of the rows, each once; empty where the task has no groups."""
     groups: dict[str, dict[str, None]] = {}
     if task.references is None or task.references.group is None:
         return {}
     for number, row in enumerate(rows):
-        row_where = f"{where} row {number}"
+        row_where = place(number)
         texts = groups.setdefault(str(reference_group(task, row, row_where)), {})
         texts |= dict.fromkeys(_reference_texts(task.references, row, row_where))
     return {group: tuple(texts) for group, texts in groups.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd.common.errors import DataError
+from kd.data.rows.tables import is_nothing
 
 SPLITS = ("train", "dev", "test")
 WORDINGS = ("original", "flan")
@@ -55,11 +56,11 @@ class Field:
         return self.wrap.replace("{}", self._clean(value, where))
 
     def _clean(self, value: Any, where: str) -> str:
-        if value is None or isinstance(value, list | dict):
+        if is_nothing(value) or isinstance(value, list | dict):
             raise DataError(
                 "a value is not text",
                 where=f"{where} column {', '.join(self.columns)}",
-                found="nothing" if value is None else type(value).__name__,
+                found="nothing" if is_nothing(value) else type(value).__name__,
                 expected="a string",
             )
         text = str(value)
@@ -224,11 +225,11 @@ def fill(text: str, values: Mapping[str, str]) -> str:
 
 
 def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    """The value at a column or dotted path. Raises DataError where there is none."""
+    """The value at a column or dotted path; None for null and for NaN. Raises DataError where there is none."""
     value: Any = row
     for key in column.split("."):
         if not isinstance(value, Mapping) or key not in value:
             names: Iterable[str] = value if isinstance(value, Mapping) else [type(value).__name__]
             raise DataError("columns are missing", where=where, found=", ".join(map(str, names)), expected=column)
         value = value[key]
-    return value
+    return None if is_nothing(value) else value

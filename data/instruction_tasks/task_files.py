@@ -126,7 +126,10 @@ def _extended(data: Any, where: str) -> dict[Any, Any]:
         return read.data
     if base not in task_names():
         raise unknown_name("task to extend", base, task_names(), where=where)
-    return _extended(yaml.safe_load(_packaged_text(base)), base) | read.data
+    inherited = _extended(yaml.safe_load(_packaged_text(base)), base)
+    if read.data.get("files") and "splits" not in read.data:  # the slices of its data set do not hold for other files
+        inherited["splits"] = {name: name for name in inherited.get("splits", SPLITS)}
+    return inherited | read.data
 
 
 def _hub(read: TypedMapping) -> HubDataset | None:

@@ -7,21 +7,24 @@ With `--task-root DIR`, the split's files are looked for in DIR/TASK, in this or
     SPLIT_*.* or SPLIT-*.*  parts, in the order of their names (train_part.jsonl, train-00000-of-00002.parquet)
     sample*.*               used for dev and test, never for train
 
-A part of a split (`train[90%:]`) is cut from the hub's split, and from a local train file where the folder has no separate
-file for dev or test.
+A part of a split (`train[90%:]`) is cut from the hub's split, from a local train file where the folder has no separate file for
+dev or test, and from the file that a task names for that split under `files`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
+from kd.data.rows.compressed import plain_name
 from kd.data.rows.hub import HubRows, is_url, load_url
-from kd.data.rows.tables import TABLE_READERS, Row, read_table
+from kd.data.rows.tables import Place, Table, read_table, rows_in, table_files
 
 SAME = ("dev", "validation", "valid", "val")
 """Names of the dev split."""
@@ -40,6 +43,8 @@ class TaskRows:
     """Number of the first row in the source's split."""
     where: str
     """File or data set, for errors."""
+    place: Place
+    """Number of a row in the source's split -> where it is, for errors."""
     source: str
     """Hub id, revision and split, or file names, for provenance."""
 
@@ -54,16 +59,7 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
     if task_root is not None:
         return _from_folder(task, split, task_root)
     if task.files:
-        if split not in task.files:
-            raise DataError(
-                "the task names no file for this split", where=task.path, found=split, expected=", ".join(task.files)
-            )
-        if is_url(task.files[split]):
-            return _or_local_files(task, split, lambda: _from_url(task, task.files[split]))
-        file = Path(task.path).parent / Path(task.files[split]).expanduser()
-        if not file.is_file():
-            raise DataError("a task's file is missing", where=f"{task.path} files.{split}", expected=str(file))
-        return _from_files(task, [file], SplitPart(split))
+        return _from_named_file(task, split)
     if task.hub is None:
         get = f"; the files are at {task.url}" if task.url else ""
         raise DataError(
@@ -80,7 +76,8 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
     rows = data if part.whole else data.select(range(start, stop))
     config = f":{task.hub.config}" if task.hub.config else ""
     source = f"{task.hub.id}{config}@{hub_rows.revision} {part}"
-    return TaskRows(rows, start, f"{task.hub.id} split {part.name}", source)
+    where = f"{task.hub.id} split {part.name}"
+    return TaskRows(rows, start, where, rows_in(where), source)
 
 
 def _or_local_files(task: TaskFile, split: str, load: Callable[[], Loaded]) -> Loaded:
@@ -98,15 +95,40 @@ def _or_local_files(task: TaskFile, split: str, load: Callable[[], Loaded]) -> L
         ) from error
 
 
-def _from_url(task: TaskFile, url: str) -> TaskRows:
-    data = load_url(url)
-    _check_columns(task, list(data.column_names), url)
-    return TaskRows(data, 0, url, url)
+def _from_named_file(task: TaskFile, split: str) -> TaskRows:
+    """The rows of a split from the file that the task names for it, or from the part of a file that `splits` names."""
+    part = task.splits[split]
+    of = next((name for name in _names_of(part.name) if name in task.files), split)
+    if of != split and split in task.files:
+        if not part.whole and task.files[split] != task.files[of]:
+            raise DataError(
+                "a split has a file of its own and is also a part of another",
+                where=f"{task.path} splits.{split}",
+                found=f"{part}, and files.{split}: {task.files[split]}",
+                expected="one of the two",
+            )
+        of = split
+    if of not in task.files:
+        raise DataError(
+            "the task names no file for this split", where=task.path, found=split, expected=", ".join(task.files)
+        )
+    named = task.files[of]
+    if is_url(named):
+        return _or_local_files(task, split, lambda: _from_tables(task, [load_url(named)], part, named))
+    file = Path(task.path).parent / Path(named).expanduser()
+    if not file.is_file():
+        raise DataError("a task's file is missing", where=f"{task.path} files.{of}", expected=str(file))
+    return _from_files(task, [file], part if not part.whole else SplitPart(split))
+
+
+def _names_of(split: str) -> tuple[str, ...]:
+    """The split's own name, and its other ones."""
+    return (split, *SAME) if split in SAME else (split,)
 
 
 def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
     folder = root.expanduser() / task.name
-    files = sorted(p for p in folder.glob("*") if p.suffix in TABLE_READERS and p.is_file()) if folder.is_dir() else []
+    files = table_files(folder) if folder.is_dir() else []
     if not files:
         raise DataError(
             "no files of the task",
@@ -119,7 +141,7 @@ def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
         part = SplitPart(split)
     of_split = _named(files, split) or _named(files, part.name)
     if not of_split and split != "train":
-        of_split = [f for f in files if f.stem.startswith("sample")]
+        of_split = [f for f in files if plain_name(f).startswith("sample")]
     if not of_split:
         raise DataError(
             "no file of the split",
@@ -133,9 +155,9 @@ def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
 
 def _named(files: Sequence[Path], split: str) -> list[Path]:
     """The file called `split` or by one of its other names; else the files of its parts."""
-    names = SAME if split in SAME else (split,)
-    for name in (split, *names):
-        exact = [f for f in files if f.stem == name]
+    names = _names_of(split)
+    for name in names:
+        exact = [f for f in files if plain_name(f) == name]
         if len(exact) > 1:
             raise DataError(
                 "two files for one split",
@@ -145,19 +167,37 @@ def _named(files: Sequence[Path], split: str) -> list[Path]:
             )
         if exact:
             return exact
-    return [f for f in files if any(f.stem.startswith((f"{name}_", f"{name}-")) for name in names)]
+    return [f for f in files if any(plain_name(f).startswith((f"{name}_", f"{name}-")) for name in names)]
 
 
 def _from_files(task: TaskFile, files: Sequence[Path], part: SplitPart) -> TaskRows:
-    rows: list[Row] = []
-    for file in files:
-        names, file_rows = read_table(file)
-        _check_columns(task, names, str(file))
-        rows += file_rows
-    start, stop = part.cut(len(rows))
     listed = ", ".join(f.name for f in files)
-    where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({listed})"
-    return TaskRows(rows[start:stop], start, where, f"local {listed}" + ("" if part.whole else f" {part}"))
+    return _from_tables(task, [read_table(file) for file in files], part, f"local {listed}")
+
+
+def _from_tables(task: TaskFile, tables: Sequence[Table], part: SplitPart, source: str) -> TaskRows:
+    """A part of the rows of several tables, one after the other. Raises DataError for a row that lacks a column of the task."""
+    needed = set(task.columns)
+    for table in tables:
+        _check_columns(task, table.names, table.file)
+        for number, row in enumerate(table.rows):
+            if not needed <= row.keys():
+                _check_columns(task, list(row), table.place(number))
+    rows = [row for table in tables for row in table.rows]
+    start, stop = part.cut(len(rows))
+    where = tables[0].file if len(tables) == 1 else ", ".join(table.file for table in tables)
+    return TaskRows(rows[start:stop], start, where, _place_in(tables), source + ("" if part.whole else f" {part}"))
+
+
+def _place_in(tables: Sequence[Table]) -> Place:
+    """Places of the rows of several tables, one after the other."""
+    firsts = list(accumulate((len(table.rows) for table in tables), initial=0))
+
+    def place(number: int) -> str:
+        table = max(0, min(bisect_right(firsts, number) - 1, len(tables) - 1))
+        return tables[table].place(number - firsts[table])
+
+    return place
 
 
 def _check_columns(task: TaskFile, names: Sequence[str], where: str) -> None:

@@ -7,17 +7,18 @@ commit that a cache records can be loaded again.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
+from kd.data.rows.compressed import file_type
+from kd.data.rows.tables import TABLE_READERS, Table, read_table
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""Suffix -> name of the loader of `datasets`."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +65,28 @@ def is_url(text: str) -> bool:
     return text.startswith(("https://", "http://"))
 
 
-def load_url(url: str) -> Any:
-    """The rows of a CSV, JSON or Parquet file at an address (a `datasets.Dataset`). Raises DataError."""
+def load_url(url: str) -> Table:
+    """The rows of a table file at an address, as `read_table` reads them. Raises DataError."""
     with needed("datasets", "reading a file at an address"):
         import datasets
 
-    suffix = PurePosixPath(urlparse(url).path).suffix
-    if suffix not in BUILDERS:
+    name = PurePosixPath(unquote(urlparse(url).path))
+    if file_type(name) not in TABLE_READERS:
         raise DataError(
             "the file at this address has an unknown type",
             where=url,
-            found=suffix or "no suffix",
-            expected=", ".join(BUILDERS),
+            found=name.suffix or "no suffix",
+            expected=", ".join(TABLE_READERS),
         )
-    options = {"sep": "\t"} if suffix == ".tsv" else {}
     try:
-        return datasets.load_dataset(BUILDERS[suffix], data_files={"rows": [url]}, split="rows", **options)
+        file = Path(datasets.DownloadManager().download(url))
     except Exception as error:
         advice = "check the network, or download the file and use --task-root DIR"
         raise _unreachable("cannot load the file", url, error, advice) from error
+    with tempfile.TemporaryDirectory() as folder:  # the download has a digest for a name
+        named = Path(folder) / name.name
+        named.symlink_to(file.absolute())
+        return replace(read_table(named), file=url)
 
 
 def _unreachable(what: str, where: str, error: Exception, advice: str) -> DataError:

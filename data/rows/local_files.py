@@ -1,7 +1,7 @@
-"""Examples from a local file or folder: `.txt`, `.tokens`, and the tables of `kd.data.rows.tables`.
+"""Examples from local files: `.txt`, `.tokens`, and the tables of `kd.data.rows.tables`, also compressed.
 
-A `.txt` file is one document, or several separated by `<|endoftext|>`; a `.tokens` file holds WikiText's articles. The files
-of a folder are read in the order of their paths.
+A `.txt` file is one document, or several separated by `<|endoftext|>`; a `.tokens` file holds WikiText's articles. Which files a
+spec names, and in which order they are read, is in `kd.data.rows.file_list`.
 """
 
 from __future__ import annotations
@@ -11,71 +11,100 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.left_out import LeftOut
+from kd.data.rows.compressed import UNREADABLE, file_type, open_text
 from kd.data.rows.example import Example
-from kd.data.rows.row_examples import Columns, rows_to_examples
-from kd.data.rows.tables import ENCODING, TABLE_READERS, read_table, unreadable
+from kd.data.rows.file_list import FileList
+from kd.data.rows.row_examples import Columns, MissingColumnsError, rows_to_examples
+from kd.data.rows.tables import TABLE_READERS, EmptyFileError, empty, read_table, unreadable
 from kd.data.rows.wikitext import wikitext_articles
 
 FileExamples = tuple[str, list[Example]]
 """Kind of the examples (`documents` or `pairs`), and the examples in the file's order."""
-FileReader = Callable[[Path, str, Columns, str], FileExamples]
-"""(file, prefix of ids, columns, split) -> its examples."""
+FileReader = Callable[[Path, str, Columns, str, LeftOut], FileExamples]
+"""(file, prefix of ids, columns, split, record of what was left out) -> its examples."""
 
 
-def read_local(path: Path, columns: Columns, split: str) -> FileExamples:
-    """The examples of a file, or of all files of a folder. Raises DataError."""
-    files = [path] if not path.is_dir() else _files_in(path)
-    kinds: set[str] = set()
+class NoRowsError(DataError):
+    """A JSON file that is one object, which is not a row: settings, or facts about the other files."""
+
+
+def read_local(files: FileList, columns: Columns, split: str, left_out: LeftOut) -> FileExamples:
+    """The examples of all files, in their order; `left_out` receives what is not read. Raises DataError."""
+    kinds: dict[str, Path] = {}
     examples: list[Example] = []
-    for file in files:
-        prefix = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        kind, of_file = read_examples(file, prefix, columns, split)
-        kinds.add(kind)
+    for file in files.files:
+        try:
+            kind, of_file = read_examples(file, files.name(file), columns, split, left_out)
+        except (EmptyFileError, NoRowsError) as error:
+            if file in files.asked_for:
+                raise
+            left_out.add("empty_files" if isinstance(error, EmptyFileError) else "other_files", files.name(file))
+            continue
+        kinds.setdefault(kind, file)
         examples += of_file
     if len(kinds) > 1:
         raise DataError(
-            "the folder mixes plain text and prompt/target files",
-            where=str(path),
-            try_="one folder for each, or --columns",
+            "the files mix plain text and prompt/target rows",
+            where=files.spec,
+            found="; ".join(f"{kind} in {files.name(file)}" for kind, file in kinds.items()),
+            try_="one folder for each, a glob like 'texts/*.txt', or --columns",
         )
-    return kinds.pop(), examples
+    if not kinds:
+        raise DataError("no file holds any text", where=files.spec, found=f"left out: {left_out}")
+    return next(iter(kinds)), examples
 
 
-def read_examples(file: Path, prefix: str, columns: Columns, split: str) -> FileExamples:
+def read_examples(file: Path, prefix: str, columns: Columns, split: str, left_out: LeftOut) -> FileExamples:
     """The examples of one file. Raises DataError for an unknown suffix or unreadable content."""
-    if file.suffix not in FILE_READERS:
-        raise unknown_name("file type", file.suffix or file.name, FILE_READERS, where=str(file))
+    if file_type(file) not in FILE_READERS:
+        raise unknown_name("file type", file_type(file) or file.name, FILE_READERS, where=str(file))
     try:
-        return FILE_READERS[file.suffix](file, prefix, columns, split)
+        return FILE_READERS[file_type(file)](file, prefix, columns, split, left_out)
     except DataError:
         raise
-    except (OSError, ValueError) as error:  # bad UTF-8 is a ValueError
+    except UNREADABLE as error:  # bad UTF-8 is a ValueError
         raise unreadable(file, error) from error
 
 
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in FILE_READERS and p.is_file())
-    if not files:
-        raise DataError("no readable files in the folder", where=str(folder), expected=", ".join(FILE_READERS))
-    return files
-
-
-def _read_text(file: Path, prefix: str, columns: Columns, split: str) -> FileExamples:
-    documents = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$\n?|<\|endoftext\|>", file.read_text(ENCODING))
+def _read_text(file: Path, prefix: str, columns: Columns, split: str, left_out: LeftOut) -> FileExamples:
+    with open_text(file) as opened:
+        text = opened.read()
+    if not text:
+        raise empty(file)
+    documents = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$\n?|<\|endoftext\|>", text)
     texts = [d.strip("\n") for d in documents if d.strip()]
+    if not texts:
+        left_out.add("without_text", prefix)
     ids = [prefix] if len(texts) == 1 else [f"{prefix}:{i}" for i in range(len(texts))]
     return "documents", [Example(i, t, split=split) for i, t in zip(ids, texts, strict=True)]
 
 
-def _read_tokens(file: Path, prefix: str, columns: Columns, split: str) -> FileExamples:
-    with file.open(encoding=ENCODING) as lines:
+def _read_tokens(file: Path, prefix: str, columns: Columns, split: str, left_out: LeftOut) -> FileExamples:
+    with open_text(file) as lines:
         articles = list(wikitext_articles(lines, "wikitext", split))
+    if not articles:
+        raise empty(file)
     return "documents", [Example(f"{prefix}:{i}", a.target, task=a.task, split=split) for i, a in enumerate(articles)]
 
 
-def _read_rows(file: Path, prefix: str, columns: Columns, split: str) -> FileExamples:
-    names, rows = read_table(file)
-    kind, examples = rows_to_examples(rows, names, columns, where=str(file), prefix=prefix, split=split)
+def _read_rows(file: Path, prefix: str, columns: Columns, split: str, left_out: LeftOut) -> FileExamples:
+    table = read_table(file)
+    try:
+        kind, examples = rows_to_examples(
+            table.rows,
+            table.names,
+            columns,
+            where=table.file,
+            place=table.place,
+            prefix=prefix,
+            split=split,
+            left_out=left_out,
+        )
+    except MissingColumnsError as error:
+        if table.whole_file:
+            raise NoRowsError(error.headline, **error.details) from error
+        raise
     return kind, list(examples)
 
 
@@ -84,4 +113,4 @@ FILE_READERS: dict[str, FileReader] = {
     ".tokens": _read_tokens,
     **dict.fromkeys(TABLE_READERS, _read_rows),
 }
-"""Suffix -> reader."""
+"""Type of a file -> its reader."""

@@ -1,83 +1,226 @@
-"""Read table files: `.jsonl`, `.csv`, `.tsv` and `.parquet` give the same list of dicts.
+"""Read table files: `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet`, also compressed, give the same table of rows.
 
 Files are read whole, because the corpora of this project have at most a few hundred MB. CSV and TSV values are always
-strings; the other formats keep the types they were written with.
+strings; the other formats keep the types they were written with. A `.json` file is a list of objects, or an object per line.
+
+A row with more or fewer fields than the header has columns, a column or key that occurs twice, and an empty file are errors:
+each of them would otherwise cut a value or lose a row.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
-
-ENCODING = "utf-8-sig"
-"""UTF-8. A byte order mark, which spreadsheets write first, is dropped."""
+from kd.data.rows.compressed import COMPRESSIONS, UNREADABLE, file_type, open_bytes, open_text
 
 Row = dict[str, Any]
-Table = tuple[list[str], list[Row]]
-"""Column names and rows, in the file's order."""
+Place = Callable[[int], str]
+"""Number of a row, from 0 -> where it is, for errors."""
+
+
+class EmptyFileError(DataError):
+    """A file without a single row."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file, in its order."""
+
+    file: str
+    names: list[str]
+    """Columns; of JSON rows, the keys of the first."""
+    rows: list[Row]
+    lines: Sequence[int] = ()
+    """Line in which each row begins, from 1; empty where the format has no lines."""
+    whole_file: bool = False
+    """Whether the file is one JSON object, which may be anything but a row."""
+
+    def place(self, number: int) -> str:
+        """Where a row is, for errors: its line, or its number from 1."""
+        return f"{self.file} line {self.lines[number]}" if self.lines else f"{self.file} row {number + 1}"
+
+
+def rows_in(where: str) -> Place:
+    """Places of rows that have no lines: their numbers from 1."""
+    return lambda number: f"{where} row {number + 1}"
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value stands for no value: null, or the NaN that libraries write for it into a column of numbers."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def read_table(file: Path) -> Table:
-    """Column names and rows of one file. Raises DataError for an unknown suffix or unreadable content."""
-    if file.suffix not in TABLE_READERS:
-        raise unknown_name("table file type", file.suffix or file.name, TABLE_READERS, where=str(file))
+    """The rows of one file. Raises DataError for an unknown suffix, unreadable content, or a file that is empty."""
+    if file_type(file) not in TABLE_READERS:
+        raise unknown_name("table file type", file_type(file) or file.name, TABLE_READERS, where=str(file))
     try:
-        return TABLE_READERS[file.suffix](file)
+        table = TABLE_READERS[file_type(file)](file)
     except DataError:
         raise
-    except (OSError, ValueError, csv.Error) as error:  # truncated Parquet, bad UTF-8, broken CSV
+    except UNREADABLE as error:  # truncated Parquet, bad UTF-8
         raise unreadable(file, error) from error
+    repeated = _first_repeated(table.names)
+    if repeated is not None:
+        raise DataError(
+            "two columns have the same name",
+            where=str(file),
+            found=repeated,
+            expected="a name of its own for each column",
+        )
+    return table
+
+
+def table_files(folder: Path) -> list[Path]:
+    """The table files in a folder, in the order of their paths; hidden ones are none."""
+    return sorted(
+        p for p in folder.iterdir() if file_type(p) in TABLE_READERS and not p.name.startswith(".") and p.is_file()
+    )
 
 
 def unreadable(file: Path, error: Exception) -> DataError:
     """The error for a file that cannot be read as what its suffix says."""
+    compressed = f", compressed as {file.suffix.lower()}" if file.suffix.lower() in COMPRESSIONS else ""
     return DataError(
         "cannot read the file",
         where=str(file),
         found=f"{type(error).__name__}: {error}",
-        expected=f"a readable {file.suffix} file",
+        expected=f"a readable {file_type(file)} file{compressed}",
     )
 
 
+def empty(file: Path) -> EmptyFileError:
+    """The error for a file that holds nothing."""
+    return EmptyFileError("the file is empty", where=str(file), expected="at least one row")
+
+
+def _first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs twice; columns without a name cannot be asked for, so that they may repeat."""
+    seen: set[str] = set()
+    for name in names:
+        if name and name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
 def _jsonl(file: Path) -> Table:
-    rows = []
-    with file.open(encoding=ENCODING) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError("not JSON", where=f"{file} line {number}", found=str(error)) from error
-            if not isinstance(row, dict):
-                raise DataError("a line is not a JSON object", where=f"{file} line {number}", found=type(row).__name__)
-            rows.append(row)
-    return (list(rows[0]) if rows else []), rows
+    with open_text(file) as lines:
+        return _objects(file, lines)
+
+
+def _objects(file: Path, lines: Iterable[str]) -> Table:
+    """A table of one JSON object per line."""
+    rows, numbers = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            rows.append(_object(_parsed(line, f"{file} line {number}"), f"{file} line {number}"))
+            numbers.append(number)
+    if not rows:
+        raise empty(file)
+    return Table(str(file), list(rows[0]), rows, numbers)
+
+
+def _json(file: Path) -> Table:
+    with open_text(file) as opened:
+        text = opened.read()
+    if not text.strip():
+        raise empty(file)
+    if text.lstrip().startswith("["):
+        items = _parsed(text, str(file))
+        rows = [_object(item, f"{file} row {number}") for number, item in enumerate(items, 1)]
+        if not rows:
+            raise empty(file)
+        return Table(str(file), list(rows[0]), rows)
+    try:
+        row = _object(_parsed(text, str(file)), str(file))
+    except DataError:  # an object per line, or not JSON: then the error names the line
+        return _objects(file, io.StringIO(text))
+    return Table(str(file), list(row), [row], whole_file=True)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_with_each_key_once)
+    except (ValueError, RecursionError) as error:
+        raise DataError("not JSON", where=where, found=str(error)) from error
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"the key {_first_repeated(key for key, _ in pairs)!r} occurs twice in an object")
+    return row
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError("a row is not a JSON object", where=where, found=type(value).__name__)
+    return value
 
 
 def _csv(file: Path) -> Table:
     csv.field_size_limit(2**31 - 1)  # some articles are longer than the default, 128 KiB
-    with file.open(encoding=ENCODING, newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-        rows: list[Row] = list(reader)
-    return list(reader.fieldnames or []), rows
+    names: list[str] | None = None
+    rows: list[Row] = []
+    numbers: list[int] = []
+    with open_text(file, newline="") as lines:
+        reader = csv.reader(lines, delimiter="\t" if file_type(file) == ".tsv" else ",", strict=True)
+        line = 1
+        try:
+            for fields in reader:
+                if names is None:
+                    names = fields or None
+                elif fields:  # not an empty line
+                    _check_width(fields, names, f"{file} line {line}")
+                    rows.append(dict(zip(names, fields, strict=True)))
+                    numbers.append(line)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError("not CSV", where=f"{file} line {line}", found=str(error)) from error
+    if names is None:
+        raise empty(file)
+    return Table(str(file), names, rows, numbers)
+
+
+def _check_width(fields: Sequence[str], names: Sequence[str], where: str) -> None:
+    if len(fields) != len(names):
+        raise DataError(
+            "a row has another number of fields than the header",
+            where=where,
+            found=f"{_counted(len(fields), 'field')}: {' | '.join(fields):.200}",
+            expected=f"{_counted(len(names), 'column')}: {' | '.join(names):.200}",
+            try_='quotes around a value that holds the separator, as in "red, blue and green"',
+        )
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _parquet(file: Path) -> Table:
     import pyarrow.parquet as pq
 
-    table = pq.read_table(file)
-    return table.column_names, table.to_pylist()
+    if file.stat().st_size == 0:
+        raise empty(file)
+    with open_bytes(file) as opened:
+        source = io.BytesIO(opened.read()) if file.suffix.lower() in COMPRESSIONS else opened
+        table = pq.ParquetFile(source).read()
+    return Table(str(file), table.column_names, table.to_pylist())
 
 
 TABLE_READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": _jsonl,
+    ".json": _json,
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
 }
+"""Type of a file -> its reader."""

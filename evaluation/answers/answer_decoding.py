@@ -30,7 +30,7 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
-from kd.data.instruction_tasks.rendering import keyed
+from kd.data.instruction_tasks.draws import keyed
 from kd.data.sources import Corpus
 from kd.evaluation.answers.accepted import references
 from kd.evaluation.scoring.scored_text import out_of_memory

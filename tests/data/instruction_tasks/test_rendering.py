@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 
 from kd.common.errors import DataError
 from kd.data.data_settings import InstructionConfig
-from kd.data.instruction_tasks.rendering import Rendered, keyed, options_text, render_rows, show_templates
+from kd.data.instruction_tasks.rendering import Rendered, options_text, render_rows, show_templates
 from kd.data.instruction_tasks.task import TaskFile
 from kd.data.instruction_tasks.task_files import load_task, parse_task, task_names
 from kd.data.rows.example import Example, text_digest
+from kd.data.rows.tables import rows_in
 
 PLAIN = InstructionConfig(template=0)
 BOOLQ = load_task("boolq").example
 
 
 def render(task: TaskFile, rows: list[Any], config: InstructionConfig = PLAIN, **options: Any) -> Rendered:
-    return render_rows(task, rows, split="train", config=config, where="here", **options)
+    return render_rows(task, rows, split="train", config=config, place=rows_in("here"), **options)
 
 
 def one(name: str, config: InstructionConfig = PLAIN, **changes: Any) -> Example:
@@ -81,7 +82,7 @@ def test_every_template_renders_on_real_rows(name: str, shared: Path) -> None:
     from kd.data.rows.tables import read_table
 
     task = load_task(name)
-    rows = read_table(shared / "tasks" / name / f"{REAL[name]}.jsonl")[1][:40]
+    rows = read_table(shared / "tasks" / name / f"{REAL[name]}.jsonl").rows[:40]
     for index, template in enumerate(task.templates):
         for example in render(task, rows, replace(PLAIN, template=index)).examples:
             check(replace(example, prompt=example.prompt.strip()), task, template.inverted, True)
@@ -134,13 +135,16 @@ def test_long_rows_go_first_and_then_the_cap_counts() -> None:
     rows = [dict(BOOLQ) | {"passage": "p" * n} for n in (2001, 5, 2000, 7)]
     done = render(load_task("boolq"), rows, cap=2)
     assert [e.id for e in done.examples] == ["boolq/train/1", "boolq/train/2"]
-    assert done.too_long == 1
+    assert done.left_out.document() == {
+        "over_max_chars": {"count": 1, "first": "boolq/train/0"},
+        "beyond_limit": {"count": 1, "first": "boolq/train"},
+    }
 
 
 def test_unlabelled_rows_are_left_out_and_counted() -> None:
     rows = [load_task("paws").example | {"label": v} for v in (-1, 1, None, "", 0)]
     done = render(load_task("paws"), rows)
-    assert ([e.answer for e in done.examples], done.unlabelled) == ([1, 0], 3)
+    assert ([e.answer for e in done.examples], done.left_out.count("unlabelled")) == ([1, 0], 3)
     with pytest.raises(DataError, match="no row has an answer") as caught:
         render(load_task("paws"), rows[:1])
     assert "1 unlabelled" in str(caught.value)
@@ -149,7 +153,7 @@ def test_unlabelled_rows_are_left_out_and_counted() -> None:
 def test_rows_without_a_reference_are_unlabelled_too() -> None:
     rows = [{"concept_set_idx": 0, "concepts": ["a"], "target": t} for t in ("", None, "x", "  ")]
     done = render(load_task("common_gen"), rows)
-    assert ([e.target for e in done.examples], done.unlabelled) == (["x"], 3)
+    assert ([e.target for e in done.examples], done.left_out.count("unlabelled")) == (["x"], 3)
     assert done.examples[0].references == ("x",)
 
 
@@ -162,7 +166,7 @@ def test_dotted_paths_work_wherever_a_column_is_named() -> None:
     rows = [{"a": {"text": t, "label": v}} for t, v in (("one", 1), ("four", 1), ("two", "none"), ("six", -1))]
     done = render(task, rows)
     assert [(e.prompt.split()[0], e.target) for e in done.examples] == [("one", "y"), ("two", "n")]
-    assert (done.too_long, done.unlabelled) == (1, 1)
+    assert done.left_out.counts == {"over_max_chars": 1, "unlabelled": 1}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +183,7 @@ def test_a_label_outside_the_list_names_the_row_and_the_list(name: str, changes:
     with pytest.raises(DataError, match="not in the task's list") as caught:
         render(task, [task.example, task.example | changes])
     assert caught.value.details["found"] == found
-    assert "here row 1" in str(caught.value)
+    assert "here row 2" in str(caught.value)
 
 
 def test_a_missing_column_names_what_was_found_and_expected() -> None:
@@ -242,7 +246,7 @@ def test_the_text_is_the_same_in_every_process() -> None:
         "from kd.data.instruction_tasks.rendering import *; from kd.data.instruction_tasks.task_files import load_task;"
         "from kd.data.rows.example import text_digest;"
         "t = load_task('squad'); print(text_digest(render_rows(t, [t.example] * 50, split='train',"
-        "config=InstructionConfig(data_seed=3), where='').examples))"
+        "config=InstructionConfig(data_seed=3), place=str).examples))"
     )
     runs = {
         subprocess.run(
@@ -256,16 +260,6 @@ def test_the_text_is_the_same_in_every_process() -> None:
     }
     task = load_task("squad")
     assert runs == {text_digest(render(task, [task.example] * 50, InstructionConfig(data_seed=3)).examples)}
-
-
-def test_a_keyed_number_is_fixed_forever() -> None:
-    """A golden number: template choice and order of every published cache hang on it."""
-    assert keyed(0, "template", "boolq/train/0") % 10**9 == KEYED
-
-
-def test_parts_do_not_run_together() -> None:
-    assert keyed(0, "ab", "c") != keyed(0, "a", "bc")
-    assert keyed(0, "a") != keyed(1, "a")
 
 
 @pytest.mark.parametrize(
@@ -289,4 +283,54 @@ def test_a_file_without_an_example_row_cannot_be_shown() -> None:
         show_templates(task, PLAIN)
 
 
-KEYED = 270_315_385
+def test_a_null_in_a_field_that_the_template_does_not_use_stops_nothing() -> None:
+    text = """
+        {fields: {x: x, note: note}, references: y,
+         templates: [{prompt: "{x}?"}, {prompt: "{x}, {note}?"}]}"""
+    task = parse_task(text, "mine", "mine.yaml")
+    rows = [{"x": "a", "note": None, "y": "b"}]
+    assert render(task, rows, replace(PLAIN, template=0)).examples[0].prompt == "a?"
+    with pytest.raises(DataError, match="not text") as caught:
+        render(task, rows, replace(PLAIN, template=1))
+    assert caught.value.details["where"] == "here row 1 column note"
+
+
+def test_a_number_that_is_none_is_nothing() -> None:
+    text = "{fields: {x: x}, references: y, templates: [{prompt: '{x}'}]}"
+    task = parse_task(text, "mine", "mine.yaml")
+    with pytest.raises(DataError, match="not text") as caught:
+        render(task, [{"x": float("nan"), "y": "b"}])
+    assert caught.value.details["found"] == "nothing"
+    done = render(task, [{"x": "a", "y": float("nan")}, {"x": "a", "y": "b"}])
+    assert ([e.target for e in done.examples], done.left_out.count("unlabelled")) == (["b"], 1)
+    labels = render(load_task("paws"), [load_task("paws").example | {"label": v} for v in (float("nan"), 1)])
+    assert labels.left_out.count("unlabelled") == 1
+
+
+def sorted_rows(n: int) -> list[dict[str, Any]]:
+    return [dict(load_task("paws").example) | {"sentence1": f"s{i}", "label": int(i >= n // 2)} for i in range(n)]
+
+
+def test_a_cap_does_not_take_one_label_of_rows_sorted_by_label() -> None:
+    done = render(load_task("paws"), sorted_rows(400), cap=100)
+    assert done.drawn
+    assert 30 < sum(e.answer or 0 for e in done.examples) < 70  # 50 expected, standard deviation 4
+    numbers = [int(e.id.rpartition("/")[2]) for e in done.examples]
+    assert (len(numbers), numbers) == (100, sorted(numbers)), "drawn rows stay in their order"
+    assert done.left_out.count("beyond_limit") == 300
+    whole = {e.id: e for e in render(load_task("paws"), sorted_rows(400)).examples}
+    assert all(whole[e.id] == e for e in done.examples)
+    more = render(load_task("paws"), sorted_rows(400), cap=150)
+    assert {e.id for e in done.examples} < {e.id for e in more.examples}
+    other = render(load_task("paws"), sorted_rows(400), replace(PLAIN, data_seed=1), cap=100)
+    assert [e.id for e in other.examples] != [e.id for e in done.examples]
+
+
+def test_a_data_set_of_the_hub_is_drawn_from_as_a_file_is() -> None:
+    from datasets import Dataset
+
+    rows = sorted_rows(400)
+    assert (
+        render(load_task("paws"), Dataset.from_list(rows), cap=50).examples
+        == render(load_task("paws"), rows, cap=50).examples
+    )

@@ -230,3 +230,109 @@ def test_rows_that_the_hub_does_not_give_say_how_to_give_them_as_files():
     assert error.value.details["where"] == "google/boolq split validation"
     for said in ("--task-root DIR", "DIR/boolq/dev.jsonl", "answer, passage, question"):
         assert said in error.value.details["try"]
+
+
+# parts of the files that a task names
+
+
+def parts(tmp_path: Path, yaml: str) -> dict[str, list[int]]:
+    """Split -> numbers of its rows, of a task with files beside it."""
+    put(tmp_path / "rows.jsonl", [{"x": str(n), "y": "a"} for n in range(10)])
+    put(tmp_path / "dev.jsonl", [{"x": str(n), "y": "a"} for n in range(100, 104)])
+    path = tmp_path / "mine.yaml"
+    path.write_text("fields: {x: x}\nreferences: y\ntemplates: [{prompt: '{x}'}]\n" + yaml)
+    task = load_task(str(path))
+    found = {}
+    for split in task.splits:
+        rows = load_task_rows(task, split, None, no_hub)
+        found[split] = [int(row["x"]) for row in rows.rows]
+        assert rows.first == (found[split][0] if found[split][0] < 100 else 0)
+    return found
+
+
+def test_parts_of_one_file_do_not_overlap(tmp_path: Path) -> None:
+    cut = parts(
+        tmp_path,
+        "files: {train: rows.jsonl, dev: rows.jsonl, test: rows.jsonl}\n"
+        "splits: {train: 'train[:70%]', dev: 'train[70%:90%]', test: 'train[90%:]'}\n",
+    )
+    assert cut == {"train": [0, 1, 2, 3, 4, 5, 6], "dev": [7, 8], "test": [9]}
+
+
+def test_a_split_without_a_file_is_a_part_of_the_file_that_it_names(tmp_path: Path) -> None:
+    cut = parts(
+        tmp_path,
+        "files: {train: rows.jsonl, dev: dev.jsonl}\n"
+        "splits: {train: 'train[:-2]', dev: 'validation[:3]', test: 'train[-2:]'}\n",
+    )
+    assert cut == {"train": list(range(8)), "dev": [100, 101, 102], "test": [8, 9]}
+    assert parts(tmp_path, "files: {train: rows.jsonl, dev: dev.jsonl}\nsplits: {dev: validation, test: dev}\n") == {
+        "dev": [100, 101, 102, 103],
+        "test": [100, 101, 102, 103],
+    }
+
+
+def test_a_split_with_a_file_of_its_own_and_a_part_of_another_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a file of its own and is also a part of another"):
+        parts(tmp_path, "files: {train: rows.jsonl, dev: dev.jsonl}\nsplits: {train: train, dev: 'train[90%:]'}\n")
+
+
+def test_parts_that_a_task_inherits_do_not_cut_its_own_files(tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        put(tmp_path / f"{name}.jsonl", CODE)
+    path = tmp_path / "code.yaml"
+    path.write_text("extends: python_code\nfiles: {train: train.jsonl, dev: dev.jsonl}\n")
+    task = load_task(str(path))
+    assert [len(load_task_rows(task, s, None, no_hub).rows) for s in ("train", "dev")] == [20, 20]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_part_of_a_file_at_an_address_is_cut_too(tmp_path: Path, server: str, split: str) -> None:
+    put(tmp_path / "www" / "rows.jsonl", CODE)
+    path = tmp_path / "code.yaml"
+    path.write_text(
+        f"extends: python_code\nfiles: {{train: {server}/rows.jsonl}}\n"
+        "splits: {train: 'train[:90%]', test: 'train[90%:]'}\n"
+    )
+    rows = load_task_rows(load_task(str(path)), split, None, no_hub)
+    assert [r["output"] for r in rows.rows] == [r["output"] for r in (CODE[:18] if split == "train" else CODE[18:])]
+    assert rows.place(rows.first) == f"{server}/rows.jsonl line {1 if split == 'train' else 19}"
+
+
+def test_values_at_an_address_are_what_the_file_says(tmp_path: Path, server: str) -> None:
+    (tmp_path / "www" / "valid.csv").write_text(COSMOS.replace("c, d", "NA").replace("Why wet ?", "007"))
+    path = tmp_path / "cosmos.yaml"
+    path.write_text(f"extends: cosmos_qa\nfiles: {{dev: {server}/valid.csv}}\n")
+    row = load_task_rows(load_task(str(path)), "dev", None, no_hub).rows[0]
+    assert (row["answer2"], row["question"]) == ("NA", "007")
+
+
+def test_a_row_without_a_column_of_the_task_names_its_line(tmp_path: Path) -> None:
+    put(tmp_path / "paws" / "dev-0.jsonl", PAWS)
+    put(tmp_path / "paws" / "dev-1.jsonl", [PAWS[0], {"sentence1": "a", "sentence2": "b", "lable": 0}])
+    with pytest.raises(DataError, match="columns are missing") as caught:
+        found(tmp_path, "paws", "dev")
+    assert str(caught.value.details["where"]).endswith("dev-1.jsonl line 2")
+    assert "missing: label" in str(caught.value.details["expected"])
+
+
+def test_places_of_rows_in_several_files_name_the_file(tmp_path: Path) -> None:
+    put(tmp_path / "paws" / "dev-0.jsonl", PAWS)
+    put(tmp_path / "paws" / "dev-1.csv", PAWS)
+    rows = load_task_rows(load_task("paws"), "dev", tmp_path, no_hub)
+    assert [Path(rows.place(n)).name for n in (0, 3, 4, 7)] == [
+        "dev-0.jsonl line 1",
+        "dev-0.jsonl line 4",
+        "dev-1.csv line 2",
+        "dev-1.csv line 5",
+    ]
+
+
+def test_compressed_files_and_upper_case_suffixes_are_found_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    import gzip
+
+    put(tmp_path / "paws" / "dev.jsonl", PAWS)
+    data = (tmp_path / "paws" / "dev.jsonl").read_bytes()
+    (tmp_path / "paws" / "._dev.jsonl").write_bytes(b"\0")
+    (tmp_path / "paws" / "train.JSONL.gz").write_bytes(gzip.compress(data))
+    assert found(tmp_path, "paws", "train") == found(tmp_path, "paws", "dev")

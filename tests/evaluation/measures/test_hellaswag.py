@@ -179,7 +179,7 @@ def test_an_unknown_protocol_lists_both(model, tokenizer, root):
 def test_rows_that_cannot_be_asked_name_their_place(tmp_path, change, reason):
     with pytest.raises(DataError, match=reason) as error:
         load_scenes(write(tmp_path, [ROWS[0], ROWS[1] | change]))
-    assert str(error.value.details["where"]).endswith("row 1")
+    assert str(error.value.details["where"]).endswith("line 2")
 
 
 def test_unlabelled_rows_are_left_out_and_counted(tmp_path):

@@ -1,0 +1,159 @@
+"""Which local files a spec names: a file, a folder, a glob, or several of them between commas.
+
+    texts                      every file of the folder and of the folders in it, in the order of the paths
+    'texts/*.jsonl'            what the glob matches; ** stands for any number of folders
+    a.jsonl,b.jsonl.gz         several files, folders or globs, in this order
+
+Hidden files and folders (`.ipynb_checkpoints`, `._notes.txt`) are not text that somebody put there, and links to folders may lead
+in a circle. Both are passed over, as are files of other types, and all of them are counted. A file that lies there twice, plain and
+compressed, is an error, because one of the two is a copy.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.common.errors import DataError
+from kd.data.left_out import LeftOut
+from kd.data.rows.compressed import COMPRESSIONS, file_type
+
+
+@dataclass(frozen=True)
+class FileList:
+    """Files in the order in which they are read."""
+
+    spec: str
+    files: tuple[Path, ...]
+    asked_for: frozenset[Path]
+    """Those that the spec names one by one; a fault in one of these is always an error."""
+    base: Path
+    """The folder that the names of the files begin in."""
+
+    def name(self, file: Path) -> str:
+        """The file's path in the base folder, which the ids of its examples begin with."""
+        return Path(os.path.abspath(file)).relative_to(self.base).as_posix()
+
+
+def list_files(spec: str, types: Collection[str], left_out: LeftOut) -> FileList | None:
+    """The files that a spec names, with those of folders in the order of their paths. None where it names nothing on this disk.
+
+    types      types of files that are read from a folder, or where a glob matches more than one
+    left_out   receives what is there besides
+
+    Raises DataError where some of several are there and others are not, a glob matches nothing, nothing can be read, or a file
+    would be read twice.
+    """
+    paths = _paths(spec)
+    if paths is None:
+        return None
+    several = len(paths) > 1 and glob.has_magic(spec)
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += _files_in(path, types, left_out)
+        elif several and file_type(path) not in types:
+            left_out.add("other_files", path.name)
+        else:
+            files.append(path)
+    if not files:
+        raise DataError(
+            "no readable files in the folder",
+            where=spec,
+            found=f"left out: {left_out}",
+            expected=", ".join(types) + f", also with {' or '.join(COMPRESSIONS)} after it",
+        )
+    _refuse_twice(spec, files)
+    return FileList(spec, tuple(files), frozenset() if several else frozenset(paths), _base(paths))
+
+
+def _paths(spec: str) -> list[Path] | None:
+    """The files and folders that a spec names, globs expanded; None where it names none."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return [path]
+    if "://" in spec or not ("," in spec or glob.has_magic(spec)):
+        return None
+    parts = _between_commas(spec)
+    if not any(glob.has_magic(part) or Path(part).expanduser().exists() for part in parts):
+        return None
+    return [path for part in parts for path in _matched(part)]
+
+
+def _between_commas(spec: str) -> list[str]:
+    """The parts of a spec. A comma that belongs to the name of a file that exists does not separate."""
+    parts: list[str] = []
+    rest = spec.split(",")
+    while rest:
+        whole = next((n for n in range(len(rest), 1, -1) if Path(",".join(rest[:n])).expanduser().exists()), 1)
+        parts.append(",".join(rest[:whole]).strip())
+        rest = rest[whole:]
+    return [part for part in parts if part]
+
+
+def _matched(part: str) -> list[Path]:
+    """What a glob matches, in the order of the paths; the path itself where it is none."""
+    path = Path(part).expanduser()
+    if path.exists() or not glob.has_magic(part):
+        found = [path] if path.exists() else []
+    else:
+        found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not found:
+        raise DataError("no such file or folder", where=part, expected="a path, or a glob that matches one")
+    return found
+
+
+def _base(paths: Sequence[Path]) -> Path:
+    """The folder of one path, or the folder that all of them are in."""
+    return Path(os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths]))
+
+
+def _files_in(folder: Path, types: Collection[str], left_out: LeftOut) -> list[Path]:
+    """Files of the given types in a folder and below it, in the order of their paths."""
+    found = []
+    for path in _walk(folder, left_out):
+        name = path.relative_to(folder).as_posix()
+        if path.name.startswith("."):
+            left_out.add("hidden_files", name)
+        elif file_type(path) not in types or (path.exists() and not path.is_file()):
+            left_out.add("other_files", name)
+        else:
+            found.append(path)
+    return sorted(found)
+
+
+def _walk(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """Every file below a folder, and every hidden folder, which is not entered. Raises DataError for one that cannot be read."""
+
+    def unreadable(error: OSError) -> None:
+        raise DataError("cannot read a folder", where=error.filename, found=error.strerror) from error
+
+    for root, folders, files in os.walk(folder, onerror=unreadable):
+        here = Path(root)
+        folders.sort()
+        linked = [name for name in folders if (here / name).is_symlink() and not name.startswith(".")]
+        for name in linked:
+            left_out.add("linked_folders", (here / name).relative_to(folder).as_posix())
+        yield from (here / name for name in folders if name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in linked]
+        yield from (here / name for name in sorted(files))
+
+
+def _refuse_twice(spec: str, files: Sequence[Path]) -> None:
+    """Raise DataError for a file that is named twice, or lies there plain and compressed."""
+    seen: dict[str, Path] = {}
+    for file in files:
+        whole = os.path.abspath(file)
+        plain = whole.removesuffix(file.suffix) if file.suffix.lower() in COMPRESSIONS else whole
+        if plain in seen:
+            raise DataError(
+                "a file is read twice",
+                where=spec,
+                found=f"{seen[plain]} and {file}",
+                expected="each text once",
+                try_="remove one of the two, or name the files to read",
+            )
+        seen[plain] = file
