@@ -52,6 +52,7 @@ def source_lines() -> dict[str, str]:
     from kd.data.instruction_tasks.glue import glue_tasks
     from kd.data.instruction_tasks.mixtures import PRESETS
     from kd.data.instruction_tasks.task_files import load_task, task_names
+    from kd.data.rows.compressed import COMPRESSIONS
     from kd.data.rows.local_files import FILE_READERS
     from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
     from kd.data.sources import SOURCES
@@ -69,27 +70,32 @@ def source_lines() -> dict[str, str]:
     lines["flan:all-but=CLUSTER"] = "the tasks of no held-out cluster: " + ", ".join(flan_clusters().clusters)
     lines |= {f"glue/{t.name}": f"GLUE: {' + '.join(t.texts)} -> {', '.join(t.labels)}" for t in glue_tasks().values()}
     lines["FILE.yaml"] = "a task of your own (docs/extending.md)"
-    lines["FILE or FOLDER"] = " ".join(FILE_READERS)
+    lines["FILE or FOLDER"] = " ".join(FILE_READERS) + f"; also {' and '.join(COMPRESSIONS)}"
+    lines["'FOLDER/*.txt', FILE,FILE"] = "a glob, or several files, folders and globs"
     lines["hub-id[:config][@revision]"] = "any data set on the hub that loads without code"
     return lines
 
 
 @data.command("show")
-@click.argument("spec")
+@click.argument("spec", nargs=-1, required=True)
 @settings_options(DataSettings, leave_out=("spec",), config=False)
 @json_option
-def data_show(spec: str, settings: DataSettings, as_json: bool) -> None:
-    """Show the first examples of SPEC (--limit of them, or 3), its size and its digest.
+def data_show(spec: tuple[str, ...], settings: DataSettings, as_json: bool) -> None:
+    """Show the first examples of SPEC (--limit of them, or 3), its size, its digest, and what was left out of it.
+
+    Several files or folders are one text.
 
     Example: kd data show demo --limit 3
     """
     from kd.data.sources import load_corpus
 
-    corpus = load_corpus(spec, split=settings.split, columns=settings.columns, instructions=settings.instructions)
+    corpus = load_corpus(
+        ",".join(spec), split=settings.split, columns=settings.columns, instructions=settings.instructions
+    )
     shown = corpus.examples[: settings.limit or SHOWN_EXAMPLES]
     size = sum(len(e.target.encode()) + len(e.prompt.encode()) for e in corpus.examples)
     result = {
-        "spec": spec,
+        "spec": corpus.spec,
         "split": corpus.split,
         "kind": corpus.kind,
         "examples": len(corpus.examples),

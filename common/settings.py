@@ -71,7 +71,8 @@ def setting(
     shown     what the help names as the default, where the default's own text says little
     minimum   smallest value
     above     bound that the value must exceed
-    multiple  on the command line: the option may be repeated, and the values make a tuple (joined, where `parse` makes tuples)
+    multiple  on the command line: the option may be repeated, and the values make a tuple (joined, where `parse` makes tuples);
+              where the type is text, they, or a list in a file, make one text with commas between them
     hidden    not an option of the command line
     hint      what to try where a value is none of the choices
     """
@@ -146,6 +147,8 @@ class Setting:
             value = self._parsed(value, where)
         elif isinstance(value, Mapping) and self.multiple:
             value = self._joined([f"{key}={one}" for key, one in value.items()], where)
+        elif isinstance(value, list | tuple) and self.multiple and self.kinds == (str,):
+            value = ",".join(map(str, value))
         elif isinstance(value, list | tuple) and self.parse is not None:
             value = self._joined(value, where)
         value = self._as_kind(value)

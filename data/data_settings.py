@@ -49,8 +49,9 @@ class InstructionConfig:
     """Folder with the rows of instruction tasks as TASK/SPLIT.jsonl, .csv, .tsv or .parquet. By default they are read
     from the hub."""
     max_per_task: int | None = setting(None, metavar="N", minimum=1)
-    """Number of rows kept of each instruction task: the first N. By default a mixture's own number in the split train,
-    and all rows in other splits."""
+    """Number of rows kept of each instruction task: the first N, or drawn ones where the first N have other labels than all rows,
+    because these are in the order of their labels. By default a mixture's own number in the split train, and all rows in
+    other splits."""
     mix_maximum: int | None = setting(None, metavar="N", minimum=1)
     """Draw from each instruction task in proportion to min(rows, N); FLAN uses 3000. By default every example is used
     once."""
@@ -85,15 +86,17 @@ class InstructionConfig:
 class DataSettings:
     """A text, where a command can do without one; `RequiredDataSettings` where it cannot."""
 
-    spec: str | None = setting(None, flag="--data", metavar="SPEC")
-    """Text to use: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file or folder, or hub-id[:config][@revision]."""
+    spec: str | None = setting(None, flag="--data", metavar="SPEC", multiple=True)
+    """Text to use: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these between commas, or
+    hub-id[:config][@revision]. May be repeated for several files."""
     split: str | None = None
     """Split of the text. By default train. Instruction tasks have train, dev and test."""
     columns: Mapping[str, str] | None = setting(None, metavar="FIELD=COLUMN,…", parse=columns_from)
     """Columns of a file or hub data set, where they are not called text, prompt, target and id: text=COLUMN, or
     prompt=COLUMN,target=COLUMN, and id=COLUMN."""
     limit: int | None = setting(None, minimum=1)
-    """Number of documents or pairs to use: the first N. By default all."""
+    """Number of documents or pairs to use: the first N, or drawn ones where the first N have other labels than the whole text,
+    because it is in the order of its labels. By default all."""
     instructions: InstructionConfig = field(default_factory=InstructionConfig)
     """How instruction tasks become text."""
 
@@ -105,5 +108,6 @@ class DataSettings:
 class RequiredDataSettings(DataSettings):
     """A text that must be given."""
 
-    spec: str = setting(flag="--data", metavar="SPEC")
-    """Text to use: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file or folder, or hub-id[:config][@revision]."""
+    spec: str = setting(flag="--data", metavar="SPEC", multiple=True)
+    """Text to use: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these between commas, or
+    hub-id[:config][@revision]. May be repeated for several files."""

@@ -2,7 +2,7 @@
 
     left_out = LeftOut()
     left_out.add("without_text", "rows.csv:3")
-    str(left_out)          # 1 without text (first rows.csv:3)
+    str(left_out)          # without text 1 (first rows.csv:3)
 
 Reading adds what it passes over, tokenising adds what cannot be scored, and a plan joins the two. `kd data show`, `kd cache plan`,
 `kd cache build`, `kd cache info` and a cache's manifest (`document`) hold the same record.
@@ -103,10 +103,10 @@ def recorded(provenance: Mapping[str, Any]) -> LeftOut | None:
 
 
 def said(document: Mapping[str, Any] | None) -> str:
-    """The document of a record in words, e.g. `2 hidden files (first .git), 3 without text (first a.csv:7)`, or `nothing`."""
+    """The document of a record in words, e.g. `hidden files 2 (first .git), without text 3 (first a.csv:7)`, or `nothing`."""
     if document is None:
         return "unknown"
     parts = [
-        f"{entry['count']:,} {reason.replace('_', ' ')} (first {entry['first']})" for reason, entry in document.items()
+        f"{reason.replace('_', ' ')} {entry['count']:,} (first {entry['first']})" for reason, entry in document.items()
     ]
     return ", ".join(parts) or "nothing"

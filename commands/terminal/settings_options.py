@@ -35,7 +35,8 @@ class RecordingCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Called by click."""
         values, _, _ = self.make_parser(ctx).parse_args(list(args))
-        ctx.meta[GIVEN] = {str(name): value for name, value in values.items() if isinstance(value, str | bool)}
+        given = {str(name): as_text(value) if isinstance(value, list) else value for name, value in values.items()}
+        ctx.meta[GIVEN] = {name: value for name, value in given.items() if isinstance(value, str | bool)}
         return super().parse_args(ctx, args)
 
 

@@ -24,7 +24,7 @@ from kd.common.errors import DataError, unknown_name
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.compressed import plain_name
 from kd.data.rows.hub import HubRows, is_url, load_url
-from kd.data.rows.tables import Place, Table, read_table, rows_in, table_files
+from kd.data.rows.tables import Place, RowTable, read_table, rows_in, table_files
 
 SAME = ("dev", "validation", "valid", "val")
 """Names of the dev split."""
@@ -175,7 +175,7 @@ def _from_files(task: TaskFile, files: Sequence[Path], part: SplitPart) -> TaskR
     return _from_tables(task, [read_table(file) for file in files], part, f"local {listed}")
 
 
-def _from_tables(task: TaskFile, tables: Sequence[Table], part: SplitPart, source: str) -> TaskRows:
+def _from_tables(task: TaskFile, tables: Sequence[RowTable], part: SplitPart, source: str) -> TaskRows:
     """A part of the rows of several tables, one after the other. Raises DataError for a row that lacks a column of the task."""
     needed = set(task.columns)
     for table in tables:
@@ -189,7 +189,7 @@ def _from_tables(task: TaskFile, tables: Sequence[Table], part: SplitPart, sourc
     return TaskRows(rows[start:stop], start, where, _place_in(tables), source + ("" if part.whole else f" {part}"))
 
 
-def _place_in(tables: Sequence[Table]) -> Place:
+def _place_in(tables: Sequence[RowTable]) -> Place:
     """Places of the rows of several tables, one after the other."""
     firsts = list(accumulate((len(table.rows) for table in tables), initial=0))
 

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 from kd.common.errors import DataError
 from kd.common.extras import needed
 from kd.data.rows.compressed import file_type
-from kd.data.rows.tables import TABLE_READERS, Table, read_table
+from kd.data.rows.tables import TABLE_READERS, RowTable, read_table
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -65,7 +65,7 @@ def is_url(text: str) -> bool:
     return text.startswith(("https://", "http://"))
 
 
-def load_url(url: str) -> Table:
+def load_url(url: str) -> RowTable:
     """The rows of a table file at an address, as `read_table` reads them. Raises DataError."""
     with needed("datasets", "reading a file at an address"):
         import datasets

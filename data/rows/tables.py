@@ -30,7 +30,7 @@ class EmptyFileError(DataError):
 
 
 @dataclass(frozen=True)
-class Table:
+class RowTable:
     """The rows of one file, in its order."""
 
     file: str
@@ -57,7 +57,7 @@ def is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def read_table(file: Path) -> Table:
+def read_table(file: Path) -> RowTable:
     """The rows of one file. Raises DataError for an unknown suffix, unreadable content, or a file that is empty."""
     if file_type(file) not in TABLE_READERS:
         raise unknown_name("table file type", file_type(file) or file.name, TABLE_READERS, where=str(file))
@@ -111,12 +111,12 @@ def _first_repeated(names: Iterable[str]) -> str | None:
     return None
 
 
-def _jsonl(file: Path) -> Table:
+def _jsonl(file: Path) -> RowTable:
     with open_text(file) as lines:
         return _objects(file, lines)
 
 
-def _objects(file: Path, lines: Iterable[str]) -> Table:
+def _objects(file: Path, lines: Iterable[str]) -> RowTable:
     """A table of one JSON object per line."""
     rows, numbers = [], []
     for number, line in enumerate(lines, 1):
@@ -125,10 +125,10 @@ def _objects(file: Path, lines: Iterable[str]) -> Table:
             numbers.append(number)
     if not rows:
         raise empty(file)
-    return Table(str(file), list(rows[0]), rows, numbers)
+    return RowTable(str(file), list(rows[0]), rows, numbers)
 
 
-def _json(file: Path) -> Table:
+def _json(file: Path) -> RowTable:
     with open_text(file) as opened:
         text = opened.read()
     if not text.strip():
@@ -138,12 +138,12 @@ def _json(file: Path) -> Table:
         rows = [_object(item, f"{file} row {number}") for number, item in enumerate(items, 1)]
         if not rows:
             raise empty(file)
-        return Table(str(file), list(rows[0]), rows)
+        return RowTable(str(file), list(rows[0]), rows)
     try:
         row = _object(_parsed(text, str(file)), str(file))
     except DataError:  # an object per line, or not JSON: then the error names the line
         return _objects(file, io.StringIO(text))
-    return Table(str(file), list(row), [row], whole_file=True)
+    return RowTable(str(file), list(row), [row], whole_file=True)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -166,7 +166,7 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def _csv(file: Path) -> Table:
+def _csv(file: Path) -> RowTable:
     csv.field_size_limit(2**31 - 1)  # some articles are longer than the default, 128 KiB
     names: list[str] | None = None
     rows: list[Row] = []
@@ -187,7 +187,7 @@ def _csv(file: Path) -> Table:
             raise DataError("not CSV", where=f"{file} line {line}", found=str(error)) from error
     if names is None:
         raise empty(file)
-    return Table(str(file), names, rows, numbers)
+    return RowTable(str(file), names, rows, numbers)
 
 
 def _check_width(fields: Sequence[str], names: Sequence[str], where: str) -> None:
@@ -205,7 +205,7 @@ def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _parquet(file: Path) -> Table:
+def _parquet(file: Path) -> RowTable:
     import pyarrow.parquet as pq
 
     if file.stat().st_size == 0:
@@ -213,10 +213,10 @@ def _parquet(file: Path) -> Table:
     with open_bytes(file) as opened:
         source = io.BytesIO(opened.read()) if file.suffix.lower() in COMPRESSIONS else opened
         table = pq.ParquetFile(source).read()
-    return Table(str(file), table.column_names, table.to_pylist())
+    return RowTable(str(file), table.column_names, table.to_pylist())
 
 
-TABLE_READERS: dict[str, Callable[[Path], Table]] = {
+TABLE_READERS: dict[str, Callable[[Path], RowTable]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

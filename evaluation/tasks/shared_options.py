@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class EvalDataSettings(DataSettings):
     """The text that tasks measure on."""
 
-    spec: str | None = setting(None, flag="--data", metavar="SPEC")
+    spec: str | None = setting(None, flag="--data", metavar="SPEC", multiple=True)
     """Text for perplexity, choices (examples with choices), generation (prompts and targets), and agreement with
-    --teacher: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file or folder, or hub-id[:config][@revision]."""
+    --teacher: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these between
+    commas, or hub-id[:config][@revision]. May be repeated for several files."""
 
 
 @dataclass(frozen=True)

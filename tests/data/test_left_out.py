@@ -17,7 +17,7 @@ def record() -> LeftOut:
 
 
 def test_words_name_the_reason_the_count_and_the_first() -> None:
-    assert str(record()) == "2 hidden files (first .git), 2 without text (first a.csv:7)"
+    assert str(record()) == "hidden files 2 (first .git), without text 2 (first a.csv:7)"
     assert (str(LeftOut()), said(None)) == ("nothing", "unknown")
 
 

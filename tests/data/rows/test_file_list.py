@@ -46,7 +46,7 @@ def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path: Path) -> Non
     put(tmp_path, "a.md", ".b.txt")
     with pytest.raises(DataError, match="no readable files") as caught:
         found(tmp_path)
-    assert caught.value.details["found"] == "left out: 1 other files (first a.md), 1 hidden files (first .b.txt)"
+    assert caught.value.details["found"] == "left out: other files 1 (first a.md), hidden files 1 (first .b.txt)"
 
 
 def test_a_glob_is_what_it_matches_in_the_order_of_the_paths(tmp_path: Path) -> None:
