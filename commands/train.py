@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +62,6 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
     midway = None
     if scores.eval_tasks and plan is not None:
         midway = partial(with_scores, plan, scores.steps_between)
-    if resume and begun_without_checkpoint(config.folder):
-        click.echo(f"{config.out} holds no checkpoint: training starts from the first step", err=True)
     try:
         result = asdict(run_training(config, resume, midway)) | result
     except KeyboardInterrupt as error:
@@ -90,13 +87,6 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
 
     write_card(config.folder, card)
     emit(result, as_json, f"{config.out}: trained")
-
-
-def begun_without_checkpoint(folder: Path) -> bool:
-    """Whether a run in `folder` was begun, and stopped before its first checkpoint."""
-    from kd.student_trainer.run_folder import is_run, read_run
-
-    return is_run(folder) and not read_run(folder)["complete"] and not any(folder.glob("checkpoint-*"))
 
 
 def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
@@ -154,6 +144,7 @@ def run_training(config: TrainConfig, resume: bool = False, midway: Callable[[],
             resume=resume,
             midway=None if midway is None else midway(),
             stoppable=stop_on_signals(),
+            say=lambda sentence: click.echo(sentence, err=True),
             on_step=lambda s: advance(s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"),
         )
 

@@ -2,6 +2,7 @@
 
     KdError                    any error that a user can cause; the CLI prints it and exits 1
     ├── DataError              text, columns, tokenizer, model files
+    │   └── DamagedFilesError  files of a run or a model are not what was written; the CLI exits 3
     ├── CacheError             a directory that is not a cache, a disk that is full, a locked store
     │   ├── CacheMismatchError this cache was made from something else (prints the difference)
     │   └── CacheDamageError   bytes are not what was committed; the CLI exits 3
@@ -54,6 +55,17 @@ class DataError(KdError):
     >>> issubclass(kd.DataError, kd.KdError)
     True
     """
+
+
+class DamagedFilesError(DataError):
+    """Files of a run, a checkpoint or a model differ from what was written. The command line ends with exit code 3.
+
+    >>> import kd
+    >>> kd.DamagedFilesError.exit_code, issubclass(kd.DamagedFilesError, kd.DataError)
+    (3, True)
+    """
+
+    exit_code = 3
 
 
 class CacheError(KdError):
