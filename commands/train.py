@@ -93,8 +93,10 @@ def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
     """What will be scored, its texts loaded and checked: none of them may be in the cache. Raises KdError."""
     from kd.evaluation.midway_scores import plan_scores
     from kd.models.loading import ModelRequest
+    from kd.student_trainer.prepare import reading_before_training
 
     model = config.model
+    reading = reading_before_training(config)
     return plan_scores(
         ModelRequest(model.model_name, model.revision, tokenizer=model.tokenizer, seed=config.seed),
         config.data.cache,
@@ -104,13 +106,20 @@ def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
         limit=scores.eval_limit,
         task_root=scores.eval_task_root,
         protocol=scores.eval_protocol,
+        bos=reading.bos,
+        separator=reading.separator,
         allow_contaminated=scores.allow_contaminated,
     )
 
 
 def held_out(config: TrainConfig, scores: ScoreSettings) -> dict[str, Any]:
     """Settings of the evaluation for the perplexity before and after; that the text is not in the cache was checked."""
+    from kd.student_trainer.prepare import reading_before_training
+
+    reading = reading_before_training(config)
     return {
+        "bos": reading.bos,
+        "separator": reading.separator,
         "data": scores.eval_data,
         "split": scores.eval_split,
         "device": config.model.device,

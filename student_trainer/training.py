@@ -30,6 +30,7 @@ from accelerate import PartialState
 from kd.common.settings import flat
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.read_ahead import CachedExamples
+from kd.student_trainer.batches.trained_reading import READING
 from kd.student_trainer.config import TrainConfig, config_from
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import Prepared, prepare
@@ -231,6 +232,7 @@ def run_document(prepared: Prepared, identity: Mapping[str, Any], result: TrainR
         "loss": config.objective.loss,
         "teacher": manifest.provenance.get("teacher"),
         "corpus": {key: manifest.provenance.get(key) for key in ("corpus", "split")},
+        READING: asdict(prepared.reading),
         "settings": config.saved() | {"objective": asdict(prepared.objective)},
         "result": asdict(result),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
