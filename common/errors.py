@@ -14,8 +14,9 @@ Every message says where the error is, what was found, what was expected, and wh
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from kd.common.synonyms import nearest_name
 
 
 class KdError(Exception):
@@ -114,12 +115,11 @@ class TeacherError(KdError):
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str], **details: object) -> DataError:
-    """The error for a name that no registry holds: lists all names and suggests the nearest."""
+    """The error for a name that no registry holds: lists all names and suggests the one that is meant, or the nearest."""
     names = sorted(choices)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return DataError(
         f"unknown {kind} {name!r}",
-        **({"did_you_mean": nearest[0]} if nearest else {}),
+        did_you_mean=nearest_name(name, names),
         known=", ".join(names),
         **details,
     )

@@ -13,8 +13,8 @@
 
     make(Training, {"student": "demo", "temperature": 2})       # nested settings from flat names
 
-The command line (`commands.terminal.settings_options`), configuration files, saved settings and the Python API are all made from such
-a class: from its fields' names, types, defaults and docstrings. A field whose type is a dataclass is a group: its fields
+The command line (`commands.terminal.settings_options`), configuration files, saved settings and the Python API are all made
+from such a class: from its fields' names, types, defaults and docstrings. A field whose type is a dataclass is a group: its fields
 are settings too. A name must be unique among all groups. `setting` adds what a type cannot say.
 """
 
