@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from kd.cache_builder.build.from_model import build_cache
     from kd.cache_builder.opening import open_cache
     from kd.cache_builder.store.readers.reading import Reader
-    from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, KdError, TeacherError
+    from kd.common.errors import (
+        CacheDamageError,
+        CacheError,
+        CacheMismatchError,
+        DamagedFilesError,
+        DataError,
+        KdError,
+        TeacherError,
+    )
     from kd.common.extras import MissingPackageError
     from kd.evaluation.evaluate import evaluate
     from kd.evaluation.results import EvalReport
@@ -37,6 +45,7 @@ __all__ = [
     "CacheDataset",
     "CacheError",
     "CacheMismatchError",
+    "DamagedFilesError",
     "DataError",
     "EvalReport",
     "KdError",
@@ -62,7 +71,8 @@ _HOMES = {
     "kd.cache_builder.opening": ["open_cache"],
     "kd.cache_builder.store.readers.reading": ["Reader"],
     "kd.common.errors": [
-        *("CacheDamageError", "CacheError", "CacheMismatchError", "DataError", "KdError", "TeacherError"),
+        *("CacheDamageError", "CacheError", "CacheMismatchError", "DamagedFilesError", "DataError", "KdError"),
+        "TeacherError",
     ],
     "kd.common.extras": ["MissingPackageError"],
     "kd.evaluation.evaluate": ["evaluate"],

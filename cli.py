@@ -45,6 +45,7 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
+        _suggest_what_is_meant(error)
         error.show()
         sys.exit(error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
@@ -61,6 +62,16 @@ def main() -> None:
         if missing is None:
             raise
         _fail(missing)
+
+
+def _suggest_what_is_meant(error: click.ClickException) -> None:
+    """For an unknown option, suggest what it is called here in place of what is spelled most like it."""
+    from kd.common.synonyms import nearest_name
+
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        spellings = [name for option in error.ctx.command.get_params(error.ctx) for name in option.opts]
+        meant = nearest_name(error.option_name, [name for name in spellings if name.startswith("--")])
+        error.possibilities = None if meant is None else [meant]
 
 
 COMMANDS = {

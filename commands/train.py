@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +62,6 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
     midway = None
     if scores.eval_tasks and plan is not None:
         midway = partial(with_scores, plan, scores.steps_between)
-    if resume and begun_without_checkpoint(config.folder):
-        click.echo(f"{config.out} holds no checkpoint: training starts from the first step", err=True)
     try:
         result = asdict(run_training(config, resume, midway)) | result
     except KeyboardInterrupt as error:
@@ -92,19 +89,14 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
     emit(result, as_json, f"{config.out}: trained")
 
 
-def begun_without_checkpoint(folder: Path) -> bool:
-    """Whether a run in `folder` was begun, and stopped before its first checkpoint."""
-    from kd.student_trainer.run_folder import is_run, read_run
-
-    return is_run(folder) and not read_run(folder)["complete"] and not any(folder.glob("checkpoint-*"))
-
-
 def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
     """What will be scored, its texts loaded and checked: none of them may be in the cache. Raises KdError."""
     from kd.evaluation.midway_scores import plan_scores
     from kd.models.loading import ModelRequest
+    from kd.student_trainer.prepare import reading_before_training
 
     model = config.model
+    reading = reading_before_training(config)
     return plan_scores(
         ModelRequest(model.model_name, model.revision, tokenizer=model.tokenizer, seed=config.seed),
         config.data.cache,
@@ -114,13 +106,20 @@ def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
         limit=scores.eval_limit,
         task_root=scores.eval_task_root,
         protocol=scores.eval_protocol,
+        bos=reading.bos,
+        separator=reading.separator,
         allow_contaminated=scores.allow_contaminated,
     )
 
 
 def held_out(config: TrainConfig, scores: ScoreSettings) -> dict[str, Any]:
     """Settings of the evaluation for the perplexity before and after; that the text is not in the cache was checked."""
+    from kd.student_trainer.prepare import reading_before_training
+
+    reading = reading_before_training(config)
     return {
+        "bos": reading.bos,
+        "separator": reading.separator,
         "data": scores.eval_data,
         "split": scores.eval_split,
         "device": config.model.device,
@@ -154,6 +153,7 @@ def run_training(config: TrainConfig, resume: bool = False, midway: Callable[[],
             resume=resume,
             midway=None if midway is None else midway(),
             stoppable=stop_on_signals(),
+            say=lambda sentence: click.echo(sentence, err=True),
             on_step=lambda s: advance(s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"),
         )
 

@@ -2,6 +2,7 @@
 
     KdError                    any error that a user can cause; the CLI prints it and exits 1
     ├── DataError              text, columns, tokenizer, model files
+    │   └── DamagedFilesError  files of a run or a model are not what was written; the CLI exits 3
     ├── CacheError             a directory that is not a cache, a disk that is full, a locked store
     │   ├── CacheMismatchError this cache was made from something else (prints the difference)
     │   └── CacheDamageError   bytes are not what was committed; the CLI exits 3
@@ -13,8 +14,9 @@ Every message says where the error is, what was found, what was expected, and wh
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from kd.common.synonyms import nearest_name
 
 
 class KdError(Exception):
@@ -54,6 +56,17 @@ class DataError(KdError):
     >>> issubclass(kd.DataError, kd.KdError)
     True
     """
+
+
+class DamagedFilesError(DataError):
+    """Files of a run, a checkpoint or a model differ from what was written. The command line ends with exit code 3.
+
+    >>> import kd
+    >>> kd.DamagedFilesError.exit_code, issubclass(kd.DamagedFilesError, kd.DataError)
+    (3, True)
+    """
+
+    exit_code = 3
 
 
 class CacheError(KdError):
@@ -102,12 +115,11 @@ class TeacherError(KdError):
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str], **details: object) -> DataError:
-    """The error for a name that no registry holds: lists all names and suggests the nearest."""
+    """The error for a name that no registry holds: lists all names and suggests the one that is meant, or the nearest."""
     names = sorted(choices)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return DataError(
         f"unknown {kind} {name!r}",
-        **({"did_you_mean": nearest[0]} if nearest else {}),
+        did_you_mean=nearest_name(name, names),
         known=", ".join(names),
         **details,
     )

@@ -55,6 +55,7 @@ def evaluate_model(model_name: str, settings: EvalSettings) -> Iterator[Progress
     for another tokenizer than the cache's.
     """
     check_tasks(settings)
+    settings = as_trained(settings, model_name)
     request = pinned(settings.shared.loading.model_request(model_name))
     tokenizer = load_request_tokenizer(request)
     loaded = load_tasks(settings, tokenizer)
@@ -63,6 +64,22 @@ def evaluate_model(model_name: str, settings: EvalSettings) -> Iterator[Progress
     results = yield from score_model(model, tokenizer, loaded.with_weights())
     report = report_of(model_name, model, tokenizer, model_identity(request), loaded, results, contaminated)
     yield Progress(1, 1, report, note=list(results)[-1])
+
+
+def as_trained(settings: EvalSettings, model: str) -> EvalSettings:
+    """The settings with BOS and separator of the run that made `model`, where they do not name them."""
+    from kd.student_trainer.batches.trained_reading import reading_of_run
+
+    reading = settings.shared.reading
+    trained = reading_of_run(model) if reading.bos is None or reading.separator is None else None
+    if trained is None:
+        return settings
+    filled = replace(
+        reading,
+        bos=trained.bos if reading.bos is None else reading.bos,
+        separator=trained.separator if reading.separator is None else reading.separator,
+    )
+    return replace(settings, shared=replace(settings.shared, reading=filled))
 
 
 def report_of(

@@ -20,7 +20,15 @@ import numpy as np
 from kd.common.errors import DataError, TeacherError
 from kd.models.batching.padded_batches import Size, padded_ids
 from kd.models.heads import LanguageModelHead
-from kd.models.loading import ModelRequest, cannot_load, is_classifier, load_config, resolve_device, resolve_dtype
+from kd.models.loading import (
+    ModelRequest,
+    cannot_load,
+    is_classifier,
+    load_config,
+    refuse_damaged_model,
+    resolve_device,
+    resolve_dtype,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +48,7 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
     import torch
     from transformers import AutoModelForSequenceClassification as Auto
 
+    refuse_damaged_model(request)
     config = load_config(request)
     trained = is_classifier(config)
     if request.load_in_4bit:

@@ -12,10 +12,10 @@ import hashlib
 import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kd.common.digests import file_sha256
 from kd.common.errors import DataError
 from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
 
@@ -194,15 +194,3 @@ def weight_files(names: Collection[str], read: Callable[[str], str], where: str)
         found=", ".join(sorted(names)[:8]) or "an empty folder",
         expected="model.safetensors, or its index and shards",
     )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, remembered for this process while its size and time stay the same."""
-    stat = path.resolve().stat()
-    return _file_sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

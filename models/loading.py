@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd.common.digests import refuse_damage
 from kd.common.errors import DataError, TeacherError, unknown_name
 from kd.models.quantised import load_quantised
 from kd.models.shapes import SHAPES
@@ -29,6 +30,8 @@ Model = Any
 
 RELATIVE_POSITIONS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 """Model types with relative positions, which accept any length."""
+STATES = (".jsonl", ".pt", ".pth")
+"""Endings of files beside the weights that are no part of the model: a run's records, and a checkpoint's states."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -133,6 +136,7 @@ def load_model(request: ModelRequest) -> Model:
     import torch
 
     device, dtype = resolve_device(request.device), resolve_dtype(request)
+    refuse_damaged_model(request)
     config = load_config(request)
     refuse_classifier(request, config)
     if request.load_in_4bit:
@@ -150,6 +154,12 @@ def load_model(request: ModelRequest) -> Model:
             raise cannot_load(request, error) from error
         model.to(device)
     return model.eval()
+
+
+def refuse_damaged_model(request: ModelRequest) -> None:
+    """Raise DamagedFilesError for a folder of ours whose files are not what was written; other models say nothing of this."""
+    if request.local:
+        refuse_damage(Path(request.path), lambda name: not name.endswith(STATES))
 
 
 def is_encoder_decoder(config: Any) -> bool:

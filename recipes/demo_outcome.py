@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
-from kd.common.files import canonical_json, read_object, write_atomic
+from kd.common.files import canonical_json, write_atomic
 from kd.evaluation.report.comparison import Entry, compare
 from kd.evaluation.report.page import Section, Table
 from kd.evaluation.report.writing import write_report
 from kd.evaluation.results import load_report
 from kd.recipes.experiment_file import Experiment, load_experiment
 from kd.recipes.steps import Step
+from kd.student_trainer.run_folder import read_run
 
 if TYPE_CHECKING:
     from kd.evaluation.results import EvalReport
@@ -63,7 +64,7 @@ class DemoPart:
     @property
     def trainings(self) -> dict[str, dict[str, Any]]:
         """Student -> the result in its `run.json`, once the steps have run."""
-        return {run: read_object(self.out / run / "run.json")["result"] for run in self.experiment.runs}
+        return {run: read_run(self.out / run)["result"] for run in self.experiment.runs}
 
     @property
     def reports(self) -> dict[str, EvalReport]:

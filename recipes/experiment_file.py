@@ -23,6 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
@@ -34,6 +35,8 @@ RESERVED = {"cache": ("out", "shard"), "train": ("out", "cache", "seed", "resume
 """Part of the file -> options that the experiment sets itself."""
 TEACHER_OPTIONS = ("load-in-4bit", "dtype", "revision", "tokenizer", "device")
 """Options of a build that the teacher's evaluation needs too."""
+READING_OPTIONS = ("separator", "bos")
+"""Options of a build that the teacher's evaluation takes over where it names none: students are scored as they were trained."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +115,32 @@ class Experiment:
         cache = f"{{out}}/{self.folders.cache}"
         steps = [*self.before, {"command": "cache build", "options": {**self.cache, "out": cache}}]
         of_teacher = {k: v for k, v in self.cache.items() if k in TEACHER_OPTIONS}
-        steps += self._scores(str(self.cache["teacher"]), f"{{out}}/{self.folders.teacher}", of_teacher)
+        reading = {k: v for k, v in self.cache.items() if k in READING_OPTIONS}
+        steps += self._scores(str(self.cache["teacher"]), f"{{out}}/{self.folders.teacher}", of_teacher, reading)
         for seed in self.seeds:
             for arm, arm_options in self.arms.items():
                 out = f"{{out}}/{self.run_of(arm, seed)}"
                 options = {**self.train, **arm_options, "cache": cache, "seed": seed, "out": out}
-                steps += [{"command": "train", "options": options}, *self._scores(out, out, {})]
+                steps += [{"command": "train", "options": options}, *self._scores(out, out)]
         return Recipe(self.name, self.about, self.variables, tuple(steps))
 
     def with_seeds(self, seeds: Sequence[int]) -> Experiment:
         """The same experiment over other seeds. Raises DataError for no seed, or for one that comes twice."""
         return replace(self, seeds=_seeds(list(seeds), self.name))
 
-    def _scores(self, model: str, folder: str, more: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _scores(
+        self,
+        model: str,
+        folder: str,
+        more: Mapping[str, Any] = MappingProxyType({}),
+        otherwise: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[dict[str, Any]]:
+        """Steps that score a model: options of the evaluations, `more` over them, `otherwise` where they say nothing."""
         return [
             {
                 "command": "eval",
                 "arguments": [model],
-                "options": {**options, **more, "out": self.folders.scores_in(folder, number)},
+                "options": {**otherwise, **options, **more, "out": self.folders.scores_in(folder, number)},
             }
             for number, options in enumerate(self.evaluations, 1)
         ]

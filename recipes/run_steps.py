@@ -61,12 +61,12 @@ def run_steps(
 
 def is_finished(step: Step) -> bool:
     """Whether a training or an evaluation is complete on disk. Other commands find out for themselves."""
-    from kd.common.files import read_object
     from kd.evaluation.results import EVAL
+    from kd.student_trainer.run_folder import read_run
 
     if step.command == "eval":
         return "out" in step.options and (step.out / EVAL).exists()
-    return step.command == "train" and is_begun(step) and bool(read_object(step.out / RUN).get("complete"))
+    return step.command == "train" and is_begun(step) and bool(read_run(step.out).get("complete"))
 
 
 def is_begun(step: Step) -> bool:

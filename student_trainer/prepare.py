@@ -40,6 +40,7 @@ from kd.student_trainer.batches.compatibility import (
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, touch_shards
 from kd.student_trainer.batches.student_text import StudentText
+from kd.student_trainer.batches.trained_reading import TrainedReading, trained_reading
 from kd.student_trainer.config import StudentSettings, TextSettings, TrainConfig
 from kd.student_trainer.losses.loss_registry import Objective
 
@@ -82,6 +83,11 @@ class Prepared:
     def truncated(self) -> int:
         """Number of examples that did not fit the student's window."""
         return 0 if self.collator.text is None else self.collator.text.truncated
+
+    @property
+    def reading(self) -> TrainedReading:
+        """How the student reads its text."""
+        return trained_reading(self.reader, self.model_config, self.tokenizer, self.config.text.separator)
 
     def plan(self, multiple: int, *, first_epoch: int = 0) -> BatchPlan:
         """All micro-batches of the run, `multiple` of them to an optimizer step over all devices.
@@ -140,6 +146,13 @@ def student_request(model: StudentSettings, seed: int) -> ModelRequest:
         tokenizer=model.tokenizer,
         seed=seed,
     )
+
+
+def reading_before_training(config: TrainConfig) -> TrainedReading:
+    """How the student of these settings is going to read its text. Raises KdError."""
+    request = student_request(config.model, config.seed)
+    reader = open_cache(config.data.cache, cache_bytes=config.data.cache_bytes)
+    return trained_reading(reader, load_config(request), load_request_tokenizer(request), config.text.separator)
 
 
 def rank_edges(reader: Reader) -> tuple[int, ...]:

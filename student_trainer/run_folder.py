@@ -4,10 +4,12 @@
     metrics.jsonl        one line per logged step
     evaluations.jsonl    one line per scoring of the student while it learned (`kd.student_trainer.midway`)
     classify.json        of `kd classify train`, in place of run.json: settings, rows and result; written last
-    checkpoint-N         what transformers' Trainer needs to continue after step N
+    digests.json         size and SHA-256 of the weights, the tokenizer and the records, once the run is complete
+    checkpoint-N         what transformers' Trainer needs to continue after step N, and the records up to there
 
-`run.json` is written first and last. A line that was cut short when a run was killed is left out when the file is read, and
-lines after the checkpoint that a run continues from are dropped, because the run writes them again.
+`run.json` is written first and last, and holds its own digest. `digests.json` lists the weights and the records of a finished
+run. A line that was cut short when a run was killed is left out when the file is read. A run that continues takes its records
+from the checkpoint (`kd.student_trainer.saving.checkpoints`): lines after it are written again.
 """
 
 from __future__ import annotations
@@ -18,11 +20,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.common.errors import CacheMismatchError, DataError
+from kd.common.digests import DIGESTS, checked_digest, refuse_damage, with_digest, write_digests
+from kd.common.errors import CacheMismatchError, DamagedFilesError, DataError
 from kd.common.files import canonical_json, sweep, unfinished, write_atomic
+from kd.student_trainer.saving.checkpoints import (
+    DIGESTS_KEY,
+    Continuation,
+    checkpoints_of,
+    newest_whole_checkpoint,
+    remove_checkpoint,
+    step_of,
+)
 
 RUN, METRICS, EVALUATIONS = "run.json", "metrics.jsonl", "evaluations.jsonl"
 CLASSIFIER_RUN = "classify.json"
+RECORDS = (RUN, METRICS, EVALUATIONS)
+"""What a checkpoint holds of its run besides weights and states."""
+UNLISTED = (RUN, "README.md", DIGESTS)
+"""Files of a finished run that `digests.json` does not list: they are written after it, or say themselves that they are whole."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """`run.json`. Raises DataError where there is none or it is not a JSON object."""
+    """`run.json`. Raises DataError where there is none or it is not a JSON object, DamagedFilesError where it was changed."""
     path = folder / RUN
     if not path.is_file():
         raise DataError("not a training run", where=folder, expected=RUN)
@@ -95,17 +110,33 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise DataError("cannot read the run", where=path, found=str(error)) from error
     if not isinstance(document, dict):
         raise DataError("cannot read the run", where=path, found=type(document).__name__, expected="an object")
-    return document
+    try:
+        return checked_digest(document)
+    except ValueError as error:
+        raise DamagedFilesError(
+            "cannot read the run",
+            where=path,
+            found=str(error),
+            try_="a copy of the file: each checkpoint of an unfinished run holds one",
+        ) from error
 
 
 def write_run(folder: Path, document: Mapping[str, Any]) -> None:
-    """Write `run.json`."""
-    write_atomic(folder / RUN, canonical_json(document))
+    """Write `run.json`, with its own digest."""
+    write_atomic(folder / RUN, canonical_json(with_digest(document)))
+
+
+def seal_run(folder: Path) -> None:
+    """Force the files of a finished run to disk and list them with their digests. Raises OSError."""
+    write_digests(
+        folder, [p.name for p in folder.iterdir() if p.is_file() and p.name not in UNLISTED and not unfinished(p.name)]
+    )
 
 
 def write_classifier_run(folder: Path, document: Mapping[str, Any]) -> None:
-    """Write `classify.json`."""
-    write_atomic(folder / CLASSIFIER_RUN, canonical_json(document))
+    """Write `classify.json`, with its own digest, after the digests of the other files."""
+    write_digests(folder)
+    write_atomic(folder / CLASSIFIER_RUN, canonical_json(with_digest(document)))
 
 
 def read_classifier_run(folder: Path) -> dict[str, Any] | None:
@@ -133,12 +164,22 @@ def append_record(path: Path, record: Mapping[str, Any], *, allow_nan: bool = Tr
 
 def read_steps(folder: Path) -> list[StepRecord]:
     """The lines of `metrics.jsonl` of a run of `kd train`. Raises DataError."""
-    return [StepRecord(**record) for record in read_records(folder / METRICS)]
+    return [StepRecord(**record) for record in read_log(folder)]
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` as they are. Raises DataError, DamagedFilesError where a finished run's file was changed."""
+    return _read_whole(folder, METRICS)
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `evaluations.jsonl`. Raises DataError."""
-    return read_records(folder / EVALUATIONS)
+    """The lines of `evaluations.jsonl`. Raises as `read_log` does."""
+    return _read_whole(folder, EVALUATIONS)
+
+
+def _read_whole(folder: Path, name: str) -> list[dict[str, Any]]:
+    refuse_damage(folder, lambda listed: listed == name)
+    return read_records(folder / name)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -170,30 +211,46 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_records(path: Path, checkpoint: int | None) -> None:
-    """Drop the lines that a run continued after step `checkpoint` (None: from its start) is going to write again."""
+def restore_records(folder: Path, checkpoint: Path | None) -> None:
+    """Take the records back to what they were at a checkpoint (None: at the start of the run)."""
+    for name in (METRICS, EVALUATIONS):
+        path = folder / name
+        if checkpoint is None:
+            path.unlink(missing_ok=True)
+        elif (checkpoint / name).is_file():
+            write_atomic(path, (checkpoint / name).read_text(encoding="utf-8"))
+        elif (checkpoint / RUN).is_file():  # nothing of this kind had been written by then
+            path.unlink(missing_ok=True)
+        else:
+            keep_records(path, step_of(checkpoint))
+
+
+def keep_records(path: Path, step: int) -> None:
+    """Drop the lines after a step; for checkpoints of earlier releases, which hold no records."""
     if path.is_file():
-        kept = [r for r in read_records(path) if checkpoint is not None and r["step"] <= checkpoint]
+        kept = [record for record in read_records(path) if record["step"] <= step]
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def resume_point(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path | None:
-    """The checkpoint to continue from, if any. Refuses to overwrite a run, or to continue another one."""
+def resume_point(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Continuation:
+    """Where a run goes on. Refuses to overwrite a run, or to continue another one.
+
+    Raises DamagedFilesError where there are checkpoints and none is whole.
+    """
     if not is_run(folder):
         if folder.exists() and not all(unfinished(path.name) for path in folder.iterdir()):
             raise DataError("the output folder is not empty", where=folder, try_="another --out")
-        return None
+        return Continuation()
     before = read_run(folder)
+    complete = bool(before.get("complete"))
     if not resume:
-        advice = "another --out" if before["complete"] else "--resume to continue it, or another --out"
-        found = "a finished run" if before["complete"] else "a run that was stopped"
+        advice = "another --out" if complete else "--resume to continue it, or another --out"
+        found = "a finished run" if complete else "a run that was stopped"
         raise DataError("the output folder holds a run already", where=folder, found=found, try_=advice)
-    refuse_other_settings(folder, before["identity"], identity)
-    if before["complete"]:
+    refuse_other_settings(folder, before.get("identity") or {}, identity)
+    if complete:
         raise DataError("the run to continue is finished", where=folder, try_="another --out")
-    # the Trainer writes this file last: without it, the checkpoint was cut short
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=step_of, default=None)
+    return newest_whole_checkpoint(folder, have_digests=DIGESTS_KEY in before)
 
 
 def refuse_other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -212,18 +269,16 @@ def refuse_other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[
         )
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def start_run(folder: Path, identity: Mapping[str, Any], fingerprint: str, checkpoint: Path | None) -> None:
-    """Write whose folder this is, and drop the lines after the checkpoint."""
+    """Write whose folder this is, and drop what comes after the checkpoint: its records, and checkpoints that are not whole."""
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    write_run(folder, {"identity": identity, "cache_fingerprint": fingerprint, "complete": False})
-    for name in (METRICS, EVALUATIONS):
-        keep_records(folder / name, None if checkpoint is None else step_of(checkpoint))
+    for later in checkpoints_of(folder):
+        if checkpoint is None or step_of(later) > step_of(checkpoint):
+            remove_checkpoint(later)
+    restore_records(folder, checkpoint)
+    begun = {"identity": identity, "cache_fingerprint": fingerprint, "complete": False}
+    write_run(folder, begun | ({DIGESTS_KEY: True} if checkpoint is None or (checkpoint / DIGESTS).is_file() else {}))
 
 
 def leave_run(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """transformers' Trainer over a batch plan: read-ahead, per-position normalisation, one record per logged step.
 
-There are three overrides and no loop of our own: where batches come from, what a step's loss is divided by (all positions
-of the step, over accumulation and devices, so that neither changes the result), and what a log line says.
+There are four overrides and no loop of our own: where batches come from, what a step's loss is divided by (all positions
+of the step, over accumulation and devices, so that neither changes the result), what a log line says, and when a checkpoint
+counts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from kd.models.batching.padded_batches import on_device
 from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches
 from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.head import forward_arguments
-from kd.student_trainer.run_folder import StepRecord, append_step
+from kd.student_trainer.run_folder import RECORDS, StepRecord, append_step
+from kd.student_trainer.saving.checkpoints import remove_old_checkpoints, seal_checkpoint
 
 
 def _units(batch: Mapping[str, Any]) -> int:
@@ -186,6 +188,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._sums, self._positions, self._units = [], 0, 0
         values: list[float] = sums.tolist()
         return values
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint; when every process has written its part, seal it, and remove the one before the last."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            seal_checkpoint(self.folder / f"checkpoint-{self.state.global_step}", RECORDS)
+            remove_old_checkpoints(self.folder)
 
     def stand_still(self, seconds: float) -> None:
         """Leave time that was not spent on training out of every speed."""

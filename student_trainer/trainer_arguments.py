@@ -34,7 +34,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_strategy="steps" if config.logging.save_every else "no",
         save_steps=config.logging.save_every or 500,
-        save_total_limit=2,
         report_to=config.logging.report_to,
         remove_unused_columns=False,
         disable_tqdm=True,

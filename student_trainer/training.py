@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -29,10 +30,19 @@ from accelerate import PartialState
 from kd.common.settings import flat
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.read_ahead import CachedExamples
+from kd.student_trainer.batches.trained_reading import READING
 from kd.student_trainer.config import TrainConfig, config_from
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import Prepared, prepare
-from kd.student_trainer.run_folder import StepRecord, leave_run, read_steps, resume_point, start_run, write_run
+from kd.student_trainer.run_folder import (
+    StepRecord,
+    leave_run,
+    read_steps,
+    resume_point,
+    seal_run,
+    start_run,
+    write_run,
+)
 from kd.student_trainer.student_model import Student, save_student, student_with_loss
 from kd.student_trainer.trainer import DistillationTrainer, StopWithCheckpoint
 from kd.student_trainer.trainer_arguments import set_steps, training_arguments
@@ -87,6 +97,7 @@ def train(
     on_step: Callable[[StepRecord], None] | None = None,
     midway: Midway | None = None,
     stoppable: Stoppable | None = None,
+    say: Callable[[str], object] = warnings.warn,
     **settings: Any,
 ) -> TrainResult:
     """Train a student from a cache, or continue an interrupted training. The teacher is never loaded.
@@ -97,6 +108,8 @@ def train(
     midway      what to score while the student learns; it changes nothing of the training
     stoppable   entered while steps are made. Once its event is set, the step under way is finished, a checkpoint is written,
                 and KeyboardInterrupt is raised. Only with one process: several would have to agree on the step
+    say         receives a sentence for what happened to the run beside its steps: a checkpoint that was left out because it
+                is damaged, or another folder that the run went on in. By default a warning
     settings    the options of `kd train`, spelled with underscores; `cache`, `student` and `out` have no default
 
     Several caches are mixed by weights: `cache={"runs/a": 0.7, "runs/b": 0.3}`. Raises KdError before the first step where
@@ -112,7 +125,8 @@ def train(
     prepared = prepare(config, touch=not resume)
     arguments = training_arguments(config)
     identity = run_identity(prepared, arguments.world_size)
-    checkpoint = resume_point(config.folder, identity, resume=resume)
+    start = resume_point(config.folder, identity, resume=resume)
+    checkpoint = start.checkpoint
     student = student_with_loss(prepared)
     multiple = config.batches.accumulate * arguments.world_size
     plan = prepared.plan(multiple)
@@ -134,11 +148,14 @@ def train(
         trainer.add_callback(MidwayEvaluations(trainer, midway, student.model, prepared.tokenizer, config.folder))
     PartialState().wait_for_everyone()  # each process has looked at the folder before one of them writes
     if PartialState().is_main_process:
+        for sentence in start.sentences:
+            say(sentence)
         start_run(config.folder, identity, prepared.reader.manifest.fingerprint, checkpoint)
     seconds = make_steps(trainer, checkpoint, steps, stoppable)
     save_student(student, trainer, prepared)
     result = result_of(prepared, trainer, plan, student, steps, seconds)
     if trainer.is_world_process_zero():
+        seal_run(config.folder)
         write_run(config.folder, run_document(prepared, identity, result))
     return result
 
@@ -215,6 +232,7 @@ def run_document(prepared: Prepared, identity: Mapping[str, Any], result: TrainR
         "loss": config.objective.loss,
         "teacher": manifest.provenance.get("teacher"),
         "corpus": {key: manifest.provenance.get(key) for key in ("corpus", "split")},
+        READING: asdict(prepared.reading),
         "settings": config.saved() | {"objective": asdict(prepared.objective)},
         "result": asdict(result),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -454,6 +454,7 @@ def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(mon
     from click.testing import CliRunner
 
     from kd.commands import train as module
+    from kd.student_trainer.batches.trained_reading import TrainedReading
 
     asked: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(module, "held_out_perplexity", lambda model, **options: asked.append((model, options)) or 9.0)
@@ -461,6 +462,9 @@ def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(mon
     monkeypatch.setattr("kd.evaluation.contamination.refuse_benchmark_text", lambda cache, allow: None)
     monkeypatch.setattr("kd.evaluation.midway_scores.plan_scores", lambda *rest, **options: None)
     monkeypatch.setattr("kd.student_trainer.model_card.write_card", lambda out, scores: None)
+    monkeypatch.setattr(
+        "kd.student_trainer.prepare.reading_before_training", lambda config: TrainedReading(bos=False, separator=" => ")
+    )
     CliRunner().invoke(
         cli,
         [
@@ -486,6 +490,7 @@ def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(mon
     )
     # that the text is none of the cache's was checked before the first step
     alike = {"data": "demo", "split": "heldout", "device": "cpu", "dtype": "float32", "allow_contaminated": True}
+    alike |= {"bos": False, "separator": " => "}  # as in training
     assert asked == [("owner/s", alike | {"revision": "v1", "tokenizer": None, "seed": 3}), ("o", alike)]
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kd.common.digests import write_digests
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, write_atomic
 from kd.common.progress import Progress
@@ -300,6 +301,7 @@ def _write(job: _MergeJob, result: MergeResult) -> None:
         "select_on": job.run.scalings.select_on if job.sweep else None,
         "result": result.to_dict(),
     }
+    write_digests(out)
     write_atomic(out / "merge.json", canonical_json(document))
 
 
@@ -312,3 +314,4 @@ def _write_classifiers(pool: ModelPool, merged: Any, folder: Path) -> None:
         classifier.base_model.load_state_dict(merged.state_dict(), assign=True)
         classifier.save_pretrained(folder / model.name)
         tokenizer.save_pretrained(folder / model.name)
+        write_digests(folder / model.name)

@@ -22,7 +22,7 @@ from kd.common.errors import DataError
 from kd.evaluation.report.comparison import Entry, short_name
 from kd.evaluation.report.figures import Series, smooth
 from kd.evaluation.results import EVAL, EvalReport, load_report, numbered
-from kd.student_trainer.run_folder import METRICS, RUN, is_run, read_records, read_run
+from kd.student_trainer.run_folder import METRICS, RUN, is_run, read_log, read_run
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _training_of(report: EvalReport) -> dict[str, Any]:
 
 def _steps(folder: Path) -> tuple[dict[str, Any], ...]:
     """The lines of `metrics.jsonl` by ascending step; of a step that was logged twice the later line. Raises DataError."""
-    records = {record["step"]: record for record in read_records(folder / METRICS)}
+    records = {record["step"]: record for record in read_log(folder)}
     return tuple(records[step] for step in sorted(records))
 
 

@@ -18,9 +18,9 @@ class ReadingOptions:
     """Tokens that the model sees at once; an encoder, of the prompt. By default the model's positions, at most 1024."""
     stride: int | None = None
     """New tokens scored per window of a document. By default seq-len - 1, which reads the text about once."""
-    bos: bool = True
+    bos: bool | None = setting(None, shown="as a run was trained, else yes")
     """Whether documents and prompts open with the BOS token."""
-    separator: str = setting("\n", typed=unescaped)
+    separator: str | None = setting(None, typed=unescaped, shown="as a run was trained, else a line end")
     """Text between prompt and target of a pair; an encoder-decoder needs none."""
     limit_tokens: int | None = None
     """Score exactly the first N tokens of the text, in perplexity and in agreement with a live teacher. By default all."""
@@ -29,6 +29,16 @@ class ReadingOptions:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def opens_with_bos(self) -> bool:
+        """`bos`, with the default filled in."""
+        return self.bos is not False
+
+    @property
+    def between(self) -> str:
+        """`separator`, with the default filled in."""
+        return "\n" if self.separator is None else self.separator
 
 
 READING = ReadingOptions()

@@ -41,8 +41,8 @@ def text_blocks(reading: ReadingOptions, seq_len: int, *, encoder: bool) -> Bloc
     return BlockConfig(
         seq_len=seq_len,
         stride=seq_len - 1 if reading.stride is None else reading.stride,
-        bos=reading.bos,
-        separator=reading.separator,
+        bos=reading.opens_with_bos,
+        separator=reading.between,
         encoder=encoder,
         overlong="truncate",
     )
@@ -52,8 +52,8 @@ def prompt_blocks(model: Model, tokenizer: Tokenizer, reading: ReadingOptions) -
     """How prompts are cut before something is to follow them."""
     blocks = BlockConfig(
         seq_len=window(model, reading.seq_len),
-        separator=reading.separator,
-        bos=reading.bos,
+        separator=reading.between,
+        bos=reading.opens_with_bos,
         encoder=is_encoder_decoder(model.config),
     )
     return blocks.normalised("pairs", tokenizer)

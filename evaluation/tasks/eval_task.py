@@ -135,8 +135,8 @@ def question_settings(corpus: Corpus, shared: SharedOptions) -> dict[str, Any]:
     return {
         "text_digest": corpus.digest,
         "seq_len": shared.reading.seq_len,
-        "separator": shared.reading.separator,
-        "bos": shared.reading.bos,
+        "separator": shared.reading.between,
+        "bos": shared.reading.opens_with_bos,
         **{k: v for k, v in worded.items() if v is not None},
     }
 

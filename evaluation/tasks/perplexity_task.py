@@ -46,7 +46,7 @@ class PerplexityTask(TextTask[None]):
                 "pairs_cut": scores.pairs_cut or None,
             }
             if material.kind == "pairs":
-                settings["separator"] = shared.reading.separator
+                settings["separator"] = shared.reading.between
             estimates = {name: getattr(scores, name) for name in self.metrics}
             return TaskResult(estimates, scores.documents, settings)
 

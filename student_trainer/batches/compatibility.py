@@ -8,6 +8,7 @@ token, padded logits) do no harm.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from kd.cache_builder.store.profiles import PROFILES
@@ -180,6 +181,12 @@ def _alpha(settings: LossSettings) -> float:
     return alpha
 
 
+def _other_losses(held: Mapping[str, bool]) -> str:
+    """Losses for any tokenizer that a cache with these holdings serves, as advice; empty where there is none."""
+    served = [name for name, loss in LOSSES.items() if loss.groups and all(held[need] for need in loss.needs)]
+    return f"--loss {' or '.join(served)}, for any tokenizer, from this cache; or " if served else ""
+
+
 def needed_arrays(objective: Objective, manifest: CacheManifest) -> tuple[str, ...]:
     """Stored arrays that training with this objective reads, in the manifest's order."""
     loss = LOSSES[objective.loss]
@@ -229,7 +236,7 @@ def _check_holdings(config: TargetConfig, loss: str, temperature: float) -> None
             f"this cache cannot serve --loss {loss}",
             found=f"profile {config.profile} without {', '.join(missing)}",
             expected=f"profile {serving}",
-            try_=f"kd cache build --profile {serving.partition(' ')[0]}",
+            try_=f"{_other_losses(held)}kd cache build --profile {serving.partition(' ')[0]}",
         )
     if "bands" in LOSSES[loss].needs and temperature not in config.band_temperatures:
         raise DataError(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kd.common.errors import DataError
 from kd.models.identity import weight_files
-from kd.models.loading import ModelRequest, load_config
+from kd.models.loading import ModelRequest, load_config, refuse_damaged_model
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
 
 BLOCK_ELEMENTS = 2**16
@@ -111,6 +111,7 @@ def _stored_tensors(model: PoolModel) -> tuple[dict[str, Path], dict[str, tuple[
     """File and shape of every tensor in the files of a model, by its name there."""
     from safetensors import safe_open
 
+    refuse_damaged_model(ModelRequest(model.path))
     folder = _folder(model)
     places: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}

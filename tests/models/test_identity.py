@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.common.errors import DataError, TeacherError
-from kd.models.identity import file_sha256, model_identity, parameters_digest, pinned, weight_digests
+from kd.models.identity import model_identity, parameters_digest, pinned, weight_digests
 from kd.models.loading import ModelRequest, load_model
 
 
@@ -60,14 +60,6 @@ def test_weight_digests_of_a_folder_are_its_files_sha256(model_dir: Path):
         "revision": "local",
         "weights": {"model.safetensors": digest},
     }
-
-
-def test_a_changed_file_has_a_new_digest_in_the_same_process(tmp_path: Path):
-    path = tmp_path / "f"
-    path.write_bytes(b"one")
-    first = file_sha256(path)
-    path.write_bytes(b"other")
-    assert (first, file_sha256(path)) == tuple(hashlib.sha256(b).hexdigest() for b in (b"one", b"other"))
 
 
 class FakeHub:

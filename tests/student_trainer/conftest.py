@@ -148,6 +148,8 @@ class Run:
     out: Path
     result: TrainResult
     records: list[StepRecord]
+    said: list[str]
+    """What the run told its user."""
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -194,6 +196,7 @@ def run(tmp_path: Path, kl_cache: Path, student_dir: Path, small_heap: None) -> 
             "head_chunk": 64,
         }
         records: list[StepRecord] = []
+        said: list[str] = []
         asked = threading.Event()
 
         def on_step(record: StepRecord) -> None:
@@ -209,7 +212,8 @@ def run(tmp_path: Path, kl_cache: Path, student_dir: Path, small_heap: None) -> 
             on_step=on_step,
             midway=midway,
             stoppable=nullcontext(asked),
+            say=said.append,
         )
-        return Run(tmp_path / name, result, records)
+        return Run(tmp_path / name, result, records, said)
 
     return go

@@ -126,8 +126,6 @@ def test_lines_cut_short_are_passed_over_and_later_ones_dropped(tmp_path: Path) 
     assert [r["step"] for r in read_evaluations(tmp_path)] == [0, 2, 4]
     keep_records(tmp_path / EVALUATIONS, 3)
     assert (tmp_path / EVALUATIONS).read_text() == "".join(lines[:2])
-    keep_records(tmp_path / EVALUATIONS, None)
-    assert read_evaluations(tmp_path) == []
 
 
 def plan_of(*epochs: int) -> BatchPlan:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kd.common.errors import CacheMismatchError, DataError
+from kd.common.errors import CacheMismatchError, DamagedFilesError, DataError
 from kd.student_trainer.run_folder import (
     EVALUATIONS,
     METRICS,
+    RECORDS,
     RUN,
     StepRecord,
     append_evaluation,
@@ -27,6 +28,7 @@ from kd.student_trainer.run_folder import (
     start_run,
     write_run,
 )
+from kd.student_trainer.saving.checkpoints import Continuation, seal_checkpoint
 
 IDENTITY = {"lr": 1.0, "seed": 0}
 
@@ -36,11 +38,10 @@ def record(step: int, **values: float | None) -> StepRecord:
     return StepRecord(**numbers | values)  # type: ignore[arg-type]
 
 
-def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
+def checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    if whole:
-        (path / "trainer_state.json").write_text("{}")
+    (path / "trainer_state.json").write_text("{}")
     return path
 
 
@@ -63,7 +64,7 @@ def test_scores_that_json_has_no_number_for_are_refused(tmp_path: Path) -> None:
 
 def test_without_a_file_there_are_no_lines(tmp_path: Path) -> None:
     assert read_steps(tmp_path) == read_evaluations(tmp_path) == []
-    keep_records(tmp_path / METRICS, None)
+    keep_records(tmp_path / METRICS, 1)
     assert not (tmp_path / METRICS).exists()
 
 
@@ -83,12 +84,28 @@ def test_any_other_line_that_cannot_be_read_is_refused_with_its_number(tmp_path:
     assert str(caught.value.details["where"]).endswith(f"{METRICS} line 2")
 
 
-@pytest.mark.parametrize(("step", "kept"), [(None, []), (0, []), (3, [1, 2]), (4, [1, 2, 4])])
-def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path, step: int | None, kept: list[int]) -> None:
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (3, [1, 2]), (4, [1, 2, 4])])
+def test_lines_after_a_checkpoint_without_records_are_dropped(tmp_path: Path, step: int, kept: list[int]) -> None:
     path = tmp_path / METRICS
     path.write_text("".join(f'{{"step": {n}, "x": 0.1}}\n' for n in (1, 2, 4)) + '{"step": 5')
     keep_records(path, step)
     assert path.read_text() == "".join(f'{{"step": {n}, "x": 0.1}}\n' for n in kept)
+
+
+def test_records_come_from_the_checkpoint_whatever_became_of_those_beside_it(tmp_path: Path) -> None:
+    start_run(tmp_path, IDENTITY, "fingerprint", None)
+    append_step(tmp_path, record(1))
+    sealed = checkpoint(tmp_path, 1)
+    seal_checkpoint(sealed, RECORDS)
+    append_step(tmp_path, record(2))
+    append_evaluation(tmp_path, {"step": 2})
+    (tmp_path / METRICS).write_text("not what was logged")
+    start_run(tmp_path, IDENTITY, "fingerprint", sealed)
+    assert read_steps(tmp_path) == [record(1)]
+    assert read_evaluations(tmp_path) == []
+    start_run(tmp_path, IDENTITY, "fingerprint", None)
+    assert read_steps(tmp_path) == []
+    assert not sealed.exists()
 
 
 def test_a_run_is_what_has_a_document(tmp_path: Path) -> None:
@@ -108,18 +125,30 @@ def test_a_document_that_cannot_be_read_is_refused_by_name(tmp_path: Path, text:
     assert caught.value.details["where"] == tmp_path / RUN
 
 
+def test_a_document_that_was_changed_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, {"complete": True, "result": {"loss": 2.5}})
+    text = (tmp_path / RUN).read_text()
+    (tmp_path / RUN).write_text(text.replace("2.5", "1.5"))
+    with pytest.raises(DamagedFilesError, match="cannot read the run"):
+        read_run(tmp_path)
+    (tmp_path / RUN).write_text('{"complete": true}')  # a run of an earlier release has no digest
+    assert read_run(tmp_path) == {"complete": True}
+
+
 def test_a_run_continues_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
     start_run(tmp_path, IDENTITY, "fingerprint", None)
-    assert resume_point(tmp_path, IDENTITY, resume=True) is None
+    start = resume_point(tmp_path, IDENTITY, resume=True)
+    assert start.checkpoint is None
+    assert start.sentences == (f"{tmp_path} holds no checkpoint: training starts from the first step",)
     for step in (9, 10):
-        checkpoint(tmp_path, step)
-    checkpoint(tmp_path, 11, whole=False)
-    assert resume_point(tmp_path, IDENTITY, resume=True) == tmp_path / "checkpoint-10"
+        seal_checkpoint(checkpoint(tmp_path, step), RECORDS)
+    checkpoint(tmp_path, 11)
+    assert resume_point(tmp_path, IDENTITY, resume=True) == Continuation(tmp_path / "checkpoint-10")
 
 
 def test_a_new_run_may_only_start_in_an_empty_folder(tmp_path: Path) -> None:
-    assert resume_point(tmp_path / "absent", IDENTITY, resume=False) is None
-    assert resume_point(tmp_path, IDENTITY, resume=False) is None
+    assert resume_point(tmp_path / "absent", IDENTITY, resume=False) == Continuation()
+    assert resume_point(tmp_path, IDENTITY, resume=False) == Continuation()
     (tmp_path / "something").write_text("")
     with pytest.raises(DataError, match="not empty"):
         resume_point(tmp_path, IDENTITY, resume=True)
@@ -147,9 +176,12 @@ def test_starting_writes_the_identity_and_drops_what_will_be_logged_again(tmp_pa
     for step in (1, 2, 3):
         append_step(tmp_path, record(step))
         append_evaluation(tmp_path, {"step": step})
-    start_run(tmp_path, IDENTITY, "fingerprint", checkpoint(tmp_path, 2))
+    sealed = checkpoint(tmp_path, 2)
+    seal_checkpoint(sealed, ())
+    start_run(tmp_path, IDENTITY, "fingerprint", sealed)
     assert [r.step for r in read_steps(tmp_path)] == [r["step"] for r in read_evaluations(tmp_path)] == [1, 2]
-    assert read_run(tmp_path) == {"identity": IDENTITY, "cache_fingerprint": "fingerprint", "complete": False}
+    begun = {"identity": IDENTITY, "cache_fingerprint": "fingerprint", "complete": False, "checkpoint_digests": True}
+    assert read_run(tmp_path) == begun
 
 
 def test_a_run_that_came_to_nothing_leaves_no_folder_and_takes_nothing_else_with_it(tmp_path: Path) -> None:

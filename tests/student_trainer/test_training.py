@@ -20,7 +20,7 @@ from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.losses.loss_registry import Objective
-from kd.student_trainer.run_folder import METRICS, read_steps
+from kd.student_trainer.run_folder import METRICS, read_run, read_steps, write_run
 
 TIMING = ("tokens_per_second", "wait_share")
 
@@ -311,13 +311,12 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(run, exact_
     with pytest.raises(CacheMismatchError) as other:
         run(resume=True, cache=str(exact_cache))
     assert [k for k in other.value.details if k.startswith("differs")] == ["differs cache"]
-    state = tmp_path / "run" / "run.json"
-    document = json.loads(state.read_text())
-    state.write_text(json.dumps(document | {"identity": document["identity"] | {"world_size": 4}}))
+    document = read_run(tmp_path / "run")
+    write_run(tmp_path / "run", document | {"identity": document["identity"] | {"world_size": 4}})
     with pytest.raises(CacheMismatchError) as processes:
         run(resume=True)
     assert processes.value.details["differs world_size"] == "now 1, before 4"
-    state.write_text(json.dumps(document))
+    write_run(tmp_path / "run", document)
     run(resume=True, log_every=2, save_every=1)  # how often to write is nobody's business
 
 

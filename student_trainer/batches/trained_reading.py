@@ -1,0 +1,72 @@
+"""How a run's student read its text: whether BOS opened it, and what stood between prompt and target.
+
+A student is scored as it was trained: `kd train --eval-data` and `kd eval RUN` take both from here. With another separator, or
+without the BOS that it was trained on, its perplexity would say how well it copes with strange text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd.cache_builder.opening import open_cache
+from kd.cache_builder.store.readers.reading import Reader
+from kd.common.errors import KdError
+from kd.models.loading import ModelRequest, is_encoder_decoder, load_config, load_request_tokenizer
+from kd.models.tokenizer import Tokenizer
+from kd.student_trainer.batches.compatibility import same_tokenizer
+from kd.student_trainer.run_folder import is_run, read_run
+
+READING = "reading"
+"""Key of `run.json`."""
+
+
+@dataclass(frozen=True)
+class TrainedReading:
+    """What a student was used to in training."""
+
+    bos: bool
+    """Whether documents and prompts opened with the BOS token, where the tokenizer has one."""
+    separator: str
+    """Text between prompt and target."""
+
+
+def trained_reading(reader: Reader, config: Any, tokenizer: Tokenizer, separator: str | None) -> TrainedReading:
+    """The reading of a student of a cache: the cache's tokens as they are, or tokens of its own, which BOS opens.
+
+    config      the student's configuration
+    separator   the run's own; None = as in the cache
+    """
+    blocks = reader.manifest.blocks
+    alike = separator is None and blocks.encoder == is_encoder_decoder(config)
+    bos = blocks.bos if alike and same_tokenizer(reader, tokenizer) else True
+    return TrainedReading(bos, blocks.separator if separator is None else separator)
+
+
+def reading_of_run(model: str) -> TrainedReading | None:
+    """How the student of a run was trained to read; None for a model that is no run, or where nothing says so any more.
+
+    Runs of earlier releases do not say it themselves: their cache does, as long as it is on this machine.
+    """
+    folder = Path(model).expanduser()
+    if not is_run(folder):
+        return None
+    run = read_run(folder)
+    said = run.get(READING)
+    if isinstance(said, Mapping):
+        return TrainedReading(bool(said["bos"]), str(said["separator"]))
+    return _reading_by_cache(folder, run.get("settings") or {})
+
+
+def _reading_by_cache(folder: Path, settings: Mapping[str, Any]) -> TrainedReading | None:
+    cache = settings.get("cache")
+    if not isinstance(cache, str) or "://" in cache:  # what lies elsewhere is not fetched to score a model
+        return None
+    student = ModelRequest(str(folder), device="cpu")
+    try:
+        reader, config = open_cache(cache), load_config(student)
+        return trained_reading(reader, config, load_request_tokenizer(student), settings.get("separator"))
+    except (KdError, OSError):
+        return None

@@ -1,0 +1,1 @@
+"""Writing what a training made so that it is whole, found again, and not lost."""
