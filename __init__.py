@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         DataError,
         KdError,
         TeacherError,
+        UnfinishedBuildError,
     )
     from kd.common.extras import MissingPackageError
     from kd.evaluation.evaluate import evaluate
@@ -55,6 +56,7 @@ __all__ = [
     "Reader",
     "TeacherError",
     "TrainResult",
+    "UnfinishedBuildError",
     "__version__",
     "build_cache",
     "chunked_distillation_loss",
@@ -72,7 +74,7 @@ _HOMES = {
     "kd.cache_builder.store.readers.reading": ["Reader"],
     "kd.common.errors": [
         *("CacheDamageError", "CacheError", "CacheMismatchError", "DamagedFilesError", "DataError", "KdError"),
-        "TeacherError",
+        *("TeacherError", "UnfinishedBuildError"),
     ],
     "kd.common.extras": ["MissingPackageError"],
     "kd.evaluation.evaluate": ["evaluate"],

@@ -1,7 +1,8 @@
 """The `kd` command: its subcommands, its errors and its exit codes.
 
 Results go to stdout (one JSON document with --json), progress and messages to stderr. The exit code is 0 for success, 1 for
-an error, 2 for wrong usage, 3 when a check found damage, and 130 after an interruption (the same command continues).
+an error, 2 for wrong usage, 3 when a check found damage, 4 when a build is not finished because other builders hold shards of
+it, and 130 after an interruption (the same command continues).
 The commands are in `commands/` and are imported on first use. They import heavy libraries inside functions, so that
 `kd --help` answers at once.
 """

@@ -352,6 +352,7 @@ def make_read_cache(work: Path) -> None:
             token_ids=rng.zipf(1.1, (n, 64)) % VOCABULARY,
             relative=-relative.astype(np.float32),
         )
+        claims.take(index)
         write_shard(writer, index, rows, raw, plan, seconds, claims)
     writer.finish()
 

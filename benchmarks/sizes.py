@@ -90,6 +90,7 @@ def write(plan: BuildPlan, shards: list[RawTargets], root: Path) -> float:
     writer.create(plan.vocabulary, plan.codes)
     seconds, claims = {"encode": 0.0, "write": 0.0}, Claims(root)
     for index, ((first, stop, _), raw) in enumerate(zip(plan.manifest.shards, shards, strict=True)):
+        claims.take(index)
         write_shard(writer, index, plan.rows[first:stop], raw, plan, seconds, claims)
     writer.finish()
     writer.close()

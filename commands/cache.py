@@ -26,6 +26,7 @@ ELSEWHERE = {
     "push": "kd.commands.cache_share:cache_push",
     "repair": "kd.commands.cache_check:cache_repair",
     "slice": "kd.commands.cache_copies:cache_slice",
+    "unlock": "kd.commands.cache_unlock:cache_unlock",
     "verify": "kd.commands.cache_check:cache_verify",
 }
 """The group's commands in other modules."""
@@ -66,6 +67,8 @@ def cache_plan(settings: BuildSettings, profile_build: bool, as_json: bool) -> N
 def cache_build(settings: BuildSettings, profile_build: bool, as_json: bool) -> None:
     """Run the teacher over the text and write its soft targets. The same command again continues.
 
+    Exit code 4 where other builders hold shards of this build: --wait waits for them.
+
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
     given = click.get_current_context().meta[GIVEN]
@@ -78,32 +81,27 @@ def build_and_show(
     """Build a cache behind progress bars, print the result, and return the last progress record.
 
     given   options as they were typed; the cache records those that say what is in it
+
+    Raises UnfinishedBuildError, after the result is printed, where other builders hold shards of this build.
     """
+    from kd.cache_builder.build.builder import require_finished
     from kd.cache_builder.upkeep.summary import cache_summary
 
     last = build_behind_a_bar(settings, {name: value for name, value in given.items() if name in RECORDED})
     result = cache_summary(settings.out) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
     if profile_build and last.seconds is not None:
         result |= {"seconds": last.seconds, "padding_share": last.padding_share}
-    heading = "nothing left to do here" if last.reused or last.elsewhere else "built"
+    heading = "nothing left to do here" if last.reused else "built"
     if not as_json:
-        click.echo(f"{settings.out}: " + ("complete" if last.complete else "not complete") + f" ({heading})")
+        state = "complete" if last.complete else "not complete"
+        click.echo(f"{settings.out}: {state} ({f'{last.left} shards left' if last.left else heading})")
     if last.copied:
         result["shards_copied"] = last.copied
-    if last.elsewhere:
+    if as_json and last.elsewhere:
         result["elsewhere"] = {str(shard): builder for shard, builder in last.elsewhere.items()}
-        if not as_json:
-            del result["elsewhere"]
-            echo_other_builders(last.elsewhere)
     emit(result, as_json)
+    require_finished(last, settings.out)
     return last
-
-
-def echo_other_builders(elsewhere: Mapping[int, str]) -> None:
-    """Print which other builders hold which shards."""
-    for builder in sorted(set(elsewhere.values())):
-        shards = ", ".join(str(shard) for shard, other in elsewhere.items() if other == builder)
-        click.echo(f"  being built by {builder}: shards {shards}; the same command again finishes what is left")
 
 
 def build_behind_a_bar(settings: BuildSettings, recorded: Mapping[str, str | bool] | None = None) -> BuildProgress:

@@ -152,9 +152,11 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
 
     moved   options whose values have changed since the build: where teacher and text are now
 
-    Raises CacheDamageError where the options are not recorded, or the teacher was a model in memory.
+    Raises CacheDamageError where the options are not recorded, or the teacher was a model in memory, UnfinishedBuildError where
+    another builder is at one of the shards.
     """
     from kd.cache_builder.build.build_settings import BuildSettings
+    from kd.cache_builder.build.builder import require_finished
     from kd.cache_builder.store.records.commits import committed
     from kd.cache_builder.upkeep.repair import reopen
     from kd.commands.cache import build_behind_a_bar
@@ -165,7 +167,9 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
     recorded = before.provenance.get("options")
     if not isinstance(recorded, dict):
         raise cannot_rebuild(before, path, rebuilt)
-    build_behind_a_bar(make(BuildSettings, recorded | moved | {"out": path}, where=path, typed=True))
+    require_finished(
+        build_behind_a_bar(make(BuildSettings, recorded | moved | {"out": path}, where=path, typed=True)), path
+    )
     return rebuilt
 
 

@@ -5,7 +5,8 @@
     │   └── DamagedFilesError  files of a run or a model are not what was written; the CLI exits 3
     ├── CacheError             a directory that is not a cache, a disk that is full, a locked store
     │   ├── CacheMismatchError this cache was made from something else (prints the difference)
-    │   └── CacheDamageError   bytes are not what was committed; the CLI exits 3
+    │   ├── CacheDamageError   bytes are not what was committed; the CLI exits 3
+    │   └── UnfinishedBuildError  other builders hold shards of this build; the CLI exits 4
     ├── TeacherError           the teacher cannot be loaded, or returned NaN
     └── MissingPackageError    a package of an extra is not installed (`kd.common.extras`)
 
@@ -100,6 +101,17 @@ class CacheDamageError(CacheError):
     """
 
     exit_code = 3
+
+
+class UnfinishedBuildError(CacheError):
+    """Shards of a build are left that other builders hold. The command line ends with exit code 4.
+
+    >>> import kd
+    >>> kd.UnfinishedBuildError.exit_code
+    4
+    """
+
+    exit_code = 4
 
 
 class TeacherError(KdError):

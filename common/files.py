@@ -7,15 +7,16 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from kd.common.errors import CacheDamageError, CacheError, DataError
+from kd.common.processes import is_alive, own_mark
 
 MAX_JSON_BYTES = 64 * 2**20
 """Most bytes of a JSON file; checked before a file is read."""
@@ -54,16 +55,14 @@ def sync_folder(path: Path) -> None:
 
 ABANDONED_SECONDS = 24 * 3600
 """Age in seconds at which unfinished files of another host are removed, counted from the last change."""
-_TOKEN = secrets.token_hex(4)
-"""Tells this process from an earlier one with the same process id."""
 
 
 def unfinished(name: str) -> bool:
     """True for the name of a file or folder that has not been published yet."""
-    return re.fullmatch(r"\.staging-.*|\..*\.tmp|\.\d+\.claim", name) is not None
+    return re.fullmatch(r"\.staging-.*|\.ready-\d+|\..*\.tmp|\.\d+\.claim", name) is not None
 
 
-_TAG = re.compile(r"(?P<host>.+-\d+)-(?P<pid>\d+)-(?P<token>[0-9a-f]+)")
+_TAG = re.compile(r"(?P<host>.+-\d+)-(?P<pid>\d+)-(?P<mark>[0-9a-f]+)")
 
 
 def _host() -> str:
@@ -76,8 +75,8 @@ def _host() -> str:
 
 
 def process_tag() -> str:
-    """`host-namespace-pid-token`, which marks the unfinished files of this process."""
-    return f"{_host()}-{os.getpid()}-{_TOKEN}"
+    """`host-namespace-pid-mark`, which names the unfinished files of this process; see `processes.mark_of`."""
+    return f"{_host()}-{os.getpid()}-{own_mark()}"
 
 
 def sweep(folder: Path) -> None:
@@ -102,21 +101,11 @@ def holder(tag: str) -> tuple[bool | None, str]:
     match = _TAG.fullmatch(tag)
     if match is None:
         return None, tag[:80]
-    host, pid, token = match["host"], int(match["pid"]), match["token"]
+    host, pid, mark = match["host"], int(match["pid"]), match["mark"]
     words = f"process {pid} on {host.rpartition('-')[0]}"
     if host != _host():
         return None, words
-    return (token == _TOKEN if pid == os.getpid() else _alive(pid)), words
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return is_alive(pid, mark), words
 
 
 def _untouched(path: Path) -> bool:
@@ -154,10 +143,26 @@ def publish_first(temporary: Path, final: Path) -> bool:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that it is whole or absent."""
+    with _temporary(path, text) as temporary:
+        publish(temporary, path)
+
+
+def write_first(path: Path, text: str) -> bool:
+    """As `write_atomic`, unless the file exists: then it stays as it is. Returns True if the file was written."""
+    with _temporary(path, text) as temporary:
+        return publish_first(temporary, path)
+
+
+@contextmanager
+def _temporary(path: Path, text: str) -> Iterator[Path]:
+    """A file beside `path` that holds the text and is gone afterwards, also where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    publish(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_object(path: Path) -> dict[str, Any]:

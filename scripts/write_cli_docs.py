@@ -21,6 +21,7 @@ Results go to stdout (one JSON document with `--json`), progress and messages to
 | 1 | a clear error: bad input, a mismatch |
 | 2 | wrong usage |
 | 3 | a check found damage |
+| 4 | a build is not finished: other builders hold shards of it (`--wait` waits for them, `kd cache unlock` shows them) |
 | 130 | interrupted; the same command again continues (`kd train`: with `--resume`) |
 
 `--data SPEC` is one of

@@ -128,6 +128,9 @@ class RunningSettings:
     """Build every N-th shard, starting with the I-th. All parts go into one --out folder that all machines see."""
     workers: int = setting(1, minimum=1)
     """Number of builders that run at once. Each takes a GPU, or a share of the processors."""
+    wait: bool = False
+    """Wait for shards that other builders hold, and build those that they leave. Without it the command ends with exit
+    code 4 where other builders hold shards."""
     engine: Literal["local", "ray"] = "local"
     """Where builders run: local starts processes on this machine; ray starts tasks on the cluster of RAY_ADDRESS."""
     extend: Path | None = setting(None, metavar="CACHE")

@@ -2,7 +2,8 @@
 
     for progress in build(plan_build(request)): ...      # the last record says whether the cache is complete
 
-A shard that is committed is complete, so the same call continues after any interruption and ends with the same bytes.
+A shard that is committed is complete, so the same call continues after any interruption and ends with the same bytes. Shards that
+other builders hold are left to them; with `wait` the build ends when they are committed too, by whomever.
 Encoding and writing happen on one thread beside the forward pass (`shard_writing`); when that thread fails, the build stops
 with its message.
 """
@@ -10,7 +11,7 @@ with its message.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
-from kd.common.errors import DataError
+from kd.common.errors import DataError, UnfinishedBuildError
 from kd.common.files import write_error
 from kd.data.blocks import TokenRows
 from kd.data.instruction_tasks.glue import CLASSES
@@ -34,6 +35,9 @@ from kd.models.tokenizer import pad_token_id
 
 if TYPE_CHECKING:
     from kd.cache_builder.teacher.teacher_pass import Teacher
+
+WAIT_SECONDS = 2.0
+"""Time between two looks at shards that other builders hold."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class BuildProgress:
     """Shards copied from another cache."""
     elsewhere: dict[int, str] = field(default_factory=dict)
     """Shards that other builders hold -> who they are. Set on the last record."""
+    left: int = 0
+    """Shards of this part of the build that are not committed. Set on the last record."""
     seconds: dict[str, float] | None = None
     """Seconds of forward, head, select, encode, write and wait. Set on the last record."""
     padding_share: float | None = None
@@ -98,8 +104,10 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
         if manifest.complete:
             writer.tidy()
             total = len(manifest.shards)
+            commits.check_sizes(request.out, manifest, range(total))
             yield BuildProgress(manifest.rows, manifest.rows, total, total, 0.0, complete=True, reused=True)
             return
+        writer.recover()
         running = _Running(plan, writer, pool)
         try:
             yield from running.steps()
@@ -122,8 +130,7 @@ class _Running:
         index, count = plan.request.shard
         self.shards = len(self.manifest.shards)
         present = set(commits.committed(writer.root, self.shards))
-        for i in present:
-            commits.read_commit(writer.root, self.manifest, i)  # a commit of another cache must not count as done
+        commits.check_sizes(writer.root, self.manifest, present)  # what is damaged, or of another cache, is not done
         self.todo = [i for i in range(index - 1, self.shards, count) if i not in present]
         self.rows_done = sum(self.manifest.shards[i][2] for i in present)
         self.shards_done = len(present)
@@ -139,21 +146,62 @@ class _Running:
         """Copy or score every shard that is left."""
         extend = self.plan.request.extend
         earlier = Earlier(extend, self.manifest) if self.todo and extend is not None else None
-        for i, committed in _ours(self.todo, self.writer.root, self.claims, self.elsewhere):
-            first, stop, size = self.manifest.shards[i]
-            if committed:  # another builder was faster
-                self.rows_done, self.shards_done = self.rows_done + size, self.shards_done + 1
+        for i in self._ours():
+            if i is None:  # waiting for others
+                yield self._progress(0.0)
                 continue
+            first, stop, size = self.manifest.shards[i]
             rows = self.plan.rows[first:stop]
             same = None if earlier is None else earlier.shard(i, rows)
             if same is None:
                 yield from self._score(i, rows, first)
                 continue
             self.shards_done += self.thread.wait()
-            self.thread.copy(i, rows, *same)
-            self.copied, self.rows_done, self.shards_done = self.copied + 1, self.rows_done + size, self.shards_done + 1
+            done = self.thread.copy(i, rows, *same)
+            self.copied, self.rows_done, self.shards_done = (
+                self.copied + 1,
+                self.rows_done + size,
+                self.shards_done + done,
+            )
             yield self._progress(0.0)
-        self.shards_done += self.thread.wait()
+
+    def _ours(self) -> Iterator[int | None]:
+        """Shards that this builder has claimed, one by one; None for every look at shards that it waits for.
+
+        Shards that other builders hold are tried again after the rest, until nothing changes; they stay in `elsewhere`. So are
+        shards whose claims this builder has lost. Those that others have committed meanwhile are counted.
+        """
+        todo = self.todo
+        while todo:
+            left = []
+            for i in todo:
+                other = None if self._committed_meanwhile(i) else self.claims.take(i)
+                if other is not None:
+                    self.elsewhere[i] = other
+                    left.append(i)
+                elif self.claims.holds(i):
+                    self.writer.recover(i)  # its last builder may have been killed when the shard was whole
+                    if not self._committed_meanwhile(i):
+                        self.elsewhere.pop(i, None)
+                        yield i
+            self.shards_done += self.thread.wait()
+            lost, self.thread.lost = self.thread.lost, []
+            self.rows_done -= sum(self.manifest.shards[i][2] for i in lost)
+            changed, todo = len(left) < len(todo), sorted([*left, *lost])
+            if todo and not changed:
+                if not self.plan.request.wait:
+                    return
+                time.sleep(WAIT_SECONDS)
+                yield None
+
+    def _committed_meanwhile(self, index: int) -> bool:
+        """Whether another builder has committed the shard; then it is counted, and our claim on it is given up."""
+        if not commits.commit_path(self.writer.root, index).exists():
+            return False
+        self.claims.release(index)
+        self.elsewhere.pop(index, None)
+        self.rows_done, self.shards_done = self.rows_done + self.manifest.shards[index][2], self.shards_done + 1
+        return True
 
     def _score(self, index: int, rows: list[TokenRows], first_example: int) -> Iterator[BuildProgress]:
         """Run the teacher over one shard and hand the result to the writer's thread."""
@@ -183,7 +231,8 @@ class _Running:
         times = (
             dict.fromkeys(("forward", "head", "select"), 0.0) if self.teacher is None else asdict(self.teacher.times)
         )
-        complete = len(commits.committed(self.writer.root, self.shards)) == self.shards
+        done = set(commits.committed(self.writer.root, self.shards))
+        complete = len(done) == self.shards
         if complete:
             self.writer.finish()
         return replace(
@@ -191,33 +240,29 @@ class _Running:
             complete=complete,
             reused=not self.todo,
             copied=self.copied,
-            elsewhere=self.elsewhere,
+            elsewhere={i: who for i, who in self.elsewhere.items() if i not in done},
+            left=len(set(self.todo) - done),
             seconds=times | self.thread.seconds,
             padding_share=None if self.teacher is None else self.teacher.padding_share,
         )
 
 
-def _ours(todo: list[int], root: Path, claims: Claims, elsewhere: dict[int, str]) -> Iterator[tuple[int, bool]]:
-    """`(shard, is it committed)`: shards of `todo` that this builder has claimed, and those that others committed meanwhile.
+def require_finished(last: BuildProgress, out: Path) -> None:
+    """Raise UnfinishedBuildError where other builders hold shards of this build. `last` is its last record."""
+    if last.left:
+        held = [f"{who} holds shards {_numbers(last.elsewhere, who)}" for who in sorted(set(last.elsewhere.values()))]
+        raise UnfinishedBuildError(
+            "the build is not finished: other builders hold the rest of its shards",
+            where=out,
+            found=f"{last.left} of {last.shards_total} shards are left",
+            builders="; ".join(held) or None,
+            try_=f"the same command with --wait; kd cache unlock {out}, if these builders have ended",
+        )
 
-    Shards that other builders hold are tried again after the rest, until nothing changes; they stay in `elsewhere`.
-    """
-    while todo:
-        left = []
-        for i in todo:
-            other = None if commits.commit_path(root, i).exists() else claims.take(i)
-            if other is not None:
-                elsewhere[i] = other
-                left.append(i)
-                continue
-            elsewhere.pop(i, None)
-            committed = commits.commit_path(root, i).exists()
-            if committed:
-                claims.release(i)
-            yield i, committed
-        if len(left) == len(todo):
-            return
-        todo = left
+
+def _numbers(elsewhere: Mapping[int, str], builder: str) -> str:
+    shards = [str(shard) for shard, who in elsewhere.items() if who == builder]
+    return ", ".join([*shards[:8], *(["…"] if len(shards) > 8 else [])])
 
 
 def teacher_of_plan(plan: BuildPlan) -> Teacher:

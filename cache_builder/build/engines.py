@@ -14,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +31,7 @@ from kd.cache_builder.store.records import commits
 from kd.common.errors import CacheError, DataError, KdError, unknown_name
 from kd.common.extras import needed
 from kd.common.memory import share_one_heap
+from kd.common.processes import end_with_parent
 from kd.models.loading import resolve_device
 
 POLL_SECONDS = 0.5
@@ -79,11 +81,14 @@ def build_together(plan: BuildPlan, *, workers: int, engine: str = "local") -> I
     errors = [answer for answer in answers if isinstance(answer, KdError)]
     if errors:
         raise errors[0]
-    yield together(*so_far(), [answer for answer in answers if isinstance(answer, BuildProgress)])
+    done, last = so_far()
+    index, count = request.shard
+    left = len(set(range(index - 1, len(sizes), count)) - done)
+    yield together(done, last, [answer for answer in answers if isinstance(answer, BuildProgress)], left)
 
 
-def together(done: set[int], last: BuildProgress, records: Sequence[BuildProgress]) -> BuildProgress:
-    """One record for all builders, where these shards are `done`. Their seconds are added."""
+def together(done: set[int], last: BuildProgress, records: Sequence[BuildProgress], left: int = 0) -> BuildProgress:
+    """One record for all builders, where these shards are `done` and `left` are not. Their seconds are added."""
     spent = [record.seconds for record in records if record.seconds is not None]
     padding = [record.padding_share for record in records if record.padding_share is not None]
     elsewhere = {i: who for record in records for i, who in record.elsewhere.items() if i not in done}
@@ -93,6 +98,7 @@ def together(done: set[int], last: BuildProgress, records: Sequence[BuildProgres
         reused=all(record.reused for record in records),
         copied=sum(record.copied for record in records),
         elsewhere=elsewhere,
+        left=left,
         seconds={name: sum(s[name] for s in spent) for name in spent[0]} if spent else None,
         padding_share=sum(padding) / len(padding) if padding else None,
     )
@@ -138,7 +144,8 @@ def local(todo: Sequence[Job]) -> Iterator[Poll]:
     answers: list[Answer] = []
     for job in todo:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(theirs, job), name="kd-builder", daemon=True)
+        in_main = threading.current_thread() is threading.main_thread()
+        process = context.Process(target=_answer, args=(theirs, job, in_main), name="kd-builder", daemon=True)
         process.start()
         theirs.close()
         running[ours] = process
@@ -170,18 +177,19 @@ def local(todo: Sequence[Job]) -> Iterator[Poll]:
             process.join()
 
 
-def _answer(connection: Connection, job: Job) -> None:
-    """Main function of a local builder's process. On SIGTERM it ends without leaving a staging folder."""
+def _answer(connection: Connection, job: Job, started_in_main: bool) -> None:
+    """Main function of a local builder's process. On SIGTERM, and when its parent dies, it ends without a staging folder."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # the parent shows the progress of all
-    transformers.utils.logging.set_verbosity_error()
     signal.signal(signal.SIGTERM, interrupt)
     try:
+        end_with_parent(kernel=started_in_main)
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # the parent shows the progress of all
+        transformers.utils.logging.set_verbosity_error()
         connection.send(work(job))
     except KeyboardInterrupt:
         pass

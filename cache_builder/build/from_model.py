@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.build.build_settings import BuildSettings, TeacherSettings
+from kd.cache_builder.build.builder import require_finished
 from kd.cache_builder.build.from_settings import AnyStep, StageStep, assembled, build_request
 from kd.cache_builder.build.request import GivenTeacher
 from kd.cache_builder.store.readers.reader import CacheReader
@@ -63,7 +64,8 @@ def build_cache(
     settings     settings of `kd cache build` by their names in Python: top_k, profile, seq_len, columns, limit, …
 
     Raises DataError for texts or settings that cannot be used, TeacherError for a model that cannot be scored, and
-    CacheMismatchError, with the difference, where `out` holds a cache of another model or other texts.
+    CacheMismatchError, with the difference, where `out` holds a cache of another model or other texts, and UnfinishedBuildError
+    where other builders hold shards of it.
 
     >>> import kd
     >>> model, tokenizer = kd.load_teacher("demo")
@@ -86,7 +88,8 @@ def build_cache(
     request = assembled(chosen, ModelRequest(name), model.config, lambda: corpus_of_texts(chosen, texts))
     with evaluating(model):
         teacher = GivenTeacher(model, tokenizer, parameters_digest(model))
-        build_request(replace(request, given=teacher), chosen.running, watch=_watching(on_progress))
+        last = build_request(replace(request, given=teacher), chosen.running, watch=_watching(on_progress))
+    require_finished(last, chosen.out)
     return CacheReader(chosen.out)
 
 

@@ -91,6 +91,7 @@ def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read:
         layout=layout_of(settings.shard_rows),
         tokens_per_batch=settings.model.tokens_per_batch,
         shard=settings.running.shard,
+        wait=settings.running.wait,
         generation=generation_config(settings),
         extend=settings.running.extend,
     )

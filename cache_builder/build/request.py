@@ -114,6 +114,8 @@ class BuildRequest:
     """Tokens of a forward pass of the teacher, padding included; None = what suits the device."""
     shard: tuple[int, int] = (1, 1)
     """(i, n): build every n-th shard, starting with the i-th, counted from 1."""
+    wait: bool = False
+    """Whether to wait for shards that other builders hold, and to build those that they leave."""
     generation: GenerationConfig | None = None
     """How the teacher writes the targets; None = they are the text's own."""
     answered: bool = False

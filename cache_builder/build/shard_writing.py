@@ -29,35 +29,46 @@ class WriterThread:
         self.seconds = {"encode": 0.0, "write": 0.0, "wait": 0.0}
         """Time spent encoding and writing, and time the teacher had to wait for that."""
         self._plan, self._writer, self._pool, self._claims = plan, writer, pool, claims
-        self._pending: Future[None] | None = None
+        self._pending: tuple[int, Future[bool]] | None = None
+        self.lost: list[int] = []
+        """Shards that were not committed, because another builder has taken over their claims."""
 
     def check(self) -> None:
         """Raise what the thread has failed with, if it has."""
-        if self._pending is not None and self._pending.done():
-            self._pending.result()
+        if self._pending is not None and self._pending[1].done():
+            self._pending[1].result()
 
     def wait(self) -> int:
-        """Wait until the shard being written is committed; returns the number of shards waited for, 0 or 1."""
+        """Wait until the shard being written is committed; returns the number of shards committed, 0 or 1."""
         if self._pending is None:
             return 0
         started = time.perf_counter()
-        self._pending.result()
+        index, future = self._pending
+        committed = future.result()
         self.seconds["wait"] += time.perf_counter() - started
         self._pending = None
-        return 1
+        if not committed:
+            self.lost.append(index)
+        return int(committed)
 
     def submit(self, index: int, rows: list[TokenRows], raw: RawTargets) -> None:
         """Encode and commit shard `index` in the background. The shard before it must have been waited for."""
         assert self._pending is None
-        self._pending = self._pool.submit(
-            write_shard, self._writer, index, rows, raw, self._plan, self.seconds, self._claims
+        self._pending = (
+            index,
+            self._pool.submit(write_shard, self._writer, index, rows, raw, self._plan, self.seconds, self._claims),
         )
 
-    def copy(self, index: int, rows: list[TokenRows], stored: Arrays, quality: dict[str, float]) -> None:
-        """Commit shard `index` with arrays that are encoded already, and wait for it."""
-        self._pool.submit(
-            commit_shard, self._writer, index, rows, stored, quality, self._plan, self.seconds, self._claims
-        ).result()
+    def copy(self, index: int, rows: list[TokenRows], stored: Arrays, quality: dict[str, float]) -> int:
+        """Commit shard `index` with arrays that are encoded already; returns as `wait` does."""
+        assert self._pending is None
+        self._pending = (
+            index,
+            self._pool.submit(
+                commit_shard, self._writer, index, rows, stored, quality, self._plan, self.seconds, self._claims
+            ),
+        )
+        return self.wait()
 
 
 def write_shard(
@@ -68,12 +79,12 @@ def write_shard(
     plan: BuildPlan,
     seconds: dict[str, float],
     claims: Claims,
-) -> None:
-    """Encode and commit one shard; adds the time it took to `seconds`."""
+) -> bool:
+    """Encode and commit one shard, as `commit_shard`; adds the time it took to `seconds`."""
     started = time.perf_counter()
     stored, quality = codecs.encode(raw, plan.manifest.targets)
     seconds["encode"] += time.perf_counter() - started
-    commit_shard(writer, index, rows, stored, quality, plan, seconds, claims)
+    return commit_shard(writer, index, rows, stored, quality, plan, seconds, claims)
 
 
 def commit_shard(
@@ -85,15 +96,20 @@ def commit_shard(
     plan: BuildPlan,
     seconds: dict[str, float],
     claims: Claims,
-) -> None:
-    """Write one shard's arrays and examples, commit it and release its claim. Raises CacheError."""
+) -> bool:
+    """Write one shard's arrays and examples, commit it and release its claim. Raises CacheError.
+
+    Returns False where the claim was lost to another builder, which has not committed the shard yet: then nothing is published.
+    """
     started = time.perf_counter()
     try:
-        writer.write(index, stored, example_rows(rows, index * plan.manifest.layout.shard_rows), quality)
+        examples = example_rows(rows, index * plan.manifest.layout.shard_rows)
+        committed = writer.write(index, stored, examples, quality, ours=lambda: claims.holds(index))
     except OSError as error:
         raise write_error(writer.root, error) from error
     claims.release(index)
     seconds["write"] += time.perf_counter() - started
+    return committed
 
 
 def example_rows(rows: Sequence[TokenRows], position: int) -> list[dict[str, Any]]:

@@ -91,7 +91,9 @@ def write_derived(
         if not manifest.complete:
             vocabulary = readers[0].vocabulary()
             manifest = writer.create(vocabulary, codes_by_count(len(vocabulary), _sequences(readers, shards)))
+        writer.recover()
         present = set(commits.committed(out, len(shards)))
+        commits.check_sizes(out, manifest, present)
         for index, pieces in enumerate(shards):
             if index not in present:
                 whole = all(_is_whole(readers[p.source], p) for p in pieces) and config == readers[0].config

@@ -1,26 +1,49 @@
 """Claims: which builder works on which shard. Any number of builders share one directory; a dead one's claim is taken over.
 
 A builder claims a shard with the file `commits/.00003.claim`, created once (hard link), which names host and process. It
-touches the file while it works. A claim is void when its process is dead (on this host) or nothing touched it for
-`STALE_SECONDS` (on any host). A file lock would not do: it does not say who holds it, and not every shared file system keeps
-locks across hosts. Claims only save work: if two builders make one shard all the same, the first commit stays
-(`ShardWriter.write`).
+touches the file while it works, and keeps it locked. A claim is void
+
+- when nobody holds its lock, on the machine it was made on: its builder has ended, be it in another container;
+- when its process is dead, on this host, where the file system has no locks;
+- when nothing touched it for `STALE_SECONDS`, or it is that far in the future, on any host;
+- when it is empty.
+
+A lock alone would not do: it does not say who holds it, and not every shared file system keeps locks across hosts. Claims only
+save work: if two builders make one shard all the same, the first whole one stays (`shard_publishing`).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from kd.common.files import holder, process_tag, publish_first
+from kd.common.processes import boot_mark, lock_of
 
 STALE_SECONDS = 15 * 60
 """A builder touches its claims with every batch. After this time without a touch it counts as dead."""
 TOUCH_SECONDS = 5.0
 """Least time between two touches."""
+LOCKED = "locked"
+"""Second line of a claim whose builder keeps it locked."""
 _BUILDERS = count()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim that somebody has made, and whether it still counts."""
+
+    shard: int
+    builder: str
+    """The builder, in words."""
+    idle_seconds: float
+    """Time since the claim was touched; negative where its time lies in the future."""
+    void: str | None
+    """Why the claim is void, in words; None where a builder holds it."""
 
 
 class Claims:
@@ -29,38 +52,62 @@ class Claims:
     def __init__(self, root: Path) -> None:
         self.folder = root / "commits"
         self.tag = f"{process_tag()}.{next(_BUILDERS)}"
-        self._held: dict[int, Path] = {}
+        self._held: dict[int, int | None] = {}
+        """Shard -> descriptor that keeps the claim locked; None where the file system has no locks."""
         self._touched = 0.0
 
     def take(self, index: int) -> str | None:
         """Claim shard `index`. Returns None when the claim is ours now, else who holds it, in words."""
-        path = self.folder / f".{index:05d}.claim"
+        path = claim_path(self.folder, index)
         self.folder.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
-            staged = path.with_name(f".{index:05d}.claim.{self.tag}.tmp")
-            staged.write_text(self.tag, encoding="utf-8")
-            if publish_first(staged, path):
-                self._held[index] = path
-                return None
-            holder_name = holder_of(path)
-            if holder_name is not None:
-                return holder_name
-            path.unlink(missing_ok=True)
+            staged = path.with_name(f"{path.name}.{self.tag}.tmp")
+            try:
+                if self._published(staged, path, index):
+                    return None
+            finally:
+                staged.unlink(missing_ok=True)
+            other = read_claim(path)
+            if other is not None and other.void is None:
+                return other.builder
+            if other is not None:
+                path.unlink(missing_ok=True)
         return "another builder, just now"
+
+    def _published(self, staged: Path, path: Path, index: int) -> bool:
+        staged.write_text(self.tag, encoding="utf-8")
+        lock = lock_of(staged)  # before the claim can be seen
+        if lock is not None:
+            staged.write_text(f"{self.tag}\n{LOCKED}\n", encoding="utf-8")
+        if publish_first(staged, path):
+            self._held[index] = lock
+            return True
+        if lock is not None:
+            os.close(lock)
+        return False
+
+    def holds(self, index: int) -> bool:
+        """Whether the claim on shard `index` is still ours; another builder may have taken it over."""
+        return index in self._held and _first_line(claim_path(self.folder, index)) == self.tag
 
     def touch(self) -> None:
         """Show that this builder is alive: touch its claims, at most every `TOUCH_SECONDS`."""
         if time.monotonic() - self._touched > TOUCH_SECONDS:
             self._touched = time.monotonic()
-            for path in list(self._held.values()):
-                with suppress(FileNotFoundError):  # another builder took it over; the first commit stays
-                    path.touch()
+            for index in list(self._held):
+                if self.holds(index):
+                    with suppress(FileNotFoundError):  # another builder took it over just now
+                        os.utime(claim_path(self.folder, index))
 
     def release(self, index: int) -> None:
         """Give up the claim on a shard, committed or not."""
-        path = self._held.pop(index, None)
-        if path is not None and _read(path) == self.tag:
-            path.unlink(missing_ok=True)
+        if index not in self._held:
+            return
+        if self.holds(index):
+            claim_path(self.folder, index).unlink(missing_ok=True)
+        lock = self._held.pop(index)
+        if lock is not None:
+            os.close(lock)
 
     def release_all(self) -> None:
         """Give up all claims."""
@@ -68,28 +115,62 @@ class Claims:
             self.release(index)
 
 
-def holder_of(path: Path) -> str | None:
-    """Who holds a claim, in words; None where the claim is void."""
-    tag = _read(path)
-    if tag is None:
-        return None
+def claim_path(folder: Path, index: int) -> Path:
+    """Path of the claim on shard `index`, in the folder of the commits."""
+    return folder / f".{index:05d}.claim"
+
+
+def read_claim(path: Path) -> Claim | None:
+    """What a claim says, and whether it still counts. None where there is none."""
     try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         idle = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return None
-    alive, words = holder(tag.rpartition(".")[0])
-    return None if alive is False or idle > STALE_SECONDS else words
+    tag = lines[0] if lines else ""
+    shard = int(path.name.strip(".").partition(".")[0])
+    alive, builder = holder(tag.rpartition(".")[0])
+    void = None
+    if not tag:
+        builder, void = "nobody", "the claim is empty"
+    elif idle > STALE_SECONDS:
+        void = f"not touched for {idle:,.0f} seconds"
+    elif idle < -STALE_SECONDS:
+        void = f"its time is {-idle:,.0f} seconds in the future"
+    elif alive is False or (LOCKED in lines and _made_here(tag) and _free(path)):
+        void = "its builder has ended"
+    return Claim(shard, builder, idle, void)
+
+
+def all_claims(root: Path) -> list[Claim]:
+    """The claims on a cache's shards, by shard."""
+    found = [read_claim(path) for path in sorted((root / "commits").glob(".*.claim"))]
+    return [claim for claim in found if claim is not None]
 
 
 def void_claims(root: Path) -> None:
     """Remove the claims that are void."""
-    for path in (root / "commits").glob(".*.claim"):
-        if holder_of(path) is None:
-            path.unlink(missing_ok=True)
+    for claim in all_claims(root):
+        if claim.void is not None:
+            claim_path(root / "commits", claim.shard).unlink(missing_ok=True)
 
 
-def _read(path: Path) -> str | None:
+def _made_here(tag: str) -> bool:
+    """Whether a claim was made since this machine was started, in whichever container: only then does its lock tell."""
+    mark = tag.rpartition(".")[0].rpartition("-")[2]
+    return bool(boot_mark()) and mark.startswith(boot_mark())
+
+
+def _free(path: Path) -> bool:
+    lock = lock_of(path)
+    if lock is None:
+        return False
+    os.close(lock)
+    return True
+
+
+def _first_line(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except FileNotFoundError:
         return None

@@ -1,4 +1,4 @@
-"""Write shards of a cache whole: staged under another name, synced, moved, then committed. The one door to Zarr.
+"""Write shards of a cache whole: staged under another name, then published and committed. The one door to Zarr.
 
     manifest.json  building.json     see `manifest`
     vocabulary.parquet               the bytes every teacher id stands for
@@ -14,8 +14,7 @@ bitshuffle), crc32c.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,12 @@ from kd.cache_builder.store.records.manifest import (
     group_files,
     load_manifest,
 )
-from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
 from kd.cache_builder.store.vocabulary import code_table, pack_rows
-from kd.cache_builder.store.writers.claims import void_claims
+from kd.cache_builder.store.writers.claims import all_claims, claim_path, void_claims
+from kd.cache_builder.store.writers.shard_publishing import offer, prepare, settle, settle_all
 from kd.common.errors import CacheMismatchError
 from kd.common.files import (
-    canonical_json,
-    digest_of,
     process_tag,
     publish,
     publish_first,
@@ -56,7 +53,7 @@ from kd.common.files import (
     sweep,
     sync_folder,
     unfinished,
-    write_atomic,
+    write_first,
 )
 
 _WRITERS = count()
@@ -77,10 +74,20 @@ class ShardWriter:
             sweep(folder)
         void_claims(self.root)
 
+    def recover(self, index: int | None = None) -> None:
+        """Publish the whole shards, or the one shard, that killed builders had ready."""
+        if index is None:
+            settle_all(self.root, self.manifest)
+        else:
+            settle(self.root, self.manifest, index)
+
     def tidy(self) -> None:
         """Remove everything but the finished cache and what live builders on other hosts have staged."""
         self.close()
         self.sweep()
+        self.recover()
+        for claim in all_claims(self.root):  # a shard of a finished cache has no builder
+            claim_path(self.root / "commits", claim.shard).unlink(missing_ok=True)
         if (self.root / BUILDING).exists():  # checked first: a finished cache may be on a read-only disk
             (self.root / BUILDING).unlink(missing_ok=True)
             sync_folder(self.root)
@@ -118,7 +125,7 @@ class ShardWriter:
         answers = sorted((self.root / ANSWERS).glob("*.*"))
         files |= {f"{ANSWERS}/{p.name}": file_entry(p) for p in answers if not unfinished(p.name)}
         mine = CacheManifest(**{**_shallow(self.manifest), "files": files})
-        if not self.manifest.files:
+        if not self.manifest.files and not (self.root / MANIFEST).exists():
             (self.staging / BUILDING).write_text(mine.to_json(), encoding="utf-8")
             publish_first(self.staging / BUILDING, self.root / BUILDING)
         theirs = load_manifest(self.root)
@@ -147,18 +154,34 @@ class ShardWriter:
             )
 
     def write(
-        self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]], quality: dict[str, float]
-    ) -> ShardRecord:
-        """Stage, move and commit one shard.
+        self,
+        index: int,
+        stored: Arrays,
+        examples: Sequence[Mapping[str, Any]],
+        quality: dict[str, float],
+        *,
+        ours: Callable[[], bool] = lambda: True,
+    ) -> bool:
+        """Stage, publish and commit one shard. Returns whether the shard is committed now, by this or by another builder.
 
         stored     the arrays of its rows, as `codecs.encode` returns them
         examples   its rows of `EXAMPLE_SCHEMA`
         quality    sums of the quality figures over its rows
+        ours       asked before anything is published; where it says no, nothing is
 
-        A shard that another builder has committed meanwhile stays as it is: its commit records the digests of its own bytes.
+        A shard that another builder has published meanwhile stays as it is: its commit records the digests of its own bytes.
         """
         self._stage()
-        first, stop, rows = self.manifest.shards[index]
+        self._stage_rows(index, stored, examples)
+        folder = prepare(self.staging, self.manifest, index, quality)
+        if ours() and not commit_path(self.root, index).exists():
+            settle(self.root, self.manifest, index, trusted=offer(self.root, index, folder))
+        shutil.rmtree(folder, ignore_errors=True)  # another builder was faster
+        return commit_path(self.root, index).exists()
+
+    def _stage_rows(self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Write the files of a shard under the staging folder."""
+        rows = self.manifest.shards[index][2]
         start = index * self.manifest.layout.shard_rows
         group = zarr.open_group(self.staging / TARGETS, mode="r+")
         with zarr.config.set({"array.write_empty_chunks": True}):  # otherwise a shard of zeros would have no file
@@ -170,8 +193,7 @@ class ShardWriter:
             if values.shape != ((rows,) if spec.columns is None else (rows, spec.columns)):
                 raise AssertionError(f"{spec.name}: {values.shape} for {rows} rows")
             arrays[spec.name][start : start + rows] = values.astype(spec.dtype)
-        files = shard_files(self.arrays, index)
-        parquet = self.staging / files["examples"]
+        parquet = self.staging / shard_files(self.arrays, index)["examples"]
         parquet.parent.mkdir(exist_ok=True)
         columns = {name: [e[name] for e in examples] for name in EXAMPLE_SCHEMA.names}
         pq.write_table(
@@ -182,24 +204,6 @@ class ShardWriter:
             use_dictionary=["task", "split", "prompt"],
             write_statistics=False,
         )
-        if commit_path(self.root, index).exists():
-            for name in files.values():
-                (self.staging / name).unlink()
-            return read_commit(self.root, self.manifest, index)
-        for name in files.values():
-            publish(self.staging / name, self.root / name)
-        record = ShardRecord(
-            index=index,
-            examples=(first, stop),
-            row_start=start,
-            rows=rows,
-            files={name: file_entry(self.root / name) for name in files.values()},
-            quality=quality,
-            fingerprint=self.manifest.fingerprint,
-        )
-        document = asdict(record)
-        write_atomic(commit_path(self.root, index), canonical_json(document | {"checksum": digest_of(document)}))
-        return record
 
     def close(self) -> None:
         """Remove the staging folder."""
@@ -214,7 +218,7 @@ class ShardWriter:
                 quality[name] = quality.get(name, 0.0) + value
         commits = tuple(sha256_of(commit_path(self.root, i)) for i in range(len(records)))
         self.manifest = CacheManifest(**{**_shallow(self.manifest), "quality": quality, "commits": commits})
-        self.manifest.save(self.root, MANIFEST)
+        write_first(self.root / MANIFEST, self.manifest.to_json())  # another builder may have been faster
         self.tidy()
         return self.manifest
 

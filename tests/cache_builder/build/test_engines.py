@@ -136,7 +136,7 @@ def test_each_builder_has_one_of_the_gpus_that_are_to_be_seen(build_request, tmp
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"workers": 0}, "needs a builder"), ({"workers": 2, "engine": "rays"}, "unknown engine")]
+    ("options", "words"), [({"workers": 0}, "at least 1"), ({"workers": 2, "engine": "rays"}, "unknown engine")]
 )
 def test_what_cannot_be_done_is_refused_before_a_process_starts(
     options, words: str, tmp_path: Path, build_request, monkeypatch: pytest.MonkeyPatch
