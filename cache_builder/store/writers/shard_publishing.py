@@ -4,10 +4,10 @@
     offer(root, 3, folder)                              # one rename to `.ready-00003`
     settle(root, manifest, 3)                           # the files to their names, then the commit to `commits/00003.json`
 
-A rename of a folder onto a folder that is not empty fails on every file system, so of several builders one is chosen. From then on
-the bytes of the shard are decided: whoever settles it, once or twice, before or after a crash, moves the same files. The commit comes
-last, is never replaced, and ends the offer. A builder that offers after the commit finds the commit, and its own files are removed.
-One that was stopped in the middle moves nothing of a later offer, because TAG is in all its paths.
+A rename of a folder onto a folder that is not empty fails on every file system, so of several builders one is chosen. From then
+on the bytes of the shard are decided: whoever settles it, once or twice, before or after a crash, moves the same files. The
+commit comes last, is never replaced, and ends the offer. A builder that offers after the commit finds the commit, and its own
+files are removed. One that was stopped in the middle moves nothing of a later offer, because TAG is in all its paths.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.readers.reader import CacheReader
-from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.writers import shard_writer
 from kd.cache_builder.teacher.teacher_pass import Teacher
