@@ -128,13 +128,14 @@ RACY_SECONDS = 2.0
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, remembered for this process while its size and time stay the same."""
+    """SHA-256 of a file, remembered for this process while its size and times stay the same."""
     stat = path.resolve().stat()
-    if time.time() - stat.st_mtime < RACY_SECONDS:
+    if time.time() - max(stat.st_mtime, stat.st_ctime) < RACY_SECONDS:
         return sha256_of(path)
-    return _remembered_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    # a program can set the time of a change back (mtime), but not the time at which it did so (ctime)
+    return _remembered_sha256(path.resolve(), stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
 
 
 @lru_cache(maxsize=1024)
-def _remembered_sha256(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+def _remembered_sha256(path: Path, size: int, state: tuple[int, ...]) -> str:
     return sha256_of(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,10 @@ def in_memory_identity(model: Any, digest: str) -> dict[str, Any]:
 
 
 def parameters_digest(model: Any) -> str:
-    """SHA-256 hex of a model's parameters and buffers: their names, shapes, dtypes and bytes.
+    """SHA-256 hex of a model's parameters and buffers: their names, shapes, dtypes and bytes; and how its adapters are set.
 
-    Tied weights count once, under the first of their names. Two models of one digest and one configuration give the same
+    The parts of quantised weights (packed numbers, scales, tables) count like any tensor. Tied weights count once, under the
+    first of their names. Two models of one digest and one configuration give the same
     numbers; a weight that was changed in place gives another digest. Every byte is read, and tensors of a GPU are copied
     to the host one at a time: docs/log.md has how fast that is. Raises DataError where weights are not in memory.
     """
@@ -106,20 +107,58 @@ def parameters_digest(model: Any) -> str:
         seen.add(memory)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes_of(tensor))
+    for line in _adapter_lines(model):
+        digest.update(line.encode())
     return digest.hexdigest()
 
 
 def _named_tensors(model: Any) -> dict[str, Any]:
-    """Name -> parameter or buffer; of rotary frequencies that grow with the text, those the model began with."""
+    """Name -> parameter or buffer; of rotary frequencies that grow with the text, those the model began with.
+
+    A tensor that is made of others, as those of quantisation libraries are, is replaced by its parts: it has no memory of its
+    own, so that it could neither be read nor be told from another.
+    """
     import torch
 
     tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name.endswith("inv_freq"):
+            if name.endswith("inv_freq") and _grows(module, name):
                 buffer = getattr(module, name.removesuffix("inv_freq") + "original_inv_freq", buffer)
             tensors[f"{path}.{name}" if path else name] = buffer
-    return tensors
+    return {part: t for name, tensor in tensors.items() for part, t in _parts(name, tensor)}
+
+
+def _grows(module: Any, name: str) -> bool:
+    """Whether the forward pass itself changes these rotary frequencies, by the length of the text."""
+    kind = getattr(module, "rope_type", "")
+    if isinstance(kind, Mapping):
+        kind = kind.get(name.removesuffix("_inv_freq"), "")
+    return "dynamic" in str(kind) or kind == "longrope"
+
+
+def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    names, context = tensor.__tensor_flatten__()
+    for inner in names:
+        yield from _parts(f"{name}.{inner} of {type(tensor).__name__} {context}", getattr(tensor, inner))
+
+
+def _adapter_lines(model: Any) -> Iterator[str]:
+    """What decides, beside their weights, how adapters count: which are active, merged and off, and their scales."""
+    for path, module in model.named_modules():
+        if (
+            hasattr(module, "active_adapters")
+            and hasattr(module, "disable_adapters")
+            and hasattr(module, "merged_adapters")
+        ):
+            scales = sorted(getattr(module, "scaling", {}).items())
+            state = (list(module.active_adapters), bool(module.disable_adapters), list(module.merged_adapters), scales)
+            yield f"{path} adapters {state}\n"
 
 
 def _bytes_of(tensor: Any) -> Any:

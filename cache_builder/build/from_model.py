@@ -56,7 +56,8 @@ def build_cache(
 ) -> CacheReader:
     """Score `texts` with a model in memory, write the soft targets to the folder `out`, and open the cache.
 
-    model        a transformers model, causal or encoder-decoder; it is scored in evaluation mode and left as it was
+    model        a transformers model, causal or encoder-decoder, with or without adapters; it is scored in evaluation mode and
+                 left as it was
     tokenizer    its fast tokenizer
     texts        documents, (prompt, target) pairs, mappings with `text` or `prompt` and `target`, or a `datasets.Dataset`
     out          folder of the cache; the same call again continues, or finds that the cache is complete
@@ -75,6 +76,7 @@ def build_cache(
     (2, 'The keeper counted seven ships.')
     """
     require_objects(model, tokenizer)
+    model = without_wrapper(model)
     given = flattened(BuildSettings, settings)
     refused = sorted(given.keys() & OF_NAMED_TEACHERS)
     if refused:
@@ -102,6 +104,19 @@ def require_objects(model: Any, tokenizer: Any) -> None:
         if not hasattr(value, attribute):
             advice = "model, tokenizer = kd.load_teacher(name) loads both"
             raise DataError(f"the {name} cannot be used", found=type(value).__name__, expected=expected, try_=advice)
+
+
+def without_wrapper(model: Any) -> Model:
+    """The transformers model inside a PeftModel, which has the adapters in its layers. Raises DataError for soft prompts."""
+    if not hasattr(model, "get_base_model"):
+        return model  # type: ignore[no-any-return]
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise DataError(
+            "a model with soft prompts cannot be a teacher",
+            found=type(model.active_peft_config).__name__,
+            expected="a model without adapters, or with adapters in its layers, such as LoRA",
+        )
+    return model.get_base_model()  # type: ignore[no-any-return]
 
 
 def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:

@@ -17,7 +17,7 @@ from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
 from kd.cache_builder.build.builder import BuildProgress, build
 from kd.cache_builder.build.engines import build_together
 from kd.cache_builder.build.generate import answered, generate
-from kd.cache_builder.build.plan import BuildPlan, plan_build
+from kd.cache_builder.build.plan import BuildPlan, extended, plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
@@ -221,7 +221,7 @@ def with_shards_of_an_equal_cache(plan: BuildPlan, say: Callable[[str], object])
     for path in caches_with(plan.manifest.fingerprint):
         if request.layout in (None, load_manifest(path).layout) and path != request.out.resolve():
             say(f"the same cache was built at {path}: its shards are copied")
-            return plan_build(replace(request, extend=path))
+            return extended(plan, path)
     return plan
 
 

@@ -22,7 +22,7 @@ from kd.cache_builder.store.records.cache_identity import identity_difference
 from kd.cache_builder.store.records.manifest import ANSWERS, Layout
 from kd.cache_builder.store.writers.answers_table import read_answers, write_answers
 from kd.common.errors import CacheMismatchError, DataError
-from kd.common.files import canonical_json, process_tag, publish, read_json, sweep, write_atomic, write_error
+from kd.common.files import canonical_json, process_tag, publish_first, read_json, sweep, write_error, write_first
 from kd.common.progress import Progress
 from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
 from kd.data.left_out import LeftOut, joined
@@ -72,7 +72,7 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
                 texts = _answer_block(model, tokenizer, [ids for _, ids in block], generation, number)
                 temporary = folder / f".staging-{process_tag()}.{number}"
                 write_answers(temporary, [e.id for e, _ in block], texts)
-                publish(temporary, path)
+                publish_first(temporary, path)  # another builder may have been faster; its answers are the ones
             answers += read_answers(path, [e.id for e, _ in block])
             yield Progress(len(answers), len(prompts), note=f"{len(answers):,} of {len(prompts):,} answers")
     except OSError as error:
@@ -169,8 +169,7 @@ def _prompts(
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Record what the answers are made from, or raise CacheMismatchError where the folder holds answers to something else."""
     path = folder / "request.json"
-    if not path.exists():
-        write_atomic(path, canonical_json(identity))
+    if not path.exists() and write_first(path, canonical_json(identity)):
         return
     differences = identity_difference(identity, read_json(path))
     if differences:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,15 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     refuse_no_such_part(request.shard)
     codes = codes_by_count(len(vocabulary), (r.target_ids if classes else r.input_ids for r in rows))
     return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids), left_out)
+
+
+def extended(plan: BuildPlan, cache: Path) -> BuildPlan:
+    """The plan of a fresh build, to be filled from `cache`, in shards of its sizes. The text is not tokenised again."""
+    request = replace(plan.request, extend=cache)
+    layout = request.layout or load_manifest(cache).layout
+    check_bounds(plan.manifest.arrays, layout.shard_rows)
+    manifest = replace(plan.manifest, layout=layout, shards=tuple(_cut(plan.rows, layout)))
+    return replace(plan, request=request, manifest=manifest)
 
 
 def _answers_missing(request: BuildRequest) -> bool:

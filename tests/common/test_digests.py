@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,15 @@ def test_a_changed_file_has_a_new_digest_in_the_same_process(tmp_path: Path) -> 
         assert file_sha256(path) == hashlib.sha256(text).hexdigest()
     os.utime(path, (1e9, 1e9))
     assert file_sha256(path) == file_sha256(path) == hashlib.sha256(b"other").hexdigest()
+
+
+def test_a_file_changed_behind_its_own_back_has_a_new_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same size, and with its old time put back: a program can set the one, but not when it did so."""
+    monkeypatch.setattr("kd.common.digests.RACY_SECONDS", 0.0)
+    path = tmp_path / "f"
+    path.write_bytes(b"one")
+    status, first = path.stat(), file_sha256(path)
+    time.sleep(0.02)  # a tick of the kernel's clock
+    path.write_bytes(b"two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file_sha256(path) == hashlib.sha256(b"two").hexdigest() != first

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from kd.common.errors import DataError, TeacherError
 from kd.models.identity import model_identity, parameters_digest, pinned, weight_digests
@@ -271,6 +272,72 @@ def test_bfloat16_and_empty_tensors_have_bytes():
 def test_a_weight_that_is_not_in_memory_is_refused():
     with torch.device("meta"), pytest.raises(DataError, match="not in memory"):
         parameters_digest(torch.nn.Linear(2, 2))
+
+
+class Whole(torch.nn.Module):
+    """A layer whose weight is a tensor made of two, as quantisation libraries make theirs: it has no memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(TwoTensor(torch.randn(2, 2), torch.randn(2, 2)))
+
+
+def test_the_parts_of_a_composed_weight_count():
+    model = torch.nn.ModuleList([Whole(), Whole()])
+    before = parameters_digest(model)
+    model[1].weight.data.b.add_(1)
+    assert parameters_digest(model) != before
+
+
+def test_numbers_and_scales_of_quantised_weights_count():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    seen = [parameters_digest(model)]
+    model.weight.quant_state.absmax.add_(1)
+    seen.append(parameters_digest(model))
+    model.weight.data[3] ^= 1
+    seen.append(parameters_digest(model))
+    assert len(set(seen)) == 3
+
+
+def test_the_bias_of_the_final_logits_counts():
+    shape = {
+        f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads", "ffn_dim")
+    }
+    model = BartForConditionalGeneration(BartConfig(vocab_size=50, d_model=16, **shape))
+    before = parameters_digest(model)
+    model.final_logits_bias.add_(1)
+    assert parameters_digest(model) != before
+
+
+def test_adapters_count_by_their_weights_their_scale_and_whether_they_are_on():
+    peft = pytest.importorskip("peft")
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    bare = LlamaForCausalLM(config).eval()
+    seen = [parameters_digest(bare)]
+    model = peft.get_peft_model(bare, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    seen.append(parameters_digest(bare))
+    with model.disable_adapter():
+        seen.append(parameters_digest(bare))
+    layer = bare.model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data += 1
+    seen.append(parameters_digest(bare))
+    layer.scaling["default"] *= 2
+    seen.append(parameters_digest(bare))
+    assert len(set(seen)) == 5
+
+
+def test_rotary_frequencies_changed_in_place_change_the_digest():
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    before = parameters_digest(model)
+    model.model.rotary_emb.inv_freq *= 0.5
+    assert parameters_digest(model) != before
 
 
 def test_rotary_frequencies_that_grow_with_the_text_do_not_change_the_digest():

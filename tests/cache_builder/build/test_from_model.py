@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from kd.cache_builder.build import plan
 from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS, build_cache
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
@@ -90,6 +91,38 @@ def test_weights_changed_in_place_are_another_teacher(model, tokenizer, texts, t
     with pytest.raises(CacheMismatchError, match=r"teacher\.parameters"):
         build_cache(model, tokenizer, texts, out=tmp_path / "c", **SMALL)
     assert build_cache(model, tokenizer, texts, out=tmp_path / "d", **SMALL).manifest.fingerprint != before
+
+
+def test_a_model_with_adapters_is_a_teacher_with_or_without_its_wrapper(model, tokenizer, texts, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    plain = arrays(build_cache(model, tokenizer, texts, out=tmp_path / "plain", **SMALL))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    wrapped.base_model.model.transformer.h[0].attn.c_attn.lora_B["default"].weight.data += 0.5
+    reader = build_cache(wrapped, tokenizer, texts, out=tmp_path / "c", **SMALL)
+    assert np.abs(arrays(reader)["log_z"] - plain["log_z"]).mean() > 0.01
+    assert build_cache(model, tokenizer, texts, out=tmp_path / "c", **SMALL).manifest == reader.manifest
+    merged = arrays(build_cache(wrapped.merge_and_unload(), tokenizer, texts, out=tmp_path / "merged", **SMALL))
+    np.testing.assert_allclose(arrays(reader)["log_z"], merged["log_z"], atol=1e-2)  # half a step of a float16 up to 16
+
+
+def test_soft_prompts_are_refused(model, tokenizer, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(DataError, match="soft prompts"):
+        build_cache(wrapped, tokenizer, ["a text"], out=tmp_path / "c")
+
+
+def test_the_texts_are_tokenised_once_where_an_equal_cache_is_copied(
+    model, tokenizer, texts, tmp_path: Path, tree, monkeypatch
+):
+    build_cache(model, tokenizer, texts, out=tmp_path / "one", **SMALL)
+    tokenised, passes = plan.tokenize_corpus, list[int]()
+    monkeypatch.setattr(plan, "tokenize_corpus", lambda *a, **k: (passes.append(1), tokenised(*a, **k))[1])
+    steps: list[Any] = []
+    build_cache(model, tokenizer, texts, out=tmp_path / "two", on_progress=steps.append, **SMALL | {"shard_rows": None})
+    assert (len(passes), steps[-1].copied) == (1, steps[-1].shards_total)
+    assert steps[-1].shards_total > 1, "or the layout was not taken over"
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
 def test_the_model_is_scored_in_evaluation_mode_and_left_as_it_was(tokenizer, texts, save_student, tmp_path: Path):
