@@ -9,7 +9,7 @@ import click
 
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.commands.terminal.console import emit, emit_json, follow
-from kd.commands.terminal.options import PATH, json_option, parse_range
+from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("slice")
 @click.argument("path")
-@click.option("--out", required=True, type=PATH, help="Directory of the slice.")
+@click.option("--out", required=True, type=FOLDER, help="Directory of the slice.")
 @click.option("--top-k", type=int, help="Keep fewer tokens per row; the mass of dropped tokens goes into the tail.")
 @click.option(
     "--profile",
@@ -47,7 +47,7 @@ def cache_slice(path: str, out: Path, as_json: bool, **options: Any) -> None:
 
 @click.command("merge")
 @click.argument("paths", nargs=-1, required=True)
-@click.option("--out", required=True, type=PATH, help="Directory of the merged cache.")
+@click.option("--out", required=True, type=FOLDER, help="Directory of the merged cache.")
 @json_option
 def cache_merge(paths: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Write the examples of several caches to one cache. Their teachers and settings must be equal.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.terminal.console import emit, follow
-from kd.commands.terminal.options import PATH, json_option, parse_range
+from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
 
 if TYPE_CHECKING:
     from kd.cache_builder.share.transfer import TransferProgress
@@ -47,7 +47,7 @@ def cache_push(path: Path, url: str, license: str | None, private: bool, workers
 
 @click.command("pull")
 @click.argument("url")
-@click.argument("path", type=PATH)
+@click.argument("path", type=FOLDER)
 @click.option(
     "--examples", callback=parse_range, metavar="A:B", help="Copy only the shards that hold examples A to B - 1."
 )

@@ -12,7 +12,7 @@ import click
 
 from kd.commands.recipe import run_commands
 from kd.commands.terminal.console import emit_json, quiet_libraries
-from kd.commands.terminal.options import PATH, json_option
+from kd.commands.terminal.options import FOLDER, json_option
 from kd.common.extras import require
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--out", type=PATH, default=Path("demo-out"), show_default=True, help="Folder for caches, runs and report."
+    "--out", type=FOLDER, default=Path("demo-out"), show_default=True, help="Folder for caches, runs and report."
 )
 @json_option
 def demo(out: Path, as_json: bool) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.terminal.console import emit, emit_json, follow, quiet_libraries
-from kd.commands.terminal.options import PATH, json_option
+from kd.commands.terminal.options import FOLDER, PATH, json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.extras import require
-from kd.common.settings import make
+from kd.common.settings import make, setting
 from kd.evaluation.eval_settings import EvalSettings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class EvalCommand:
     """All settings of `kd eval`: those of the evaluation, and where it is saved."""
 
     evaluation: EvalSettings = field(default_factory=EvalSettings)
-    out: Path | None = None
+    out: Path | None = setting(None, folder=True)
     """Folder for eval.json (a sub-folder per model, numbered, when there are several)."""
 
 
@@ -119,7 +119,7 @@ def conditions(report: EvalReport, task: str) -> str:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH)
-@click.option("--out", required=True, type=PATH, help="Folder of the report.")
+@click.option("--out", required=True, type=FOLDER, help="Folder of the report.")
 @click.option("--baseline", help="Student that the others are compared with; those trained with ce by default.")
 @json_option
 def report(runs: tuple[Path, ...], out: Path, baseline: str | None, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import click
 
 from kd.commands.recipe import echo_commands, run_commands, variables_option
 from kd.commands.terminal.console import emit_json
-from kd.commands.terminal.options import PATH, json_option
+from kd.commands.terminal.options import FOLDER, json_option
 from kd.common.extras import require
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def parse_seeds(_: click.Context, __: click.Parameter, value: str | None) -> tup
 
 @click.command()
 @click.argument("name", metavar="FILE")
-@click.option("--out", type=PATH, help="Folder for cache, runs, scores and report. [default: runs/NAME]")
+@click.option("--out", type=FOLDER, help="Folder for cache, runs, scores and report. [default: runs/NAME]")
 @variables_option
 @click.option("--seeds", callback=parse_seeds, help="Seeds to use instead of the file's, e.g. 0,1,2,3,4.")
 @click.option("--plan", is_flag=True, help="Print the commands and run nothing.")

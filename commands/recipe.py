@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.terminal.console import emit, emit_json
-from kd.commands.terminal.options import PATH, Function, json_option
+from kd.commands.terminal.options import FOLDER, Function, json_option
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress
@@ -57,7 +57,7 @@ def recipe_options(function: Function) -> Function:
     for option in (
         json_option,
         variables_option,
-        click.option("--out", type=PATH, help="Folder of the run. [default: runs/NAME]"),
+        click.option("--out", type=FOLDER, help="Folder of the run. [default: runs/NAME]"),
         click.argument("name"),
     ):
         function = option(function)

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import output_folder, path_of
 
 T = TypeVar("T")
 METADATA = "kd.setting"
@@ -59,6 +60,7 @@ def setting(
     above: float | None = None,
     multiple: bool = False,
     hidden: bool = False,
+    folder: bool = False,
     hint: str | None = None,
 ) -> Any:
     """A field of a settings class, with what its type cannot say.
@@ -74,6 +76,7 @@ def setting(
     multiple  on the command line: the option may be repeated, and the values make a tuple (joined, where `parse` makes tuples);
               where the type is text, they, or a list in a file, make one text with commas between them
     hidden    not an option of the command line
+    folder    a folder that the command writes: an address and a file are refused
     hint      what to try where a value is none of the choices
     """
     extra: dict[str, Any] = {
@@ -86,6 +89,7 @@ def setting(
         "above": above,
         "multiple": multiple,
         "hidden": hidden,
+        "folder": folder,
         "hint": hint,
     }
     if choices is not None:
@@ -119,6 +123,7 @@ class Setting:
     above: float | None = None
     multiple: bool = False
     hidden: bool = False
+    folder: bool = False
     hint: str | None = None
 
     @property
@@ -162,7 +167,14 @@ class Setting:
         if self.choices and isinstance(value, str) and value not in self.choices:
             raise unknown_name(self.name.replace("_", " "), str(value), self.choices, where=where, try_=self.hint)
         self._bounded(value, where)
-        return value
+        return self._as_place(value)
+
+    def _as_place(self, value: Any) -> Any:
+        """A path on this machine, with the home folder spelled out; other values as they are."""
+        if self.folder and isinstance(value, str | Path):
+            path = output_folder(value)
+            return str(path) if isinstance(value, str) else path
+        return path_of(value) if isinstance(value, Path) else value
 
     def _is_no_text(self, text: str) -> bool:
         """Whether the text stands for a value of another type: `5` does for `int | Literal["epoch"]`."""
@@ -175,7 +187,7 @@ class Setting:
             except ValueError as error:
                 raise DataError(f"cannot read {self.name}", where=where, found=repr(text), expected=error) from error
         if Path in self.kinds:
-            return Path(text).expanduser()
+            return path_of(text)
         for kind in (k for k in (int, float) if k in self.kinds):
             with suppress(ValueError):  # to YAML 1.1, 5e-4 is text: it wants 5.0e-4
                 return kind(text)

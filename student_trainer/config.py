@@ -231,7 +231,7 @@ class TrainConfig:
 
     data: CacheSettings
     model: StudentSettings
-    out: str
+    out: str = setting(folder=True)
     """Folder of the run."""
     objective: LossSettings = field(default_factory=LossSettings)
     text: TextSettings = field(default_factory=TextSettings)

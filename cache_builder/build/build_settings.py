@@ -148,7 +148,7 @@ class BuildSettings:
 
     model: TeacherSettings
     data: RequiredDataSettings
-    out: Path
+    out: Path = setting(folder=True)
     """Folder of the cache."""
     kept: TargetSettings = field(default_factory=TargetSettings)
     blocks: BlockSettings = field(default_factory=BlockSettings)

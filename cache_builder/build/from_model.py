@@ -109,14 +109,14 @@ def require_objects(model: Any, tokenizer: Any) -> None:
 def without_wrapper(model: Any) -> Model:
     """The transformers model inside a PeftModel, which has the adapters in its layers. Raises DataError for soft prompts."""
     if not hasattr(model, "get_base_model"):
-        return model  # type: ignore[no-any-return]
+        return model
     if getattr(model.active_peft_config, "is_prompt_learning", False):
         raise DataError(
             "a model with soft prompts cannot be a teacher",
             found=type(model.active_peft_config).__name__,
             expected="a model without adapters, or with adapters in its layers, such as LoRA",
         )
-    return model.get_base_model()  # type: ignore[no-any-return]
+    return model.get_base_model()
 
 
 def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:

@@ -8,8 +8,25 @@ from typing import Any, TypeVar
 
 import click
 
+from kd.common.paths import output_folder, path_of
+
 Function = TypeVar("Function", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
+
+
+class LocalPath(click.ParamType):
+    """A path on this machine; `folder` for one that the command writes. Addresses of other machines are refused."""
+
+    name = "path"
+
+    def __init__(self, *, folder: bool = False) -> None:
+        self.folder = folder
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Called by click. Raises DataError."""
+        return output_folder(value) if self.folder else path_of(value)
+
+
+PATH, FOLDER = LocalPath(), LocalPath(folder=True)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 

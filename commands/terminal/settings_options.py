@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_origin
 
 import click
 
+from kd.commands.terminal.options import PATH
 from kd.common.errors import DataError
 from kd.common.settings import MissingSettings, Setting, as_text, flat, flattened, make, settings_of
 from kd.common.settings_file import read_settings
@@ -95,7 +96,7 @@ def settings_options(
             decorated = click.option(
                 "--config",
                 "config_file",
-                type=click.Path(path_type=Path),
+                type=PATH,
                 metavar="FILE",
                 help="YAML or JSON file with these settings; options override it.",
             )(decorated)
@@ -169,7 +170,7 @@ def option_type(one: Setting) -> click.ParamType[Any]:
     if plain and one.kinds[0] is float:
         return click.FLOAT
     if plain and one.kinds[0] is Path:
-        return click.Path(path_type=Path)
+        return PATH  # the setting itself refuses a file where a folder is wanted
     if plain and one.kinds[0] is str:
         return click.STRING
     return Parsed(one)

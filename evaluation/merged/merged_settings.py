@@ -61,7 +61,7 @@ class MatrixSettings:
 
     pool: Path
     """YAML file of models named by their GLUE tasks (docs/merging.md)."""
-    out: Path | None = None
+    out: Path | None = setting(None, folder=True)
     """Folder for matrix.json and matrix.md. By default nothing is written."""
     rows: GlueRowSettings = field(default_factory=GlueRowSettings)
 
@@ -110,7 +110,7 @@ class MergeRun:
 
     pool: Path
     """YAML file of the models (docs/merging.md)."""
-    out: Path
+    out: Path = setting(folder=True)
     """Folder of the merged model, its tables and its figure."""
     merge: MergeSettings
     scalings: SweepSettings = field(default_factory=SweepSettings)

@@ -123,7 +123,7 @@ class ClassifyConfig:
 
     model: str
     """Language model to train: hub id, folder, or random:NAME. It gets a new head."""
-    out: str
+    out: str = setting(folder=True)
     """Folder of the run."""
     rows: ClassRows
     objective: ClassObjective = field(default_factory=ClassObjective)

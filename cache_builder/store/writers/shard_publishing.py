@@ -140,7 +140,7 @@ def _is_whole(root: Path, manifest: CacheManifest, index: int, folder: Path) -> 
 
 def _holds(path: Path, entry: Mapping[str, Any]) -> bool:
     try:
-        return path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]
+        return bool(path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"])
     except OSError:
         return False
 

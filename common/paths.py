@@ -1,0 +1,40 @@
+"""Where text becomes a path: the home folder is spelled out, and the address of another machine is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from kd.common.errors import DataError
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""The beginning of an address. `Path` leaves one slash of two."""
+
+
+def path_of(text: str | os.PathLike[str]) -> Path:
+    """The path on this machine that a text names. Raises DataError for an address, such as s3://bucket/key."""
+    if ADDRESS.match(os.fspath(text)):
+        raise DataError(
+            "this is an address, and a path on this machine is wanted",
+            found=os.fspath(text),
+            try_="a path; kd cache push copies a finished cache to an address, kd cache pull from one",
+        )
+    return Path(text).expanduser()
+
+
+def output_folder(text: str | os.PathLike[str]) -> Path:
+    """The path of a folder that is to be written, which may not exist yet. Raises DataError where it cannot be a folder."""
+    path = path_of(text)
+    for place in (path, *path.parents):
+        if place.is_dir():
+            return path
+        if os.path.lexists(place):
+            raise DataError(
+                "the output is not a directory",
+                where=path,
+                found=f"{place} is a {'link that leads nowhere' if place.is_symlink() else 'file'}",
+                expected="a new directory, or one that this command has written",
+                try_="another --out",
+            )
+    return path

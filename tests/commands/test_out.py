@@ -1,0 +1,57 @@
+"""Every command that writes a folder refuses what can be none: a file, something below a file, the address of another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from kd.cli import cli
+from kd.common.errors import KdError
+
+
+def leaves(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    if not isinstance(command, click.Group):
+        yield words, command
+        return
+    for name in command.commands:
+        yield from leaves(command.commands[name], (*words, name))
+
+
+def arguments(command: click.Command) -> list[str]:
+    return ["1" for p in command.params if isinstance(p, click.Argument) for _ in range(max(1, p.nargs)) if p.required]
+
+
+WRITING = {
+    " ".join(words): [*words, *arguments(command), "--out"]
+    for words, command in leaves(cli)
+    if any("--out" in parameter.opts for parameter in command.params)
+} | {"cache pull": ["cache", "pull", "1"]}
+
+
+def test_these_are_the_commands_that_write_a_folder():
+    assert {"cache build", "cache slice", "cache merge", "train", "eval", "report", "merge", "demo"} <= set(WRITING)
+    assert {"recipe run", "experiment", "classify train", "classify matrix", "cache pull"} & set(WRITING)
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_what_cannot_be_a_folder_is_refused_before_any_work(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to("away")
+    for place, words in (
+        ("file", "the output is not a directory"),
+        ("file/below", "the output is not a directory"),
+        ("nowhere", "the output is not a directory"),
+        ("s3://bucket/key", "this is an address"),
+        ("hf://datasets/a/b", "this is an address"),
+    ):
+        error = CliRunner().invoke(cli, [*WRITING[name], place]).exception
+        assert isinstance(error, KdError), (place, error)
+        assert error.headline.startswith(words), place
+        assert error.exit_code == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "nowhere"]
+    assert (tmp_path / "file").read_text() == "mine"
