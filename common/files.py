@@ -216,14 +216,35 @@ def _spelled(value: dict[str, Any]) -> bytes | None:
         return None
 
 
+def _no_inodes(path: Path) -> bool:
+    """Whether the file system that `path` is on, or would be on, has run out of inodes."""
+    place = next((p for p in (path, *path.parents) if p.exists()), None)
+    if place is None:
+        return False
+    with suppress(OSError):
+        status = os.statvfs(place)
+        return status.f_files > 0 and status.f_favail == 0
+    return False
+
+
 def write_error(path: Path, error: OSError) -> CacheError:
     """The error for the user after writing under `path` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        inodes = error.errno == errno.ENOSPC and _no_inodes(path)
         return CacheError(
-            "the disk is full",
+            "the disk is full" if not inodes else "the file system can hold no more files",
             where=path,
+            found=error.strerror if not inodes else "no free inode",
+            try_="free some space, then run the same command again: it continues after the last whole shard"
+            if not inodes
+            else "remove some files, then run the same command again: it continues after the last whole shard",
+        )
+    if error.errno == errno.EFBIG:
+        return CacheError(
+            "a file would be larger than is allowed here",
+            where=error.filename or path,
             found=error.strerror,
-            try_="free some space, then run the same command again: it continues after the last whole shard",
+            try_="ulimit -f unlimited, or another file system; then run the same command again: it continues",
         )
     return CacheError(
         "cannot write the cache",

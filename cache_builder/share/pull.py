@@ -57,7 +57,20 @@ def pull(
     A copy of a part lists what it holds in `partial.json`; pulling more of the cache adds to it. Raises CacheError where there
     is no cache, CacheDamageError for files that arrive wrong, CacheMismatchError when another cache is at `path`.
     """
-    root, remote, tally, stop = Path(path), open_remote(url), Tally(), threading.Event()
+    try:
+        yield from _pulled(url, Path(path), examples, arrays, workers)
+    except OSError as error:
+        raise write_error(Path(path), error) from error
+
+
+def _pulled(
+    url: str,
+    root: Path,
+    examples: tuple[int, int] | None,
+    arrays: Callable[[CacheManifest], Collection[str]] | None,
+    workers: int,
+) -> Iterator[TransferProgress]:
+    remote, tally, stop = open_remote(url), Tally(), threading.Event()
     with _staging(root) as staging:
         manifest, part = describe(remote, staging)
         wanted = part_of(manifest, examples=examples, arrays=None if arrays is None else arrays(manifest))

@@ -22,7 +22,7 @@ from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheMan
 from kd.cache_builder.store.records.shard_record import parse_shard_record
 from kd.cache_builder.upkeep.verify import Finding
 from kd.common.errors import CacheDamageError, CacheMismatchError
-from kd.common.files import process_tag, publish, read_json, sync_folder
+from kd.common.files import process_tag, publish, read_json, sync_folder, write_error
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,26 @@ def _take_commit(root: Path, copy: CacheFiles, manifest: CacheManifest, index: i
 
 def _put(root: Path, name: str, data: bytes) -> None:
     path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.json.{process_tag()}.tmp")
-    temporary.write_bytes(data)
-    publish(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        publish(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise write_error(root, error) from error
 
 
 def reopen(root: Path, findings: Sequence[Finding]) -> CacheManifest:
     """Remove the damaged shards and files, so that the build command makes them again. Returns the manifest of that build."""
-    manifest = load_manifest(root)
+    try:
+        return _reopened(root, load_manifest(root), findings)
+    except OSError as error:
+        raise write_error(root, error) from error
+
+
+def _reopened(root: Path, manifest: CacheManifest, findings: Sequence[Finding]) -> CacheManifest:
     for index in sorted({f.shard for f in findings if f.shard is not None}):
         commits.commit_path(root, index).unlink(missing_ok=True)
     sync_folder(root / "commits")
