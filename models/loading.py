@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.common.digests import refuse_damage
 from kd.common.errors import DataError, TeacherError, unknown_name
+from kd.common.files import read_object
 from kd.models.quantised import load_quantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
@@ -32,6 +33,8 @@ RELATIVE_POSITIONS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 """Model types with relative positions, which accept any length."""
 STATES = (".jsonl", ".pt", ".pth")
 """Endings of files beside the weights that are no part of the model: a run's records, and a checkpoint's states."""
+ADAPTER = "adapter_config.json"
+"""The file by which peft and transformers know an adapter."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -114,6 +117,7 @@ def load_config(request: ModelRequest) -> Any:
     """The model's configuration, without reading weights. Raises TeacherError saying what failed."""
     if request.random_shape is not None:
         return SHAPES[request.random_shape]()
+    refuse_adapter(request)
     from transformers import AutoConfig
 
     try:
@@ -152,8 +156,30 @@ def load_model(request: ModelRequest) -> Model:
             )
         except Exception as error:
             raise cannot_load(request, error) from error
+        if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, which was not seen before
+            raise adapter_error(request, None)
         model.to(device)
     return model.eval()
+
+
+def refuse_adapter(request: ModelRequest) -> None:
+    """Raise DataError for a folder that holds an adapter: transformers would load its base and save the adapter alone."""
+    file = Path(request.path) / ADAPTER if request.local else None
+    if file is None or not file.is_file():
+        return
+    base = read_object(file).get("base_model_name_or_path")
+    raise adapter_error(request, str(base) if base else None)
+
+
+def adapter_error(request: ModelRequest, base: str | None) -> DataError:
+    """The error for an adapter in place of a model; `base` is the model it was made for, where that is known."""
+    return DataError(
+        "this is an adapter, and not a model",
+        where=request.name,
+        found=f"{ADAPTER}, an adapter of {base}" if base else ADAPTER,
+        expected="a model with all its weights",
+        try_=f"peft's merge_and_unload, then save_pretrained; or train a new one: --student {base or 'BASE'} --lora 16",
+    )
 
 
 def refuse_damaged_model(request: ModelRequest) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from kd.models.finite_weights import refuse_weights_without_value
 from kd.models.loading import Model, load_model, load_request_tokenizer
 from kd.models.packable import require_packable
 from kd.models.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ def student_with_loss(prepared: Prepared) -> Student:
     config = prepared.config
     set_seed(config.seed)
     model = load_model(prepared.request)
+    refuse_weights_without_value(model, config.model.student)
     parameters = sum(p.numel() for p in model.parameters())
     if config.batches.packing:
         require_packable(model)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from transformers import TrainingArguments
 
 from kd.common.errors import DataError
-from kd.common.extras import EXTRAS, require_package
+from kd.common.extras import EXTRAS, MissingPackageError, require_package
 from kd.models.loading import resolve_device
 from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, OptimizerSettings, TrainConfig
 
@@ -54,9 +56,13 @@ def set_steps(arguments: TrainingArguments, settings: OptimizerSettings, steps: 
     arguments.warmup_steps = int(warmup if warmup >= 1 else round(warmup * steps))
 
 
+TRACKER_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
+"""Name of a tracker that transformers does not list as available although it is -> the package to look for."""
+
+
 def require_tracker(name: str) -> None:
     """Raise DataError for a tracker that transformers does not know, MissingPackageError for one that is not installed."""
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
     if name in EXTRAS["trackers"]:
         require_package(name, f"--report-to {name}")
@@ -64,3 +70,10 @@ def require_tracker(name: str) -> None:
         get_reporting_integration_callbacks([] if name == "none" else [name])
     except ValueError as error:
         raise DataError("transformers cannot report there", found=f"--report-to {name}", expected=str(error)) from error
+    package = TRACKER_PACKAGES.get(name, name)
+    if name != "none" and name not in get_available_reporting_integrations() and find_spec(package) is None:
+        raise MissingPackageError(
+            f"--report-to {name} needs its package",
+            found="not installed",
+            try_=f"pip install {package.replace('_', '-')}, or --report-to none",
+        )

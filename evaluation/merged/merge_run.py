@@ -35,6 +35,7 @@ from kd.evaluation.merged.glue_table import GlueTable
 from kd.evaluation.merged.merged_settings import MergeRun
 from kd.evaluation.merged.sweep_figure import draw_sweep
 from kd.models.classifiers import load_classifier
+from kd.models.finite_weights import refuse_weights_without_value
 from kd.models.loading import ModelRequest, load_request_tokenizer, resolve_device
 from kd.models.tokenizer import pad_token_id
 from kd.student_trainer.merging.merge_statistics import LoadRows
@@ -234,6 +235,7 @@ def _merged_weights(job: _MergeJob, load_rows: LoadRows | None) -> Generator[Pro
         scaling = tables.best_scaling(job)
         if scaling != job.scalings[-1]:
             merger.apply(model, scaling)
+        refuse_weights_without_value(model, f"merged of {', '.join(pool.names)}")
         model.to("cpu").save_pretrained(out)
     first = pool.models[0]
     load_request_tokenizer(ModelRequest(first.path, first.revision)).save_pretrained(out)

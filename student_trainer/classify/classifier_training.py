@@ -30,6 +30,7 @@ from kd.common.errors import DataError
 from kd.common.settings import saved
 from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue
 from kd.models.classifiers import HEAD, load_classifier
+from kd.models.finite_weights import refuse_weights_without_value
 from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device
 from kd.models.tokenizer import Tokenizer, pad_token_id, vocabulary_size
 from kd.student_trainer.batches.compatibility import resolve_objective
@@ -85,6 +86,7 @@ def train_classifier(
     pad_id = _checked_pad_id(tokenizer, load_config(request), config.inputs.max_length)
     encoded = encode_rows(tokenizer, source.labelled.rows, max_length=config.inputs.max_length)
     model = load_classifier(request, source.labelled.task.labels, pad_id=pad_id)
+    refuse_weights_without_value(model, config.model)
     set_seed(config.seed)
     trained = _with_adapters(model, config)
     out.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records.manifest import Layout
-from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
+from kd.common.errors import CacheDamageError, CacheMismatchError, DataError, TeacherError
+from kd.common.extras import MissingPackageError
 from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets
@@ -218,9 +220,15 @@ def test_a_run_asked_to_stop_at_its_last_step_is_finished(run):
     assert run(asked_at=3, max_steps=3).result.steps == 3
 
 
-@pytest.mark.parametrize("settings", [{"lora": 2, "lora_targets": "nope"}, {"report_to": "nowhere"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": 2, "lora_targets": "nope"},
+        *({"report_to": name} for name in ("nowhere", "mlflow", "comet_ml", "clearml")),
+    ],
+)
 def test_a_run_that_came_to_nothing_leaves_no_folder(run, tmp_path: Path, settings):
-    with pytest.raises(DataError):
+    with pytest.raises((DataError, MissingPackageError)):
         run(**settings)
     assert not (tmp_path / "run").exists()
     run()
@@ -331,6 +339,29 @@ def test_resuming_with_other_shards_of_the_same_cache_is_refused(run, build_requ
     with pytest.raises(CacheMismatchError) as caught:
         run(cache=str(caches[1]), resume=True)
     assert caught.value.details["differs cache_shard_rows"] == "now 64, before 128"
+
+
+def test_a_weight_that_is_no_number_is_named_before_the_first_step(run, make_student, tmp_path: Path) -> None:
+    student = make_student(seed=7)
+    weights = load_file(student / "model.safetensors")
+    weights["transformer.wpe.weight"][63, 3] = float("nan")  # of a position that no example reaches
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TeacherError, match="not all numbers") as caught:
+        run(student=str(student))
+    assert "1 of 2,048 values of transformer.wpe.weight" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("beside_weights", [True, False])
+def test_an_adapter_is_no_student(run, make_student, tmp_path: Path, beside_weights: bool) -> None:
+    student = make_student(seed=8)
+    (student / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    if not beside_weights:
+        (student / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="an adapter, and not a model") as caught:
+        run(student=str(student))
+    assert "--student owner/base --lora 16" in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(run) -> None:
