@@ -46,8 +46,7 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
-        _suggest_what_is_meant(error)
-        error.show()
+        _with_what_is_meant(error).show()
         sys.exit(error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, click.exceptions.Abort) else error  # click wraps ours
@@ -65,14 +64,16 @@ def main() -> None:
         _fail(missing)
 
 
-def _suggest_what_is_meant(error: click.ClickException) -> None:
-    """For an unknown option, suggest what it is called here in place of what is spelled most like it."""
+def _with_what_is_meant(error: click.ClickException) -> click.ClickException:
+    """The error; for an unknown option, with what it is called here in place of what is spelled most like it."""
     from kd.common.synonyms import nearest_name
 
     if isinstance(error, click.NoSuchOption) and error.ctx is not None:
         spellings = [name for option in error.ctx.command.get_params(error.ctx) for name in option.opts]
         meant = nearest_name(error.option_name, [name for name in spellings if name.startswith("--")])
-        error.possibilities = None if meant is None else [meant]
+        suggested = [] if meant is None else [meant]
+        error = click.NoSuchOption(error.option_name, possibilities=suggested, ctx=error.ctx)
+    return error
 
 
 COMMANDS = {

@@ -13,7 +13,7 @@ from kd.common.paths import output_folder, path_of
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class LocalPath(click.ParamType):
+class LocalPath(click.ParamType[Path]):
     """A path on this machine; `folder` for one that the command writes. Addresses of other machines are refused."""
 
     name = "path"

@@ -110,9 +110,9 @@ class MergeRun:
 
     pool: Path
     """YAML file of the models (docs/merging.md)."""
+    merge: MergeSettings
     out: Path = setting(folder=True)
     """Folder of the merged model, its tables and its figure."""
-    merge: MergeSettings
     scalings: SweepSettings = field(default_factory=SweepSettings)
     score: bool = True
     """Score classifiers on GLUE's dev rows."""

@@ -123,9 +123,9 @@ class ClassifyConfig:
 
     model: str
     """Language model to train: hub id, folder, or random:NAME. It gets a new head."""
+    rows: ClassRows
     out: str = setting(folder=True)
     """Folder of the run."""
-    rows: ClassRows
     objective: ClassObjective = field(default_factory=ClassObjective)
     steps: ClassSteps = field(default_factory=ClassSteps)
     inputs: ClassInputs = field(default_factory=ClassInputs)
