@@ -71,8 +71,8 @@ def _with_what_is_meant(error: click.ClickException) -> click.ClickException:
     if isinstance(error, click.NoSuchOption) and error.ctx is not None:
         spellings = [name for option in error.ctx.command.get_params(error.ctx) for name in option.opts]
         meant = nearest_name(error.option_name, [name for name in spellings if name.startswith("--")])
-        suggested = [] if meant is None else [meant]
-        error = click.NoSuchOption(error.option_name, possibilities=suggested, ctx=error.ctx)
+        advice = "" if meant is None else f" Did you mean {meant}?"
+        return click.UsageError(error.message + advice, error.ctx)
     return error
 
 
