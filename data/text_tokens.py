@@ -20,6 +20,8 @@ import numpy as np
 
 from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
 
+TEXT_RULES = 2
+"""Number of these rules in the identity of a cache in which an id differs from those of the first rules."""
 CONTROL_TOKENS = ("auto", "control", "text")
 """Ways to read a control token that is spelled in a text."""
 
@@ -43,15 +45,34 @@ class JointText:
         return int(np.searchsorted(self.ends, self.border, side="right")) if self.border else 0
 
     @property
-    def crossing(self) -> bytes:
-        """What a token across the border has of the text before it; empty where a token ends at the border."""
+    def crossing(self) -> str:
+        """What the token across the border has of the text before it; empty where a token ends at the border."""
+        if self.before == len(self.ids):
+            return ""
         start = int(self.ends[self.before - 1]) if self.before else 0
-        return self.data[start : self.border]
+        return self.data[start : self.border].decode("utf-8", "replace")
 
-    def cut_after_crossing(self) -> int | None:
-        """Byte where the token across the border ends, if the text can be cut there and something is left after it."""
-        end = int(self.ends[self.before])
-        return end if end < len(self.data) and self.data[end] & 0xC0 != 0x80 else None
+    def split(self, counts: Counter[str], *, movable: bool) -> tuple[int, int]:
+        """Number of tokens of the context, and number of the target's bytes that lie in it.
+
+        A token across the border is scored where it has only white space of the text before: ` Because` is how the text goes
+        on. So is one that has more of it and cannot go to the context. Else it is context, and its end is where the scored
+        part of the target begins: a character must end there, and something of the target must be left.
+
+        movable   whether bytes of the target may go to the context
+        """
+        before, crossing = self.before, self.crossing
+        if not crossing:
+            return before, 0
+        end = int(self.ends[before])
+        rest = self.data[end:]
+        if not crossing.isspace() and not self.data[self.border :].strip():  # a normaliser dropped the whole target
+            return before + 1, 0
+        if movable and not crossing.isspace() and rest and rest[0] & 0xC0 != 0x80:
+            counts["border_in_context"] += 1
+            return before + 1, end - self.border
+        counts["border_scored"] += 1
+        return before, 0
 
 
 class TextTokens:
@@ -80,6 +101,12 @@ class TextTokens:
     def ends_with_eos(self, text: str) -> bool:
         """Whether a text, white space aside, ends with the end token, and control tokens in texts are read as such."""
         return self.eos is not None and self.policy != "text" and text.rstrip().endswith(self.tokenizer.eos_token)
+
+    def without_eos(self, text: str) -> str:
+        """A text that ends with the end token, without it and what follows it."""
+        while self.ends_with_eos(text):
+            text = text.rstrip().removesuffix(self.tokenizer.eos_token)
+        return text
 
     def begins_with_bos(self, text: str) -> bool:
         """Whether a text begins with the token that opens texts, and control tokens in texts are read as such."""
@@ -148,8 +175,11 @@ class TextTokens:
         ids, ends = self.encode(prompt + target)
         tail, tail_ends = self.encode((prompt + target)[len(head) :], control=False)
         tail_ends = tail_ends + start
-        for place in [start, *np.intersect1d(ends[ends > start], tail_ends).tolist()]:
-            a, b = (int(np.searchsorted(found, place, side="right")) for found in (ends, tail_ends))
+        assert self._pattern is not None
+        found = self._pattern.search(target)
+        stop = len((prompt + target[: found.start() if found else None]).encode("utf-8"))
+        for place in [start, *np.intersect1d(ends[(start < ends) & (ends < stop)], tail_ends).tolist()]:
+            a, b = (int(np.searchsorted(e, place, side="right")) for e in (ends, tail_ends))
             if a < len(ids) and b < len(tail) and (ids[a], ends[a]) == (tail[b], tail_ends[b]):
                 return np.concatenate([ids[:a], tail[b:]]), np.concatenate([ends[:a], tail_ends[b:]])
         first = int(np.searchsorted(ends, start, side="right"))
