@@ -343,13 +343,13 @@ def tokenize_prompt(example: Example, text: TextTokens, config: BlockConfig) -> 
     """The context before a target that is still to be written, and the white space that the target's first token holds.
 
     After `prompt + " "` a text goes on with ` Because`, so the context ends before the space, as `tokenize_pair` ends it, and
-    what is written begins with the space. A letter stands for the target.
+    what is written begins with the space. A frequent word stands for the target.
     """
     row = tokenize_pair(replace(example, target=""), text, config)
     asked = example.prompt + text.separator(example.prompt, config.separator)
     if config.encoder or not asked or not asked[-1].isspace():
         return row.context_ids, ""
-    joint = text.joint(asked, "a", Counter())
+    joint = text.joint(asked, "the", Counter())
     context = with_bos(joint.ids[: joint.before], text, config, Counter())
     if not len(context) or (joint.crossing and not joint.crossing.isspace()):
         return row.context_ids, ""
