@@ -9,16 +9,19 @@ BOS token, and its first real token is scored too.
 Blocks end at character boundaries, so each has an exact text. Without BOS, the first token that ends on a boundary is
 context, with all tokens before it. A character of more tokens than the stride stays whole.
 
-Pairs are not cut into blocks. For an encoder-decoder teacher the context is what its encoder reads (the prompt and EOS), and
-row t is predicted at position t of its decoder. A pair that is too long stops the build, is dropped, or is truncated: the
-target at its end (it then has no EOS row), the prompt at its beginning, which matters less. Each text to classify is one
-row: the context is what the classifier reads, the target is the number of its label.
+Pairs are not cut into blocks. Prompt, separator and target are tokenised as one text, which is split where the target begins
+(`kd.data.text_tokens`). For an encoder-decoder teacher they are two texts: the context is what its encoder reads (the prompt
+and EOS), and row t is predicted at position t of its decoder. A pair that is too long stops the build, is dropped, or is
+truncated: the target at its end (it then has no EOS row), the prompt at its beginning, which matters less. Each text to
+classify is one row: the context is what the classifier reads, the target is the number of its label.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +30,9 @@ from kd.data.instruction_tasks.glue import CLASSES, PAIR
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.models.tokenizer import Tokenizer, encode_texts, encode_with_ends, token_bytes
+from kd.data.text_tokens import CONTROL_TOKENS, TextTokens
+from kd.data.token_notes import TokenNotes
+from kd.models.tokenizer import Tokenizer, encode_texts
 
 OVERLONG = ("error", "drop", "truncate")
 """Policies for pairs that are too long."""
@@ -46,15 +51,19 @@ class BlockConfig:
     eos: bool = False
     """Score an EOS token after each document. Targets of pairs always end with EOS, if the tokenizer has one."""
     separator: str = "\n"
-    """Text between prompt and target of a pair, tokenised with the prompt. Not used with an encoder."""
+    """Text between prompt and target of a pair, tokenised with both. Not used with an encoder."""
     encoder: bool = False
     """Whether an encoder reads the context. Then only the context is limited by `seq_len`; it ends with EOS and has no BOS."""
     target_len: int | None = None
     """Maximum number of target tokens of a pair, EOS included; None is what `seq_len` leaves."""
     overlong: str = "error"
     """Policy for pairs that are too long: error, drop or truncate."""
+    control_tokens: str = "auto"
+    """How a control token that is spelled in a text is read: auto, control or text; see `kd.data.text_tokens`."""
 
     def __post_init__(self) -> None:
+        if self.control_tokens not in CONTROL_TOKENS:
+            raise unknown_name("way to read control tokens", self.control_tokens, CONTROL_TOKENS)
         if self.overlong not in OVERLONG:
             raise unknown_name("policy for pairs that are too long", self.overlong, OVERLONG)
         if self.target_len is not None and self.target_len < 1:
@@ -73,6 +82,12 @@ class BlockConfig:
                 expected=f"1..{self.seq_len - 1} tokens",
                 try_="--stride",
             )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as a cache's identity holds them. How control tokens are read stands with the tokenizer."""
+        entries = asdict(self)
+        del entries["control_tokens"]
+        return entries
 
     def normalised(self, kind: str, tokenizer: Tokenizer) -> BlockConfig:
         """Settings that give the same rows, where those that `tokenize_corpus` ignores for this kind of corpus are fixed.
@@ -113,31 +128,28 @@ class TokenRows:
 
 
 def tokenize_corpus(
-    corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig, left_out: LeftOut | None = None
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    config: BlockConfig,
+    left_out: LeftOut | None = None,
+    notes: TokenNotes | None = None,
 ) -> Iterator[TokenRows]:
     """All rows of `corpus` in order. Raises DataError naming the example that cannot be scored.
 
-    left_out   receives the pairs that are `too_long` and were dropped, and those whose prompt or target was `shortened`
+    left_out   receives the documents that are `too_short`, the pairs that are `too_long` and were dropped, and those whose
+               prompt or target was `shortened`
+    notes      receives what was found in the texts, and whether a row differs from what `first_rules` gives
     """
-    pieces = token_bytes(tokenizer)
-    if corpus.kind == "documents":
-        if config.encoder:
-            raise DataError(
-                "an encoder-decoder teacher needs a prompt for its encoder",
-                where=corpus.spec,
-                found="documents",
-                expected="prompt and target",
-                try_="--columns prompt=…,target=…, or --data flan:four",
-            )
-        for example in corpus.examples:
-            yield from document_blocks(example, tokenizer, pieces, config)
-        return
     left_out = LeftOut() if left_out is None else left_out
+    if corpus.kind == "documents":
+        yield from _documents(corpus, tokenizer, config, left_out, notes)
+        return
     refused: list[str] = []
     if corpus.kind == CLASSES:
         pairs = _classified(corpus.examples, tokenizer, config.seq_len)
     else:
-        whole = (tokenize_pair(example, tokenizer, pieces, config) for example in corpus.examples)
+        text = TextTokens(tokenizer, config.control_tokens)
+        whole = (tokenize_pair(example, text, config, notes) for example in corpus.examples)
         pairs = ((row, fit_pair(row, config)) for row in whole)
     for row, fitted in pairs:
         example = row.example
@@ -161,6 +173,36 @@ def tokenize_corpus(
         )
 
 
+def _documents(
+    corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig, left_out: LeftOut, notes: TokenNotes | None
+) -> Iterator[TokenRows]:
+    """The blocks of all documents that have a token to score. Raises DataError where none has."""
+    if config.encoder:
+        raise DataError(
+            "an encoder-decoder teacher needs a prompt for its encoder",
+            where=corpus.spec,
+            found="documents",
+            expected="prompt and target",
+            try_="--columns prompt=…,target=…, or --data flan:four",
+        )
+    text, blocks = TextTokens(tokenizer, config.control_tokens), 0
+    for example in corpus.examples:
+        before = blocks
+        for row in document_blocks(example, text, config, notes):
+            blocks += 1
+            yield row
+        if blocks == before:
+            left_out.add("too_short", example.id)
+    if not blocks:
+        raise DataError(
+            "no document has a token to score",
+            where=corpus.spec,
+            found=f"{len(corpus.examples)} documents of one token",
+            expected="at least 2 tokens, of which the first is context only",
+            try_="join short documents, or a tokenizer with BOS",
+        )
+
+
 def _classified(
     examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int
 ) -> Iterator[tuple[TokenRows, TokenRows | None]]:
@@ -175,27 +217,29 @@ def _classified(
 
 
 def document_blocks(
-    example: Example, tokenizer: Tokenizer, pieces: list[bytes], config: BlockConfig
+    example: Example, text: TextTokens, config: BlockConfig, notes: TokenNotes | None = None
 ) -> Iterator[TokenRows]:
-    """Cut one document into blocks of at most `seq_len` tokens."""
-    ids, ends = encode_with_ends(tokenizer, pieces, example.target)
+    """Cut one document into blocks of at most `seq_len` tokens; none where it has no token to score."""
+    counts: Counter[str] = Counter()
+    ids, ends = text.document(example.target, counts)
     data = example.target.encode("utf-8")
-    if config.eos and tokenizer.eos_token_id is not None:
-        ids, ends = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(ends, len(data))
-    if config.bos and tokenizer.bos_token_id is not None:
-        ids, ends = np.insert(ids, 0, tokenizer.bos_token_id), np.insert(ends, 0, 0)
+    if config.eos and text.eos is not None:
+        if text.ends_with_eos(example.target):
+            counts["eos_in_text"] += 1
+        else:
+            ids, ends = np.append(ids, np.int32(text.eos)), np.append(ends, len(data))
+    if config.bos and text.bos is not None:
+        if len(ids) and ids[0] == text.bos:
+            counts["bos_in_text"] += 1
+        else:
+            ids, ends = np.insert(ids, 0, text.bos), np.insert(ends, 0, 0)
+    if notes is not None:
+        notes.add(counts, example.id)
+        notes.changed |= any(counts[note] for note in ("eos_in_text", "bos_in_text", "control_as_text"))
     ids = ids.astype(np.int32)
     last = len(ids)
     at_boundary = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends]  # of characters
     start = next((i + 1 for i in range(last) if at_boundary[i]), last)
-    if start >= last:
-        raise DataError(
-            "a document is too short to have a scored token",
-            where=f"example {example.id}",
-            found=f"{last} tokens",
-            expected="at least 2 tokens, the first being context only",
-            try_="drop the document, or join short documents",
-        )
     stride = config.stride or config.seq_len - 1
     number = 0
     while start < last:
@@ -225,19 +269,27 @@ def document_blocks(
         start, number = stop, number + 1
 
 
-def tokenize_pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], config: BlockConfig) -> TokenRows:
-    """Context and target of a pair, of any length. Raises DataError where there is no context."""
+def tokenize_pair(
+    example: Example, text: TextTokens, config: BlockConfig, notes: TokenNotes | None = None
+) -> TokenRows:
+    """Context and target of a pair, of any length. Raises DataError where there is no context.
+
+    The row's example has the target as it is scored: without an end token of its own, and without what lies in the context.
+    """
+    counts: Counter[str] = Counter()
+    given, end = example, text.eos if example.complete else None
+    if end is not None and text.ends_with_eos(example.target):
+        counts["eos_in_text"] += 1
+        example = replace(example, target=text.without_eos(example.target))
     if config.encoder:
-        context, _ = encode_with_ends(tokenizer, pieces, example.prompt)
-        if tokenizer.eos_token_id is not None:
-            context = np.append(context, np.int32(tokenizer.eos_token_id))
+        context, _ = text.prompt(example.prompt, counts)
+        if text.eos is not None and not text.ends_with_eos(example.prompt):
+            context = np.append(context, np.int32(text.eos))
+        target, ends = text.target(example.target, counts)
     else:
-        context, _ = encode_with_ends(tokenizer, pieces, example.prompt + config.separator if example.prompt else "")
-        if config.bos and tokenizer.bos_token_id is not None:
-            context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
-    target, ends = encode_with_ends(tokenizer, pieces, example.target)
-    if tokenizer.eos_token_id is not None and example.complete:
-        target = np.append(target, np.int32(tokenizer.eos_token_id))
+        example, context, target, ends = _joint_pair(example, text, config, counts)
+    if end is not None:
+        target = np.append(target, end)
         ends = np.append(ends, len(example.target.encode("utf-8")))
     if not len(context):
         raise DataError(
@@ -246,7 +298,83 @@ def tokenize_pair(example: Example, tokenizer: Tokenizer, pieces: list[bytes], c
             found="an empty prompt and no BOS token",
             try_="a prompt, or a tokenizer with BOS",
         )
-    return TokenRows(example, context, target, ends)
+    row = TokenRows(example, context.astype(np.int32), target.astype(np.int32), ends)
+    if notes is not None:
+        notes.add(counts, example.id)
+        notes.changed = notes.changed or not _equal_ids(row, first_rules(given, text, config))
+    return row
+
+
+def _joint_pair(
+    example: Example, text: TextTokens, config: BlockConfig, counts: Counter[str]
+) -> tuple[Example, np.ndarray, np.ndarray, np.ndarray]:
+    """The example, context, target and byte ends of a pair that is one text; without EOS."""
+    prompt, target = example.prompt, example.target
+    between = text.separator(prompt, config.separator)
+    counts["separator_in_prompt"] += bool(prompt and config.separator and not between)
+    if config.bos and not prompt and text.begins_with_bos(target):
+        prompt = target[: len(text.tokenizer.bos_token)]
+        example = replace(example, prompt=prompt, target=target[len(prompt) :])
+    joint = text.joint(prompt + between, example.target, counts)
+    before, moved = joint.split(counts, movable=not config.separator)
+    if prompt and not before and not (config.bos and text.bos is not None):  # one token holds the whole prompt
+        counts["border_scored"], counts["border_cut"] = 0, 1
+        context, (ids, ends) = text.encode(prompt + between)[0], text.encode(example.target)
+        return example, context, ids, ends
+    if moved:
+        data = example.target.encode("utf-8")
+        over, rest = data[:moved].decode("utf-8"), data[moved:].decode("utf-8")
+        example = replace(example, prompt=example.prompt + over, target=rest)
+    context = with_bos(joint.ids[:before], text, config, counts)
+    return example, context, joint.ids[before:], joint.ends[before:] - joint.border - moved
+
+
+def with_bos(context: np.ndarray, text: TextTokens, config: BlockConfig, counts: Counter[str]) -> np.ndarray:
+    """A context that begins with one BOS token, where the settings ask for it and the tokenizer has one."""
+    if not config.bos or text.bos is None:
+        return context
+    if len(context) and context[0] == text.bos:
+        counts["bos_in_text"] += 1
+        return context
+    return np.insert(context, 0, text.bos)
+
+
+def tokenize_prompt(example: Example, text: TextTokens, config: BlockConfig) -> tuple[np.ndarray, str]:
+    """The context before a target that is still to be written, and the white space that the target's first token holds.
+
+    After `prompt + " "` a text goes on with ` Because`, so the context ends before the space, as `tokenize_pair` ends it, and
+    what is written begins with the space. A frequent word stands for the target.
+    """
+    row = tokenize_pair(replace(example, target=""), text, config)
+    asked = example.prompt + text.separator(example.prompt, config.separator)
+    if config.encoder or not asked or not asked[-1].isspace():
+        return row.context_ids, ""
+    joint = text.joint(asked, "the", Counter())
+    context = with_bos(joint.ids[: joint.before], text, config, Counter())
+    if not len(context) or (joint.crossing and not joint.crossing.isspace()):
+        return row.context_ids, ""
+    return context.astype(np.int32), joint.crossing
+
+
+def first_rules(example: Example, text: TextTokens, config: BlockConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of context and target as caches had them before prompt and target were one text.
+
+    They were tokenised apart, with all control tokens read as such, and BOS and EOS were added whatever the texts held. Only
+    the fingerprint asks for this: it changes where the ids do.
+    """
+    prompt = example.prompt
+    if config.encoder:
+        context = text.encode(prompt)[0]
+        context = context if text.eos is None else np.append(context, text.eos)
+    else:
+        context = text.encode(prompt + config.separator if prompt else "")[0]
+        context = np.insert(context, 0, text.bos) if config.bos and text.bos is not None else context
+    target = text.encode(example.target)[0]
+    return context, np.append(target, text.eos) if text.eos is not None and example.complete else target
+
+
+def _equal_ids(row: TokenRows, ids: tuple[np.ndarray, np.ndarray]) -> bool:
+    return np.array_equal(row.context_ids, ids[0]) and np.array_equal(row.target_ids, ids[1])
 
 
 def fit_pair(row: TokenRows, config: BlockConfig) -> TokenRows | None:

@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.models.loading import Model, is_encoder_decoder
+from kd.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
+
+ANSWER_CONTEXT = 8
+"""Tokens of the prompt that are decoded with an answer."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,28 @@ def answer_batch(
     # a causal model repeats the prompt, a decoder its start token
     written = output[:, ids_BC.shape[1] if causal else 1 :].cpu().numpy()
     return [until_eos(row, eos_id) for row in written]
+
+
+def answer_text(
+    tokenizer: Tokenizer, ids: np.ndarray, context: np.ndarray | None, lead: str = "", **options: Any
+) -> str:
+    """The text of an answer, as it goes on after its prompt. Special tokens are left out.
+
+    context   ids that the answer stands after, because a decoder of sentencepiece takes the space from a text's beginning;
+              None for an encoder-decoder, whose answer begins a text
+    lead      white space of the prompt that the answer's first token holds; it is taken off
+    options   passed on to the tokenizer's `decode`
+    """
+    alone = str(tokenizer.decode(ids.tolist(), skip_special_tokens=True, **options))
+    if context is None:
+        return alone
+    tail = context[-ANSWER_CONTEXT:].tolist()
+    before = str(tokenizer.decode(tail, skip_special_tokens=True, **options))
+    whole = str(tokenizer.decode([*tail, *ids.tolist()], skip_special_tokens=True, **options))
+    text = whole[len(before) :] if before and whole.startswith(before) else alone
+    if lead and not text.startswith(lead) and text[:1].isspace():
+        return text[1:]  # a tokenizer that writes one space for any white space
+    return text.removeprefix(lead)
 
 
 def padded_prompts(prompts: Sequence[np.ndarray], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

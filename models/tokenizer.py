@@ -26,6 +26,12 @@ EMBEDDED = {"demo": Path(__file__).parent / "embedded", "demo-t5": Path(__file__
 """Folders of the embedded teachers and their tokenizers: a GPT-2 trained on `demo`, and a T5 trained on `mini`."""
 
 
+WINDOW, OVERLAP = 65_536, 4_096
+"""Characters of a long text that are tokenised at once, and characters that a window shares with the one after it."""
+AGREEING = 16
+"""Tokens on either side of the place where two windows are joined that both must have."""
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """A fast tokenizer from a local folder, a hub id, `demo` or `demo-t5`. Raises DataError saying what failed."""
     with needed("transformers", "loading a tokenizer"):
@@ -130,35 +136,120 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def encode_with_ends(tokenizer: Tokenizer, pieces: list[bytes], text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenise `text` without special tokens.
+def encode_with_ends(
+    tokenizer: Tokenizer, pieces: list[bytes], text: str, *, control: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise `text` without adding special tokens.
 
     Returns `input_ids [n]` int32 and `byte_end [n]` int64: the end of each token in the text's UTF-8 bytes. Ends never
     decrease, and the last one is the length of the text. They are exact where the pieces spell the text (byte-level BPE,
     sentencepiece without a lossy normaliser); otherwise they come from the tokenizer's character offsets.
+
+    control   whether a special token that is spelled in the text becomes that token; False: its characters are text
+
+    A long text is tokenised in windows, because a tokenizer holds about 170 bytes for each byte of a text.
     """
+    if len(text) > WINDOW:
+        joined = _encode_in_windows(tokenizer, pieces, text, control)
+        if joined is not None:
+            return joined
+    return encode_at_once(tokenizer, pieces, text, control=control)
+
+
+def encode_at_once(
+    tokenizer: Tokenizer, pieces: list[bytes], text: str, *, control: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_with_ends` in one call of the tokenizer, whatever the length."""
     import numpy as np
 
     data = text.encode("utf-8")
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = np.asarray(encoding["input_ids"], dtype=np.int32)
+    encoding = _encoding(tokenizer, text, control)
+    ids = np.array(encoding.ids, dtype=np.int32)
     if not len(ids):
         return ids, np.zeros(0, dtype=np.int64)
-    spelled = b"".join([pieces[i] for i in ids])
-    lead = 1 if spelled == b" " + data else 0  # sentencepiece's dummy prefix
-    if lead or spelled == data:
-        ends = np.cumsum([len(pieces[i]) for i in ids]) - lead
-        return ids, np.maximum(ends, 0).astype(np.int64)
+    spelled = [pieces[i] for i in encoding.ids]
+    joined = b"".join(spelled)
+    lead = 1 if joined == b" " + data else 0  # sentencepiece's dummy prefix
+    if lead or joined == data:
+        ends = np.cumsum(np.fromiter(map(len, spelled), dtype=np.int64, count=len(spelled))) - lead
+        return ids, np.maximum(ends, 0)
+    return ids, _ends_by_offsets(text, spelled, encoding.offsets)
+
+
+def _encoding(tokenizer: Tokenizer, text: str, control: bool) -> Any:
+    """The tokenizer's `Encoding`. Unlike transformers' own call, it makes offsets only where they are asked for."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:  # left there by an earlier call
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = not control or bool(getattr(tokenizer, "split_special_tokens", False))
+    try:
+        return backend.encode(text, add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = before
+
+
+def _ends_by_offsets(text: str, spelled: list[bytes], offsets: list[tuple[int, int]]) -> np.ndarray:
+    """`[n]` int64 ends in bytes, from the tokenizer's offsets in characters."""
+    import numpy as np
+
     char_to_byte = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])])
     # the word mark that sentencepiece puts before a text covers none of it, whatever the offsets say
-    offsets = encoding["offset_mapping"]
     last = [
-        start if pieces[i] == b" " and not text[start:end].isspace() else end
-        for i, (start, end) in zip(ids, offsets, strict=True)
+        start if piece == b" " and not text[start:end].isspace() else end
+        for piece, (start, end) in zip(spelled, offsets, strict=True)
     ]
     for token, (following, _) in enumerate(offsets[1:]):
         while last[token] < following and not text[last[token]].isspace():
             last[token] += 1  # a normaliser merged it into the character before, as NFC does with accents
     ends = np.maximum.accumulate(char_to_byte[last])
-    ends[-1] = len(data)  # characters that a normaliser dropped at the end belong to the last token
-    return ids, ends.astype(np.int64)
+    ends[-1] = char_to_byte[-1]  # characters that a normaliser dropped at the end belong to the last token
+    return ends.astype(np.int64)
+
+
+def _encode_in_windows(
+    tokenizer: Tokenizer, pieces: list[bytes], text: str, control: bool
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """`encode_with_ends` of a long text; None where two windows do not cut what they share into the same tokens."""
+    import numpy as np
+
+    ids, ends = encode_at_once(tokenizer, pieces, text[:WINDOW], control=control)
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    first = first_byte = 0
+    while first + WINDOW < len(text):
+        following = first + WINDOW - OVERLAP
+        first_byte += len(text[first:following].encode("utf-8"))
+        first = following
+        later, later_ends = encode_at_once(tokenizer, pieces, text[first : first + WINDOW], control=control)
+        later_ends = later_ends + first_byte
+        cut = _shared_cut(ids, ends, later, later_ends)
+        if cut is None:
+            return None
+        parts.append((ids[: cut[0]], ends[: cut[0]]))
+        ids, ends = later[cut[1] :], later_ends[cut[1] :]
+    parts.append((ids, ends))
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def _shared_cut(ids: np.ndarray, ends: np.ndarray, later: np.ndarray, later_ends: np.ndarray) -> tuple[int, int] | None:
+    """Tokens of a window, and of the one after it, before a place that both cut alike; None where there is none.
+
+    The `AGREEING` tokens on either side are the same in both windows, and the place is as near as can be to the middle of
+    what they share, so that it is far from the ends, where a window lacks context.
+    """
+    import numpy as np
+
+    middle = (later_ends[0] + ends[-1]) / 2
+    shared = np.intersect1d(ends, later_ends)
+    for place in shared[np.argsort(np.abs(shared - middle), kind="stable")]:
+        a, b = (int(np.searchsorted(e, place, side="right")) for e in (ends, later_ends))
+        around = [
+            (i[n - AGREEING : n + AGREEING], e[n - AGREEING : n + AGREEING])
+            for i, e, n in ((ids, ends, a), (later, later_ends, b))
+            if n >= AGREEING
+        ]
+        if len(around) == 2 and len(around[0][0]) == 2 * AGREEING and all(map(np.array_equal, *around)):
+            return a, b
+    return None

@@ -72,6 +72,9 @@ class BlockSettings:
     """Score an EOS token after each document."""
     separator: str = setting("\n", typed=unescaped)
     """Text between the prompt and the target of a pair."""
+    control_tokens: Literal["auto", "control", "text"] = "auto"
+    """How a special token that is spelled in a text is read. control: as that token; text: as its characters; auto: as the
+    token in prompts, and in documents that begin or end with one, and as text elsewhere."""
 
     def __post_init__(self) -> None:
         check(self)

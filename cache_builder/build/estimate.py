@@ -65,5 +65,6 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "device": device,
         **more,
         "left_out": plan.left_out.document(),
+        "token_notes": plan.notes.document(),
         "committed_shards": len(committed(plan.request.out, len(plan.manifest.shards))),
     }

@@ -136,6 +136,7 @@ def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
         encoder=encoder,
         target_len=blocks.target_len or (ENCODER_TARGET_LEN if encoder else None),
         overlong=blocks.overlong,
+        control_tokens=blocks.control_tokens,
     )
 
 

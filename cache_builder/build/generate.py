@@ -10,8 +10,8 @@ samples from the whole distribution with a seed. Batches are the same every time
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from kd.cache_builder.store.writers.answers_table import read_answers, write_ans
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import canonical_json, process_tag, publish_first, read_json, sweep, write_error, write_first
 from kd.common.progress import Progress
-from kd.data.blocks import TokenRows, fit_pair, tokenize_pair
+from kd.data.blocks import TokenRows, first_rules, fit_pair, tokenize_prompt
 from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
-from kd.models.answering import answer_batch, unused_ids
+from kd.data.text_tokens import TEXT_RULES, TextTokens
+from kd.models.answering import answer_batch, answer_text, unused_ids
 from kd.models.loading import is_encoder_decoder, refuse_classifier
-from kd.models.tokenizer import Tokenizer, token_bytes, tokenizer_fingerprint, vocabulary_size
+from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint, vocabulary_size
 
 BLOCK = 256
 """Examples per file. A file is the unit of resuming."""
@@ -50,13 +51,15 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     tokenizer = request.source.tokenizer()
     left_out = joined([request.corpus.left_out])
     prompts = list(_prompts(request, tokenizer, generation.max_new_tokens, left_out))
+    rules = {"text_rules": TEXT_RULES} if any(prompt.changed for prompt in prompts) else {}
     folder = request.out / ANSWERS
     identity = {
         "teacher": request.source.identity(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        **rules,
         "prompts": request.corpus.digest,
         "answers": len(prompts),
-        "blocks": asdict(request.blocks),
+        "blocks": request.blocks.identity(),
         "generation": generation.identity(),
     }
     try:
@@ -69,16 +72,17 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
             path = folder / f"{number:05d}.parquet"
             if not path.exists():
                 model = request.source.load() if model is None else model
-                texts = _answer_block(model, tokenizer, [ids for _, ids in block], generation, number)
+                texts = _answer_block(model, tokenizer, block, generation, number)
                 temporary = folder / f".staging-{process_tag()}.{number}"
-                write_answers(temporary, [e.id for e, _ in block], texts)
+                write_answers(temporary, [prompt.example.id for prompt in block], texts)
                 publish_first(temporary, path)  # another builder may have been faster; its answers are the ones
-            answers += read_answers(path, [e.id for e, _ in block])
+            answers += read_answers(path, [prompt.example.id for prompt in block])
             yield Progress(len(answers), len(prompts), note=f"{len(answers):,} of {len(prompts):,} answers")
     except OSError as error:
         raise write_error(request.out, error) from error
     examples = tuple(
-        replace(e, target=text, complete=complete) for (e, _), (text, complete) in zip(prompts, answers, strict=True)
+        replace(prompt.example, target=text, complete=complete)
+        for prompt, (text, complete) in zip(prompts, answers, strict=True)
     )
     for example in examples:
         if not (example.target or example.complete):  # it has nothing to score
@@ -109,14 +113,25 @@ def longest_answers(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftO
     length, limit = request.blocks.target_len, generation.max_new_tokens
     most = min(length if length is not None and length <= limit + 1 else limit, (request.layout or Layout()).shard_rows)
     nothing = np.zeros(most, dtype=np.int32)
-    for example, ids in _prompts(request, tokenizer, generation.max_new_tokens, left_out):
-        yield TokenRows(replace(example, target=""), ids, nothing, nothing.astype(np.int64))
+    for prompt in _prompts(request, tokenizer, generation.max_new_tokens, left_out):
+        yield TokenRows(replace(prompt.example, target=""), prompt.ids, nothing, nothing.astype(np.int64))
 
 
-def _prompts(
-    request: BuildRequest, tokenizer: Tokenizer, most: int, left_out: LeftOut
-) -> Iterator[tuple[Example, np.ndarray]]:
-    """Examples and the ids of their prompts, which leave room for answers of `most` tokens.
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt to answer."""
+
+    example: Example
+    ids: np.ndarray
+    """[C] int32."""
+    lead: str
+    """White space of the prompt that the answer's first token holds, see `tokenize_prompt`."""
+    changed: bool
+    """Whether the ids are others than by the first rules."""
+
+
+def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int, left_out: LeftOut) -> Iterator[_Prompt]:
+    """The prompts, which leave room for answers of `most` tokens.
 
     Prompts that are too long are treated as `overlong` says, and `left_out` receives them. Raises DataError.
     """
@@ -128,7 +143,7 @@ def _prompts(
             expected="prompts",
             try_="--columns prompt=…,target=…, or --targets data",
         )
-    pieces = token_bytes(tokenizer)
+    words = TextTokens(tokenizer, request.blocks.control_tokens)
     room = request.blocks.seq_len - (0 if request.blocks.encoder else most)
     if room < 1:
         raise DataError(
@@ -145,13 +160,15 @@ def _prompts(
     )
     refused: list[str] = []
     for example in request.corpus.examples:
-        row = tokenize_pair(replace(example, target=""), tokenizer, pieces, request.blocks)
+        ids, lead = tokenize_prompt(example, words, request.blocks)
+        changed = not np.array_equal(ids, first_rules(replace(example, target=""), words, request.blocks)[0])
+        row = TokenRows(replace(example, target=""), ids, ids[:0], np.zeros(0, dtype=np.int64))
         fitted = fit_pair(row, limits)
         assert fitted is not None
         if fitted is not row and request.blocks.overlong == "truncate":
             left_out.add("prompt_shortened", example.id)
         if fitted is row or request.blocks.overlong == "truncate":
-            yield example, fitted.context_ids
+            yield _Prompt(example, fitted.context_ids, lead, changed)
         elif request.blocks.overlong == "drop":
             left_out.add("too_long", example.id)
         else:
@@ -183,22 +200,33 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _answer_block(
-    model: Any, tokenizer: Tokenizer, prompts: list[np.ndarray], config: GenerationConfig, number: int
+    model: Any, tokenizer: Tokenizer, prompts: list[_Prompt], config: GenerationConfig, number: int
 ) -> list[tuple[str, bool]]:
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), i))
     texts = [("", True)] * len(prompts)
     for part, start in enumerate(range(0, len(order), BATCH)):
         chosen = order[start : start + BATCH]
         seed = int(np.random.SeedSequence([config.seed, number, part]).generate_state(1)[0])
-        for i, text in zip(chosen, answer(model, tokenizer, [prompts[i] for i in chosen], config, seed), strict=True):
+        asked = [prompts[i] for i in chosen]
+        written = answer(model, tokenizer, [p.ids for p in asked], config, seed, leads=[p.lead for p in asked])
+        for i, text in zip(chosen, written, strict=True):
             texts[i] = text
     return texts
 
 
 def answer(
-    model: Any, tokenizer: Tokenizer, prompts: list[np.ndarray], config: GenerationConfig, seed: int
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: list[np.ndarray],
+    config: GenerationConfig,
+    seed: int,
+    *,
+    leads: Sequence[str],
 ) -> list[tuple[str, bool]]:
-    """One answer per prompt, cut at EOS and without special tokens, and whether it came to its end."""
+    """One answer per prompt, cut at EOS and without special tokens, and whether it came to its end.
+
+    leads   white space of each prompt that its answer begins with, see `tokenize_prompt`
+    """
     import torch
     from transformers import GenerationConfig as Settings
 
@@ -225,4 +253,8 @@ def answer(
             generation_config=settings,
             suppress_tokens=unused_ids(model, vocabulary_size(tokenizer)),
         )
-    return [(tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True), answer.ended) for answer in answers]
+    alone = is_encoder_decoder(model.config)
+    return [
+        (answer_text(tokenizer, written.ids, None if alone else ids, lead), written.ended)
+        for written, ids, lead in zip(answers, prompts, leads, strict=True)
+    ]

@@ -25,7 +25,7 @@ from kd.cache_builder.build.plan_checks import (
     refuse_other_kind,
 )
 from kd.cache_builder.build.request import BuildRequest
-from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.cache_identity import TEXT_RULES_NAMES, refuse_mismatch
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest
 from kd.cache_builder.store.records.manifest_checks import check_bounds
@@ -34,6 +34,8 @@ from kd.common.errors import CacheMismatchError, DataError
 from kd.data.blocks import TokenRows, tokenize_corpus
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
+from kd.data.text_tokens import TEXT_RULES
+from kd.data.token_notes import TokenNotes
 from kd.models.loading import is_encoder_decoder
 from kd.models.tokenizer import Tokenizer, pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
 
@@ -51,6 +53,8 @@ class BuildPlan:
     special_ids: set[int]
     left_out: LeftOut
     """What of the text is not in the rows, and why."""
+    notes: TokenNotes
+    """What was found in the texts while they were tokenised."""
 
     @property
     def targets_known(self) -> bool:
@@ -84,15 +88,15 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     request.targets.check_vocabulary(size)
     request = replace(request, blocks=request.blocks.normalised(request.corpus.kind, tokenizer))
     vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)
-    left_out = joined([request.corpus.left_out])
-    rows = _token_rows(request, tokenizer, left_out)
-    identity = _identity(request, tokenizer, size)
+    left_out, notes = joined([request.corpus.left_out]), TokenNotes()
+    rows = _token_rows(request, tokenizer, left_out, notes)
+    identity = _identity(request, tokenizer, size, notes)
     existing = _existing(request, identity)
-    manifest = _manifest(request, rows, identity, existing, left_out)
+    manifest = _manifest(request, rows, identity, existing, _provenance(request, left_out, notes))
     check_bounds(manifest.arrays, manifest.layout.shard_rows)
     refuse_no_such_part(request.shard)
     codes = codes_by_count(len(vocabulary), (r.target_ids if classes else r.input_ids for r in rows))
-    return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids), left_out)
+    return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids), left_out, notes)
 
 
 def extended(plan: BuildPlan, cache: Path) -> BuildPlan:
@@ -109,12 +113,12 @@ def _answers_missing(request: BuildRequest) -> bool:
     return request.generation is not None and not request.answered
 
 
-def _token_rows(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftOut) -> list[TokenRows]:
-    """The rows to score; `left_out` receives what cannot be scored. Raises DataError for none."""
+def _token_rows(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftOut, notes: TokenNotes) -> list[TokenRows]:
+    """The rows to score; `left_out` receives what cannot be scored, `notes` what was found. Raises DataError for none."""
     if _answers_missing(request):
         rows = list(longest_answers(request, tokenizer, left_out))
     else:
-        rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks, left_out))
+        rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks, left_out, notes))
     if not rows:
         raise DataError(
             "no example is left",
@@ -125,13 +129,20 @@ def _token_rows(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftOut) 
     return rows
 
 
-def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int) -> dict[str, Any]:
-    """Everything that can change a stored value, as the manifest holds it; `size`: ids that the teacher predicts."""
+def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int, notes: TokenNotes) -> dict[str, Any]:
+    """Everything that can change a stored value, as the manifest holds it; `size`: ids that the teacher predicts.
+
+    The rules by which a text becomes ids are named where an id differs from those of the first rules, and only there.
+    """
     words: dict[str, Any] = {
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "entries": vocabulary_size(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
     }
+    if notes.changed:
+        words["text_rules"] = TEXT_RULES
+        if request.blocks.control_tokens != "auto":
+            words["control_tokens"] = request.blocks.control_tokens
     if request.corpus.kind == CLASSES:
         words |= {"pad_token_id": pad_token_id(tokenizer), "labels": list(request.corpus.examples[0].choices)}
     corpus: dict[str, Any] = {"text_digest": request.corpus.digest, "kind": request.corpus.kind}
@@ -141,7 +152,7 @@ def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int) -> dict[st
         "teacher": request.source.identity() | {"vocabulary_size": size},
         "tokenizer": words,
         "corpus": corpus,
-        "blocks": asdict(request.blocks),
+        "blocks": request.blocks.identity(),
         "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(request.targets).items()},
     }
 
@@ -153,6 +164,8 @@ def _existing(request: BuildRequest, identity: dict[str, Any]) -> CacheManifest 
         return None
     if _answers_missing(request):  # the text is not there to be compared
         identity["corpus"]["text_digest"] = existing.identity["corpus"]["text_digest"]
+        found = existing.identity["tokenizer"]
+        identity["tokenizer"] |= {name: found[name] for name in TEXT_RULES_NAMES if name in found}
     refuse_mismatch(request.out, identity, existing)
     if request.layout not in (None, existing.layout):
         raise CacheMismatchError(
@@ -170,7 +183,7 @@ def _manifest(
     rows: list[TokenRows],
     identity: dict[str, Any],
     existing: CacheManifest | None,
-    left_out: LeftOut,
+    provenance: dict[str, Any],
 ) -> CacheManifest:
     """The existing manifest, or that of a new cache. Raises DataError where a row does not fit into a shard."""
     layout = existing.layout if existing is not None else request.layout
@@ -184,11 +197,11 @@ def _manifest(
         rows=sum(len(r.target_ids) for r in rows),
         shards=tuple(shards),
         files={},
-        provenance=_provenance(request, left_out),
+        provenance=provenance,
     )
 
 
-def _provenance(request: BuildRequest, left_out: LeftOut) -> dict[str, Any]:
+def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
     return {
         "teacher": request.teacher.name,
@@ -196,6 +209,8 @@ def _provenance(request: BuildRequest, left_out: LeftOut) -> dict[str, Any]:
         "split": request.corpus.split,
         "source": request.corpus.source,
         "left_out": left_out.document(),
+        "token_notes": notes.document(),
+        "text_rules": TEXT_RULES,
         "options": None if request.options is None else dict(request.options),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }

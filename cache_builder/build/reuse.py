@@ -17,7 +17,7 @@ import numpy as np
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records import commits
-from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.cache_identity import refuse_mismatch, without_text_rules
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.cache_builder.upkeep.cache_registry import located
@@ -29,12 +29,16 @@ class Earlier:
     """A finished cache, of whose shards a build of `manifest` copies those it would make itself."""
 
     def __init__(self, path: Path, manifest: CacheManifest) -> None:
-        """Raises CacheMismatchError, with the difference, where anything but the text differs."""
+        """Raises CacheMismatchError, with the difference, where anything but the text differs.
+
+        Whether the rules of tokenising are named depends on the text too; `shard` compares the tokens themselves.
+        """
         self.reader = CacheReader(located(path))
         theirs = self.reader.manifest
         digest = manifest.identity["corpus"]["text_digest"]
-        corpus = theirs.identity["corpus"] | {"text_digest": digest}
-        refuse_mismatch(path, manifest.identity, replace(theirs, identity=theirs.identity | {"corpus": corpus}))
+        identity = without_text_rules(theirs.identity)
+        identity |= {"corpus": theirs.identity["corpus"] | {"text_digest": digest}}
+        refuse_mismatch(path, without_text_rules(manifest.identity), replace(theirs, identity=identity))
         self.manifest = manifest
 
     def shard(self, index: int, rows: Sequence[TokenRows]) -> tuple[Arrays, dict[str, float]] | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from kd.cache_builder.store.readers.mixed_reader import refuse_unlike
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.derived_cache import DeriveProgress, Piece, write_derived
-from kd.common.errors import DataError
+from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import digest_of
 
 
@@ -29,11 +30,31 @@ def merge_caches(paths: Sequence[Path], out: Path) -> Iterator[DeriveProgress]:
     if len(readers) < 2 or len(set(prints)) < len(prints):
         raise DataError("a merger wants two or more different caches", found=", ".join(p[:12] for p in prints))
     first = readers[0].manifest
+    words = text_rules_of(readers)
     corpus = {"kind": first.identity["corpus"]["kind"], "text_digest": digest_of(prints), "merged": prints}
-    identity = first.identity | {"corpus": corpus}
+    identity = first.identity | {"corpus": corpus, "tokenizer": words}
     pieces = [
         [Piece(source, shard, 0, last - start)]
         for source, r in enumerate(readers)
         for shard, (start, last, _) in enumerate(r.manifest.shards)
     ]
     yield from write_derived(readers, out, identity, first.targets, pieces, ", ".join(map(str, paths)))
+
+
+def text_rules_of(readers: Sequence[CacheReader]) -> dict[str, Any]:
+    """The entry `tokenizer` of a merger's identity, with the rules by which its texts became ids.
+
+    A cache that names no rules has rows that are the same by all of them, unless it is older than the rules. Raises
+    CacheMismatchError for such a cache beside one that names them.
+    """
+    named = [r for r in readers if "text_rules" in r.manifest.identity["tokenizer"]]
+    older = [r for r in readers if r not in named and "text_rules" not in r.manifest.provenance]
+    if named and older:
+        raise CacheMismatchError(
+            "these caches cannot be merged",
+            first=named[0].root,
+            other=older[0].root,
+            found="prompt and target as one text, and an older cache that may have them tokenised apart",
+            try_="the older cache built again",
+        )
+    return dict((named or readers)[0].manifest.identity["tokenizer"])

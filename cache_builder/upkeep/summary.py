@@ -10,6 +10,7 @@ from kd.cache_builder.store.readers.reader import quality_means
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.records.part import load_part
 from kd.data.left_out import recorded
+from kd.data.token_notes import recorded_notes
 
 
 def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "vocabulary_size": manifest.vocabulary_size,
         "kind": manifest.identity["corpus"]["kind"],
         "corpus": manifest.provenance.get("corpus"),
+        "token_notes": recorded_notes(manifest.provenance),
         "left_out": None if left_out is None else left_out.document(),
         "split": manifest.provenance.get("split"),
         "seq_len": manifest.blocks.seq_len,

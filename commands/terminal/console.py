@@ -21,12 +21,11 @@ Record = TypeVar("Record")
 
 
 def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
-    """Print one result: a JSON document, or aligned lines. The record of what was left out is a line of words."""
+    """Print one result: a JSON document, or aligned lines. The records of what was left out and found are lines of words."""
     if as_json:
         emit_json(result)
         return
-    if "left_out" in result:
-        result = {**result, "left_out": said(result["left_out"])}
+    result = {**result, **{name: said(result[name]) for name in ("left_out", "token_notes") if name in result}}
     if title:
         click.echo(title)
     width = max((len(k) for k in result), default=0) + 2

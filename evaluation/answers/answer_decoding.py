@@ -11,6 +11,7 @@ The noise of a prompt depends on the seed and the prompt's tokens alone. So neit
 examples change an answer, and no generator of the process is touched.
 
     causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
+                      (without white space at its end that an answer's first token holds, as in training)
     encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
 
 Prompts that are longer lose their beginning and are counted. Batches hold prompts of similar length.
@@ -29,9 +30,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_prompt
 from kd.data.instruction_tasks.draws import keyed
 from kd.data.sources import Corpus
+from kd.data.text_tokens import TextTokens
 from kd.evaluation.answers.accepted import references
 from kd.evaluation.scoring.scored_text import out_of_memory
 from kd.models.answering import Answer, answer_batch, unused_ids
@@ -92,16 +94,19 @@ def answer_room(model: Model, tokenizer: Tokenizer, corpus: Corpus, blocks: Bloc
 
 def prompt_ids(
     corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, room: int, counts: Counter[str]
-) -> Iterator[np.ndarray]:
-    """`[C]` int32 of each example, with room for the answer; `counts` receives how many prompts were `cut`."""
-    pieces = token_bytes(tokenizer)
+) -> Iterator[tuple[np.ndarray, str]]:
+    """`[C]` int32 of each example, with room for the answer, and the white space that the answer is to begin with.
+
+    `counts` receives how many prompts were `cut`.
+    """
+    words = TextTokens(tokenizer, blocks.control_tokens)
     nothing = np.zeros(room, dtype=np.int32)
     for example in corpus.examples:
-        context = tokenize_pair(example, tokenizer, pieces, blocks).context_ids
+        context, lead = tokenize_prompt(example, words, blocks)
         fitted = fit_pair(TokenRows(example, context, nothing, nothing.astype(np.int64)), blocks)
         assert fitted is not None, "the room for an answer is within the window"
         counts["cut"] += len(fitted.context_ids) < len(context)
-        yield fitted.context_ids
+        yield fitted.context_ids, lead
 
 
 def written_answers(

@@ -13,9 +13,11 @@ and the prediction is the option with the largest
 
 How prompt and option become tokens is `encoding`:
 
-    apart      as in training: a causal model reads [BOS] prompt separator, then the option's tokens; a prompt that leaves
-               no room for the longest option is cut at its beginning, alike for every option of the example
-    together   as lm-evaluation-harness: prompt + separator + option are one string (see `kd.evaluation.scoring.harness`)
+    training   as in training: [BOS] prompt + separator + option are one string, and the tokens that end before the option
+               and are the same for every option are context; a prompt that leaves no room for the longest option is cut
+               at its beginning, alike for every option of the example
+    together   as lm-evaluation-harness: also one string, split by its rule and with the tokenizer's own special tokens
+               (see `kd.evaluation.scoring.harness`)
 
 An encoder-decoder reads the prompt with its encoder, and the option exists on the decoder's side only: an option among
 the encoder's input would be copied. All columns of the output layer count, ids that no tokenizer emits too: mass that
@@ -38,9 +40,10 @@ import numpy as np
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.progress import Progress
-from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair, with_bos
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
+from kd.data.text_tokens import TextTokens
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import ScoredText
@@ -48,7 +51,7 @@ from kd.evaluation.scoring.shared_context import shared_nll
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task, per_example
 from kd.models.loading import Model, max_positions
-from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
+from kd.models.tokenizer import Tokenizer
 
 TIE = 1e-6
 """Relative difference below which two scores are a tie: forward passes in float32 with other batch shapes differ by about
@@ -92,7 +95,7 @@ def evaluate_choices(
     corpus: Corpus,
     *,
     reading: ReadingOptions = READING,
-    encoding: str = "apart",
+    encoding: str = "training",
 ) -> Iterator[Progress[ChoicesResult]]:
     """Score every option of `corpus`; the last record carries the result.
 
@@ -134,14 +137,14 @@ def ask(
 
     limit   most tokens of an option; None = any number
     """
-    pieces = token_bytes(tokenizer)
+    words = TextTokens(tokenizer, blocks.control_tokens)
     for example in corpus.examples:
         answer = right_answer(example)
         if answer is None:
             counts["skipped"] += 1
             continue
-        encoded = [encode_with_ends(tokenizer, pieces, option) for option in example.choices]
-        for (ids, _), option in zip(encoded, example.choices, strict=True):
+        context, options = tokenize_options(example, words, blocks)
+        for ids, option in zip(options, example.choices, strict=True):
             if not len(ids):
                 raise DataError("an option has no tokens", where=f"example {example.id}", found=repr(option))
             if limit is not None and len(ids) > limit:
@@ -152,12 +155,34 @@ def ask(
                     expected=f"at most {limit}",
                     try_="a larger --seq-len, where the model has the positions",
                 )
-        context = tokenize_pair(example, tokenizer, pieces, blocks).context_ids
-        longest, ends = max(encoded, key=lambda found: len(found[0]))
-        fitted = fit_pair(TokenRows(example, context, longest, ends), blocks)
+        longest = max(options, key=len)
+        fitted = fit_pair(TokenRows(example, context, longest, np.zeros(len(longest), dtype=np.int64)), blocks)
         assert fitted is not None, "an option within the limit is not cut"
         counts["cut"] += len(fitted.context_ids) < len(context)
-        yield Question(example, fitted.context_ids, tuple(ids for ids, _ in encoded), answer)
+        yield Question(example, fitted.context_ids, tuple(options), answer)
+
+
+def tokenize_options(
+    example: Example, words: TextTokens, blocks: BlockConfig
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The context that all options share, `[C]`, and the ids of each option after it, without EOS.
+
+    Where the options' first tokens begin before the border (` yes` and ` no` after a space), so do all options: what they
+    have of the prompt is the same text. Raises DataError where there is no context.
+    """
+    if blocks.encoder:
+        context = tokenize_pair(replace(example, target=""), words, blocks).context_ids
+        return context, tuple(words.target(option, Counter())[0] for option in example.choices)
+    asked = example.prompt + words.separator(example.prompt, blocks.separator)
+    joints = [words.joint(asked, option, Counter()) for option in example.choices]
+    shared = min(joint.before for joint in joints)
+    while shared and any(not np.array_equal(j.ids[:shared], joints[0].ids[:shared]) for j in joints):
+        shared -= 1
+    context = with_bos(joints[0].ids[:shared], words, blocks, Counter())
+    if len(context):
+        return context.astype(np.int32), tuple(joint.ids[shared:] for joint in joints)
+    context = tokenize_pair(replace(example, target=""), words, blocks).context_ids
+    return context, tuple(words.target(option, Counter())[0] for option in example.choices)
 
 
 def ask_together(
@@ -178,7 +203,7 @@ def ask_together(
                 "an example has no context to predict from",
                 where=f"example {example.id}",
                 found="an empty prompt",
-                try_="--encoding apart, with BOS",
+                try_="--encoding training, with BOS",
             )
         pairs = [
             encode_pair(tokenizer, example.prompt + separator, option, encoder=blocks.encoder)
@@ -257,5 +282,5 @@ def first_best(scores: np.ndarray) -> int:
     return int(np.argmax(scores >= best - TIE * max(1.0, abs(best))))
 
 
-ENCODINGS = {"apart": ask, "together": ask_together}
+ENCODINGS = {"training": ask, "together": ask_together}
 """Name of an encoding -> the function that turns examples into questions."""

@@ -34,6 +34,7 @@ from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import require_vocabulary
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task
+from kd.models.answering import answer_text
 from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer, vocabulary_size
 
@@ -93,7 +94,9 @@ def evaluate_generation(
     chosen = metrics_by_task(corpus.examples, corpus.metrics, metrics, settings)
     counts: Counter[str] = Counter()
     places: dict[bytes, list[int]] = {}
-    for number, ids in enumerate(prompt_ids(corpus, tokenizer, blocks, room, counts)):
+    leads: list[str] = []
+    for number, (ids, lead) in enumerate(prompt_ids(corpus, tokenizer, blocks, room, counts)):
+        leads.append(lead)
         places.setdefault(ids.tobytes(), []).append(number)
     contexts = [np.frombuffer(ids, dtype=np.int32) for ids in places]
     numbers_of = list(places.values())
@@ -111,8 +114,9 @@ def evaluate_generation(
         tokens_per_batch=reading.tokens_per_batch,
     ):
         for context, answer in zip(batch, answers, strict=True):
-            text = tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            before = None if blocks.encoder else contexts[context]
             for number in numbers_of[context]:
+                text = answer_text(tokenizer, answer.ids, before, leads[number], clean_up_tokenization_spaces=False)
                 cut = cut_at(text, stop, references(corpus.examples[number]))
                 texts[number] = cut
                 unfinished_E[number] = not answer.ended and cut == text

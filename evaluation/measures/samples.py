@@ -28,6 +28,7 @@ from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import require_vocabulary
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate
+from kd.models.answering import answer_text
 from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer, vocabulary_size
 
@@ -110,7 +111,7 @@ def write_samples(
     wanted = max_new_tokens or (NEW_TOKENS if blocks.encoder else min(NEW_TOKENS, blocks.seq_len // 2))
     room = answer_room(model, tokenizer, corpus, blocks, wanted)
     counts: Counter[str] = Counter()
-    contexts = list(prompt_ids(corpus, tokenizer, blocks, room, counts))
+    contexts, leads = zip(*prompt_ids(corpus, tokenizer, blocks, room, counts), strict=True)
     texts = [""] * len(contexts)
     ended_E, length_E = np.zeros(len(contexts)), np.zeros(len(contexts))
     yield Progress(0, len(contexts))
@@ -124,9 +125,11 @@ def write_samples(
         tokens_per_batch=reading.tokens_per_batch,
     ):
         for number, answer in zip(numbers, answers, strict=True):
-            ids = answer.ids.tolist()
-            texts[number] = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            ended_E[number], length_E[number] = answer.ended, len(ids)
+            before = None if blocks.encoder else contexts[number]
+            texts[number] = answer_text(
+                tokenizer, answer.ids, before, leads[number], clean_up_tokenization_spaces=False
+            )
+            ended_E[number], length_E[number] = answer.ended, len(answer.ids)
         done += len(numbers)
         yield Progress(done, len(contexts))
     documents = Documents.of_examples([e.id for e in examples], "pairs")

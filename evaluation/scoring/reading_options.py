@@ -6,6 +6,7 @@ This module imports nothing heavy, because the command line reads it to print it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kd.common.settings import check, setting, unescaped
 
@@ -22,6 +23,8 @@ class ReadingOptions:
     """Whether documents and prompts open with the BOS token."""
     separator: str | None = setting(None, typed=unescaped, shown="as a run was trained, else a line end")
     """Text between prompt and target of a pair; an encoder-decoder needs none."""
+    control_tokens: Literal["auto", "control", "text"] = "auto"
+    """How a special token that is spelled in a text is read, as in kd cache build."""
     limit_tokens: int | None = None
     """Score exactly the first N tokens of the text, in perplexity and in agreement with a live teacher. By default all."""
     tokens_per_batch: int | None = setting(None, minimum=1)

@@ -52,8 +52,8 @@ METRICS = RANKED | {
 class ChoicesOptions:
     """Options of choices."""
 
-    encoding: Literal["apart", "together"] = "apart"
-    """How choices tokenises prompt and option: apart, as in training, or together, as lm-eval."""
+    encoding: Literal["training", "together"] = "training"
+    """How choices tokenises prompt and option: as in training, or together as lm-evaluation-harness does."""
 
     def __post_init__(self) -> None:
         check(self)

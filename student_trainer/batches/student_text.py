@@ -1,7 +1,7 @@
 """The cached text in the student's own tokens: for losses that do not compare row by row with the teacher's.
 
-An example's prompt and target are tokenised apart, so a target token never reaches back into the prompt: context =
-BOS (where there is one), prompt, separator; then the target, then EOS where the cached target has its end. What does not
+An example is one text: BOS (where there is one), prompt, separator, target, then EOS where the cached target has its end. It
+is tokenised as the builder tokenises it, and split where the target begins (`kd.data.text_tokens`). What does not
 fit the window is cut as `kd.data.blocks.fit_pair` cuts it: the prompt at its beginning, the target at its end. A student
 with an encoder reads what such a teacher would: its encoder prompt and EOS, its decoder the target and EOS.
 No pad token is needed and no embedding is resized: batches are padded with id 0, which nothing attends to or scores.
@@ -9,6 +9,7 @@ No pad token is needed and no embedding is resized: batches are padded with id 0
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,10 @@ import numpy as np
 
 from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair
+from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair, with_bos
 from kd.data.rows.example import Example
-from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
+from kd.data.text_tokens import TextTokens
+from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.alignment import Side
 from kd.student_trainer.batches.compatibility import same_tokenizer
 
@@ -71,7 +73,7 @@ class StudentText:
                 expected="a tokenizer with eos_token",
                 try_="set eos_token in its tokenizer_config.json",
             )
-        pieces = token_bytes(tokenizer)
+        words, teacher = TextTokens(tokenizer), reader.vocabulary()
         same = blocks.encoder == encoder and separator is None and same_tokenizer(reader, tokenizer)
         between = "" if not pairs else blocks.separator if separator is None else separator
         bos = blocks.bos if same else tokenizer.bos_token_id is not None  # a cut prompt keeps it, and nothing else
@@ -83,13 +85,13 @@ class StudentText:
         self.teacher_has_eos = [False] * len(reader)
         self._examples: dict[int, StudentExample] = {}
         self._count = len(reader)
-        for number, example, cached, ends in _texts(reader):
+        for number, cached, ends in _texts(reader):
             # equal tokenizers read the very same tokens, also where a block begins inside a word
-            row, start = (cached, 0) if same else _tokenize(example, tokenizer, pieces, limits, ends)
+            row, start = (cached, 0) if same else _tokenize(cached, words, limits, ends, teacher)
             fitted = fit_pair(row, limits)
             self.truncated += fitted is not row
             if fitted is None:  # nothing of the target is left to score
-                fitted = TokenRows(example, row.context_ids[:1], row.target_ids[:0], row.byte_end[:0])
+                fitted = TokenRows(cached.example, row.context_ids[:1], row.target_ids[:0], row.byte_end[:0])
             whole = len(fitted.target_ids) == len(row.target_ids)
             side = Side(fitted.byte_end, has_eos=ends and whole and len(fitted.target_ids) > 0, start=start)
             self.teacher_has_eos[number] = ends
@@ -106,8 +108,8 @@ class StudentText:
         return contexts + rows, rows
 
 
-def _texts(reader: Reader) -> Iterator[tuple[int, Example, TokenRows, bool]]:
-    """`(number, text, the teacher's tokens, whether the target ends with EOS)` of every example that was copied, in order."""
+def _texts(reader: Reader) -> Iterator[tuple[int, TokenRows, bool]]:
+    """`(number, the teacher's tokens, whether the target ends with EOS)` of every example that was copied, in order."""
     eos = reader.manifest.identity["tokenizer"].get("eos_token_id")
     for index in reader.shards:
         shard = reader.shard(index)
@@ -120,26 +122,33 @@ def _texts(reader: Reader) -> Iterator[tuple[int, Example, TokenRows, bool]]:
             number = shard.first_example + i
             yield (
                 number,
-                example,
                 TokenRows(example, context, ids, byte_end[rows].astype(np.int64)),
                 bool(ids[-1] == eos),
             )
 
 
 def _tokenize(
-    example: Example, tokenizer: Tokenizer, pieces: list[bytes], blocks: BlockConfig, ends: bool
+    cached: TokenRows, words: TextTokens, blocks: BlockConfig, ends: bool, teacher: list[bytes]
 ) -> tuple[TokenRows, int]:
     """The example in the student's tokens, and the byte of the target where they begin."""
+    example = cached.example
     if blocks.encoder:
-        return tokenize_pair(replace(example, complete=ends), tokenizer, pieces, blocks), 0
-    context, _ = encode_with_ends(tokenizer, pieces, example.prompt + blocks.separator if example.prompt else "")
-    if tokenizer.bos_token_id is not None:
-        context = np.insert(context, 0, tokenizer.bos_token_id).astype(np.int32)
-    target, byte_end = encode_with_ends(tokenizer, pieces, example.target)
+        return tokenize_pair(replace(example, complete=ends), words, blocks), 0
+    between = words.separator(example.prompt, blocks.separator)
+    control = _read_as_control(words.spelled(example.target), cached, teacher)
+    joint = words.joint(example.prompt + between, example.target, Counter(), control=control)
+    before, start = joint.split(Counter(), movable=True)
+    context = with_bos(joint.ids[:before], words, blocks, Counter()).astype(np.int32)
+    target, byte_end = joint.ids[before:], joint.ends[before:] - joint.border
     if ends:
-        target = np.append(target, np.int32(tokenizer.eos_token_id))
+        target = np.append(target, words.tokenizer.eos_token_id).astype(np.int32)
         byte_end = np.append(byte_end, len(example.target.encode("utf-8")))
     if len(context) or not len(target):
-        return TokenRows(example, context, target, byte_end), 0
+        return TokenRows(example, context, target, byte_end), start
     # without BOS and without a prompt nothing predicts the first token: it is only seen
     return TokenRows(example, target[:1], target[1:], byte_end[1:]), int(byte_end[0])
+
+
+def _read_as_control(spelled: list[str], cached: TokenRows, teacher: list[bytes]) -> bool:
+    """Whether the teacher has read the student's control tokens in a target as tokens; so does the student then."""
+    return bool(spelled) and {word.encode("utf-8") for word in spelled} <= {teacher[i] for i in cached.target_ids}

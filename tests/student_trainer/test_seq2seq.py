@@ -24,9 +24,10 @@ from kd.common.errors import CacheMismatchError, DataError
 from kd.common.progress import final
 from kd.data.blocks import BlockConfig, tokenize_pair
 from kd.data.rows.example import Example
+from kd.data.text_tokens import TextTokens
 from kd.evaluation.measures.agreement import evaluate_agreement
 from kd.models.loading import ModelRequest, load_model, random_model
-from kd.models.tokenizer import load_tokenizer, token_bytes
+from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.student_text import StudentText
@@ -221,10 +222,10 @@ def test_what_stands_in_the_padding_does_not_matter(seq2seq_dir, examples, layou
 
 def test_another_tokenizer_reads_what_an_encoder_teacher_of_that_tokenizer_would(t5_cache, tokenizer) -> None:
     reader = CacheReader(t5_cache)
-    text, pieces = StudentText(reader, tokenizer, window=None, encoder=True), token_bytes(tokenizer)
+    text = StudentText(reader, tokenizer, window=None, encoder=True)
     for cached in reader.read(range(len(reader))):
         expected = tokenize_pair(
-            Example(cached.id, cached.target, cached.prompt), tokenizer, pieces, BlockConfig(encoder=True)
+            Example(cached.id, cached.target, cached.prompt), TextTokens(tokenizer), BlockConfig(encoder=True)
         )
         mine = text[cached.index]
         assert mine.context_ids.tolist() == expected.context_ids.tolist()

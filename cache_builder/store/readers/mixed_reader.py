@@ -20,7 +20,7 @@ from kd.cache_builder.store.readers.decoding import Decoder
 from kd.cache_builder.store.readers.description import Facts, facts, html_table, one_line
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.readers.reading import CachedExample
-from kd.cache_builder.store.records.cache_identity import identity_difference
+from kd.cache_builder.store.records.cache_identity import identity_difference, without_text_rules
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import Part
 from kd.cache_builder.store.shard_store import Shard
@@ -158,10 +158,13 @@ def _joined_manifest(readers: Sequence[CacheReader], weights: np.ndarray) -> Cac
 
 
 def refuse_unlike(readers: Sequence[CacheReader], names: Sequence[str], headline: str) -> None:
-    """Raise CacheMismatchError unless these entries of the caches' identities, and the kind of text, are equal."""
+    """Raise CacheMismatchError unless these entries of the caches' identities, and the kind of text, are equal.
+
+    The rules by which texts became ids may differ: each row is of its own ids.
+    """
 
     def compared(reader: CacheReader) -> dict[str, Any]:
-        identity = reader.manifest.identity
+        identity = without_text_rules(reader.manifest.identity)
         return {name: identity[name] for name in names} | {"corpus": {"kind": identity["corpus"]["kind"]}}
 
     for other in readers[1:]:

@@ -8,6 +8,9 @@ from typing import Any
 from kd.cache_builder.store.records.manifest import FORMAT_VERSION, CacheManifest
 from kd.common.errors import CacheMismatchError
 
+TEXT_RULES_NAMES = ("text_rules", "control_tokens")
+"""Entries of an identity's `tokenizer` that say how texts became ids."""
+
 
 def refuse_mismatch(root: Path, wanted: dict[str, Any], existing: CacheManifest) -> None:
     """Raise CacheMismatchError with the difference, unless `existing` was made from exactly `wanted`."""
@@ -28,6 +31,12 @@ def refuse_mismatch(root: Path, wanted: dict[str, Any], existing: CacheManifest)
             **details,
             try_="another --out, or the options that cache was built with (kd cache info)",
         )
+
+
+def without_text_rules(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity without the rules by which its text became ids, which are named only where they make a difference."""
+    words = {name: value for name, value in identity["tokenizer"].items() if name not in TEXT_RULES_NAMES}
+    return identity | {"tokenizer": words}
 
 
 def identity_difference(expected: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, Any, Any]]:

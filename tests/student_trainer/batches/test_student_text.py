@@ -82,8 +82,11 @@ def test_another_tokenizer_reads_bos_prompt_separator_target_and_eos(pairs_reade
 def test_the_separator_can_be_chosen_also_with_the_teacher_s_tokenizer(pairs_reader, tokenizer, separator: str) -> None:
     text = StudentText(pairs_reader, tokenizer, window=None, separator=separator)
     for cached in pairs_reader.read(range(len(pairs_reader))):
-        expected = encode_with_ends(tokenizer, token_bytes(tokenizer), cached.prompt + separator)[0]
-        assert text[cached.index].context_ids.tolist() == [tokenizer.bos_token_id, *expected]
+        expected = encode_with_ends(tokenizer, token_bytes(tokenizer), cached.prompt + separator + cached.target)[0]
+        mine = text[cached.index]
+        assert mine.input_ids.tolist() == [tokenizer.bos_token_id, *expected, tokenizer.eos_token_id]
+        # " happy" in "un happy" is scored from its own beginning, "unhappy" belongs to the prompt
+        assert mine.side.start == 0 or (not separator and mine.side.start > 0)
 
 
 def test_a_student_without_eos_could_not_learn_to_stop(pairs_reader, kl_reader, other_tokenizer) -> None:

@@ -1,0 +1,186 @@
+"""Texts as token ids: which control tokens a text may hold, and a prompt and its target in one piece.
+
+A control token (`<s>`, `<|im_end|>`, `[SEP]`) can be spelled in a text. It is a control token where somebody wrote it as one:
+in a prompt, or in a document that begins or ends with one, as chat templates write them. Elsewhere, in a target or in a web
+page with `<s>`, its characters are text (`auto`). `control` reads all of them as control tokens, `text` none. Counts say how
+many there were.
+
+A prompt and its target are one text: `prompt + separator + target` is tokenised once, and the ids are split at the byte where
+the target begins (the *border*). Tokenised apart, a target of a sentencepiece tokenizer began with a word mark that the text
+does not have, and ` Because` after the separator ` ` became ` ` and `Because`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
+
+TEXT_RULES = 2
+"""Number of these rules in the identity of a cache in which an id differs from those of the first rules."""
+CONTROL_TOKENS = ("auto", "control", "text")
+"""Ways to read a control token that is spelled in a text."""
+
+
+@dataclass(frozen=True)
+class JointText:
+    """A prompt and its target, tokenised as one text."""
+
+    data: bytes
+    """The whole text in UTF-8."""
+    ids: np.ndarray
+    """[n] int32, without BOS and EOS that are not in the text."""
+    ends: np.ndarray
+    """[n] int64: the end of each token in `data`."""
+    border: int
+    """Byte of `data` where the target begins."""
+
+    @property
+    def before(self) -> int:
+        """Number of tokens that end at or before the border."""
+        return int(np.searchsorted(self.ends, self.border, side="right")) if self.border else 0
+
+    @property
+    def crossing(self) -> str:
+        """What the token across the border has of the text before it; empty where a token ends at the border."""
+        if self.before == len(self.ids):
+            return ""
+        start = int(self.ends[self.before - 1]) if self.before else 0
+        return self.data[start : self.border].decode("utf-8", "replace")
+
+    def split(self, counts: Counter[str], *, movable: bool) -> tuple[int, int]:
+        """Number of tokens of the context, and number of the target's bytes that lie in it.
+
+        A token across the border is scored where it has only white space of the text before: ` Because` is how the text goes
+        on. So is one that has more of it and cannot go to the context. Else it is context, and its end is where the scored
+        part of the target begins: a character must end there, and something of the target must be left.
+
+        movable   whether bytes of the target may go to the context
+        """
+        before, crossing = self.before, self.crossing
+        if not crossing:
+            return before, 0
+        end = int(self.ends[before])
+        rest = self.data[end:]
+        if not crossing.isspace() and not self.data[self.border :].strip():  # a normaliser dropped the whole target
+            return before + 1, 0
+        if movable and not crossing.isspace() and rest and rest[0] & 0xC0 != 0x80:
+            counts["border_in_context"] += 1
+            return before + 1, end - self.border
+        counts["border_scored"] += 1
+        return before, 0
+
+
+class TextTokens:
+    """A tokenizer, the bytes of its tokens and the spelling of its control tokens, worked out once."""
+
+    def __init__(self, tokenizer: Tokenizer, control_tokens: str = "auto") -> None:
+        """`control_tokens` is one of `CONTROL_TOKENS`."""
+        self.tokenizer, self.pieces, self.policy = tokenizer, token_bytes(tokenizer), control_tokens
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
+        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content}
+        self._ids = set(special)
+        spelled = "|".join(re.escape(word) for word in sorted(special.values(), key=len, reverse=True))
+        self._pattern = re.compile(spelled) if spelled else None
+
+    def spelled(self, text: str) -> list[str]:
+        """The control tokens that are spelled in a text, in their order."""
+        return self._pattern.findall(text) if self._pattern is not None else []
+
+    def framed(self, text: str) -> bool:
+        """Whether a text, white space aside, begins or ends with a control token."""
+        text = text.strip()
+        found = self.spelled(text)
+        return bool(found) and (text.startswith(found[0]) or text.endswith(found[-1]))
+
+    def ends_with_eos(self, text: str) -> bool:
+        """Whether a text, white space aside, ends with the end token, and control tokens in texts are read as such."""
+        return self.eos is not None and self.policy != "text" and text.rstrip().endswith(self.tokenizer.eos_token)
+
+    def without_eos(self, text: str) -> str:
+        """A text that ends with the end token, without it and what follows it."""
+        while self.ends_with_eos(text):
+            text = text.rstrip().removesuffix(self.tokenizer.eos_token)
+        return text
+
+    def begins_with_bos(self, text: str) -> bool:
+        """Whether a text begins with the token that opens texts, and control tokens in texts are read as such."""
+        return self.bos is not None and self.policy != "text" and text.startswith(self.tokenizer.bos_token)
+
+    def encode(self, text: str, *, control: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_with_ends`, also where the tokenizer's own vocabulary spells a control token (T5's `</s>`)."""
+        ids, ends = encode_with_ends(self.tokenizer, self.pieces, text, control=control)
+        if not control and self.tokenizer.unk_token_id is not None:
+            ids = np.where(np.isin(ids, list(self._ids)), np.int32(self.tokenizer.unk_token_id), ids)
+        return ids, ends
+
+    def document(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and ends of a document; `counts` receives how many control tokens were `control_kept` and `control_as_text`."""
+        control = self.policy == "control" or (self.policy == "auto" and self.framed(text))
+        return self.encode(text, control=self._read(text, control, counts))
+
+    def prompt(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As `document`, for a text that a model reads and is not scored on."""
+        return self.encode(text, control=self._read(text, self.policy != "text", counts))
+
+    def target(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As `document`, for a text that a model is scored on."""
+        return self.encode(text, control=self._read(text, self.policy == "control", counts))
+
+    def joint(self, prompt: str, target: str, counts: Counter[str], *, control: bool | None = None) -> JointText:
+        """A prompt, with its separator, and its target as one text; `control` decides for the target in place of the policy."""
+        in_prompt = self._read(prompt, self.policy != "text", counts)
+        in_target = self._read(target, self.policy == "control" if control is None else control, counts)
+        text = prompt + target
+        if in_prompt and not in_target and self.spelled(prompt):
+            ids, ends = self._mixed(prompt, target)
+        else:
+            ids, ends = self.encode(text, control=in_prompt and in_target)
+        return JointText(text.encode("utf-8"), ids, ends, len(prompt.encode("utf-8")))
+
+    def separator(self, prompt: str, separator: str) -> str:
+        """What stands between a prompt and its target.
+
+        Nothing after an empty prompt, and nothing after one that a chat template wrote (it holds control tokens), if it ends
+        with white space or with a control token: the template has put there what belongs there.
+        """
+        if not prompt:
+            return ""
+        found = self.spelled(prompt) if self.policy != "text" else []
+        written = bool(found) and (prompt[-1].isspace() or prompt.endswith(found[-1]))
+        return "" if written else separator
+
+    def _read(self, text: str, control: bool, counts: Counter[str]) -> bool:
+        """Whether to read the text's control tokens as such, which is so where it has none; those it has are counted."""
+        found = len(self.spelled(text))
+        if found:
+            counts["control_kept" if control else "control_as_text"] += found
+        return control or not found
+
+    def _mixed(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and ends where the prompt's control tokens are read as such and the target's are text.
+
+        What follows the prompt's last control token is tokenised with and without control tokens. The first reading is right
+        up to the target's own, the second is right but for a word mark at its beginning: they are joined at the first place
+        where both go on with the same token.
+        """
+        last = self.spelled(prompt)[-1]
+        head = prompt[: prompt.rindex(last) + len(last)]
+        start = len(head.encode("utf-8"))
+        ids, ends = self.encode(prompt + target)
+        tail, tail_ends = self.encode((prompt + target)[len(head) :], control=False)
+        tail_ends = tail_ends + start
+        assert self._pattern is not None
+        found = self._pattern.search(target)
+        stop = len((prompt + target[: found.start() if found else None]).encode("utf-8"))
+        for place in [start, *np.intersect1d(ends[(start < ends) & (ends < stop)], tail_ends).tolist()]:
+            a, b = (int(np.searchsorted(e, place, side="right")) for e in (ends, tail_ends))
+            if a < len(ids) and b < len(tail) and (ids[a], ends[a]) == (tail[b], tail_ends[b]):
+                return np.concatenate([ids[:a], tail[b:]]), np.concatenate([ends[:a], tail_ends[b:]])
+        first = int(np.searchsorted(ends, start, side="right"))
+        return np.concatenate([ids[:first], tail]), np.concatenate([ends[:first], tail_ends])
