@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import CacheDamageError, CacheError, DataError
+from kd.common.plain_files import NotPlainError, open_plain, read_plain
 from kd.common.processes import is_alive, own_mark
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -33,8 +34,8 @@ def digest_of(value: Any) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 hex of a file's bytes."""
-    with path.open("rb") as file:
+    """SHA-256 hex of a plain file's bytes."""
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -165,54 +166,54 @@ def _temporary(path: Path, text: str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object in any spelling. Raises DataError when the file is absent, too large, not JSON, or not an object."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise DataError("a JSON file is too large", where=path, found=f"{size} bytes", expected=f"{MAX_JSON_BYTES}")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError("a JSON file cannot be read", where=path, found=f"{type(error).__name__}: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError("a JSON file is not an object", where=path, found=type(value).__name__)
-    return value
+def read_object(path: Path, *, inside: Path | None = None) -> dict[str, Any]:
+    """Read a JSON object in any spelling. Raises DataError when the file is absent, not plain, too large, or no JSON object.
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that `canonical_json` has written.
-
-    Raises CacheDamageError when the file is absent, too large, not JSON, not an object, or not in the canonical spelling: any
-    change is noticed.
+    inside   the folder that the file has to lie in, with links followed; None allows a link to any plain file
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CacheDamageError(
-                "a JSON file of the cache is too large",
-                where=path,
-                found=f"{size} bytes",
-                expected=f"at most {MAX_JSON_BYTES}",
-            )
-        data = path.read_bytes()
-        value = json.loads(data)
+        return _parsed(read_plain(path, MAX_JSON_BYTES, inside=inside))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError("a JSON file cannot be read", where=path, found=_reason(error)) from error
+
+
+def read_json(path: Path, *, inside: Path | None = None) -> dict[str, Any]:
+    """Read a JSON object that `canonical_json` has written, in a file of a cache.
+
+    inside   the cache's folder, which the file has to lie in, with links followed; None allows a link to any plain file
+
+    Raises CacheDamageError when the file is absent, not plain, too large, not a JSON object, or not in the canonical spelling:
+    any change is noticed.
+    """
+    try:
+        data = read_plain(path, MAX_JSON_BYTES, inside=inside)
+        value = _parsed(data)
     except FileNotFoundError as error:
         raise CacheDamageError("a file of the cache is missing", where=path) from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise CacheDamageError(
-            "a JSON file of the cache cannot be read", where=path, found=f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(value, dict):
-        raise CacheDamageError("a JSON file of the cache is not an object", where=path, found=type(value).__name__)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CacheDamageError("a JSON file of the cache cannot be read", where=path, found=_reason(error)) from error
     if _spelled(value) != data:
         raise CacheDamageError("a JSON file of the cache was changed", where=path, found="not the canonical spelling")
     return value
 
 
+def _parsed(data: bytes) -> dict[str, Any]:
+    """The object in JSON text. Raises ValueError and RecursionError."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"it is not an object but {type(value).__name__}")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong with a file, in words."""
+    return str(error.strerror) if isinstance(error, NotPlainError) else f"{type(error).__name__}: {error}"
+
+
 def _spelled(value: dict[str, Any]) -> bytes | None:
     try:
         return canonical_json(value).encode()
-    except ValueError:  # NaN, or half a character
+    except (ValueError, RecursionError):  # NaN, half a character, or too deep to write
         return None
 
 

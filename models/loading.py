@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kd.common.digests import refuse_damage
 from kd.common.errors import DataError, TeacherError, unknown_name
 from kd.common.files import read_object
+from kd.common.plain_files import refuse_special_files
 from kd.models.quantised import load_quantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
@@ -120,6 +121,7 @@ def load_config(request: ModelRequest) -> Any:
     refuse_adapter(request)
     from transformers import AutoConfig
 
+    refuse_special_files(request.path)
     try:
         return AutoConfig.from_pretrained(request.path, revision=request.revision, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, HTTP errors: one message for all

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError
+from kd.common.plain_files import refuse_special_files
 from kd.models.loading import max_positions
 
 
@@ -47,6 +48,7 @@ def _loaded(name: str, layers: int) -> tuple[Any, Any, Any]:
     from transformers.utils import logging
 
     path = str(Path(name).expanduser())
+    refuse_special_files(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not 1 <= layers <= config.num_hidden_layers:
         raise DataError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
+from kd.common.plain_files import refuse_special_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
         from transformers import AutoTokenizer
 
     path = str(EMBEDDED.get(name, name))
+    refuse_special_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, …

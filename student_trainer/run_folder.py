@@ -15,6 +15,7 @@ from the checkpoint (`kd.student_trainer.saving.checkpoints`): lines after it ar
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Any
 
 from kd.common.digests import DIGESTS, checked_digest, refuse_damage, with_digest, write_digests
 from kd.common.errors import CacheMismatchError, DamagedFilesError, DataError
-from kd.common.files import canonical_json, sweep, unfinished, write_atomic
+from kd.common.files import canonical_json, read_object, sweep, unfinished, write_atomic
+from kd.common.plain_files import read_plain
 from kd.student_trainer.saving.checkpoints import (
     DIGESTS_KEY,
     Continuation,
@@ -38,6 +40,8 @@ RECORDS = (RUN, METRICS, EVALUATIONS)
 """What a checkpoint holds of its run besides weights and states."""
 UNLISTED = (RUN, "README.md", DIGESTS)
 """Files of a finished run that `digests.json` does not list: they are written after it, or say themselves that they are whole."""
+MAX_RECORD_BYTES = 2**30
+"""Most bytes of a file of records: some five million steps."""
 
 
 @dataclass(frozen=True)
@@ -91,25 +95,20 @@ class ClassifyRecord:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a training was started in this folder."""
-    return (folder / RUN).is_file()
+    """Whether a training was started in this folder; what lies there instead of its file is refused when it is read."""
+    return os.path.lexists(folder / RUN)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """`run.json`. Raises DataError where there is none or it is not a JSON object, DamagedFilesError where it was changed."""
     path = folder / RUN
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise DataError("not a training run", where=folder, expected=RUN)
-    return _read_object(path)
+    return _read_checked(path)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError("cannot read the run", where=path, found=str(error)) from error
-    if not isinstance(document, dict):
-        raise DataError("cannot read the run", where=path, found=type(document).__name__, expected="an object")
+def _read_checked(path: Path) -> dict[str, Any]:
+    document = read_object(path)
     try:
         return checked_digest(document)
     except ValueError as error:
@@ -142,7 +141,7 @@ def write_classifier_run(folder: Path, document: Mapping[str, Any]) -> None:
 def read_classifier_run(folder: Path) -> dict[str, Any] | None:
     """`classify.json`; None where there is none. Raises DataError where it is not a JSON object."""
     path = folder / CLASSIFIER_RUN
-    return _read_object(path) if path.is_file() else None
+    return _read_checked(path) if os.path.lexists(path) else None
 
 
 def append_step(folder: Path, record: StepRecord | ClassifyRecord) -> None:
@@ -187,7 +186,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError for any other line that is not an object with a whole number of steps under `step`.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    try:
+        lines = read_plain(path, MAX_RECORD_BYTES).decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError("the step records cannot be read", where=path, found=error.strerror) from error
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -195,7 +199,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             whole = isinstance(record["step"], int) and not isinstance(record["step"], bool)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):  # no line end after it: the run was stopped while writing
                 continue
             raise DataError(
@@ -227,7 +231,7 @@ def restore_records(folder: Path, checkpoint: Path | None) -> None:
 
 def keep_records(path: Path, step: int) -> None:
     """Drop the lines after a step; for checkpoints of earlier releases, which hold no records."""
-    if path.is_file():
+    if os.path.lexists(path):
         kept = [record for record in read_records(path) if record["step"] <= step]
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,60 @@ def change_file(root: Path, name: str, data: bytes, index: int = 0) -> None:
     document = json.loads((root / "commits" / f"{index:05d}.json").read_text())
     document["files"][name] = file_entry(root / name)
     sign_commit(root, document, index)
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_socket(path: Path) -> None:
+    path.unlink()
+    os.mknod(path, stat.S_IFSOCK | 0o600)  # binding one would need a short path
+
+
+def a_link_to_an_endless_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def a_link_to_a_terminal(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/ptmx")
+
+
+def a_link_to_the_same_bytes_elsewhere(path: Path) -> None:
+    elsewhere = Path(tempfile.mkdtemp()) / path.name
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def a_link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def a_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+NOT_PLAIN = (
+    a_pipe,
+    a_folder,
+    a_socket,
+    a_link_to_an_endless_device,
+    a_link_to_a_terminal,
+    a_link_to_the_same_bytes_elsewhere,
+    a_link_to_nothing,
+    a_link_to_itself,
+)
+"""Each puts something else in the place of a file."""
 
 
 def use_everything(root: Path) -> None:

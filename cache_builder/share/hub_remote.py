@@ -17,7 +17,8 @@ from urllib.parse import unquote
 
 from kd.cache_builder.share.remotes import Entry, Remote, Transient
 from kd.cache_builder.share.web_remote import WebRemote
-from kd.common.errors import CacheError
+from kd.cache_builder.store.cache_files import LocalFiles
+from kd.common.errors import CacheDamageError, CacheError
 
 ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@(refs/[\w-]+/[^/@]+|[^/@]+))?(?:/(.*))?")
 BATCH = 200
@@ -116,7 +117,7 @@ class HubRemote(Remote):
         return {
             name
             for name, entry in entries.items()
-            if name in there and there[name].size == entry["bytes"] and _same(there[name], root / name, entry)
+            if name in there and there[name].size == entry["bytes"] and _same(there[name], root, name, entry)
         }
 
     def write(self, root: Path, names: Sequence[str]) -> None:
@@ -131,9 +132,12 @@ class HubRemote(Remote):
             )
 
 
-def _same(item: Any, path: Path, entry: Entry) -> bool:
+def _same(item: Any, root: Path, name: str, entry: Entry) -> bool:
     from huggingface_hub.utils.sha import git_hash
 
     if item.lfs is not None:
         return bool(item.lfs.sha256 == entry["sha256"])
-    return bool(git_hash(path.read_bytes()) == item.blob_id)
+    try:
+        return bool(git_hash(LocalFiles(root).verified_bytes(name, entry)) == item.blob_id)
+    except CacheDamageError:  # whoever sends the file says so
+        return False

@@ -35,6 +35,7 @@ from kd.common.byte_sizes import byte_count
 from kd.common.errors import CacheDamageError
 from kd.common.files import publish, write_error
 from kd.common.home import kd_home
+from kd.common.plain_files import NotPlainError, read_plain
 
 STAGING = ".staging-mirror"
 LOCKS = 256
@@ -147,13 +148,28 @@ class Mirror:
         with self._lock:
             self._early.pop(name, None)
         while True:
-            with suppress(OSError):  # the file is not here, or another process has just evicted it
-                data = (self.root / name).read_bytes()
-                if len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"]:
-                    os.utime(self.root / name)
-                    return data
-                (self.root / name).unlink()
+            data = self._held_bytes(name, entry)
+            if data is not None:
+                return data
             self._there(name, entry, metadata=name in self.manifest.files)
+
+    def _held_bytes(self, name: str, entry: Entry) -> bytes | None:
+        """The bytes of a file that is here; None where it is not, or where it was wrong and is removed now."""
+        path = self.root / name
+        try:
+            data = read_plain(path, int(entry["bytes"]), inside=self.root)
+            if len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"]:
+                os.utime(path)
+                return data
+        except FileNotFoundError:  # never fetched, or another process has just evicted it
+            return None
+        except NotPlainError:
+            pass
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(path, error) from error
+        return None
 
     def expect(self, shards: Sequence[int], arrays: Iterable[str] | None = None) -> None:
         """As `CacheFiles.expect`: fetched on threads, up to half the bound. A new call replaces the one before."""

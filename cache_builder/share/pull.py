@@ -7,7 +7,10 @@ A file that is there with the recorded size and SHA-256 is not fetched again. Th
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +36,8 @@ from kd.cache_builder.store.records.manifest import (
 from kd.cache_builder.store.records.part import PARTIAL, Part, load_part, part_of, whole
 from kd.cache_builder.upkeep.verify import BESIDE
 from kd.common.errors import CacheDamageError, CacheError
-from kd.common.files import publish, sha256_of, sync_folder, unfinished, write_error
+from kd.common.files import MAX_JSON_BYTES, publish, sync_folder, unfinished, write_error
+from kd.common.plain_files import read_plain
 
 STAGING = ".staging-pull"
 """Folder of files that have not fully arrived; see `files.unfinished`."""
@@ -140,6 +144,8 @@ def _staging(root: Path) -> Iterator[Path]:
                 expected="an empty or new directory",
                 try_="another path",
             )
+    commits.refuse_outside(root, f"{STAGING}/lock")
+    _refuse_foreign(root / STAGING)
     lock = FileLock(root / STAGING / "lock")
     try:
         (root / STAGING).mkdir(parents=True, exist_ok=True)
@@ -156,11 +162,25 @@ def _staging(root: Path) -> Iterator[Path]:
         lock.release()
 
 
+def _refuse_foreign(staging: Path) -> None:
+    """Raise CacheError for a link, a pipe or a device among the files of an earlier pull: the pull would append to it."""
+    for path in staging.rglob("*"):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise CacheError(
+                "no pull has left this file", where=path, found="a link, a pipe or a device", try_=f"remove {staging}"
+            )
+
+
 def _held(root: Path, staging: Path, manifest: CacheManifest) -> Part | None:
     """The part of this cache that lies at `root`; None for nothing. Raises CacheMismatchError for another cache."""
-    if not (root / MANIFEST).exists():
+    if not os.path.lexists(root / MANIFEST):
         return None
-    if (root / MANIFEST).read_bytes() != (staging / MANIFEST).read_bytes():
+    try:
+        held = read_plain(root / MANIFEST, MAX_JSON_BYTES, inside=root)
+    except OSError:  # as an unreadable manifest
+        return None
+    if held != (staging / MANIFEST).read_bytes():
         try:
             other = load_manifest(root)
         except CacheDamageError:  # an unreadable manifest is replaced
@@ -174,7 +194,7 @@ def _held(root: Path, staging: Path, manifest: CacheManifest) -> Part | None:
 def _bring(
     remote: Remote, root: Path, staging: Path, name: str, entry: Entry, tally: Tally, stop: threading.Event
 ) -> None:
-    if holds(root / name, entry):
+    if holds(root, name, entry):
         tally.add(done=int(entry["bytes"]))
         return
     staged = staging / name
@@ -186,6 +206,7 @@ def _bring(
 
 def _publish(staging: Path, root: Path, name: str) -> None:
     if (staging / name).exists():
+        commits.refuse_outside(root, name)
         try:
             publish(staging / name, root / name)
         except OSError as error:
@@ -204,7 +225,7 @@ def _bring_commit(
 ) -> None:
     """Fetch a commit to the staging folder, checked against the manifest, and add its files of this part to the total."""
     name = f"commits/{index:05d}.json"
-    if not any(p.is_file() and sha256_of(p) == manifest.commits[index] for p in (root / name, staging / name)):
+    if not any(_has_commit(folder, name, manifest.commits[index]) for folder in (root, staging)):
         try:
             data = fetch_small(remote, name, COMMIT_BYTES, sha256=manifest.commits[index], stop=stop)
         except FileNotFoundError as error:
@@ -214,6 +235,13 @@ def _bring_commit(
         tally.add(moved=len(data), files=1)
     record = commits.read_commit(staging if (staging / name).exists() else root, manifest, index)
     tally.add(total=sum(int(record.files[n]["bytes"]) for n in _names(manifest, part, index)))
+
+
+def _has_commit(folder: Path, name: str, sha256: str) -> bool:
+    try:
+        return hashlib.sha256(read_plain(folder / name, COMMIT_BYTES, inside=folder)).hexdigest() == sha256
+    except OSError:
+        return False
 
 
 def _names(manifest: CacheManifest, part: Part, index: int) -> list[str]:

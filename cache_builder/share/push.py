@@ -24,6 +24,8 @@ from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, load_manifest
 from kd.cache_builder.store.records.part import PARTIAL, load_part
 from kd.common.errors import CacheDamageError, CacheError
+from kd.common.files import MAX_JSON_BYTES
+from kd.common.plain_files import read_plain
 
 
 def push(
@@ -99,7 +101,7 @@ def _send(
 def _refuse_another(root: Path, manifest: CacheManifest, remote: Remote) -> bool:
     """True if the remote holds this manifest already. Raises CacheError where it holds another cache, or a part of one."""
     theirs, same = fetch_if_there(remote, MANIFEST), False
-    if theirs is not None and not (same := theirs == (root / MANIFEST).read_bytes()):
+    if theirs is not None and not (same := theirs == read_plain(root / MANIFEST, MAX_JSON_BYTES, inside=root)):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / MANIFEST).write_bytes(theirs)
             with suppress(CacheDamageError):  # an unreadable manifest is replaced

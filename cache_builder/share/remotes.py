@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from kd.common.errors import CacheError
-from kd.common.files import process_tag, publish, sha256_of, write_error
+from kd.cache_builder.store.cache_files import LocalFiles
+from kd.cache_builder.store.records.commits import refuse_outside
+from kd.common.errors import CacheDamageError, CacheError
+from kd.common.files import process_tag, publish, write_error
+from kd.common.plain_files import open_plain
 
 Entry = Mapping[str, Any]
 """`bytes` and `sha256` of a file, as commits record them."""
@@ -92,11 +95,18 @@ class FolderRemote(Remote):
 
     def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """As `Remote.read`."""
-        with (self.root / name).open("rb") as file:
-            file.seek(start)
-            while start < stop and (piece := file.read(min(PIECE, stop - start))):
-                start += len(piece)
-                yield piece
+        try:
+            with open_plain(self.root / name, inside=self.root) as file:
+                file.seek(start)
+                while start < stop and (piece := file.read(min(PIECE, stop - start))):
+                    start += len(piece)
+                    yield piece
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise CacheError(
+                "a file of the cache cannot be read", where=error.filename, found=error.strerror
+            ) from error
 
     def prepare(self, *, private: bool = False) -> None:
         """As `Remote.prepare`."""
@@ -107,11 +117,12 @@ class FolderRemote(Remote):
 
     def held(self, root: Path, entries: Mapping[str, Entry]) -> set[str]:
         """As `Remote.held`: size and SHA-256."""
-        return {name for name, entry in entries.items() if holds(self.root / name, entry)}
+        return {name for name, entry in entries.items() if holds(self.root, name, entry)}
 
     def write(self, root: Path, names: Sequence[str]) -> None:
         """As `Remote.write`: another name, flush, rename."""
         for name in names:
+            refuse_outside(self.root, name)
             staged = self.root / f".staging-{process_tag()}" / name
             try:
                 staged.parent.mkdir(parents=True, exist_ok=True)
@@ -125,9 +136,13 @@ class FolderRemote(Remote):
         shutil.rmtree(self.root / f".staging-{process_tag()}", ignore_errors=True)
 
 
-def holds(path: Path, entry: Entry) -> bool:
-    """True if a file is there with the recorded size and SHA-256."""
-    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]
+def holds(root: Path, name: str, entry: Entry) -> bool:
+    """True if a plain file of the cache at `root` is there with the recorded size and SHA-256."""
+    try:
+        LocalFiles(root).verify_file(name, entry)
+    except CacheDamageError:
+        return False
+    return True
 
 
 def local_path(address: str | os.PathLike[str]) -> Path:

@@ -20,7 +20,6 @@ from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import load_part
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.common.errors import CacheDamageError
-from kd.common.files import sha256_of
 
 
 class CacheFiles(Hashable, Protocol):
@@ -74,15 +73,17 @@ class LocalFiles:
 
     def verified_bytes(self, name: str, entry: Mapping[str, Any], **where: object) -> bytes:
         """As `CacheFiles.verified_bytes`."""
-        path, size = self.root / name, commits.file_size(self.root, name, **where)
-        data = path.read_bytes() if size == entry["bytes"] else b""
-        _refuse(path, entry, len(data) if data else size, lambda: hashlib.sha256(data).hexdigest(), where)
+        with commits.open_file(self.root, name, **where) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size) if size == entry["bytes"] else b""
+        _refuse(self.root / name, entry, len(data) or size, lambda: hashlib.sha256(data).hexdigest(), where)
         return data
 
     def verify_file(self, name: str, entry: Mapping[str, Any], **where: object) -> None:
         """As `CacheFiles.verify_file`; the file is read in pieces."""
-        path, size = self.root / name, commits.file_size(self.root, name, **where)
-        _refuse(path, entry, size, lambda: sha256_of(path), where)
+        with commits.open_file(self.root, name, **where) as file:
+            size = os.fstat(file.fileno()).st_size
+            _refuse(self.root / name, entry, size, lambda: hashlib.file_digest(file, "sha256").hexdigest(), where)
 
     def stored_bytes(self, manifest: CacheManifest, index: int) -> dict[str, int]:
         """As `CacheFiles.stored_bytes`, of the arrays that this copy holds."""

@@ -22,7 +22,8 @@ from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheMan
 from kd.cache_builder.store.records.shard_record import parse_shard_record
 from kd.cache_builder.upkeep.verify import Finding
 from kd.common.errors import CacheDamageError, CacheMismatchError
-from kd.common.files import process_tag, publish, read_json, sync_folder, write_error
+from kd.common.files import MAX_JSON_BYTES, process_tag, publish, read_json, sync_folder, write_error
+from kd.common.plain_files import read_plain
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def mend_manifest(root: Path, copy: CacheFiles) -> bool:
         for index, (first, stop, rows) in enumerate(theirs.shards):
             with suppress(CacheDamageError):
                 path = commits.commit_path(root, index)
-                record = parse_shard_record(read_json(path), path)
+                record = parse_shard_record(read_json(path, inside=root), path)
                 if (record.fingerprint, record.examples, record.rows) != (theirs.fingerprint, (first, stop), rows):
                     raise CacheMismatchError(
                         "the copy is of another cache",
@@ -60,7 +61,7 @@ def mend_manifest(root: Path, copy: CacheFiles) -> bool:
                         found=theirs.fingerprint,
                         expected=record.fingerprint,
                     ) from None
-        _put(root, MANIFEST, (copy.root / MANIFEST).read_bytes())
+        _put(root, MANIFEST, read_plain(copy.root / MANIFEST, MAX_JSON_BYTES, inside=copy.root))
         (root / BUILDING).unlink(missing_ok=True)
         return True
     return False
@@ -114,7 +115,7 @@ def _take_commit(root: Path, copy: CacheFiles, manifest: CacheManifest, index: i
         return False
     try:
         copy.read_commit(manifest, index)
-        data = commits.commit_path(copy.root, index).read_bytes()
+        data = read_plain(commits.commit_path(copy.root, index), MAX_JSON_BYTES, inside=copy.root)
     except (CacheDamageError, OSError):
         return False
     if hashlib.sha256(data).hexdigest() != manifest.commits[index]:
@@ -125,6 +126,7 @@ def _take_commit(root: Path, copy: CacheFiles, manifest: CacheManifest, index: i
 
 def _put(root: Path, name: str, data: bytes) -> None:
     path = root / name
+    commits.refuse_outside(root, name)
     temporary = path.with_name(f".{path.name}.json.{process_tag()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,10 +25,12 @@ from kd.cache_builder.store.encoding.arrays import ArraySpec
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
 from kd.cache_builder.store.records.part import PARTIAL, load_part
+from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.common.errors import CacheDamageError, CacheError, KdError
 from kd.common.files import unfinished
+from kd.common.plain_files import read_plain
 
 BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
 """Names of the dataset card and of files that git and the hub's client leave beside a cache; no reader uses them."""
@@ -110,7 +112,7 @@ def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator
         names = path.relative_to(root).parts
         if names[0] in BESIDE or any(unfinished(n) for n in names):  # a builder of another host may still run
             continue
-        if path.is_file() and name not in names_of_cache and manifest.complete:
+        if name not in names_of_cache and manifest.complete and (path.is_symlink() or not path.is_dir()):
             findings.append(Finding(name, "a file that no commit knows"))
     yield VerifyProgress(total, total, tuple(findings))
 
@@ -155,11 +157,8 @@ def _check_shard(
         try:
             data[array] = files.verified_bytes(name, record.files[name])
         except CacheDamageError as error:
-            narrowed = whole
-            path = files.root / name
-            if array != "examples" and path.is_file() and commits.inside(files.root, path):
-                narrowed = _broken_rows(manifest, path.read_bytes(), start, rows) or whole
-            yield Finding(name, error.headline, index, array, narrowed)
+            narrowed = None if array == "examples" else _narrowed(files.root, name, record, manifest)
+            yield Finding(name, error.headline, index, array, narrowed or whole)
     if len(data) < len(paths) or not promises:
         return
     try:
@@ -168,11 +167,12 @@ def _check_shard(
         yield Finding(commit, str(error.details.get("found", error.headline)), index, None, whole)
 
 
-def _broken_rows(manifest: CacheManifest, data: bytes, start: int, rows: int) -> str | None:
+def _narrowed(root: Path, name: str, record: ShardRecord, manifest: CacheManifest) -> str | None:
     """Row ranges of the inner chunks whose crc32c is wrong, as text; None where they cannot be determined."""
-    try:
-        numbers = broken_chunks(data, manifest.layout)
-    except CacheError:
+    start, rows = record.row_start, record.rows
+    try:  # a file that grew has no index at its end
+        numbers = broken_chunks(read_plain(root / name, int(record.files[name]["bytes"]), inside=root), manifest.layout)
+    except (OSError, CacheError):
         return None
     step, ranges = manifest.layout.chunk_rows, list[list[int]]()
     for number in numbers:

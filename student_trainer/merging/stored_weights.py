@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from kd.common.errors import DataError
-from kd.models.identity import weight_files
+from kd.common.plain_files import refuse_special_files
+from kd.models.identity import read_index, weight_files
 from kd.models.loading import ModelRequest, load_config, refuse_damaged_model
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
 
@@ -115,7 +116,7 @@ def _stored_tensors(model: PoolModel) -> tuple[dict[str, Path], dict[str, tuple[
     folder = _folder(model)
     places: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files([p.name for p in folder.iterdir()], lambda n: (folder / n).read_text(), model.path):
+    for file in weight_files([p.name for p in folder.iterdir()], lambda n: read_index(folder / n), model.path):
         if not file.endswith(".safetensors"):
             raise DataError(
                 "the weights are not in safetensors format",
@@ -135,6 +136,7 @@ def _stored_tensors(model: PoolModel) -> tuple[dict[str, Path], dict[str, tuple[
 
 def _folder(model: PoolModel) -> Path:
     local = Path(model.path).expanduser()
+    refuse_special_files(local)
     if local.is_dir():
         return local
     from huggingface_hub import snapshot_download

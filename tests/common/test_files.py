@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.common import files
-from kd.common.errors import CacheDamageError
+from kd.common.errors import CacheDamageError, DataError
 from kd.common.files import (
     canonical_json,
     digest_of,
@@ -23,6 +23,7 @@ from kd.common.files import (
     publish,
     publish_first,
     read_json,
+    read_object,
     sha256_of,
     sweep,
     write_atomic,
@@ -99,11 +100,26 @@ def test_a_missing_json_file_is_damage(tmp_path: Path):
         read_json(tmp_path / "f.json")
 
 
-def test_a_huge_json_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_huge_json_file_is_refused_before_it_is_read(tmp_path: Path):
     with (tmp_path / "f.json").open("wb") as file:
-        file.truncate(files.MAX_JSON_BYTES + 1)  # sparse: takes no space
-    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("was read"))
-    with pytest.raises(CacheDamageError, match="too large"):
+        file.truncate(2**40)  # sparse: takes no space, and does not fit into memory
+    with pytest.raises(CacheDamageError) as caught:
+        read_json(tmp_path / "f.json")
+    assert caught.value.details["found"] == f"too large: more than {files.MAX_JSON_BYTES} bytes"
+    with pytest.raises(DataError, match="cannot be read"):
+        read_object(tmp_path / "f.json")
+
+
+def test_a_document_too_deep_to_write_is_not_canonical(tmp_path: Path):
+    (tmp_path / "f.json").write_text('{"a": ' * 900 + "1" + "}" * 900)
+    with pytest.raises(CacheDamageError):
+        read_json(tmp_path / "f.json")
+
+
+def test_only_the_reader_of_a_cache_asks_for_the_canonical_spelling(tmp_path: Path):
+    (tmp_path / "f.json").write_text('{"b": 1, "a": 2}')
+    assert read_object(tmp_path / "f.json") == {"a": 2, "b": 1}
+    with pytest.raises(CacheDamageError, match="was changed"):
         read_json(tmp_path / "f.json")
 
 

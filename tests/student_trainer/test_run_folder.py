@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+from hostile import NOT_PLAIN
 
 from kd.common.errors import CacheMismatchError, DamagedFilesError, DataError
 from kd.student_trainer.run_folder import (
@@ -120,7 +122,7 @@ def test_a_run_is_what_has_a_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_a_document_that_cannot_be_read_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / RUN).write_text(text)
-    with pytest.raises(DataError, match="cannot read the run") as caught:
+    with pytest.raises(DataError, match="cannot be read") as caught:
         read_run(tmp_path)
     assert caught.value.details["where"] == tmp_path / RUN
 
@@ -192,3 +194,25 @@ def test_a_run_that_came_to_nothing_leaves_no_folder_and_takes_nothing_else_with
         leave_run(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["logged"]
     assert len(read_steps(tmp_path / "logged")) == 1
+
+
+def continued(folder: Path) -> None:
+    resume_point(folder, IDENTITY, resume=True)
+    start_run(folder, IDENTITY, "0" * 64, None)
+
+
+@pytest.mark.parametrize("make", NOT_PLAIN, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", [RUN, METRICS, EVALUATIONS])
+def test_what_is_no_file_in_a_run_is_refused_at_once(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    write_run(tmp_path, {"identity": IDENTITY, "complete": False})
+    append_step(tmp_path, record(1))
+    append_evaluation(tmp_path, {"step": 0, "tasks": {}})
+    make(tmp_path / name)
+    read = {RUN: read_run, METRICS: read_steps, EVALUATIONS: read_evaluations}[name]
+    if "elsewhere" in make.__name__:  # a run belongs to the user, who may keep its files where there is room
+        assert read(tmp_path)
+    elif make.__name__ != "a_link_to_nothing" or name == RUN:
+        with pytest.raises(DataError):
+            read(tmp_path)
+        with pytest.raises(DataError):
+            continued(tmp_path)

@@ -7,8 +7,9 @@ nor a folder's listing is trusted to tell what is there. These functions take th
 
 from __future__ import annotations
 
-import stat
+import os
 from collections.abc import Iterable, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kd.cache_builder.store.records.part import refuse_absent
 from kd.cache_builder.store.records.shard_record import ShardRecord, parse_shard_record
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import read_json, sha256_of, unfinished
+from kd.common.plain_files import NotPlainError, is_inside, open_plain
 
 CACHE_NAMES = {MANIFEST, BUILDING, VOCABULARY, "examples", TARGETS, "commits", ANSWERS}
 """Names of the files and folders of a cache."""
@@ -49,15 +51,15 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 def committed(root: Path, shards: int) -> list[int]:
     """Indices of the committed shards among the first `shards`, ascending."""
-    return [i for i in range(shards) if commit_path(root, i).is_file()]
+    return [i for i in range(shards) if os.path.lexists(commit_path(root, i))]
 
 
 def read_commit(root: Path, manifest: CacheManifest, index: int) -> ShardRecord:
     """The record of a committed shard, checked against the manifest. Raises CacheDamageError."""
     path = commit_path(root, index)
-    if not path.exists():
+    if not os.path.lexists(path):
         refuse_absent(root, manifest, index)
-    document = read_json(path)
+    document = read_json(path, inside=root)
     record = parse_shard_record(document, path)
     first, stop, rows = manifest.shards[index]
     expected = (index, (first, stop), index * manifest.layout.shard_rows, rows, manifest.fingerprint)
@@ -89,27 +91,40 @@ def check_sizes(root: Path, manifest: CacheManifest, shards: Iterable[int]) -> N
                 )
 
 
-def file_size(root: Path, name: str, **where: object) -> int:
-    """Size of a file in bytes. Raises CacheDamageError where it is missing, not a plain file, or outside the cache."""
+def open_file(root: Path, name: str, **where: object) -> BufferedReader:
+    """Open a file of a cache. Raises CacheDamageError where it is missing, not a plain file, or outside the cache."""
     path = root / name
     try:
-        status = path.stat()
-    except OSError as error:
-        raise CacheDamageError("a file of the cache is missing", file=path, **where, try_="kd cache repair") from error
-    if not stat.S_ISREG(status.st_mode) or not inside(root, path):
+        return open_plain(path, inside=root)
+    except NotPlainError as error:
         raise CacheDamageError(
             "a file of the cache is not a file in its folder",
             file=path,
             **where,
-            found="a link that leaves it, or no plain file",
+            found=error.strerror,
             try_="kd cache repair",
+        ) from error
+    except OSError as error:
+        raise CacheDamageError(
+            "a file of the cache is missing", file=path, **where, found=error.strerror, try_="kd cache repair"
+        ) from error
+
+
+def file_size(root: Path, name: str, **where: object) -> int:
+    """Size of a file in bytes. Raises as `open_file`."""
+    with open_file(root, name, **where) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def refuse_outside(root: Path, name: str) -> None:
+    """Raise CacheError where a file of the cache would be written outside its folder, because a folder in it is a link."""
+    if not is_inside((root / name).parent, root):
+        raise CacheError(
+            "a folder of the cache is a link that leaves it",
+            where=(root / name).parent,
+            found=os.path.realpath((root / name).parent),
+            try_="remove the link",
         )
-    return status.st_size
-
-
-def inside(root: Path, path: Path) -> bool:
-    """True if a path, with links followed, stays in the cache's folder."""
-    return path.resolve().is_relative_to(root.resolve())
 
 
 def existing_cache(out: Path) -> CacheManifest | None:

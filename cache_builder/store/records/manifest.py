@@ -9,6 +9,7 @@ an unbroken one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,7 +154,7 @@ def load_manifest(root: str | Path) -> CacheManifest:
     document contradicts itself.
     """
     path = _manifest_path(Path(root))
-    document = read_json(path)
+    document = read_json(path, inside=Path(root))
     checksum = document.pop("checksum", None)
     _check_header(document, checksum, path)
     try:
@@ -175,7 +176,7 @@ def group_files(arrays: Sequence[ArraySpec]) -> list[str]:
 
 def _manifest_path(root: Path) -> Path:
     """The manifest of a finished or a running build. Raises CacheError, or CacheDamageError where only it is missing."""
-    path = next((root / name for name in (MANIFEST, BUILDING) if (root / name).is_file()), None)
+    path = next((root / name for name in (MANIFEST, BUILDING) if os.path.lexists(root / name)), None)
     if path is not None:
         return path
     if (root / "commits").is_dir():

@@ -12,6 +12,8 @@ MAX_ROWS = 2**40
 """Bound on any row count a manifest may claim."""
 MAX_SHARD_ROWS, MAX_ARRAY_BYTES = 2**24, 2**34
 """Bounds on what reading one shard may allocate per array (the default shard holds 2 MB of ids at k=64)."""
+MAX_FILE_BYTES = MAX_ARRAY_BYTES + 2**30
+"""Bound on a file of a cache: an array that does not compress, with the index and the checksums of its chunks."""
 
 
 def bounded_count(value: Any) -> int:
@@ -24,9 +26,16 @@ def bounded_count(value: Any) -> int:
 def file_table(document: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     """`files` of a document: path in the cache -> `bytes` and `sha256`, in these types. Raises CacheError."""
     return {
-        str(name): {"bytes": bounded_count(entry["bytes"]), "sha256": str(entry["sha256"])}
+        str(name): {"bytes": _file_size(entry["bytes"]), "sha256": str(entry["sha256"])}
         for name, entry in document.items()
     }
+
+
+def _file_size(value: Any) -> int:
+    size = bounded_count(value)
+    if size > MAX_FILE_BYTES:
+        raise CacheError("a file is too large", found=f"{size} bytes", expected=f"at most {MAX_FILE_BYTES}")
+    return size
 
 
 def check_bounds(arrays: Sequence[ArraySpec], shard_rows: int) -> None:

@@ -7,6 +7,7 @@ log-probability and rank, byte ends) are in every part.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +111,9 @@ def _indivisible(manifest: CacheManifest) -> list[set[str]]:
 def load_part(root: Path, manifest: CacheManifest) -> Part | None:
     """The part that `partial.json` lists; None for a whole cache. Raises CacheDamageError when the list cannot be true."""
     path = root / PARTIAL
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    document = read_json(path)
+    document = read_json(path, inside=root)
     checksum = document.pop("checksum", None)
     if checksum != digest_of(document) or document.get("format") != FORMAT:
         raise CacheDamageError(

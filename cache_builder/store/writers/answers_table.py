@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd.common.errors import CacheDamageError
+from kd.common.plain_files import open_plain
 
 
 def write_answers(path: Path, ids: Sequence[str], answers: Sequence[tuple[str, bool]]) -> None:
@@ -24,7 +25,8 @@ def write_answers(path: Path, ids: Sequence[str], answers: Sequence[tuple[str, b
 def read_answers(path: Path, ids: Sequence[str]) -> list[tuple[str, bool]]:
     """The answers of a block. Raises CacheDamageError when they are not those of `ids`."""
     try:
-        table = pq.read_table(path)
+        with open_plain(path) as file:
+            table = pq.read_table(file)
         stored_ids = table["id"].to_pylist()
         answers = list(zip(table["target"].to_pylist(), table["complete"].to_pylist(), strict=True))
     except Exception as error:  # a damaged file can break pyarrow in any way

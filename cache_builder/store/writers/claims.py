@@ -23,6 +23,7 @@ from pathlib import Path
 
 from kd.common.files import holder, process_tag, publish_first
 from kd.common.processes import boot_mark, lock_of
+from kd.common.plain_files import NotPlainError, read_plain
 
 STALE_SECONDS = 15 * 60
 """A builder touches its claims with every batch. After this time without a touch it counts as dead."""
@@ -30,6 +31,8 @@ TOUCH_SECONDS = 5.0
 """Least time between two touches."""
 LOCKED = "locked"
 """Second line of a claim whose builder keeps it locked."""
+MAX_CLAIM_BYTES = 4096
+"""Most bytes of a claim; a larger file is void."""
 _BUILDERS = count()
 
 
@@ -171,6 +174,6 @@ def _free(path: Path) -> bool:
 
 def _first_line(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    except FileNotFoundError:
+        return read_plain(path, MAX_CLAIM_BYTES).decode(errors="replace").partition("\n")[0]
+    except (FileNotFoundError, NotPlainError):
         return None
