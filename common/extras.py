@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from kd.common.errors import KdError
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("torch", "transformers", "accelerate", "safetensors", "datasets"),
+    "train": ("torch", "transformers", "accelerate", "safetensors", "datasets", "regex"),
     "eval": ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "bert_score", "simplemma", "nltk"),
     "quantization": ("bitsandbytes",),
     "lora": ("peft",),

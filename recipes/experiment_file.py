@@ -27,12 +27,15 @@ from types import MappingProxyType
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
-from kd.recipes.recipe_file import Recipe, check_step, read_mapping, variables_of
+from kd.common.yaml_file import read_mapping
+from kd.recipes.recipe_file import Recipe, check_step, variables_of
 
 FOLDER = Path(__file__).parent / "experiments"
 KEYS = ("about", "seeds", "variables", "before", "cache", "train", "arms", "evaluate", "folders")
 RESERVED = {"cache": ("out", "shard"), "train": ("out", "cache", "seed", "resume", "config"), "evaluate": ("out",)}
 """Part of the file -> options that the experiment sets itself."""
+MAX_STUDENTS = 1000
+"""Most students of one experiment: arms times seeds."""
 TEACHER_OPTIONS = ("load-in-4bit", "dtype", "revision", "tokenizer", "device")
 """Options of a build that the teacher's evaluation needs too."""
 READING_OPTIONS = ("separator", "bos")
@@ -80,6 +83,18 @@ class Experiment:
     folders: Folders = field(default_factory=Folders)
 
     def __post_init__(self) -> None:
+        if len(self.arms) * len(self.seeds) > MAX_STUDENTS:
+            raise DataError(
+                "an experiment trains too many students",
+                where=self.name,
+                found=f"{len(self.arms):,} arms, {len(self.seeds):,} seeds",
+                expected=f"at most {MAX_STUDENTS:,} students",
+            )
+        for name in (self.folders.cache, self.folders.teacher, self.folders.scores, *self.runs):
+            if name.startswith(("/", "~")) or ".." in name.split("/"):
+                raise DataError(
+                    "a folder leaves the experiment's", where=self.name, found=name, expected="a plain name"
+                )
         if len(set(self.runs)) < len(self.runs):
             raise DataError(
                 "two students of the experiment would share a folder",

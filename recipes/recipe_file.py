@@ -20,11 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd.common.braces import fill, template_fields
 from kd.common.errors import DataError, unknown_name
+from kd.common.yaml_file import read_mapping
 from kd.recipes.steps import STEP_KINDS, Step
 
 FOLDER = Path(__file__).parent
 MODELS = FOLDER.parent / "models"
+MAX_OPTION = 2**13
+"""Most characters of an option with its variables filled in; a path has at most 4,096."""
 SWITCHES = {"true": True, "false": False}
 
 
@@ -58,18 +62,27 @@ class Recipe:
             text = value if isinstance(value, bool) else self._filled(value, values)
             if text != "":
                 options[str(option)] = SWITCHES.get(text, text) if isinstance(text, str) else text
-        return Step(str(step["command"]), options, arguments, self.name)
+        return Step(str(step["command"]), options, arguments, self.name, Path(values["out"]))
 
     def _filled(self, value: Any, values: Mapping[str, str]) -> str:
-        try:
-            return str(value).format_map(values)
-        except (KeyError, ValueError, IndexError) as error:
+        text = str(value)
+        for name in template_fields(text, self.name):
+            if name not in values:
+                raise DataError(
+                    "a recipe uses a variable it does not have",
+                    where=self.name,
+                    found=text,
+                    expected=", ".join(values),
+                )
+        filled = fill(text, values)
+        if len(filled) > MAX_OPTION:
             raise DataError(
-                "a recipe uses a variable it does not have",
+                "an option is too long",
                 where=self.name,
-                found=str(value),
-                expected=", ".join(values),
-            ) from error
+                found=f"{text[:60]}…",
+                expected=f"at most {MAX_OPTION} characters",
+            )
+        return filled
 
 
 def recipe_names() -> list[str]:
@@ -102,28 +115,23 @@ def check_step(step: Any, kind: str, where: Path) -> None:
     if not isinstance(step, dict) or command not in STEP_KINDS:
         article = "an" if kind[0] in "aeiou" else "a"
         raise unknown_name(f"command in {article} {kind}", str(command), STEP_KINDS, where=where)
-
-
-def read_mapping(path: Path, kind: str) -> dict[str, Any]:
-    """A YAML mapping. Raises DataError saying what the file should have been."""
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the {kind}", where=path, found=str(error).splitlines()[0]) from error
-    if not isinstance(document, dict):
-        raise DataError(
-            f"this is not a{'n' if kind[0] in 'aeiou' else ''} {kind}",
-            where=path,
-            found=type(document).__name__,
-            expected="a mapping",
-        )
-    return document
+    for key, type_, expected in (("options", dict, "a mapping"), ("arguments", list, "a list")):
+        if not isinstance(step.get(key, type_()), type_):
+            found = f"{key}: {type(step[key]).__name__}"
+            raise DataError(
+                f"a step of the {kind} cannot be read", where=where, found=found, expected=f"{key}: {expected}"
+            )
+    for name in step:
+        if name not in ("command", "options", "arguments"):
+            raise unknown_name("key of a step", str(name), ("command", "options", "arguments"), where=where)
 
 
 def variables_of(document: Mapping[str, Any]) -> dict[str, str]:
     """The variables of a recipe or an experiment. YAML's null becomes the empty text; true and false become words."""
     texts = {None: "", True: "true", False: "false"}
     variables = document.get("variables") or {}
+    if not isinstance(variables, dict) or any(isinstance(value, dict | list) for value in variables.values()):
+        raise DataError(
+            "the variables are not a mapping of texts", found=f"variables: {variables!r:.60}", expected="name: value"
+        )
     return {str(k): texts[v] if v is None or isinstance(v, bool) else str(v) for k, v in variables.items()}

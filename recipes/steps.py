@@ -15,13 +15,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kd.common.errors import unknown_name
+from kd.common.errors import DataError, unknown_name
+from kd.common.plain_files import is_inside
 from kd.common.settings import Setting, as_text, flattened, make, settings_of
-from kd.common.settings_file import read_settings
+from kd.common.yaml_file import read_settings
 
 T = TypeVar("T")
 Options = Mapping[str, str | bool]
 """Option without its dashes -> its value as text, or true or false for a switch."""
+
+
+WRITTEN = ("out", "rescue_dir", "rescue-dir")
+"""Options that name a folder to write to."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Step:
     """Positional arguments."""
     where: str = ""
     """Name of the recipe or experiment, for errors."""
+    folder: Path | None = None
+    """The folder that everything is written below: a recipe may be a stranger's. None allows any."""
 
     @property
     def words(self) -> list[str]:
@@ -88,7 +95,22 @@ class Step:
             file = Path(str(self.options["config"]))
             from_file = by_class(kind.classes(), read_settings(file), (), str(file))
             parts = {cls: from_file[cls] | part for cls, part in parts.items()}
+        self._refuse_outside(
+            {**self.options, **{name: value for part in parts.values() for name, value in part.items()}}
+        )
         return parts
+
+    def _refuse_outside(self, values: Mapping[str, Any]) -> None:
+        """Raise DataError for a folder to write to that is not below `folder`."""
+        for name in WRITTEN:
+            if self.folder is not None and name in values and not is_inside(str(values[name]), self.folder):
+                raise DataError(
+                    "a step writes outside of the recipe's folder",
+                    where=self._label,
+                    found=f"{name}: {values[name]}",
+                    expected=f"{self.folder}/…",
+                    try_="{out}/NAME in the file, or the command itself",
+                )
 
     def setting(self, cls: type[T]) -> T:
         """The settings of one class. Raises DataError as `settings` does."""

@@ -21,7 +21,6 @@ import click
 from kd.commands.terminal.options import PATH
 from kd.common.errors import DataError
 from kd.common.settings import MissingSettings, Setting, as_text, flat, flattened, make, settings_of
-from kd.common.settings_file import read_settings
 
 T = TypeVar("T")
 GIVEN = "kd.given"
@@ -112,6 +111,8 @@ def take_settings(cls: type[T], options: dict[str, Any], *, leave_out: Collectio
 
     Raises DataError, and click.UsageError where a setting without a default is missing.
     """
+    from kd.common.yaml_file import read_settings
+
     shown = [one for one in settings_of(cls).values() if one.name not in leave_out and not one.hidden]
     given = {one.name: value for one in shown if _is_given(one, value := options.pop(one.name))}
     file = options.pop("config_file", None)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files as package_files
 
-import yaml
-
 from kd.common.errors import unknown_name
+from kd.common.yaml_file import parse_mapping
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,8 @@ class ClusterRegistry:
 @cache
 def flan_clusters() -> ClusterRegistry:
     """The registry that comes with the package."""
-    data = yaml.safe_load(
-        (package_files("kd.data.instruction_tasks") / "flan_clusters.yaml").read_text(encoding="utf-8")
-    )
+    file = package_files("kd.data.instruction_tasks") / "flan_clusters.yaml"
+    data = parse_mapping(file.read_text(encoding="utf-8"), "table of clusters", file.name)
     return ClusterRegistry(
         {name: tuple(members) for name, members in data["clusters"].items()},
         tuple((a, b) for a, b in data["excluded_together"]),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.yaml_file import read_mapping
 from kd.data.instruction_tasks.draws import kept_rows
 from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.rows.compressed import plain_name
@@ -106,9 +107,7 @@ class LabelledRows:
 @lru_cache(maxsize=1)
 def glue_tasks() -> Mapping[str, GlueTask]:
     """The tasks by name, in the order of the table."""
-    import yaml
-
-    table = yaml.safe_load(Path(__file__).with_name("glue.yaml").read_text(encoding="utf-8"))
+    table = read_mapping(Path(__file__).with_name("glue.yaml"), "table of GLUE's tasks")
     return {
         name: GlueTask(name, tuple(entry["texts"]), tuple(entry["labels"]), entry["dev"], tuple(entry["metrics"]))
         for name, entry in table.items()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from kd.common.braces import fill, template_fields
 from kd.common.errors import DataError
 from kd.data.data_settings import BOTH, InstructionConfig
 from kd.data.instruction_tasks.draws import drawing_order, first_rows_are_unlike, keyed
@@ -30,9 +31,7 @@ from kd.data.instruction_tasks.task import (
     TaskFile,
     Template,
     column_value,
-    fill,
     label_key,
-    template_fields,
 )
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kd.common.errors import DataError
+from kd.data.instruction_tasks.text_rules import refuse_long, without
 from kd.data.rows.tables import is_nothing
 
 SPLITS = ("train", "dev", "test")
@@ -49,11 +48,15 @@ class Field:
         if isinstance(value, list):
             texts = [self._clean(item, where) for item in value]
             if self.numbered:
-                return self.wrap.replace("{}", "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1)))
+                return self._wrapped("\n", [f"{i}. {text}" for i, text in enumerate(texts, 1)], where)
             if self.join is None and len(values) == 1:
-                return [self.wrap.replace("{}", text) for text in texts]
-            return self.wrap.replace("{}", (self.join if self.join is not None else "\n").join(texts))
-        return self.wrap.replace("{}", self._clean(value, where))
+                return [self._wrapped("", [text], where) for text in texts]
+            return self._wrapped(self.join if self.join is not None else "\n", texts, where)
+        return self._wrapped("", [self._clean(value, where)], where)
+
+    def _wrapped(self, join: str, texts: list[str], where: str) -> str:
+        refuse_long(sum(map(len, texts)) + len(texts) * len(join) + len(self.wrap), where)
+        return self.wrap.replace("{}", join.join(texts))
 
     def _clean(self, value: Any, where: str) -> str:
         if is_nothing(value) or isinstance(value, list | dict):
@@ -65,9 +68,11 @@ class Field:
             )
         text = str(value)
         if self.drop is not None:
-            text = re.sub(self.drop, "", text)
+            text = without(self.drop, text, where)
         for old, new in self.replace:
-            text = text.replace(old, new)
+            times = text.count(old)
+            refuse_long(len(text) + times * (len(new) - len(old)), where)
+            text = text.replace(old, new) if times else text
         return text
 
 
@@ -197,31 +202,6 @@ class TaskFile:
 def label_key(value: Any) -> str:
     """A label in the form in which labels are compared: `True` -> true, `1` -> 1, ` Yes` -> yes. CSV and Parquet then agree."""
     return str(value).strip().lower()
-
-
-def template_fields(text: str, where: str) -> tuple[str, ...]:
-    """Names in braces, in order; `{{` and `}}` are braces. Raises DataError for anything but a plain `{name}`."""
-    try:
-        parts = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise DataError("a template has a stray brace", where=where, found=str(error), try_="{{ or }}") from error
-    names = []
-    for _, name, spec, conversion in parts:
-        if name is None:
-            continue
-        if spec or conversion or not name.isidentifier():
-            raise DataError(
-                "a template may contain only plain field names", where=where, found=f"{{{name}}}", expected="{name}"
-            )
-        names.append(name)
-    return tuple(names)
-
-
-def fill(text: str, values: Mapping[str, str]) -> str:
-    """Put values into a checked template; braces inside values stay as they are."""
-    return "".join(
-        literal + ("" if name is None else values[name]) for literal, name, _, _ in string.Formatter().parse(text)
-    )
 
 
 def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:

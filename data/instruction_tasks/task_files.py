@@ -22,15 +22,14 @@ Fields have few settings on purpose: a data file holds no expressions and no cod
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kd.common.errors import DataError, unknown_name
+from kd.common.yaml_file import parse_mapping, read_mapping
 from kd.data.instruction_tasks.task import (
     SPLITS,
     WORDINGS,
@@ -44,7 +43,11 @@ from kd.data.instruction_tasks.task import (
     label_key,
 )
 from kd.data.instruction_tasks.task_rules import check_task
+from kd.data.instruction_tasks.text_rules import check_pattern
 from kd.data.instruction_tasks.typed_mapping import TypedMapping
+
+HUB_ID = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?")
+"""Ids of data sets; a path, which `datasets` would read as one, is none."""
 
 
 def task_names() -> tuple[str, ...]:
@@ -62,13 +65,9 @@ def load_task(name: str) -> TaskFile:
     """A task by name, or by the path of a `.yaml` file. Raises DataError for an unknown name or a faulty file."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
-        if not path.is_file():
+        if not path.exists():
             raise DataError("no such task file", where=name, expected="a YAML file", try_="kd data ls")
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError("cannot read the task file", where=name, found=str(error)) from error
-        return parse_task(text, path.stem, str(path))
+        return task_of(read_mapping(path, "task file"), path.stem, str(path))
     if name not in task_names():
         raise unknown_name("task", name, task_names(), try_="kd data ls, or the path of a .yaml file")
     return _packaged_task(name)
@@ -85,10 +84,11 @@ def _packaged_text(name: str) -> str:
 
 def parse_task(text: str, name: str, where: str) -> TaskFile:
     """A task from YAML text, checked. `where` names the file in errors. Raises DataError."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DataError("the task file is not YAML", where=where, found=" ".join(str(error).split())) from error
+    return task_of(parse_mapping(text, "task file", where), name, where)
+
+
+def task_of(data: Mapping[Any, Any], name: str, where: str) -> TaskFile:
+    """A task from the keys of its file, checked. `where` names the file in errors. Raises DataError."""
     read = TypedMapping(_extended(data, where), where, KEYS)
     if re.fullmatch(r"[\w.-]+", name) is None:
         raise DataError("the file's name is not a task name", where=where, expected="letters, digits, _ . -")
@@ -126,7 +126,7 @@ def _extended(data: Any, where: str) -> dict[Any, Any]:
         return read.data
     if base not in task_names():
         raise unknown_name("task to extend", base, task_names(), where=where)
-    inherited = _extended(yaml.safe_load(_packaged_text(base)), base)
+    inherited = _extended(parse_mapping(_packaged_text(base), "task file", base), base)
     if read.data.get("files") and "splits" not in read.data:  # the slices of its data set do not hold for other files
         inherited["splits"] = {name: name for name in inherited.get("splits", SPLITS)}
     return inherited | read.data
@@ -136,13 +136,20 @@ def _hub(read: TypedMapping) -> HubDataset | None:
     if read.data.get("hub") is None:
         return None
     hub = TypedMapping(read.data["hub"], f"{read.where} hub", ("id", "config", "revision"))
+    if HUB_ID.fullmatch(hub.text("id")) is None:
+        raise DataError(
+            "not the id of a data set on the hub",
+            where=hub.where,
+            found=repr(hub.text("id"))[:80],
+            expected="OWNER/NAME or NAME",
+        )
     return HubDataset(hub.text("id"), hub.optional_text("config"), hub.optional_text("revision"))
 
 
 def _splits(read: TypedMapping) -> dict[str, SplitPart]:
     parts = {}
     for key, value in (read.mapping_of_texts("splits") or {s: s for s in SPLITS}).items():
-        parsed = re.fullmatch(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", value)
+        parsed = re.fullmatch(r"([\w.-]+)(?:\[(-?\d{1,12}%?)?:(-?\d{1,12}%?)?\])?", value)
         if key not in SPLITS:
             raise unknown_name("split", key, SPLITS, where=f"{read.where} splits")
         if parsed is None:
@@ -166,10 +173,8 @@ def _field(value: Any, where: str) -> Field:
         raise DataError(
             "a wrap must contain {} once, where the value goes", where=where, found=repr(wrap), expected="one {}"
         )
-    try:
-        re.compile(drop or "")
-    except re.error as error:
-        raise DataError("not a regular expression", where=f"{where} drop", found=str(error)) from error
+    if drop is not None:
+        check_pattern(drop, f"{where} drop")
     return Field(
         tuple(columns),
         read.optional_text("join"),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.plain_files import is_inside
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.compressed import plain_name
 from kd.data.rows.hub import HubRows, is_url, load_url
@@ -115,7 +116,15 @@ def _from_named_file(task: TaskFile, split: str) -> TaskRows:
     named = task.files[of]
     if is_url(named):
         return _or_local_files(task, split, lambda: _from_tables(task, [load_url(named)], part, named))
-    file = Path(task.path).parent / Path(named).expanduser()
+    file = Path(task.path).parent / named
+    if not is_inside(file, Path(task.path).parent):
+        raise DataError(
+            "a task's file lies outside of its folder",
+            where=f"{task.path} files.{of}",
+            found=named,
+            expected="a file beside the YAML file, or below",
+            try_="--task-root DIR, which may be anywhere",
+        )
     if not file.is_file():
         raise DataError("a task's file is missing", where=f"{task.path} files.{of}", expected=str(file))
     return _from_files(task, [file], part if not part.whole else SplitPart(split))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.yaml_file import read_mapping
 
 BASE = "_pretrained_"
 POOL_KEYS = ("base", "models")
@@ -78,13 +79,8 @@ class ModelPool:
 
 def read_pool(file: Path) -> ModelPool:
     """Read a pool; raises DataError naming file and key for anything but the three layouts above."""
-    import yaml
-
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError("cannot read the pool", where=file, found=error) from error
-    if not isinstance(document, dict) or not document.get("models"):
+    document = read_mapping(file, "pool")
+    if not document.get("models"):
         raise DataError("the file is not a pool of models", where=file, expected="models: a list or a mapping")
     for key in document:
         if key not in (*POOL_KEYS, *FUSION_BENCH_KEYS):
@@ -126,6 +122,9 @@ def _model(name: str, entry: Any, file: Path) -> PoolModel:
     path = entry.get("path", entry.get("pretrained_model_name_or_path"))
     if not isinstance(path, str):
         raise DataError("a model has no path", where=where, expected="path: FOLDER or a hub id")
+    for key in ("revision", "data"):
+        if not isinstance(entry.get(key), str | None):
+            raise DataError("a model's entry is not a text", where=where, found=f"{key}: {type(entry[key]).__name__}")
     return PoolModel(name, _located(path, file), entry.get("revision"), entry.get("data"))
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_every_file_of_a_cache(make: Callable[[Path], None], small: Path, tmp_pa
         root = tmp_path / f"c{number}"
         shutil.copytree(small, root)
         make(root / name)
-        assert child(lambda root=root, name=name: every_command(root, name, root.with_suffix(".work"))) == (0, ""), name
+        assert child(partial(every_command, root, name, root.with_suffix(".work"))) == (0, ""), name
 
 
 @pytest.mark.parametrize("make", NOT_PLAIN, ids=lambda make: make.__name__)

@@ -27,7 +27,7 @@ from kd.common.settings import (
     settings_of,
     unescaped,
 )
-from kd.common.settings_file import read_settings
+from kd.common.yaml_file import read_settings
 
 COLOURS = ("red", "green")
 
@@ -364,7 +364,10 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str)
 
 def test_an_error_in_a_file_names_the_line(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    for text, words in (("called: n\nsteps: [1\n", "line 3"), ("steps: 2\ngroup: {}\nsteps: 3\n", "line 3: steps")):
+    for text, words in (
+        ("called: n\nsteps: [1\n", "line 3"),
+        ("steps: 2\ngroup: {}\nsteps: 3\n", "line 3: 'steps' is given twice"),
+    ):
         file.write_text(text)
         with pytest.raises(DataError) as caught:
             read_settings(file)

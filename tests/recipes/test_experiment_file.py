@@ -89,6 +89,10 @@ def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: 
         ('out: "{out}/first", ', "", "no folder of its own"),
         ('teacher: "{out}/first", ', "", "no teacher"),
         ("seeds:", "seeds: [", "cannot read"),
+        ("seeds:", "folders: {cache: ../x}\nseeds:", "leaves the experiment's"),
+        ("seeds:", "folders: {student: '/x/{arm}{seed}'}\nseeds:", "leaves the experiment's"),
+        ("taught:", "../../taught:", "leaves the experiment's"),
+        ("[3, 5]", str(list(range(501))), "too many students"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(tmp_path: Path, old: str, new: str, words: str):

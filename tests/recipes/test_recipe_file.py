@@ -70,7 +70,12 @@ def test_unknown_names_suggest_the_nearest(tmp_path: Path):
     ("text", "words"),
     [
         ("steps: []", "not a recipe"),
-        ("- a", "not a recipe"),
+        ("- a", "not a mapping"),
+        ("steps: [{command: train, options: [x]}]", "step of the recipe cannot be read"),
+        ("steps: [{command: train, arguments: x}]", "step of the recipe cannot be read"),
+        ("steps: [{command: train, opts: {}}]", "unknown key of a step"),
+        ("{variables: [x], steps: [{command: train}]}", "variables are not a mapping"),
+        ("{variables: {x: {y: z}}, steps: [{command: train}]}", "variables are not a mapping"),
         ("a: [", "cannot read"),
         ("steps: [{command: cache bild}]", "unknown command"),
         ("steps: [run]", "unknown command"),
@@ -87,6 +92,36 @@ def test_a_variable_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="does not have") as caught:
         load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path, {})
     assert "{who}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["{out.__class__}", "{out!r}", "{out:>9999999999}", "{}", "{out[0]}"])
+def test_formats_and_attributes_are_no_variables(tmp_path: Path, value: str):
+    (tmp_path / "r.yaml").write_text(f"steps: [{{command: train, options: {{student: '{value}'}}}}]")
+    with pytest.raises(DataError, match="plain field names"):
+        load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path, {})
+
+
+def test_a_variable_that_is_repeated_does_not_fill_the_memory(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text(
+        f"variables: {{a: {'x' * 9000}}}\nsteps: [{{command: train, options: {{student: '{{a}}'}}}}]"
+    )
+    with pytest.raises(DataError, match="too long"):
+        load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path, {})
+
+
+@pytest.mark.parametrize("place", ["{out}/../../x", "/etc/kd", "runs/x", "~/x", "{out}-more", "{out}/link/x"])
+def test_a_recipe_writes_below_its_folder_alone(tmp_path: Path, place: str):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "link").symlink_to(tmp_path)
+    (tmp_path / "c.yaml").write_text(f"out: '{place.format(out=out)}'")
+    for options in (f"out: '{place}'", f"config: '{tmp_path}/c.yaml'"):
+        (tmp_path / "r.yaml").write_text(
+            f"steps: [{{command: train, options: {{student: demo, cache: '{{out}}/cache', {options}}}}}]"
+        )
+        with pytest.raises(DataError, match="outside of the recipe's folder"):
+            check_steps(load_recipe(str(tmp_path / "r.yaml")).fill(out, {}))
+    check_steps(load_recipe("oscarnav-four").fill(out, {}))
 
 
 def kd(*words: str | Path) -> str:

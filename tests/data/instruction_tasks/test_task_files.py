@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kd.common.braces import template_fields
 from kd.common.errors import DataError
-from kd.data.instruction_tasks.task import ANSWER, MAX_INVERTED, TaskFile, template_fields
+from kd.data.instruction_tasks.task import ANSWER, MAX_INVERTED, TaskFile
 from kd.data.instruction_tasks.task_files import load_task, parse_task, task_names
 
 GOOD = {
@@ -156,6 +157,12 @@ def test_a_file_may_extend_one_of_ours(tmp_path: Path) -> None:
         ({"max_chars": {"text": "long"}}, "wrong type", "max_chars"),
         ({"cap": 0}, "wrong type", "cap"),
         ({"hub": {"id": "a/b", "rev": "main"}}, "unknown key", "revision"),
+        ({"hub": {"id": "/etc"}}, "not the id", "OWNER/NAME"),
+        ({"hub": {"id": "../mine"}}, "not the id", "OWNER/NAME"),
+        ({"templates": [{"prompt": "{passage.__class__}"}]}, "plain field names", "templates[0]"),
+        ({"templates": [{"prompt": "{passage:>9999999999}"}]}, "plain field names", "templates[0]"),
+        ({"fields": {"passage": {"column": "text", "drop": "(x{999}){999}"}}}, "too large", "passage"),
+        ({"splits": {"train": f"train[:{'9' * 5000}]"}}, "not a split", "train[:90%]"),
         ({"extends": "boolqq"}, "unknown task to extend", "boolq"),
     ],
 )
@@ -167,9 +174,9 @@ def test_a_faulty_file_is_one_clear_error(changes: dict[str, object], words: str
 
 
 def test_what_is_not_yaml_or_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not YAML"):
+    with pytest.raises(DataError, match="cannot read the task file"):
         parse_task("a: [", "mine", "mine.yaml")
-    with pytest.raises(DataError, match="mapping is missing"):
+    with pytest.raises(DataError, match="is not a mapping"):
         parse_task("", "mine", "mine.yaml")
     with pytest.raises(DataError, match="no such task file"):
         load_task(str(tmp_path / "none.yaml"))

@@ -188,6 +188,21 @@ def test_files_that_a_task_names_lie_beside_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["../secret.jsonl", "{root}/secret.jsonl", "link.jsonl", "folder/secret.jsonl", "~/secret.jsonl"]
+)
+def test_files_outside_of_a_tasks_folder_are_refused(name: str, tmp_path: Path) -> None:
+    put(tmp_path / "secret.jsonl", [{"dialogue": "d", "summary": "s"}])
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    (tmp_path / "task" / "folder").symlink_to(tmp_path)
+    path = tmp_path / "task" / "talks.yaml"
+    path.write_text(f"extends: samsum\nfiles: {{train: '{name.format(root=tmp_path)}'}}\n")
+    with pytest.raises(DataError, match=r"outside of its folder|file is missing") as caught:
+        load_task_rows(load_task(str(path)), "train", None, no_hub)
+    assert caught.value.details["where"] == f"{path} files.train"
+
+
+@pytest.mark.parametrize(
     ("name", "split", "root", "words"),
     [
         ("paws", "dve", None, "unknown split"),

@@ -68,7 +68,7 @@ def test_a_folder_beside_the_file_comes_before_a_hub_id(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("models: {}", "not a pool of models"),
-        ("- cola", "not a pool of models"),
+        ("- cola", "the pool is not a mapping"),
         ("models: [cola]", "no names"),
         ("models: {cola: 3}", "not a path"),
         ("models: {cola: {data: x}}", "no path"),
