@@ -9,6 +9,7 @@ The commands are in `commands/` and are imported on first use. They import heavy
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -28,12 +29,15 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 
 
 def _fail(error: KdError) -> NoReturn:
-    click.echo(f"{type(error).__name__}: {error}", err=True)
+    from kd.commands.terminal.console import say
+
+    say(f"{type(error).__name__}: {error}", err=True)
     sys.exit(error.exit_code)
 
 
 def main() -> None:
     """Run `kd`. Errors that a user can cause become a few lines on stderr and an exit code."""
+    from kd.commands.terminal.console import say
     from kd.common.errors import KdError
     from kd.common.extras import missing_package
     from kd.common.memory import share_one_heap
@@ -46,14 +50,16 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
-        _with_what_is_meant(error).show()
+        shown = io.StringIO()
+        _with_what_is_meant(error).show(shown)
+        say(shown.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, click.exceptions.Abort) else error  # click wraps ours
         arguments = cause.args if isinstance(cause, KeyboardInterrupt) else ()
         what = arguments[0] if arguments else "interrupted"
         how_to_continue = arguments[1] if len(arguments) > 1 else "run the same command again to continue"
-        click.echo(f"{what}; {how_to_continue}", err=True)
+        say(f"{what}; {how_to_continue}", err=True)
         sys.exit(130)
     except KdError as error:
         _fail(error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from kd.cache_builder.build.build_settings import RECORDED, BuildSettings
-from kd.commands.terminal.console import emit, follow, quiet_libraries
+from kd.commands.terminal.console import emit, follow, quiet_libraries, say
 from kd.commands.terminal.lazy import LazyCommands
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, settings_options
@@ -94,7 +94,7 @@ def build_and_show(
     heading = "nothing left to do here" if last.reused else "built"
     if not as_json:
         state = "complete" if last.complete else "not complete"
-        click.echo(f"{settings.out}: {state} ({f'{last.left} shards left' if last.left else heading})")
+        say(f"{settings.out}: {state} ({f'{last.left} shards left' if last.left else heading})")
     if last.copied:
         result["shards_copied"] = last.copied
     if as_json and last.elsewhere:
@@ -109,7 +109,7 @@ def build_behind_a_bar(settings: BuildSettings, recorded: Mapping[str, str | boo
     quiet_libraries()
     from kd.cache_builder.build.from_settings import build_of
 
-    return build_of(settings, recorded=recorded, watch=behind_a_bar, say=lambda message: click.echo(message, err=True))
+    return build_of(settings, recorded=recorded, watch=behind_a_bar, say=lambda message: say(message, err=True))
 
 
 def behind_a_bar(stage: str, steps: Iterator[AnyStep]) -> AnyStep:

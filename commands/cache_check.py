@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.terminal.console import emit_json, follow
+from kd.commands.terminal.console import emit_json, follow, say
 from kd.commands.terminal.options import PATH, json_option
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
         )
     else:
         if part is not None:
-            click.echo(f"{path}: a part of a cache, {len(part.shards)} shards of arrays {', '.join(part.arrays)}")
+            say(f"{path}: a part of a cache, {len(part.shards)} shards of arrays {', '.join(part.arrays)}")
         print_findings(path, last.findings)
-        click.echo(f"{last.bytes_total:,} bytes checked")
+        say(f"{last.bytes_total:,} bytes checked")
     if findings:
         sys.exit(3)
     if not manifest.complete:
@@ -116,10 +116,10 @@ def cache_repair(path: Path, source: str | None, as_json: bool, **moved: Any) ->
         emit_json(result | {"sound": not findings, "findings": [asdict(f) for f in findings]})
     else:
         for name in mended:
-            click.echo(f"{name}: taken from {source}")
+            say(f"{name}: taken from {source}")
         if rebuilt:
             other = "in other bytes: another machine or other versions; these are committed now"
-            click.echo(f"shards {', '.join(map(str, rebuilt))}: built again, {'the same bytes' if same else other}")
+            say(f"shards {', '.join(map(str, rebuilt))}: built again, {'the same bytes' if same else other}")
         print_findings(path, findings)
     if findings:
         sys.exit(3)
@@ -158,6 +158,7 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
     from kd.cache_builder.build.build_settings import BuildSettings
     from kd.cache_builder.build.builder import require_finished
     from kd.cache_builder.store.records.commits import committed
+    from kd.cache_builder.upkeep.cache_registry import places_of
     from kd.cache_builder.upkeep.repair import reopen
     from kd.commands.cache import build_behind_a_bar
     from kd.common.settings import make
@@ -168,7 +169,7 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
     if not isinstance(recorded, dict):
         raise cannot_rebuild(before, path, rebuilt)
     require_finished(
-        build_behind_a_bar(make(BuildSettings, recorded | moved | {"out": path}, where=path, typed=True)), path
+        build_behind_a_bar(make(BuildSettings, recorded | places_of(before) | moved | {"out": path}, where=path, typed=True)), path
     )
     return rebuilt
 
@@ -222,5 +223,5 @@ def print_findings(path: Path | str, findings: Sequence[Finding]) -> None:
             finding.array or "",
             f"rows {finding.rows}" if finding.rows else "",
         ]
-        click.echo(f"{finding.where}: {finding.problem} ({', '.join(p for p in location if p) or 'whole file'})")
-    click.echo(f"{path}: {'sound' if not findings else f'{len(findings)} findings'}")
+        say(f"{finding.where}: {finding.problem} ({', '.join(p for p in location if p) or 'whole file'})")
+    say(f"{path}: {'sound' if not findings else f'{len(findings)} findings'}")

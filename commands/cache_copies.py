@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
-from kd.commands.terminal.console import emit, emit_json, follow
+from kd.commands.terminal.console import emit, emit_json, follow, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
 
 if TYPE_CHECKING:
@@ -90,11 +90,11 @@ def cache_ls(root: Path | None, as_json: bool) -> None:
         return
     for row in rows:
         if row["fingerprint"] is None:
-            click.echo(f"{'damaged':<12}  {row['path']}: {row['error']}")
+            say(f"{'damaged':<12}  {row['path']}: {row['error']}")
             continue
         state = "" if row["complete"] else f", {row['shards_committed']} of {row['shards']} shards"
         kept = row["profile"] + (f" k={row['top_k']}" if row["top_k"] else "")
         name = f"{row['fingerprint'][:12]}  {row['path']}: {row['teacher']} over {row['corpus']}"
-        click.echo(f"{name}, {kept}, {row['rows']:,} rows, {row['bytes'] / 1e6:,.1f} MB{state}")
+        say(f"{name}, {kept}, {row['rows']:,} rows, {row['bytes'] / 1e6:,.1f} MB{state}")
     if not rows:
-        click.echo("no caches" + (f" below {root}" if root else " have been finished on this machine"))
+        say("no caches" + (f" below {root}" if root else " have been finished on this machine"))

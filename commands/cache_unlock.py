@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.terminal.console import emit_json
+from kd.commands.terminal.console import emit_json, say
 from kd.commands.terminal.options import PATH, json_option
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def cache_unlock(path: Path, force: bool, as_json: bool) -> None:
         emit_json({"path": str(path), "claims": [asdict(c) | {"removed": c in removed} for c in claims]})
         return
     for claim in claims:
-        click.echo(described(claim, claim in removed))
-    click.echo(f"{path}: {len(claims)} claims, {len(removed)} removed")
+        say(described(claim, claim in removed))
+    say(f"{path}: {len(claims)} claims, {len(removed)} removed")
 
 
 def described(claim: Claim, removed: bool) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from kd.commands.terminal.console import emit, emit_json, follow, progress_bar, quiet_libraries
+from kd.commands.terminal.console import emit, emit_json, follow, progress_bar, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, MatrixSettings
@@ -59,9 +59,9 @@ def classify_eval(models: tuple[str, ...], settings: ClassifierEvaluation, as_js
         emit_json({model: result.to_dict() for model, result in results.items()})
         return
     for model, result in results.items():
-        click.echo(f"{model}: {result.task}, {result.rows:,} rows")
+        say(f"{model}: {result.task}, {result.rows:,} rows")
         for line in result.lines():
-            click.echo(f"  {line}")
+            say(f"  {line}")
 
 
 @classify.command("matrix")
@@ -85,4 +85,4 @@ def classify_matrix(settings: MatrixSettings, as_json: bool) -> None:
     if as_json:
         emit_json(last.result.to_dict())
         return
-    click.echo(last.result.markdown())
+    say(last.result.markdown())

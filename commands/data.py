@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.terminal.console import emit, emit_json
+from kd.commands.terminal.console import emit, emit_json, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.settings import settings_of
@@ -43,7 +43,7 @@ def data_ls(as_json: bool) -> None:
         emit(result, as_json)
         return
     for name, text in result.items():
-        click.echo(f"  {name:<29}{text}")
+        say(f"  {name:<29}{text}")
 
 
 def source_lines() -> dict[str, str]:
@@ -110,7 +110,7 @@ def data_show(spec: tuple[str, ...], settings: DataSettings, as_json: bool) -> N
     emit(result, False)
     for example in shown:
         prompt = f"{clipped(example.prompt)!r} -> " if example.prompt else ""
-        click.echo(f"  [{example.id}] {prompt}{clipped(example.target)!r}")
+        say(f"  [{example.id}] {prompt}{clipped(example.target)!r}")
 
 
 @data.command("templates")
@@ -132,11 +132,11 @@ def data_templates(task: str, settings: InstructionConfig, as_json: bool) -> Non
     check_options([task_file], settings)
     shown = show_templates(task_file, settings)
     if as_json:
-        click.echo(json.dumps(task_document(task_file, shown), indent=2, ensure_ascii=False))
+        say(json.dumps(task_document(task_file, shown), indent=2, ensure_ascii=False))
         return
-    click.echo(f"{task_file.name}: {task_file.about}")
+    say(f"{task_file.name}: {task_file.about}")
     for index, (template, example) in enumerate(zip(task_file.templates, shown, strict=True)):
-        click.echo(f"\n[{index}]{' inverted' if template.inverted else ''}\n{example.prompt}\n=> {example.target}")
+        say(f"\n[{index}]{' inverted' if template.inverted else ''}\n{example.prompt}\n=> {example.target}")
 
 
 def task_document(task: TaskFile, shown: Sequence[Example]) -> dict[str, object]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kd.commands.recipe import run_commands
-from kd.commands.terminal.console import emit_json, quiet_libraries
+from kd.commands.terminal.console import emit_json, quiet_libraries, say
 from kd.commands.terminal.options import FOLDER, json_option
 from kd.common.extras import require
 
@@ -49,7 +49,7 @@ def demo(out: Path, as_json: bool) -> None:
     if as_json:
         emit_json(outcome)
     else:
-        click.echo("\n".join(outcome_lines(results, outcome)))
+        say("\n".join(outcome_lines(results, outcome)))
 
 
 def run_part(part: DemoPart) -> PartResult:
@@ -58,7 +58,7 @@ def run_part(part: DemoPart) -> PartResult:
     from kd.recipes.demo_outcome import PartResult, card_scores
     from kd.student_trainer.model_card import write_card
 
-    click.echo(f"== {part.title}", err=True)
+    say(f"== {part.title}", err=True)
     built = run_commands(part.steps)[0]
     reports = part.reports
     for run in part.experiment.runs:

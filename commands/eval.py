@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.terminal.console import emit, emit_json, follow, quiet_libraries
+from kd.commands.terminal.console import emit, emit_json, follow, quiet_libraries, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.extras import require
@@ -79,7 +79,7 @@ def score_and_show(models: Sequence[str], settings: EvalSettings, out: Path | No
         emit_json([r.to_dict() for r in reports])
         return
     for report in reports:
-        click.echo("\n".join(report_lines(report)))
+        say("\n".join(report_lines(report)))
 
 
 def report_lines(report: EvalReport) -> list[str]:
@@ -139,5 +139,5 @@ def report_and_show(runs: Sequence[Path], out: Path, baseline: str | None, *, as
 
     files = write_report(list(runs), out, baseline=baseline)
     if not as_json:
-        click.echo(files.markdown.read_text(encoding="utf-8"))
+        say(files.markdown.read_text(encoding="utf-8"))
     emit({name: str(path) for name, path in asdict(files).items() if path is not None}, as_json)

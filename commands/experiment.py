@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.recipe import echo_commands, run_commands, variables_option
-from kd.commands.terminal.console import emit_json
+from kd.commands.terminal.console import emit_json, say
 from kd.commands.terminal.options import FOLDER, json_option
 from kd.common.extras import require
 
@@ -62,7 +62,7 @@ def experiment(
             commands = [step.words for step in steps]
             emit_json({"experiment": chosen.name, "about": chosen.about, "commands": commands})
         else:
-            click.echo(f"# {chosen.about}")
+            say(f"# {chosen.about}")
             echo_commands(steps)
         return
     for extra in ("train", "eval"):
@@ -74,18 +74,19 @@ def experiment(
     if as_json:
         emit_json(document | {"files": files})
     else:
-        click.echo(Path(files["markdown"]).read_text(encoding="utf-8"))
-        click.echo(f"report: {files['page']}")
+        say(Path(files["markdown"]).read_text(encoding="utf-8"))
+        say(f"report: {files['page']}")
 
 
 def open_folder(chosen: Experiment, folder: Path, steps: Sequence[Step]) -> None:
     """Record which command writes which folder. Raises DataError where another command wrote one of them."""
     from kd.common.errors import DataError
     from kd.common.files import canonical_json, read_object, write_atomic
+    from kd.common.shown_text import redacted
     from kd.recipes.experiment_file import refuse_other_commands
 
     state = folder / STATE
-    commands = {str(step.out.relative_to(folder)): step.words for step in steps}
+    commands = {str(step.out.relative_to(folder)): redacted(step.words) for step in steps}
     before: dict[str, Any] = {}
     if state.exists():  # a step that failed before it wrote anything may be changed
         before = {name: words for name, words in read_object(state)["steps"].items() if (folder / name).exists()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.terminal.console import emit_json, follow, quiet_libraries
+from kd.commands.terminal.console import emit_json, follow, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.evaluation.merged.merged_settings import MergeRun
@@ -34,15 +34,15 @@ def merge(settings: MergeRun, as_json: bool) -> None:
     else:
         print_merge(result)
     if result.warning:
-        click.echo(f"warning: {result.warning}", err=True)
+        say(f"warning: {result.warning}", err=True)
 
 
 def print_merge(result: MergeResult) -> None:
     """Print the outcome of a merge and its tables."""
     kind = "scored, no weights" if result.parameters is None else f"merged {result.parameters:,} parameters"
-    click.echo(f"{result.out}: {result.method} of {', '.join(result.models)}; {kind}")
+    say(f"{result.out}: {result.method} of {', '.join(result.models)}; {kind}")
     if result.table is not None:
-        click.echo(f"\n{result.table.markdown()}")
+        say(f"\n{result.table.markdown()}")
     if result.even is not None and result.odd is not None:
-        click.echo(f"\nscaling {result.scaling:g}, chosen on the even rows:\n\n{result.even.markdown()}")
-        click.echo(f"\nand scored on the odd rows:\n\n{result.odd.markdown()}")
+        say(f"\nscaling {result.scaling:g}, chosen on the even rows:\n\n{result.even.markdown()}")
+        say(f"\nand scored on the odd rows:\n\n{result.odd.markdown()}")

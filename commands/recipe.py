@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.terminal.console import emit, emit_json
+from kd.commands.terminal.console import emit, emit_json, say
 from kd.commands.terminal.options import FOLDER, Function, json_option
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def recipe_show(name: str, out: Path | None, variables: dict[str, str], as_json:
             {"name": chosen.name, "about": chosen.about, "variables": dict(chosen.variables), "commands": commands}
         )
         return
-    click.echo(f"# {chosen.about}\n# variables: {', '.join(f'{k}={v}' for k, v in chosen.variables.items())}")
+    say(f"# {chosen.about}\n# variables: {', '.join(f'{k}={v}' for k, v in chosen.variables.items())}")
     echo_commands(steps)
 
 
 def echo_commands(steps: Sequence[Step]) -> None:
     """Print the commands of steps as they would be typed."""
     for step in steps:
-        click.echo(shlex.join(["kd", *step.words]))
+        say(shlex.join(["kd", *step.words]))
 
 
 @recipe.command("run")
@@ -111,7 +111,7 @@ def run_commands(steps: Sequence[Step], *, keep_scores: bool = False) -> list[An
     """Run steps as their commands run, with progress bars and printed results; see `kd.recipes.run_steps`."""
     from kd.recipes.run_steps import run_steps
 
-    return run_steps(steps, RUNNERS, keep_scores=keep_scores, say=lambda line: click.echo(line, err=True))
+    return run_steps(steps, RUNNERS, keep_scores=keep_scores, say=lambda line: say(line, err=True))
 
 
 def _build(step: Step) -> BuildProgress:

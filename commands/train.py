@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.eval import run_evaluation
-from kd.commands.terminal.console import emit, progress_bar, quiet_libraries
+from kd.commands.terminal.console import emit, progress_bar, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.student_trainer.config import ScoreSettings, TrainConfig
@@ -153,7 +153,7 @@ def run_training(config: TrainConfig, resume: bool = False, midway: Callable[[],
             resume=resume,
             midway=None if midway is None else midway(),
             stoppable=stop_on_signals(),
-            say=lambda sentence: click.echo(sentence, err=True),
+            say=lambda sentence: say(sentence, err=True),
             on_step=lambda s: advance(s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"),
         )
 
@@ -167,7 +167,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        click.echo("stopping after this step, with a checkpoint; once more stops at once", err=True)
+        say("stopping after this step, with a checkpoint; once more stops at once", err=True)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -185,7 +185,7 @@ def with_scores(plan: ScorePlan, every: int | None) -> Midway:
     from kd.evaluation.midway_scores import headline
     from kd.student_trainer.midway import Midway
 
-    return Midway(plan.score, every, on_record=lambda record: click.echo(headline(record), err=True))
+    return Midway(plan.score, every, on_record=lambda record: say(headline(record), err=True))
 
 
 def final_scores(records: list[dict[str, Any]], data: str | None) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kd.common.shown_text import for_terminal, without_secrets
 from kd.common.synonyms import nearest_name
 
 
@@ -42,7 +43,13 @@ class KdError(Exception):
 
     def __str__(self) -> str:
         width = max((len(key) for key in self.details), default=0) + 2
-        return "\n".join([self.headline, *(f"  {key:<{width}}{value}" for key, value in self.details.items())])
+        lines = [_shown(self.headline, 2)]
+        return "\n".join(lines + [f"  {key:<{width}}{_shown(value, width + 2)}" for key, value in self.details.items()])
+
+
+def _shown(value: object, indent: int) -> str:
+    """A value as text without secrets and control characters; its further lines are indented, so that they pose as no detail."""
+    return for_terminal(without_secrets(str(value))).replace("\n", "\n" + " " * indent)
 
 
 def _label(key: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, read_object, write_atomic
+from kd.common.shown_text import redacted
 
 FORMAT, FORMAT_VERSION = "kd-eval", 1
 EVAL, DOCUMENTS = "eval.json", "documents.json"
@@ -79,7 +80,7 @@ class EvalReport:
     def save(self, out_dir: Path) -> Path:
         """Write `documents.json`, then `eval.json`, each whole or absent; returns the latter's path."""
         write_atomic(out_dir / DOCUMENTS, json.dumps(self.documents, sort_keys=True, allow_nan=False) + "\n")
-        write_atomic(out_dir / EVAL, canonical_json(self.to_dict()))
+        write_atomic(out_dir / EVAL, canonical_json(redacted(self.to_dict())))
         return out_dir / EVAL
 
 

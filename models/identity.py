@@ -18,7 +18,7 @@ from typing import Any
 from kd.common.digests import file_sha256
 from kd.common.errors import DataError
 from kd.common.files import MAX_JSON_BYTES
-from kd.common.plain_files import open_plain, read_plain
+from kd.common.plain_files import read_plain
 from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
 
 IN_MEMORY = "in memory"
@@ -190,7 +190,7 @@ def weight_digests(request: ModelRequest) -> dict[str, Any]:
         return {"revision": folder.name, "weights": _folder_digests(folder, request.name)}
     files = {s.rfilename: s for s in info.siblings or []}
     names = weight_files(
-        files, lambda name: read_index(Path(hf_hub_download(request.name, name, revision=info.sha))), request.name
+        files, lambda name: index_text(Path(hf_hub_download(request.name, name, revision=info.sha))), request.name
     )
     # a file outside large-file storage has no SHA-256 on the hub; its git blob identifies it
     digests = {n: lfs.sha256 if (lfs := files[n].lfs) else f"git:{files[n].blob_id}" for n in names}
@@ -198,7 +198,7 @@ def weight_digests(request: ModelRequest) -> dict[str, Any]:
 
 
 def _folder_digests(folder: Path, name: str) -> dict[str, str]:
-    files = weight_files([p.name for p in folder.iterdir()], lambda index: read_index(folder / index), name)
+    files = weight_files([p.name for p in folder.iterdir()], lambda index: index_text(folder / index), name)
     return {f: file_sha256(folder / f) for f in files}
 
 
@@ -237,7 +237,7 @@ def weight_files(names: Collection[str], read: Callable[[str], str], where: str)
     )
 
 
-def read_index(path: Path) -> str:
+def index_text(path: Path) -> str:
     """The text of an index of weight files. Raises DataError where it is not a plain file, or too large."""
     try:
         return read_plain(path, MAX_JSON_BYTES).decode(errors="replace")

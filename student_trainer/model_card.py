@@ -6,6 +6,7 @@ from settings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ import yaml
 
 from kd.common.errors import DataError
 from kd.common.files import write_atomic
+from kd.common.shown_text import for_markdown, public_place
 from kd.student_trainer.run_folder import read_run
+
+HUB_MODEL = re.compile(r"[\w.-]+/[\w.-]+")
+"""Id of a model on the hub, which the card links to."""
 
 
 def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
@@ -34,25 +39,30 @@ def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
     result, settings = run["result"], run["settings"]
     objective = settings["objective"]
     two_sides = run["encoder_decoder"]
+    student, teacher, corpus = (
+        public_place(str(one)) for one in (run["student"], run["teacher"], run["corpus"]["corpus"])
+    )
     auto_class = "AutoModelForSeq2SeqLM" if two_sides else "AutoModelForCausalLM"
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text2text-generation" if two_sides else "text-generation",
         "tags": ["knowledge-distillation" if run["loss"] != "ce" else "fine-tuned", "kd"],
-        **({"base_model": run["student"]} if "/" in str(run["student"]) and not Path(run["student"]).exists() else {}),
+        **(
+            {"base_model": student} if HUB_MODEL.fullmatch(run["student"]) and not Path(run["student"]).exists() else {}
+        ),
     }
     how = (
-        f"Distilled from **{run['teacher']}** with loss `{run['loss']}` (tail `{objective['tail']}`, "
+        f"Distilled from {teacher} with loss {run['loss']} (tail {objective['tail']}, "
         f"temperature {objective['temperature']:g}, alpha {objective['alpha']:g})"
         if run["loss"] != "ce"
-        else f"Fine-tuned with cross-entropy on the rows of a cache of **{run['teacher']}** (the teacher's predictions unused)"
+        else f"Fine-tuned with cross-entropy on the rows of a cache of {teacher} (the teacher's predictions unused)"
     )
     rows = [
-        ("student", run["student"]),
+        ("student", student),
         ("parameters", f"{result['parameters']:,}"),
-        ("teacher", run["teacher"]),
-        ("text", f"{run['corpus']['corpus']} ({run['corpus']['split']})"),
-        ("cache fingerprint", f"`{run['cache_fingerprint']}`"),
+        ("teacher", teacher),
+        ("text", f"{corpus} ({run['corpus']['split']})"),
+        ("cache fingerprint", run["cache_fingerprint"]),
         ("optimizer steps", f"{result['steps']:,}"),
         ("target tokens", f"{result['tokens']:,}"),
         ("learning rate", f"{settings['lr']:g} ({settings['schedule']}, {settings['optimizer']})"),
@@ -72,13 +82,20 @@ def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        f"# {run['name']}",
+        f"# {for_markdown(run['name'])}",
         "",
-        f"{how}, with `kd train`.",
+        f"{for_markdown(how)}, with `kd train`.",
         "",
     ]
     for title, table in (("Settings", rows), ("Scores", [*scores, *final])):
-        lines += [f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table), ""]
+        lines += [
+            f"## {title}",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {for_markdown(k)} | {for_markdown(v)} |" for k, v in table),
+            "",
+        ]
     lines += [
         "```python",
         f"from transformers import {auto_class}, AutoTokenizer",

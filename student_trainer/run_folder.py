@@ -25,6 +25,7 @@ from kd.common.digests import DIGESTS, checked_digest, refuse_damage, with_diges
 from kd.common.errors import CacheMismatchError, DamagedFilesError, DataError
 from kd.common.files import canonical_json, read_object, sweep, unfinished, write_atomic
 from kd.common.plain_files import read_plain
+from kd.common.shown_text import redacted
 from kd.student_trainer.saving.checkpoints import (
     DIGESTS_KEY,
     Continuation,
@@ -122,7 +123,7 @@ def _read_checked(path: Path) -> dict[str, Any]:
 
 def write_run(folder: Path, document: Mapping[str, Any]) -> None:
     """Write `run.json`, with its own digest."""
-    write_atomic(folder / RUN, canonical_json(with_digest(document)))
+    write_atomic(folder / RUN, canonical_json(with_digest(redacted(document))))
 
 
 def seal_run(folder: Path) -> None:
@@ -135,7 +136,7 @@ def seal_run(folder: Path) -> None:
 def write_classifier_run(folder: Path, document: Mapping[str, Any]) -> None:
     """Write `classify.json`, with its own digest, after the digests of the other files."""
     write_digests(folder)
-    write_atomic(folder / CLASSIFIER_RUN, canonical_json(with_digest(document)))
+    write_atomic(folder / CLASSIFIER_RUN, canonical_json(with_digest(redacted(document))))
 
 
 def read_classifier_run(folder: Path) -> dict[str, Any] | None:
@@ -251,7 +252,7 @@ def resume_point(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> 
         advice = "another --out" if complete else "--resume to continue it, or another --out"
         found = "a finished run" if complete else "a run that was stopped"
         raise DataError("the output folder holds a run already", where=folder, found=found, try_=advice)
-    refuse_other_settings(folder, before.get("identity") or {}, identity)
+    refuse_other_settings(folder, before.get("identity") or {}, redacted(identity))
     if complete:
         raise DataError("the run to continue is finished", where=folder, try_="another --out")
     return newest_whole_checkpoint(folder, have_digests=DIGESTS_KEY in before)

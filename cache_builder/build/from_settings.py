@@ -205,7 +205,7 @@ def build_request(
         plan = with_shards_of_an_equal_cache(plan, say)
     last = watch("building", builders(plan, running))
     if last.complete:
-        remember(request.out)
+        remember(request.out, request.options)
     return last
 
 

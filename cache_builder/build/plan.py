@@ -30,7 +30,9 @@ from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest
 from kd.cache_builder.store.records.manifest_checks import check_bounds
 from kd.cache_builder.store.vocabulary import codes_by_count
+from kd.cache_builder.upkeep.cache_registry import public_options
 from kd.common.errors import CacheMismatchError, DataError
+from kd.common.shown_text import public_place, redacted
 from kd.data.blocks import TokenRows, tokenize_corpus
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
@@ -204,14 +206,14 @@ def _manifest(
 def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
     return {
-        "teacher": request.teacher.name,
-        "corpus": request.corpus.spec,
+        "teacher": public_place(request.teacher.name),
+        "corpus": public_place(request.corpus.spec),
         "split": request.corpus.split,
-        "source": request.corpus.source,
+        "source": redacted(request.corpus.source),
         "left_out": left_out.document(),
         "token_notes": notes.document(),
         "text_rules": TEXT_RULES,
-        "options": None if request.options is None else dict(request.options),
+        "options": None if request.options is None else public_options(request.options),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from kd.cache_builder.upkeep.summary import cache_summary
+from kd.common.shown_text import for_markdown, public_place, without_secrets
 
 CARD = "README.md"
 SIZES = (
@@ -29,9 +30,9 @@ SIZES = (
 def dataset_card(root: Path, url: str, license: str | None = None) -> str:
     """The card's text, for a cache at `root` that is shared at `url`."""
     summary = cache_summary(root)
-    teacher, corpus = _plain(summary["teacher"]), _plain(summary["corpus"])
+    teacher, corpus = (public_place(str(summary[key])) for key in ("teacher", "corpus"))
     front: dict[str, Any] = {
-        "pretty_name": f"Soft targets of {teacher} on {corpus}",
+        "pretty_name": " ".join(f"Soft targets of {teacher} on {corpus}".split()),
         "license": license or "other",
         **({} if license else {"license_name": "not-stated"}),
         "tags": ["knowledge-distillation", "soft-targets", "teacher-logits", "kd-cache"],
@@ -39,7 +40,9 @@ def dataset_card(root: Path, url: str, license: str | None = None) -> str:
         "configs": [{"config_name": "examples", "data_files": "examples/*.parquet"}],
     }
     stated = (
-        f"`{_plain(license)}`, as stated by whoever pushed it" if license else "**not stated** by whoever pushed it"
+        f"`{for_markdown(license)}`, as stated by whoever pushed it"
+        if license
+        else "**not stated** by whoever pushed it"
     )
     facts = [
         ("teacher", teacher),
@@ -63,16 +66,17 @@ def dataset_card(root: Path, url: str, license: str | None = None) -> str:
         ("error of the stored head, nats", _figure(summary["head_kl_mean"])),
         ("teacher's cross-entropy, nats per token", _figure(summary["teacher_nll_mean"])),
         ("teacher's accuracy", _figure(summary["teacher_top1"])),
-        ("fingerprint", f"`{summary['fingerprint']}`"),
+        ("fingerprint", summary["fingerprint"]),
     ]
+    url = without_secrets(url)
     classes = summary["kind"] == "classes"
     train = f"kd classify train --cache {url} --model MODEL" if classes else f"kd train --cache {url} --student STUDENT"
-    rows = "\n".join(f"| {name} | {_plain(value)} |" for name, value in facts)
+    rows = "\n".join(f"| {name} | {for_markdown(value)} |" for name, value in facts)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip()}
 ---
 
-# Soft targets of {teacher} on {corpus}
+# Soft targets of {for_markdown(teacher)} on {for_markdown(corpus)}
 
 What a teacher model predicted at every target token of a text, stored once, so that students can be trained from it
 without the teacher: a cache of `kd`, plain Zarr v3 and Parquet, every file with its SHA-256.
@@ -94,12 +98,6 @@ kd cache pull {url} cache                                         # or a copy: r
 kd cache verify cache
 ```
 """
-
-
-def _plain(value: Any) -> str:
-    """One line without characters that Markdown or HTML reads as markup: names come from whoever built the cache."""
-    text = " ".join(str(value).split())
-    return "".join(f"\\{c}" if c in "|<>[]*_" else c for c in text) if "`" not in text else text.replace("|", "")
 
 
 def _figure(value: float | None) -> str:

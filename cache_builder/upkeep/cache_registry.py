@@ -8,28 +8,59 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.records.commits import committed
-from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, load_manifest
+from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
 from kd.common.errors import CacheError, KdError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.common.home import kd_home
+from kd.common.shown_text import public_place
 
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
 """The beginning of a fingerprint, which may stand for a cache in place of its path."""
 
 
-def remember(root: Path) -> None:
-    """Register a finished cache. Where the registry cannot be written, nothing happens."""
+PLACES = ("teacher", "tokenizer", "spec", "task_root", "extend")
+"""Options of a build that say where something lies."""
+
+
+def public_options(options: Mapping[str, str | bool]) -> dict[str, str | bool]:
+    """A build's options as its manifest holds them: of absolute paths the last name, and no secrets."""
+    return {
+        name: public_place(value) if name in PLACES and isinstance(value, str) else value
+        for name, value in options.items()
+    }
+
+
+def remember(root: Path, options: Mapping[str, str | bool] | None = None) -> None:
+    """Register a finished cache. Where the registry cannot be written, nothing happens.
+
+    options   of its build, with the places that are not in the manifest: `kd cache repair` on this machine finds them here
+    """
     path, manifest = root.resolve(), load_manifest(root)
-    entry = {"path": str(path), "fingerprint": manifest.fingerprint}
+    entry: dict[str, Any] = {"path": str(path), "fingerprint": manifest.fingerprint}
+    if options is not None:
+        entry["places"] = {name: options[name] for name in PLACES if name in options}
     try:
         write_atomic(kd_home() / "registry" / f"{digest_of(str(path))[:32]}.json", canonical_json(entry))
     except OSError:
         return
+
+
+def places_of(manifest: CacheManifest) -> dict[str, str]:
+    """Where this machine's build of a cache found its teacher and text, by option; what the manifest says otherwise is left out."""
+    recorded = manifest.provenance.get("options") or {}
+    for note in sorted((kd_home() / "registry").glob("*.json")):
+        with suppress(KdError):
+            entry = read_json(note)
+            places = entry.get("places")
+            if entry.get("fingerprint") == manifest.fingerprint and isinstance(places, dict):
+                return {n: str(place) for n, place in places.items() if public_place(str(place)) == recorded.get(n)}
+    return {}
 
 
 def remembered() -> Iterator[Path]:

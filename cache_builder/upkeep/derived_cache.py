@@ -22,6 +22,7 @@ from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.cache_builder.upkeep.conversion import converted, measured
 from kd.common.files import write_error
+from kd.common.shown_text import public_place
 from kd.data.left_out import joined, recorded
 from kd.data.token_notes import joined_notes
 
@@ -78,7 +79,7 @@ def write_derived(
         sizes.append((position, position + count, rows))
         position += count
     left_out = joined(filter(None, (recorded(reader.manifest.provenance) for reader in readers)))
-    provenance = {**readers[0].manifest.provenance, "derived_from": made_from, "options": None}
+    provenance = {**readers[0].manifest.provenance, "derived_from": public_place(made_from), "options": None}
     provenance |= {"left_out": left_out.document(), "token_notes": joined_notes(r.manifest.provenance for r in readers)}
     if not all("text_rules" in r.manifest.provenance for r in readers):
         provenance.pop("text_rules", None)

@@ -14,10 +14,19 @@ from typing import Any, TypeVar
 
 import click
 
+from kd.common.shown_text import for_terminal, without_secrets
 from kd.data.left_out import said
 
 Record = TypeVar("Record")
 """Type of a progress record."""
+
+
+def say(text: object = "", *, err: bool = False) -> None:
+    """Print lines, without secrets and without control characters: names in them come from strangers.
+
+    Every line that a command prints goes through here; it is the same in a pipe.
+    """
+    click.echo(for_terminal(without_secrets(str(text))), err=err)
 
 
 def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
@@ -27,15 +36,15 @@ def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
         return
     result = {**result, **{name: said(result[name]) for name in ("left_out", "token_notes") if name in result}}
     if title:
-        click.echo(title)
+        say(title)
     width = max((len(k) for k in result), default=0) + 2
     for key, value in result.items():
-        click.echo(f"  {key.replace('_', ' '):<{width}}{readable(value)}")
+        say(f"  {key.replace('_', ' '):<{width}}{readable(value)}")
 
 
 def emit_json(document: Any) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(document, indent=2))
+    say(json.dumps(document, indent=2))
 
 
 def readable(value: Any) -> str:
@@ -68,20 +77,20 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
             tenth = 10 * done // max(total, 1)
             if tenth > shown:
                 shown = tenth
-                click.echo(f"{label} {10 * tenth}%  {note}", err=True)
+                say(f"{label} {10 * tenth}%  {note}", err=True)
 
         yield plain
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(label, total=None, note="")
-        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=for_terminal(note))
 
 
 def follow(label: str, steps: Iterable[Record], show: Callable[[Record], tuple[int, int, str]]) -> Record:

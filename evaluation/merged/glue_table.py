@@ -6,12 +6,13 @@ The average over tasks is unweighted, as in the reference. Tasks share no rows, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd.common.files import canonical_json, write_atomic
+from kd.common.shown_text import for_markdown
 from kd.evaluation.merged.glue_figures import GLUE_METRICS, Score, Scores
 
 
@@ -69,11 +70,11 @@ class GlueTable:
         return "\n".join([*self._accuracies(), *self._other_figures(), "", note])
 
     def _accuracies(self) -> list[str]:
-        lines = [f"| {self.title} | {' | '.join(self.tasks)} | average |", "|---" * (len(self.tasks) + 2) + "|"]
+        lines = [_row([self.title, *self.tasks], "average"), "|---" * (len(self.tasks) + 2) + "|"]
         for label, tasks in self.rows.items():
             average = self.average(label).percent()
             average = f"**{average}**" if label == self.best and len(self.rows) > 1 else average
-            lines.append(f"| {label} | {' | '.join(tasks[t]['accuracy'].percent() for t in self.tasks)} | {average} |")
+            lines.append(_row([label, *(tasks[t]["accuracy"].percent() for t in self.tasks)], average))
         return lines
 
     def _other_figures(self) -> list[str]:
@@ -82,15 +83,17 @@ class GlueTable:
             return []
         return [
             "",
-            f"| {self.title} | {' | '.join(f'{t} {m}' for t, m in columns)} |",
+            _row([self.title, *(f"{t} {m}" for t, m in columns)]),
             "|---" * (len(columns) + 1) + "|",
-            *(
-                f"| {label} | {' | '.join(tasks[t][m].percent() for t, m in columns)} |"
-                for label, tasks in self.rows.items()
-            ),
+            *(_row([label, *(tasks[t][m].percent() for t, m in columns)]) for label, tasks in self.rows.items()),
         ]
 
     def save(self, folder: Path, name: str) -> None:
         """Write `NAME.json` and `NAME.md`."""
         write_atomic(folder / f"{name}.json", canonical_json(self.to_dict()))
         write_atomic(folder / f"{name}.md", self.markdown() + "\n")
+
+
+def _row(cells: Sequence[str], *marked: str) -> str:
+    """A row of a Markdown table; `marked` cells hold markup of ours."""
+    return f"| {' | '.join([*map(for_markdown, cells), *marked])} |"

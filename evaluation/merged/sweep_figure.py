@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kd.common.files import publish
+from kd.common.shown_text import for_figure
 from kd.evaluation.merged.glue_table import GlueTable
 from kd.evaluation.report.figures import COLOURS, DPI, WIDTH
 
@@ -33,7 +34,7 @@ def draw_sweep(path: Path, table: GlueTable, *, method: str, chosen: float | Non
     _draw_lines(axes, table)
     if chosen is not None:
         _mark(axes, chosen)
-    axes.set_xlabel(f"scaling of {method}")
+    axes.set_xlabel(for_figure(f"scaling of {method}"))
     axes.set_ylabel("accuracy, percent")
     figure.legend(loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def _draw_lines(axes: Any, table: GlueTable) -> None:
             marker=MARKERS[number % len(MARKERS)],
             markersize=4,
             linewidth=1,
-            label=task,
+            label=for_figure(task),
         )
     averages = [table.average(label) for label in table.rows]
     axes.errorbar(

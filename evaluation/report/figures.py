@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from kd.common.files import publish
+from kd.common.shown_text import for_figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 DASHES = ("-", "--", ":", "-.")
@@ -88,9 +89,9 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Seque
                     axes.fill_between(one.steps, calm.min(0), calm.max(0), color=look["color"], alpha=0.15, linewidth=0)
                 else:
                     axes.plot(one.steps, one.values, alpha=0.2, linewidth=0.8, **look)
-                axes.plot(one.steps, smooth(one.values), linewidth=1.8, label=one.label, **look)
+                axes.plot(one.steps, smooth(one.values), linewidth=1.8, label=for_figure(one.label), **look)
             axes.set_xlabel("optimiser step")
-            axes.set_ylabel(title)
+            axes.set_ylabel(for_figure(title))
             axes.set_ylim(*_limits([smooth(s.values) for s in series]))
             if number == 0 or {s.label for s in series} != {s.label for s in next(iter(panels.values()))}:
                 axes.legend(loc="upper right", frameon=False)
@@ -122,11 +123,11 @@ def draw_bars(
             for row, bar in enumerate(bars):
                 on = " →" if bar.value > longest else ""
                 axes.text(ends[row] + 0.02 * reach, row, f"{bar.value:.4g}{on}", va="center")
-            axes.set_yticks(places, [_short(b.label) for b in bars])
+            axes.set_yticks(places, [for_figure(_short(b.label)) for b in bars])
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
             axes.set_xlim(0, 1.15 * reach)
-            axes.set_title(title, loc="left", fontsize="medium")
+            axes.set_title(for_figure(title), loc="left", fontsize="medium")
 
     return _save(path, draw, sum(heights))
 
@@ -154,9 +155,9 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequen
                 if len(d.by_seed) > 1:
                     axes.plot(d.by_seed, [height] * len(d.by_seed), "|", color=colour, markersize=7, alpha=0.6)
             names = [_short(label) for label in rows[number]] if len(rows[number]) > 1 else [""]  # the title says it
-            axes.set_yticks(range(len(rows[number])), names)
+            axes.set_yticks(range(len(rows[number])), list(map(for_figure, names)))
             axes.set_ylim(len(rows[number]) - 0.4, -0.6)
-            axes.set_title(title, loc="left", fontsize="medium")
+            axes.set_title(for_figure(title), loc="left", fontsize="medium")
             if number == 0:
                 from matplotlib.lines import Line2D
 
@@ -167,7 +168,7 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequen
                         color=COLOURS[order.index(other) % len(COLOURS)],
                         marker="o",
                         linestyle="",
-                        label=f"{other} against {baseline}",
+                        label=for_figure(f"{other} against {baseline}"),
                     )
                     for other, baseline in pairs
                 ]
@@ -271,12 +272,12 @@ def draw_progress(path: Path, panels: Mapping[str, Sequence[Curve]]) -> Path:
                     marker="o",
                     markersize=3.5,
                     linewidth=1.5,
-                    label=curve.label,
+                    label=for_figure(curve.label),
                 )
                 if curve.baseline is not None:
                     axes.axhline(curve.baseline, color=colour, linestyle=(0, (4, 4)), linewidth=1.0, alpha=0.7)
             axes.set_xlabel("optimiser step")
-            axes.set_title(title, loc="left", fontsize="medium")
+            axes.set_title(for_figure(title), loc="left", fontsize="medium")
             if number == 0 or {c.label for c in curves} != {c.label for c in next(iter(panels.values()))}:
                 axes.legend(loc="best", frameon=False)
 

@@ -13,10 +13,10 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from kd.common.errors import DataError
+from kd.common.shown_text import for_markdown, for_terminal
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -82,15 +82,18 @@ def render_page(title: str, intro_lines: Sequence[str], sections: Sequence[Secti
 
 def markdown_table(table: Table) -> str:
     """The table in GitHub's Markdown, numbers to the right, best cells bold."""
-    lines = [_markdown_row(table.headers), "|".join(["", " :-- ", *[" --: "] * (len(table.headers) - 1), ""])]
+    lines = [
+        _markdown_row(list(map(for_markdown, table.headers))),
+        "|".join(["", " :-- ", *[" --: "] * (len(table.headers) - 1), ""]),
+    ]
     for r, row in enumerate(table.rows):
-        lines.append(_markdown_row([f"**{c}**" if (r, i) in table.best else c for i, c in enumerate(row)]))
+        cells = [f"**{for_markdown(c)}**" if (r, i) in table.best else for_markdown(c) for i, c in enumerate(row)]
+        lines.append(_markdown_row(cells))
     return "\n".join(lines) + "\n"
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    safe = [escape(" ".join(cell.split()), quote=False).replace("|", "\\|") for cell in cells]
-    return f"| {' | '.join(safe)} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def markdown_samples(samples: Sequence[Sample]) -> str:
@@ -100,15 +103,13 @@ def markdown_samples(samples: Sequence[Sample]) -> str:
         parts.append(f"{number}. prompt\n\n{_fenced(sample.prompt)}")
         if sample.expected is not None:
             parts.append(f"   expected\n\n{_fenced(sample.expected)}")
-        parts += [
-            f"   {' '.join(escape(name, quote=False).split())}\n\n{_fenced(text)}" for name, text in sample.answers
-        ]
+        parts += [f"   {for_markdown(name)}\n\n{_fenced(text)}" for name, text in sample.answers]
     return "\n\n".join(parts)
 
 
 def _fenced(text: str) -> str:
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return "\n".join(f"   {line}" for line in (f"{fence}text", *text.splitlines(), fence))
+    return "\n".join(f"   {line}" for line in (f"{fence}text", *for_terminal(text).splitlines(), fence))
 
 
 def data_uri(path: Path) -> str:

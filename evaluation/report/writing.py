@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from kd.common.files import canonical_json, write_atomic
+from kd.common.shown_text import for_markdown, for_spreadsheet, redacted
 from kd.evaluation.report.columns import Column
 from kd.evaluation.report.comparison import Comparison, Entry, compare, short_name
 from kd.evaluation.report.figures import Bar, Delta, Series, draw_bars, draw_deltas, draw_losses
@@ -121,7 +122,7 @@ def write_report(
     write_atomic(files.markdown, _markdown(title, intro, sections))
     write_atomic(files.csv, _csv(comparisons))
     write_atomic(files.reference_csv, _lines(reference.csv_rows()))
-    write_atomic(files.json, canonical_json(_document(runs, entries, comparisons, reference)))
+    write_atomic(files.json, canonical_json(redacted(_document(runs, entries, comparisons, reference))))
     write_atomic(files.page, render_page(title, intro, sections))
     return files
 
@@ -260,20 +261,24 @@ def _run_table(runs: Sequence[Run]) -> Table:
 
 
 def _markdown(title: str, intro: Sequence[str], sections: Sequence[Section]) -> str:
-    parts = [f"# {title}", *intro]
+    parts = [f"# {for_markdown(title)}", *map(_paragraphs, intro)]
     for section in sections:
-        parts.append(f"## {section.heading}")
+        parts.append(f"## {for_markdown(section.heading)}")
         if section.text is not None:
-            parts.append(section.text)
+            parts.append(_paragraphs(section.text))
         if section.table is not None:
             parts.append(markdown_table(section.table).rstrip())
         if section.samples:
             parts.append(markdown_samples(section.samples))
         if section.image is not None:
-            parts.append(f"![{section.heading}]({section.image.name})")
+            parts.append(f"![{for_markdown(section.heading)}]({section.image.name})")
         if section.note is not None:
-            parts.append(section.note)
+            parts.append(_paragraphs(section.note))
     return "\n\n".join(parts) + "\n"
+
+
+def _paragraphs(text: str) -> str:
+    return "\n\n".join(map(for_markdown, text.split("\n\n")))
 
 
 def _csv(comparisons: Sequence[Comparison]) -> str:
@@ -294,7 +299,7 @@ def _csv(comparisons: Sequence[Comparison]) -> str:
 
 def _lines(rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([for_spreadsheet(cell) for cell in row] for row in rows)
     return text.getvalue()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kd.common.errors import DataError
 from kd.common.plain_files import refuse_special_files
-from kd.models.identity import read_index, weight_files
+from kd.models.identity import index_text, weight_files
 from kd.models.loading import ModelRequest, load_config, refuse_damaged_model
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
 
@@ -116,7 +116,7 @@ def _stored_tensors(model: PoolModel) -> tuple[dict[str, Path], dict[str, tuple[
     folder = _folder(model)
     places: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files([p.name for p in folder.iterdir()], lambda n: read_index(folder / n), model.path):
+    for file in weight_files([p.name for p in folder.iterdir()], lambda n: index_text(folder / n), model.path):
         if not file.endswith(".safetensors"):
             raise DataError(
                 "the weights are not in safetensors format",

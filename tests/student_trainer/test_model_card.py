@@ -30,13 +30,13 @@ def test_a_card_names_cache_teacher_and_scores(run, kl_reader, student_dir) -> N
         "pipeline_tag": "text-generation",
         "tags": ["knowledge-distillation", "kd"],
     }
-    assert cells["cache fingerprint"] == f"`{kl_reader.manifest.fingerprint}`"
+    assert cells["cache fingerprint"] == kl_reader.manifest.fingerprint
     assert cells["teacher"] == kl_reader.manifest.provenance["teacher"]
-    assert cells["student"] == str(student_dir)
+    assert cells["student"] == student_dir.name
     assert cells["perplexity, held out"] == "12.34"
     assert cells["last distillation loss (nats)"] == f"{finished.result.kd:.4f}"
     assert cells["optimizer steps"] == "3"
-    assert "loss `kl` (tail `ghost`, temperature 2, alpha 0.5)" in body
+    assert "loss kl (tail ghost, temperature 2, alpha 0.5)" in body
 
 
 def test_a_fine_tuned_student_is_not_called_distilled(run) -> None:
@@ -68,3 +68,20 @@ def test_what_is_no_finished_run_gets_no_card(run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not finished"):
         write_card(tmp_path / "run")
     assert not (tmp_path / "run" / "README.md").exists()
+
+
+def test_names_of_strangers_are_no_markup_and_paths_end_in_a_name(run) -> None:
+    document = json.loads((run(max_steps=1).out / "run.json").read_text()) | {
+        "name": "<script>alert(1)</script>",
+        "teacher": "[x](javascript:alert(1))|`a`\n\n# b\x1b]0;c\x07",
+        "student": "/home/ann/models/<img src=x>",
+        "loss": "<b>kl</b>",
+        "corpus": {"corpus": "https://u:p@host/d.csv?sig=abc", "split": "<i>"},
+        "cache_fingerprint": "`<u>",
+    }
+    _, cells, body = parse(render_card(document, [("<s>", "<s>")]))
+    assert not re.search(r"<[a-z/]", body)
+    assert not set(body) & set("\x1b\x07")
+    assert "](javascript" not in body.replace("\\](", "")
+    assert cells["student"] == "&lt;img src=x&gt;"
+    assert cells["text"] == r"https://\*\*\*@host/d.csv?sig=\*\*\* (&lt;i&gt;)"

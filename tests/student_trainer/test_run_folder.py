@@ -216,3 +216,10 @@ def test_what_is_no_file_in_a_run_is_refused_at_once(name: str, make: Callable[[
             read(tmp_path)
         with pytest.raises(DataError):
             continued(tmp_path)
+
+
+def test_a_run_holds_no_password_and_is_continued_all_the_same(tmp_path: Path) -> None:
+    identity = IDENTITY | {"tokenizer": "https://u:p@host/t?sig=abc"}
+    start_run(tmp_path, identity, "0" * 64, None)
+    assert read_run(tmp_path)["identity"]["tokenizer"] == "https://***@host/t?sig=***"
+    assert resume_point(tmp_path, identity, resume=True) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import change_manifest
 from servers import HubServer
 
 from kd.cache_builder.share.push import push
@@ -59,3 +60,17 @@ def test_a_cache_with_a_card_beside_it_is_sound_and_without_a_licence_it_says_so
     assert findings(tmp_path / "clone") == []
     (tmp_path / "clone" / "examples" / "README.md").write_text("not here")
     assert findings(tmp_path / "clone") == ["examples/README.md: a file that no commit knows"]
+
+
+def test_names_of_strangers_are_no_markup_in_a_card(cache: Path, tmp_path: Path):
+    from kd.cache_builder.share.dataset_card import dataset_card
+
+    shutil.copytree(cache, tmp_path / "c")
+    names = {"teacher": "/home/ann/<script>x", "corpus": "[x](javascript:y)|`z`\n# b\x1b]0;", "split": "<i>"}
+    change_manifest(tmp_path / "c", lambda d: d["provenance"].update(names))
+    card = dataset_card(tmp_path / "c", "https://u:p@host/c?sig=abc", "<b>`")
+    body = card.split("---", 2)[2].replace("\\](", "")
+    assert not any(
+        text in body for text in ("<script", "<i>", "<b>", "](javascript", "\x1b", "/home", "u:p@", "sig=abc")
+    )
+    assert "# Soft targets of &lt;script&gt;x on" in body

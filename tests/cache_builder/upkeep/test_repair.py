@@ -15,6 +15,7 @@ from kd.cache_builder.opening import open_files
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.upkeep.cache_registry import places_of
 from kd.cache_builder.upkeep.repair import mend, mend_manifest, reopen
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
@@ -252,3 +253,13 @@ def test_repair_takes_a_second_copy_from_an_address(tmp_path, kl, tree):
     (tmp_path / "here" / "examples" / "00000.parquet").write_bytes(b"")
     assert "taken from" in kd("cache", "repair", tmp_path / "here", "--from", f"file://{tmp_path / 'there'}")
     assert tree(tmp_path / "here") == before
+
+
+def test_the_manifest_holds_no_absolute_path_and_this_machine_remembers_it(built, model_dir, text_file):
+    manifest = load_manifest(built)
+    assert manifest.provenance["teacher"] == manifest.provenance["options"]["teacher"] == model_dir.name
+    assert manifest.provenance["corpus"] == text_file.name
+    assert str(model_dir.parent) not in (built / "manifest.json").read_text()
+    assert places_of(manifest) == {"teacher": str(model_dir), "spec": str(text_file)}
+    manifest.provenance["options"]["teacher"] = "another"
+    assert places_of(manifest) == {"spec": str(text_file)}

@@ -508,3 +508,18 @@ def test_a_ragged_table_is_refused():
 def test_markdown_escapes_pipes_newlines_and_tags():
     row = markdown_table(Table(["a", "b"], [["x|y\nz", "<img>"]])).splitlines()[2]
     assert row == "| x\\|y z | &lt;img&gt; |"
+
+
+def test_names_of_strangers_are_neither_formulas_nor_markup_nor_escapes(tmp_path: Path):
+    names = ["=cmd|' !A1", "[x](javascript:y)<script>z", "$\\frac{$ _a\x1b]0;b"]
+    for number, name in enumerate(names):
+        evaluation(name, HARD, 8.0 - number).save(tmp_path / name.replace("/", ""))
+    files = write_report([tmp_path / name.replace("/", "") for name in names], tmp_path / "report")
+    for file in (files.csv, files.reference_csv):
+        for row in csv.reader(file.read_text().splitlines()):
+            assert not any(cell[:1] in tuple("=+@\t") for cell in row), row
+    text, page = files.markdown.read_text(), files.page.read_text()
+    assert "<script" not in text + page
+    assert "](javascript" not in text.replace("\\](", "")
+    assert not set(text) & set("\x1b\x07")
+    assert "'=cmd|' !A1" in [row[0] for row in csv.reader(files.csv.read_text().splitlines())]
