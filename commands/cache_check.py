@@ -169,7 +169,10 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
     if not isinstance(recorded, dict):
         raise cannot_rebuild(before, path, rebuilt)
     require_finished(
-        build_behind_a_bar(make(BuildSettings, recorded | places_of(before) | moved | {"out": path}, where=path, typed=True)), path
+        build_behind_a_bar(
+            make(BuildSettings, recorded | places_of(before) | moved | {"out": path}, where=path, typed=True)
+        ),
+        path,
     )
     return rebuilt
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import CacheDamageError, CacheError, DataError
-from kd.common.plain_files import NotPlainError, open_plain, read_plain
 from kd.common.processes import is_alive, own_mark
+from kd.common.strangers.plain_files import NotPlainError, open_plain, read_plain
 
 MAX_JSON_BYTES = 64 * 2**20
 """Most bytes of a JSON file; checked before a file is read."""

@@ -18,7 +18,7 @@ from typing import Any
 from kd.common.digests import file_sha256
 from kd.common.errors import DataError
 from kd.common.files import MAX_JSON_BYTES
-from kd.common.plain_files import read_plain
+from kd.common.strangers.plain_files import read_plain
 from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
 
 IN_MEMORY = "in memory"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kd.common.digests import refuse_damage
 from kd.common.errors import DataError, TeacherError, unknown_name
 from kd.common.files import read_object
-from kd.common.plain_files import refuse_special_files
+from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.quantised import load_quantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer

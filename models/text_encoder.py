@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError
-from kd.common.plain_files import refuse_special_files
+from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.loading import max_positions
 
 

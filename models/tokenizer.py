@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
-from kd.common.plain_files import refuse_special_files
+from kd.common.strangers.plain_files import refuse_special_files
 
 if TYPE_CHECKING:
     import numpy as np

@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
-from kd.common.yaml_file import read_mapping
+from kd.common.strangers.yaml_file import read_mapping
 from kd.recipes.recipe_file import Recipe, check_step, variables_of
 
 FOLDER = Path(__file__).parent / "experiments"

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.common.braces import fill, template_fields
 from kd.common.errors import DataError, unknown_name
-from kd.common.yaml_file import read_mapping
+from kd.common.strangers.braces import fill, template_fields
+from kd.common.strangers.yaml_file import read_mapping
 from kd.recipes.steps import STEP_KINDS, Step
 
 FOLDER = Path(__file__).parent

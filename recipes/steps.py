@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
-from kd.common.plain_files import is_inside
 from kd.common.settings import Setting, as_text, flattened, make, settings_of
-from kd.common.yaml_file import read_settings
+from kd.common.strangers.plain_files import is_inside
+from kd.common.strangers.yaml_file import read_settings
 
 T = TypeVar("T")
 Options = Mapping[str, str | bool]
@@ -103,7 +103,7 @@ class Step:
     def _refuse_outside(self, values: Mapping[str, Any]) -> None:
         """Raise DataError for a folder to write to that is not below `folder`."""
         for name in WRITTEN:
-            if self.folder is not None and name in values and not is_inside(str(values[name]), self.folder):
+            if self.folder is not None and name in values and not is_inside(Path(str(values[name])).expanduser(), self.folder):
                 raise DataError(
                     "a step writes outside of the recipe's folder",
                     where=self._label,

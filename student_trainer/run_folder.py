@@ -24,8 +24,8 @@ from typing import Any
 from kd.common.digests import DIGESTS, checked_digest, refuse_damage, with_digest, write_digests
 from kd.common.errors import CacheMismatchError, DamagedFilesError, DataError
 from kd.common.files import canonical_json, read_object, sweep, unfinished, write_atomic
-from kd.common.plain_files import read_plain
 from kd.common.shown_text import redacted
+from kd.common.strangers.plain_files import read_plain
 from kd.student_trainer.saving.checkpoints import (
     DIGESTS_KEY,
     Continuation,

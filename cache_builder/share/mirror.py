@@ -35,7 +35,7 @@ from kd.common.byte_sizes import byte_count
 from kd.common.errors import CacheDamageError
 from kd.common.files import publish, write_error
 from kd.common.home import kd_home
-from kd.common.plain_files import NotPlainError, read_plain
+from kd.common.strangers.plain_files import NotPlainError, read_plain
 
 STAGING = ".staging-mirror"
 LOCKS = 256

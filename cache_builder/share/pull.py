@@ -37,7 +37,7 @@ from kd.cache_builder.store.records.part import PARTIAL, Part, load_part, part_o
 from kd.cache_builder.upkeep.verify import BESIDE
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import MAX_JSON_BYTES, publish, sync_folder, unfinished, write_error
-from kd.common.plain_files import read_plain
+from kd.common.strangers.plain_files import read_plain
 
 STAGING = ".staging-pull"
 """Folder of files that have not fully arrived; see `files.unfinished`."""

@@ -25,7 +25,7 @@ from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, loa
 from kd.cache_builder.store.records.part import PARTIAL, load_part
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import MAX_JSON_BYTES
-from kd.common.plain_files import read_plain
+from kd.common.strangers.plain_files import read_plain
 
 
 def push(

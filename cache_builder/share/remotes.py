@@ -23,7 +23,7 @@ from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.records.commits import refuse_outside
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import process_tag, publish, write_error
-from kd.common.plain_files import open_plain
+from kd.common.strangers.plain_files import open_plain
 
 Entry = Mapping[str, Any]
 """`bytes` and `sha256` of a file, as commits record them."""

@@ -23,7 +23,7 @@ from kd.cache_builder.store.records.shard_record import parse_shard_record
 from kd.cache_builder.upkeep.verify import Finding
 from kd.common.errors import CacheDamageError, CacheMismatchError
 from kd.common.files import MAX_JSON_BYTES, process_tag, publish, read_json, sync_folder, write_error
-from kd.common.plain_files import read_plain
+from kd.common.strangers.plain_files import read_plain
 
 
 @dataclass(frozen=True)

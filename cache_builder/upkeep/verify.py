@@ -30,7 +30,7 @@ from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.common.errors import CacheDamageError, CacheError, KdError
 from kd.common.files import unfinished
-from kd.common.plain_files import read_plain
+from kd.common.strangers.plain_files import read_plain
 
 BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
 """Names of the dataset card and of files that git and the hub's client leave beside a cache; no reader uses them."""

@@ -111,7 +111,7 @@ def take_settings(cls: type[T], options: dict[str, Any], *, leave_out: Collectio
 
     Raises DataError, and click.UsageError where a setting without a default is missing.
     """
-    from kd.common.yaml_file import read_settings
+    from kd.common.strangers.yaml_file import read_settings
 
     shown = [one for one in settings_of(cls).values() if one.name not in leave_out and not one.hidden]
     given = {one.name: value for one in shown if _is_given(one, value := options.pop(one.name))}

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.resources import files as package_files
 
 from kd.common.errors import unknown_name
-from kd.common.yaml_file import parse_mapping
+from kd.common.strangers.yaml_file import parse_mapping
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
-from kd.common.yaml_file import read_mapping
+from kd.common.strangers.yaml_file import read_mapping
 from kd.data.instruction_tasks.draws import kept_rows
 from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.rows.compressed import plain_name

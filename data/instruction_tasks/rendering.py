@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from kd.common.braces import fill, template_fields
 from kd.common.errors import DataError
+from kd.common.strangers.braces import fill, template_fields
 from kd.data.data_settings import BOTH, InstructionConfig
 from kd.data.instruction_tasks.draws import drawing_order, first_rows_are_unlike, keyed
 from kd.data.instruction_tasks.row_answers import (

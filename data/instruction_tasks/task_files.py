@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
-from kd.common.yaml_file import parse_mapping, read_mapping
+from kd.common.strangers.yaml_file import parse_mapping, read_mapping
 from kd.data.instruction_tasks.task import (
     SPLITS,
     WORDINGS,

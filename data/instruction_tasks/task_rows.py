@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
-from kd.common.plain_files import is_inside
+from kd.common.strangers.plain_files import is_inside
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.compressed import plain_name
 from kd.data.rows.hub import HubRows, is_url, load_url

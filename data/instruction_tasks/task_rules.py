@@ -5,8 +5,8 @@ A broken rule is an error when the file is read, and not a hole in a prompt.
 
 from __future__ import annotations
 
-from kd.common.braces import template_fields
 from kd.common.errors import DataError, unknown_name
+from kd.common.strangers.braces import template_fields
 from kd.data.instruction_tasks.clusters import flan_clusters
 from kd.data.instruction_tasks.task import ANSWER, MAX_INVERTED, TaskFile, Template
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kd.common.errors import DataError
-from kd.common.plain_files import refuse_special_files
+from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.identity import index_text, weight_files
 from kd.models.loading import ModelRequest, load_config, refuse_damaged_model
 from kd.student_trainer.merging.pool import ModelPool, PoolModel

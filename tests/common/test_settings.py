@@ -27,7 +27,7 @@ from kd.common.settings import (
     settings_of,
     unescaped,
 )
-from kd.common.yaml_file import read_settings
+from kd.common.strangers.yaml_file import read_settings
 
 COLOURS = ("red", "green")
 

@@ -27,7 +27,7 @@ from kd.cache_builder.store.records.part import refuse_absent
 from kd.cache_builder.store.records.shard_record import ShardRecord, parse_shard_record
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import read_json, sha256_of, unfinished
-from kd.common.plain_files import NotPlainError, is_inside, open_plain
+from kd.common.strangers.plain_files import NotPlainError, is_inside, open_plain
 
 CACHE_NAMES = {MANIFEST, BUILDING, VOCABULARY, "examples", TARGETS, "commits", ANSWERS}
 """Names of the files and folders of a cache."""

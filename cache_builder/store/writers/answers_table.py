@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd.common.errors import CacheDamageError
-from kd.common.plain_files import open_plain
+from kd.common.strangers.plain_files import open_plain
 
 
 def write_answers(path: Path, ids: Sequence[str], answers: Sequence[tuple[str, bool]]) -> None:

@@ -22,8 +22,8 @@ from itertools import count
 from pathlib import Path
 
 from kd.common.files import holder, process_tag, publish_first
-from kd.common.plain_files import NotPlainError, read_plain
 from kd.common.processes import boot_mark, lock_of
+from kd.common.strangers.plain_files import NotPlainError, read_plain
 
 STALE_SECONDS = 15 * 60
 """A builder touches its claims with every batch. After this time without a touch it counts as dead."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd.common.braces import template_fields
 from kd.common.errors import DataError
+from kd.common.strangers.braces import template_fields
 from kd.data.instruction_tasks.task import ANSWER, MAX_INVERTED, TaskFile
 from kd.data.instruction_tasks.task_files import load_task, parse_task, task_names
 

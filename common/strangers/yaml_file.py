@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from kd.common.errors import DataError
-from kd.common.plain_files import NotPlainError, read_plain
+from kd.common.strangers.plain_files import NotPlainError, read_plain
 
 MAX_BYTES = 2**19
 """Most bytes of a file. The longest task of the package has 8 kilobytes."""

@@ -11,7 +11,7 @@ import pytest
 from hostile import NOT_PLAIN
 
 from kd.common.errors import DataError
-from kd.common.plain_files import NotPlainError, is_inside, open_plain, read_plain, refuse_special_files
+from kd.common.strangers.plain_files import NotPlainError, is_inside, open_plain, read_plain, refuse_special_files
 
 
 @pytest.mark.parametrize("make", NOT_PLAIN, ids=lambda make: make.__name__)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.common.braces import MAX_FIELDS, fill, template_fields
 from kd.common.errors import DataError
+from kd.common.strangers.braces import MAX_FIELDS, fill, template_fields
 
 
 @given(st.dictionaries(st.sampled_from("abc"), st.text(), min_size=3))

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
-from kd.common.yaml_file import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_mapping, read_mapping
+from kd.common.strangers.yaml_file import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_mapping, read_mapping
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PLAIN = (
     st.none()
     | st.booleans()
