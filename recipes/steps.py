@@ -103,7 +103,11 @@ class Step:
     def _refuse_outside(self, values: Mapping[str, Any]) -> None:
         """Raise DataError for a folder to write to that is not below `folder`."""
         for name in WRITTEN:
-            if self.folder is not None and name in values and not is_inside(Path(str(values[name])).expanduser(), self.folder):
+            if (
+                self.folder is not None
+                and name in values
+                and not is_inside(Path(str(values[name])).expanduser(), self.folder)
+            ):
                 raise DataError(
                     "a step writes outside of the recipe's folder",
                     where=self._label,

@@ -220,11 +220,11 @@ def restore_records(folder: Path, checkpoint: Path | None) -> None:
     """Take the records back to what they were at a checkpoint (None: at the start of the run)."""
     for name in (METRICS, EVALUATIONS):
         path = folder / name
-        if checkpoint is None:
-            path.unlink(missing_ok=True)
-        elif (checkpoint / name).is_file():
-            write_atomic(path, (checkpoint / name).read_text(encoding="utf-8"))
-        elif (checkpoint / RUN).is_file():  # nothing of this kind had been written by then
+        if checkpoint is not None and (checkpoint / name).is_file():
+            write_atomic(path, read_plain(checkpoint / name, MAX_RECORD_BYTES).decode())
+        elif checkpoint is None or (checkpoint / RUN).is_file():  # nothing of this kind had been written by then
+            if path.is_dir():
+                raise DataError("the step records cannot be read", where=path, found="a folder, not a plain file")
             path.unlink(missing_ok=True)
         else:
             keep_records(path, step_of(checkpoint))

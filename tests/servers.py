@@ -346,3 +346,35 @@ def describe(path: str, data: bytes, large: bool) -> dict[str, Any]:
 def reply(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
     """A JSON answer."""
     return Answer(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(document).encode())
+
+
+class RawServer:
+    """A server on a socket: `talk(connection, number)` says what happens to each connection, after its request was read."""
+
+    def __init__(self, talk: Callable[[socket.socket, int], None], host: str = "127.0.0.1") -> None:
+        self._socket = socket.create_server((host, 0))
+        self.talk, self.connections = talk, 0
+        self.url = f"http://{host}:{self._socket.getsockname()[1]}"
+        self.closed = False
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while not self.closed:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._talk, args=(connection, self.connections - 1), daemon=True).start()
+
+    def _talk(self, connection: socket.socket, number: int) -> None:
+        with connection:
+            try:
+                connection.recv(2**16)
+                self.talk(connection, number)
+            except OSError:
+                return
+
+    def close(self) -> None:
+        self.closed = True
+        self._socket.close()

@@ -20,7 +20,9 @@ from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import sha256_of, write_error
 
 ATTEMPTS = 6
-"""Failures in a row without any progress before giving up: about a minute."""
+"""Failures in a row without progress before giving up: about a minute, and ten where each takes its full time."""
+ENOUGH = 2**16
+"""Least bytes of an attempt that count as progress: a server that sends one byte at a time ends too."""
 BACKOFF = 1.0
 """Seconds before the second attempt. It doubles each time, up to MAX_WAIT, and a random part of up to a half is added."""
 MAX_WAIT = 30.0
@@ -41,7 +43,7 @@ class Patience:
 
     def after(self, error: Transient, progress: bool) -> None:
         """Wait before the next attempt. Raises CacheError after too many failures, Stopped when the transfer is stopped."""
-        self.failures = 1 if progress else self.failures + 1
+        self.failures = 1 if progress and not error.slow else self.failures + 1
         if self.failures >= ATTEMPTS:
             raise CacheError(
                 "the connection failed again and again",
@@ -81,14 +83,14 @@ def fetch(
             if have < size:
                 have = _append(remote, name, staged, have, size, patience.stop, arrived)
         except Transient as error:
-            now = staged.stat().st_size
-            patience.after(error, now > before)
+            patience.after(error, staged.stat().st_size - before >= ENOUGH)
             continue
         except FileNotFoundError as error:
             raise CacheDamageError("a file is missing from the cache", where=remote.url, file=name) from error
         if have == size and sha256_of(staged) == entry["sha256"]:
             return
         if size > have > before:  # it ended early without an error, as a cut connection does
+            patience.after(Transient(f"the answer ended after {have - before} bytes"), have - before >= ENOUGH)
             continue
         staged.unlink()
         arrived(-have)

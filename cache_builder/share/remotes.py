@@ -34,8 +34,10 @@ PIECE = 2**18
 class Transient(Exception):
     """A failure that may pass, so that another attempt makes sense: a cut connection, a busy server."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, *, slow: bool = False) -> None:
         super().__init__(reason)
+        self.slow = slow
+        """Whether too few bytes came in the time there was: then those that came are no progress."""
         self.wait = wait
         """Seconds that the server asked the client to wait; None if it did not say."""
 

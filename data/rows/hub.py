@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlparse
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
+from kd.common.strangers.web import refuse_private_redirect
 from kd.data.rows.compressed import file_type
 from kd.data.rows.tables import TABLE_READERS, RowTable, read_table
 
@@ -66,7 +67,7 @@ def is_url(text: str) -> bool:
 
 
 def load_url(url: str) -> RowTable:
-    """The rows of a table file at an address, as `read_table` reads them. Raises DataError."""
+    """The rows of a table file at an address, as `read_table` reads them. Raises DataError, and CacheError for a redirect into a private network."""
     with needed("datasets", "reading a file at an address"):
         import datasets
 
@@ -78,6 +79,7 @@ def load_url(url: str) -> RowTable:
             found=name.suffix or "no suffix",
             expected=", ".join(TABLE_READERS),
         )
+    refuse_private_redirect(url)
     try:
         file = Path(datasets.DownloadManager().download(url))
     except Exception as error:

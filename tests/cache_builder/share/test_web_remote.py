@@ -91,6 +91,6 @@ def test_a_redirect_leaves_neither_the_web_nor_https(cache: Path, tmp_path: Path
     session = requests.Session()
     session.mount("https://", Downgrade())
     remote = WebRemote("https://safe")
-    remote._local.session = session
+    remote._web._local.session = session
     with pytest.raises(CacheError, match="from https to http"):
         list(remote.read("manifest.json", 0, 100))
