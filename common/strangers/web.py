@@ -326,9 +326,9 @@ def refuse_private_redirect(url: str) -> None:
 
     Nothing else is an error here: whoever reads the address says so.
     """
-    with suppress(TooSlow, requests.RequestException, urllib3.exceptions.HTTPError, ValueError):
-        with Web().get(url, {"Range": "bytes=0-0", "Accept-Encoding": "identity"}):
-            pass
+    headers = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+    with suppress(TooSlow, requests.RequestException, urllib3.exceptions.HTTPError, ValueError), Web().get(url, headers):
+        pass
 
 
 def _lies_open(url: str) -> bool:
