@@ -108,6 +108,7 @@ def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
         protocol=scores.eval_protocol,
         bos=reading.bos,
         separator=reading.separator,
+        control_tokens=reading.control_tokens,
         allow_contaminated=scores.allow_contaminated,
     )
 
@@ -120,6 +121,7 @@ def held_out(config: TrainConfig, scores: ScoreSettings) -> dict[str, Any]:
     return {
         "bos": reading.bos,
         "separator": reading.separator,
+        "control_tokens": reading.control_tokens,
         "data": scores.eval_data,
         "split": scores.eval_split,
         "device": config.model.device,

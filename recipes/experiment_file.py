@@ -35,7 +35,7 @@ RESERVED = {"cache": ("out", "shard"), "train": ("out", "cache", "seed", "resume
 """Part of the file -> options that the experiment sets itself."""
 TEACHER_OPTIONS = ("load-in-4bit", "dtype", "revision", "tokenizer", "device")
 """Options of a build that the teacher's evaluation needs too."""
-READING_OPTIONS = ("separator", "bos")
+READING_OPTIONS = ("separator", "bos", "control-tokens")
 """Options of a build that the teacher's evaluation takes over where it names none: students are scored as they were trained."""
 
 

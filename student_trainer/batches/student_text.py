@@ -73,7 +73,7 @@ class StudentText:
                 expected="a tokenizer with eos_token",
                 try_="set eos_token in its tokenizer_config.json",
             )
-        words, teacher = TextTokens(tokenizer), reader.vocabulary()
+        words, teacher = TextTokens(tokenizer, blocks.control_tokens), reader.vocabulary()
         same = blocks.encoder == encoder and separator is None and same_tokenizer(reader, tokenizer)
         between = "" if not pairs else blocks.separator if separator is None else separator
         bos = blocks.bos if same else tokenizer.bos_token_id is not None  # a cut prompt keeps it, and nothing else

@@ -31,6 +31,8 @@ class TrainedReading:
     """Whether documents and prompts opened with the BOS token, where the tokenizer has one."""
     separator: str
     """Text between prompt and target."""
+    control_tokens: str = "auto"
+    """How control tokens that are spelled in a text were read, see `kd.data.text_tokens`."""
 
 
 def trained_reading(reader: Reader, config: Any, tokenizer: Tokenizer, separator: str | None) -> TrainedReading:
@@ -42,7 +44,7 @@ def trained_reading(reader: Reader, config: Any, tokenizer: Tokenizer, separator
     blocks = reader.manifest.blocks
     alike = separator is None and blocks.encoder == is_encoder_decoder(config)
     bos = blocks.bos if alike and same_tokenizer(reader, tokenizer) else True
-    return TrainedReading(bos, blocks.separator if separator is None else separator)
+    return TrainedReading(bos, blocks.separator if separator is None else separator, blocks.control_tokens)
 
 
 def reading_of_run(model: str) -> TrainedReading | None:
@@ -56,7 +58,7 @@ def reading_of_run(model: str) -> TrainedReading | None:
     run = read_run(folder)
     said = run.get(READING)
     if isinstance(said, Mapping):
-        return TrainedReading(bool(said["bos"]), str(said["separator"]))
+        return TrainedReading(bool(said["bos"]), str(said["separator"]), str(said.get("control_tokens", "auto")))
     return _reading_by_cache(folder, run.get("settings") or {})
 
 

@@ -28,6 +28,7 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.data.blocks import BlockConfig
+from kd.data.text_tokens import CONTROL_TOKENS
 
 FORMAT = "kd-cache"
 FORMAT_VERSION = 2
@@ -99,7 +100,10 @@ class CacheManifest:
     @property
     def blocks(self) -> BlockConfig:
         """How text was cut into rows."""
-        return BlockConfig(**self.identity["blocks"])
+        control = self.provenance.get("control_tokens", "control")  # older caches read every control token as such
+        if control not in CONTROL_TOKENS:
+            raise CacheError("an unknown way to read control tokens", found=control, expected=", ".join(CONTROL_TOKENS))
+        return BlockConfig(**self.identity["blocks"], control_tokens=control)
 
     @property
     def vocabulary_size(self) -> int:
