@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.recipes.recipe_file import Recipe, check_step, read_mapping, variables_of
 
 FOLDER = Path(__file__).parent / "experiments"
@@ -153,7 +154,7 @@ def experiment_names() -> list[str]:
 
 def load_experiment(name: str) -> Experiment:
     """An experiment by name or path. Raises DataError, naming the key that is wrong."""
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
         if not path.exists():

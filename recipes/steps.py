@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import unknown_name
+from kd.common.paths import as_path
 from kd.common.settings import Setting, as_text, flattened, make, settings_of
 from kd.common.settings_file import read_settings
 
@@ -60,7 +61,7 @@ class Step:
     @property
     def out(self) -> Path:
         """The folder that the step writes. A step without `out` has none and raises KeyError."""
-        return Path(str(self.options["out"]))
+        return as_path(str(self.options["out"]))
 
     @property
     def given(self) -> dict[str, str | bool]:
@@ -85,7 +86,7 @@ class Step:
         kind = STEP_KINDS[self.command]
         parts = by_class(kind.classes(), self.options, (*kind.plain, "config"), self._label)
         if "config" in self.options:
-            file = Path(str(self.options["config"]))
+            file = as_path(str(self.options["config"]))
             from_file = by_class(kind.classes(), read_settings(file), (), str(file))
             parts = {cls: from_file[cls] | part for cls, part in parts.items()}
         return parts

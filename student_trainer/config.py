@@ -17,6 +17,7 @@ from typing import Any, Literal
 from kd.cache_builder.weighted_caches import WeightedCache, as_caches, parse_caches, require_weights
 from kd.common.byte_sizes import byte_count
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.common.settings import as_text, check, flat, make, setting, unescaped
 
 LORA_TARGETS = {
@@ -248,7 +249,7 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """`out` as a path."""
-        return Path(self.out)
+        return as_path(self.out)
 
     def saved(self) -> dict[str, Any]:
         """Flat settings as `run.json` holds them."""

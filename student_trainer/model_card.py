@@ -14,6 +14,7 @@ import yaml
 
 from kd.common.errors import DataError
 from kd.common.files import write_atomic
+from kd.common.paths import as_path
 from kd.student_trainer.run_folder import read_run
 
 
@@ -39,7 +40,11 @@ def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
         "library_name": "transformers",
         "pipeline_tag": "text2text-generation" if two_sides else "text-generation",
         "tags": ["knowledge-distillation" if run["loss"] != "ce" else "fine-tuned", "kd"],
-        **({"base_model": run["student"]} if "/" in str(run["student"]) and not Path(run["student"]).exists() else {}),
+        **(
+            {"base_model": run["student"]}
+            if "/" in str(run["student"]) and not as_path(str(run["student"])).exists()
+            else {}
+        ),
     }
     how = (
         f"Distilled from **{run['teacher']}** with loss `{run['loss']}` (tail `{objective['tail']}`, "

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from kd.common.errors import CacheError
 from kd.common.files import process_tag, publish, sha256_of, write_error
+from kd.common.paths import as_path
 
 Entry = Mapping[str, Any]
 """`bytes` and `sha256` of a file, as commits record them."""
@@ -134,7 +135,7 @@ def local_path(address: str | os.PathLike[str]) -> Path:
     """The path that a path or a file:// address names. Raises CacheError for an address on another machine."""
     text = str(address)
     if not text.startswith("file://"):
-        return Path(address)
+        return as_path(address)
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise CacheError("a file:// address names a file of this machine", found=text, expected="file:///PATH")

@@ -25,12 +25,12 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files as package_files
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.data.instruction_tasks.task import (
     SPLITS,
     WORDINGS,
@@ -61,7 +61,7 @@ def task_names() -> tuple[str, ...]:
 def load_task(name: str) -> TaskFile:
     """A task by name, or by the path of a `.yaml` file. Raises DataError for an unknown name or a faulty file."""
     if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+        path = as_path(name)
         if not path.is_file():
             raise DataError("no such task file", where=name, expected="a YAML file", try_="kd data ls")
         try:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.compressed import plain_name
 from kd.data.rows.hub import HubRows, is_url, load_url
@@ -115,7 +116,7 @@ def _from_named_file(task: TaskFile, split: str) -> TaskRows:
     named = task.files[of]
     if is_url(named):
         return _or_local_files(task, split, lambda: _from_tables(task, [load_url(named)], part, named))
-    file = Path(task.path).parent / Path(named).expanduser()
+    file = Path(task.path).parent / as_path(named)
     if not file.is_file():
         raise DataError("a task's file is missing", where=f"{task.path} files.{of}", expected=str(file))
     return _from_files(task, [file], part if not part.whole else SplitPart(split))
@@ -127,7 +128,7 @@ def _names_of(split: str) -> tuple[str, ...]:
 
 
 def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
-    folder = root.expanduser() / task.name
+    folder = as_path(root) / task.name
     files = table_files(folder) if folder.is_dir() else []
     if not files:
         raise DataError(

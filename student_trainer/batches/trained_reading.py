@@ -14,6 +14,7 @@ from typing import Any
 from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import KdError
+from kd.common.paths import as_path
 from kd.models.loading import ModelRequest, is_encoder_decoder, load_config, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.compatibility import same_tokenizer
@@ -52,7 +53,7 @@ def reading_of_run(model: str) -> TrainedReading | None:
 
     Runs of earlier releases do not say it themselves: their cache does, as long as it is on this machine.
     """
-    folder = Path(model).expanduser()
+    folder = as_path(model)
     if not is_run(folder):
         return None
     run = read_run(folder)

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from kd.cache_builder.opening import open_cache
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.common.settings import saved
 from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue
 from kd.models.classifiers import HEAD, load_classifier
@@ -77,7 +78,7 @@ def train_classifier(
     config: ClassifyConfig, *, on_step: Callable[[ClassifyRecord], None] | None = None
 ) -> ClassifyResult:
     """Run the training that `config` describes. Raises KdError before the first step for anything unusable."""
-    out = Path(config.out)
+    out = as_path(config.out)
     if out.exists() and any(out.iterdir()):
         raise DataError("the output folder is not empty", where=out, try_="another --out")
     source = load_source(config)

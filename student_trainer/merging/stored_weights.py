@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.models.identity import weight_files
 from kd.models.loading import ModelRequest, load_config, refuse_damaged_model
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
@@ -134,7 +135,7 @@ def _stored_tensors(model: PoolModel) -> tuple[dict[str, Path], dict[str, tuple[
 
 
 def _folder(model: PoolModel) -> Path:
-    local = Path(model.path).expanduser()
+    local = as_path(model.path)
     if local.is_dir():
         return local
     from huggingface_hub import snapshot_download

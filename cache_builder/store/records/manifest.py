@@ -27,6 +27,7 @@ from kd.cache_builder.store.records.manifest_checks import (
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
+from kd.common.paths import as_path
 from kd.data.blocks import BlockConfig
 from kd.data.text_tokens import CONTROL_TOKENS
 
@@ -156,7 +157,7 @@ def load_manifest(root: str | Path) -> CacheManifest:
     Raises CacheError when `root` is not a cache, CacheMismatchError for an unknown format version, CacheDamageError when the
     document contradicts itself.
     """
-    path = _manifest_path(Path(root))
+    path = _manifest_path(as_path(root))
     document = read_json(path)
     checksum = document.pop("checksum", None)
     _check_header(document, checksum, path)
