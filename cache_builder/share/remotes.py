@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from kd.common.errors import CacheError
-from kd.common.files import process_tag, publish, sha256_of, write_error
+from kd.common.files import process_tag, publish, sha256_of, sweep, write_error
 from kd.common.paths import as_path
 
 Entry = Mapping[str, Any]
@@ -100,9 +100,10 @@ class FolderRemote(Remote):
                 yield piece
 
     def prepare(self, *, private: bool = False) -> None:
-        """As `Remote.prepare`."""
+        """As `Remote.prepare`. What a killed push of this machine left is removed."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            sweep(self.root)
         except OSError as error:
             raise write_error(self.root, error) from error
 

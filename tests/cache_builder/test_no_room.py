@@ -1,7 +1,7 @@
 """Where a disk has no room, no inodes, a limit of file sizes, or may not be written: an error of ours, and nothing is lost.
 
-Every way to write a cache (build, slice, merge, push, pull, repair) runs in a forked child on such a disk, and then once
-more on one that has room.
+Every way to write a cache (build, slice, merge, push, pull, repair) runs in a forked child on such a disk, and then on one
+that has room.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_no_room_is_a_clear_error_and_the_same_call_continues(
         shutil.copytree(out, tmp_path / "c")
     assert child(lambda: ways[way](tmp_path / "c")) == (0, "")
     assert list(verify(tmp_path / "c"))[-1].findings == ()
-    assert not list((tmp_path / "c").rglob(".*"))
+    assert list((tmp_path / "c").rglob(".*")) == []
 
 
 def test_a_repair_that_may_not_write_says_so(mounted, sources):
