@@ -20,7 +20,7 @@ from kd.commands.eval import run_evaluation
 from kd.commands.terminal.console import emit, progress_bar, quiet_libraries
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
-from kd.common.disk_errors import WriteError, clear_write_errors
+from kd.common.disk.disk_errors import clear_write_errors
 from kd.student_trainer.config import ScoreSettings, TrainConfig
 
 if TYPE_CHECKING:
@@ -92,18 +92,12 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
             for when in ("before", "after")
         ]
     from kd.student_trainer.model_card import write_card
+    from kd.student_trainer.saving.rescue import refuse_moved_run
 
     with clear_write_errors(folder, "make room; the weights are complete, the model card alone is missing"):
         write_card(folder, card)
     emit(result, as_json, f"{folder}: trained")
-    if folder != config.folder:
-        raise WriteError(
-            "the run is complete, but not in --out",
-            where=config.folder,
-            found="it could no longer be written",
-            saved=folder,
-            try_=f"make room, then move {folder} to {config.folder} in place of what is there",
-        )
+    refuse_moved_run(config.folder, folder)
 
 
 def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:

@@ -219,7 +219,7 @@ class LogSettings:
     """Number of steps between checkpoints; 0 saves at the end only."""
     log_every: int = setting(10, minimum=1)
     """Number of steps between lines of metrics.jsonl."""
-    rescue_dir: str | None = setting(None, metavar="DIR", shown="KD_HOME/rescue")
+    rescue_dir: str | None = setting(None, metavar="DIR", folder=True, shown="KD_HOME/rescue")
     """Folder in which the run goes on when --out can no longer be written: a full or read-only disk, no inodes."""
     report_to: str = "none"
     """Tracker that transformers reports to: tensorboard, wandb, …, or none."""
@@ -230,7 +230,7 @@ class LogSettings:
     @property
     def rescue_folder(self) -> Path:
         """`rescue_dir` as a path, with the default filled in."""
-        return kd_home() / "rescue" if self.rescue_dir is None else Path(self.rescue_dir).expanduser()
+        return kd_home() / "rescue" if self.rescue_dir is None else Path(self.rescue_dir)
 
 
 @dataclass(frozen=True)

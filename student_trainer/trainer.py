@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from kd.common.disk_errors import WriteError, write_failure
+from kd.common.disk.disk_errors import WriteError, write_failure
 from kd.common.errors import DataError
 from kd.models.batching.padded_batches import on_device
 from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches

@@ -27,7 +27,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from kd.common.disk_errors import clear_write_errors
+from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.settings import flat
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.read_ahead import CachedExamples

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from kd.common.disk_errors import WriteError, is_size_limit, write_error_of, write_failure
+from kd.common.disk.disk_errors import WriteError, is_size_limit, write_error_of, write_failure
 from kd.common.files import write_atomic
 
 T = TypeVar("T")
@@ -115,3 +115,15 @@ class RunPlace:
     def _error(self, failed: Exception) -> WriteError:
         advice = "make room, then the same command with --resume: it continues from the last checkpoint"
         return write_error_of(failed, self.folder, advice)
+
+
+def refuse_moved_run(wanted: Path, folder: Path) -> None:
+    """Raise WriteError for a finished run that is not where it was wanted."""
+    if folder != wanted:
+        raise WriteError(
+            "the run is complete, but not in --out",
+            where=wanted,
+            found="it could no longer be written",
+            saved=folder,
+            try_=f"make room, then move {folder} to {wanted} in place of what is there",
+        )

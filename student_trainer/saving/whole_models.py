@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kd.common.disk_errors import is_size_limit
+from kd.common.disk.disk_errors import is_size_limit
 from kd.common.files import process_tag, sync_file
 
 PART_OF_LIMIT = 0.9
