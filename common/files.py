@@ -224,7 +224,7 @@ def _spelled(value: dict[str, Any]) -> bytes | None:
         return None
 
 
-def _no_inodes(path: Path) -> bool:
+def no_inodes(path: Path) -> bool:
     """Whether the file system that `path` is on, or would be on, has run out of inodes."""
     place = next((p for p in (path, *path.parents) if p.exists()), None)
     if place is None:
@@ -238,7 +238,7 @@ def _no_inodes(path: Path) -> bool:
 def write_error(path: Path, error: OSError) -> CacheError:
     """The error for the user after writing under `path` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        inodes = error.errno == errno.ENOSPC and _no_inodes(path)
+        inodes = error.errno == errno.ENOSPC and no_inodes(path)
         return CacheError(
             "the disk is full" if not inodes else "the file system can hold no more files",
             where=path,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.common.digests import refuse_damage
+from kd.common.disk.digests import refuse_damage
 from kd.common.errors import DataError, TeacherError, unknown_name
 from kd.common.files import read_object
 from kd.common.paths import as_path

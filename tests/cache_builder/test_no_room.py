@@ -10,7 +10,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,26 +33,6 @@ LIMITS = {
     "file size": ("", "a file would be larger than is allowed here"),
 }
 """Kind of limit -> how tmpfs is mounted, and the beginning of the error."""
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """`mounted(options)`: a small file system; with `ro` it is written to no more."""
-    places: list[Path] = []
-
-    def mount(options: str) -> Path:
-        place = tmp_path / f"disk{len(places)}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options or "size=8m", "tmpfs", str(place)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"tmpfs cannot be mounted here: {done.stderr.strip()}")
-        places.append(place)
-        return place
-
-    yield mount
-    for place in places:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(scope="module")
