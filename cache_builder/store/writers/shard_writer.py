@@ -44,7 +44,7 @@ from kd.cache_builder.store.records.manifest import (
 from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
 from kd.cache_builder.store.vocabulary import code_table, pack_rows
 from kd.cache_builder.store.writers.claims import all_claims, claim_path, void_claims
-from kd.cache_builder.store.writers.shard_publishing import offer, prepare, settle, settle_all
+from kd.cache_builder.store.writers.shard_publishing import offer, prepare_shard, settle, settle_all
 from kd.common.errors import CacheMismatchError
 from kd.common.files import (
     STAGING_LOCK,
@@ -179,7 +179,7 @@ class ShardWriter:
         """
         self._stage()
         self._stage_rows(index, stored, examples)
-        folder = prepare(self.staging, self.manifest, index, quality)
+        folder = prepare_shard(self.staging, self.manifest, index, quality)
         if ours() and not commit_path(self.root, index).exists():
             settle(self.root, self.manifest, index, trusted=offer(self.root, index, folder))
         shutil.rmtree(folder, ignore_errors=True)  # another builder was faster
