@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -68,6 +69,12 @@ def main() -> None:
         if missing is None:
             raise
         _fail(missing)
+    except OSError as error:
+        from kd.common.disk.disk_errors import write_error_of, write_failure
+
+        if write_failure(error, Path()) is None:
+            raise
+        _fail(write_error_of(error, Path(), "make room or name another place, then run the same command again"))
 
 
 def _with_what_is_meant(error: click.ClickException) -> click.ClickException:

@@ -12,10 +12,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 
 MIXED = "--cache runs/a=0.7 --cache runs/b=0.3"
 """How a mixture is spelled on the command line, for errors."""
@@ -43,12 +43,12 @@ def parse_caches(text: str) -> tuple[WeightedCache, ...]:
     """`A=0.7,B=0.3` as a mixture, any other text as one cache. Raises DataError."""
     if not text.strip():
         raise DataError("no cache was given", found=repr(text), expected=NAMES_OF_CACHES)
-    if Path(text).exists():
+    if as_path(text).exists():
         return (WeightedCache(text),)
     if re.search(r"=[^,/]*(,|$)", text):
         return tuple(_weighted(item) for item in text.split(","))
     several = text.split(",")
-    if len(several) > 1 and all("://" in one or Path(one).exists() for one in several):
+    if len(several) > 1 and all("://" in one or as_path(one).exists() for one in several):
         require_weights([WeightedCache(one) for one in several])
     return (WeightedCache(text),)
 

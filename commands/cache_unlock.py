@@ -38,11 +38,11 @@ def cache_unlock(path: Path, force: bool, as_json: bool) -> None:
         emit_json({"path": str(path), "claims": [asdict(c) | {"removed": c in removed} for c in claims]})
         return
     for claim in claims:
-        say(described(claim, claim in removed))
+        say(claim_line(claim, claim in removed))
     say(f"{path}: {len(claims)} claims, {len(removed)} removed")
 
 
-def described(claim: Claim, removed: bool) -> str:
+def claim_line(claim: Claim, removed: bool) -> str:
     """A claim in a line."""
     state = claim.void or f"held, touched {claim.idle_seconds:,.0f} seconds ago"
     return f"  shard {claim.shard}: {claim.builder}: {state}{'; removed' if removed else ''}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -31,11 +32,13 @@ def classify_train(settings: ClassifyConfig, as_json: bool) -> None:
     """
     quiet_libraries()
     from kd.student_trainer.classify.classifier_training import train_classifier
+    from kd.student_trainer.saving.rescue import refuse_moved_run
 
     rows = settings.rows
     with progress_bar(f"training ({rows.task or rows.data or rows.cache})") as advance:
         result = train_classifier(settings, on_step=lambda s: advance(s.step, s.steps_total, f"loss {s.loss:.4f}"))
-    emit(asdict(result), as_json, f"{settings.out}: trained")
+    emit(asdict(result), as_json, f"{result.out}: trained")
+    refuse_moved_run(Path(settings.out), Path(result.out))
 
 
 @classify.command("eval")

@@ -14,6 +14,7 @@ import click
 from kd.commands.terminal.console import emit, emit_json, follow, quiet_libraries, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option
 from kd.commands.terminal.settings_options import settings_options
+from kd.common.disk.disk_errors import WriteError
 from kd.common.extras import require
 from kd.common.settings import make, setting
 from kd.evaluation.eval_settings import EvalSettings
@@ -70,16 +71,22 @@ def score_and_show(models: Sequence[str], settings: EvalSettings, out: Path | No
     if out is not None:
         refuse_other_scores(out, models, settings.tasks)
     reports: list[EvalReport] = []
+    failed: WriteError | None = None
     for number, model in enumerate(models):
         report = evaluation_report(model, settings)
-        if out is not None:
-            report.save(folders_of(out, models)[number])
+        try:
+            if out is not None:
+                report.save(folders_of(out, models)[number])
+        except WriteError as error:  # the scores are shown, so that they are not lost
+            failed = error
         reports.append(report)
     if as_json:
         emit_json([r.to_dict() for r in reports])
-        return
-    for report in reports:
-        say("\n".join(report_lines(report)))
+    else:
+        for report in reports:
+            say("\n".join(report_lines(report)))
+    if failed is not None:
+        raise failed
 
 
 def report_lines(report: EvalReport) -> list[str]:

@@ -49,6 +49,7 @@ def experiment(
 
     Example: kd experiment kl-prose --seeds 0,1 --out runs/kl-prose
     """
+    from kd.common.disk.disk_errors import clear_write_errors
     from kd.recipes.experiment_file import load_experiment
     from kd.recipes.run_steps import check_steps
 
@@ -68,7 +69,8 @@ def experiment(
     for extra in ("train", "eval"):
         require(extra, "kd experiment")
     with redirect_stdout(sys.stderr):  # what the steps print is progress here
-        open_folder(chosen, folder, steps)
+        with clear_write_errors(folder, "make room or name another --out, then run the same command again"):
+            open_folder(chosen, folder, steps)
         run_commands(steps, keep_scores=True)
         files, document = write_experiment_report(chosen, folder)
     if as_json:

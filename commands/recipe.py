@@ -11,6 +11,7 @@ import click
 
 from kd.commands.terminal.console import emit, emit_json, say
 from kd.commands.terminal.options import FOLDER, Function, json_option
+from kd.common.paths import as_path
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress
@@ -142,7 +143,7 @@ def _report(step: Step) -> None:
     from kd.commands.eval import report_and_show
 
     baseline = step.options.get("baseline")
-    report_and_show([Path(run) for run in step.arguments], step.out, None if baseline is None else str(baseline))
+    report_and_show([as_path(run) for run in step.arguments], step.out, None if baseline is None else str(baseline))
 
 
 RUNNERS = {"cache build": _build, "train": _train, "eval": _eval, "report": _report}

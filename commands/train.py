@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,16 @@ from kd.commands.eval import run_evaluation
 from kd.commands.terminal.console import emit, progress_bar, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
+from kd.common.disk.disk_errors import clear_write_errors
 from kd.student_trainer.config import ScoreSettings, TrainConfig
 
 if TYPE_CHECKING:
     from kd.evaluation.midway_scores import ScorePlan
     from kd.student_trainer.midway import Midway
+
+
+RESUME = "the same command with --resume continues"
+"""What a user is told whose run was stopped."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +71,33 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
     try:
         result = asdict(run_training(config, resume, midway)) | result
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(str(error) or "interrupted", "the same command with --resume continues") from None
+        said = (*error.args, RESUME) if error.args else ("interrupted", RESUME)
+        raise KeyboardInterrupt(*said[:2]) from None
     if "RANK" in os.environ:
         atexit.register(leave_group)
     if int(os.environ.get("RANK", "0")) != 0:
         return
+    folder = Path(result["out"])
     card: list[tuple[str, str]] = []
     if scores.eval_tasks:
         from kd.student_trainer.run_folder import read_evaluations
 
-        records = read_evaluations(config.folder)
+        records = read_evaluations(folder)
         result["evaluations"] = records if as_json else len(records)
         card = final_scores(records, scores.eval_data)
     if alone:
-        result["perplexity_after"] = held_out_perplexity(config.out, **held_out(config, scores))
+        result["perplexity_after"] = held_out_perplexity(str(folder), **held_out(config, scores))
         card = [
             (f"perplexity on {scores.eval_data}, {when}", f"{result[f'perplexity_{when}']:.3f}")
             for when in ("before", "after")
         ]
     from kd.student_trainer.model_card import write_card
+    from kd.student_trainer.saving.rescue import refuse_moved_run
 
-    write_card(config.folder, card)
-    emit(result, as_json, f"{config.out}: trained")
+    with clear_write_errors(folder, "make room; the weights are complete, the model card alone is missing"):
+        write_card(folder, card)
+    emit(result, as_json, f"{folder}: trained")
+    refuse_moved_run(config.folder, folder)
 
 
 def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
@@ -108,6 +119,7 @@ def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
         protocol=scores.eval_protocol,
         bos=reading.bos,
         separator=reading.separator,
+        control_tokens=reading.control_tokens,
         allow_contaminated=scores.allow_contaminated,
     )
 
@@ -120,6 +132,7 @@ def held_out(config: TrainConfig, scores: ScoreSettings) -> dict[str, Any]:
     return {
         "bos": reading.bos,
         "separator": reading.separator,
+        "control_tokens": reading.control_tokens,
         "data": scores.eval_data,
         "split": scores.eval_split,
         "device": config.model.device,

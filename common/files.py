@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import CacheDamageError, CacheError, DataError
-from kd.common.processes import is_alive, own_mark
+from kd.common.processes import boot_mark, is_alive, is_free, own_mark
 from kd.common.strangers.plain_files import NotPlainError, open_plain, read_plain
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -54,6 +54,8 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+STAGING_LOCK = "lock"
+"""Name of the file in a staging folder that a builder keeps locked."""
 ABANDONED_SECONDS = 24 * 3600
 """Age in seconds at which unfinished files of another host are removed, counted from the last change."""
 
@@ -83,14 +85,15 @@ def process_tag() -> str:
 def sweep(folder: Path) -> None:
     """Remove what killed processes have left in `folder`: `.NAME.json.TAG.tmp` files and `.staging-TAG` folders.
 
-    Removed are those of dead processes of this host, and those of other hosts that did not change for `ABANDONED_SECONDS`.
-    Those of live processes stay.
+    Removed are those of dead processes of this host, those of other containers of this machine whose lock is free, and those of
+    other hosts that did not change for `ABANDONED_SECONDS`. Those of live processes stay.
     """
     name = re.compile(r"\.(?:.+\.(?:json|claim)\.|staging-)(.+-\d+-\d+-[0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
     for path in [*folder.glob(".*.tmp"), *folder.glob(".staging-*")]:
         match = name.fullmatch(path.name)
         alive = holder(match[1])[0] if match else None
-        if alive is False or (alive is None and _untouched(path)):
+        left = match is not None and alive is None and made_here(match[1]) and is_free(path / STAGING_LOCK)
+        if alive is False or left or (alive is None and _untouched(path)):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -107,6 +110,11 @@ def holder(tag: str) -> tuple[bool | None, str]:
     if host != _host():
         return None, words
     return is_alive(pid, mark), words
+
+
+def made_here(tag: str) -> bool:
+    """Whether a tag was made since this machine was started, in whichever container: only then does a lock tell."""
+    return bool(boot_mark()) and tag.rpartition("-")[2].startswith(boot_mark())
 
 
 def _untouched(path: Path) -> bool:
@@ -217,7 +225,7 @@ def _spelled(value: dict[str, Any]) -> bytes | None:
         return None
 
 
-def _no_inodes(path: Path) -> bool:
+def no_inodes(path: Path) -> bool:
     """Whether the file system that `path` is on, or would be on, has run out of inodes."""
     place = next((p for p in (path, *path.parents) if p.exists()), None)
     if place is None:
@@ -231,7 +239,7 @@ def _no_inodes(path: Path) -> bool:
 def write_error(path: Path, error: OSError) -> CacheError:
     """The error for the user after writing under `path` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        inodes = error.errno == errno.ENOSPC and _no_inodes(path)
+        inodes = error.errno == errno.ENOSPC and no_inodes(path)
         return CacheError(
             "the disk is full" if not inodes else "the file system can hold no more files",
             where=path,

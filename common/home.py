@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kd.common.paths import as_path
+
 
 def kd_home() -> Path:
     """`$KD_HOME`, by default `~/.cache/kd`; it may not exist yet."""
-    return Path(os.environ.get("KD_HOME") or Path.home() / ".cache" / "kd")
+    return as_path(os.environ.get("KD_HOME") or Path.home() / ".cache" / "kd")

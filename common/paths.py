@@ -1,4 +1,8 @@
-"""Where text becomes a path: the home folder is spelled out, and the address of another machine is refused."""
+"""The one place where text becomes a path: the home folder is spelled out, and the address of another machine is refused.
+
+A shell expands `~` at the beginning of a word alone: in `--out=~/runs`, in YAML and in Python it arrives as it was typed. Options,
+settings, files and functions that take a path as text all use these functions; a test looks for others.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,11 @@ ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """The beginning of an address. `Path` leaves one slash of two."""
 
 
+def as_path(text: str | os.PathLike[str]) -> Path:
+    """The path that a text names if it names one: it may also be a hub id, a fingerprint or an address."""
+    return Path(os.path.expanduser(text))
+
+
 def path_of(text: str | os.PathLike[str]) -> Path:
     """The path on this machine that a text names. Raises DataError for an address, such as s3://bucket/key."""
     if ADDRESS.match(os.fspath(text)):
@@ -20,7 +29,7 @@ def path_of(text: str | os.PathLike[str]) -> Path:
             found=os.fspath(text),
             try_="a path; kd cache push copies a finished cache to an address, kd cache pull from one",
         )
-    return Path(text).expanduser()
+    return as_path(text)
 
 
 def output_folder(text: str | os.PathLike[str]) -> Path:

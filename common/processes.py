@@ -82,6 +82,15 @@ def lock_of(path: Path) -> int | None:
     return handle
 
 
+def is_free(path: Path) -> bool:
+    """Whether a file is there and nobody has it locked."""
+    handle = lock_of(path)
+    if handle is None:
+        return False
+    os.close(handle)
+    return True
+
+
 def end_with_parent(*, kernel: bool) -> None:
     """From now on, end this child of `multiprocessing` when its parent has died: SIGTERM first, the end after `GRACE_SECONDS`.
 

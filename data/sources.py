@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.data.data_settings import InstructionConfig
 from kd.data.demo import mini_mixture, stdlib_text
 from kd.data.instruction_tasks.draws import kept_rows
@@ -178,7 +179,7 @@ def load_classes(
 
 def takes_instructions(spec: str) -> bool:
     """Whether the source renders templates, so that an `InstructionConfig` changes its examples."""
-    path = Path(spec).expanduser()
+    path = as_path(spec)
     return spec.partition(":")[0] in TASK_SOURCES or (path.suffix.lower() in TASK_SUFFIXES and path.exists())
 
 
@@ -210,7 +211,7 @@ def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: Ins
     """The corpus as its source gives it: with examples that have no text, and ids unchecked."""
     _refuse_address(spec)
     name, _, suffix = spec.partition(":")
-    path = Path(spec).expanduser()
+    path = as_path(spec)
     if name in TASK_SOURCES:
         return TASK_SOURCES[name](spec, split or "train", instructions)
     if takes_instructions(spec):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.cache_builder.weighted_caches import CacheSpec, as_caches
 from kd.common.errors import DataError, KdError
+from kd.common.paths import as_path
 from kd.common.settings import as_text
 from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
@@ -60,7 +61,7 @@ def trained_on(model: str) -> list[TrainingText]:
     """The texts a model was trained on, as the runs say that made it; empty for a model that no run made here."""
     texts: list[TrainingText] = []
     seen: set[Path] = set()
-    folder = Path(model).expanduser()
+    folder = as_path(model)
     while is_run(folder) and folder.resolve() not in seen:
         seen.add(folder.resolve())
         try:
@@ -71,7 +72,7 @@ def trained_on(model: str) -> list[TrainingText]:
         if not isinstance(settings, dict) or not isinstance(settings.get("cache"), str):
             break
         texts += _training_texts(folder, run, settings["cache"])
-        folder = Path(str(settings.get("student"))).expanduser()
+        folder = as_path(str(settings.get("student")))
     return texts
 
 
@@ -97,7 +98,7 @@ def cache_texts(cache: CacheSpec, *, run: str = "", whole: bool = True) -> list[
 
     texts = []
     for one in as_caches(cache):
-        files = open_files(one.place if "://" in one.place else Path(one.place).expanduser())
+        files = open_files(one.place)
         manifest = load_manifest(files.root)
         provenance, part = manifest.provenance, load_part(files.root, manifest)
         shards = range(len(manifest.shards)) if part is None else part.shards

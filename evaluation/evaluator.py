@@ -67,18 +67,15 @@ def evaluate_model(model_name: str, settings: EvalSettings) -> Iterator[Progress
 
 
 def as_trained(settings: EvalSettings, model: str) -> EvalSettings:
-    """The settings with BOS and separator of the run that made `model`, where they do not name them."""
+    """The settings with the reading of the run that made `model`, where they do not name it."""
     from kd.student_trainer.batches.trained_reading import reading_of_run
 
     reading = settings.shared.reading
-    trained = reading_of_run(model) if reading.bos is None or reading.separator is None else None
+    missing = [name for name in ("bos", "separator", "control_tokens") if getattr(reading, name) is None]
+    trained = reading_of_run(model) if missing else None
     if trained is None:
         return settings
-    filled = replace(
-        reading,
-        bos=trained.bos if reading.bos is None else reading.bos,
-        separator=trained.separator if reading.separator is None else reading.separator,
-    )
+    filled = replace(reading, **{name: getattr(trained, name) for name in missing})
     return replace(settings, shared=replace(settings.shared, reading=filled))
 
 

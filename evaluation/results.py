@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, read_object, write_atomic
 from kd.common.shown_text import redacted
@@ -78,9 +79,10 @@ class EvalReport:
         }
 
     def save(self, out_dir: Path) -> Path:
-        """Write `documents.json`, then `eval.json`, each whole or absent; returns the latter's path."""
-        write_atomic(out_dir / DOCUMENTS, json.dumps(self.documents, sort_keys=True, allow_nan=False) + "\n")
-        write_atomic(out_dir / EVAL, canonical_json(redacted(self.to_dict())))
+        """Write `documents.json`, then `eval.json`, each whole or absent; returns the latter's path. Raises WriteError."""
+        with clear_write_errors(out_dir, "make room or name another --out, then run the same command again"):
+            write_atomic(out_dir / DOCUMENTS, json.dumps(self.documents, sort_keys=True, allow_nan=False) + "\n")
+            write_atomic(out_dir / EVAL, canonical_json(redacted(self.to_dict())))
         return out_dir / EVAL
 
 

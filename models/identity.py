@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kd.common.digests import file_sha256
+from kd.common.disk.digests import file_sha256
 from kd.common.errors import DataError
 from kd.common.files import MAX_JSON_BYTES
 from kd.common.strangers.plain_files import read_plain

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.common.digests import refuse_damage
+from kd.common.disk.digests import refuse_damage
 from kd.common.errors import DataError, TeacherError, unknown_name
 from kd.common.files import read_object
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.quantised import load_quantised
 from kd.models.shapes import SHAPES
@@ -75,12 +76,12 @@ class ModelRequest:
         """The folder or hub id to pass to `from_pretrained`."""
         if self.name in EMBEDDED:
             return str(EMBEDDED[self.name])
-        return str(Path(self.name).expanduser()) if self.local else self.name
+        return str(as_path(self.name)) if self.local else self.name
 
     @property
     def local(self) -> bool:
         """Whether the model is a folder on this machine."""
-        return self.name in EMBEDDED or (self.random_shape is None and Path(self.name).expanduser().is_dir())
+        return self.name in EMBEDDED or (self.random_shape is None and as_path(self.name).is_dir())
 
 
 def resolve_device(device: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.loading import max_positions
 
@@ -47,7 +47,7 @@ def _loaded(name: str, layers: int) -> tuple[Any, Any, Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     from transformers.utils import logging
 
-    path = str(Path(name).expanduser())
+    path = str(as_path(name))
     refuse_special_files(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not 1 <= layers <= config.num_hidden_layers:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     with needed("transformers", "loading a tokenizer"):
         from transformers import AutoTokenizer
 
-    path = str(EMBEDDED.get(name, name))
+    path = str(EMBEDDED.get(name) or (as_path(name) if as_path(name).is_dir() else name))
     refuse_special_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)

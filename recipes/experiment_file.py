@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.common.strangers.yaml_file import read_mapping
 from kd.recipes.recipe_file import Recipe, check_step, variables_of
 
@@ -38,7 +39,7 @@ MAX_STUDENTS = 1000
 """Most students of one experiment: arms times seeds."""
 TEACHER_OPTIONS = ("load-in-4bit", "dtype", "revision", "tokenizer", "device")
 """Options of a build that the teacher's evaluation needs too."""
-READING_OPTIONS = ("separator", "bos")
+READING_OPTIONS = ("separator", "bos", "control-tokens")
 """Options of a build that the teacher's evaluation takes over where it names none: students are scored as they were trained."""
 
 
@@ -168,7 +169,7 @@ def experiment_names() -> list[str]:
 
 def load_experiment(name: str) -> Experiment:
     """An experiment by name or path. Raises DataError, naming the key that is wrong."""
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
         if not path.exists():

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.common.strangers.braces import fill, template_fields
 from kd.common.strangers.yaml_file import read_mapping
 from kd.recipes.steps import STEP_KINDS, Step
@@ -92,7 +93,7 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name: str) -> Recipe:
     """A recipe by name or path. Raises DataError."""
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
         if not path.exists():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.common.settings import Setting, as_text, flattened, make, settings_of
 from kd.common.strangers.plain_files import is_inside
 from kd.common.strangers.yaml_file import read_settings
@@ -67,7 +68,7 @@ class Step:
     @property
     def out(self) -> Path:
         """The folder that the step writes. A step without `out` has none and raises KeyError."""
-        return Path(str(self.options["out"]))
+        return as_path(str(self.options["out"]))
 
     @property
     def given(self) -> dict[str, str | bool]:
@@ -92,7 +93,7 @@ class Step:
         kind = STEP_KINDS[self.command]
         parts = by_class(kind.classes(), self.options, (*kind.plain, "config"), self._label)
         if "config" in self.options:
-            file = Path(str(self.options["config"]))
+            file = as_path(str(self.options["config"]))
             from_file = by_class(kind.classes(), read_settings(file), (), str(file))
             parts = {cls: from_file[cls] | part for cls, part in parts.items()}
         self._refuse_outside(
@@ -103,11 +104,7 @@ class Step:
     def _refuse_outside(self, values: Mapping[str, Any]) -> None:
         """Raise DataError for a folder to write to that is not below `folder`."""
         for name in WRITTEN:
-            if (
-                self.folder is not None
-                and name in values
-                and not is_inside(Path(str(values[name])).expanduser(), self.folder)
-            ):
+            if self.folder is not None and name in values and not is_inside(as_path(str(values[name])), self.folder):
                 raise DataError(
                     "a step writes outside of the recipe's folder",
                     where=self._label,

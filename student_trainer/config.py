@@ -17,6 +17,8 @@ from typing import Any, Literal
 from kd.cache_builder.weighted_caches import WeightedCache, as_caches, parse_caches, require_weights
 from kd.common.byte_sizes import byte_count
 from kd.common.errors import DataError
+from kd.common.home import kd_home
+from kd.common.paths import as_path
 from kd.common.settings import as_text, check, flat, make, setting, unescaped
 
 LORA_TARGETS = {
@@ -218,11 +220,18 @@ class LogSettings:
     """Number of steps between checkpoints; 0 saves at the end only."""
     log_every: int = setting(10, minimum=1)
     """Number of steps between lines of metrics.jsonl."""
+    rescue_dir: str | None = setting(None, metavar="DIR", folder=True, shown="KD_HOME/rescue")
+    """Folder in which the run goes on when --out can no longer be written: a full or read-only disk, no inodes."""
     report_to: str = "none"
     """Tracker that transformers reports to: tensorboard, wandb, …, or none."""
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def rescue_folder(self) -> Path:
+        """`rescue_dir` as a path, with the default filled in."""
+        return kd_home() / "rescue" if self.rescue_dir is None else Path(self.rescue_dir)
 
 
 @dataclass(frozen=True)
@@ -248,7 +257,7 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """`out` as a path."""
-        return Path(self.out)
+        return as_path(self.out)
 
     def saved(self) -> dict[str, Any]:
         """Flat settings as `run.json` holds them."""
@@ -267,7 +276,7 @@ def config_from(settings: Mapping[str, Any]) -> TrainConfig:
     return make(TrainConfig, given)
 
 
-FREE = ("out", "cache", "cache_bytes", "save_every", "log_every", "report_to", "device")
+FREE = ("out", "cache", "cache_bytes", "save_every", "log_every", "rescue_dir", "report_to", "device")
 """Settings that a resumed run may change; of the cache, the fingerprint must be equal instead."""
 
 

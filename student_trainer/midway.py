@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,9 +69,7 @@ def evaluation_steps(plan: BatchPlan, multiple: int, every: int | None) -> froze
 class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
     """Scores the student at its steps, on the main process; the others wait."""
 
-    def __init__(
-        self, trainer: DistillationTrainer, midway: Midway, model: Model, tokenizer: Tokenizer, folder: Path
-    ) -> None:
+    def __init__(self, trainer: DistillationTrainer, midway: Midway, model: Model, tokenizer: Tokenizer) -> None:
         """`model` is the student itself; where `trainer.model` is another, adapters are around it."""
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise DataError(
@@ -80,7 +78,6 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
                 try_="--eval-tasks left out, and kd eval afterwards",
             )
         self.trainer, self.midway, self.model, self.tokenizer = trainer, midway, model, tokenizer
-        self.folder = folder
         multiple = trainer.args.gradient_accumulation_steps * trainer.args.world_size
         self.steps = evaluation_steps(trainer.plan, multiple, midway.every)
         self.multiple = multiple
@@ -102,7 +99,7 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
             plan = self.trainer.plan.batches[: step * self.multiple]
             epoch = sum(map(len, plan)) / len(self.trainer.example_rows)
             record = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - started, **scores}
-            append_evaluation(self.folder, record)
+            self.trainer.place.write(partial(append_evaluation, record=record))
             if self.midway.on_record is not None:
                 self.midway.on_record(record)
         PartialState().wait_for_everyone()

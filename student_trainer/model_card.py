@@ -15,6 +15,7 @@ import yaml
 
 from kd.common.errors import DataError
 from kd.common.files import write_atomic
+from kd.common.paths import as_path
 from kd.common.shown_text import for_markdown, public_place
 from kd.student_trainer.run_folder import read_run
 
@@ -48,7 +49,9 @@ def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
         "pipeline_tag": "text2text-generation" if two_sides else "text-generation",
         "tags": ["knowledge-distillation" if run["loss"] != "ce" else "fine-tuned", "kd"],
         **(
-            {"base_model": student} if HUB_MODEL.fullmatch(run["student"]) and not Path(run["student"]).exists() else {}
+            {"base_model": student}
+            if HUB_MODEL.fullmatch(run["student"]) and not as_path(str(run["student"])).exists()
+            else {}
         ),
     }
     how = (

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.common.digests import DIGESTS, checked_digest, refuse_damage, with_digest, write_digests
+from kd.common.disk.digests import DIGESTS, checked_digest, refuse_damage, with_digest, write_digests
 from kd.common.errors import CacheMismatchError, DamagedFilesError, DataError
 from kd.common.files import canonical_json, read_object, sweep, unfinished, write_atomic
 from kd.common.shown_text import redacted

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -18,6 +19,7 @@ from kd.student_trainer.config import StudentSettings
 from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.prepare import Prepared, student_request
+from kd.student_trainer.saving.whole_models import write_model
 
 
 @dataclass(frozen=True)
@@ -74,21 +76,32 @@ def student_with_loss(prepared: Prepared) -> Student:
     return Student(model, trained, parameters)
 
 
-def save_student(student: Student, trainer: Any, prepared: Prepared) -> None:
-    """Write weights and tokenizer into the run's folder. Every process must call this: FSDP gathers its shards here."""
-    folder = prepared.config.folder
-    adapted = student.trained is not student.model
+def save_student(student: Student, trainer: Any, tokenizer: Tokenizer, finish: Callable[[Path], None]) -> None:
+    """Write weights and tokenizer into the run's folder, then call `finish` with it.
+
+    Every process must call this: FSDP gathers its shards here. Raises WriteError where no place can be written.
+    """
     detach_loss(student.model)
     student.model.config.use_cache = True
-    if not adapted:
-        trainer.save_model(str(folder))
+    model = student.model
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # all processes take part, so it cannot be tried again
+        trainer.save_model(str(trainer.folder))
+        if trainer.is_world_process_zero():
+            (trainer.folder / "training_args.bin").unlink(missing_ok=True)  # run.json says the same
+            tokenizer.save_pretrained(trainer.folder)
+            finish(trainer.folder)
+        return
     if not trainer.is_world_process_zero():
         return
-    if adapted:
+    if student.trained is not model:
         with merged_without_warning():
-            student.trained.merge_and_unload().save_pretrained(folder)
-    (folder / "training_args.bin").unlink(missing_ok=True)  # written with torch.save; run.json says the same
-    prepared.tokenizer.save_pretrained(folder)
+            model = student.trained.merge_and_unload()
+
+    def write(folder: Path) -> None:
+        write_model(folder, model, tokenizer)
+        finish(folder)
+
+    trainer.place.write(write)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from kd.common.disk.disk_errors import WriteError, write_failure
 from kd.common.errors import DataError
 from kd.models.batching.padded_batches import on_device
 from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches
 from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.head import forward_arguments
 from kd.student_trainer.run_folder import RECORDS, StepRecord, append_step
-from kd.student_trainer.saving.checkpoints import remove_old_checkpoints, seal_checkpoint
+from kd.student_trainer.saving.checkpoints import (
+    KEPT,
+    checkpoints_of,
+    remove_checkpoint,
+    remove_old_checkpoints,
+    seal_checkpoint,
+)
+from kd.student_trainer.saving.rescue import RunPlace
 
 
 def _units(batch: Mapping[str, Any]) -> int:
@@ -44,7 +53,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         plan: BatchPlan,
         example_rows: np.ndarray,
         has_kd: bool,
-        folder: Path,
+        place: RunPlace,
+        say: Callable[[str], object],
         on_step: Callable[[StepRecord], None] | None,
         **rest: Any,
     ) -> None:
@@ -55,8 +65,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.example_rows = example_rows
         """[E] scored positions of each example"""
         self.has_kd = has_kd
-        self.folder = folder
-        """Folder of the run."""
+        self.place = place
+        """Where the run writes."""
+        self.say = say
         self.on_step = on_step
         self.last_record: StepRecord | None = None
         self.tokens_this_run = 0
@@ -141,7 +152,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.last_record = record
             logs |= {"loss": record.loss, "ce": record.ce} | ({"kd": record.kd} if record.kd is not None else {})
             if self.is_world_process_zero():
-                append_step(self.folder, record)
+                self.place.write(partial(append_step, record=record))
                 if self.on_step is not None:
                     self.on_step(record)
         super().log(logs, start_time)
@@ -189,13 +200,53 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         values: list[float] = sums.tolist()
         return values
 
+    @property
+    def folder(self) -> Path:
+        """Folder that the run writes into now."""
+        return self.place.folder
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint; when every process has written its part, seal it, and remove the one before the last."""
+        """Write a checkpoint; one for which there is no room anywhere is left out, unless the run ends with it."""
+        ends = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        try:
+            self.place.write(lambda folder: self._checkpoint_in(folder, model, trial), patient=ends)
+        except WriteError as error:
+            if ends or self.args.world_size > 1:
+                raise
+            found = error.details["found"]
+            self.say(f"no checkpoint after step {self.state.global_step} ({found}): training goes on")
+
+    def _checkpoint_in(self, folder: Path, model: Any, trial: Any) -> None:
+        """Write a checkpoint, seal it when every process has written its part, and remove the one before the last.
+
+        Where room is short, the older of two whole checkpoints makes room.
+        """
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        self.args.output_dir = str(folder)
+        try:
+            self._sealed_checkpoint(checkpoint, model, trial)
+        except Exception as error:
+            if write_failure(error, folder) is None or self.args.world_size > 1:
+                raise
+            remove_checkpoint(checkpoint)
+            if len(checkpoints_of(folder)) < KEPT:
+                raise
+            remove_old_checkpoints(folder, kept=KEPT - 1)
+            self._try_again(checkpoint, model, trial)
+
+    def _try_again(self, checkpoint: Path, model: Any, trial: Any) -> None:
+        try:
+            self._sealed_checkpoint(checkpoint, model, trial)
+        except Exception:
+            remove_checkpoint(checkpoint)
+            raise
+
+    def _sealed_checkpoint(self, checkpoint: Path, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            seal_checkpoint(self.folder / f"checkpoint-{self.state.global_step}", RECORDS)
-            remove_old_checkpoints(self.folder)
+            seal_checkpoint(checkpoint, RECORDS)
+            remove_old_checkpoints(checkpoint.parent)
 
     def stand_still(self, seconds: float) -> None:
         """Leave time that was not spent on training out of every speed."""

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.settings import flat
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.read_ahead import CachedExamples
@@ -35,6 +36,7 @@ from kd.student_trainer.config import TrainConfig, config_from
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.prepare import Prepared, prepare
 from kd.student_trainer.run_folder import (
+    RECORDS,
     StepRecord,
     leave_run,
     read_steps,
@@ -43,6 +45,7 @@ from kd.student_trainer.run_folder import (
     start_run,
     write_run,
 )
+from kd.student_trainer.saving.rescue import RunPlace
 from kd.student_trainer.student_model import Student, save_student, student_with_loss
 from kd.student_trainer.trainer import DistillationTrainer, StopWithCheckpoint
 from kd.student_trainer.trainer_arguments import set_steps, training_arguments
@@ -133,6 +136,9 @@ def train(
     prepared.reader.announce(plan.batches)
     steps = len(plan) // multiple
     set_steps(arguments, config.optimization, steps)
+    place = RunPlace(
+        config.folder, config.logging.rescue_folder, say=say, records=RECORDS, moves=arguments.world_size == 1
+    )
     trainer = DistillationTrainer(
         model=student.trained,
         args=arguments,
@@ -141,23 +147,27 @@ def train(
         plan=plan,
         example_rows=prepared.rows,
         has_kd=config.objective.loss != "ce",
-        folder=config.folder,
+        place=place,
+        say=say,
         on_step=on_step,
     )
     if midway is not None:
-        trainer.add_callback(MidwayEvaluations(trainer, midway, student.model, prepared.tokenizer, config.folder))
+        trainer.add_callback(MidwayEvaluations(trainer, midway, student.model, prepared.tokenizer))
     PartialState().wait_for_everyone()  # each process has looked at the folder before one of them writes
     if PartialState().is_main_process:
         for sentence in start.sentences:
             say(sentence)
-        start_run(config.folder, identity, prepared.reader.manifest.fingerprint, checkpoint)
+        with clear_write_errors(config.folder, "another --out"):
+            start_run(config.folder, identity, prepared.reader.manifest.fingerprint, checkpoint)
     seconds = make_steps(trainer, checkpoint, steps, stoppable)
-    save_student(student, trainer, prepared)
     result = result_of(prepared, trainer, plan, student, steps, seconds)
-    if trainer.is_world_process_zero():
-        seal_run(config.folder)
-        write_run(config.folder, run_document(prepared, identity, result))
-    return result
+
+    def finish(folder: Path) -> None:
+        seal_run(folder)
+        write_run(folder, run_document(prepared, identity, replace(result, out=str(folder))))
+
+    save_student(student, trainer, prepared.tokenizer, finish)
+    return replace(result, out=str(place.folder))
 
 
 def run_identity(prepared: Prepared, world_size: int) -> dict[str, Any]:
@@ -191,7 +201,12 @@ def make_steps(trainer: DistillationTrainer, checkpoint: Path | None, steps: int
         trainer.close()
     done = trainer.state.global_step
     if stop.is_set() and done < steps:
-        raise KeyboardInterrupt(f"stopped after step {done} of {steps}, with a checkpoint")
+        said = f"stopped after step {done} of {steps}, with a checkpoint"
+        if trainer.place.moved:
+            raise KeyboardInterrupt(
+                f"{said} in {trainer.folder}", f"the same command with --out {trainer.folder} --resume continues"
+            )
+        raise KeyboardInterrupt(said)
     return time.perf_counter() - started - trainer.paused
 
 
@@ -200,7 +215,7 @@ def result_of(
 ) -> TrainResult:
     """What the run reports, from its last line of the log."""
     # no line was logged where only the last checkpoint was left to write out
-    last = trainer.last_record or read_steps(prepared.config.folder)[-1]
+    last = trainer.last_record or read_steps(trainer.folder)[-1]
     return TrainResult(
         out=str(prepared.config.folder),
         steps=steps,

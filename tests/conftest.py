@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client: no test may reach the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -289,3 +291,23 @@ def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = CliRunner().invoke(cli, ["cache", "build", *where, *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return folder / "cache"
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`mounted(options)`: a small file system; with `ro` it is written to no more."""
+    places: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"disk{len(places)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options or "size=8m", "tmpfs", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"tmpfs cannot be mounted here: {done.stderr.strip()}")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", str(place)], check=True)

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -80,6 +81,53 @@ def fails_at(number: int) -> Callable[[int], None]:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     return act
+
+
+def stops_at(number: int) -> Callable[[int], None]:
+    """SIGSTOP: the process sleeps until somebody sends SIGCONT."""
+
+    def act(n: int) -> None:
+        if n == number:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return act
+
+
+def sleeper(root: Path, action: Callable[[], object], number: int) -> int | None:
+    """A fork that runs `action` and sleeps before its operation `number` under `root`; None where it has ended before that."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            torch.set_num_threads(1)
+            watch(root, stops_at(number))
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    return pid if os.WIFSTOPPED(status) else None
+
+
+def woken(pid: int) -> int:
+    """Wake a sleeper up; its exit code."""
+    os.kill(pid, signal.SIGCONT)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at_moment(action: Callable[[], object], seconds: float) -> bool:
+    """Run `action` in a fork and kill it after so many seconds. Returns whether it was still at work."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.set_num_threads(1)
+            tqdm.set_lock(threading.RLock())
+            action()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def operations(action: Callable[[], object], root: Path) -> int:

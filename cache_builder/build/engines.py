@@ -181,6 +181,7 @@ def _answer(connection: Connection, job: Job, started_in_main: bool) -> None:
     """Main function of a local builder's process. On SIGTERM, and when its parent dies, it ends without a staging folder."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the clean-up short
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -195,6 +196,7 @@ def _answer(connection: Connection, job: Job, started_in_main: bool) -> None:
         pass
     finally:
         connection.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to clean up
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.build.build_settings import BuildSettings, TeacherSettings
@@ -23,6 +22,7 @@ from kd.cache_builder.build.from_settings import AnyStep, StageStep, assembled, 
 from kd.cache_builder.build.request import GivenTeacher
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.common.settings import flattened, make, settings_of
 from kd.data.data_settings import InstructionConfig
 from kd.data.sources import Corpus, corpus_of_rows
@@ -86,7 +86,7 @@ def build_cache(
             try_="kd cache build, which loads the teacher by name",
         )
     name = type(model).__name__
-    chosen = make(BuildSettings, {**given, "teacher": name, "spec": SOURCE, "out": Path(out)})
+    chosen = make(BuildSettings, {**given, "teacher": name, "spec": SOURCE, "out": as_path(out)})
     request = assembled(chosen, ModelRequest(name), model.config, lambda: corpus_of_texts(chosen, texts))
     with evaluating(model):
         teacher = GivenTeacher(model, tokenizer, parameters_digest(model))

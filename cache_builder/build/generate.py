@@ -221,11 +221,11 @@ def answer(
     config: GenerationConfig,
     seed: int,
     *,
-    leads: Sequence[str],
+    leads: Sequence[str] | None = None,
 ) -> list[tuple[str, bool]]:
     """One answer per prompt, cut at EOS and without special tokens, and whether it came to its end.
 
-    leads   white space of each prompt that its answer begins with, see `tokenize_prompt`
+    leads   white space of each prompt that its answer begins with, see `tokenize_prompt`; None for none
     """
     import torch
     from transformers import GenerationConfig as Settings
@@ -256,5 +256,5 @@ def answer(
     alone = is_encoder_decoder(model.config)
     return [
         (answer_text(tokenizer, written.ids, None if alone else ids, lead), written.ended)
-        for written, ids, lead in zip(answers, prompts, leads, strict=True)
+        for written, ids, lead in zip(answers, prompts, leads or [""] * len(prompts), strict=True)
     ]

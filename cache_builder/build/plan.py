@@ -213,6 +213,7 @@ def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> 
         "left_out": left_out.document(),
         "token_notes": notes.document(),
         "text_rules": TEXT_RULES,
+        "control_tokens": request.blocks.control_tokens,
         "options": None if request.options is None else public_options(request.options),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }

@@ -37,6 +37,7 @@ from kd.cache_builder.store.records.part import PARTIAL, Part, load_part, part_o
 from kd.cache_builder.upkeep.verify import BESIDE
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import MAX_JSON_BYTES, publish, sync_folder, unfinished, write_error
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import read_plain
 
 STAGING = ".staging-pull"
@@ -61,10 +62,11 @@ def pull(
     A copy of a part lists what it holds in `partial.json`; pulling more of the cache adds to it. Raises CacheError where there
     is no cache, CacheDamageError for files that arrive wrong, CacheMismatchError when another cache is at `path`.
     """
+    root = as_path(path)
     try:
-        yield from _pulled(url, Path(path), examples, arrays, workers)
+        yield from _pulled(url, root, examples, arrays, workers)
     except OSError as error:
-        raise write_error(Path(path), error) from error
+        raise write_error(root, error) from error
 
 
 def _pulled(

@@ -25,6 +25,7 @@ from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, loa
 from kd.cache_builder.store.records.part import PARTIAL, load_part
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import MAX_JSON_BYTES
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import read_plain
 
 
@@ -36,7 +37,7 @@ def push(
     Raises CacheError for a cache that is not whole, CacheDamageError for one that is damaged, CacheMismatchError when
     another cache is there.
     """
-    root, tally, stop = Path(path), Tally(), threading.Event()
+    root, tally, stop = as_path(path), Tally(), threading.Event()
     manifest = load_manifest(root)
     if not manifest.complete or load_part(root, manifest) is not None:
         raise CacheError(

@@ -22,7 +22,8 @@ from urllib.parse import unquote, urlsplit
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.records.commits import refuse_outside
 from kd.common.errors import CacheDamageError, CacheError
-from kd.common.files import process_tag, publish, write_error
+from kd.common.files import process_tag, publish, sweep, write_error
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import open_plain
 
 Entry = Mapping[str, Any]
@@ -111,9 +112,10 @@ class FolderRemote(Remote):
             ) from error
 
     def prepare(self, *, private: bool = False) -> None:
-        """As `Remote.prepare`."""
+        """As `Remote.prepare`. What a killed push of this machine left is removed."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            sweep(self.root)
         except OSError as error:
             raise write_error(self.root, error) from error
 
@@ -151,7 +153,7 @@ def local_path(address: str | os.PathLike[str]) -> Path:
     """The path that a path or a file:// address names. Raises CacheError for an address on another machine."""
     text = str(address)
     if not text.startswith("file://"):
-        return Path(address)
+        return as_path(address)
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise CacheError("a file:// address names a file of this machine", found=text, expected="file:///PATH")

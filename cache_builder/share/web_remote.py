@@ -15,7 +15,7 @@ import urllib3
 
 from kd.cache_builder.share.remotes import PIECE, Remote, Transient
 from kd.common.errors import CacheError
-from kd.common.strangers.web import Answer, TooSlow, Web
+from kd.common.strangers.web import TooSlow, Web, WebAnswer
 
 
 class WebRemote(Remote):
@@ -57,7 +57,7 @@ class WebRemote(Remote):
         except (requests.RequestException, ValueError) as error:  # no such scheme, too many redirects, not an address
             raise CacheError("the address cannot be read", where=self._address(name), found=error) from error
 
-    def _check(self, answer: Answer, name: str, start: int) -> None:
+    def _check(self, answer: WebAnswer, name: str, start: int) -> None:
         where, status = self._address(name), answer.status
         if status in (404, 410):
             raise FileNotFoundError(where)

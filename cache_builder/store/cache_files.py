@@ -20,6 +20,7 @@ from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import load_part
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.common.errors import CacheDamageError
+from kd.common.paths import as_path
 
 
 class CacheFiles(Hashable, Protocol):
@@ -100,7 +101,7 @@ class LocalFiles:
 
 def files_at(cache: str | os.PathLike[str] | CacheFiles) -> CacheFiles:
     """The files of a cache: those in the folder that a path names, or `cache` itself where it is such files already."""
-    return LocalFiles(Path(cache)) if isinstance(cache, str | os.PathLike) else cache
+    return LocalFiles(as_path(cache)) if isinstance(cache, str | os.PathLike) else cache
 
 
 def bytes_below(root: Path) -> int:

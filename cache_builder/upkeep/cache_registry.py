@@ -18,6 +18,7 @@ from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheMan
 from kd.common.errors import CacheError, KdError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.common.home import kd_home
+from kd.common.paths import as_path
 from kd.common.shown_text import public_place
 
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
@@ -103,8 +104,8 @@ def caches_with(fingerprint: str) -> list[Path]:
 
 def located(cache: str | Path) -> Path:
     """The folder of a cache that is named by its path, or by the beginning of its fingerprint. Raises CacheError."""
-    if Path(cache).exists() or not PREFIX.fullmatch(str(cache)):
-        return Path(cache)
+    if as_path(cache).exists() or not PREFIX.fullmatch(str(cache)):
+        return as_path(cache)
     paths = caches_with(str(cache))
     if len({load_manifest(p).fingerprint for p in paths}) > 1:
         raise CacheError(

@@ -232,7 +232,7 @@ class _Adapter(HTTPAdapter):
         return manager
 
 
-class Answer:
+class WebAnswer:
     """A response whose headers are there and whose body is not."""
 
     def __init__(self, response: requests.Response, clock: Clock) -> None:
@@ -268,7 +268,7 @@ class Web:
         self._local = threading.local()
 
     @contextmanager
-    def get(self, url: str, headers: Mapping[str, str]) -> Iterator[Answer]:
+    def get(self, url: str, headers: Mapping[str, str]) -> Iterator[WebAnswer]:
         """Ask for an address and follow its redirects. Raises TooSlow, CacheError, and what `requests` and `urllib3` raise."""
         with WATCHING.clock() as clock:
             WATCHING.of_thread.clock = clock
@@ -276,7 +276,7 @@ class Web:
                 clock.within(ANSWER_SECONDS)
                 with self._last(url, dict(headers), clock) as response:
                     clock.within(None)
-                    yield Answer(response, clock)
+                    yield WebAnswer(response, clock)
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 if clock.late:
                     raise TooSlow("it takes too long") from error
@@ -327,7 +327,10 @@ def refuse_private_redirect(url: str) -> None:
     Nothing else is an error here: whoever reads the address says so.
     """
     headers = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
-    with suppress(TooSlow, requests.RequestException, urllib3.exceptions.HTTPError, ValueError), Web().get(url, headers):
+    with (
+        suppress(TooSlow, requests.RequestException, urllib3.exceptions.HTTPError, ValueError),
+        Web().get(url, headers),
+    ):
         pass
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.common.strangers.yaml_file import read_mapping
 from kd.data.instruction_tasks.draws import kept_rows
 from kd.data.instruction_tasks.task_rows import SAME
@@ -143,8 +144,7 @@ def load_glue(
     """
     glue = glue_task(task or (Path(spec).name if spec else ""))
     split = _split_name(glue, split)
-    folder = Path(spec or f"glue/{glue.name}") if task_root is None else task_root / glue.name
-    folder = folder.expanduser()
+    folder = as_path(spec or f"glue/{glue.name}") if task_root is None else as_path(task_root) / glue.name
     if folder.exists() or task_root is not None:
         rows, source = _local_rows(folder, glue, split)
     elif spec is None or spec == f"glue/{glue.name}":

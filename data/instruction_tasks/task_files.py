@@ -25,10 +25,10 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files as package_files
-from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.common.strangers.yaml_file import parse_mapping, read_mapping
 from kd.data.instruction_tasks.task import (
     SPLITS,
@@ -64,7 +64,7 @@ def task_names() -> tuple[str, ...]:
 def load_task(name: str) -> TaskFile:
     """A task by name, or by the path of a `.yaml` file. Raises DataError for an unknown name or a faulty file."""
     if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+        path = as_path(name)
         if not path.exists():
             raise DataError("no such task file", where=name, expected="a YAML file", try_="kd data ls")
         return task_of(read_mapping(path, "task file"), path.stem, str(path))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import is_inside
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.compressed import plain_name
@@ -136,7 +137,7 @@ def _names_of(split: str) -> tuple[str, ...]:
 
 
 def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
-    folder = root.expanduser() / task.name
+    folder = as_path(root) / task.name
     files = table_files(folder) if folder.is_dir() else []
     if not files:
         raise DataError(

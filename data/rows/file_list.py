@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.data.left_out import LeftOut
 from kd.data.rows.compressed import COMPRESSIONS, file_type
 
@@ -72,13 +73,13 @@ def list_files(spec: str, types: Collection[str], left_out: LeftOut) -> FileList
 
 def _paths(spec: str) -> list[Path] | None:
     """The files and folders that a spec names, globs expanded; None where it names none."""
-    path = Path(spec).expanduser()
+    path = as_path(spec)
     if path.exists():
         return [path]
     if "://" in spec or not ("," in spec or glob.has_magic(spec)):
         return None
     parts = _between_commas(spec)
-    if not any(glob.has_magic(part) or Path(part).expanduser().exists() for part in parts):
+    if not any(glob.has_magic(part) or as_path(part).exists() for part in parts):
         return None
     return [path for part in parts for path in _matched(part)]
 
@@ -88,7 +89,7 @@ def _between_commas(spec: str) -> list[str]:
     parts: list[str] = []
     rest = spec.split(",")
     while rest:
-        whole = next((n for n in range(len(rest), 1, -1) if Path(",".join(rest[:n])).expanduser().exists()), 1)
+        whole = next((n for n in range(len(rest), 1, -1) if as_path(",".join(rest[:n])).exists()), 1)
         parts.append(",".join(rest[:whole]).strip())
         rest = rest[whole:]
     return [part for part in parts if part]
@@ -96,7 +97,7 @@ def _between_commas(spec: str) -> list[str]:
 
 def _matched(part: str) -> list[Path]:
     """What a glob matches, in the order of the paths; the path itself where it is none."""
-    path = Path(part).expanduser()
+    path = as_path(part)
     if path.exists() or not glob.has_magic(part):
         found = [path] if path.exists() else []
     else:

@@ -67,7 +67,7 @@ def is_url(text: str) -> bool:
 
 
 def load_url(url: str) -> RowTable:
-    """The rows of a table file at an address, as `read_table` reads them. Raises DataError, and CacheError for a redirect into a private network."""
+    """The rows of a table file at an address, as `read_table` reads them. Raises DataError; CacheError as `Web`."""
     with needed("datasets", "reading a file at an address"):
         import datasets
 

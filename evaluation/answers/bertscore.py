@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.models.loading import resolve_device
 from kd.models.text_encoder import load_encoder
 
@@ -43,7 +44,7 @@ def described(name: str, layer: int | None) -> str:
     """The library's hash, with the encoder's name as given (a folder's last part)."""
     from bert_score.utils import get_hash
 
-    shown = Path(name).name if Path(name).expanduser().is_dir() else name
+    shown = Path(name).name if as_path(name).is_dir() else name
     return str(get_hash(shown, encoder_layer(name, layer), False, False, False, True))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.common.progress import Progress
 from kd.data.instruction_tasks.glue import GlueTask, glue_task, load_glue
 from kd.evaluation.merged.glue_figures import Score, Scores, glue_figures
@@ -77,7 +78,7 @@ def evaluate_classifier(name: str, settings: ClassifierEvaluation) -> Iterator[P
 
 def _task_of_model(name: str) -> str:
     """The task in `classify.json` beside the weights, else the last part of the name after `_`, as in gpt2_sst2."""
-    run = read_classifier_run(Path(name))
+    run = read_classifier_run(as_path(name))
     if run is not None:
         return str(run["task"])
     return glue_task(name.rstrip("/").rpartition("/")[2].rpartition("_")[2]).name

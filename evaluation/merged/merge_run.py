@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kd.common.digests import write_digests
+from kd.common.disk.digests import write_digests
+from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, write_atomic
 from kd.common.progress import Progress
@@ -44,6 +45,7 @@ from kd.student_trainer.merging.method_registry import MergeMethod, merge_method
 from kd.student_trainer.merging.pool import ModelPool, read_pool
 from kd.student_trainer.merging.stored_weights import skeleton
 from kd.student_trainer.merging.training_rows import RowSampler, is_classifier_pool
+from kd.student_trainer.saving.whole_models import write_model
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ def merge_pool(
     """
     job = _MergeJob(pool, run, tuple(heads))
     job.check()
-    result = yield from _scored_ensemble(job) if job.method.live else _merged_weights(job, load_rows)
-    _write(job, result)
+    with clear_write_errors(run.out, "make room or name another --out, then run the same command again"):
+        result = yield from _scored_ensemble(job) if job.method.live else _merged_weights(job, load_rows)
+        _write(job, result)
     yield Progress(job.total, job.total, result, "written")
 
 
@@ -236,9 +239,8 @@ def _merged_weights(job: _MergeJob, load_rows: LoadRows | None) -> Generator[Pro
         if scaling != job.scalings[-1]:
             merger.apply(model, scaling)
         refuse_weights_without_value(model, f"merged of {', '.join(pool.names)}")
-        model.to("cpu").save_pretrained(out)
-    first = pool.models[0]
-    load_request_tokenizer(ModelRequest(first.path, first.revision)).save_pretrained(out)
+        first = pool.models[0]
+        write_model(out, model.to("cpu"), load_request_tokenizer(ModelRequest(first.path, first.revision)))
     if job.run.classifiers:
         _write_classifiers(pool, model, out / "classifiers")
     odd = tables.odd and replace(tables.odd, rows={job.label(scaling): tables.odd.rows[job.label(scaling)]})
@@ -314,6 +316,5 @@ def _write_classifiers(pool: ModelPool, merged: Any, folder: Path) -> None:
         tokenizer = load_request_tokenizer(request)
         classifier = load_classifier(request, pad_id=pad_token_id(tokenizer))
         classifier.base_model.load_state_dict(merged.state_dict(), assign=True)
-        classifier.save_pretrained(folder / model.name)
-        tokenizer.save_pretrained(folder / model.name)
+        write_model(folder / model.name, classifier, tokenizer)
         write_digests(folder / model.name)

@@ -104,7 +104,7 @@ class SweepSettings:
         return self.select_on == "dev-half"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeRun:
     """Settings of `kd merge`."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.evaluation.report.comparison import Entry, short_name
 from kd.evaluation.report.figures import Series, smooth
 from kd.evaluation.results import EVAL, EvalReport, load_report, numbered
@@ -109,7 +110,7 @@ def _evaluations(folder: Path) -> list[Path]:
 
 def _training_of(report: EvalReport) -> dict[str, Any]:
     """`run.json` of the evaluated model's folder, or nothing."""
-    folder = Path(report.model)
+    folder = as_path(report.model)
     return read_run(folder) if is_run(folder) else {}
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.files import canonical_json, write_atomic
 from kd.common.shown_text import for_markdown, for_spreadsheet, redacted
 from kd.evaluation.report.columns import Column
@@ -81,8 +82,20 @@ def write_report(
 
     lead, after   sections of the caller's, at the top and after the results
     baseline      name of the arm that the others are compared with; None = those trained with `ce`
-    Raises DataError, naming what cannot be read; then nothing is written.
+    Raises DataError, naming what cannot be read; then nothing is written. Raises WriteError where `out` cannot be written.
     """
+    with clear_write_errors(out, "make room or name another --out, then run the same command again"):
+        return _written(inputs, out, title, lead, after, baseline)
+
+
+def _written(
+    inputs: Sequence[Path],
+    out: Path,
+    title: str,
+    lead: Sequence[Section],
+    after: Sequence[Section],
+    baseline: str | None,
+) -> ReportFiles:
     runs, entries = collect_runs(inputs)
     comparisons = compare(entries)
     arms = arms_of(entries)

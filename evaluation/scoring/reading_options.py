@@ -23,7 +23,7 @@ class ReadingOptions:
     """Whether documents and prompts open with the BOS token."""
     separator: str | None = setting(None, typed=unescaped, shown="as a run was trained, else a line end")
     """Text between prompt and target of a pair; an encoder-decoder needs none."""
-    control_tokens: Literal["auto", "control", "text"] = "auto"
+    control_tokens: Literal["auto", "control", "text"] | None = setting(None, shown="as a run was trained, else auto")
     """How a special token that is spelled in a text is read, as in kd cache build."""
     limit_tokens: int | None = None
     """Score exactly the first N tokens of the text, in perplexity and in agreement with a live teacher. By default all."""
@@ -42,6 +42,11 @@ class ReadingOptions:
     def between(self) -> str:
         """`separator`, with the default filled in."""
         return "\n" if self.separator is None else self.separator
+
+    @property
+    def control_reading(self) -> str:
+        """`control_tokens`, with the default filled in."""
+        return self.control_tokens or "auto"
 
 
 READING = ReadingOptions()

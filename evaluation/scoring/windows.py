@@ -43,7 +43,7 @@ def text_blocks(reading: ReadingOptions, seq_len: int, *, encoder: bool) -> Bloc
         stride=seq_len - 1 if reading.stride is None else reading.stride,
         bos=reading.opens_with_bos,
         separator=reading.between,
-        control_tokens=reading.control_tokens,
+        control_tokens=reading.control_reading,
         encoder=encoder,
         overlong="truncate",
     )
@@ -55,7 +55,7 @@ def prompt_blocks(model: Model, tokenizer: Tokenizer, reading: ReadingOptions) -
         seq_len=window(model, reading.seq_len),
         separator=reading.between,
         bos=reading.opens_with_bos,
-        control_tokens=reading.control_tokens,
+        control_tokens=reading.control_reading,
         encoder=is_encoder_decoder(model.config),
     )
     return blocks.normalised("pairs", tokenizer)

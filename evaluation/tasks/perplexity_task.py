@@ -47,6 +47,8 @@ class PerplexityTask(TextTask[None]):
             }
             if material.kind == "pairs":
                 settings["separator"] = shared.reading.between
+            if shared.reading.control_reading != "auto":
+                settings["control_tokens"] = shared.reading.control_reading
             estimates = {name: getattr(scores, name) for name in self.metrics}
             return TaskResult(estimates, scores.documents, settings)
 

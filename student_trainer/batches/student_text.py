@@ -73,7 +73,7 @@ class StudentText:
                 expected="a tokenizer with eos_token",
                 try_="set eos_token in its tokenizer_config.json",
             )
-        words, teacher = TextTokens(tokenizer), reader.vocabulary()
+        words, teacher = TextTokens(tokenizer, blocks.control_tokens), reader.vocabulary()
         same = blocks.encoder == encoder and separator is None and same_tokenizer(reader, tokenizer)
         between = "" if not pairs else blocks.separator if separator is None else separator
         bos = blocks.bos if same else tokenizer.bos_token_id is not None  # a cut prompt keeps it, and nothing else
@@ -135,7 +135,8 @@ def _tokenize(
     if blocks.encoder:
         return tokenize_pair(replace(example, complete=ends), words, blocks), 0
     between = words.separator(example.prompt, blocks.separator)
-    control = _read_as_control(words.spelled(example.target), cached, teacher)
+    in_text = cached.target_ids[: len(cached.target_ids) - ends]  # without the row of the end
+    control = _read_as_control(words.spelled(example.target), in_text, teacher)
     joint = words.joint(example.prompt + between, example.target, Counter(), control=control)
     before, start = joint.split(Counter(), movable=True)
     context = with_bos(joint.ids[:before], words, blocks, Counter()).astype(np.int32)
@@ -149,6 +150,6 @@ def _tokenize(
     return TokenRows(example, target[:1], target[1:], byte_end[1:]), int(byte_end[0])
 
 
-def _read_as_control(spelled: list[str], cached: TokenRows, teacher: list[bytes]) -> bool:
+def _read_as_control(spelled: list[str], ids: np.ndarray, teacher: list[bytes]) -> bool:
     """Whether the teacher has read the student's control tokens in a target as tokens; so does the student then."""
-    return bool(spelled) and {word.encode("utf-8") for word in spelled} <= {teacher[i] for i in cached.target_ids}
+    return bool(spelled) and {word.encode("utf-8") for word in spelled} <= {teacher[i] for i in ids}

@@ -14,6 +14,7 @@ from typing import Any
 from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import KdError
+from kd.common.paths import as_path
 from kd.models.loading import ModelRequest, is_encoder_decoder, load_config, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.compatibility import same_tokenizer
@@ -31,6 +32,8 @@ class TrainedReading:
     """Whether documents and prompts opened with the BOS token, where the tokenizer has one."""
     separator: str
     """Text between prompt and target."""
+    control_tokens: str = "auto"
+    """How control tokens that are spelled in a text were read, see `kd.data.text_tokens`."""
 
 
 def trained_reading(reader: Reader, config: Any, tokenizer: Tokenizer, separator: str | None) -> TrainedReading:
@@ -42,7 +45,7 @@ def trained_reading(reader: Reader, config: Any, tokenizer: Tokenizer, separator
     blocks = reader.manifest.blocks
     alike = separator is None and blocks.encoder == is_encoder_decoder(config)
     bos = blocks.bos if alike and same_tokenizer(reader, tokenizer) else True
-    return TrainedReading(bos, blocks.separator if separator is None else separator)
+    return TrainedReading(bos, blocks.separator if separator is None else separator, blocks.control_tokens)
 
 
 def reading_of_run(model: str) -> TrainedReading | None:
@@ -50,13 +53,13 @@ def reading_of_run(model: str) -> TrainedReading | None:
 
     Runs of earlier releases do not say it themselves: their cache does, as long as it is on this machine.
     """
-    folder = Path(model).expanduser()
+    folder = as_path(model)
     if not is_run(folder):
         return None
     run = read_run(folder)
     said = run.get(READING)
     if isinstance(said, Mapping):
-        return TrainedReading(bool(said["bos"]), str(said["separator"]))
+        return TrainedReading(bool(said["bos"]), str(said["separator"]), str(said.get("control_tokens", "auto")))
     return _reading_by_cache(folder, run.get("settings") or {})
 
 

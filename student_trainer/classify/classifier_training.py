@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,7 +27,10 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from kd.cache_builder.opening import open_cache
+from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.errors import DataError
+from kd.common.home import kd_home
+from kd.common.paths import as_path
 from kd.common.settings import saved
 from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue
 from kd.models.classifiers import HEAD, load_classifier
@@ -41,7 +45,9 @@ from kd.student_trainer.classify.soft_labels import SoftLabelTrainer, read_class
 from kd.student_trainer.config import OPTIMIZERS, SCHEDULES
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.losses.loss_registry import Objective
-from kd.student_trainer.run_folder import ClassifyRecord, append_step, write_classifier_run
+from kd.student_trainer.run_folder import METRICS, ClassifyRecord, append_step, write_classifier_run
+from kd.student_trainer.saving.rescue import RunPlace
+from kd.student_trainer.saving.whole_models import write_model
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def train_classifier(
     config: ClassifyConfig, *, on_step: Callable[[ClassifyRecord], None] | None = None
 ) -> ClassifyResult:
     """Run the training that `config` describes. Raises KdError before the first step for anything unusable."""
-    out = Path(config.out)
+    out = as_path(config.out)
     if out.exists() and any(out.iterdir()):
         raise DataError("the output folder is not empty", where=out, try_="another --out")
     source = load_source(config)
@@ -89,8 +95,10 @@ def train_classifier(
     refuse_weights_without_value(model, config.model)
     set_seed(config.seed)
     trained = _with_adapters(model, config)
-    out.mkdir(parents=True, exist_ok=True)
-    records = RecordWriter(out, on_step)
+    place = RunPlace(out, kd_home() / "rescue", say=warnings.warn, records=(METRICS,))
+    with clear_write_errors(out, "another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+    records = RecordWriter(place, on_step)
     trainer = _trainer(config, trained, replace(encoded, teacher=source.teacher), source.objective, records)
     counts = _parameter_counts(trained)
     started = time.perf_counter()
@@ -113,11 +121,14 @@ def train_classifier(
     plain = merged_adapters(trained) if config.adapters.lora else model
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     tokenizer.model_max_length = config.inputs.max_length
-    if trainer.is_world_process_zero():
-        plain.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        _write_run(config, labelled, out, result)
-    return result
+
+    def write(folder: Path) -> ClassifyResult:
+        written = replace(result, out=str(folder))
+        write_model(folder, plain, tokenizer)
+        _write_run(config, labelled, folder, written)
+        return written
+
+    return place.write(write) if trainer.is_world_process_zero() else result
 
 
 def load_source(config: ClassifyConfig) -> ClassifierSource:
@@ -233,8 +244,8 @@ def _arguments(config: ClassifyConfig) -> TrainingArguments:
 class RecordWriter(TrainerCallback):  # type: ignore[misc]
     """Turns the Trainer's log into `ClassifyRecord`s, a line of `metrics.jsonl` each."""
 
-    def __init__(self, folder: Path, on_step: Callable[[ClassifyRecord], None] | None) -> None:
-        self.folder, self.on_step = folder, on_step
+    def __init__(self, place: RunPlace, on_step: Callable[[ClassifyRecord], None] | None) -> None:
+        self.place, self.on_step = place, on_step
         self.last: ClassifyRecord | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -263,7 +274,7 @@ class RecordWriter(TrainerCallback):  # type: ignore[misc]
                 try_="a smaller --lr, or --warmup",
             )
         self.last = record
-        append_step(self.folder, record)
+        self.place.write(partial(append_step, record=record))
         if self.on_step is not None:
             self.on_step(record)
 

@@ -117,7 +117,7 @@ class ClassInputs:
         check(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassifyConfig:
     """Settings of one training run. Equal settings, rows and library versions give equal weights on one machine."""
 

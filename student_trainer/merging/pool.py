@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.paths import as_path
 from kd.common.strangers.yaml_file import read_mapping
 
 BASE = "_pretrained_"
@@ -130,5 +131,5 @@ def _model(name: str, entry: Any, file: Path) -> PoolModel:
 
 def _located(path: str, file: Path) -> str:
     """The folder beside the pool's file, if there is one; else the path as it stands."""
-    beside = file.parent / Path(path).expanduser()
+    beside = file.parent / as_path(path)
     return str(beside) if beside.is_dir() else path

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.identity import index_text, weight_files
 from kd.models.loading import ModelRequest, load_config, refuse_damaged_model
@@ -135,7 +136,7 @@ def _stored_tensors(model: PoolModel) -> tuple[dict[str, Path], dict[str, tuple[
 
 
 def _folder(model: PoolModel) -> Path:
-    local = Path(model.path).expanduser()
+    local = as_path(model.path)
     refuse_special_files(local)
     if local.is_dir():
         return local

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd.common.digests import DIGESTS, damage_of, has_digests, write_digests
+from kd.common.disk.digests import DIGESTS, damage_of, has_digests, write_digests
 from kd.common.errors import DamagedFilesError
 from kd.common.files import sync_folder
 

@@ -18,8 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from crashing import child, dies_at, fails_at, operations, some_of, watch
+from crashing import child, dies_at, fails_at, killed_at_moment, operations, some_of, watch
 
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
@@ -78,16 +77,7 @@ def kill_at_moments(tmp_path: Path, build_request, resumes, wanted: int) -> None
     for number in range(20 * wanted):
         out = tmp_path / f"m{number}"
         for _ in range(4):
-            pid = os.fork()
-            if pid == 0:
-                torch.set_num_threads(1)
-                try:
-                    run(build_request(out))
-                finally:
-                    os._exit(0)
-            time.sleep(dice.uniform(0.0, length))
-            os.kill(pid, signal.SIGKILL)
-            hits += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+            hits += killed_at_moment(lambda out=out: run(build_request(out)), dice.uniform(0.0, length))
             if (out / "manifest.json").exists():
                 break
         resumes(out)

@@ -7,18 +7,16 @@ second builder, whose numbers have other last bits, finishes the cache, and then
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from crashing import child, operations, some_of, watch
+from crashing import child, operations, sleeper, some_of, woken
 
-from kd.cache_builder.build import shard_writing
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.upkeep.verify import verify
 
 
@@ -29,22 +27,14 @@ def run(request: BuildRequest) -> None:
 
 def with_other_last_bits(request: BuildRequest) -> None:
     """Build as another processor would: the same tokens, and log-probabilities that differ a little."""
-    exact = shard_writing.codecs.encode
+    exact = codecs.encode
 
     def encode(raw, config):
         stored, quality = exact(raw, config)
         return stored | {"gold_logprob": stored["gold_logprob"] + np.float16(2**-6)}, quality
 
-    shard_writing.codecs.encode = encode
+    codecs.encode = encode
     run(request)
-
-
-def stops_at(number: int) -> Callable[[int], None]:
-    def act(n: int) -> None:
-        if n == number:
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    return act
 
 
 def age_claims(out: Path) -> None:
@@ -52,22 +42,7 @@ def age_claims(out: Path) -> None:
         os.utime(path, (1.0, 1.0))
 
 
-def sleeper(out: Path, action: Callable[[], object], number: int) -> int | None:
-    """A child that has stopped before its operation `number`; None where it has ended before that."""
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            watch(out, stops_at(number))
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, os.WUNTRACED)
-    return pid if os.WIFSTOPPED(status) else None
-
-
-def wake_up_late(out: Path, request: BuildRequest, number: int, tree, *, killed: bool = False) -> bool:
+def wake_up_late(out: Path, request: BuildRequest, number: int, tree) -> bool:
     """Whether the builder was still asleep when the second had finished. Asserts that the cache stays the second's."""
     pid = sleeper(out, lambda: run(request), number)
     if pid is None:
@@ -75,8 +50,7 @@ def wake_up_late(out: Path, request: BuildRequest, number: int, tree, *, killed:
     age_claims(out)
     code, text = child(lambda: with_other_last_bits(request))
     finished = tree(out)
-    os.kill(pid, signal.SIGCONT)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = woken(pid)
     assert (code, text, status) == (0, "", 0), number
     after = tree(out)
     assert sorted(n for n in finished.keys() | after.keys() if not hidden(n) and finished.get(n) != after.get(n)) == []

@@ -110,4 +110,5 @@ def test_a_container_that_was_restarted_continues_at_once(build, tmp_path: Path)
             pytest.skip("namespaces cannot be made here")
         assert done.returncode == code, done.stderr
         assert bool(list((tmp_path / "c" / "commits").glob(".*.claim"))) == dies
+        assert bool(list((tmp_path / "c").glob(".staging-*"))) == dies
     assert "complete" in done.stdout

@@ -29,6 +29,7 @@ from kd.common.files import (
     write_atomic,
     write_error,
 )
+from kd.common.processes import lock_of
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -158,6 +159,21 @@ def test_a_sweep_removes_what_dead_processes_left_and_nothing_of_live_ones(tmp_p
     os.utime(tmp_path / kept[-2], (0, 0))  # an old folder, in which something was written just now
     sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_sweep_removes_what_another_container_of_this_machine_left_when_its_lock_is_free(tmp_path: Path):
+    mark = process_tag().rpartition("-")[2]
+    places = {name: tmp_path / f".staging-elsewhere-1-7-{name}.0" for name in (mark, "0" * len(mark), mark[:-1] + "x")}
+    for place in places.values():
+        place.mkdir()
+        (place / files.STAGING_LOCK).touch()
+    handle = lock_of(places[mark] / files.STAGING_LOCK)
+    assert handle is not None
+    sweep(tmp_path)
+    assert all(place.exists() for place in places.values()), "held, of another machine, of no known form"
+    os.close(handle)
+    sweep(tmp_path)
+    assert [name for name, place in places.items() if not place.exists()] == [mark]
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd.models.answering import answer_batch, padded_prompts, until_eos, unused_ids
+from kd.models.answering import answer_batch, answer_text, padded_prompts, until_eos, unused_ids
 from kd.models.loading import ModelRequest, load_model
+from kd.models.tokenizer import load_tokenizer
 
 PROMPTS = [np.array(ids, dtype=np.int32) for ids in ([5, 6, 7, 8], [9], [10, 11])]
 
@@ -42,3 +43,25 @@ def test_neither_padding_nor_neighbours_change_an_answer(fixture: str, request: 
     width = int(model.get_output_embeddings().weight.shape[0])
     assert unused_ids(model, width) is None
     assert unused_ids(model, width - 2) == [width - 2, width - 1]
+
+
+@pytest.mark.parametrize("name", ["weights/stories260K", "tokenizers/gpt2", "tokenizers/t5"])
+@pytest.mark.parametrize(("prompt", "answer"), [("Why?", " Because."), ("Why?\n", "Because."), ("It is un", "done.")])
+def test_an_answer_is_the_text_that_follows_its_prompt(shared: Path, name: str, prompt: str, answer: str) -> None:
+    tokenizer = load_tokenizer(str(shared / name))
+    if "t5" in name and "\n" in prompt:
+        pytest.skip("its normaliser makes a space of a line break")
+    ids = np.array(tokenizer(prompt + answer, add_special_tokens=False)["input_ids"])
+    first = next(n for n in range(len(ids), -1, -1) if prompt.startswith(tokenizer.decode(ids[:n]) if n else ""))
+    rest = (prompt + answer)[len(tokenizer.decode(ids[:first])) :]
+    assert answer_text(tokenizer, ids[first:], ids[:first]) == rest
+    assert answer_text(tokenizer, ids[first:], None) == tokenizer.decode(ids[first:])
+
+
+def test_white_space_of_the_prompt_is_taken_off_an_answer(shared: Path) -> None:
+    tokenizer = load_tokenizer(str(shared / "tokenizers/gpt2"))
+    context, ids = (np.array(tokenizer(text)["input_ids"]) for text in ("Why?", " Because"))
+    assert answer_text(tokenizer, ids, context, " ") == "Because"
+    assert answer_text(tokenizer, ids, context) == " Because"
+    assert answer_text(tokenizer, context, context, " ") == "Why?"  # it wrote no space
+    assert answer_text(tokenizer, ids, context, "\n") == "Because"

@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
-from kd.models.tokenizer import encode_with_ends, load_tokenizer, token_bytes, tokenizer_fingerprint, vocabulary_size
+from kd.models import tokenizer as module
+from kd.models.tokenizer import (
+    encode_at_once,
+    encode_with_ends,
+    load_tokenizer,
+    token_bytes,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 
 TEXTS = [
     "The quick brown fox.\n\nJumps  over\tthe lazy dog",
@@ -206,3 +214,47 @@ def check_lossy(tokenizer, text: str) -> None:
         if piece.isascii() and piece.isalpha():
             assert piece in "".join(span.split()) or not span.isascii()
         start = end
+
+
+LONG = {
+    "words": "The keeper counted seven ships, and it rained.\n" * 80,
+    "scripts": "a😀b👩‍👩‍👧 日本語 naïve — “too much” e\u0301\n\n" * 60,
+    "no spaces": "abcdefgh" * 400,
+    "control tokens": "one<|endoftext|>two</s> three <s>" * 100,
+}
+
+
+@pytest.mark.parametrize("name", [*LOSSLESS, *STORIES, "tokenizers/t5"])
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("control", [True, False])
+def test_windows_give_the_ids_and_ends_of_the_whole(shared: Path, monkeypatch, name: str, text: str, control: bool):
+    tokenizer = load_tokenizer(str(shared / name))
+    pieces = token_bytes(tokenizer)
+    monkeypatch.setattr(module, "WINDOW", 600)
+    monkeypatch.setattr(module, "OVERLAP", 300)
+    joined = module._encode_in_windows(tokenizer, pieces, text, control)
+    assert joined is not None
+    for windows, whole in zip(joined, encode_at_once(tokenizer, pieces, text, control=control), strict=True):
+        np.testing.assert_array_equal(windows, whole)
+
+
+def test_windows_that_do_not_agree_give_way_to_the_whole(tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 60)
+    monkeypatch.setattr(module, "OVERLAP", 8)  # less than the tokens that must agree
+    pieces, text = token_bytes(tokenizer), LONG["words"]
+    assert module._encode_in_windows(tokenizer, pieces, text, True) is None
+    for ours, whole in zip(
+        encode_with_ends(tokenizer, pieces, text), encode_at_once(tokenizer, pieces, text), strict=True
+    ):
+        np.testing.assert_array_equal(ours, whole)
+
+
+def test_a_tokenizer_is_left_as_it_was(shared: Path):
+    tokenizer = load_tokenizer(str(shared / "tokenizers/smollm2"))
+    before = tokenizer("a<|im_end|>")["input_ids"]
+    ids, ends = encode_with_ends(tokenizer, token_bytes(tokenizer), "a<|im_end|>", control=False)
+    assert tokenizer.eos_token_id not in ids
+    assert ends[-1] == len("a<|im_end|>")
+    assert tokenizer("a<|im_end|>")["input_ids"] == before
+    tokenizer("one two three four", truncation=True, max_length=2, padding="max_length")
+    assert len(encode_with_ends(tokenizer, token_bytes(tokenizer), "one two three four")[0]) == 4

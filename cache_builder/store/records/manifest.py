@@ -28,7 +28,9 @@ from kd.cache_builder.store.records.manifest_checks import (
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
+from kd.common.paths import as_path
 from kd.data.blocks import BlockConfig
+from kd.data.text_tokens import CONTROL_TOKENS
 
 FORMAT = "kd-cache"
 FORMAT_VERSION = 2
@@ -100,7 +102,10 @@ class CacheManifest:
     @property
     def blocks(self) -> BlockConfig:
         """How text was cut into rows."""
-        return BlockConfig(**self.identity["blocks"])
+        control = self.provenance.get("control_tokens", "control")  # older caches read every control token as such
+        if control not in CONTROL_TOKENS:
+            raise CacheError("an unknown way to read control tokens", found=control, expected=", ".join(CONTROL_TOKENS))
+        return BlockConfig(**self.identity["blocks"], control_tokens=control)
 
     @property
     def vocabulary_size(self) -> int:
@@ -153,8 +158,8 @@ def load_manifest(root: str | Path) -> CacheManifest:
     Raises CacheError when `root` is not a cache, CacheMismatchError for an unknown format version, CacheDamageError when the
     document contradicts itself.
     """
-    path = _manifest_path(Path(root))
-    document = read_json(path, inside=Path(root))
+    path = _manifest_path(as_path(root))
+    document = read_json(path, inside=path.parent)
     checksum = document.pop("checksum", None)
     _check_header(document, checksum, path)
     try:

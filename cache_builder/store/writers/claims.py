@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from kd.common.files import holder, process_tag, publish_first
-from kd.common.processes import boot_mark, lock_of
+from kd.common.files import holder, made_here, process_tag, publish_first
+from kd.common.processes import is_free, lock_of
 from kd.common.strangers.plain_files import NotPlainError, read_plain
 
 STALE_SECONDS = 15 * 60
@@ -140,7 +140,7 @@ def read_claim(path: Path) -> Claim | None:
         void = f"not touched for {idle:,.0f} seconds"
     elif idle < -STALE_SECONDS:
         void = f"its time is {-idle:,.0f} seconds in the future"
-    elif alive is False or (LOCKED in lines and _made_here(tag) and _free(path)):
+    elif alive is False or (LOCKED in lines and made_here(tag.rpartition(".")[0]) and is_free(path)):
         void = "its builder has ended"
     return Claim(shard, builder, idle, void)
 
@@ -156,20 +156,6 @@ def void_claims(root: Path) -> None:
     for claim in all_claims(root):
         if claim.void is not None:
             claim_path(root / "commits", claim.shard).unlink(missing_ok=True)
-
-
-def _made_here(tag: str) -> bool:
-    """Whether a claim was made since this machine was started, in whichever container: only then does its lock tell."""
-    mark = tag.rpartition(".")[0].rpartition("-")[2]
-    return bool(boot_mark()) and mark.startswith(boot_mark())
-
-
-def _free(path: Path) -> bool:
-    lock = lock_of(path)
-    if lock is None:
-        return False
-    os.close(lock)
-    return True
 
 
 def _first_line(path: Path) -> str | None:

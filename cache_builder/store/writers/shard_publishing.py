@@ -1,6 +1,6 @@
 """Publish a shard so that one builder's files become the shard, whole, and no late builder replaces them.
 
-    folder = prepare(staging, manifest, 3, quality)     # TAG/: all files of the shard, and its commit
+    folder = prepare_shard(staging, manifest, 3, quality)     # TAG/: all files of the shard, and its commit
     offer(root, 3, folder)                              # one rename to `.ready-00003`
     settle(root, manifest, 3)                           # the files to their names, then the commit to `commits/00003.json`
 
@@ -41,7 +41,7 @@ COMMIT = "commit.json"
 """Name of the commit in an offer. The other files have the names of their arrays."""
 
 
-def prepare(staging: Path, manifest: CacheManifest, index: int, quality: dict[str, float]) -> Path:
+def prepare_shard(staging: Path, manifest: CacheManifest, index: int, quality: dict[str, float]) -> Path:
     """Gather a shard's files, which lie under `staging` as they will in the cache, and its commit. Returns their folder."""
     folder = staging / f"ready-{index}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,7 @@ bitshuffle), crc32c.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -43,9 +44,10 @@ from kd.cache_builder.store.records.manifest import (
 from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
 from kd.cache_builder.store.vocabulary import code_table, pack_rows
 from kd.cache_builder.store.writers.claims import all_claims, claim_path, void_claims
-from kd.cache_builder.store.writers.shard_publishing import offer, prepare, settle, settle_all
+from kd.cache_builder.store.writers.shard_publishing import offer, prepare_shard, settle, settle_all
 from kd.common.errors import CacheMismatchError
 from kd.common.files import (
+    STAGING_LOCK,
     process_tag,
     publish,
     publish_first,
@@ -55,6 +57,7 @@ from kd.common.files import (
     unfinished,
     write_first,
 )
+from kd.common.processes import lock_of
 
 _WRITERS = count()
 
@@ -67,6 +70,8 @@ class ShardWriter:
         self.manifest = manifest
         self.arrays = manifest.arrays
         self.staging = root / f".staging-{process_tag()}.{next(_WRITERS)}"
+        self._lock: int | None = None
+        """Descriptor that keeps the staging folder locked; None before there is one, or where there are no locks."""
 
     def sweep(self) -> None:
         """Remove what killed builds have left behind on this host."""
@@ -148,6 +153,7 @@ class ShardWriter:
     def _stage(self) -> None:
         if not (self.staging / TARGETS / "zarr.json").exists():
             self.staging.mkdir(parents=True, exist_ok=True)
+            self._keep_locked()
             attributes = {"kd_fingerprint": self.manifest.fingerprint}
             create_group(
                 self.staging / TARGETS, self.arrays, self.manifest.layout, len(self.manifest.shards), attributes
@@ -173,7 +179,7 @@ class ShardWriter:
         """
         self._stage()
         self._stage_rows(index, stored, examples)
-        folder = prepare(self.staging, self.manifest, index, quality)
+        folder = prepare_shard(self.staging, self.manifest, index, quality)
         if ours() and not commit_path(self.root, index).exists():
             settle(self.root, self.manifest, index, trusted=offer(self.root, index, folder))
         shutil.rmtree(folder, ignore_errors=True)  # another builder was faster
@@ -205,9 +211,20 @@ class ShardWriter:
             write_statistics=False,
         )
 
+    def _keep_locked(self) -> None:
+        """Lock the staging folder, so that builders in other containers can see when this one has ended."""
+        if self._lock is None:
+            unlocked = self.staging / f"{STAGING_LOCK}.new"
+            unlocked.touch()
+            self._lock = lock_of(unlocked)
+            unlocked.rename(self.staging / STAGING_LOCK)
+
     def close(self) -> None:
         """Remove the staging folder."""
         shutil.rmtree(self.staging, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def finish(self) -> CacheManifest:
         """Write `manifest.json` once every shard is committed; the cache is then complete."""

@@ -17,6 +17,7 @@ from kd.cache_builder.share.transfer import TransferProgress
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.common.errors import CacheDamageError, CacheError
+from kd.common.files import process_tag
 
 pytestmark = pytest.mark.usefixtures("hasty")
 Tree = Callable[[Path], dict[str, bytes]]
@@ -76,6 +77,15 @@ def test_a_push_that_was_cut_is_no_cache_to_anybody_and_goes_on(cache: Path, tmp
         to_the_end(pull(str(tmp_path / "place"), tmp_path / "copy"))
     again = to_the_end(push(cache, str(tmp_path / "place")))
     assert 0 < again.bytes_moved < again.bytes_total
+    assert tree(tmp_path / "place") == tree(cache)
+
+
+def test_what_a_killed_push_left_is_removed_by_the_next(cache: Path, tmp_path: Path, tree: Tree):
+    here, pid, mark = process_tag().rsplit("-", 2)
+    dead = tmp_path / "place" / f".staging-{here}-{pid}-{'0' * len(mark)}" / "examples"
+    dead.mkdir(parents=True)
+    (dead / "00000.parquet").write_bytes(b"half of it")
+    list(push(cache, str(tmp_path / "place")))
     assert tree(tmp_path / "place") == tree(cache)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kd.common.errors import DataError
 from kd.data.rows.tables import TABLE_READERS, EmptyFileError, read_table, table_files
@@ -38,6 +42,33 @@ def test_names_and_rows_are_the_same_in_every_format(tmp_path: Path, suffix: str
         file.write_bytes(COMPRESSED[compression](content(suffix)))
         table = read_table(file)
         assert (table.names, table.rows) == (["a", "b"], ROWS)
+
+
+NAMES = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1, max_size=4, unique=True
+)
+
+
+@settings(max_examples=60)
+@given(NAMES, st.data())
+def test_any_text_comes_back_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], data: st.DataObject
+) -> None:
+    value = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+    rows = data.draw(st.lists(st.fixed_dictionaries(dict.fromkeys(names, value)), min_size=1, max_size=4))
+    folder = tmp_path_factory.mktemp("t")
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, names, quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows(rows)
+    (folder / "t.csv").write_bytes(lines.getvalue().encode())
+    (folder / "t.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    objects = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "t.jsonl.zst").write_bytes(COMPRESSED[".zst"](objects.encode()))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+    for file in folder.iterdir():
+        table = read_table(file)
+        assert (sorted(table.names), table.rows) == (sorted(names), rows), file.name
 
 
 def test_places_are_lines_where_there_are_lines_and_row_numbers_elsewhere(tmp_path: Path) -> None:

@@ -15,9 +15,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kd.common.errors import DataError
 from kd.common.progress import final
+from kd.data.blocks import BlockConfig
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.evaluation.measures.choices import Question, choices_of, evaluate_choices, first_best, right_answer
+from kd.data.text_tokens import TextTokens
+from kd.evaluation.measures.choices import (
+    Question,
+    choices_of,
+    evaluate_choices,
+    first_best,
+    right_answer,
+    tokenize_options,
+)
 from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.tokenizer import load_tokenizer
 
@@ -265,3 +274,23 @@ def test_progress_counts_option_tokens_and_ends_with_the_result(case):
     assert [s.done for s in steps] == sorted(s.done for s in steps)
     assert steps[-1].done == steps[-1].total == total
     assert [s.result for s in steps[:-1]] == [None] * (len(steps) - 1)
+
+
+@pytest.mark.parametrize("name", ["tokenizers/gpt2", "weights/stories260K", "tokenizers/t5"])
+@pytest.mark.parametrize("separator", ["\n", " ", ""])
+def test_every_option_is_the_joint_text_after_one_context(shared: Path, name: str, separator: str):
+    words = TextTokens(load_tokenizer(str(shared / name)))
+    example = Example("q", "yes", "Is the sky un", choices=("yes", "no", "happy", "not at all"))
+    context, options = tokenize_options(example, words, BlockConfig(separator=separator))
+    for option, ids in zip(example.choices, options, strict=True):
+        whole = words.tokenizer(example.prompt + separator + option, add_special_tokens=False)["input_ids"]
+        bos = [words.bos] if words.bos is not None else []
+        assert [*context, *ids] == [*bos, *whole]
+        assert len(ids) > 0
+
+
+def test_options_after_a_space_have_the_space(shared: Path):
+    words = TextTokens(load_tokenizer(str(shared / "tokenizers/gpt2")))
+    example = Example("q", "yes", "Is it?", choices=("yes", "no"))
+    _, options = tokenize_options(example, words, BlockConfig(separator=" "))
+    assert [words.tokenizer.decode(ids) for ids in options] == [" yes", " no"]

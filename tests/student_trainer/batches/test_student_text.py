@@ -191,3 +191,53 @@ def test_a_cut_prompt_keeps_no_first_token_for_a_student_without_bos(pairs_reade
         for number in range(len(pairs_reader)):
             context = cut[number].context_ids
             assert np.array_equal(context, whole[number].context_ids[len(whole[number].context_ids) - len(context) :])
+
+
+def built(folder: Path, pairs: list[tuple[str, str]], build_request, run_build, **blocks) -> CacheReader:
+    """A cache of these pairs by the teacher of the tests."""
+    folder.mkdir(exist_ok=True)
+    rows = "".join(json.dumps({"prompt": p, "target": t}) + "\n" for p, t in pairs)
+    (folder / "pairs.jsonl").write_text(rows)
+    request = build_request(folder / "cache", text=folder / "pairs.jsonl")
+    object.__setattr__(request, "blocks", BlockConfig(seq_len=64, **blocks))
+    run_build(request)
+    return CacheReader(folder / "cache")
+
+
+@pytest.mark.parametrize("separator", ["\n", " ", ""])
+def test_a_sentencepiece_student_reads_prompt_and_target_as_one_text(
+    tmp_path, shared, build_request, run_build, separator: str
+) -> None:
+    student = load_tokenizer(str(shared / "weights/stories260K"))
+    pairs = [("One day, a girl went to the park.", "She saw a big dog."), ("The un", "happy man"), ("Why? ", "Because")]
+    reader = built(tmp_path, pairs, build_request, run_build, separator=separator)
+    text = StudentText(reader, student, window=None)
+    for cached in reader.read(range(len(reader))):
+        mine = text[cached.index]
+        whole = student(cached.prompt + separator + cached.target, add_special_tokens=False)["input_ids"]
+        assert mine.input_ids.tolist() == [student.bos_token_id, *whole, student.eos_token_id]
+        assert mine.side.byte_end[-1] == len(cached.target.encode())
+        pairs_aligned = align(Side(cached.targets.byte_end, has_eos=True), mine.side)
+        assert pairs_aligned.bytes_aligned == len(cached.target.encode()) - mine.side.start
+
+
+def test_a_student_reads_a_control_token_in_a_target_as_its_teacher_did(
+    tmp_path, tokenizer_dir, build_request, run_build
+) -> None:
+    """The student has the teacher's control token, and other pieces besides."""
+    model = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    model["model"]["merges"] = model["model"]["merges"][:-20]
+    dropped = {"".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model["model"]["merges"]}
+    keep = {p: i for p, i in model["model"]["vocab"].items() if len(p) == 1 or p in dropped or p.startswith("<|")}
+    model["model"]["vocab"] = {p: n for n, p in enumerate(keep)}
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(model))
+    (folder / "tokenizer_config.json").write_text((tokenizer_dir / "tokenizer_config.json").read_text())
+    student = load_tokenizer(str(folder))
+    pairs = [("What ends a text?", "It is <|endoftext|> here")]
+    for how, count in (("control", 2), ("auto", 1)):
+        reader = built(tmp_path / how, pairs, build_request, run_build, control_tokens=how)
+        assert reader[0].targets.gold_ids.tolist().count(0) == count
+        mine = StudentText(reader, student, window=None)[0]
+        assert mine.target_ids.tolist().count(student.eos_token_id) == count

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from kd.common.digests import DIGESTS
+from kd.common.disk.digests import DIGESTS
 from kd.common.errors import DamagedFilesError
 from kd.student_trainer.run_folder import RUN, read_run, read_steps, write_run
 from kd.student_trainer.saving.checkpoints import (

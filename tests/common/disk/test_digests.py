@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.common.digests import (
+from kd.common.disk.digests import (
     DIGESTS,
     checked_digest,
     damage_of,
@@ -134,7 +134,7 @@ def test_a_changed_file_has_a_new_digest_in_the_same_process(tmp_path: Path) -> 
 
 def test_a_file_changed_behind_its_own_back_has_a_new_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same size, and with its old time put back: a program can set the one, but not when it did so."""
-    monkeypatch.setattr("kd.common.digests.RACY_SECONDS", 0.0)
+    monkeypatch.setattr("kd.common.disk.digests.RACY_SECONDS", 0.0)
     path = tmp_path / "f"
     path.write_bytes(b"one")
     status, first = path.stat(), file_sha256(path)

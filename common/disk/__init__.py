@@ -1,0 +1,1 @@
+"""What the disk holds and what it refuses: digests of folders, and failed writes in words."""
