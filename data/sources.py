@@ -132,8 +132,9 @@ def _usable(corpus: Corpus, limit: int | None) -> Corpus:
         if not example.target.strip():
             left_out.add("without_text", example.id)
     if limit is not None and limit < len(examples):
-        kept = kept_rows([e.answer for e in examples], [e.id for e in examples], limit)
-        left_out.add("beyond_limit", corpus.spec, len(examples) - limit)
+        kept = dict.fromkeys(kept_rows([e.answer for e in examples], [e.id for e in examples], limit))
+        first = next(e.id for number, e in enumerate(examples) if number not in kept)
+        left_out.add("beyond_limit", first, len(examples) - limit)
         examples = tuple(examples[number] for number in kept)
     if not examples:
         raise DataError(
