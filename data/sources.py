@@ -328,8 +328,24 @@ def _hub(spec: str, split: str, columns: Columns) -> Corpus:
 
 
 def _local(files: FileList, split: str, columns: Columns, left_out: LeftOut) -> Corpus:
+    _refuse_no_such_split(files, split)
     kind, examples = read_local(files, columns, split, left_out)
     return Corpus(files.spec, split, kind, tuple(examples), {"source": "local"}, left_out=left_out)
+
+
+def _refuse_no_such_split(files: FileList, split: str) -> None:
+    """Raise DataError for a split that the files' names do not tell: all of it would be read, and dev would be train."""
+    words = SAME if split in SAME else (split,)
+    told = {f: re.findall(r"[a-z]+", f"{files.spec} {files.name(f)}".lower()) for f in files.files}
+    of_others = [f for f in files.files if not {*words} & {*told[f]}]
+    if split != "train" and of_others:
+        raise DataError(
+            "files have no splits",
+            where=files.spec,
+            found=f"--split {split}, and {files.name(of_others[0])} would be read whole",
+            expected=f"files with {' or '.join(words)} in their names",
+            try_="the files of this split as --data, without --split",
+        )
 
 
 SOURCES: dict[str, Callable[[str, str], Corpus]] = {
