@@ -235,7 +235,7 @@ def document_blocks(
             ids, ends = np.insert(ids, 0, text.bos), np.insert(ends, 0, 0)
     if notes is not None:
         notes.add(counts, example.id)
-        notes.changed |= any(counts[note] for note in ("eos_in_text", "bos_in_text", "control_as_text"))
+        notes.changed |= any(counts[note] for note in ("eos_in_text", "bos_in_text", "control_tokens_as_text"))
     ids = ids.astype(np.int32)
     last = len(ids)
     at_boundary = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends]  # of characters
@@ -336,7 +336,7 @@ def with_bos(context: np.ndarray, text: TextTokens, config: BlockConfig, counts:
     if len(context) and context[0] == text.bos:
         counts["bos_in_text"] += 1
         return context
-    return np.insert(context, 0, text.bos)
+    return np.concatenate([[text.bos], context])
 
 
 def tokenize_prompt(example: Example, text: TextTokens, config: BlockConfig) -> tuple[np.ndarray, str]:
@@ -368,7 +368,7 @@ def first_rules(example: Example, text: TextTokens, config: BlockConfig) -> tupl
         context = context if text.eos is None else np.append(context, text.eos)
     else:
         context = text.encode(prompt + config.separator if prompt else "")[0]
-        context = np.insert(context, 0, text.bos) if config.bos and text.bos is not None else context
+        context = np.concatenate([[text.bos], context]) if config.bos and text.bos is not None else context
     target = text.encode(example.target)[0]
     return context, np.append(target, text.eos) if text.eos is not None and example.complete else target
 

@@ -62,6 +62,8 @@ class PerplexityResult:
     """Window and stride as used."""
     pairs_cut: int
     """Number of examples that were longer than the window."""
+    too_short: int
+    """Number of documents that have no token to score and were left out."""
 
 
 def evaluate_perplexity(
@@ -87,8 +89,8 @@ def evaluate_perplexity(
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
     byte_counts = np.array([int(r.byte_end[-1]) for r in rows])
     total = len(scores.nll_N)
-    cut = left_out.count("shortened")
-    yield Progress(total, total, perplexity_of(scores, lengths, byte_counts, documents, blocks, cut))
+    counted = left_out.count("shortened"), left_out.count("too_short")
+    yield Progress(total, total, perplexity_of(scores, lengths, byte_counts, documents, blocks, *counted))
 
 
 def perplexity_of(
@@ -98,13 +100,15 @@ def perplexity_of(
     documents: Documents,
     blocks: BlockConfig,
     pairs_cut: int = 0,
+    too_short: int = 0,
 ) -> PerplexityResult:
     """The figures from the scores of every token, and `[examples]` tokens and bytes of each example."""
     sums = per_example(scores.nll_N, lengths)
     nll = documents.ratio(sums, np.array(lengths))
     bits = documents.ratio(sums / math.log(2), byte_counts)
     ece = calibration_error(documents, scores.confidence_N, scores.right_N, lengths)
-    return PerplexityResult(nll, nll.exponential(), bits, nll.n, bits.n, ece, documents, blocks, pairs_cut)
+    exponential = nll.exponential()
+    return PerplexityResult(nll, exponential, bits, nll.n, bits.n, ece, documents, blocks, pairs_cut, too_short)
 
 
 def first_tokens(rows: Iterable[TokenRows], limit: int | None) -> Iterator[TokenRows]:
