@@ -16,6 +16,8 @@ from kd.common.errors import DataError
 from kd.common.files import write_atomic
 from kd.student_trainer.run_folder import read_run
 
+CARD = "README.md"
+
 
 def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
     """Write `README.md` into a finished run; `scores` are (what, value) lines. Raises DataError for anything else."""
@@ -24,7 +26,7 @@ def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
         raise DataError(
             "this training run is not finished", where=run, try_="its kd train command again, with --resume"
         )
-    path = run / "README.md"
+    path = run / CARD
     write_atomic(path, render_card(document, scores))
     return path
 
