@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 SCALED_WHERE_TIED = ("umt5", "switch_transformers")
 """Model types that scale the decoder's output by d^-0.5 where the output layer is tied to the embedding."""
+OWN_TOLERANCE = (0.02, 1e-4)
+"""Largest difference between a model's own logits and ours in nats, and as a share of the largest logit. The output layer is
+float32 on both sides, so sums are rounded at the seventh digit. A bias of one nat is far above it."""
 
 
 @cache
@@ -232,9 +235,10 @@ class EncoderDecoderHead(LanguageModelHead):
 def split_head(model: Model) -> LanguageModelHead:
     """Split a model at its output layer, and check on four tokens that the parts give the model's own logits.
 
-    Raises TeacherError for architectures that change the logits after the output layer (soft-capping, scaling), because
-    logits in chunks would be silently wrong for them. The check amplifies the output layer until its largest logit is
-    1000: a soft cap at 30 would hardly change the small logits of a small or untrained model.
+    Raises TeacherError for architectures that change the logits after the output layer (soft-capping, scaling, a bias of an
+    unknown name), because logits in chunks would be silently wrong for them. The check is made twice. As they are, logits
+    may differ by OWN_TOLERANCE. Then the output layer is amplified until its largest logit is 1000: a soft cap at 30
+    would hardly change the small logits of a small or untrained model.
     """
     import torch
 
@@ -251,47 +255,85 @@ def split_head(model: Model) -> LanguageModelHead:
     parts = _parts(model, head)
     training = model.training
     model.eval()
-    with torch.no_grad():
-        ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-        logits = torch.nn.functional.linear(parts.example_hidden(ids), head.weight, head.bias).float()
-        decoder_ids = {"decoder_input_ids": ids} if isinstance(parts, EncoderDecoderHead) else {}
-        gain = 1000 / max(float(logits.abs().max()), 1e-6)
-        logits *= gain
-        hook = head.register_forward_hook(lambda module, inputs, output: output * gain)
-        try:
-            expected = model(input_ids=ids, use_cache=False, **decoder_ids).logits.float()
-        finally:
-            hook.remove()
-            model.train(training)
-    if not bool(torch.isfinite(expected).all()):
-        raise TeacherError(
-            "the model's logits are not finite",
-            where=type(model).__name__,
-            found="NaN or infinity on four tokens",
-            try_="--dtype float32 or bfloat16, and check the weights",
-        )
-    # both are the same product; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
-    if logits.shape != expected.shape or not torch.allclose(
-        logits, expected, atol=0.02 * float(expected.abs().max()) + 1e-6
-    ):
-        raise TeacherError(
-            "the model changes its logits after the output layer",
-            where=type(model).__name__,
-            found=f"largest difference {float((logits - expected).abs().max()):.3g}",
-            expected="logits = lm_head(last hidden state)",
-        )
+    try:
+        with torch.no_grad():
+            _prove(model, head, parts)
+    finally:
+        model.train(training)
     return parts
 
 
+def _prove(model: Model, head: Any, parts: LanguageModelHead) -> None:
+    """Raise TeacherError unless the parts give the model's own logits on four tokens, as they are and amplified.
+
+    Both sides compute the output layer in float32, so that only the hidden states, which they share, are rounded to 16 bits.
+    """
+    import torch
+
+    layer, final = LanguageModelHead(parts.backbone, head.weight, head.bias), final_logits_bias(model)
+    ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
+    product = layer.logits(parts.example_hidden(ids)[0]).unsqueeze(0)
+    # a model may round its logits to the dtype of its weights before it returns them
+    as_they_are = (OWN_TOLERANCE[0], max(OWN_TOLERANCE[1], torch.finfo(head.weight.dtype).eps))
+    amplified = 1000 / max(float(product.abs().max()), 1e-6)
+    for gain, (absolute, relative) in ((1.0, as_they_are), (amplified, (1e-6, 0.02))):
+        expected = _own_logits(model, head, parts, ids, gain)
+        logits = product * gain if final is None else product * gain + final.float()
+        if not bool(torch.isfinite(expected).all()):
+            raise TeacherError(
+                "the model's logits are not finite",
+                where=type(model).__name__,
+                found="NaN or infinity on four tokens",
+                try_="--dtype float32 or bfloat16, and check the weights",
+            )
+        tolerance = absolute + relative * float(expected.abs().max())
+        if logits.shape != expected.shape or float((logits - expected).abs().max()) > tolerance:
+            same = logits.shape == expected.shape
+            raise TeacherError(
+                "the model changes its logits after the output layer",
+                where=type(model).__name__,
+                found=f"largest difference {float((logits - expected).abs().max()):.3g}"
+                if same
+                else f"logits of shape {tuple(expected.shape)}",
+                expected="logits = lm_head(last hidden state)",
+            )
+
+
+def _own_logits(model: Model, head: Any, parts: LanguageModelHead, ids: torch.Tensor, gain: float) -> torch.Tensor:
+    """`[1, T, V]` float32 logits of the model's own forward pass, its output layer in float32 and multiplied by `gain`."""
+    layer = LanguageModelHead(parts.backbone, head.weight, head.bias)
+
+    def amplified(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return layer.logits(inputs[0].flatten(0, -2)).view(output.shape) * gain
+
+    decoder_ids = {"decoder_input_ids": ids} if isinstance(parts, EncoderDecoderHead) else {}
+    hook = head.register_forward_hook(amplified)
+    try:
+        return model(input_ids=ids, use_cache=False, **decoder_ids).logits.float()  # type: ignore[no-any-return]
+    finally:
+        hook.remove()
+
+
+def final_logits_bias(model: Model) -> torch.Tensor | None:
+    """`[V]`: what BART, Marian, mBART, Pegasus and their like add to the output layer's logits; None for other models."""
+    bias = getattr(model, "final_logits_bias", None)
+    return None if bias is None else bias.view(-1)
+
+
+def with_final_bias(model: Model, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias `[V]` of the output layer, and the model's `final_logits_bias` added where it has one."""
+    final = final_logits_bias(model)
+    return bias if final is None else final if bias is None else bias + final
+
+
 def _parts(model: Model, head: Any) -> LanguageModelHead:
+    bias = with_final_bias(model, head.bias)
     if not is_encoder_decoder(model.config):
-        return LanguageModelHead(model.base_model, head.weight, head.bias)
+        return LanguageModelHead(model.base_model, head.weight, bias)
     config = model.config
     # the configurations of UMT5 and Switch Transformers have no entry for the scaling
     scales = getattr(
         config, "scale_decoder_outputs", config.tie_word_embeddings and config.model_type in SCALED_WHERE_TIED
     )
     scale = config.d_model**-0.5 if scales else 1.0
-    return EncoderDecoderHead(
-        model.get_decoder(), head.weight, head.bias, model.get_encoder(), decoder_start(config), scale
-    )
+    return EncoderDecoderHead(model.get_decoder(), head.weight, bias, model.get_encoder(), decoder_start(config), scale)
