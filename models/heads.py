@@ -163,6 +163,8 @@ class EncoderDecoderHead(LanguageModelHead):
     """Id of the token that the decoder starts from. The first target token is predicted at its position."""
     scale: float
     """Factor of the decoder's output before the output layer: d^-0.5 in T5 with tied embeddings, else 1."""
+    forced: tuple[int, ...] = ()
+    """Ids that the decoder reads after its start token, before the first token is predicted."""
 
     @property
     def bodies(self) -> tuple[Any, ...]:
@@ -175,7 +177,11 @@ class EncoderDecoderHead(LanguageModelHead):
 
     def size(self, context: int, target: int) -> Size:
         """Tokens of the encoder and of the decoder, which are padded separately."""
-        return context, target
+        return context, target + len(self.forced)
+
+    def decoder_inputs(self, target: np.ndarray) -> np.ndarray:
+        """`[F + n]`: what the decoder reads to predict `target [n]` at its last n positions; F ids are forced."""
+        return np.concatenate([[self.start_id, *self.forced], target[:-1]])
 
     def decode(
         self,
@@ -203,10 +209,11 @@ class EncoderDecoderHead(LanguageModelHead):
         """`[N, d]`, one row per target token: the encoder reads `contexts`, the decoder is fed `targets`."""
         import torch
 
-        shifted = [np.concatenate([[self.start_id], t[:-1]]) for t in targets]
+        shifted = [self.decoder_inputs(t) for t in targets]
         encoder_ids, mask = padded_ids(contexts, self.weight.device)
         hidden = self.decode(encoder_ids, mask, padded_ids(shifted, self.weight.device)[0])
-        return torch.cat([hidden[b, : len(t)] for b, t in enumerate(targets)])
+        first = len(self.forced)
+        return torch.cat([hidden[b, first : first + len(t)] for b, t in enumerate(targets)])
 
     def batch_hidden(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden states `[B, T, d]` of the decoder's side of a collated batch, with gradients.
@@ -232,8 +239,10 @@ class EncoderDecoderHead(LanguageModelHead):
         return self.decode(ids, None, ids)
 
 
-def split_head(model: Model) -> LanguageModelHead:
+def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
     """Split a model at its output layer, and check on four tokens that the parts give the model's own logits.
+
+    forced  ids that an encoder-decoder's targets begin with and nobody predicts, see `kd.models.encoder_layout`
 
     Raises TeacherError for architectures that change the logits after the output layer (soft-capping, scaling, a bias of an
     unknown name), because logits in chunks would be silently wrong for them. The check is made twice. As they are, logits
@@ -252,7 +261,7 @@ def split_head(model: Model) -> LanguageModelHead:
             expected="torch.nn.Linear",
             try_="without adapters or quantisation on lm_head",
         )
-    parts = _parts(model, head)
+    parts = _parts(model, head, tuple(forced))
     training = model.training
     model.eval()
     try:
@@ -326,7 +335,7 @@ def with_final_bias(model: Model, bias: torch.Tensor | None) -> torch.Tensor | N
     return bias if final is None else final if bias is None else bias + final
 
 
-def _parts(model: Model, head: Any) -> LanguageModelHead:
+def _parts(model: Model, head: Any, forced: tuple[int, ...]) -> LanguageModelHead:
     bias = with_final_bias(model, head.bias)
     if not is_encoder_decoder(model.config):
         return LanguageModelHead(model.base_model, head.weight, bias)
@@ -336,4 +345,6 @@ def _parts(model: Model, head: Any) -> LanguageModelHead:
         config, "scale_decoder_outputs", config.tie_word_embeddings and config.model_type in SCALED_WHERE_TIED
     )
     scale = config.d_model**-0.5 if scales else 1.0
-    return EncoderDecoderHead(model.get_decoder(), head.weight, bias, model.get_encoder(), decoder_start(config), scale)
+    return EncoderDecoderHead(
+        model.get_decoder(), head.weight, bias, model.get_encoder(), decoder_start(config), scale, forced
+    )

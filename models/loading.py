@@ -21,6 +21,7 @@ from kd.common.errors import DataError, TeacherError, unknown_name
 from kd.common.files import read_object
 from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
+from kd.models.encoder_layout import set_languages, start_language
 from kd.models.quantised import load_quantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
@@ -58,6 +59,10 @@ class ModelRequest:
     """Folder or hub id of the tokenizer; None is the model's own."""
     seed: int = 0
     """Seed of random weights."""
+    source_lang: str | None = None
+    """Language code of the texts that an encoder reads, for a tokenizer that writes one; None is the tokenizer's own."""
+    target_lang: str | None = None
+    """Language code of the texts that a decoder writes."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -116,7 +121,10 @@ def resolve_dtype(request: ModelRequest) -> torch.dtype:
 
 
 def load_config(request: ModelRequest) -> Any:
-    """The model's configuration, without reading weights. Raises TeacherError saying what failed."""
+    """The model's configuration, without reading weights. Raises TeacherError saying what failed.
+
+    Where `target_lang` decides the token that the decoder starts from, the configuration says so.
+    """
     if request.random_shape is not None:
         return SHAPES[request.random_shape]()
     refuse_adapter(request)
@@ -124,18 +132,25 @@ def load_config(request: ModelRequest) -> Any:
 
     refuse_special_files(request.path)
     try:
-        return AutoConfig.from_pretrained(request.path, revision=request.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(request.path, revision=request.revision, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, HTTP errors: one message for all
         raise cannot_load(request, error) from error
+    if request.target_lang is not None:
+        start = start_language(load_request_tokenizer(request), config.model_type)
+        config.decoder_start_token_id = getattr(config, "decoder_start_token_id", None) if start is None else start
+    return config
 
 
 def load_request_tokenizer(request: ModelRequest) -> Tokenizer:
-    """The model's tokenizer. Random models use the embedded one unless `tokenizer` names another."""
+    """The model's tokenizer, in the request's languages. Random models use the embedded one unless `tokenizer` names another."""
     if request.tokenizer is not None:
-        return load_tokenizer(request.tokenizer)
-    if request.random_shape is not None:
-        return load_tokenizer("demo")
-    return load_tokenizer(request.name, request.revision)
+        tokenizer = load_tokenizer(request.tokenizer)
+    elif request.random_shape is not None:
+        tokenizer = load_tokenizer("demo")
+    else:
+        tokenizer = load_tokenizer(request.name, request.revision)
+    set_languages(tokenizer, request.source_lang, request.target_lang)
+    return tokenizer
 
 
 def load_model(request: ModelRequest) -> Model:
@@ -162,6 +177,8 @@ def load_model(request: ModelRequest) -> Model:
         if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, which was not seen before
             raise adapter_error(request, None)
         model.to(device)
+    if request.target_lang is not None:
+        model.config.decoder_start_token_id = config.decoder_start_token_id
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,3 +55,48 @@ def with_bias(model: Any, nats: float = 1.0) -> Any:
     noise = torch.Generator().manual_seed(1)
     model.final_logits_bias = torch.randn(model.final_logits_bias.shape, generator=noise).double() * nats
     return model
+
+
+def tiny_tokenizer(kind: str, folder: Path, **settings: Any) -> Path:
+    """A folder with a tokenizer of letters: `Bart`, `Blenderbot`, `MBart`, `MBart50`, `Nllb` or `Pegasus`."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "an", "th"]
+    first = ["<s>", "<pad>", "</s>", "<unk>"]
+    scored: Any = [(piece, -float(i)) for i, piece in enumerate([*first, *letters])]
+    if kind in ("Bart", "Blenderbot"):
+        vocab: Any = {piece: i for i, piece in enumerate([*first, "Ġ", *letters[1:27], "Ġa", "an", "th", "<mask>"])}
+        settings = {"merges": [("Ġ", "a"), ("a", "n"), ("t", "h")], **settings}
+    elif kind == "Nllb":
+        vocab = {piece: i for i, piece in enumerate([*first, *letters])}
+        settings = {"merges": [("▁", "a"), ("a", "n"), ("t", "h")], **settings}
+    elif kind == "Pegasus":
+        vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scored[4:]]
+    else:
+        vocab = scored
+    getattr(transformers, f"{kind}Tokenizer")(vocab=vocab, **settings).save_pretrained(folder)
+    return folder
+
+
+FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "bart": ("Bart", "Bart", {}),
+    "led": ("LED", "Bart", {}),
+    "mvp": ("Mvp", "Bart", {}),
+    "blenderbot": ("Blenderbot", "Blenderbot", {}),
+    "pegasus": ("Pegasus", "Pegasus", {}),
+    "mbart": ("MBart", "MBart", {"source_lang": "fr_XX", "target_lang": "de_DE"}),
+    "mbart50": ("MBart", "MBart50", {"source_lang": "fr_XX", "target_lang": "de_DE"}),
+    "nllb": ("M2M100", "Nllb", {"source_lang": "fra_Latn", "target_lang": "deu_Latn"}),
+}
+"""Name -> classes of the model and of the tokenizer, and the languages."""
+
+
+def family_folder(name: str, folder: Path) -> Path:
+    """A random model of one of FAMILIES, with a final bias where it has one, and its tokenizer, saved in float32."""
+    model_class, tokenizer_class, _ = FAMILIES[name]
+    tiny_tokenizer(tokenizer_class, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    start = 0 if model_class in ("Pegasus", "Blenderbot") else 2
+    model = encoder_decoder(model_class, len(tokenizer), **ends, decoder_start_token_id=start)
+    model = with_bias(model) if hasattr(model, "final_logits_bias") else model
+    model.float().save_pretrained(folder)
+    return folder

@@ -101,7 +101,15 @@ def model_request(settings: BuildSettings) -> ModelRequest:
     """The teacher, before anything is loaded."""
     model = settings.model
     return ModelRequest(
-        model.teacher, model.revision, model.dtype, model.device, model.load_in_4bit, model.tokenizer, settings.seed
+        model.teacher,
+        model.revision,
+        model.dtype,
+        model.device,
+        model.load_in_4bit,
+        model.tokenizer,
+        settings.seed,
+        model.source_lang,
+        model.target_lang,
     )
 
 
@@ -127,6 +135,7 @@ def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
     """How the text is cut for a teacher with this configuration."""
     blocks, window, encoder = settings.blocks, max_positions(config), is_encoder_decoder(config)
     longest = ENCODER_SEQ_LEN if encoder else SEQ_LEN
+    most_written = ENCODER_TARGET_LEN if window is None else min(ENCODER_TARGET_LEN, window - 1)  # one may be forced
     return BlockConfig(
         seq_len=blocks.seq_len or min(longest, window or longest),
         stride=blocks.stride,
@@ -134,7 +143,7 @@ def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
         eos=blocks.eos,
         separator=blocks.separator,
         encoder=encoder,
-        target_len=blocks.target_len or (ENCODER_TARGET_LEN if encoder else None),
+        target_len=blocks.target_len or (most_written if encoder else None),
         overlong=blocks.overlong,
         control_tokens=blocks.control_tokens,
     )

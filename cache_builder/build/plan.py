@@ -38,6 +38,7 @@ from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
 from kd.data.text_tokens import TEXT_RULES
 from kd.data.token_notes import TokenNotes
+from kd.models.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder
 from kd.models.tokenizer import Tokenizer, pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
 
@@ -79,7 +80,6 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     config = request.source.config()
     blocks = replace(request.blocks, encoder=is_encoder_decoder(config))
     request = replace(request.pinned(), targets=request.targets.normalised(), blocks=blocks)
-    refuse_long_sequences(request, config)
     refuse_other_kind(request, config)
     tokenizer = request.source.tokenizer()
     classes = request.corpus.kind == CLASSES
@@ -88,7 +88,10 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     if classes:
         size = class_count(request, labels, config)
     request.targets.check_vocabulary(size)
-    request = replace(request, blocks=request.blocks.normalised(request.corpus.kind, tokenizer))
+    layout = None if classes else encoder_layout(config, tokenizer)
+    blocks = replace(request.blocks, layout=layout).normalised(request.corpus.kind, tokenizer)
+    request = replace(request, blocks=blocks)
+    refuse_long_sequences(request, config)
     vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)
     left_out, notes = joined([request.corpus.left_out]), TokenNotes()
     rows = _token_rows(request, tokenizer, left_out, notes)

@@ -19,13 +19,17 @@ PADDED_COLUMNS = 128
 def refuse_long_sequences(request: BuildRequest, config: Any) -> None:
     """Raise DataError where a sequence may be longer than the teacher's positions."""
     limit = max_positions(config)
-    for option, length in (("--seq-len", request.blocks.seq_len), ("--target-len", request.blocks.target_len)):
-        if limit is not None and length is not None and length > limit:
+    written = limit if limit is None else limit - len(request.blocks.forced)
+    for option, length, most in (
+        ("--seq-len", request.blocks.seq_len, limit),
+        ("--target-len", request.blocks.target_len, written),
+    ):
+        if most is not None and length is not None and length > most:
             raise DataError(
                 "the sequence length is longer than the teacher's positions",
                 found=f"{option} {length}",
-                expected=f"at most {limit}",
-                try_=f"{option} {limit}",
+                expected=f"at most {most}",
+                try_=f"{option} {most}",
             )
 
 

@@ -13,6 +13,7 @@ examples change an answer, and no generator of the process is touched.
     causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
                       (without white space at its end that an answer's first token holds, as in training)
     encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
+                      (or the prompt in the tokenizer's own template, see `kd.models.encoder_layout`)
 
 Prompts that are longer lose their beginning and are counted. Batches hold prompts of similar length.
 
@@ -75,6 +76,7 @@ GREEDY = Sampling()
 def answer_room(model: Model, tokenizer: Tokenizer, corpus: Corpus, blocks: BlockConfig, wanted: int | None) -> int:
     """Most tokens of an answer. Raises DataError when `wanted` are too many for the model's positions."""
     limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1  # a context has at least one token
+    limit = limit if limit is None else limit - len(blocks.forced)
     if wanted is not None:
         if wanted < 1 or (limit is not None and wanted > limit):
             raise DataError(
@@ -118,10 +120,12 @@ def written_answers(
     vocabulary_size: int,
     sampling: Sampling = GREEDY,
     tokens_per_batch: int | None = None,
+    forced: Sequence[int] = (),
 ) -> Iterator[tuple[list[int], list[Answer]]]:
     """Numbers into `contexts` and the answers to them, batch by batch, each context exactly once.
 
     contexts[e]   [C >= 1] token ids, special tokens included
+    forced        ids that a decoder begins every answer with, see `answer_batch`
     """
     import torch
 
@@ -133,7 +137,9 @@ def written_answers(
             prompts = [contexts[i] for i in batch]
             noise = [gumbel_noise(prompts, sampling)] if sampling.temperature else []
             try:
-                answers = answer_batch(model, prompts, eos_id=eos_id, pad_id=pad_id, logits_processor=noise)
+                answers = answer_batch(
+                    model, prompts, eos_id=eos_id, pad_id=pad_id, forced=forced, logits_processor=noise
+                )
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error, tokens_per_batch) from error
             yield batch, answers

@@ -112,6 +112,7 @@ def evaluate_generation(
         vocabulary_size=size,
         sampling=sampling,
         tokens_per_batch=reading.tokens_per_batch,
+        forced=blocks.forced,
     ):
         for context, answer in zip(batch, answers, strict=True):
             before = None if blocks.encoder else contexts[context]

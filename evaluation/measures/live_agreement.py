@@ -47,7 +47,7 @@ def evaluate_live_agreement(
         raise DataError("one of model and teacher has an encoder", expected="two causal models, or two with an encoder")
     if temperature <= 0:
         raise DataError("temperature must be positive", found=temperature)
-    blocks = text_blocks(reading, shared_window(model, teacher, reading.seq_len), encoder=encoder)
+    blocks = text_blocks(reading, shared_window(model, teacher, reading.seq_len), model, tokenizer)
     left_out = LeftOut()
     rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, left_out), reading.limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
@@ -57,7 +57,9 @@ def evaluate_live_agreement(
     yield Progress(0, total)
     size = vocabulary_size(tokenizer)
     both = (
-        logit_chunks(split_head(m), texts, vocabulary_size=size, tokens_per_batch=reading.tokens_per_batch)
+        logit_chunks(
+            split_head(m, blocks.forced), texts, vocabulary_size=size, tokens_per_batch=reading.tokens_per_batch
+        )
         for m in (model, teacher)
     )
     for ours, theirs in zip(*both, strict=True):

@@ -37,7 +37,7 @@ from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, token_sco
 from kd.evaluation.scoring.windows import text_blocks, window
 from kd.evaluation.statistics.calibration import calibration_error
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
-from kd.models.loading import Model, is_encoder_decoder
+from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer, vocabulary_size
 
 
@@ -78,13 +78,17 @@ def evaluate_perplexity(
     Raises DataError when the model has fewer positions than the window or fewer logits than the tokenizer has
     entries, TeacherError when its output layer cannot be taken apart (see `kd.models.loading.split_head`).
     """
-    blocks = text_blocks(reading, window(model, reading.seq_len), encoder=is_encoder_decoder(model.config))
+    blocks = text_blocks(reading, window(model, reading.seq_len), model, tokenizer)
     left_out = LeftOut()
     rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, left_out), reading.limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
     scores = yield from token_scores(
-        model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=reading.tokens_per_batch
+        model,
+        texts,
+        vocabulary_size=vocabulary_size(tokenizer),
+        tokens_per_batch=reading.tokens_per_batch,
+        forced=blocks.forced,
     )
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
     byte_counts = np.array([int(r.byte_end[-1]) for r in rows])

@@ -129,6 +129,7 @@ def write_samples(
         eos_id=tokenizer.eos_token_id,
         vocabulary_size=size,
         tokens_per_batch=reading.tokens_per_batch,
+        forced=blocks.forced,
     ):
         for number, answer in zip(numbers, answers, strict=True):
             before = None if blocks.encoder else contexts[number]

@@ -119,13 +119,22 @@ class TokenScores:
 
 
 def token_scores(
-    model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int, tokens_per_batch: int | None = None
+    model: Model,
+    texts: Sequence[ScoredText],
+    *,
+    vocabulary_size: int,
+    tokens_per_batch: int | None = None,
+    forced: Sequence[int] = (),
 ) -> Generator[Progress[Any], None, TokenScores]:
-    """As `gold_nll`, and the most probable token of every position: yields progress, returns the scores."""
+    """As `gold_nll`, and the most probable token of every position: yields progress, returns the scores.
+
+    forced  as `split_head`
+    """
     total, done = sum(len(t.target_ids) for t in texts), 0
     scores = np.empty((3, total), dtype=np.float64)
     yield Progress(0, total)
-    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
+    head = split_head(model, forced)
+    chunks = logit_chunks(head, texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
     for chunk in chunks:
         scores[:, chunk.rows] = chunk_scores(chunk)
         done += len(chunk.rows)
@@ -143,16 +152,24 @@ def chunk_scores(chunk: LogitChunk) -> np.ndarray:
 
 
 def gold_nll(
-    model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int, tokens_per_batch: int | None = None
+    model: Model,
+    texts: Sequence[ScoredText],
+    *,
+    vocabulary_size: int,
+    tokens_per_batch: int | None = None,
+    forced: Sequence[int] = (),
 ) -> Generator[Progress[Any], None, np.ndarray]:
     """Negative log-probability of every scored token: yields progress, returns `[N]` float64 nats in the texts' order.
+
+    forced  as `split_head`
 
     Raises as `logit_chunks`, and TeacherError when the model's output layer cannot be taken apart.
     """
     total, done = sum(len(t.target_ids) for t in texts), 0
     nll_N = np.empty(total, dtype=np.float64)
     yield Progress(0, total)
-    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
+    head = split_head(model, forced)
+    chunks = logit_chunks(head, texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
     for chunk in chunks:
         gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
         nll_N[chunk.rows] = (chunk.logits.logsumexp(dim=1) - gold).cpu().numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig
 from kd.evaluation.scoring.reading_options import ReadingOptions
+from kd.models.encoder_layout import encoder_layout
 from kd.models.loading import Model, is_encoder_decoder, max_positions
 from kd.models.tokenizer import Tokenizer
 
@@ -32,11 +33,10 @@ def window(model: Model, seq_len: int | None) -> int:
     return seq_len
 
 
-def text_blocks(reading: ReadingOptions, seq_len: int, *, encoder: bool) -> BlockConfig:
+def text_blocks(reading: ReadingOptions, seq_len: int, model: Model, tokenizer: Tokenizer) -> BlockConfig:
     """How documents and pairs are cut to be scored token by token; a pair that is too long is cut as in training.
 
     seq_len   tokens of the window, as `window` gives them
-    encoder   whether the model is an encoder-decoder
     """
     return BlockConfig(
         seq_len=seq_len,
@@ -44,8 +44,9 @@ def text_blocks(reading: ReadingOptions, seq_len: int, *, encoder: bool) -> Bloc
         bos=reading.opens_with_bos,
         separator=reading.between,
         control_tokens=reading.control_reading,
-        encoder=encoder,
+        encoder=is_encoder_decoder(model.config),
         overlong="truncate",
+        layout=encoder_layout(model.config, tokenizer),
     )
 
 
@@ -57,5 +58,6 @@ def prompt_blocks(model: Model, tokenizer: Tokenizer, reading: ReadingOptions) -
         bos=reading.opens_with_bos,
         control_tokens=reading.control_reading,
         encoder=is_encoder_decoder(model.config),
+        layout=encoder_layout(model.config, tokenizer),
     )
     return blocks.normalised("pairs", tokenizer)

@@ -17,6 +17,7 @@ from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import part_of
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
+from kd.models.encoder_layout import EncoderLayout
 from kd.models.loading import max_positions
 from kd.models.tokenizer import Tokenizer, token_bytes
 from kd.student_trainer.config import LossSettings
@@ -71,6 +72,32 @@ def refuse_other_layout(reader: Reader, purpose: str, *, encoder: bool) -> None:
             try_="a model laid out as the teacher; in training --loss "
             "uld, hybrid or alm, or --loss ce for the baseline",
         )
+
+
+def refuse_other_template(reader: Reader, layout: EncoderLayout | None, tokenizer: Tokenizer) -> None:
+    """Raise CacheMismatchError where the model would read other special tokens around its texts than the cache has."""
+    cached = reader.manifest.blocks.layout
+    if cached != layout:
+        names = [_template(tokenizer, each) for each in (layout, cached)]
+        raise CacheMismatchError(
+            "the model puts other special tokens around its texts than the cache's teacher",
+            cache=reader.root,
+            found=names[0],
+            expected=names[1],
+            try_="the --source-lang and --target-lang of the cache; or --loss uld, hybrid or alm",
+        )
+
+
+def _template(tokenizer: Tokenizer, layout: EncoderLayout | None) -> str:
+    """A layout in words: `fr_XX source </s>, de_DE target </s>`."""
+    if layout is None:
+        return "source EOS, target EOS"
+    sides = {
+        "source": (layout.source_before, layout.source_after),
+        "target": (layout.target_before, layout.target_after),
+    }
+    tokens = tokenizer.convert_ids_to_tokens
+    return ", ".join(" ".join([*tokens(list(a)), side, *tokens(list(b))]) for side, (a, b) in sides.items())
 
 
 def refuse_without_prompts(reader: Reader) -> None:

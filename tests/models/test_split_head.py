@@ -19,7 +19,9 @@ from kd.data.blocks import TokenRows
 from kd.data.rows.example import Example
 from kd.evaluation.scoring.scored_text import ScoredText, gold_nll
 from kd.evaluation.scoring.shared_context import shared_nll
+from kd.models import identity
 from kd.models.heads import split_head
+from kd.models.identity import in_memory_identity
 from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses.loss_registry import Objective
 
@@ -95,6 +97,14 @@ def test_a_student_s_gradient_knows_the_final_bias(family: str) -> None:
             assert (mine.grad - theirs.grad).abs().max() <= 1e-9 * theirs.grad.abs().max() + 1e-12, name
             compared += 1
     assert compared > 20
+
+
+def test_the_identity_tells_caches_with_the_final_bias_from_older_ones() -> None:
+    types = {encoder_decoder(family, V).config.model_type for family in WITH_FINAL_BIAS}
+    assert types == set(identity.WITH_FINAL_BIAS)
+    model = encoder_decoder("Bart", V)
+    assert in_memory_identity(model, "digest")["final_logits_bias"] == "added"
+    assert "final_logits_bias" not in in_memory_identity(tiny_model("t5", "eager", V, window=8), "digest")
 
 
 class Shifted:
