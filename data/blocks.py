@@ -32,7 +32,7 @@ from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.data.text_tokens import CONTROL_TOKENS, TextTokens
 from kd.data.token_notes import TokenNotes
-from kd.models.encoder_layout import EncoderLayout
+from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.tokenizer import Tokenizer, encode_texts
 
 OVERLONG = ("error", "drop", "truncate")

@@ -96,7 +96,7 @@ class LanguageModelHead:
         Kernels such as flash attention take no mask. In a model with sliding windows, one mask for all layers would widen
         the windows.
         """
-        config = self.backbone.config
+        config = self.backbone.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or ()
         windows = getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in kinds)
         return config._attn_implementation in ("sdpa", "eager") and not windows
@@ -122,6 +122,11 @@ class LanguageModelHead:
         """
         import torch
 
+        if self.weight.dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # Mamba's states stay in float32, and it rounds them here
+            hidden = hidden.to(self.weight.dtype)
         if hidden.device.type == "cuda" and hidden.dtype == self.weight.dtype != torch.float32:
             # on tensor cores, with a float32 result
             product = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
@@ -242,7 +247,7 @@ class EncoderDecoderHead(LanguageModelHead):
 def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
     """Split a model at its output layer, and check on four tokens that the parts give the model's own logits.
 
-    forced  ids that an encoder-decoder's targets begin with and nobody predicts, see `kd.models.encoder_layout`
+    forced  ids that an encoder-decoder's targets begin with and nobody predicts, see `kd.models.families.encoder_layout`
 
     Raises TeacherError for architectures that change the logits after the output layer (soft-capping, scaling, a bias of an
     unknown name), because logits in chunks would be silently wrong for them. The check is made twice. As they are, logits
@@ -252,8 +257,8 @@ def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
     import torch
 
     head = model.get_output_embeddings()
-    no_backbone = model.base_model is model and not is_encoder_decoder(model.config)
-    if not isinstance(head, torch.nn.Linear) or no_backbone:
+    backbone = _backbone(model)
+    if not isinstance(head, torch.nn.Linear) or backbone is model:
         raise TeacherError(
             "the model's output layer is not a plain linear layer",
             where=type(model).__name__,
@@ -261,7 +266,7 @@ def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
             expected="torch.nn.Linear",
             try_="without adapters or quantisation on lm_head",
         )
-    parts = _parts(model, head, tuple(forced))
+    parts = _parts(model, head, backbone, tuple(forced))
     training = model.training
     model.eval()
     try:
@@ -335,16 +340,22 @@ def with_final_bias(model: Model, bias: torch.Tensor | None) -> torch.Tensor | N
     return bias if final is None else final if bias is None else bias + final
 
 
-def _parts(model: Model, head: Any, forced: tuple[int, ...]) -> LanguageModelHead:
+def _backbone(model: Model) -> Any:
+    """The module that computes the hidden states of a causal model, or of a decoder; the model itself where none is found."""
+    if is_encoder_decoder(model.config):
+        return model.get_decoder()
+    # `base_model` goes by a prefix, and Llama 4's text model has that of the model around it
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
+
+
+def _parts(model: Model, head: Any, backbone: Any, forced: tuple[int, ...]) -> LanguageModelHead:
     bias = with_final_bias(model, head.bias)
     if not is_encoder_decoder(model.config):
-        return LanguageModelHead(model.base_model, head.weight, bias)
+        return LanguageModelHead(backbone, head.weight, bias)
     config = model.config
     # the configurations of UMT5 and Switch Transformers have no entry for the scaling
     scales = getattr(
         config, "scale_decoder_outputs", config.tie_word_embeddings and config.model_type in SCALED_WHERE_TIED
     )
     scale = config.d_model**-0.5 if scales else 1.0
-    return EncoderDecoderHead(
-        model.get_decoder(), head.weight, bias, model.get_encoder(), decoder_start(config), scale, forced
-    )
+    return EncoderDecoderHead(backbone, head.weight, bias, model.get_encoder(), decoder_start(config), scale, forced)

@@ -16,14 +16,14 @@ from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import DataError
 from kd.models.batching.packing import Size
-from kd.models.encoder_layout import EncoderLayout, encoder_layout
+from kd.models.families.encoder_layout import EncoderLayout, encoder_layout
+from kd.models.families.positions import max_positions
 from kd.models.loading import (
     ModelRequest,
     decoder_start,
     is_encoder_decoder,
     load_config,
     load_request_tokenizer,
-    max_positions,
 )
 from kd.models.tokenizer import Tokenizer, vocabulary_size
 from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches

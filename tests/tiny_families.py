@@ -100,3 +100,73 @@ def family_folder(name: str, folder: Path) -> Path:
     model = with_bias(model) if hasattr(model, "final_logits_bias") else model
     model.float().save_pretrained(folder)
     return folder
+
+
+WRAPPED = ("gemma3", "qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "llava", "idefics3", "paligemma", "qwen3_vl")
+"""Model types whose checkpoints hold a text model and one for images."""
+
+
+def wrapped_model(name: str, vocabulary: int) -> Any:
+    """A random model of text and images, always the same, in evaluation mode; float64 but for mixtures of experts."""
+    plain = transformers.AutoConfig.for_model(name)
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "model_type": plain.get_text_config().model_type,
+    }
+    linear = {f"linear_{key}": 8 for key in ("key_head_dim", "value_head_dim")}
+    qwen = {"layer_types": ["linear_attention", "full_attention"], **linear}
+    qwen |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    experts = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16}
+    text |= {
+        "qwen3_5": qwen,
+        "qwen3_5_moe": qwen | experts | {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 16},
+        "llama4": experts
+        | {"num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": 8, "no_rope_layers": [1, 0]}
+        | {"layer_types": ["chunked_attention", "full_attention"]},
+        "qwen3_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    }.get(name, {})
+    images = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+        "depth": 2,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+        "model_type": plain.vision_config.model_type,
+    }
+    torch.manual_seed(0)
+    config = type(plain)(text_config=text, vision_config=images)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model if name == "qwen3_5_moe" else model.double()
+
+
+def state_space_model(name: str, vocabulary: int) -> Any:
+    """A random `mamba`, `mamba2` or `falcon_mamba`, whose states stay in float32 whatever the dtype of its weights."""
+    mamba2 = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 8}
+    shape = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "residual_in_fp32": True}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(name, **shape, **ends, **(mamba2 if name == "mamba2" else {}))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(0, 0.2)
+    return model

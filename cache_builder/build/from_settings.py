@@ -25,7 +25,8 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.data.blocks import BlockConfig
 from kd.data.sources import Corpus, load_classes, load_corpus
-from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config, max_positions
+from kd.models.families.positions import max_positions
+from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config
 
 SEQ_LEN, ENCODER_SEQ_LEN = 512, 1024
 """Default sequence lengths, where the teacher's positions allow them."""

@@ -29,7 +29,7 @@ from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
 from kd.data.text_tokens import TEXT_RULES, TextTokens
 from kd.models.answering import answer_batch, answer_text, unused_ids
-from kd.models.encoder_layout import encoder_layout
+from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder, refuse_classifier
 from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint, vocabulary_size
 

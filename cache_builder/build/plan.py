@@ -38,8 +38,9 @@ from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
 from kd.data.text_tokens import TEXT_RULES
 from kd.data.token_notes import TokenNotes
-from kd.models.encoder_layout import encoder_layout
-from kd.models.loading import is_encoder_decoder
+from kd.models.families.encoder_layout import encoder_layout
+from kd.models.loading import is_encoder_decoder, quantised_share
+from kd.models.quantised import share_of
 from kd.models.tokenizer import Tokenizer, pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
 
 
@@ -208,7 +209,7 @@ def _manifest(
 
 def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
-    return {
+    return _quantised(request) | {
         "teacher": public_place(request.teacher.name),
         "corpus": public_place(request.corpus.spec),
         "split": request.corpus.split,
@@ -220,6 +221,14 @@ def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> 
         "options": None if request.options is None else public_options(request.options),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }
+
+
+def _quantised(request: BuildRequest) -> dict[str, Any]:
+    """Which weights of the teacher are in 4 bits; nothing where none are. Raises TeacherError where most are not."""
+    if request.given is not None:
+        share = share_of(request.given.model, lambda _, module: type(module).__name__ == "Linear4bit")
+        return {"quantised": share.record()} if share.layers else {}
+    return {"quantised": quantised_share(request.teacher).record()} if request.teacher.load_in_4bit else {}
 
 
 def _cut(rows: list[TokenRows], layout: Layout) -> list[tuple[int, int, int]]:

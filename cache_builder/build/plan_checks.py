@@ -9,7 +9,8 @@ from kd.cache_builder.build.request import BuildRequest
 from kd.common.errors import DataError
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.models.classifiers import refuse_other_classes, refuse_other_heads
-from kd.models.loading import is_classifier, max_positions
+from kd.models.families.positions import max_positions
+from kd.models.loading import is_classifier
 from kd.models.tokenizer import Tokenizer, vocabulary_size
 
 PADDED_COLUMNS = 128

@@ -13,7 +13,7 @@ examples change an answer, and no generator of the process is touched.
     causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
                       (without white space at its end that an answer's first token holds, as in training)
     encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
-                      (or the prompt in the tokenizer's own template, see `kd.models.encoder_layout`)
+                      (or the prompt in the tokenizer's own template, see `kd.models.families.encoder_layout`)
 
 Prompts that are longer lose their beginning and are counted. Batches hold prompts of similar length.
 
@@ -39,7 +39,8 @@ from kd.evaluation.answers.accepted import references
 from kd.evaluation.scoring.scored_text import out_of_memory
 from kd.models.answering import Answer, answer_batch, unused_ids
 from kd.models.batching.padded_batches import Size, batches_by_length
-from kd.models.loading import Model, max_positions
+from kd.models.families.positions import max_positions
+from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
 
 if TYPE_CHECKING:

@@ -50,7 +50,8 @@ from kd.evaluation.scoring.scored_text import ScoredText
 from kd.evaluation.scoring.shared_context import shared_nll
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task, per_example
-from kd.models.loading import Model, max_positions
+from kd.models.families.positions import max_positions
+from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer
 
 TIE = 1e-6

@@ -5,8 +5,9 @@ from __future__ import annotations
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig
 from kd.evaluation.scoring.reading_options import ReadingOptions
-from kd.models.encoder_layout import encoder_layout
-from kd.models.loading import Model, is_encoder_decoder, max_positions
+from kd.models.families.encoder_layout import encoder_layout
+from kd.models.families.positions import max_positions
+from kd.models.loading import Model, is_encoder_decoder
 from kd.models.tokenizer import Tokenizer
 
 DEFAULT_SEQ_LEN = 1024

@@ -17,8 +17,8 @@ from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import part_of
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
-from kd.models.encoder_layout import EncoderLayout
-from kd.models.loading import max_positions
+from kd.models.families.encoder_layout import EncoderLayout
+from kd.models.families.positions import max_positions
 from kd.models.tokenizer import Tokenizer, token_bytes
 from kd.student_trainer.config import LossSettings
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective

@@ -20,7 +20,7 @@ from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair, with_bos
 from kd.data.rows.example import Example
 from kd.data.text_tokens import TextTokens
-from kd.models.encoder_layout import EncoderLayout
+from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.alignment import Side
 from kd.student_trainer.batches.compatibility import same_tokenizer
@@ -62,7 +62,7 @@ class StudentText:
         window       most tokens of an example; for a student with an encoder, of the prompt
         separator    text between prompt and target, None = as in the cache; a student with an encoder reads none
         encoder      whether the student has an encoder
-        layout       special tokens around its two texts, as `kd.models.encoder_layout` finds them
+        layout       special tokens around its two texts, as `kd.models.families.encoder_layout` finds them
         target_len   most tokens of the target
 
         Raises DataError for a student without EOS where the cache's targets end with one.

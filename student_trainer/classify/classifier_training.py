@@ -34,8 +34,9 @@ from kd.common.paths import as_path
 from kd.common.settings import saved
 from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue
 from kd.models.classifiers import HEAD, load_classifier
+from kd.models.families.positions import max_positions
 from kd.models.finite_weights import refuse_weights_without_value
-from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device
+from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, resolve_device
 from kd.models.tokenizer import Tokenizer, pad_token_id, vocabulary_size
 from kd.student_trainer.batches.compatibility import resolve_objective
 from kd.student_trainer.classify.classify_settings import ClassifyConfig
@@ -173,10 +174,10 @@ def _parameter_counts(model: Any) -> tuple[int, int]:
 
 def _checked_pad_id(tokenizer: Tokenizer, config: Any, max_length: int) -> int:
     """The pad token. Raises DataError for a tokenizer with more entries than the model, or too few positions."""
-    if vocabulary_size(tokenizer) > int(config.vocab_size):
+    if vocabulary_size(tokenizer) > int(config.get_text_config().vocab_size):
         raise DataError(
             "the model has fewer embeddings than the tokenizer has tokens",
-            found=config.vocab_size,
+            found=config.get_text_config().vocab_size,
             expected=f"at least {vocabulary_size(tokenizer)}",
             try_="--tokenizer PATH of the right one",
         )

@@ -13,7 +13,7 @@ from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cache_builder.build.from_settings import build_of
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.settings import make
-from kd.models.encoder_layout import encoder_layout
+from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import ModelRequest, load_config, load_request_tokenizer
 
 LANGUAGES = FAMILIES["mbart50"][2]

@@ -28,7 +28,7 @@ from kd.evaluation.measures.choices import evaluate_choices
 from kd.evaluation.measures.generation import evaluate_generation
 from kd.evaluation.measures.perplexity import evaluate_perplexity
 from kd.evaluation.scoring.scored_text import ScoredText, gold_nll
-from kd.models.encoder_layout import EncoderLayout, encoder_layout
+from kd.models.families.encoder_layout import EncoderLayout, encoder_layout
 from kd.models.loading import ModelRequest, load_config, load_model, load_request_tokenizer
 from kd.models.tokenizer import load_tokenizer, token_bytes
 
