@@ -25,7 +25,7 @@ from kd.models.loading import (
     load_config,
     load_request_tokenizer,
 )
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.tokenizer import Tokenizer, refuse_unknown_ids, usable_ids
 from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.compatibility import (
@@ -234,8 +234,8 @@ def row_collator(
     refuse_other_template(reader, layout, tokenizer)
     tokens, rows = reader.lengths()
     start = start_tokens(model_config, layout)
-    longest = int((np.maximum(tokens - rows, rows + len(start) - 1) if encoder else tokens).max())
-    refuse_narrow_student(reader, model_config, longest)
+    longest = int((tokens - rows if encoder else tokens).max())
+    refuse_narrow_student(reader, model_config, longest, int(rows.max()) + len(start) - 1 if encoder else 0)
     return Collator(objective, start_ids=start), reader.manifest.vocabulary_size
 
 
@@ -251,20 +251,14 @@ def text_collator(
             expected=f"all {reader.config.top_k}",
             try_="leave --top-k out",
         )
-    width = vocabulary_size(tokenizer)
-    if int(model_config.vocab_size) < width:
-        raise DataError(
-            "the student has fewer logits than its tokenizer has entries",
-            found=model_config.vocab_size,
-            expected=f"at least {width}",
-            try_="--tokenizer PATH of the right tokenizer",
-        )
+    width = usable_ids(tokenizer, int(model_config.vocab_size), what="the student")
     limit = max_positions(model_config)
     refuse_too_long("--seq-len", settings.seq_len, limit)
-    refuse_too_long("--target-len", settings.target_len, limit)
+    written = max_positions(model_config, decoder=True)
+    refuse_too_long("--target-len", settings.target_len, written)
     layout = encoder_layout(model_config, tokenizer)
     start = start_tokens(model_config, layout)
-    most = limit if limit is None else limit - len(start) + 1
+    most = written if written is None else written - len(start) + 1
     text = StudentText(
         reader,
         tokenizer,
@@ -274,9 +268,10 @@ def text_collator(
         layout=layout,
         target_len=settings.target_len or (most if encoder else None),
     )
+    refuse_unknown_ids(text.named_ids(), int(model_config.vocab_size))
     pieces = None
     if objective.loss == "hybrid":
-        pieces = shared_pieces(reader, tokenizer)
+        pieces = shared_pieces(reader, tokenizer, width)
         objective = replace(objective, settings=replace(objective.settings, overlap=pieces.overlap))
     return Collator(objective, text, settings.alignment, settings.align_eos, settings.prompt_loss, pieces, start), width
 

@@ -136,7 +136,8 @@ def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
     """How the text is cut for a teacher with this configuration."""
     blocks, window, encoder = settings.blocks, max_positions(config), is_encoder_decoder(config)
     longest = ENCODER_SEQ_LEN if encoder else SEQ_LEN
-    most_written = ENCODER_TARGET_LEN if window is None else min(ENCODER_TARGET_LEN, window - 1)  # one may be forced
+    written = max_positions(config, decoder=True)
+    most_written = ENCODER_TARGET_LEN if written is None else min(ENCODER_TARGET_LEN, written - 1)  # one may be forced
     return BlockConfig(
         seq_len=blocks.seq_len or min(longest, window or longest),
         stride=blocks.stride,

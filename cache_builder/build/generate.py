@@ -31,7 +31,7 @@ from kd.data.text_tokens import TEXT_RULES, TextTokens
 from kd.models.answering import answer_batch, answer_text, unused_ids
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder, refuse_classifier
-from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint, vocabulary_size
+from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint, usable_ids
 
 BLOCK = 256
 """Examples per file. A file is the unit of resuming."""
@@ -254,7 +254,8 @@ def answer(
         decoder_start_token_id=model.config.decoder_start_token_id if is_encoder_decoder(model.config) else None,
         **sampling,
     )
-    device = model.get_output_embeddings().weight.device
+    output = model.get_output_embeddings().weight
+    device, width = output.device, int(output.shape[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         answers = answer_batch(
@@ -264,7 +265,7 @@ def answer(
             pad_id=0,
             forced=forced,
             generation_config=settings,
-            suppress_tokens=unused_ids(model, vocabulary_size(tokenizer)),
+            suppress_tokens=unused_ids(model, usable_ids(tokenizer, width, what="the teacher")),
         )
     alone = is_encoder_decoder(model.config)
     return [

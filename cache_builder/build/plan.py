@@ -41,7 +41,14 @@ from kd.data.token_notes import TokenNotes
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder, quantised_share
 from kd.models.quantised import share_of
-from kd.models.tokenizer import Tokenizer, pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
+from kd.models.tokenizer import (
+    Tokenizer,
+    pad_token_id,
+    refuse_unknown_ids,
+    token_bytes,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,11 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     blocks = replace(request.blocks, layout=layout).normalised(request.corpus.kind, tokenizer)
     request = replace(request, blocks=blocks)
     refuse_long_sequences(request, config)
-    vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)
+    vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)[:size]
     left_out, notes = joined([request.corpus.left_out]), TokenNotes()
     rows = _token_rows(request, tokenizer, left_out, notes)
+    width = int(config.get_text_config().vocab_size)
+    refuse_unknown_ids(((f"example {r.example.id}", r.context_ids if classes else r.input_ids) for r in rows), width)
     identity = _identity(request, tokenizer, size, notes)
     existing = _existing(request, identity)
     manifest = _manifest(request, rows, identity, existing, _provenance(request, left_out, notes))

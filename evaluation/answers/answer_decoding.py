@@ -41,7 +41,7 @@ from kd.models.answering import Answer, answer_batch, unused_ids
 from kd.models.batching.padded_batches import Size, batches_by_length
 from kd.models.families.positions import max_positions
 from kd.models.loading import Model
-from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
+from kd.models.tokenizer import Tokenizer, encode_with_ends, refuse_unknown_ids, token_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,8 @@ GREEDY = Sampling()
 
 def answer_room(model: Model, tokenizer: Tokenizer, corpus: Corpus, blocks: BlockConfig, wanted: int | None) -> int:
     """Most tokens of an answer. Raises DataError when `wanted` are too many for the model's positions."""
-    limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1  # a context has at least one token
+    # a causal model's context has at least one token
+    limit = max_positions(model.config, decoder=True) if blocks.encoder else blocks.seq_len - 1
     limit = limit if limit is None else limit - len(blocks.forced)
     if wanted is not None:
         if wanted < 1 or (limit is not None and wanted > limit):
@@ -130,6 +131,8 @@ def written_answers(
     """
     import torch
 
+    width = int(model.get_output_embeddings().weight.shape[0])
+    refuse_unknown_ids(((f"prompt {number}", ids) for number, ids in enumerate(contexts)), width)
     pad_id = 0 if eos_id is None else eos_id
     tokens_per_batch = tokens_per_batch or GENERATION_TOKENS
     sizes: list[Size] = [(len(c), max_new_tokens) for c in contexts]

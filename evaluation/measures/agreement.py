@@ -99,8 +99,9 @@ def evaluate_agreement(
         raise CacheError("there is nothing to score", found=f"a limit of {limit} examples", expected="at least 1")
     tokens_E, rows_E = reader.lengths()
     blocks = reader.manifest.blocks
-    sides = np.maximum(tokens_E - rows_E, rows_E + len(blocks.forced)) if blocks.encoder else tokens_E
-    require_positions(model, int(sides[:count].max()))
+    require_positions(model, int((tokens_E - rows_E if blocks.encoder else tokens_E)[:count].max()))
+    if blocks.encoder:
+        require_positions(model, int(rows_E[:count].max()) + len(blocks.forced), decoder=True)
     lengths = [int(n) for n in rows_E[:count]]
     total, done = sum(lengths), 0
     figures = np.empty((len(FIGURES), total), dtype=np.float64)

@@ -111,7 +111,7 @@ def evaluate_choices(
     if encoding == "together" and reading.seq_len is None:
         reading = replace(reading, seq_len=harness_window(model.config, tokenizer))
     blocks = prompt_blocks(model, tokenizer, reading)
-    limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1
+    limit = max_positions(model.config, decoder=True) if blocks.encoder else blocks.seq_len - 1
     limit = limit if limit is None else limit - len(blocks.forced)
     counts: Counter[str] = Counter()
     questions = list(ENCODINGS[encoding](corpus, tokenizer, blocks, limit, counts))
@@ -125,7 +125,7 @@ def evaluate_choices(
         )
     texts = [ScoredText(q.example.id, q.context_ids, ids) for q in questions for ids in q.option_ids]
     lengths = [len(t.target_ids) for t in texts]
-    forced = blocks.forced if encoding == "apart" else ()  # lm-eval forces none
+    forced = () if encoding == "together" else blocks.forced  # lm-eval forces none
     nll_N = yield from shared_nll(model, texts, tokens_per_batch=reading.tokens_per_batch, forced=forced)
     starts = np.cumsum([0, *(len(q.option_ids) for q in questions)])
     nats_O = per_example(-nll_N, lengths)

@@ -33,12 +33,12 @@ from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.left_out import LeftOut
 from kd.data.sources import Corpus
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
-from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, token_scores
+from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, model_ids, token_scores
 from kd.evaluation.scoring.windows import text_blocks, window
 from kd.evaluation.statistics.calibration import calibration_error
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
 from kd.models.loading import Model
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def evaluate_perplexity(
     scores = yield from token_scores(
         model,
         texts,
-        vocabulary_size=vocabulary_size(tokenizer),
+        vocabulary_size=model_ids(model, tokenizer),
         tokens_per_batch=reading.tokens_per_batch,
         forced=blocks.forced,
     )

@@ -27,12 +27,12 @@ from kd.data.rows.tables import TABLE_READERS
 from kd.data.sources import Corpus
 from kd.evaluation.answers.answer_decoding import answer_room, prompt_ids, written_answers
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
-from kd.evaluation.scoring.scored_text import require_vocabulary
+from kd.evaluation.scoring.scored_text import model_ids
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate
 from kd.models.answering import answer_text
 from kd.models.loading import Model
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.tokenizer import Tokenizer
 
 NEW_TOKENS = 64
 """Default number of tokens of an answer."""
@@ -108,8 +108,7 @@ def write_samples(
 ) -> Iterator[Progress[SamplesResult]]:
     """Let the model continue or answer every prompt; the last record carries the texts. Options as in `generation`."""
     blocks = prompt_blocks(model, tokenizer, replace(reading, separator="") if prompts.continued else reading)
-    size = vocabulary_size(tokenizer)
-    require_vocabulary(int(model.get_output_embeddings().weight.shape[0]), size)
+    size = model_ids(model, tokenizer)
     examples = tuple(
         Example(id=str(n), task="samples", split="", prompt=p, target="") for n, p in enumerate(prompts.texts)
     )

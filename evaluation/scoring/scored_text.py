@@ -20,6 +20,7 @@ from kd.common.progress import Progress
 from kd.models.batching.padded_batches import batches_by_length, head_rows
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.loading import Model
+from kd.models.tokenizer import Tokenizer, refuse_unknown_ids, usable_ids
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,16 @@ def require_vocabulary(width: int, vocabulary_size: int) -> None:
         )
 
 
+def refuse_unknown_text(texts: Sequence[ScoredText], width: int) -> None:
+    """Raise DataError naming the example that has an id beyond the model's `width` ids."""
+    refuse_unknown_ids(((f"example {t.id}", ids) for t in texts for ids in (t.context_ids, t.target_ids)), width)
+
+
+def model_ids(model: Model, tokenizer: Tokenizer) -> int:
+    """Number of ids that the model and its tokenizer both have. Raises DataError as `usable_ids`."""
+    return usable_ids(tokenizer, int(model.get_output_embeddings().weight.shape[0]), what="the model")
+
+
 def out_of_memory(error: BaseException, tokens_per_batch: int) -> DataError:
     """The error to raise when a batch was too large for the device."""
     return DataError(
@@ -84,6 +95,7 @@ def logit_chunks(
     import torch
 
     require_vocabulary(int(head.weight.shape[0]), vocabulary_size)
+    refuse_unknown_text(texts, int(head.weight.shape[0]))
     tokens_per_batch = tokens_per_batch or head.forward_tokens()
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
     for batch in batches_by_length([head.size(len(t.context_ids), len(t.target_ids)) for t in texts], tokens_per_batch):

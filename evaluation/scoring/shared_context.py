@@ -26,7 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.common.progress import Progress
-from kd.evaluation.scoring.scored_text import ScoredText, gold_nll, not_finite, out_of_memory, require_vocabulary
+from kd.evaluation.scoring.scored_text import (
+    ScoredText,
+    gold_nll,
+    not_finite,
+    out_of_memory,
+    refuse_unknown_text,
+    require_vocabulary,
+)
 from kd.models.batching.padded_batches import Size, batches_by_length, head_rows
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.models.loading import Model
@@ -65,6 +72,7 @@ def shared_nll(
     head = split_head(model, forced)
     size = int(head.weight.shape[0]) if vocabulary_size is None else vocabulary_size
     require_vocabulary(int(head.weight.shape[0]), size)
+    refuse_unknown_text(texts, int(head.weight.shape[0]))
     if not shares_context(head):
         return (
             yield from gold_nll(model, texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch, forced=forced)

@@ -14,15 +14,15 @@ DEFAULT_SEQ_LEN = 1024
 """Tokens in the window of a model that has as many positions; a model with fewer uses them all."""
 
 
-def require_positions(model: Model, tokens: int) -> None:
-    """Raise DataError when `tokens` positions are more than the model has."""
-    limit = max_positions(model.config)
+def require_positions(model: Model, tokens: int, *, decoder: bool = False) -> None:
+    """Raise DataError when `tokens` positions are more than the model has; its decoder where that is meant."""
+    limit = max_positions(model.config, decoder=decoder)
     if limit is not None and tokens > limit:
         raise DataError(
             "the sequences are longer than the model's positions",
             found=f"{tokens} tokens",
             expected=f"at most {limit}",
-            try_=f"--seq-len {limit}",
+            try_=f"{'--target-len' if decoder else '--seq-len'} {limit}",
         )
 
 

@@ -117,10 +117,11 @@ def same_tokenizer(reader: Reader, tokenizer: Tokenizer) -> bool:
     return token_bytes(tokenizer)[: reader.manifest.vocabulary_size] == reader.vocabulary()
 
 
-def refuse_narrow_student(reader: Reader, config: Any, longest: int) -> None:
+def refuse_narrow_student(reader: Reader, config: Any, longest: int, written: int = 0) -> None:
     """Raise DataError when the student has fewer logits than the cache has ids, or too few positions.
 
-    longest   most tokens that the student reads as one sequence; for an encoder-decoder, on the longer side
+    longest   most tokens that the student reads as one sequence; for an encoder-decoder, that its encoder reads
+    written   most tokens that its decoder reads
     """
     if int(config.vocab_size) < reader.manifest.vocabulary_size:
         raise CacheMismatchError(
@@ -129,15 +130,19 @@ def refuse_narrow_student(reader: Reader, config: Any, longest: int) -> None:
             found=config.vocab_size,
             expected=f"at least {reader.manifest.vocabulary_size}",
         )
-    limit = max_positions(config)
-    if limit is not None and longest > limit:
-        raise DataError(
-            "the cache's examples are longer than the student's window",
-            cache=reader.root,
-            found=f"{longest} tokens",
-            expected=f"at most {limit}",
-            try_=f"a cache built with --seq-len {limit}, or another student",
-        )
+    sides = (
+        ("--seq-len", longest, max_positions(config)),
+        ("--target-len", written, max_positions(config, decoder=True)),
+    )
+    for option, tokens, limit in sides:
+        if limit is not None and tokens > limit:
+            raise DataError(
+                "the cache's examples are longer than the student's window",
+                cache=reader.root,
+                found=f"{tokens} tokens",
+                expected=f"at most {limit}",
+                try_=f"a cache built with {option} {limit}, or another student",
+            )
 
 
 def resolve_objective(config: TargetConfig, settings: LossSettings, *, edges: tuple[int, ...] = ()) -> Objective:

@@ -109,6 +109,10 @@ class StudentText:
     def __getitem__(self, example: int) -> StudentExample:
         return self._examples[example]
 
+    def named_ids(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What each example is called in errors, and its ids."""
+        return ((f"example {number}", example.input_ids) for number, example in self._examples.items())
+
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone; 0 for shards that were not copied."""
         contexts, rows = np.zeros(self._count, dtype=np.int64), np.zeros(self._count, dtype=np.int64)

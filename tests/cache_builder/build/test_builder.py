@@ -562,7 +562,7 @@ def test_an_example_longer_than_a_shard_is_refused(tmp_path, build_request):
 def test_a_tokenizer_wider_than_the_model_is_refused(tmp_path, build_request, model_dir, save_model):
     shutil.copytree(model_dir, tmp_path / "m")
     save_model(tmp_path / "m", vocab=399)
-    with pytest.raises(DataError, match="more entries than the teacher has logits"):
+    with pytest.raises(DataError, match="fewer logits than its tokenizer has entries"):
         plan_build(build_request(tmp_path / "c", model=tmp_path / "m"))
 
 

@@ -24,13 +24,14 @@ from kd.common.settings import make
 from kd.data.blocks import BlockConfig, fit_pair, tokenize_pair
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
+from kd.data.text_tokens import TextTokens
 from kd.evaluation.measures.choices import evaluate_choices
 from kd.evaluation.measures.generation import evaluate_generation
 from kd.evaluation.measures.perplexity import evaluate_perplexity
 from kd.evaluation.scoring.scored_text import ScoredText, gold_nll
 from kd.models.families.encoder_layout import EncoderLayout, encoder_layout
 from kd.models.loading import ModelRequest, load_config, load_model, load_request_tokenizer
-from kd.models.tokenizer import load_tokenizer, token_bytes
+from kd.models.tokenizer import load_tokenizer
 
 SOURCE, TARGET = "a cat and a hat", "the bananas"
 Folder = Callable[[str], Path]
@@ -58,7 +59,7 @@ def test_rows_are_the_labels_that_transformers_would_train_on(family_dir: Folder
     request = request_of(family_dir(name), name)
     tokenizer, blocks = laid_out(request)
     model = load_model(request).double()
-    row = tokenize_pair(Example("0", TARGET, SOURCE), tokenizer, token_bytes(tokenizer), blocks)
+    row = tokenize_pair(Example("0", TARGET, SOURCE), TextTokens(tokenizer), blocks)
     source = tokenizer(SOURCE, return_tensors="pt")["input_ids"]
     labels = tokenizer(text_target=TARGET, return_tensors="pt")["input_ids"]
     if name == "blenderbot":  # its tokenizer has no template; the end must be learnt all the same
@@ -108,7 +109,7 @@ def test_what_the_decoder_reads_first_follows_the_family(family_dir: Folder) -> 
 
 def test_a_prompt_that_is_cut_keeps_its_opening_and_its_end(family_dir: Folder) -> None:
     tokenizer, blocks = laid_out(request_of(family_dir("nllb"), "nllb"))
-    row = tokenize_pair(Example("0", TARGET, SOURCE), tokenizer, token_bytes(tokenizer), blocks)
+    row = tokenize_pair(Example("0", TARGET, SOURCE), TextTokens(tokenizer), blocks)
     cut = fit_pair(row, replace(blocks, seq_len=6))
     assert cut is not None
     assert cut.context_ids.tolist() == [row.context_ids[0], *row.context_ids[-5:]]
