@@ -209,7 +209,7 @@ class LoraSettings:
     lora: int | None = setting(None, metavar="R", minimum=1)
     """Train LoRA adapters of rank R (peft), with alpha = 2 R; they are merged into the output. By default all weights are
     trained."""
-    lora_targets: str | None = setting(None, shown="by the student's family")
+    lora_targets: str | None = setting(None, shown="by the student's family, else all linear layers")
     """Names of the modules to adapt, separated by commas."""
 
     def __post_init__(self) -> None:

@@ -170,3 +170,51 @@ def state_space_model(name: str, vocabulary: int) -> Any:
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(0, 0.2)
     return model
+
+
+CAUSAL = {
+    "gpt2": {},
+    "gptj": {"rotary_dim": 4},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "bloom": {},
+    "falcon": {},
+    "mpt": {},
+    "phi3": {},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
+    "gemma3_text": {},
+    "rwkv": {},
+    "jamba": {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64},
+    "ctrl": {"dff": 48},
+    "biogpt": {},
+    "gpt_oss": {"num_local_experts": 4},
+    "mamba": {"intermediate_size": 64},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 8},
+    "falcon_mamba": {},
+}
+"""Model types of causal models, and what their configurations need beside the shape."""
+
+
+def causal_model(name: str, vocabulary: int) -> Any:
+    """A random model of one of CAUSAL, always the same, without dropout, in float32 and evaluation mode."""
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_experts_per_tok": 2,
+    }
+    plain = transformers.AutoConfig.for_model(name)
+    taken = {key: value for key, value in shape.items() if key in plain.to_dict() or key in plain.attribute_map}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **taken | CAUSAL[name])
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
