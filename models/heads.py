@@ -17,6 +17,7 @@ import numpy as np
 from kd.common.errors import TeacherError
 from kd.models.batching.packing import segment_mask
 from kd.models.batching.padded_batches import Size, forward_tokens, padded_ids
+from kd.models.families.own_logits import require_own_logits, with_final_bias
 from kd.models.loading import Model, decoder_start, is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 SCALED_WHERE_TIED = ("umt5", "switch_transformers")
 """Model types that scale the decoder's output by d^-0.5 where the output layer is tied to the embedding."""
-OWN_TOLERANCE = (0.02, 1e-4)
-"""Largest difference between a model's own logits and ours in nats, and as a share of the largest logit. The output layer is
-float32 on both sides, so sums are rounded at the seventh digit. A bias of one nat is far above it."""
 
 
 @cache
@@ -245,19 +243,15 @@ class EncoderDecoderHead(LanguageModelHead):
 
 
 def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
-    """Split a model at its output layer, and check on four tokens that the parts give the model's own logits.
+    """Split a model at its output layer, and prove on four tokens that the parts give the model's own logits.
 
     forced  ids that an encoder-decoder's targets begin with and nobody predicts, see `kd.models.families.encoder_layout`
 
-    Raises TeacherError for architectures that change the logits after the output layer (soft-capping, scaling, a bias of an
-    unknown name), because logits in chunks would be silently wrong for them. The check is made twice. As they are, logits
-    may differ by OWN_TOLERANCE. Then the output layer is amplified until its largest logit is 1000: a soft cap at 30
-    would hardly change the small logits of a small or untrained model.
+    Raises TeacherError for a model that cannot be taken apart, see `kd.models.families.own_logits`.
     """
     import torch
 
-    head = model.get_output_embeddings()
-    backbone = _backbone(model)
+    head, backbone = model.get_output_embeddings(), _backbone(model)
     if not isinstance(head, torch.nn.Linear) or backbone is model:
         raise TeacherError(
             "the model's output layer is not a plain linear layer",
@@ -267,77 +261,15 @@ def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
             try_="without adapters or quantisation on lm_head",
         )
     parts = _parts(model, head, backbone, tuple(forced))
+    plain, decoder = LanguageModelHead(backbone, head.weight, head.bias), isinstance(parts, EncoderDecoderHead)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            _prove(model, head, parts)
+            require_own_logits(model, head, lambda ids: parts.example_hidden(ids)[0], plain.logits, decoder=decoder)
     finally:
         model.train(training)
     return parts
-
-
-def _prove(model: Model, head: Any, parts: LanguageModelHead) -> None:
-    """Raise TeacherError unless the parts give the model's own logits on four tokens, as they are and amplified.
-
-    Both sides compute the output layer in float32, so that only the hidden states, which they share, are rounded to 16 bits.
-    """
-    import torch
-
-    layer, final = LanguageModelHead(parts.backbone, head.weight, head.bias), final_logits_bias(model)
-    ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-    product = layer.logits(parts.example_hidden(ids)[0]).unsqueeze(0)
-    # a model may round its logits to the dtype of its weights before it returns them
-    as_they_are = (OWN_TOLERANCE[0], max(OWN_TOLERANCE[1], torch.finfo(head.weight.dtype).eps))
-    amplified = 1000 / max(float(product.abs().max()), 1e-6)
-    for gain, (absolute, relative) in ((1.0, as_they_are), (amplified, (1e-6, 0.02))):
-        expected = _own_logits(model, head, parts, ids, gain)
-        logits = product * gain if final is None else product * gain + final.float()
-        if not bool(torch.isfinite(expected).all()):
-            raise TeacherError(
-                "the model's logits are not finite",
-                where=type(model).__name__,
-                found="NaN or infinity on four tokens",
-                try_="--dtype float32 or bfloat16, and check the weights",
-            )
-        tolerance = absolute + relative * float(expected.abs().max())
-        if logits.shape != expected.shape or float((logits - expected).abs().max()) > tolerance:
-            same = logits.shape == expected.shape
-            raise TeacherError(
-                "the model changes its logits after the output layer",
-                where=type(model).__name__,
-                found=f"largest difference {float((logits - expected).abs().max()):.3g}"
-                if same
-                else f"logits of shape {tuple(expected.shape)}",
-                expected="logits = lm_head(last hidden state)",
-            )
-
-
-def _own_logits(model: Model, head: Any, parts: LanguageModelHead, ids: torch.Tensor, gain: float) -> torch.Tensor:
-    """`[1, T, V]` float32 logits of the model's own forward pass, its output layer in float32 and multiplied by `gain`."""
-    layer = LanguageModelHead(parts.backbone, head.weight, head.bias)
-
-    def amplified(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return layer.logits(inputs[0].flatten(0, -2)).view(output.shape) * gain
-
-    decoder_ids = {"decoder_input_ids": ids} if isinstance(parts, EncoderDecoderHead) else {}
-    hook = head.register_forward_hook(amplified)
-    try:
-        return model(input_ids=ids, use_cache=False, **decoder_ids).logits.float()  # type: ignore[no-any-return]
-    finally:
-        hook.remove()
-
-
-def final_logits_bias(model: Model) -> torch.Tensor | None:
-    """`[V]`: what BART, Marian, mBART, Pegasus and their like add to the output layer's logits; None for other models."""
-    bias = getattr(model, "final_logits_bias", None)
-    return None if bias is None else bias.view(-1)
-
-
-def with_final_bias(model: Model, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The bias `[V]` of the output layer, and the model's `final_logits_bias` added where it has one."""
-    final = final_logits_bias(model)
-    return bias if final is None else final if bias is None else bias + final
 
 
 def _backbone(model: Model) -> Any:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.models.batching.padded_batches import head_rows
-from kd.models.heads import split_head, with_final_bias
+from kd.models.families.own_logits import with_final_bias
+from kd.models.heads import split_head
 from kd.student_trainer.batches.collate import loss_targets
 from kd.student_trainer.losses.loss_targets import LossTargets
 

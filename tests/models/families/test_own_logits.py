@@ -10,6 +10,7 @@ import torch
 from tiny_families import WITH_FINAL_BIAS, encoder_decoder, state_space_model, with_bias
 from tiny_models import tiny_model
 from torch import nn
+from transformers import CpmAntConfig, CpmAntForCausalLM
 
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.teacher.sparsify import Sparsifier
@@ -122,6 +123,22 @@ def test_models_whose_states_stay_in_float32_score_in_16_bits_as_they_do_alone(f
     # two passes in 16 bits, one of them padded: logits of size 1 to 3 are off by a few of their last bits
     assert (found - torch.cat(own).log_softmax(dim=-1)).abs().max() < 0.05
     assert found.std() > 0.2
+
+
+def test_a_model_that_reads_padding_is_refused() -> None:
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 1}
+    config = CpmAntConfig(vocab_size=V, prompt_length=2, prompt_types=2, segment_types=2, **shape)
+    model = CpmAntForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+        ids = torch.arange(5, 12)[None]
+        alone = model(ids).logits
+        padded = model(torch.nn.functional.pad(ids, (0, 4))).logits[:, : ids.shape[1]]
+    assert (alone - padded).abs().max() > 0.01
+    with pytest.raises(TeacherError, match="reads the padding"):
+        split_head(model)
 
 
 class Shifted:
