@@ -33,7 +33,7 @@ from kd.data.sources import Corpus
 from kd.data.text_tokens import CONTROL_TOKENS, TextTokens
 from kd.data.token_notes import TokenNotes
 from kd.models.families.encoder_layout import EncoderLayout
-from kd.models.tokenizer import Tokenizer, encode_texts
+from kd.models.tokenizer import Tokenizer, control_token_pattern, encode_texts
 
 OVERLONG = ("error", "drop", "truncate")
 """Policies for pairs that are too long."""
@@ -117,7 +117,8 @@ class BlockConfig:
         has none. For texts to classify only the length matters, because the tokenizer adds its special tokens.
         """
         if kind == CLASSES:
-            return BlockConfig(self.seq_len, self.seq_len - 1, bos=False, overlong=self.overlong)
+            only = BlockConfig(self.seq_len, self.seq_len - 1, bos=False, overlong=self.overlong)
+            return replace(only, control_tokens=self.control_tokens)
         pairs = kind != "documents"
         return replace(
             self,
@@ -167,7 +168,7 @@ def tokenize_corpus(
         return
     refused: list[str] = []
     if corpus.kind == CLASSES:
-        pairs = _classified(corpus.examples, tokenizer, config.seq_len)
+        pairs = _classified(corpus.examples, tokenizer, config, notes)
     else:
         text = TextTokens(tokenizer, config.control_tokens)
         whole = (tokenize_pair(example, text, config, notes) for example in corpus.examples)
@@ -225,12 +226,19 @@ def _documents(
 
 
 def _classified(
-    examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int
+    examples: Sequence[Example], tokenizer: Tokenizer, config: BlockConfig, notes: TokenNotes | None
 ) -> Iterator[tuple[TokenRows, TokenRows | None]]:
     """(whole row, row of at most `seq_len` tokens) of each text to classify; the target is the number of the label."""
     texts = [tuple(example.prompt.split(PAIR)) for example in examples]
+    control = config.control_tokens == "control"
+    if notes is not None and (pattern := control_token_pattern(tokenizer)) is not None:
+        for example in examples:
+            found = len(pattern.findall(example.prompt))
+            notes.add({"control_tokens_kept" if control else "control_tokens_as_text": found}, example.id)
+            notes.changed |= bool(found) and not control
+    whole = encode_texts(tokenizer, texts, control=control)
     for example, ids, cut in zip(
-        examples, encode_texts(tokenizer, texts), encode_texts(tokenizer, texts, seq_len), strict=True
+        examples, whole, encode_texts(tokenizer, texts, config.seq_len, control=control), strict=True
     ):
         end = np.array([len(example.target.encode("utf-8"))])
         row = TokenRows(example, np.array(ids, dtype=np.int32), np.array([example.answer], dtype=np.int32), end)

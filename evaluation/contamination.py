@@ -37,6 +37,8 @@ SHINGLE = 13
 """Number of words in a row that make a row of HellaSwag known."""
 OPENING = 200
 """Number of characters at the beginning of a document that identify it."""
+END_TOKEN = re.compile(r"(<[^<>\s]{1,40}>|\[[A-Z]{1,10}\])*\s*$")
+"""What an end token at the end of a target looks like."""
 HELLASWAG_SOURCES = re.compile(r"hella.?swag|wiki.?how|activity.?net", re.IGNORECASE)
 
 
@@ -227,4 +229,5 @@ def _plain(text: str) -> str:
 
 
 def _key(example: Example) -> str:
-    return f"{_plain(example.prompt)}\0{_plain(example.target)}"
+    """Prompt and target without white space and without an end token: a cache may have the border elsewhere, and none."""
+    return "".join((example.prompt + END_TOKEN.sub("", example.target)).split()).casefold()
