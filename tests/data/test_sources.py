@@ -499,3 +499,11 @@ def test_a_limit_does_not_take_one_label_of_rows_sorted_by_label(tmp_path: Path)
         corpus = load(spec, limit=100)
         assert {e.target for e in corpus.examples} == {"negative", "positive"}
         assert corpus.left_out.counts == {"beyond_limit": 300}
+
+
+@pytest.mark.parametrize(
+    "spec", ["x" * 300, ",".join("flan" * 30 + str(i) for i in range(3)), "a/" + "x" * 300 + ".jsonl"]
+)
+def test_a_spec_longer_than_a_file_name_is_an_error_in_words(spec: str) -> None:
+    with pytest.raises(DataError):
+        load_corpus(spec)
