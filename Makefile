@@ -22,12 +22,16 @@ test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m slow
 
 FUZZ_SECONDS ?= 900
+FUZZ_TARGETS = manifest commit shard table task recipe experiment pool config
 fuzz: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
-	for target in manifest commit shard table; do mkdir -p fuzz/$$target; done
+	for target in $(FUZZ_TARGETS); do mkdir -p fuzz/$$target; done
 	for v in v1 v2; do cp tests/golden/$$v/manifest.json fuzz/manifest/$$v; cp tests/golden/$$v/commits/00000.json fuzz/commit/$$v; \
 	  cp tests/golden/$$v/targets.zarr/logprobs/c/0/0 fuzz/shard/$$v; cp tests/golden/$$v/examples/00000.parquet fuzz/table/$$v; done
-	for target in manifest commit shard table; do \
+	cp data/instruction_tasks/instructions/*.yaml fuzz/task; cp recipes/*.yaml fuzz/recipe; cp recipes/experiments/*.yaml fuzz/experiment
+	printf 'base: a\nmodels: {cola: {path: x, revision: y}}\n' > fuzz/pool/one; printf 'models:\n- {name: a, path: b}\n' > fuzz/pool/two
+	printf 'cache: c\nstudent: demo\nout: o\nlr: 5e-4\nobjective: {loss: kl}\n' > fuzz/config/one
+	for target in $(FUZZ_TARGETS); do \
 	  $(BIN)/python tests/fuzz_cache.py $$target fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -artifact_prefix=fuzz/found-$$target- || exit 1; done
 
 lint: $(STAMP)

@@ -43,12 +43,12 @@ def parse_caches(text: str) -> tuple[WeightedCache, ...]:
     """`A=0.7,B=0.3` as a mixture, any other text as one cache. Raises DataError."""
     if not text.strip():
         raise DataError("no cache was given", found=repr(text), expected=NAMES_OF_CACHES)
-    if as_path(text).exists():
+    if os.path.exists(as_path(text)):
         return (WeightedCache(text),)
     if re.search(r"=[^,/]*(,|$)", text):
         return tuple(_weighted(item) for item in text.split(","))
     several = text.split(",")
-    if len(several) > 1 and all("://" in one or as_path(one).exists() for one in several):
+    if len(several) > 1 and all("://" in one or os.path.exists(as_path(one)) for one in several):
         require_weights([WeightedCache(one) for one in several])
     return (WeightedCache(text),)
 

@@ -15,6 +15,9 @@ from kd.common.errors import DataError
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """The beginning of an address. `Path` leaves one slash of two."""
 
+MAX_NAME = 255
+"""Most bytes of a file's name on the usual file systems."""
+
 
 def as_path(text: str | os.PathLike[str]) -> Path:
     """The path that a text names if it names one: it may also be a hub id, a fingerprint or an address."""
@@ -35,8 +38,12 @@ def path_of(text: str | os.PathLike[str]) -> Path:
 def output_folder(text: str | os.PathLike[str]) -> Path:
     """The path of a folder that is to be written, which may not exist yet. Raises DataError where it cannot be a folder."""
     path = path_of(text)
+    if max(map(len, map(os.fsencode, path.parts)), default=0) > MAX_NAME:
+        raise DataError(
+            "the name of a folder is too long", found=f"{str(path)[:60]}…", expected=f"at most {MAX_NAME} bytes"
+        )
     for place in (path, *path.parents):
-        if place.is_dir():
+        if os.path.isdir(place):
             return path
         if os.path.lexists(place):
             raise DataError(

@@ -18,6 +18,7 @@ To add a source, write one function and add a line to `SOURCES`; to add a task, 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -181,7 +182,7 @@ def load_classes(
 def takes_instructions(spec: str) -> bool:
     """Whether the source renders templates, so that an `InstructionConfig` changes its examples."""
     path = as_path(spec)
-    return spec.partition(":")[0] in TASK_SOURCES or (path.suffix.lower() in TASK_SUFFIXES and path.exists())
+    return spec.partition(":")[0] in TASK_SOURCES or (path.suffix.lower() in TASK_SUFFIXES and os.path.exists(path))
 
 
 def _refuse_useless(spec: str, columns: Columns | None, instructions: InstructionConfig) -> None:
@@ -219,7 +220,7 @@ def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: Ins
         return _task_file(spec, split or "train", instructions)
     if name in SOURCES:
         return SOURCES[name](spec, split or suffix or "train")
-    if is_glue(spec) and not path.is_file():
+    if is_glue(spec) and not os.path.isfile(path):
         return _glue(spec, split or "train")
     left_out = LeftOut()
     files = list_files(spec, FILE_READERS, left_out)

@@ -11,6 +11,7 @@ Language models are loaded here and nowhere else; loading in 4 bits is in `kd.mo
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class ModelRequest:
     @property
     def local(self) -> bool:
         """Whether the model is a folder on this machine."""
-        return self.name in EMBEDDED or (self.random_shape is None and as_path(self.name).is_dir())
+        return self.name in EMBEDDED or (self.random_shape is None and os.path.isdir(as_path(self.name)))
 
 
 def resolve_device(device: str) -> str:

@@ -7,6 +7,7 @@ be aligned with a cache when the teacher's tokenizer is no longer available.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -39,7 +40,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     with needed("transformers", "loading a tokenizer"):
         from transformers import AutoTokenizer
 
-    path = str(EMBEDDED.get(name) or (as_path(name) if as_path(name).is_dir() else name))
+    path = str(EMBEDDED.get(name) or (as_path(name) if os.path.isdir(as_path(name)) else name))
     refuse_special_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)

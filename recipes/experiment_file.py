@@ -20,6 +20,7 @@ To add an experiment, put a file into `recipes/experiments/`, or pass any path.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -172,7 +173,7 @@ def load_experiment(name: str) -> Experiment:
     path = as_path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
-        if not path.exists():
+        if not os.path.exists(path):
             raise unknown_name("experiment", name, experiment_names(), try_="the path of a .yaml file")
     document = read_mapping(path, "experiment")
     for key in document:

@@ -15,6 +15,7 @@ To add a recipe, put a file into `recipes/`, or pass any path.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def load_recipe(name: str) -> Recipe:
     path = as_path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
-        if not path.exists():
+        if not os.path.exists(path):
             raise unknown_name("recipe", name, recipe_names(), try_="kd recipe ls, or the path of a .yaml file")
     document = read_mapping(path, "recipe")
     steps = document.get("steps")
@@ -113,7 +114,7 @@ def check_step(step: Any, kind: str, where: Path) -> None:
     kind   `recipe` or `experiment`, for the error
     """
     command = step.get("command") if isinstance(step, dict) else step
-    if not isinstance(step, dict) or command not in STEP_KINDS:
+    if not isinstance(step, dict) or not isinstance(command, str) or command not in STEP_KINDS:
         article = "an" if kind[0] in "aeiou" else "a"
         raise unknown_name(f"command in {article} {kind}", str(command), STEP_KINDS, where=where)
     for key, type_, expected in (("options", dict, "a mapping"), ("arguments", list, "a list")):

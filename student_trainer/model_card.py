@@ -6,6 +6,7 @@ from settings.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def render_card(run: dict[str, Any], scores: Sequence[tuple[str, str]]) -> str:
         "tags": ["knowledge-distillation" if run["loss"] != "ce" else "fine-tuned", "kd"],
         **(
             {"base_model": student}
-            if HUB_MODEL.fullmatch(run["student"]) and not as_path(str(run["student"])).exists()
+            if HUB_MODEL.fullmatch(run["student"]) and not os.path.exists(as_path(str(run["student"])))
             else {}
         ),
     }

@@ -1,6 +1,9 @@
 """Coverage-guided fuzzing of everything that reads a stranger's bytes: `make fuzz` (needs the extra `fuzz`, atheris).
 
-    python tests/fuzz_cache.py manifest|commit|shard|table CORPUS_DIR -max_total_time=600
+    python tests/fuzz_cache.py manifest|commit|shard|table|task|recipe|experiment|pool|config CORPUS_DIR -max_total_time=600
+
+The first four read files of a cache, the others YAML: a task is rendered on its example row, a recipe and an experiment are
+filled in and checked, a pool is read, a configuration becomes the settings of a training.
 
 Any exception but ours is a finding; libFuzzer writes the input that did it. Findings become cases of test_hostile.py.
 """
@@ -24,6 +27,19 @@ with atheris.instrument_imports(include=["kd"]):
     from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
     from kd.common.errors import KdError
     from kd.common.files import canonical_json, digest_of, read_json
+    from kd.common.settings import flattened, make
+    from kd.common.strangers.yaml_file import parse_mapping, read_settings
+    from kd.data.data_settings import InstructionConfig
+    from kd.data.instruction_tasks import text_rules
+    from kd.data.instruction_tasks.rendering import show_templates
+    from kd.data.instruction_tasks.task_files import task_of
+    from kd.recipes.experiment_file import load_experiment
+    from kd.recipes.recipe_file import load_recipe
+    from kd.recipes.run_steps import check_steps
+    from kd.student_trainer.config import TrainConfig
+    from kd.student_trainer.merging.pool import read_pool
+
+text_rules.SECONDS = 0.2  # so that libFuzzer does not take a slow expression, which ends, for a hang
 
 FOLDER = Path(tempfile.mkdtemp())
 SPECS = (ArraySpec("x", "uint16", None, {}), ArraySpec("x", "uint8", 8, {}, by_column=True))
@@ -75,7 +91,51 @@ def table(data: bytes) -> None:
         return
 
 
-TARGETS = {"manifest": manifest, "commit": commit, "shard": shard, "table": table}
+def task(data: bytes) -> None:
+    show_templates(
+        task_of(parse_mapping(_text(data), "task file", "mine.yaml"), "mine", "mine.yaml"), InstructionConfig()
+    )
+
+
+def recipe(data: bytes) -> None:
+    check_steps(load_recipe(_written("recipe.yaml", data)).fill(FOLDER / "run", {}))
+
+
+def experiment(data: bytes) -> None:
+    chosen = load_experiment(_written("experiment.yaml", data))
+    assert len(chosen.runs) == len(set(chosen.runs))
+    check_steps(chosen.recipe.fill(FOLDER / "run", {}))
+
+
+def pool(data: bytes) -> None:
+    read_pool(Path(_written("pool.yaml", data)))
+
+
+def config(data: bytes) -> None:
+    file = Path(_written("config.yaml", data))
+    make(TrainConfig, flattened(TrainConfig, read_settings(file), where=file), where=file)
+
+
+def _written(name: str, data: bytes) -> str:
+    (FOLDER / name).write_bytes(data)
+    return str(FOLDER / name)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace")
+
+
+TARGETS = {
+    "manifest": manifest,
+    "commit": commit,
+    "shard": shard,
+    "table": table,
+    "task": task,
+    "recipe": recipe,
+    "experiment": experiment,
+    "pool": pool,
+    "config": config,
+}
 
 
 def main() -> None:

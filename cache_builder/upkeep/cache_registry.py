@@ -104,7 +104,7 @@ def caches_with(fingerprint: str) -> list[Path]:
 
 def located(cache: str | Path) -> Path:
     """The folder of a cache that is named by its path, or by the beginning of its fingerprint. Raises CacheError."""
-    if as_path(cache).exists() or not PREFIX.fullmatch(str(cache)):
+    if os.path.exists(as_path(cache)) or not PREFIX.fullmatch(str(cache)):
         return as_path(cache)
     paths = caches_with(str(cache))
     if len({load_manifest(p).fingerprint for p in paths}) > 1:

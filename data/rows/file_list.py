@@ -55,7 +55,7 @@ def list_files(spec: str, types: Collection[str], left_out: LeftOut) -> FileList
     several = len(paths) > 1 and glob.has_magic(spec)
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             files += _files_in(path, types, left_out)
         elif several and file_type(path) not in types:
             left_out.add("other_files", path.name)
@@ -104,12 +104,12 @@ def refuse_split(files: FileList, split: str, names: Collection[str]) -> None:
 def _paths(spec: str) -> list[Path] | None:
     """The files and folders that a spec names, globs expanded; None where it names none."""
     path = as_path(spec)
-    if path.exists():
+    if os.path.exists(path):
         return [path]
     if "://" in spec or not ("," in spec or glob.has_magic(spec)):
         return None
     parts = _between_commas(spec)
-    if not any(glob.has_magic(part) or as_path(part).exists() for part in parts):
+    if not any(glob.has_magic(part) or os.path.exists(as_path(part)) for part in parts):
         return None
     return [path for part in parts for path in _matched(part)]
 
@@ -119,7 +119,7 @@ def _between_commas(spec: str) -> list[str]:
     parts: list[str] = []
     rest = spec.split(",")
     while rest:
-        whole = next((n for n in range(len(rest), 1, -1) if as_path(",".join(rest[:n])).exists()), 1)
+        whole = next((n for n in range(len(rest), 1, -1) if os.path.exists(as_path(",".join(rest[:n])))), 1)
         parts.append(",".join(rest[:whole]).strip())
         rest = rest[whole:]
     return [part for part in parts if part]
@@ -128,8 +128,8 @@ def _between_commas(spec: str) -> list[str]:
 def _matched(part: str) -> list[Path]:
     """What a glob matches, in the order of the paths; the path itself where it is none."""
     path = as_path(part)
-    if path.exists() or not glob.has_magic(part):
-        found = [path] if path.exists() else []
+    if os.path.exists(path) or not glob.has_magic(part):
+        found = [path] if os.path.exists(path) else []
     else:
         found = sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not found:
@@ -139,7 +139,7 @@ def _matched(part: str) -> list[Path]:
 
 def _base(paths: Sequence[Path]) -> Path:
     """The folder of one path, or the folder that all of them are in."""
-    return Path(os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths]))
+    return Path(os.path.commonpath([os.path.abspath(path if os.path.isdir(path) else path.parent) for path in paths]))
 
 
 def _files_in(folder: Path, types: Collection[str], left_out: LeftOut) -> list[Path]:
@@ -149,7 +149,7 @@ def _files_in(folder: Path, types: Collection[str], left_out: LeftOut) -> list[P
         name = path.relative_to(folder).as_posix()
         if path.name.startswith("."):
             left_out.add("hidden_files", name)
-        elif file_type(path) not in types or (path.exists() and not path.is_file()):
+        elif file_type(path) not in types or (os.path.exists(path) and not os.path.isfile(path)):
             left_out.add("other_files", name)
         else:
             found.append(path)

@@ -8,6 +8,7 @@ layer and the library's own hash stand beside every figure.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def described(name: str, layer: int | None) -> str:
     """The library's hash, with the encoder's name as given (a folder's last part)."""
     from bert_score.utils import get_hash
 
-    shown = Path(name).name if as_path(name).is_dir() else name
+    shown = Path(name).name if os.path.isdir(as_path(name)) else name
     return str(get_hash(shown, encoder_layer(name, layer), False, False, False, True))
 
 

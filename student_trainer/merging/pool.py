@@ -14,6 +14,7 @@ beside the file, then in the working directory; anything else is a hub id. The n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,4 +133,4 @@ def _model(name: str, entry: Any, file: Path) -> PoolModel:
 def _located(path: str, file: Path) -> str:
     """The folder beside the pool's file, if there is one; else the path as it stands."""
     beside = file.parent / as_path(path)
-    return str(beside) if beside.is_dir() else path
+    return str(beside) if os.path.isdir(beside) else path

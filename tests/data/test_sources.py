@@ -513,3 +513,11 @@ def test_a_split_of_files_is_what_their_names_say_or_an_error(tmp_path: Path, sp
         with pytest.raises(DataError, match="files have no splits") as caught:
             load_corpus(str(spec), split=split)
         assert "rows.jsonl would be read whole" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec", ["x" * 300, ",".join("flan" * 30 + str(i) for i in range(3)), "a/" + "x" * 300 + ".jsonl"]
+)
+def test_a_spec_longer_than_a_file_name_is_an_error_in_words(spec: str) -> None:
+    with pytest.raises(DataError):
+        load_corpus(spec)

@@ -184,13 +184,13 @@ def _manifest_path(root: Path) -> Path:
     path = next((root / name for name in (MANIFEST, BUILDING) if os.path.lexists(root / name)), None)
     if path is not None:
         return path
-    if (root / "commits").is_dir():
+    if os.path.isdir(root / "commits"):
         raise CacheDamageError(
             "the cache's manifest is missing",
             where=root / MANIFEST,
             try_="the kd cache build command it was made with",
         )
-    found = "no such directory" if not root.exists() else f"no {MANIFEST} in it"
+    found = "no such directory" if not os.path.exists(root) else f"no {MANIFEST} in it"
     raise CacheError(
         "this is not a cache", where=root, found=found, try_="kd cache build --teacher … --data … --out DIR"
     )
