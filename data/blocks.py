@@ -26,12 +26,14 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.instruction_tasks.glue import CLASSES, PAIR
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.data.text_tokens import CONTROL_TOKENS, TextTokens
 from kd.data.token_notes import TokenNotes
+from kd.models.batching.gaps import NO_GAPS, Gaps
 from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.tokenizer import Tokenizer, control_token_pattern, encode_texts
 
@@ -114,11 +116,12 @@ class BlockConfig:
         """Settings that give the same rows, where those that `tokenize_corpus` ignores for this kind of corpus are fixed.
 
         Pairs have no stride and always end with EOS; documents have no separator; BOS and EOS are off where the tokenizer
-        has none. For texts to classify only the length matters, because the tokenizer adds its special tokens.
+        has none. For texts to classify and conversations only the length matters, because tokenizer and template add the
+        special tokens.
         """
-        if kind == CLASSES:
+        if kind in (CLASSES, CONVERSATIONS):
             only = BlockConfig(self.seq_len, self.seq_len - 1, bos=False, overlong=self.overlong)
-            return replace(only, control_tokens=self.control_tokens)
+            return only if kind == CONVERSATIONS else replace(only, control_tokens=self.control_tokens)
         pairs = kind != "documents"
         return replace(
             self,
@@ -139,14 +142,25 @@ class TokenRows:
     context_ids: np.ndarray
     """[C] int32, C >= 1."""
     target_ids: np.ndarray
-    """[n] int32, n >= 1; row t is predicted at position C - 1 + t."""
+    """[n] int32, n >= 1; without gaps, row t is predicted at position C - 1 + t."""
     byte_end: np.ndarray
     """[n] int64: the end of each target token in the UTF-8 bytes of `example.target`."""
+    gaps: Gaps = NO_GAPS
+    """Tokens between target tokens, which are read and not scored."""
+    ended: tuple[bool, ...] = ()
+    """Of a conversation, for each turn: whether its last token is the control token that ends it."""
+    messages: tuple[int, ...] = ()
+    """Of a conversation, for each turn: the number of its message."""
 
     @property
     def input_ids(self) -> np.ndarray:
-        """`[C + n]`: context and target, as a model reads them. The last position predicts nothing that is cached."""
-        return np.concatenate([self.context_ids, self.target_ids])
+        """`[T]`: context and target, as a model reads them. The last position predicts nothing that is cached."""
+        return self.gaps.sequence(self.context_ids, self.target_ids)
+
+    @property
+    def read_only(self) -> int:
+        """Tokens that are read and not scored."""
+        return len(self.context_ids) + self.gaps.tokens
 
 
 def tokenize_corpus(
@@ -162,6 +176,12 @@ def tokenize_corpus(
                prompt or target was `shortened`
     notes      receives what was found in the texts, and whether a row differs from what `first_rules` gives
     """
+    if corpus.kind == CONVERSATIONS:
+        raise DataError(
+            "conversations are read through a chat template, which is not done here yet",
+            where=corpus.spec,
+            try_="a text of documents or pairs",
+        )
     left_out = LeftOut() if left_out is None else left_out
     if corpus.kind == "documents":
         yield from _documents(corpus, tokenizer, config, left_out, notes)

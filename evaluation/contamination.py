@@ -25,6 +25,7 @@ from kd.cache_builder.weighted_caches import CacheSpec, as_caches
 from kd.common.errors import DataError, KdError
 from kd.common.paths import as_path
 from kd.common.settings import as_text
+from kd.data.conversations.conversation import CONVERSATIONS, conversation_from_json
 from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
@@ -106,7 +107,12 @@ def cache_texts(cache: CacheSpec, *, run: str = "", whole: bool = True) -> list[
         shards = range(len(manifest.shards)) if part is None else part.shards
         examples: list[Example] = []
         for index in shards if whole else ():
-            table = read_example_table(files, manifest, index, ["id", "prompt", "target"])
+            chats = ["conversation"] if manifest.identity["corpus"]["kind"] == CONVERSATIONS else []
+            table = read_example_table(files, manifest, index, ["id", "prompt", "target", *chats])
+            if chats:
+                talks = map(conversation_from_json, table["id"], table["conversation"])
+                examples += [Example(talk.id, talk.answered, talk.asked) for talk in talks]
+                continue
             examples += [
                 Example(i, target, prompt)
                 for i, prompt, target in zip(table["id"], table["prompt"], table["target"], strict=True)
