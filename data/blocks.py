@@ -382,8 +382,8 @@ def _joint_pair(
     before, moved = joint.split(counts, movable=not config.separator)
     if prompt and not before and not (config.bos and text.bos is not None):  # one token holds the whole prompt
         counts["border_scored"], counts["border_cut"] = 0, 1
-        context, (ids, ends) = text.encode(prompt + between)[0], text.encode(example.target)
-        return example, context, ids, ends
+        alone = Counter[str]()  # their control tokens are counted
+        return example, text.prompt(prompt + between, alone)[0], *text.target(example.target, alone)
     if moved:
         data = example.target.encode("utf-8")
         over, rest = data[:moved].decode("utf-8"), data[moved:].decode("utf-8")
