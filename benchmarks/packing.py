@@ -48,7 +48,7 @@ class Contender:
         capacity = None if seq_len is None else (seq_len,) * lengths.shape[1]
         self.name = "plain" if seq_len is None else f"packed {seq_len}"
         self.plan = plan_batches(reader, lengths, seed=0, tokens_per_batch=budget, capacity=capacity)
-        self.collator = Collator(objective, text, start_id=0 if two_sides else None, capacity=capacity)
+        self.collator = Collator(objective, text, start_ids=(0,) if two_sides else (), capacity=capacity)
         self.reader, self.seconds, self.rows = reader, 0.0, 0
 
     def steps(self, model: Any) -> Iterator[None]:

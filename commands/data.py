@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.terminal.console import emit, emit_json, say
+from kd.commands.terminal.console import emit, emit_json, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.settings import settings_of
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kd.data.instruction_tasks.task import TaskFile
     from kd.data.rows.example import Example
+    from kd.data.sources import Corpus
 
 SHOWN_EXAMPLES = 3
 """Examples that `kd data show` prints by default."""
@@ -79,11 +80,13 @@ def source_lines() -> dict[str, str]:
 @data.command("show")
 @click.argument("spec", nargs=-1, required=True)
 @settings_options(DataSettings, leave_out=("spec",), config=False)
+@click.option("--tokenizer", metavar="NAME", help="Also show what a causal model with this tokenizer would read.")
 @json_option
-def data_show(spec: tuple[str, ...], settings: DataSettings, as_json: bool) -> None:
+def data_show(spec: tuple[str, ...], settings: DataSettings, tokenizer: str | None, as_json: bool) -> None:
     """Show the first examples of SPEC (--limit of them, or 3), its size, its digest, and what was left out of it.
 
-    Several files or folders are one text.
+    Several files or folders are one text. With --tokenizer, it also shows how many tokens would be scored, and what was
+    found in the texts, such as control tokens.
 
     Example: kd data show demo --limit 3
     """
@@ -103,6 +106,8 @@ def data_show(spec: tuple[str, ...], settings: DataSettings, as_json: bool) -> N
         "text_digest": corpus.digest,
         "left_out": corpus.left_out.document(),
     }
+    if tokenizer is not None:
+        result |= as_tokens(corpus, tokenizer)
     if as_json:
         result["source"] = corpus.source
         emit_json(result | {"shown": [asdict(e) for e in shown]})
@@ -111,6 +116,23 @@ def data_show(spec: tuple[str, ...], settings: DataSettings, as_json: bool) -> N
     for example in shown:
         prompt = f"{clipped(example.prompt)!r} -> " if example.prompt else ""
         say(f"  [{example.id}] {prompt}{clipped(example.target)!r}")
+
+
+def as_tokens(corpus: Corpus, name: str) -> dict[str, object]:
+    """What tokenising a text finds: tokens to score, what was left out, and the notes. Raises DataError."""
+    quiet_libraries()
+    from kd.data.blocks import BlockConfig, tokenize_corpus
+    from kd.data.left_out import joined
+    from kd.data.token_notes import TokenNotes
+    from kd.models.tokenizer import load_tokenizer
+
+    left_out, notes = joined([corpus.left_out]), TokenNotes()
+    rows = tokenize_corpus(corpus, load_tokenizer(name), BlockConfig(seq_len=2**31 - 1), left_out, notes)
+    return {
+        "tokens_scored": sum(len(row.target_ids) for row in rows),
+        "left_out": left_out.document(),
+        "token_notes": notes.document(),
+    }
 
 
 @data.command("templates")

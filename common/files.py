@@ -83,12 +83,12 @@ def process_tag() -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes have left in `folder`: `.NAME.json.TAG.tmp` files and `.staging-TAG` folders.
+    """Remove what killed processes have left in `folder`: `.NAME.TAG.tmp` files and `.staging-TAG` folders.
 
     Removed are those of dead processes of this host, those of other containers of this machine whose lock is free, and those of
     other hosts that did not change for `ABANDONED_SECONDS`. Those of live processes stay.
     """
-    name = re.compile(r"\.(?:.+\.(?:json|claim)\.|staging-)(.+-\d+-\d+-[0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
+    name = re.compile(r"\.(?:.+\.(?:jsonl?|claim|md|csv|html)\.|staging-)(.+-\d+-\d+-[0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
     for path in [*folder.glob(".*.tmp"), *folder.glob(".staging-*")]:
         match = name.fullmatch(path.name)
         alive = holder(match[1])[0] if match else None

@@ -19,7 +19,7 @@ classify is one row: the context is what the classifier reads, the target is the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.data.text_tokens import CONTROL_TOKENS, TextTokens
 from kd.data.token_notes import TokenNotes
+from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.tokenizer import Tokenizer, encode_texts
 
 OVERLONG = ("error", "drop", "truncate")
@@ -60,6 +61,8 @@ class BlockConfig:
     """Policy for pairs that are too long: error, drop or truncate."""
     control_tokens: str = "auto"
     """How a control token that is spelled in a text is read: auto, control or text; see `kd.data.text_tokens`."""
+    layout: EncoderLayout | None = None
+    """Special tokens around an encoder's and a decoder's text; None where EOS ends both and nothing else is added."""
 
     def __post_init__(self) -> None:
         if self.control_tokens not in CONTROL_TOKENS:
@@ -83,10 +86,28 @@ class BlockConfig:
                 try_="--stride",
             )
 
+    @property
+    def forced(self) -> tuple[int, ...]:
+        """Ids that a decoder begins every target with, after its start token."""
+        return () if self.layout is None else self.layout.target_before
+
+    @classmethod
+    def from_identity(cls, entries: Mapping[str, Any]) -> BlockConfig:
+        """The settings that a cache's identity holds, see `identity`."""
+        layout = entries.get("layout")
+        return cls(**{**entries, "layout": None if layout is None else EncoderLayout(**layout)})
+
     def identity(self) -> dict[str, Any]:
-        """The settings as a cache's identity holds them. How control tokens are read stands with the tokenizer."""
+        """The settings as a cache's identity holds them. How control tokens are read stands with the tokenizer.
+
+        A layout is left out where there is none, as caches had it before.
+        """
         entries = asdict(self)
         del entries["control_tokens"]
+        if self.layout is None:
+            del entries["layout"]
+        else:  # as JSON has it
+            entries["layout"] = {name: list(ids) for name, ids in entries["layout"].items()}
         return entries
 
     def normalised(self, kind: str, tokenizer: Tokenizer) -> BlockConfig:
@@ -235,7 +256,7 @@ def document_blocks(
             ids, ends = np.insert(ids, 0, text.bos), np.insert(ends, 0, 0)
     if notes is not None:
         notes.add(counts, example.id)
-        notes.changed |= any(counts[note] for note in ("eos_in_text", "bos_in_text", "control_as_text"))
+        notes.changed |= any(counts[note] for note in ("eos_in_text", "bos_in_text", "control_tokens_as_text"))
     ids = ids.astype(np.int32)
     last = len(ids)
     at_boundary = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends]  # of characters
@@ -282,15 +303,14 @@ def tokenize_pair(
         counts["eos_in_text"] += 1
         example = replace(example, target=text.without_eos(example.target))
     if config.encoder:
-        context, _ = text.prompt(example.prompt, counts)
-        if text.eos is not None and not text.ends_with_eos(example.prompt):
-            context = np.append(context, np.int32(text.eos))
+        context = _source(example.prompt, text, config.layout, counts)
         target, ends = text.target(example.target, counts)
     else:
         example, context, target, ends = _joint_pair(example, text, config, counts)
     if end is not None:
-        target = np.append(target, end)
-        ends = np.append(ends, len(example.target.encode("utf-8")))
+        after = (end,) if config.layout is None else config.layout.target_after
+        target = np.append(target, after)
+        ends = np.append(ends, [len(example.target.encode("utf-8"))] * len(after))
     if not len(context):
         raise DataError(
             "an example has no context to predict from",
@@ -303,6 +323,21 @@ def tokenize_pair(
         notes.add(counts, example.id)
         notes.changed = notes.changed or not _equal_ids(row, first_rules(given, text, config))
     return row
+
+
+def _source(prompt: str, text: TextTokens, layout: EncoderLayout | None, counts: Counter[str]) -> np.ndarray:
+    """What an encoder reads of a prompt: its ids and EOS, or its ids in the tokenizer's template.
+
+    Special tokens that the prompt begins or ends with itself are not added again.
+    """
+    ids, _ = text.prompt(prompt, counts)
+    eos = () if text.eos is None else (text.eos,)
+    before, after = ((), eos) if layout is None else (layout.source_before, layout.source_after)
+    if after[:1] == eos and text.ends_with_eos(prompt):
+        after = after[1:]
+    if before and text.policy != "text" and tuple(ids[: len(before)]) == before:
+        before = ()
+    return np.concatenate([before, ids, after]).astype(np.int32)
 
 
 def _joint_pair(
@@ -336,7 +371,7 @@ def with_bos(context: np.ndarray, text: TextTokens, config: BlockConfig, counts:
     if len(context) and context[0] == text.bos:
         counts["bos_in_text"] += 1
         return context
-    return np.insert(context, 0, text.bos)
+    return np.concatenate([[text.bos], context])
 
 
 def tokenize_prompt(example: Example, text: TextTokens, config: BlockConfig) -> tuple[np.ndarray, str]:
@@ -368,7 +403,7 @@ def first_rules(example: Example, text: TextTokens, config: BlockConfig) -> tupl
         context = context if text.eos is None else np.append(context, text.eos)
     else:
         context = text.encode(prompt + config.separator if prompt else "")[0]
-        context = np.insert(context, 0, text.bos) if config.bos and text.bos is not None else context
+        context = np.concatenate([[text.bos], context]) if config.bos and text.bos is not None else context
     target = text.encode(example.target)[0]
     return context, np.append(target, text.eos) if text.eos is not None and example.complete else target
 
@@ -387,7 +422,8 @@ def fit_pair(row: TokenRows, config: BlockConfig) -> TokenRows | None:
         return row
     context, example = row.context_ids, row.example
     if len(context) > most_context:
-        first = 1 if config.bos and not config.encoder and most_context > 1 else 0
+        opening = len(config.layout.source_before) if config.layout is not None else config.bos and not config.encoder
+        first = int(opening) if most_context > opening else 0
         context = np.concatenate([context[:first], context[len(context) - most_context + first :]])
     if keep < len(row.target_ids):
         data = example.target.encode("utf-8")

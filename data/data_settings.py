@@ -90,7 +90,8 @@ class DataSettings:
     """Text to use: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these between commas, or
     hub-id[:config][@revision]. May be repeated for several files."""
     split: str | None = None
-    """Split of the text. By default train. Instruction tasks have train, dev and test."""
+    """Split of the text. By default train. Instruction tasks have train, dev and test. Files have none but the one that their names
+    tell."""
     columns: Mapping[str, str] | None = setting(None, metavar="FIELD=COLUMN,…", parse=columns_from)
     """Columns of a file or hub data set, where they are not called text, prompt, target and id: text=COLUMN, or
     prompt=COLUMN,target=COLUMN, and id=COLUMN."""

@@ -40,7 +40,7 @@ from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.left_out import LeftOut, joined
 from kd.data.rows.compressed import COMPRESSIONS
 from kd.data.rows.example import Example, check_examples, text_digest
-from kd.data.rows.file_list import FileList, list_files
+from kd.data.rows.file_list import FileList, list_files, refuse_address, refuse_split
 from kd.data.rows.hub import load_hub
 from kd.data.rows.local_files import FILE_READERS, read_local
 from kd.data.rows.row_examples import Columns, rows_to_examples
@@ -133,8 +133,9 @@ def _usable(corpus: Corpus, limit: int | None) -> Corpus:
         if not example.target.strip():
             left_out.add("without_text", example.id)
     if limit is not None and limit < len(examples):
-        kept = kept_rows([e.answer for e in examples], [e.id for e in examples], limit)
-        left_out.add("beyond_limit", corpus.spec, len(examples) - limit)
+        kept = dict.fromkeys(kept_rows([e.answer for e in examples], [e.id for e in examples], limit))
+        first = next(e.id for number, e in enumerate(examples) if number not in kept)
+        left_out.add("beyond_limit", first, len(examples) - limit)
         examples = tuple(examples[number] for number in kept)
     if not examples:
         raise DataError(
@@ -157,7 +158,7 @@ def load_classes(
 ) -> Corpus:
     """A GLUE task as texts to classify: from the hub, a folder, or the settings' `task_root`. Raises DataError."""
     instructions = instructions or InstructionConfig()
-    _refuse_address(spec)
+    refuse_address(spec)
     unused = [name for name in _changed(instructions) if name != "task_root"]
     if columns:
         unused.append("columns")
@@ -210,7 +211,7 @@ def _changed(instructions: InstructionConfig) -> list[str]:
 
 def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: InstructionConfig) -> Corpus:
     """The corpus as its source gives it: with examples that have no text, and ids unchecked."""
-    _refuse_address(spec)
+    refuse_address(spec)
     name, _, suffix = spec.partition(":")
     path = as_path(spec)
     if name in TASK_SOURCES:
@@ -231,18 +232,6 @@ def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: Ins
     if "/" in spec or path.suffix:
         raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(names)}, or a hub id")
     raise unknown_name("data source", spec, names, try_="a local file or folder, or a hub id like owner/name")
-
-
-def _refuse_address(spec: str) -> None:
-    """Raise DataError for a text that lies at an address, such as `s3://bucket/text.jsonl`."""
-    kind, sign, place = spec.partition("://")
-    if sign:
-        raise DataError(
-            "text is read from this disk or from the hub, not from an address",
-            where=f"{kind}://{place.rpartition('@')[2].partition('?')[0]}",  # neither user and password nor a signature
-            expected="a file, a folder, a glob, or a hub id like owner/name",
-            try_="download the text first (for s3: aws s3 cp), or name the address in a task file under files",
-        )
 
 
 def _is_hub_id(spec: str) -> bool:
@@ -328,6 +317,7 @@ def _hub(spec: str, split: str, columns: Columns) -> Corpus:
 
 
 def _local(files: FileList, split: str, columns: Columns, left_out: LeftOut) -> Corpus:
+    refuse_split(files, split, SAME if split in SAME else (split,))
     kind, examples = read_local(files, columns, split, left_out)
     return Corpus(files.spec, split, kind, tuple(examples), {"source": "local"}, left_out=left_out)
 

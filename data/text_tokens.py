@@ -120,7 +120,7 @@ class TextTokens:
         return ids, ends
 
     def document(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and ends of a document; `counts` receives how many control tokens were `control_kept` and `control_as_text`."""
+        """Ids and ends of a document; `counts` receives its `control_tokens_kept` or `control_tokens_as_text`."""
         control = self.policy == "control" or (self.policy == "auto" and self.framed(text))
         return self.encode(text, control=self._read(text, control, counts))
 
@@ -159,7 +159,7 @@ class TextTokens:
         """Whether to read the text's control tokens as such, which is so where it has none; those it has are counted."""
         found = len(self.spelled(text))
         if found:
-            counts["control_kept" if control else "control_as_text"] += found
+            counts["control_tokens_kept" if control else "control_tokens_as_text"] += found
         return control or not found
 
     def _mixed(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:

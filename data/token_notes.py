@@ -1,8 +1,8 @@
 """What tokenising found in the texts of a source that a reader should know: counted, and said in the same words everywhere.
 
     notes = TokenNotes()
-    notes.add("control_as_text", "page.jsonl:7", 2)
-    notes.document()       # {"control_as_text": {"count": 2, "first": "page.jsonl:7"}}
+    notes.add("control_tokens_as_text", "page.jsonl:7", 2)
+    notes.document()       # {"control_tokens_as_text": {"count": 2, "first": "page.jsonl:7"}}
 
 Nothing of this is left out (see `left_out` for that). `kd cache plan`, `kd cache build`, `kd cache info`, `kd data show
 --tokenizer` and a cache's manifest hold the same record.
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Note = Literal[
-    "control_kept",
-    "control_as_text",
+    "control_tokens_kept",
+    "control_tokens_as_text",
     "bos_in_text",
     "eos_in_text",
     "separator_in_prompt",
@@ -27,14 +27,14 @@ Note = Literal[
 ]
 """What was found.
 
-    control_kept         control tokens spelled in a text and read as control tokens
-    control_as_text      control tokens spelled in a text whose characters were read as text
-    bos_in_text          texts that begin with the BOS token themselves; they got no second one
-    eos_in_text          texts that end with the end token themselves; they got no second one
-    separator_in_prompt  prompts of a chat template, after which no separator was put
-    border_scored        pairs in which a token has text of the prompt and of the target; it is scored
-    border_in_context    such pairs in which it is context, and the target is scored from the token after it
-    border_cut           such pairs in which prompt and target were tokenised apart, because nothing else was left as context
+    control_tokens_kept     control tokens spelled in a text and read as control tokens
+    control_tokens_as_text  control tokens spelled in a text whose characters were read as text
+    bos_in_text             texts that begin with the BOS token themselves; they got no second one
+    eos_in_text             texts that end with the end token themselves; they got no second one
+    separator_in_prompt     prompts of a chat template, after which no separator was put
+    border_scored           pairs in which a token has text of the prompt and of the target; it is scored
+    border_in_context       such pairs in which it is context, and the target is scored from the token after it
+    border_cut              such pairs whose prompt and target were tokenised apart, because no other token was context
 """
 NOTES: tuple[Note, ...] = get_args(Note)
 

@@ -203,4 +203,5 @@ def _described_corpus(corpus: Corpus) -> dict[str, Any]:
         "examples": len(corpus.examples),
         "text_digest": corpus.digest,
         "source": corpus.source,
+        "left_out": corpus.left_out.document(),
     }

@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kd.common.disk.digests import checked_digest, document_digest, with_digest
 from kd.common.disk.disk_errors import clear_write_errors
-from kd.common.errors import DataError
-from kd.common.files import canonical_json, read_object, write_atomic
+from kd.common.errors import DamagedFilesError, DataError
+from kd.common.files import canonical_json, read_object, sweep, write_atomic
 from kd.common.shown_text import redacted
 
 FORMAT, FORMAT_VERSION = "kd-eval", 1
 EVAL, DOCUMENTS = "eval.json", "documents.json"
+DOCUMENTS_DIGEST = "documents_digest"
+"""Key of `eval.json`: the digest of the documents that belong to it."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,22 @@ class EvalReport:
 
     def save(self, out_dir: Path) -> Path:
         """Write `documents.json`, then `eval.json`, each whole or absent; returns the latter's path. Raises WriteError."""
+        documents = with_digest(self.documents)
+        report = with_digest({**redacted(self.to_dict()), DOCUMENTS_DIGEST: documents["digest"]})
         with clear_write_errors(out_dir, "make room or name another --out, then run the same command again"):
-            write_atomic(out_dir / DOCUMENTS, json.dumps(self.documents, sort_keys=True, allow_nan=False) + "\n")
-            write_atomic(out_dir / EVAL, canonical_json(redacted(self.to_dict())))
+            sweep(out_dir)
+            write_atomic(out_dir / DOCUMENTS, json.dumps(documents, sort_keys=True, allow_nan=False) + "\n")
+            write_atomic(out_dir / EVAL, canonical_json(report))
         return out_dir / EVAL
 
 
 def load_report(folder: Path) -> EvalReport:
-    """Read what `save` wrote; `documents` is empty where that file is gone. Raises DataError, naming the file."""
+    """Read what `save` wrote; `documents` is empty where that file is gone.
+
+    Raises DataError, naming the file, and DamagedFilesError for one that was changed.
+    """
     path = folder / EVAL
-    document = read_object(path)
+    document = _unchanged(path)
     if (document.get("format"), document.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise DataError(
             "this is not an evaluation that this release reads",
@@ -97,12 +106,25 @@ def load_report(folder: Path) -> EvalReport:
             found=f"format {document.get('format')!r} version {document.get('format_version')!r}",
             expected=f"{FORMAT!r} version {FORMAT_VERSION}",
         )
-    documents = read_object(folder / DOCUMENTS) if (folder / DOCUMENTS).is_file() else {}
+    documents = _unchanged(folder / DOCUMENTS) if (folder / DOCUMENTS).is_file() else {}
+    digest = document_digest(documents)
+    if documents and document.get(DOCUMENTS_DIGEST, digest) != digest:
+        raise DamagedFilesError("the documents belong to another evaluation", where=folder, found=DOCUMENTS)
     names = [n for n in EvalReport.__dataclass_fields__ if n != "documents"]
     missing = [n for n in names if n not in document]
     if missing or not isinstance(document["tasks"], dict) or not isinstance(document["settings"], dict):
         raise DataError("an evaluation is not complete", where=path, found=f"no {', '.join(missing) or 'tasks'}")
     return EvalReport(**{n: document[n] for n in names}, documents=documents)
+
+
+def _unchanged(path: Path) -> dict[str, Any]:
+    """A JSON document that holds its own digest, without it; one of an earlier release has none."""
+    try:
+        return checked_digest(read_object(path))
+    except ValueError as error:
+        raise DamagedFilesError(
+            "an evaluation was changed", where=path, found=str(error), try_="kd eval again, or a copy of the folder"
+        ) from error
 
 
 def folders_of(out: Path, models: Sequence[str]) -> list[Path]:

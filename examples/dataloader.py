@@ -38,7 +38,7 @@ def main() -> None:
     for step, batch in enumerate(loader, dataset.position + 1):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         hidden = model.base_model(**dataset.inputs(batch))
-        parts = dataset.chunked_loss(hidden, model.get_output_embeddings(), batch)
+        parts = dataset.chunked_loss(hidden, model, batch)
         parts.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.models.loading import Model, is_encoder_decoder
+from kd.models.loading import Model, decoder_start, is_encoder_decoder
 from kd.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,13 +35,20 @@ class Answer:
 
 
 def answer_batch(
-    model: Model, prompts: Sequence[np.ndarray], *, eos_id: int | None, pad_id: int, **options: Any
+    model: Model,
+    prompts: Sequence[np.ndarray],
+    *,
+    eos_id: int | None,
+    pad_id: int,
+    forced: Sequence[int] = (),
+    **options: Any,
 ) -> list[Answer]:
     """One answer per prompt.
 
     prompts   each [C >= 1] token ids, special tokens included
     eos_id    token that ends an answer; None = the limit alone does
     pad_id    token that fills short prompts up; the attention mask hides it
+    forced    ids that a decoder begins every answer with, after its start token; they are no part of the answer
     options   passed on to transformers' `generate`: how tokens are chosen, and how many at most
     """
     import torch
@@ -49,10 +56,13 @@ def answer_batch(
     causal = not is_encoder_decoder(model.config)
     ids_BC, mask_BC = padded_prompts(prompts, pad_id, left=causal)
     device = model.get_output_embeddings().weight.device
+    if forced:
+        opening = torch.tensor([[decoder_start(model.config), *forced]], device=device)
+        options["decoder_input_ids"] = opening.expand(len(prompts), -1)
     with torch.inference_mode():
         output = model.generate(input_ids=ids_BC.to(device), attention_mask=mask_BC.to(device), **options)
-    # a causal model repeats the prompt, a decoder its start token
-    written = output[:, ids_BC.shape[1] if causal else 1 :].cpu().numpy()
+    # a causal model repeats the prompt, a decoder its start token and what was forced
+    written = output[:, ids_BC.shape[1] if causal else 1 + len(forced) :].cpu().numpy()
     return [until_eos(row, eos_id) for row in written]
 
 

@@ -176,7 +176,7 @@ def split_classifier(model: Any, pad_id: int) -> ClassifierHead:
 
     head = getattr(model, HEAD)
     parts = ClassifierHead(model.base_model, head.weight, head.bias, pad_id)
-    size = int(model.config.vocab_size)
+    size = int(model.config.get_text_config().vocab_size)
     texts = [np.array([i % size for i in range(1, n) if i % size != pad_id]) for n in (8, 5)]
     with torch.no_grad():
         logits = parts.logits(parts.scored_hidden(texts, []))

@@ -17,6 +17,7 @@ import numpy as np
 from kd.common.errors import TeacherError
 from kd.models.batching.packing import segment_mask
 from kd.models.batching.padded_batches import Size, forward_tokens, padded_ids
+from kd.models.families.own_logits import require_own_logits, with_final_bias
 from kd.models.loading import Model, decoder_start, is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class LanguageModelHead:
         Kernels such as flash attention take no mask. In a model with sliding windows, one mask for all layers would widen
         the windows.
         """
-        config = self.backbone.config
+        config = self.backbone.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or ()
         windows = getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in kinds)
         return config._attn_implementation in ("sdpa", "eager") and not windows
@@ -119,6 +120,11 @@ class LanguageModelHead:
         """
         import torch
 
+        if self.weight.dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # Mamba's states stay in float32, and it rounds them here
+            hidden = hidden.to(self.weight.dtype)
         if hidden.device.type == "cuda" and hidden.dtype == self.weight.dtype != torch.float32:
             # on tensor cores, with a float32 result
             product = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
@@ -160,6 +166,8 @@ class EncoderDecoderHead(LanguageModelHead):
     """Id of the token that the decoder starts from. The first target token is predicted at its position."""
     scale: float
     """Factor of the decoder's output before the output layer: d^-0.5 in T5 with tied embeddings, else 1."""
+    forced: tuple[int, ...] = ()
+    """Ids that the decoder reads after its start token, before the first token is predicted."""
 
     @property
     def bodies(self) -> tuple[Any, ...]:
@@ -172,7 +180,11 @@ class EncoderDecoderHead(LanguageModelHead):
 
     def size(self, context: int, target: int) -> Size:
         """Tokens of the encoder and of the decoder, which are padded separately."""
-        return context, target
+        return context, target + len(self.forced)
+
+    def decoder_inputs(self, target: np.ndarray) -> np.ndarray:
+        """`[F + n]`: what the decoder reads to predict `target [n]` at its last n positions; F ids are forced."""
+        return np.concatenate([[self.start_id, *self.forced], target[:-1]])
 
     def decode(
         self,
@@ -200,10 +212,11 @@ class EncoderDecoderHead(LanguageModelHead):
         """`[N, d]`, one row per target token: the encoder reads `contexts`, the decoder is fed `targets`."""
         import torch
 
-        shifted = [np.concatenate([[self.start_id], t[:-1]]) for t in targets]
+        shifted = [self.decoder_inputs(t) for t in targets]
         encoder_ids, mask = padded_ids(contexts, self.weight.device)
         hidden = self.decode(encoder_ids, mask, padded_ids(shifted, self.weight.device)[0])
-        return torch.cat([hidden[b, : len(t)] for b, t in enumerate(targets)])
+        first = len(self.forced)
+        return torch.cat([hidden[b, first : first + len(t)] for b, t in enumerate(targets)])
 
     def batch_hidden(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Hidden states `[B, T, d]` of the decoder's side of a collated batch, with gradients.
@@ -229,18 +242,17 @@ class EncoderDecoderHead(LanguageModelHead):
         return self.decode(ids, None, ids)
 
 
-def split_head(model: Model) -> LanguageModelHead:
-    """Split a model at its output layer, and check on four tokens that the parts give the model's own logits.
+def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
+    """Split a model at its output layer, and prove on four tokens that the parts give the model's own logits.
 
-    Raises TeacherError for architectures that change the logits after the output layer (soft-capping, scaling), because
-    logits in chunks would be silently wrong for them. The check amplifies the output layer until its largest logit is
-    1000: a soft cap at 30 would hardly change the small logits of a small or untrained model.
+    forced  ids that an encoder-decoder's targets begin with and nobody predicts, see `kd.models.families.encoder_layout`
+
+    Raises TeacherError for a model that cannot be taken apart, see `kd.models.families.own_logits`.
     """
     import torch
 
-    head = model.get_output_embeddings()
-    no_backbone = model.base_model is model and not is_encoder_decoder(model.config)
-    if not isinstance(head, torch.nn.Linear) or no_backbone:
+    head, backbone = model.get_output_embeddings(), _backbone(model)
+    if not isinstance(head, torch.nn.Linear) or backbone is model:
         raise TeacherError(
             "the model's output layer is not a plain linear layer",
             where=type(model).__name__,
@@ -248,50 +260,34 @@ def split_head(model: Model) -> LanguageModelHead:
             expected="torch.nn.Linear",
             try_="without adapters or quantisation on lm_head",
         )
-    parts = _parts(model, head)
+    parts = _parts(model, head, backbone, tuple(forced))
+    plain, decoder = LanguageModelHead(backbone, head.weight, head.bias), isinstance(parts, EncoderDecoderHead)
     training = model.training
     model.eval()
-    with torch.no_grad():
-        ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-        logits = torch.nn.functional.linear(parts.example_hidden(ids), head.weight, head.bias).float()
-        decoder_ids = {"decoder_input_ids": ids} if isinstance(parts, EncoderDecoderHead) else {}
-        gain = 1000 / max(float(logits.abs().max()), 1e-6)
-        logits *= gain
-        hook = head.register_forward_hook(lambda module, inputs, output: output * gain)
-        try:
-            expected = model(input_ids=ids, use_cache=False, **decoder_ids).logits.float()
-        finally:
-            hook.remove()
-            model.train(training)
-    if not bool(torch.isfinite(expected).all()):
-        raise TeacherError(
-            "the model's logits are not finite",
-            where=type(model).__name__,
-            found="NaN or infinity on four tokens",
-            try_="--dtype float32 or bfloat16, and check the weights",
-        )
-    # both are the same product; bfloat16 carries 8 bits, so 2 % of the largest logit is far above rounding
-    if logits.shape != expected.shape or not torch.allclose(
-        logits, expected, atol=0.02 * float(expected.abs().max()) + 1e-6
-    ):
-        raise TeacherError(
-            "the model changes its logits after the output layer",
-            where=type(model).__name__,
-            found=f"largest difference {float((logits - expected).abs().max()):.3g}",
-            expected="logits = lm_head(last hidden state)",
-        )
+    try:
+        with torch.no_grad():
+            require_own_logits(model, head, lambda ids: parts.example_hidden(ids)[0], plain.logits, decoder=decoder)
+    finally:
+        model.train(training)
     return parts
 
 
-def _parts(model: Model, head: Any) -> LanguageModelHead:
+def _backbone(model: Model) -> Any:
+    """The module that computes the hidden states of a causal model, or of a decoder; the model itself where none is found."""
+    if is_encoder_decoder(model.config):
+        return model.get_decoder()
+    # `base_model` goes by a prefix, and Llama 4's text model has that of the model around it
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
+
+
+def _parts(model: Model, head: Any, backbone: Any, forced: tuple[int, ...]) -> LanguageModelHead:
+    bias = with_final_bias(model, head.bias)
     if not is_encoder_decoder(model.config):
-        return LanguageModelHead(model.base_model, head.weight, head.bias)
+        return LanguageModelHead(backbone, head.weight, bias)
     config = model.config
     # the configurations of UMT5 and Switch Transformers have no entry for the scaling
     scales = getattr(
         config, "scale_decoder_outputs", config.tie_word_embeddings and config.model_type in SCALED_WHERE_TIED
     )
     scale = config.d_model**-0.5 if scales else 1.0
-    return EncoderDecoderHead(
-        model.get_decoder(), head.weight, head.bias, model.get_encoder(), decoder_start(config), scale
-    )
+    return EncoderDecoderHead(backbone, head.weight, bias, model.get_encoder(), decoder_start(config), scale, forced)

@@ -25,6 +25,19 @@ IN_MEMORY = "in memory"
 """What the identity of a model calls it that was never loaded by name."""
 CHANGES_NO_NUMBER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 """Entries that are left out of a configuration's digest. The identity names dtype and class beside the digest."""
+WITH_FINAL_BIAS = (
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "led",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+)
+"""Model types that add `final_logits_bias` to their logits. Caches whose values lack it have the identity without this entry."""
 
 
 def pinned(request: ModelRequest) -> ModelRequest:
@@ -64,6 +77,7 @@ def model_identity(request: ModelRequest) -> dict[str, Any]:
         "dtype": str(resolve_dtype(request)).removeprefix("torch."),
         "quantization": "bitsandbytes-nf4-double" if request.load_in_4bit else "none",
         "config": config_digest(config),
+        **_final_bias(config),
     }
     if request.random_shape is not None:  # random numbers depend on torch's version and on the kind of device
         device = "cpu" if request.load_in_4bit else resolve_device(request.device).partition(":")[0]
@@ -81,7 +95,12 @@ def in_memory_identity(model: Any, digest: str) -> dict[str, Any]:
         "quantization": "none" if quantization is None else str(getattr(quantization, "quant_method", "other")),
         "config": config_digest(model.config),
         "parameters": digest,
+        **_final_bias(model.config),
     }
+
+
+def _final_bias(config: Any) -> dict[str, Any]:
+    return {"final_logits_bias": "added"} if config.model_type in WITH_FINAL_BIAS else {}
 
 
 def parameters_digest(model: Any) -> str:

@@ -22,7 +22,9 @@ from kd.common.errors import DataError, TeacherError, unknown_name
 from kd.common.files import read_object
 from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
-from kd.models.quantised import load_quantised
+from kd.models.families.encoder_layout import set_languages, start_language
+from kd.models.families.text_model import loader_of, refuse_missing_weights, text_config
+from kd.models.quantised import QuantisedShare, load_quantised, planned_share, refuse_mostly_unquantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
 Model = Any
 """A `PreTrainedModel` with an output layer."""
 
-RELATIVE_POSITIONS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
-"""Model types with relative positions, which accept any length."""
 STATES = (".jsonl", ".pt", ".pth")
 """Endings of files beside the weights that are no part of the model: a run's records, and a checkpoint's states."""
 ADAPTER = "adapter_config.json"
@@ -59,6 +59,10 @@ class ModelRequest:
     """Folder or hub id of the tokenizer; None is the model's own."""
     seed: int = 0
     """Seed of random weights."""
+    source_lang: str | None = None
+    """Language code of the texts that an encoder reads, for a tokenizer that writes one; None is the tokenizer's own."""
+    target_lang: str | None = None
+    """Language code of the texts that a decoder writes."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -117,7 +121,19 @@ def resolve_dtype(request: ModelRequest) -> torch.dtype:
 
 
 def load_config(request: ModelRequest) -> Any:
-    """The model's configuration, without reading weights. Raises TeacherError saying what failed."""
+    """The text model's configuration, without reading weights. Raises TeacherError saying what failed.
+
+    Where `target_lang` decides the token that the decoder starts from, the configuration says so.
+    """
+    config = text_config(_stored_config(request))
+    if request.target_lang is not None:
+        start = start_language(load_request_tokenizer(request), config.model_type)
+        config.decoder_start_token_id = getattr(config, "decoder_start_token_id", None) if start is None else start
+    return config
+
+
+def _stored_config(request: ModelRequest) -> Any:
+    """The configuration of the whole checkpoint."""
     if request.random_shape is not None:
         return SHAPES[request.random_shape]()
     refuse_adapter(request)
@@ -131,12 +147,15 @@ def load_config(request: ModelRequest) -> Any:
 
 
 def load_request_tokenizer(request: ModelRequest) -> Tokenizer:
-    """The model's tokenizer. Random models use the embedded one unless `tokenizer` names another."""
+    """The model's tokenizer, in the request's languages. Random models use the embedded one unless `tokenizer` names another."""
     if request.tokenizer is not None:
-        return load_tokenizer(request.tokenizer)
-    if request.random_shape is not None:
-        return load_tokenizer("demo")
-    return load_tokenizer(request.name, request.revision)
+        tokenizer = load_tokenizer(request.tokenizer)
+    elif request.random_shape is not None:
+        tokenizer = load_tokenizer("demo")
+    else:
+        tokenizer = load_tokenizer(request.name, request.revision)
+    set_languages(tokenizer, request.source_lang, request.target_lang)
+    return tokenizer
 
 
 def load_model(request: ModelRequest) -> Model:
@@ -154,15 +173,24 @@ def load_model(request: ModelRequest) -> Model:
             torch.manual_seed(request.seed)
             model = random_model(config, dtype)
     else:
+        auto_class, options = loader_of(_stored_config(request))
         try:
-            model = _auto_class(config).from_pretrained(
-                request.path, revision=request.revision, dtype=dtype, trust_remote_code=False
+            model, found = auto_class.from_pretrained(
+                request.path,
+                revision=request.revision,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
             )
         except Exception as error:
             raise cannot_load(request, error) from error
         if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, which was not seen before
             raise adapter_error(request, None)
+        refuse_missing_weights(request.name, model, found)
         model.to(device)
+    if request.target_lang is not None:
+        model.config.decoder_start_token_id = config.decoder_start_token_id
     return model.eval()
 
 
@@ -226,12 +254,6 @@ def decoder_start(config: Any) -> int:
     return int(start)
 
 
-def _auto_class(config: Any) -> Any:
-    import transformers
-
-    return transformers.AutoModelForSeq2SeqLM if is_encoder_decoder(config) else transformers.AutoModelForCausalLM
-
-
 def random_model(config: Any, dtype: torch.dtype) -> Model:
     """A model with random weights. Its output layer is untied where the configuration says so.
 
@@ -240,7 +262,7 @@ def random_model(config: Any, dtype: torch.dtype) -> Model:
     """
     import torch
 
-    model = _auto_class(config).from_config(config, dtype=dtype)
+    model = loader_of(config)[0].from_config(config, dtype=dtype)
     if config.model_type == "t5" and not getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         embedding = model.get_input_embeddings().weight
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(embedding))
@@ -254,9 +276,9 @@ def random_model(config: Any, dtype: torch.dtype) -> Model:
 
 def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
     """A model in 4 bits. bitsandbytes quantises while it loads files, so random weights are saved to a temporary folder."""
-    auto_class = _auto_class(load_config(request))
+    auto_class, options = loader_of(_stored_config(request))
     if request.random_shape is None:
-        return load_quantised(auto_class, request.path, request.revision, dtype, device, name=request.name)
+        return load_quantised(auto_class, request.path, request.revision, dtype, device, name=request.name, **options)
     with tempfile.TemporaryDirectory() as folder:
         load_model(replace(request, load_in_4bit=False, device="cpu")).save_pretrained(folder)
         return load_quantised(auto_class, folder, None, dtype, device, name=request.name)
@@ -264,11 +286,22 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
 
 def parameter_count(request: ModelRequest) -> int:
     """Number of parameters of a model, counted on the meta device: no weights are created or read."""
+    return sum(p.numel() for p in _on_meta(request).parameters())
+
+
+def quantised_share(request: ModelRequest) -> QuantisedShare:
+    """What 4-bit loading will quantise of a model, found on the meta device. Raises TeacherError where it is too little."""
+    share = planned_share(_on_meta(request))
+    refuse_mostly_unquantised(share, request.name)
+    return share
+
+
+def _on_meta(request: ModelRequest) -> Model:
     import torch
 
+    stored = _stored_config(request)
     with torch.device("meta"):
-        model = random_model(load_config(request), torch.float32)
-    return sum(p.numel() for p in model.parameters())
+        return random_model(loader_of(stored)[1].get("config", stored), torch.float32)
 
 
 def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
@@ -283,14 +316,3 @@ def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
         expected="a folder written by save_pretrained, a hub id, demo, or random:NAME",
         known_shapes=", ".join(SHAPES),
     )
-
-
-def max_positions(config: Any) -> int | None:
-    """Length in tokens of the longest sequence, or None for relative positions, which have no limit."""
-    if config.model_type in RELATIVE_POSITIONS:  # their n_positions is only the length they were trained on
-        return None
-    for field in ("max_position_embeddings", "n_positions"):
-        value = getattr(config, field, None)
-        if isinstance(value, int):
-            return value
-    return None

@@ -8,8 +8,9 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.models.batching.packing import lay_out
+from kd.models.families.positions import RELATIVE_POSITIONS
 from kd.models.heads import EncoderDecoderHead, split_head
-from kd.models.loading import RELATIVE_POSITIONS, Model
+from kd.models.loading import Model
 
 
 def require_packable(model: Model) -> None:

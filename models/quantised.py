@@ -6,25 +6,51 @@ be a folder or a hub id. It is imported here and nowhere else.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import TeacherError
 from kd.common.extras import needed
+from kd.models.families.text_model import refuse_missing_weights
 
 if TYPE_CHECKING:
     import torch
 
 CPU_BLOCK = 64
 """Weights per block of bitsandbytes' kernel for CPUs: input widths must be multiples of it."""
+NAMED = 8
+"""Kinds of unquantised weights that are named."""
+
+
+@dataclass(frozen=True)
+class QuantisedShare:
+    """Which weights of a model are in 4 bits. Embeddings and the output layer never are, and are not counted."""
+
+    layers: int
+    """Number of layers in 4 bits."""
+    weights: int
+    """Number of weights in 4 bits."""
+    of: int
+    """Number of weights in all."""
+    left: tuple[str, ...]
+    """Other weights by kind, the largest first: `model.layers.*.mlp.experts.gate_up_proj (3,072 weights)`."""
+
+    def record(self) -> dict[str, Any]:
+        """As a cache's manifest and `kd cache info` hold it."""
+        return {"layers": self.layers, "weights": self.weights, "of": self.of, "left": list(self.left)}
 
 
 def load_quantised(
-    auto_class: Any, path: str, revision: str | None, dtype: torch.dtype, device: str, *, name: str
+    auto_class: Any, path: str, revision: str | None, dtype: torch.dtype, device: str, *, name: str, **options: Any
 ) -> Any:
     """The model at `path` in 4 bits, computing in `dtype`. Raises TeacherError where bitsandbytes cannot load or run it.
 
     auto_class   class of transformers whose `from_pretrained` loads the model
     name         what errors call the model
+    options      further arguments of `from_pretrained`
     """
     with needed("bitsandbytes", "4-bit loading", where=name, instead="--dtype bfloat16"):
         import bitsandbytes
@@ -34,13 +60,15 @@ def load_quantised(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     try:
-        model = auto_class.from_pretrained(
+        model, found = auto_class.from_pretrained(
             path,
             revision=revision,
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device},
             trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:
         supported = f"a model and a device that bitsandbytes {bitsandbytes.__version__} supports (device {device})"
@@ -51,9 +79,67 @@ def load_quantised(
             expected=supported,
             try_="--dtype bfloat16",
         ) from error
+    refuse_missing_weights(name, model, found)
+    refuse_mostly_unquantised(share_of(model, lambda _, module: isinstance(module, bitsandbytes.nn.Linear4bit)), name)
     if device == "cpu":
         _require_whole_blocks(model, bitsandbytes.nn.Linear4bit, name)
     return model
+
+
+def planned_share(model: Any) -> QuantisedShare:
+    """What would be in 4 bits of a model that is not quantised (on the meta device, say): the layers transformers replaces."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skipped = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+
+    def replaced(name: str, module: Any) -> bool:
+        plain = type(module) is nn.Linear or isinstance(module, Conv1D)
+        return plain and should_convert_module(name, skipped)
+
+    return share_of(model, replaced)
+
+
+def share_of(model: Any, quantised: Callable[[str, Any], bool]) -> QuantisedShare:
+    """Count the weights of a model; `quantised` says of a module by its name whether its weight is in 4 bits."""
+    from torch import nn
+
+    output = model.get_output_embeddings()
+    layers = weights = 0
+    left: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or module is output:
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        if quantised(name, module):
+            layers += 1
+            weights += _entries(module)
+            del own["weight"]
+        for parameter, value in own.items():
+            left[re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{parameter}")] += value.numel()
+    kinds = tuple(f"{kind} ({count:,} weights)" for kind, count in left.most_common(NAMED))
+    return QuantisedShare(layers, weights, weights + left.total(), kinds)
+
+
+def _entries(layer: Any) -> int:
+    """Number of weights of a linear layer, whatever their packing."""
+    if hasattr(layer, "in_features"):
+        return int(layer.in_features * layer.out_features)
+    return int(layer.weight.numel())
+
+
+def refuse_mostly_unquantised(share: QuantisedShare, name: str) -> None:
+    """Raise TeacherError where less than half of the weights are in 4 bits: such a model takes much more memory than it seems."""
+    if 2 * share.weights < share.of:
+        raise TeacherError(
+            "4-bit loading would leave most of this model in 16 bits",
+            where=name,
+            found=f"{share.weights:,} of {share.of:,} weights in 4 bits; left are {', '.join(share.left[:3])}",
+            expected="at least half, embeddings and output layer not counted",
+            try_="--dtype bfloat16, or a checkpoint that is quantised already",
+        )
 
 
 def _require_whole_blocks(model: Any, linear: Any, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from kd.common.errors import DataError
 from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
-from kd.models.loading import max_positions
+from kd.models.families.positions import max_positions
 
 
 def load_encoder(name: str, layers: int, device: str) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,39 @@ def encode_texts(
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Number of ids: one more than the largest id that the tokenizer can produce."""
     return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def usable_ids(tokenizer: Tokenizer, width: int, *, what: str) -> int:
+    """Number of ids that a tokenizer and a model of `width` ids both have. Raises DataError where they do not fit each other.
+
+    A tokenizer may have added tokens beyond the model's ids (a padding token that nobody embedded): texts decide whether
+    they matter, see `refuse_unknown_ids`. Any other piece beyond them is the sign of another model's tokenizer.
+    """
+    entries = vocabulary_size(tokenizer)
+    if entries <= width:
+        return entries
+    beyond = set(tokenizer.get_vocab().values()) - set(range(width))
+    if beyond - set(tokenizer.added_tokens_decoder):
+        raise DataError(
+            f"{what} has fewer logits than its tokenizer has entries",
+            found=f"{width} logits",
+            expected=f"at least {entries}",
+            try_="--tokenizer PATH of the right tokenizer",
+        )
+    return width
+
+
+def refuse_unknown_ids(texts: Iterable[tuple[str, np.ndarray]], width: int) -> None:
+    """Raise DataError naming the first of `(name, ids)` that has an id beyond the model's `width` ids."""
+    for name, ids in texts:
+        if len(ids) and ids.max() >= width:
+            raise DataError(
+                "a text has a token that the model does not have",
+                where=name,
+                found=f"id {ids.max()}",
+                expected=f"ids below {width}",
+                try_="another --tokenizer, or a text without that token",
+            )
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:

@@ -24,6 +24,7 @@ from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.weighted_caches import CacheSpec
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
 from kd.common.settings import settings_of
+from kd.models.families.text_model import text_config
 from kd.models.loading import load_config, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer, load_tokenizer
 from kd.student_trainer.batches.batch_plan import BatchPlan
@@ -305,4 +306,4 @@ def _student(student: Any, tokenizer: Tokenizer | str | None) -> tuple[Any, Toke
         return load_config(request), tokenizer
     if tokenizer is None:
         raise DataError("a student in memory needs its tokenizer", expected="CacheDataset(cache, student, tokenizer)")
-    return getattr(student, "config", student), tokenizer
+    return text_config(getattr(student, "config", student)), tokenizer

@@ -77,6 +77,10 @@ class StudentSettings:
     """Branch, tag or commit of a hub student."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, for a random student."""
+    source_lang: str | None = setting(None, metavar="CODE", shown="the tokenizer's own")
+    """Language code of the prompts, for an encoder-decoder whose tokenizer writes one (mBART: fr_XX, NLLB: fra_Latn)."""
+    target_lang: str | None = setting(None, metavar="CODE", shown="the tokenizer's own")
+    """Language code of the targets, likewise."""
     device: Literal["auto", "cpu", "cuda"] = setting("auto", hint=ONE_DEVICE)
     """Device to train on. CUDA_VISIBLE_DEVICES=N selects one GPU; torchrun or accelerate launch uses several."""
     precision: PrecisionName = "fp32"
@@ -205,7 +209,7 @@ class LoraSettings:
     lora: int | None = setting(None, metavar="R", minimum=1)
     """Train LoRA adapters of rank R (peft), with alpha = 2 R; they are merged into the output. By default all weights are
     trained."""
-    lora_targets: str | None = setting(None, shown="by the student's family")
+    lora_targets: str | None = setting(None, shown="by the student's family, else all linear layers")
     """Names of the modules to adapt, separated by commas."""
 
     def __post_init__(self) -> None:

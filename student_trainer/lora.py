@@ -1,15 +1,28 @@
-"""LoRA adapters on any model, through peft (arXiv:2106.09685)."""
+"""LoRA adapters on any model, through peft (arXiv:2106.09685).
+
+Which layers are adapted, unless they are named: the family's of `LORA_TARGETS`, else peft's own for the model type, else all
+linear layers but the output layer. Of Mamba's layers that is the first projection alone: its fused kernels read
+the weights of the others past the adapters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
 from kd.student_trainer.config import LORA_TARGETS
+
+STATE_SPACE = "A_log"
+"""A parameter by which a state space block (Mamba and its like) is known."""
+OTHER_LINEAR = ("router", "gate", "grouped")
+"""Words in the names of classes that are made of a linear layer and compute something else."""
+BEFORE_KERNELS = ("in_proj",)
+"""Layers of such a block that are called as layers, whatever kernels there are."""
 
 
 def with_adapters(
@@ -17,7 +30,7 @@ def with_adapters(
 ) -> Any:
     """The model with adapters of `rank` (alpha = 2 x rank); modules in `saved` are trained whole.
 
-    targets     names of linear layers, separated by commas; None = the family's, else peft's own
+    targets     names of linear layers, separated by commas; None = see above
     task_type   as peft calls it: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS
     Raises MissingPackageError without peft. Raises DataError where peft cannot adapt the model, or where an adapted output
     layer is the embedding too.
@@ -33,7 +46,7 @@ def with_adapters(
         fan_in_fan_out=transposed,
         task_type=task_type,
         modules_to_save=None if saved is None else list(saved),
-        target_modules=targets.split(",") if targets else LORA_TARGETS.get(model.config.model_type),
+        target_modules=targets.split(",") if targets else default_targets(model, saved or ()),
     )
     try:
         return get_peft_model(model, adapters)
@@ -43,6 +56,40 @@ def with_adapters(
             found=str(error).splitlines()[0],
             try_="--lora-targets with names of its linear layers",
         ) from error
+
+
+def default_targets(model: Any, saved: Sequence[str] = ()) -> list[str]:
+    """Names of the layers that adapters go on by default: ends of names, or whole names where all linear layers are meant."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
+
+    linear = _linear_layers(model, saved)
+    text = model.config.get_text_config()
+    kind = text.model_type
+    if text is not model.config:  # beside the text model there is one for images, with layers of the same names
+        inside = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "config", None) is text)
+        return [layer for layer in linear if layer.startswith(inside)]
+    for names in (LORA_TARGETS.get(kind), OF_PEFT.get(kind), OF_PEFT.get(kind.removesuffix("_text"))):
+        if isinstance(names, list) and any(layer.rpartition(".")[2] in names for layer in linear):
+            return list(names)
+    return linear
+
+
+def _linear_layers(model: Any, saved: Sequence[str]) -> list[str]:
+    """Names of all plain linear layers that an adapter changes the output of.
+
+    Not among them are the output layer, what is `saved` whole, and routers that are made of a linear layer (Llama 4, Phi-MoE).
+    """
+    head = model.get_output_embeddings()
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, STATE_SPACE))
+    layers = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__.lower()
+        plain = isinstance(module, nn.Linear | Conv1D) and not any(word in kind for word in OTHER_LINEAR)
+        if not plain or module is head or not set(saved).isdisjoint(name.split(".")):
+            continue
+        if not name.startswith(blocks) or name.rpartition(".")[2] in BEFORE_KERNELS:
+            layers.append(name)
+    return layers
 
 
 def _refuse_tied_head(model: Any, targets: str | None) -> None:

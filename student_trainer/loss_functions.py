@@ -15,6 +15,7 @@ from torch import Tensor
 from kd.models.batching.padded_batches import head_rows
 from kd.student_trainer.batches.collate import loss_targets
 from kd.student_trainer.head import chunked_head_loss, layer_parameters
+from kd.student_trainer.head import output_layer as output_layer_of
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_targets import LossTargets
 
@@ -97,7 +98,8 @@ def chunked_distillation_loss(
 
     hidden            what enters the output layer: the body's output, or its hidden states `[B, T, d]`, or the rows `[N, d]`
                       that are scored
-    output_layer      a linear layer, with or without LoRA adapters, or its `(weight [V, d], bias [V] or None)`
+    output_layer      the model; or its output layer, with or without LoRA adapters; or `(weight [V, d], bias [V] or None)`.
+                      Give the model where it adds a `final_logits_bias`, as BART and Marian do
     chunk             rows of logits at once; None = as many as suit the vocabulary and the device
 
     The other arguments are those of `distillation_loss`, and so is the result. Gradients are computed with the loss, so
@@ -117,7 +119,7 @@ def chunked_distillation_loss(
     torch.Size([2, 8])
     """
     rows = scored_rows(getattr(hidden, "last_hidden_state", hidden), batch)
-    weight, bias = output_layer if isinstance(output_layer, tuple) else layer_parameters(output_layer)
+    weight, bias = _weight_and_bias(output_layer)
     width = vocabulary_size or weight.shape[0]
     counts = _counts(batch, step_positions, step_units)
     sums = chunked_head_loss(
@@ -130,6 +132,13 @@ def chunked_distillation_loss(
         chunk=chunk or head_rows(width, rows.device.type, training=True),
     )
     return _means(*sums, counts)
+
+
+def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight `[V, d]` and bias `[V]` of a model's output layer, of a layer, or as they were given."""
+    if isinstance(layer, tuple):
+        return layer
+    return output_layer_of(layer) if hasattr(layer, "get_output_embeddings") else layer_parameters(layer)
 
 
 def scored_rows(values: Tensor, batch: Mapping[str, Any]) -> Tensor:

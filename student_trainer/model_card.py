@@ -22,6 +22,7 @@ from kd.student_trainer.run_folder import read_run
 
 HUB_MODEL = re.compile(r"[\w.-]+/[\w.-]+")
 """Id of a model on the hub, which the card links to."""
+CARD = "README.md"
 
 
 def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
@@ -31,7 +32,7 @@ def write_card(run: Path, scores: Sequence[tuple[str, str]] = ()) -> Path:
         raise DataError(
             "this training run is not finished", where=run, try_="its kd train command again, with --resume"
         )
-    path = run / "README.md"
+    path = run / CARD
     write_atomic(path, render_card(document, scores))
     return path
 

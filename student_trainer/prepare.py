@@ -16,15 +16,16 @@ from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import DataError
 from kd.models.batching.packing import Size
+from kd.models.families.encoder_layout import EncoderLayout, encoder_layout
+from kd.models.families.positions import max_positions
 from kd.models.loading import (
     ModelRequest,
     decoder_start,
     is_encoder_decoder,
     load_config,
     load_request_tokenizer,
-    max_positions,
 )
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.tokenizer import Tokenizer, refuse_unknown_ids, usable_ids
 from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.compatibility import (
@@ -32,6 +33,7 @@ from kd.student_trainer.batches.compatibility import (
     refuse_classes,
     refuse_narrow_student,
     refuse_other_layout,
+    refuse_other_template,
     refuse_other_tokenizer,
     refuse_without_prompts,
     resolve_objective,
@@ -127,7 +129,9 @@ def prepare(config: TrainConfig, *, touch: bool = False, student: tuple[Any, Tok
     else:
         collator, width = row_collator(config, reader, objective, model_config, tokenizer)
     tokens, rows = reader.lengths() if collator.text is None else collator.text.lengths()
-    sizes = tokens[:, None] if collator.start_id is None else np.stack([tokens - rows, rows], axis=1)
+    sizes = tokens[:, None]
+    if collator.start_ids:
+        sizes = np.stack([tokens - rows, rows + len(collator.start_ids) - 1], axis=1)
     if config.text.prompt_loss:
         rows = tokens - 1
     if config.batches.packing:
@@ -145,6 +149,8 @@ def student_request(model: StudentSettings, seed: int) -> ModelRequest:
         dtype="float32",
         tokenizer=model.tokenizer,
         seed=seed,
+        source_lang=model.source_lang,
+        target_lang=model.target_lang,
     )
 
 
@@ -184,8 +190,9 @@ def reads_own_text(
     if objective.groups:
         return True
     if loss == "ce":
-        unlike = reader.manifest.blocks.encoder != encoder or not same_tokenizer(reader, tokenizer)
-        return bool(given) or unlike
+        blocks = reader.manifest.blocks
+        unlike = blocks.encoder != encoder or blocks.layout != encoder_layout(model_config, tokenizer)
+        return bool(given) or unlike or not same_tokenizer(reader, tokenizer)
     if given:
         raise DataError(
             f"--loss {loss} reads the cached tokens as they are",
@@ -223,10 +230,13 @@ def row_collator(
         purpose=f"--loss {loss}",
         advice="--loss uld, hybrid or alm, for any tokenizer; or --tokenizer for a random student",
     )
+    layout = encoder_layout(model_config, tokenizer)
+    refuse_other_template(reader, layout, tokenizer)
     tokens, rows = reader.lengths()
-    longest = int((np.maximum(tokens - rows, rows) if encoder else tokens).max())
-    refuse_narrow_student(reader, model_config, longest)
-    return Collator(objective, start_id=start_token(model_config)), reader.manifest.vocabulary_size
+    start = start_tokens(model_config, layout)
+    longest = int((tokens - rows if encoder else tokens).max())
+    refuse_narrow_student(reader, model_config, longest, int(rows.max()) + len(start) - 1 if encoder else 0)
+    return Collator(objective, start_ids=start), reader.manifest.vocabulary_size
 
 
 def text_collator(
@@ -241,36 +251,36 @@ def text_collator(
             expected=f"all {reader.config.top_k}",
             try_="leave --top-k out",
         )
-    width = vocabulary_size(tokenizer)
-    if int(model_config.vocab_size) < width:
-        raise DataError(
-            "the student has fewer logits than its tokenizer has entries",
-            found=model_config.vocab_size,
-            expected=f"at least {width}",
-            try_="--tokenizer PATH of the right tokenizer",
-        )
+    width = usable_ids(tokenizer, int(model_config.vocab_size), what="the student")
     limit = max_positions(model_config)
     refuse_too_long("--seq-len", settings.seq_len, limit)
-    refuse_too_long("--target-len", settings.target_len, limit)
+    written = max_positions(model_config, decoder=True)
+    refuse_too_long("--target-len", settings.target_len, written)
+    layout = encoder_layout(model_config, tokenizer)
+    start = start_tokens(model_config, layout)
+    most = written if written is None else written - len(start) + 1
     text = StudentText(
         reader,
         tokenizer,
         window=settings.seq_len or limit,
         separator=settings.separator,
         encoder=encoder,
-        target_len=settings.target_len or (limit if encoder else None),
+        layout=layout,
+        target_len=settings.target_len or (most if encoder else None),
     )
+    refuse_unknown_ids(text.named_ids(), int(model_config.vocab_size))
     pieces = None
     if objective.loss == "hybrid":
-        pieces = shared_pieces(reader, tokenizer)
+        pieces = shared_pieces(reader, tokenizer, width)
         objective = replace(objective, settings=replace(objective.settings, overlap=pieces.overlap))
-    start = start_token(model_config)
     return Collator(objective, text, settings.alignment, settings.align_eos, settings.prompt_loss, pieces, start), width
 
 
-def start_token(model_config: Any) -> int | None:
-    """Token that the student's decoder starts from; None for a causal student."""
-    return decoder_start(model_config) if is_encoder_decoder(model_config) else None
+def start_tokens(model_config: Any, layout: EncoderLayout | None) -> tuple[int, ...]:
+    """Ids that the student's decoder reads before a target; none for a causal student."""
+    if not is_encoder_decoder(model_config):
+        return ()
+    return decoder_start(model_config), *(() if layout is None else layout.target_before)
 
 
 def refuse_too_long(option: str, wanted: int | None, limit: int | None) -> None:

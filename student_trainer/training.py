@@ -28,12 +28,14 @@ import transformers
 from accelerate import PartialState
 
 from kd.common.disk.disk_errors import clear_write_errors
+from kd.common.files import write_atomic
 from kd.common.settings import flat
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.read_ahead import CachedExamples
 from kd.student_trainer.batches.trained_reading import READING
 from kd.student_trainer.config import TrainConfig, config_from
 from kd.student_trainer.midway import Midway, MidwayEvaluations
+from kd.student_trainer.model_card import CARD, render_card
 from kd.student_trainer.prepare import Prepared, prepare
 from kd.student_trainer.run_folder import (
     RECORDS,
@@ -164,7 +166,9 @@ def train(
 
     def finish(folder: Path) -> None:
         seal_run(folder)
-        write_run(folder, run_document(prepared, identity, replace(result, out=str(folder))))
+        document = run_document(prepared, identity, replace(result, out=str(folder)))
+        write_atomic(folder / CARD, render_card(document, ()))  # the command line adds scores
+        write_run(folder, document)
 
     save_student(student, trainer, prepared.tokenizer, finish)
     return replace(result, out=str(place.folder))

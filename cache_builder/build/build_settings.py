@@ -44,6 +44,10 @@ class TeacherSettings:
     """Device of the teacher: auto, cpu, cuda or cuda:N; auto is cuda where there is a GPU."""
     load_in_4bit: bool = False
     """Load the teacher in nf4 with double quantisation (bitsandbytes)."""
+    source_lang: str | None = setting(None, metavar="CODE", shown="the tokenizer's own")
+    """Language code of the prompts, for an encoder-decoder whose tokenizer writes one (mBART: fr_XX, NLLB: fra_Latn)."""
+    target_lang: str | None = setting(None, metavar="CODE", shown="the tokenizer's own")
+    """Language code of the targets, likewise."""
     tokens_per_batch: int | None = setting(
         None, minimum=1, shown="4096; on a CPU 512 for each side of the model, with one batch per thread"
     )

@@ -276,7 +276,7 @@ def teacher_of_plan(plan: BuildPlan) -> Teacher:
         labels = [piece.decode("utf-8") for piece in plan.vocabulary]
         head: LanguageModelHead = split_classifier(load_classifier(request, labels, pad_id=pad), pad)
     else:
-        head = split_head(plan.request.source.load())
+        head = split_head(plan.request.source.load(), plan.request.blocks.forced)
     config, size = plan.manifest.targets, plan.manifest.vocabulary_size
     boundary = None
     if PROFILES[config.profile].boundary:

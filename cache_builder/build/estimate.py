@@ -63,6 +63,7 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "bytes_at_most": rows * plan.raw_bytes_per_token + text,
         "seconds_estimated" if plan.targets_known else "scoring_seconds_at_most": seconds,
         "device": device,
+        **({"quantised": quantised} if (quantised := plan.manifest.provenance.get("quantised")) else {}),
         **more,
         "left_out": plan.left_out.document(),
         "token_notes": plan.notes.document(),

@@ -26,6 +26,7 @@ from kd.common.paths import as_path
 from kd.common.settings import flattened, make, settings_of
 from kd.data.data_settings import InstructionConfig
 from kd.data.sources import Corpus, corpus_of_rows
+from kd.models.families.text_model import text_config
 from kd.models.identity import parameters_digest
 from kd.models.loading import Model, ModelRequest
 from kd.models.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def build_cache(
         )
     name = type(model).__name__
     chosen = make(BuildSettings, {**given, "teacher": name, "spec": SOURCE, "out": as_path(out)})
-    request = assembled(chosen, ModelRequest(name), model.config, lambda: corpus_of_texts(chosen, texts))
+    request = assembled(chosen, ModelRequest(name), text_config(model.config), lambda: corpus_of_texts(chosen, texts))
     with evaluating(model):
         teacher = GivenTeacher(model, tokenizer, parameters_digest(model))
         last = build_request(replace(request, given=teacher), chosen.running, watch=_watching(on_progress))

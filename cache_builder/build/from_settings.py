@@ -25,7 +25,8 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.data.blocks import BlockConfig
 from kd.data.sources import Corpus, load_classes, load_corpus
-from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config, max_positions
+from kd.models.families.positions import max_positions
+from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config
 
 SEQ_LEN, ENCODER_SEQ_LEN = 512, 1024
 """Default sequence lengths, where the teacher's positions allow them."""
@@ -101,7 +102,15 @@ def model_request(settings: BuildSettings) -> ModelRequest:
     """The teacher, before anything is loaded."""
     model = settings.model
     return ModelRequest(
-        model.teacher, model.revision, model.dtype, model.device, model.load_in_4bit, model.tokenizer, settings.seed
+        model.teacher,
+        model.revision,
+        model.dtype,
+        model.device,
+        model.load_in_4bit,
+        model.tokenizer,
+        settings.seed,
+        model.source_lang,
+        model.target_lang,
     )
 
 
@@ -127,6 +136,8 @@ def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
     """How the text is cut for a teacher with this configuration."""
     blocks, window, encoder = settings.blocks, max_positions(config), is_encoder_decoder(config)
     longest = ENCODER_SEQ_LEN if encoder else SEQ_LEN
+    written = max_positions(config, decoder=True)
+    most_written = ENCODER_TARGET_LEN if written is None else min(ENCODER_TARGET_LEN, written - 1)  # one may be forced
     return BlockConfig(
         seq_len=blocks.seq_len or min(longest, window or longest),
         stride=blocks.stride,
@@ -134,7 +145,7 @@ def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
         eos=blocks.eos,
         separator=blocks.separator,
         encoder=encoder,
-        target_len=blocks.target_len or (ENCODER_TARGET_LEN if encoder else None),
+        target_len=blocks.target_len or (most_written if encoder else None),
         overlong=blocks.overlong,
         control_tokens=blocks.control_tokens,
     )

@@ -29,8 +29,9 @@ from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
 from kd.data.text_tokens import TEXT_RULES, TextTokens
 from kd.models.answering import answer_batch, answer_text, unused_ids
+from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder, refuse_classifier
-from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint, vocabulary_size
+from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint, usable_ids
 
 BLOCK = 256
 """Examples per file. A file is the unit of resuming."""
@@ -47,8 +48,10 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     generation = request.generation or GenerationConfig()
     config = request.source.config()
     refuse_classifier(request.teacher, config)
-    request = replace(request.pinned(), blocks=replace(request.blocks, encoder=is_encoder_decoder(config)))
     tokenizer = request.source.tokenizer()
+    layout = encoder_layout(config, tokenizer)
+    blocks = replace(request.blocks, encoder=is_encoder_decoder(config), layout=layout)
+    request = replace(request.pinned(), blocks=blocks)
     left_out = joined([request.corpus.left_out])
     prompts = list(_prompts(request, tokenizer, generation.max_new_tokens, left_out))
     rules = {"text_rules": TEXT_RULES} if any(prompt.changed for prompt in prompts) else {}
@@ -72,7 +75,7 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
             path = folder / f"{number:05d}.parquet"
             if not path.exists():
                 model = request.source.load() if model is None else model
-                texts = _answer_block(model, tokenizer, block, generation, number)
+                texts = _answer_block(model, tokenizer, block, generation, number, blocks.forced)
                 temporary = folder / f".staging-{process_tag()}.{number}"
                 write_answers(temporary, [prompt.example.id for prompt in block], texts)
                 publish_first(temporary, path)  # another builder may have been faster; its answers are the ones
@@ -200,7 +203,12 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _answer_block(
-    model: Any, tokenizer: Tokenizer, prompts: list[_Prompt], config: GenerationConfig, number: int
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: list[_Prompt],
+    config: GenerationConfig,
+    number: int,
+    forced: tuple[int, ...],
 ) -> list[tuple[str, bool]]:
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), i))
     texts = [("", True)] * len(prompts)
@@ -208,7 +216,9 @@ def _answer_block(
         chosen = order[start : start + BATCH]
         seed = int(np.random.SeedSequence([config.seed, number, part]).generate_state(1)[0])
         asked = [prompts[i] for i in chosen]
-        written = answer(model, tokenizer, [p.ids for p in asked], config, seed, leads=[p.lead for p in asked])
+        written = answer(
+            model, tokenizer, [p.ids for p in asked], config, seed, leads=[p.lead for p in asked], forced=forced
+        )
         for i, text in zip(chosen, written, strict=True):
             texts[i] = text
     return texts
@@ -222,10 +232,12 @@ def answer(
     seed: int,
     *,
     leads: Sequence[str] | None = None,
+    forced: tuple[int, ...] = (),
 ) -> list[tuple[str, bool]]:
     """One answer per prompt, cut at EOS and without special tokens, and whether it came to its end.
 
     leads   white space of each prompt that its answer begins with, see `tokenize_prompt`; None for none
+    forced  ids that every answer begins with, see `answer_batch`
     """
     import torch
     from transformers import GenerationConfig as Settings
@@ -242,7 +254,8 @@ def answer(
         decoder_start_token_id=model.config.decoder_start_token_id if is_encoder_decoder(model.config) else None,
         **sampling,
     )
-    device = model.get_output_embeddings().weight.device
+    output = model.get_output_embeddings().weight
+    device, width = output.device, int(output.shape[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         answers = answer_batch(
@@ -250,8 +263,9 @@ def answer(
             prompts,
             eos_id=eos,
             pad_id=0,
+            forced=forced,
             generation_config=settings,
-            suppress_tokens=unused_ids(model, vocabulary_size(tokenizer)),
+            suppress_tokens=unused_ids(model, usable_ids(tokenizer, width, what="the teacher")),
         )
     alone = is_encoder_decoder(model.config)
     return [

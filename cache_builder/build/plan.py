@@ -38,8 +38,17 @@ from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
 from kd.data.text_tokens import TEXT_RULES
 from kd.data.token_notes import TokenNotes
-from kd.models.loading import is_encoder_decoder
-from kd.models.tokenizer import Tokenizer, pad_token_id, token_bytes, tokenizer_fingerprint, vocabulary_size
+from kd.models.families.encoder_layout import encoder_layout
+from kd.models.loading import is_encoder_decoder, quantised_share
+from kd.models.quantised import share_of
+from kd.models.tokenizer import (
+    Tokenizer,
+    pad_token_id,
+    refuse_unknown_ids,
+    token_bytes,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,6 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     config = request.source.config()
     blocks = replace(request.blocks, encoder=is_encoder_decoder(config))
     request = replace(request.pinned(), targets=request.targets.normalised(), blocks=blocks)
-    refuse_long_sequences(request, config)
     refuse_other_kind(request, config)
     tokenizer = request.source.tokenizer()
     classes = request.corpus.kind == CLASSES
@@ -88,10 +96,15 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     if classes:
         size = class_count(request, labels, config)
     request.targets.check_vocabulary(size)
-    request = replace(request, blocks=request.blocks.normalised(request.corpus.kind, tokenizer))
-    vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)
+    layout = None if classes else encoder_layout(config, tokenizer)
+    blocks = replace(request.blocks, layout=layout).normalised(request.corpus.kind, tokenizer)
+    request = replace(request, blocks=blocks)
+    refuse_long_sequences(request, config)
+    vocabulary = [word.encode("utf-8") for word in labels] or token_bytes(tokenizer)[:size]
     left_out, notes = joined([request.corpus.left_out]), TokenNotes()
     rows = _token_rows(request, tokenizer, left_out, notes)
+    width = int(config.get_text_config().vocab_size)
+    refuse_unknown_ids(((f"example {r.example.id}", r.context_ids if classes else r.input_ids) for r in rows), width)
     identity = _identity(request, tokenizer, size, notes)
     existing = _existing(request, identity)
     manifest = _manifest(request, rows, identity, existing, _provenance(request, left_out, notes))
@@ -205,7 +218,7 @@ def _manifest(
 
 def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
-    return {
+    return _quantised(request) | {
         "teacher": public_place(request.teacher.name),
         "corpus": public_place(request.corpus.spec),
         "split": request.corpus.split,
@@ -217,6 +230,14 @@ def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> 
         "options": None if request.options is None else public_options(request.options),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }
+
+
+def _quantised(request: BuildRequest) -> dict[str, Any]:
+    """Which weights of the teacher are in 4 bits; nothing where none are. Raises TeacherError where most are not."""
+    if request.given is not None:
+        share = share_of(request.given.model, lambda _, module: type(module).__name__ == "Linear4bit")
+        return {"quantised": share.record()} if share.layers else {}
+    return {"quantised": quantised_share(request.teacher).record()} if request.teacher.load_in_4bit else {}
 
 
 def _cut(rows: list[TokenRows], layout: Layout) -> list[tuple[int, int, int]]:

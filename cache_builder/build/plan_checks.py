@@ -9,8 +9,9 @@ from kd.cache_builder.build.request import BuildRequest
 from kd.common.errors import DataError
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.models.classifiers import refuse_other_classes, refuse_other_heads
-from kd.models.loading import is_classifier, max_positions
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.families.positions import max_positions
+from kd.models.loading import is_classifier
+from kd.models.tokenizer import Tokenizer, usable_ids
 
 PADDED_COLUMNS = 128
 """Fewer logit columns than this beyond the tokenizer's entries are padding."""
@@ -19,13 +20,18 @@ PADDED_COLUMNS = 128
 def refuse_long_sequences(request: BuildRequest, config: Any) -> None:
     """Raise DataError where a sequence may be longer than the teacher's positions."""
     limit = max_positions(config)
-    for option, length in (("--seq-len", request.blocks.seq_len), ("--target-len", request.blocks.target_len)):
-        if limit is not None and length is not None and length > limit:
+    written = max_positions(config, decoder=True)
+    written = written if written is None else written - len(request.blocks.forced)
+    for option, length, most in (
+        ("--seq-len", request.blocks.seq_len, limit),
+        ("--target-len", request.blocks.target_len, written),
+    ):
+        if most is not None and length is not None and length > most:
             raise DataError(
                 "the sequence length is longer than the teacher's positions",
                 found=f"{option} {length}",
-                expected=f"at most {limit}",
-                try_=f"{option} {limit}",
+                expected=f"at most {most}",
+                try_=f"{option} {most}",
             )
 
 
@@ -51,14 +57,8 @@ def predicted_ids(request: BuildRequest, config: Any, tokenizer: Tokenizer) -> i
     Padded logit columns (T5 has 28, Pythia 27) cannot be emitted and are left out of every sum. Random weights with the
     tokenizer of another model keep their real width.
     """
-    entries, width = vocabulary_size(tokenizer), int(config.vocab_size)
-    if entries > width:
-        raise DataError(
-            "the tokenizer has more entries than the teacher has logits",
-            found=f"{entries} entries",
-            expected=f"at most {width}",
-            try_="--tokenizer PATH of the right tokenizer",
-        )
+    width = int(config.vocab_size)
+    entries = usable_ids(tokenizer, width, what="the teacher")
     padded = request.teacher.random_shape is None or width - entries < PADDED_COLUMNS
     return entries if padded else width
 

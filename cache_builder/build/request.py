@@ -12,6 +12,7 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig
 from kd.data.sources import Corpus
+from kd.models.families.text_model import text_config
 from kd.models.identity import in_memory_identity, model_identity, pinned
 from kd.models.loading import Model, ModelRequest, load_config, load_model, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ class GivenTeacher:
     """The model's `parameters_digest`."""
 
     def config(self) -> Any:
-        return self.model.config
+        return text_config(self.model.config)
 
     def tokenizer(self) -> Tokenizer:
         return self.own_tokenizer

@@ -53,6 +53,7 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "teacher_class": manifest.identity["teacher"].get("model_class"),
         "dtype": manifest.identity["teacher"].get("dtype"),
         "quantization": manifest.identity["teacher"].get("quantization"),
+        "quantised": manifest.provenance.get("quantised"),
         "vocabulary_size": manifest.vocabulary_size,
         "kind": manifest.identity["corpus"]["kind"],
         "corpus": manifest.provenance.get("corpus"),

@@ -10,6 +10,8 @@ others have none. Writing reads every file once, about one second per gigabyte; 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -19,7 +21,6 @@ from typing import Any
 from kd.common.errors import DamagedFilesError, DataError
 from kd.common.files import (
     canonical_json,
-    digest_of,
     read_object,
     sha256_of,
     sync_file,
@@ -110,15 +111,21 @@ def refuse_damage(folder: Path, wanted: Callable[[str], bool] = lambda name: Tru
         )
 
 
+def document_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 hex of a JSON document's values; how it is spelled does not matter. Raises ValueError for NaN."""
+    text = json.dumps(dict(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
 def with_digest(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document with its own digest in it."""
-    return {**document, OWN_DIGEST: digest_of(dict(document))}
+    return {**document, OWN_DIGEST: document_digest(document)}
 
 
 def checked_digest(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document without its own digest; one that has none passes. Raises ValueError where it does not agree."""
     plain = {key: value for key, value in document.items() if key != OWN_DIGEST}
-    if OWN_DIGEST in document and digest_of(plain) != document[OWN_DIGEST]:
+    if OWN_DIGEST in document and document_digest(plain) != document[OWN_DIGEST]:
         raise ValueError("it was changed after it was written: its own digest differs")
     return plain
 

@@ -200,8 +200,11 @@ class TaskFile:
 
 
 def label_key(value: Any) -> str:
-    """A label in the form in which labels are compared: `True` -> true, `1` -> 1, ` Yes` -> yes. CSV and Parquet then agree."""
-    return str(value).strip().lower()
+    """A label in the form in which labels are compared: `True` -> true, `1` -> 1, ` Yes` -> yes, null and NaN -> none.
+
+    CSV and Parquet then agree.
+    """
+    return "none" if is_nothing(value) else str(value).strip().lower()
 
 
 def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:

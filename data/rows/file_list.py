@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,35 @@ def list_files(spec: str, types: Collection[str], left_out: LeftOut) -> FileList
         )
     _refuse_twice(spec, files)
     return FileList(spec, tuple(files), frozenset() if several else frozenset(paths), _base(paths))
+
+
+def refuse_address(spec: str) -> None:
+    """Raise DataError for a text that lies at an address, such as `s3://bucket/text.jsonl`."""
+    kind, sign, place = spec.partition("://")
+    if sign:
+        raise DataError(
+            "text is read from this disk or from the hub, not from an address",
+            where=f"{kind}://{place.rpartition('@')[2].partition('?')[0]}",  # neither user and password nor a signature
+            expected="a file, a folder, a glob, or a hub id like owner/name",
+            try_="download the text first (for s3: aws s3 cp), or name the address in a task file under files",
+        )
+
+
+def refuse_split(files: FileList, split: str, names: Collection[str]) -> None:
+    """Raise DataError for a split that the files' names do not tell: all of it would be read, and dev would be train.
+
+    names   names of the split
+    """
+    told = {f: re.findall(r"[a-z]+", f"{files.spec} {files.name(f)}".lower()) for f in files.files}
+    of_others = [f for f in files.files if not {*names} & {*told[f]}]
+    if split != "train" and of_others:
+        raise DataError(
+            "files have no splits",
+            where=files.spec,
+            found=f"--split {split}, and {files.name(of_others[0])} would be read whole",
+            expected=f"files with {' or '.join(names)} in their names",
+            try_="the files of this split as --data, without --split",
+        )
 
 
 def _paths(spec: str) -> list[Path] | None:

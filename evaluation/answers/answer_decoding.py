@@ -13,6 +13,7 @@ examples change an answer, and no generator of the process is touched.
     causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
                       (without white space at its end that an answer's first token holds, as in training)
     encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
+                      (or the prompt in the tokenizer's own template, see `kd.models.families.encoder_layout`)
 
 Prompts that are longer lose their beginning and are counted. Batches hold prompts of similar length.
 
@@ -38,8 +39,9 @@ from kd.evaluation.answers.accepted import references
 from kd.evaluation.scoring.scored_text import out_of_memory
 from kd.models.answering import Answer, answer_batch, unused_ids
 from kd.models.batching.padded_batches import Size, batches_by_length
-from kd.models.loading import Model, max_positions
-from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
+from kd.models.families.positions import max_positions
+from kd.models.loading import Model
+from kd.models.tokenizer import Tokenizer, encode_with_ends, refuse_unknown_ids, token_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +76,9 @@ GREEDY = Sampling()
 
 def answer_room(model: Model, tokenizer: Tokenizer, corpus: Corpus, blocks: BlockConfig, wanted: int | None) -> int:
     """Most tokens of an answer. Raises DataError when `wanted` are too many for the model's positions."""
-    limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1  # a context has at least one token
+    # a causal model's context has at least one token
+    limit = max_positions(model.config, decoder=True) if blocks.encoder else blocks.seq_len - 1
+    limit = limit if limit is None else limit - len(blocks.forced)
     if wanted is not None:
         if wanted < 1 or (limit is not None and wanted > limit):
             raise DataError(
@@ -118,13 +122,17 @@ def written_answers(
     vocabulary_size: int,
     sampling: Sampling = GREEDY,
     tokens_per_batch: int | None = None,
+    forced: Sequence[int] = (),
 ) -> Iterator[tuple[list[int], list[Answer]]]:
     """Numbers into `contexts` and the answers to them, batch by batch, each context exactly once.
 
     contexts[e]   [C >= 1] token ids, special tokens included
+    forced        ids that a decoder begins every answer with, see `answer_batch`
     """
     import torch
 
+    width = int(model.get_output_embeddings().weight.shape[0])
+    refuse_unknown_ids(((f"prompt {number}", ids) for number, ids in enumerate(contexts)), width)
     pad_id = 0 if eos_id is None else eos_id
     tokens_per_batch = tokens_per_batch or GENERATION_TOKENS
     sizes: list[Size] = [(len(c), max_new_tokens) for c in contexts]
@@ -133,7 +141,9 @@ def written_answers(
             prompts = [contexts[i] for i in batch]
             noise = [gumbel_noise(prompts, sampling)] if sampling.temperature else []
             try:
-                answers = answer_batch(model, prompts, eos_id=eos_id, pad_id=pad_id, logits_processor=noise)
+                answers = answer_batch(
+                    model, prompts, eos_id=eos_id, pad_id=pad_id, forced=forced, logits_processor=noise
+                )
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error, tokens_per_batch) from error
             yield batch, answers

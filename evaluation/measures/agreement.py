@@ -98,12 +98,14 @@ def evaluate_agreement(
     if count < 1:
         raise CacheError("there is nothing to score", found=f"a limit of {limit} examples", expected="at least 1")
     tokens_E, rows_E = reader.lengths()
-    sides = np.maximum(tokens_E - rows_E, rows_E) if reader.manifest.blocks.encoder else tokens_E
-    require_positions(model, int(sides[:count].max()))
+    blocks = reader.manifest.blocks
+    require_positions(model, int((tokens_E - rows_E if blocks.encoder else tokens_E)[:count].max()))
+    if blocks.encoder:
+        require_positions(model, int(rows_E[:count].max()) + len(blocks.forced), decoder=True)
     lengths = [int(n) for n in rows_E[:count]]
     total, done = sum(lengths), 0
     figures = np.empty((len(FIGURES), total), dtype=np.float64)
-    head, size = split_head(model), reader.manifest.vocabulary_size
+    head, size = split_head(model, blocks.forced), reader.manifest.vocabulary_size
     ids: list[str] = []
     yield Progress(0, total)
     for first, stop, _ in reader.manifest.shards:  # a shard at a time: its decoded targets are what memory must hold

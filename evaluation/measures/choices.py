@@ -50,7 +50,8 @@ from kd.evaluation.scoring.scored_text import ScoredText
 from kd.evaluation.scoring.shared_context import shared_nll
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task, per_example
-from kd.models.loading import Model, max_positions
+from kd.models.families.positions import max_positions
+from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer
 
 TIE = 1e-6
@@ -110,7 +111,8 @@ def evaluate_choices(
     if encoding == "together" and reading.seq_len is None:
         reading = replace(reading, seq_len=harness_window(model.config, tokenizer))
     blocks = prompt_blocks(model, tokenizer, reading)
-    limit = max_positions(model.config) if blocks.encoder else blocks.seq_len - 1
+    limit = max_positions(model.config, decoder=True) if blocks.encoder else blocks.seq_len - 1
+    limit = limit if limit is None else limit - len(blocks.forced)
     counts: Counter[str] = Counter()
     questions = list(ENCODINGS[encoding](corpus, tokenizer, blocks, limit, counts))
     if not questions:
@@ -123,7 +125,8 @@ def evaluate_choices(
         )
     texts = [ScoredText(q.example.id, q.context_ids, ids) for q in questions for ids in q.option_ids]
     lengths = [len(t.target_ids) for t in texts]
-    nll_N = yield from shared_nll(model, texts, tokens_per_batch=reading.tokens_per_batch)
+    forced = () if encoding == "together" else blocks.forced  # lm-eval forces none
+    nll_N = yield from shared_nll(model, texts, tokens_per_batch=reading.tokens_per_batch, forced=forced)
     starts = np.cumsum([0, *(len(q.option_ids) for q in questions)])
     nats_O = per_example(-nll_N, lengths)
     option_nats = tuple(nats_O[starts[i] : starts[i + 1]] for i in range(len(questions)))

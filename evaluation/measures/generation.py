@@ -31,12 +31,12 @@ from kd.evaluation.answers.answer_decoding import GREEDY, Sampling, answer_room,
 from kd.evaluation.answers.answer_metrics import MetricSettings, metrics_by_task, score_answers
 from kd.evaluation.measures.choices import right_answer
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
-from kd.evaluation.scoring.scored_text import require_vocabulary
+from kd.evaluation.scoring.scored_text import model_ids
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task
 from kd.models.answering import answer_text
 from kd.models.loading import Model
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def evaluate_generation(
             try_="--columns prompt=…,target=…",
         )
     blocks = prompt_blocks(model, tokenizer, reading)
-    size = vocabulary_size(tokenizer)
-    require_vocabulary(int(model.get_output_embeddings().weight.shape[0]), size)
+    size = model_ids(model, tokenizer)
     room = answer_room(model, tokenizer, corpus, blocks, max_new_tokens)
     settings = metric_settings or MetricSettings()
     chosen = metrics_by_task(corpus.examples, corpus.metrics, metrics, settings)
@@ -112,6 +111,7 @@ def evaluate_generation(
         vocabulary_size=size,
         sampling=sampling,
         tokens_per_batch=reading.tokens_per_batch,
+        forced=blocks.forced,
     ):
         for context, answer in zip(batch, answers, strict=True):
             before = None if blocks.encoder else contexts[context]

@@ -40,7 +40,8 @@ from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_wind
 from kd.evaluation.scoring.scored_text import ScoredText
 from kd.evaluation.scoring.shared_context import shared_nll
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
-from kd.models.loading import Model, is_encoder_decoder, max_positions
+from kd.models.families.positions import max_positions
+from kd.models.loading import Model, is_encoder_decoder
 from kd.models.tokenizer import Tokenizer
 
 SOURCE = """

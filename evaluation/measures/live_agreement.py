@@ -20,12 +20,12 @@ from kd.data.sources import Corpus
 from kd.evaluation.measures.agreement import FIGURES, AgreementResult, agreement_of, jensen_shannon
 from kd.evaluation.measures.perplexity import first_tokens
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
-from kd.evaluation.scoring.scored_text import LogitChunk, ScoredText, chunk_scores, logit_chunks
+from kd.evaluation.scoring.scored_text import LogitChunk, ScoredText, chunk_scores, logit_chunks, model_ids
 from kd.evaluation.scoring.windows import text_blocks, window
 from kd.evaluation.statistics.estimates import Documents
 from kd.models.heads import split_head
 from kd.models.loading import Model, is_encoder_decoder
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.tokenizer import Tokenizer
 
 
 def evaluate_live_agreement(
@@ -47,7 +47,7 @@ def evaluate_live_agreement(
         raise DataError("one of model and teacher has an encoder", expected="two causal models, or two with an encoder")
     if temperature <= 0:
         raise DataError("temperature must be positive", found=temperature)
-    blocks = text_blocks(reading, shared_window(model, teacher, reading.seq_len), encoder=encoder)
+    blocks = text_blocks(reading, shared_window(model, teacher, reading.seq_len), model, tokenizer)
     left_out = LeftOut()
     rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, left_out), reading.limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
@@ -55,9 +55,11 @@ def evaluate_live_agreement(
     total, done = sum(lengths), 0
     figures = np.empty((len(FIGURES), total))
     yield Progress(0, total)
-    size = vocabulary_size(tokenizer)
+    size = min(model_ids(m, tokenizer) for m in (model, teacher))
     both = (
-        logit_chunks(split_head(m), texts, vocabulary_size=size, tokens_per_batch=reading.tokens_per_batch)
+        logit_chunks(
+            split_head(m, blocks.forced), texts, vocabulary_size=size, tokens_per_batch=reading.tokens_per_batch
+        )
         for m in (model, teacher)
     )
     for ours, theirs in zip(*both, strict=True):

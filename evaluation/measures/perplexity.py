@@ -33,12 +33,12 @@ from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.left_out import LeftOut
 from kd.data.sources import Corpus
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
-from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, token_scores
+from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, model_ids, token_scores
 from kd.evaluation.scoring.windows import text_blocks, window
 from kd.evaluation.statistics.calibration import calibration_error
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
-from kd.models.loading import Model, is_encoder_decoder
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.loading import Model
+from kd.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class PerplexityResult:
     """Window and stride as used."""
     pairs_cut: int
     """Number of examples that were longer than the window."""
+    too_short: int
+    """Number of documents that have no token to score and were left out."""
 
 
 def evaluate_perplexity(
@@ -76,19 +78,23 @@ def evaluate_perplexity(
     Raises DataError when the model has fewer positions than the window or fewer logits than the tokenizer has
     entries, TeacherError when its output layer cannot be taken apart (see `kd.models.loading.split_head`).
     """
-    blocks = text_blocks(reading, window(model, reading.seq_len), encoder=is_encoder_decoder(model.config))
+    blocks = text_blocks(reading, window(model, reading.seq_len), model, tokenizer)
     left_out = LeftOut()
     rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, left_out), reading.limit_tokens))
     texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
     scores = yield from token_scores(
-        model, texts, vocabulary_size=vocabulary_size(tokenizer), tokens_per_batch=reading.tokens_per_batch
+        model,
+        texts,
+        vocabulary_size=model_ids(model, tokenizer),
+        tokens_per_batch=reading.tokens_per_batch,
+        forced=blocks.forced,
     )
     documents = Documents.of_examples([t.id for t in texts], corpus.kind)
     byte_counts = np.array([int(r.byte_end[-1]) for r in rows])
     total = len(scores.nll_N)
-    cut = left_out.count("shortened")
-    yield Progress(total, total, perplexity_of(scores, lengths, byte_counts, documents, blocks, cut))
+    counted = left_out.count("shortened"), left_out.count("too_short")
+    yield Progress(total, total, perplexity_of(scores, lengths, byte_counts, documents, blocks, *counted))
 
 
 def perplexity_of(
@@ -98,13 +104,15 @@ def perplexity_of(
     documents: Documents,
     blocks: BlockConfig,
     pairs_cut: int = 0,
+    too_short: int = 0,
 ) -> PerplexityResult:
     """The figures from the scores of every token, and `[examples]` tokens and bytes of each example."""
     sums = per_example(scores.nll_N, lengths)
     nll = documents.ratio(sums, np.array(lengths))
     bits = documents.ratio(sums / math.log(2), byte_counts)
     ece = calibration_error(documents, scores.confidence_N, scores.right_N, lengths)
-    return PerplexityResult(nll, nll.exponential(), bits, nll.n, bits.n, ece, documents, blocks, pairs_cut)
+    exponential = nll.exponential()
+    return PerplexityResult(nll, exponential, bits, nll.n, bits.n, ece, documents, blocks, pairs_cut, too_short)
 
 
 def first_tokens(rows: Iterable[TokenRows], limit: int | None) -> Iterator[TokenRows]:

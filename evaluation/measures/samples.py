@@ -21,16 +21,18 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
+from kd.data.rows.compressed import UNREADABLE, file_type, open_text
 from kd.data.rows.example import Example
+from kd.data.rows.tables import TABLE_READERS
 from kd.data.sources import Corpus
 from kd.evaluation.answers.answer_decoding import answer_room, prompt_ids, written_answers
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
-from kd.evaluation.scoring.scored_text import require_vocabulary
+from kd.evaluation.scoring.scored_text import model_ids
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate
 from kd.models.answering import answer_text
 from kd.models.loading import Model
-from kd.models.tokenizer import Tokenizer, vocabulary_size
+from kd.models.tokenizer import Tokenizer
 
 NEW_TOKENS = 64
 """Default number of tokens of an answer."""
@@ -65,15 +67,19 @@ class SamplesResult:
 
 
 def load_prompts(path: Path, limit: int | None = None) -> Prompts:
-    """The first `limit` prompts of a .txt or .jsonl file. Raises DataError naming file and line."""
+    """The first `limit` prompts of a .txt or .jsonl file, which may be compressed. Raises DataError naming file and line."""
+    kind = file_type(path)
+    if kind != ".jsonl" and kind in TABLE_READERS:
+        raise DataError("prompts are not read from such a file", where=path, found=kind, expected=".txt or .jsonl")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_text(path) as opened:
+            text = [line.rstrip("\n") for line in opened]
+    except UNREADABLE as error:
         raise DataError("cannot read the prompts", where=path, found=str(error)) from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()][:limit]
+    lines = [(number, line) for number, line in enumerate(text, 1) if line.strip()][:limit]
     if not lines:
         raise DataError("there are no prompts", where=path, found="an empty file")
-    if path.suffix != ".jsonl":
+    if kind != ".jsonl":
         return Prompts(path.name, tuple(line for _, line in lines), (None,) * len(lines), True)
     rows = [_row(line, f"{path} line {number}") for number, line in lines]
     return Prompts(path.name, tuple(r[0] for r in rows), tuple(r[1] for r in rows), False)
@@ -102,8 +108,7 @@ def write_samples(
 ) -> Iterator[Progress[SamplesResult]]:
     """Let the model continue or answer every prompt; the last record carries the texts. Options as in `generation`."""
     blocks = prompt_blocks(model, tokenizer, replace(reading, separator="") if prompts.continued else reading)
-    size = vocabulary_size(tokenizer)
-    require_vocabulary(int(model.get_output_embeddings().weight.shape[0]), size)
+    size = model_ids(model, tokenizer)
     examples = tuple(
         Example(id=str(n), task="samples", split="", prompt=p, target="") for n, p in enumerate(prompts.texts)
     )
@@ -123,6 +128,7 @@ def write_samples(
         eos_id=tokenizer.eos_token_id,
         vocabulary_size=size,
         tokens_per_batch=reading.tokens_per_batch,
+        forced=blocks.forced,
     ):
         for number, answer in zip(numbers, answers, strict=True):
             before = None if blocks.encoder else contexts[number]

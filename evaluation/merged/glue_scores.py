@@ -22,7 +22,8 @@ from kd.evaluation.merged.glue_figures import Score, Scores, glue_figures
 from kd.evaluation.merged.glue_table import GlueTable
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings
 from kd.models.classifiers import HEAD, load_classifier, refuse_other_classes
-from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device
+from kd.models.families.positions import max_positions
+from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, resolve_device
 from kd.models.tokenizer import pad_token_id
 from kd.student_trainer.classify.encoding import EncodedRows, encode_rows
 from kd.student_trainer.classify.pooling import pooled_states

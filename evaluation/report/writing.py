@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kd.common.disk.disk_errors import clear_write_errors
-from kd.common.files import canonical_json, write_atomic
+from kd.common.files import canonical_json, sweep, write_atomic
 from kd.common.shown_text import for_markdown, for_spreadsheet, redacted
 from kd.evaluation.report.columns import Column
 from kd.evaluation.report.comparison import Comparison, Entry, compare, short_name
@@ -96,6 +96,7 @@ def _written(
     after: Sequence[Section],
     baseline: str | None,
 ) -> ReportFiles:
+    sweep(out)
     runs, entries = collect_runs(inputs)
     comparisons = compare(entries)
     arms = arms_of(entries)

@@ -20,6 +20,7 @@ from kd.common.progress import Progress
 from kd.models.batching.padded_batches import batches_by_length, head_rows
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.loading import Model
+from kd.models.tokenizer import Tokenizer, refuse_unknown_ids, usable_ids
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,16 @@ def require_vocabulary(width: int, vocabulary_size: int) -> None:
         )
 
 
+def refuse_unknown_text(texts: Sequence[ScoredText], width: int) -> None:
+    """Raise DataError naming the example that has an id beyond the model's `width` ids."""
+    refuse_unknown_ids(((f"example {t.id}", ids) for t in texts for ids in (t.context_ids, t.target_ids)), width)
+
+
+def model_ids(model: Model, tokenizer: Tokenizer) -> int:
+    """Number of ids that the model and its tokenizer both have. Raises DataError as `usable_ids`."""
+    return usable_ids(tokenizer, int(model.get_output_embeddings().weight.shape[0]), what="the model")
+
+
 def out_of_memory(error: BaseException, tokens_per_batch: int) -> DataError:
     """The error to raise when a batch was too large for the device."""
     return DataError(
@@ -84,6 +95,7 @@ def logit_chunks(
     import torch
 
     require_vocabulary(int(head.weight.shape[0]), vocabulary_size)
+    refuse_unknown_text(texts, int(head.weight.shape[0]))
     tokens_per_batch = tokens_per_batch or head.forward_tokens()
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
     for batch in batches_by_length([head.size(len(t.context_ids), len(t.target_ids)) for t in texts], tokens_per_batch):
@@ -119,13 +131,22 @@ class TokenScores:
 
 
 def token_scores(
-    model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int, tokens_per_batch: int | None = None
+    model: Model,
+    texts: Sequence[ScoredText],
+    *,
+    vocabulary_size: int,
+    tokens_per_batch: int | None = None,
+    forced: Sequence[int] = (),
 ) -> Generator[Progress[Any], None, TokenScores]:
-    """As `gold_nll`, and the most probable token of every position: yields progress, returns the scores."""
+    """As `gold_nll`, and the most probable token of every position: yields progress, returns the scores.
+
+    forced  as `split_head`
+    """
     total, done = sum(len(t.target_ids) for t in texts), 0
     scores = np.empty((3, total), dtype=np.float64)
     yield Progress(0, total)
-    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
+    head = split_head(model, forced)
+    chunks = logit_chunks(head, texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
     for chunk in chunks:
         scores[:, chunk.rows] = chunk_scores(chunk)
         done += len(chunk.rows)
@@ -143,16 +164,24 @@ def chunk_scores(chunk: LogitChunk) -> np.ndarray:
 
 
 def gold_nll(
-    model: Model, texts: Sequence[ScoredText], *, vocabulary_size: int, tokens_per_batch: int | None = None
+    model: Model,
+    texts: Sequence[ScoredText],
+    *,
+    vocabulary_size: int,
+    tokens_per_batch: int | None = None,
+    forced: Sequence[int] = (),
 ) -> Generator[Progress[Any], None, np.ndarray]:
     """Negative log-probability of every scored token: yields progress, returns `[N]` float64 nats in the texts' order.
+
+    forced  as `split_head`
 
     Raises as `logit_chunks`, and TeacherError when the model's output layer cannot be taken apart.
     """
     total, done = sum(len(t.target_ids) for t in texts), 0
     nll_N = np.empty(total, dtype=np.float64)
     yield Progress(0, total)
-    chunks = logit_chunks(split_head(model), texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
+    head = split_head(model, forced)
+    chunks = logit_chunks(head, texts, vocabulary_size=vocabulary_size, tokens_per_batch=tokens_per_batch)
     for chunk in chunks:
         gold = chunk.logits.gather(1, chunk.gold_ids.unsqueeze(1)).squeeze(1)
         nll_N[chunk.rows] = (chunk.logits.logsumexp(dim=1) - gold).cpu().numpy()

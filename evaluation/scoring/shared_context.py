@@ -26,7 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.common.progress import Progress
-from kd.evaluation.scoring.scored_text import ScoredText, gold_nll, not_finite, out_of_memory, require_vocabulary
+from kd.evaluation.scoring.scored_text import (
+    ScoredText,
+    gold_nll,
+    not_finite,
+    out_of_memory,
+    refuse_unknown_text,
+    require_vocabulary,
+)
 from kd.models.batching.padded_batches import Size, batches_by_length, head_rows
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.models.loading import Model
@@ -51,17 +58,25 @@ def shared_nll(
     *,
     vocabulary_size: int | None = None,
     tokens_per_batch: int | None = None,
+    forced: Sequence[int] = (),
 ) -> Generator[Progress[Any], None, np.ndarray]:
     """As `gold_nll`: yields progress, returns `[N]` float64 nats in the texts' order; equal contexts are read once.
 
-    Equal texts get equal numbers. vocabulary_size   columns of the output layer that count; None = all of them.
+    Equal texts get equal numbers.
+
+    vocabulary_size   columns of the output layer that count; None = all of them
+    forced            as `split_head`
+
     Raises DataError for too few columns, too little memory, or logits that are not finite.
     """
-    head = split_head(model)
+    head = split_head(model, forced)
     size = int(head.weight.shape[0]) if vocabulary_size is None else vocabulary_size
     require_vocabulary(int(head.weight.shape[0]), size)
+    refuse_unknown_text(texts, int(head.weight.shape[0]))
     if not shares_context(head):
-        return (yield from gold_nll(model, texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch))
+        return (
+            yield from gold_nll(model, texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch, forced=forced)
+        )
     tokens_per_batch = tokens_per_batch or head.forward_tokens()
     branches, places = group_by_context(texts)
     total, done = sum(len(t.target_ids) for t in texts), 0
@@ -260,15 +275,16 @@ def _decoder_rows(head: EncoderDecoderHead, branches: Sequence[Branch]) -> _Rows
     at: list[list[np.ndarray]] = [[np.empty(0, dtype=np.int64)] * len(b.continuations) for b in branches]
     for way, held in _passes(branches, 1):
         texts = [branches[i].continuations[way] for i in held]
-        sizes = torch.tensor([len(t) for t in texts])
-        forced = np.zeros((len(held), int(sizes.max())), dtype=np.int64)
-        for row, text in enumerate(texts):
-            forced[row, : len(text)] = [head.start_id, *text[:-1]]
+        inputs = [head.decoder_inputs(text) for text in texts]
+        sizes = torch.tensor([len(i) for i in inputs])
+        read = np.zeros((len(held), int(sizes.max())), dtype=np.int64)
+        for row, ids in enumerate(inputs):
+            read[row, : len(ids)] = ids
         past = EncoderDecoderCache(
             DynamicCache(), DynamicCache() if cross is None else _branch(cross, held, len(branches))
         )
         output = head.backbone(
-            input_ids=torch.from_numpy(forced).to(device),
+            input_ids=torch.from_numpy(read).to(device),
             encoder_hidden_states=memory[held],
             encoder_attention_mask=None if mask is None else mask[held],
             past_key_values=past,
@@ -279,7 +295,8 @@ def _decoder_rows(head: EncoderDecoderHead, branches: Sequence[Branch]) -> _Rows
             cross = kept.cross_attention_cache if isinstance(kept, EncoderDecoderCache) else None
             if not _is_branchable(cross) or not cross.layers:
                 return None
-        hidden.append(output.last_hidden_state[torch.arange(int(sizes.max())) < sizes[:, None]])
+        steps = torch.arange(int(sizes.max()))
+        hidden.append(output.last_hidden_state[(steps >= len(head.forced)) & (steps < sizes[:, None])])
         for i, text in zip(held, texts, strict=True):
             at[i][way] = np.arange(count, count + len(text))
             count += len(text)

@@ -5,22 +5,24 @@ from __future__ import annotations
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig
 from kd.evaluation.scoring.reading_options import ReadingOptions
-from kd.models.loading import Model, is_encoder_decoder, max_positions
+from kd.models.families.encoder_layout import encoder_layout
+from kd.models.families.positions import max_positions
+from kd.models.loading import Model, is_encoder_decoder
 from kd.models.tokenizer import Tokenizer
 
 DEFAULT_SEQ_LEN = 1024
 """Tokens in the window of a model that has as many positions; a model with fewer uses them all."""
 
 
-def require_positions(model: Model, tokens: int) -> None:
-    """Raise DataError when `tokens` positions are more than the model has."""
-    limit = max_positions(model.config)
+def require_positions(model: Model, tokens: int, *, decoder: bool = False) -> None:
+    """Raise DataError when `tokens` positions are more than the model has; its decoder where that is meant."""
+    limit = max_positions(model.config, decoder=decoder)
     if limit is not None and tokens > limit:
         raise DataError(
             "the sequences are longer than the model's positions",
             found=f"{tokens} tokens",
             expected=f"at most {limit}",
-            try_=f"--seq-len {limit}",
+            try_=f"{'--target-len' if decoder else '--seq-len'} {limit}",
         )
 
 
@@ -32,11 +34,10 @@ def window(model: Model, seq_len: int | None) -> int:
     return seq_len
 
 
-def text_blocks(reading: ReadingOptions, seq_len: int, *, encoder: bool) -> BlockConfig:
+def text_blocks(reading: ReadingOptions, seq_len: int, model: Model, tokenizer: Tokenizer) -> BlockConfig:
     """How documents and pairs are cut to be scored token by token; a pair that is too long is cut as in training.
 
     seq_len   tokens of the window, as `window` gives them
-    encoder   whether the model is an encoder-decoder
     """
     return BlockConfig(
         seq_len=seq_len,
@@ -44,8 +45,9 @@ def text_blocks(reading: ReadingOptions, seq_len: int, *, encoder: bool) -> Bloc
         bos=reading.opens_with_bos,
         separator=reading.between,
         control_tokens=reading.control_reading,
-        encoder=encoder,
+        encoder=is_encoder_decoder(model.config),
         overlong="truncate",
+        layout=encoder_layout(model.config, tokenizer),
     )
 
 
@@ -57,5 +59,6 @@ def prompt_blocks(model: Model, tokenizer: Tokenizer, reading: ReadingOptions) -
         bos=reading.opens_with_bos,
         control_tokens=reading.control_reading,
         encoder=is_encoder_decoder(model.config),
+        layout=encoder_layout(model.config, tokenizer),
     )
     return blocks.normalised("pairs", tokenizer)

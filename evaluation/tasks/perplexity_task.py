@@ -44,6 +44,7 @@ class PerplexityTask(TextTask[None]):
                 "bos": scores.blocks.bos,
                 "limit_tokens": shared.reading.limit_tokens,
                 "pairs_cut": scores.pairs_cut or None,
+                "documents_too_short": scores.too_short or None,
             }
             if material.kind == "pairs":
                 settings["separator"] = shared.reading.between

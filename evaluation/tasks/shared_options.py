@@ -42,6 +42,10 @@ class LoadingOptions:
     """Folder or hub id of the tokenizer of a random model. By default the embedded one."""
     seed: int = 0
     """Seed of random weights and of sampled answers."""
+    source_lang: str | None = setting(None, metavar="CODE", shown="the tokenizer's own")
+    """Language code of the prompts, for an encoder-decoder whose tokenizer writes one (mBART: fr_XX, NLLB: fra_Latn)."""
+    target_lang: str | None = setting(None, metavar="CODE", shown="the tokenizer's own")
+    """Language code of the targets, likewise."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -50,13 +54,31 @@ class LoadingOptions:
         """The request for the model that is evaluated."""
         from kd.models.loading import ModelRequest
 
-        return ModelRequest(name, self.revision, self.dtype, self.device, self.load_in_4bit, self.tokenizer, self.seed)
+        return ModelRequest(
+            name,
+            self.revision,
+            self.dtype,
+            self.device,
+            self.load_in_4bit,
+            self.tokenizer,
+            self.seed,
+            self.source_lang,
+            self.target_lang,
+        )
 
     def teacher_request(self, name: str) -> ModelRequest:
         """The request for a teacher beside it; revision and tokenizer are the model's alone."""
         from kd.models.loading import ModelRequest
 
-        return ModelRequest(name, dtype=self.dtype, device=self.device, load_in_4bit=self.load_in_4bit, seed=self.seed)
+        return ModelRequest(
+            name,
+            dtype=self.dtype,
+            device=self.device,
+            load_in_4bit=self.load_in_4bit,
+            seed=self.seed,
+            source_lang=self.source_lang,
+            target_lang=self.target_lang,
+        )
 
 
 @dataclass(frozen=True)

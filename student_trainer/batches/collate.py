@@ -28,7 +28,7 @@ class Collator:
     example sits at the position before it. The tokens are the teacher's, or, with `text`, the student's own.
 
     For a student with an encoder, `input_ids` are what the encoder reads. Its decoder reads `decoder_input_ids [B, T]`: for
-    every example `start_id` and all target tokens but the last; `positions` count there. Where examples are packed,
+    every example `start_ids` and all target tokens but the last; `positions` count there. Where examples are packed,
     `segment_ids` and `position_ids [B, T]` replace the mask, as `kd.models.batching.packing` makes them.
     """
 
@@ -44,8 +44,8 @@ class Collator:
     """Whether the prompt's tokens are scored too (by the cross-entropy alone)."""
     pieces: SharedPieces | None = None
     """Pieces that both vocabularies have, for `hybrid`."""
-    start_id: int | None = None
-    """Token that the student's decoder starts from; None = a causal student."""
+    start_ids: tuple[int, ...] = ()
+    """Ids that the student's decoder reads before the target: its start token, then what is forced; () = a causal student."""
     capacity: Size | None = None
     """Tokens of a packed sequence on each side; None = one example per sequence."""
 
@@ -69,9 +69,10 @@ class Collator:
         first = [self._first(e) for e in examples]
         gold = [i[start:] for i, start in zip(ids, first, strict=True)]
         sides, ahead = [ids], [start - 1 for start in first]
-        if self.start_id is not None:
-            shifted = [np.concatenate([[self.start_id], g])[: len(g)] for g in gold]
-            sides, ahead = [[e.context_ids for e in examples], shifted], [0] * len(gold)
+        if self.start_ids:
+            forced = len(self.start_ids) - 1
+            shifted = [np.concatenate([self.start_ids, g])[: forced + len(g)] for g in gold]
+            sides, ahead = [[e.context_ids for e in examples], shifted], [forced] * len(gold)
         sequences = pack_sequences([tuple(len(side[e]) for side in sides) for e in range(len(ids))], self.capacity)
         layouts = [lay_out(side, sequences) for side in sides]
         starts = layouts[-1]["starts"] + np.array(ahead)
@@ -80,11 +81,11 @@ class Collator:
             "positions": np.concatenate([s + np.arange(len(g)) for s, g in zip(starts, gold, strict=True)]),
             "gold_ids": np.concatenate(gold).astype(np.int64),
         }
-        if self.start_id is not None:
+        if self.start_ids:
             batch["decoder_input_ids"] = layouts[1]["input_ids"]
         if self.capacity is None:
             return batch | {"attention_mask": (layouts[0]["segment_ids"] > 0).astype(np.int64)}
-        if self.start_id is not None:
+        if self.start_ids:
             return batch | {"segment_ids": layouts[0]["segment_ids"], "decoder_segment_ids": layouts[1]["segment_ids"]}
         return batch | {name: layouts[0][name] for name in ("segment_ids", "position_ids")}
 

@@ -17,7 +17,8 @@ from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import part_of
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
-from kd.models.loading import max_positions
+from kd.models.families.encoder_layout import EncoderLayout
+from kd.models.families.positions import max_positions
 from kd.models.tokenizer import Tokenizer, token_bytes
 from kd.student_trainer.config import LossSettings
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
@@ -73,6 +74,32 @@ def refuse_other_layout(reader: Reader, purpose: str, *, encoder: bool) -> None:
         )
 
 
+def refuse_other_template(reader: Reader, layout: EncoderLayout | None, tokenizer: Tokenizer) -> None:
+    """Raise CacheMismatchError where the model would read other special tokens around its texts than the cache has."""
+    cached = reader.manifest.blocks.layout
+    if cached != layout:
+        names = [_template(tokenizer, each) for each in (layout, cached)]
+        raise CacheMismatchError(
+            "the model puts other special tokens around its texts than the cache's teacher",
+            cache=reader.root,
+            found=names[0],
+            expected=names[1],
+            try_="the --source-lang and --target-lang of the cache; or --loss uld, hybrid or alm",
+        )
+
+
+def _template(tokenizer: Tokenizer, layout: EncoderLayout | None) -> str:
+    """A layout in words: `fr_XX source </s>, de_DE target </s>`."""
+    if layout is None:
+        return "source EOS, target EOS"
+    sides = {
+        "source": (layout.source_before, layout.source_after),
+        "target": (layout.target_before, layout.target_after),
+    }
+    tokens = tokenizer.convert_ids_to_tokens
+    return ", ".join(" ".join([*tokens(list(a)), side, *tokens(list(b))]) for side, (a, b) in sides.items())
+
+
 def refuse_without_prompts(reader: Reader) -> None:
     """Raise DataError when a student's encoder would have nothing to read."""
     if reader.manifest.identity["corpus"]["kind"] == "documents":
@@ -90,10 +117,11 @@ def same_tokenizer(reader: Reader, tokenizer: Tokenizer) -> bool:
     return token_bytes(tokenizer)[: reader.manifest.vocabulary_size] == reader.vocabulary()
 
 
-def refuse_narrow_student(reader: Reader, config: Any, longest: int) -> None:
+def refuse_narrow_student(reader: Reader, config: Any, longest: int, written: int = 0) -> None:
     """Raise DataError when the student has fewer logits than the cache has ids, or too few positions.
 
-    longest   most tokens that the student reads as one sequence; for an encoder-decoder, on the longer side
+    longest   most tokens that the student reads as one sequence; for an encoder-decoder, that its encoder reads
+    written   most tokens that its decoder reads
     """
     if int(config.vocab_size) < reader.manifest.vocabulary_size:
         raise CacheMismatchError(
@@ -102,15 +130,19 @@ def refuse_narrow_student(reader: Reader, config: Any, longest: int) -> None:
             found=config.vocab_size,
             expected=f"at least {reader.manifest.vocabulary_size}",
         )
-    limit = max_positions(config)
-    if limit is not None and longest > limit:
-        raise DataError(
-            "the cache's examples are longer than the student's window",
-            cache=reader.root,
-            found=f"{longest} tokens",
-            expected=f"at most {limit}",
-            try_=f"a cache built with --seq-len {limit}, or another student",
-        )
+    sides = (
+        ("--seq-len", longest, max_positions(config)),
+        ("--target-len", written, max_positions(config, decoder=True)),
+    )
+    for option, tokens, limit in sides:
+        if limit is not None and tokens > limit:
+            raise DataError(
+                "the cache's examples are longer than the student's window",
+                cache=reader.root,
+                found=f"{tokens} tokens",
+                expected=f"at most {limit}",
+                try_=f"a cache built with {option} {limit}, or another student",
+            )
 
 
 def resolve_objective(config: TargetConfig, settings: LossSettings, *, edges: tuple[int, ...] = ()) -> Objective:

@@ -47,9 +47,12 @@ def _has_mark(piece: bytes, end: int) -> bool:
     return piece.startswith(b" ") and end == len(piece) - 1
 
 
-def shared_pieces(reader: Reader, tokenizer: Tokenizer) -> SharedPieces:
-    """Match the vocabularies; a piece that occurs twice on a side is left out, as special tokens are, but for EOS."""
-    teacher, student = reader.vocabulary(), token_bytes(tokenizer)
+def shared_pieces(reader: Reader, tokenizer: Tokenizer, size: int | None = None) -> SharedPieces:
+    """Match the vocabularies; a piece that occurs twice on a side is left out, as special tokens are, but for EOS.
+
+    size  number of the tokenizer's ids that the student has; None = all
+    """
+    teacher, student = reader.vocabulary(), token_bytes(tokenizer)[:size]
     special = {*tokenizer.all_special_ids}
     numbers: dict[bytes, int] = {}
     for number, piece in enumerate(student):

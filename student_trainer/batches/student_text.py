@@ -20,6 +20,7 @@ from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair, with_bos
 from kd.data.rows.example import Example
 from kd.data.text_tokens import TextTokens
+from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.alignment import Side
 from kd.student_trainer.batches.compatibility import same_tokenizer
@@ -53,6 +54,7 @@ class StudentText:
         window: int | None,
         separator: str | None = None,
         encoder: bool = False,
+        layout: EncoderLayout | None = None,
         target_len: int | None = None,
     ) -> None:
         """Tokenise every example.
@@ -60,6 +62,7 @@ class StudentText:
         window       most tokens of an example; for a student with an encoder, of the prompt
         separator    text between prompt and target, None = as in the cache; a student with an encoder reads none
         encoder      whether the student has an encoder
+        layout       special tokens around its two texts, as `kd.models.families.encoder_layout` finds them
         target_len   most tokens of the target
 
         Raises DataError for a student without EOS where the cache's targets end with one.
@@ -74,11 +77,17 @@ class StudentText:
                 try_="set eos_token in its tokenizer_config.json",
             )
         words, teacher = TextTokens(tokenizer, blocks.control_tokens), reader.vocabulary()
-        same = blocks.encoder == encoder and separator is None and same_tokenizer(reader, tokenizer)
+        same = blocks.encoder == encoder and blocks.layout == layout and separator is None
+        same = same and same_tokenizer(reader, tokenizer)
         between = "" if not pairs else blocks.separator if separator is None else separator
         bos = blocks.bos if same else tokenizer.bos_token_id is not None  # a cut prompt keeps it, and nothing else
         limits = BlockConfig(
-            seq_len=window or 2**31, bos=bos, separator=between, encoder=encoder, target_len=target_len
+            seq_len=window or 2**31,
+            bos=bos,
+            separator=between,
+            encoder=encoder,
+            target_len=target_len,
+            layout=layout,
         )
         self.truncated = 0
         """Examples that did not fit the window."""
@@ -99,6 +108,10 @@ class StudentText:
 
     def __getitem__(self, example: int) -> StudentExample:
         return self._examples[example]
+
+    def named_ids(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What each example is called in errors, and its ids."""
+        return ((f"example {number}", example.input_ids) for number, example in self._examples.items())
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone; 0 for shards that were not copied."""

@@ -34,9 +34,10 @@ from kd.common.paths import as_path
 from kd.common.settings import saved
 from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue
 from kd.models.classifiers import HEAD, load_classifier
+from kd.models.families.positions import max_positions
 from kd.models.finite_weights import refuse_weights_without_value
-from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, max_positions, resolve_device
-from kd.models.tokenizer import Tokenizer, pad_token_id, vocabulary_size
+from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, resolve_device
+from kd.models.tokenizer import Tokenizer, pad_token_id, refuse_unknown_ids, usable_ids
 from kd.student_trainer.batches.compatibility import resolve_objective
 from kd.student_trainer.classify.classify_settings import ClassifyConfig
 from kd.student_trainer.classify.encoding import EncodedRows, PadBatch, encode_rows
@@ -91,6 +92,8 @@ def train_classifier(
     tokenizer = load_request_tokenizer(request)
     pad_id = _checked_pad_id(tokenizer, load_config(request), config.inputs.max_length)
     encoded = encode_rows(tokenizer, source.labelled.rows, max_length=config.inputs.max_length)
+    texts = ((f"row {number}", np.array(ids)) for number, ids in enumerate(encoded.ids))
+    refuse_unknown_ids(texts, int(load_config(request).get_text_config().vocab_size))
     model = load_classifier(request, source.labelled.task.labels, pad_id=pad_id)
     refuse_weights_without_value(model, config.model)
     set_seed(config.seed)
@@ -173,13 +176,9 @@ def _parameter_counts(model: Any) -> tuple[int, int]:
 
 def _checked_pad_id(tokenizer: Tokenizer, config: Any, max_length: int) -> int:
     """The pad token. Raises DataError for a tokenizer with more entries than the model, or too few positions."""
-    if vocabulary_size(tokenizer) > int(config.vocab_size):
-        raise DataError(
-            "the model has fewer embeddings than the tokenizer has tokens",
-            found=config.vocab_size,
-            expected=f"at least {vocabulary_size(tokenizer)}",
-            try_="--tokenizer PATH of the right one",
-        )
+    width = int(config.get_text_config().vocab_size)
+    usable_ids(tokenizer, width, what="the model")
+    refuse_unknown_ids([("the tokenizer's padding token", np.array([pad_token_id(tokenizer)]))], width)
     limit = max_positions(config)
     if limit is not None and max_length > limit:
         raise DataError(

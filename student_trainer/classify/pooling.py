@@ -16,7 +16,7 @@ from kd.student_trainer.classify.encoding import EncodedRows, length_batches
 def pooled_states(backbone: Any, rows: EncodedRows, *, tokens_per_batch: int) -> Tensor:
     """The state that a head reads of each row, `[n, d]` float32 on the CPU, in the order of the rows."""
     device = next(backbone.parameters()).device
-    states = torch.empty((len(rows), backbone.config.hidden_size))
+    states = torch.empty((len(rows), backbone.config.get_text_config().hidden_size))
     for numbers, batch in length_batches(rows, tokens_per_batch):
         last = last_states(backbone, {k: v.to(device) for k, v in batch.items()}, rows.pad_id)
         states[numbers] = last.float().cpu()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def kill_at_moments(tmp_path: Path, build_request, resumes, wanted: int) -> None
     for number in range(20 * wanted):
         out = tmp_path / f"m{number}"
         for _ in range(4):
-            hits += killed_at_moment(lambda out=out: run(build_request(out)), dice.uniform(0.0, length))
+            hits += killed_at_moment(partial(run, build_request(out)), dice.uniform(0.0, length))
             if (out / "manifest.json").exists():
                 break
         resumes(out)

@@ -208,3 +208,16 @@ def test_other_write_errors_name_the_file_and_the_reason(tmp_path: Path):
     assert "cannot write" in str(error)
     assert error.details["where"] == str(tmp_path / "f")
     assert error.details["found"] == "Permission denied"
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "README.md", "report.html", "reference.csv"])
+def test_what_a_killed_process_had_begun_to_write_is_swept_whatever_its_kind(tmp_path: Path, name: str) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    dead = process_tag().replace(f"-{os.getpid()}-", f"-{pid}-")
+    for tag in (dead, process_tag()):
+        (tmp_path / f".{name}.{tag}.tmp").write_text("half")
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f".{name}.{process_tag()}.tmp"]

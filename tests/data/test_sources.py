@@ -507,3 +507,17 @@ def test_a_limit_does_not_take_one_label_of_rows_sorted_by_label(tmp_path: Path)
 def test_a_spec_longer_than_a_file_name_is_an_error_in_words(spec: str) -> None:
     with pytest.raises(DataError):
         load_corpus(spec)
+
+
+@pytest.mark.parametrize("split", ["dev", "validation", "heldout"])
+def test_a_split_of_files_is_what_their_names_say_or_an_error(tmp_path: Path, split: str):
+    write(tmp_path / f"{split}.jsonl", ROWS)
+    write(tmp_path / "rows.jsonl", ROWS)
+    assert load_corpus(str(tmp_path / f"{split}.jsonl"), split=split).split == split
+    assert load_corpus(str(tmp_path / "rows.jsonl"), split="train").split == "train"
+    write(tmp_path / split / "rows.jsonl", ROWS)
+    assert len(load_corpus(str(tmp_path / split), split=split).examples) == 3
+    for spec in (tmp_path / "rows.jsonl", tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match="files have no splits") as caught:
+            load_corpus(str(spec), split=split)
+        assert "rows.jsonl would be read whole" in str(caught.value)

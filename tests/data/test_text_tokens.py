@@ -196,6 +196,39 @@ def first_token_nats(model, pairs) -> float:
     return float(np.mean(found))
 
 
+@pytest.fixture(scope="module")
+def word_pieces(tmp_path_factory) -> TextTokens:
+    """A WordPiece tokenizer, which drops white space and marks what goes on inside a word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(["the fox is unhappy because she saw a big dog go home"] * 4, trainer)
+    return TextTokens(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", pad_token="[PAD]"
+        )
+    )
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_word_pieces_are_split_between_words(word_pieces: TextTokens, separator: str):
+    for prompt, target in [("The fox saw", "she is home"), ("the un", "happy dog"), ("why?", "because [SEP] she saw")]:
+        row = pair(word_pieces, prompt, target, separator=separator)
+        control = "[SEP]" not in target
+        whole, _ = word_pieces.encode(prompt + separator + target, control=control)
+        assert row.input_ids.tolist() == [word_pieces.bos, *whole, word_pieces.eos]
+        assert row.byte_end[-1] == len(row.example.target.encode())
+        assert (np.diff(row.byte_end) >= 0).all()
+        first = row.example.target.encode()[: row.byte_end[0]].decode().strip().lower()
+        assert names(word_pieces, row.target_ids[:1])[0].removeprefix("##") == first
+
+
 # control tokens
 
 
@@ -206,7 +239,7 @@ def test_a_prompt_of_a_chat_template_gets_no_second_bos_and_no_separator(words):
     assert names(text, row.context_ids)[-2:] == ["istant", "Ċ"]
     assert names(text, row.target_ids) == ["Four", ".", "<|im_end|>"]
     assert {n: e["count"] for n, e in notes.document().items()} == {
-        "control_kept": 3,
+        "control_tokens_kept": 3,
         "bos_in_text": 1,
         "separator_in_prompt": 1,
     }
@@ -230,7 +263,7 @@ def test_a_control_token_in_the_middle_of_a_target_is_text(words, prompt: str, e
     assert row.target_ids.tolist().count(text.eos) == 1
     spelled = text.tokenizer.decode(row.target_ids[:-1])
     assert spelled == "Use <|im_end|> to end."
-    assert notes.document()["control_as_text"] == {"count": 1, "first": "p"}
+    assert notes.document()["control_tokens_as_text"] == {"count": 1, "first": "p"}
     assert names(text, row.context_ids).count("<|im_start|>") == (0 if encoder else 1) + (prompt == RENDERED) * (
         2 if encoder else 1
     )
@@ -280,11 +313,11 @@ def test_control_tokens_inside_a_document_are_text_unless_a_template_wrote_it(wo
     (block,) = document_blocks(Example("d", web), text, BlockConfig(), notes)
     assert text.eos not in block.target_ids.tolist()
     assert "".join(b.example.target for b in [block]) == web
-    assert notes.document() == {"control_as_text": {"count": 1, "first": "d"}}
+    assert notes.document() == {"control_tokens_as_text": {"count": 1, "first": "d"}}
     notes = TokenNotes()
     (block,) = document_blocks(Example("d", chat), text, BlockConfig(), notes)
     assert block.input_ids.tolist().count(text.eos) == 2
-    assert notes.document()["control_kept"]["count"] == 4
+    assert notes.document()["control_tokens_kept"]["count"] == 4
 
 
 def test_a_document_whose_ids_are_those_of_the_first_rules_changes_nothing(words):
@@ -323,5 +356,5 @@ def test_counts_are_of_the_texts(words):
     text, counts = words("weights/stories260K"), Counter[str]()
     text.document("<b>a <s>b</s> c</b>", counts)
     text.prompt("a <s>b</s> c", counts)
-    assert counts == {"control_as_text": 2, "control_kept": 2}
+    assert counts == {"control_tokens_as_text": 2, "control_tokens_kept": 2}
     assert vocabulary_size(text.tokenizer) == 512

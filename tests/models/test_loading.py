@@ -12,6 +12,7 @@ import torch
 
 from kd.common.errors import DataError, TeacherError
 from kd.common.extras import MissingPackageError
+from kd.models.families.positions import max_positions
 from kd.models.heads import split_head
 from kd.models.loading import (
     ModelRequest,
@@ -19,7 +20,6 @@ from kd.models.loading import (
     load_config,
     load_model,
     load_request_tokenizer,
-    max_positions,
     parameter_count,
     resolve_device,
 )

@@ -62,7 +62,7 @@ def collator_of(reader: CacheReader, name: str, loss: str, tokenizer_dir: Path, 
     text = None
     if loss == "uld" or encoder:
         text = StudentText(reader, load_tokenizer(str(tokenizer_dir)), window=None, encoder=encoder)
-    return Collator(OBJECTIVES[loss], text, start_id=0 if encoder else None, capacity=capacity)
+    return Collator(OBJECTIVES[loss], text, start_ids=(0,) if encoder else (), capacity=capacity)
 
 
 def gradients(model: Any, collator: Collator, examples: list[CachedExample]) -> dict[str, torch.Tensor]:

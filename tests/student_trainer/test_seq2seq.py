@@ -154,7 +154,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(run, t5_exact_cache,
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_one_row_off_the_teacher_is_far_from_its_own_targets(t5_dir, examples, shift: int) -> None:
     """The canary is alive: a decoder that starts one token early or late does not look like rounding."""
-    model, collator = attached(t5_dir, Objective()), Collator(Objective(), start_id=0)
+    model, collator = attached(t5_dir, Objective()), Collator(Objective(), start_ids=(0,))
     batch = collator(examples)
     wrong = batch | {"positions": (batch["positions"] + shift).clamp(0, batch["decoder_input_ids"].numel() - 1)}
     assert model(**batch)["kd"] / len(batch["gold_ids"]) < 1e-6
@@ -165,7 +165,7 @@ def test_one_row_off_the_teacher_is_far_from_its_own_targets(t5_dir, examples, s
 def test_gradients_are_those_of_transformers_own_forward(seq2seq_dir, examples, layout: str) -> None:
     folder, objective = seq2seq_dir(layout), Objective("ce", "none", 0.0, 1.0)
     ours = attached(folder, objective, vocabulary=320)
-    total = sums(ours, examples, Collator(objective, start_id=0))[0]
+    total = sums(ours, examples, Collator(objective, start_ids=(0,)))[0]
     total.backward()
     twin = load_model(ModelRequest(str(folder), device="cpu")).double()
     expected = torch.zeros((), dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_a_batch_costs_what_its_examples_cost_one_by_one(seq2seq_dir, t5_exact_c
         tokenizer = load_tokenizer(str(seq2seq_dir(own=True)))
         text = StudentText(CacheReader(t5_exact_cache), tokenizer, window=None, encoder=True)
         pieces = shared_pieces(CacheReader(t5_exact_cache), tokenizer) if loss == "hybrid" else None
-    collator = Collator(objective, text, pieces=pieces, start_id=0)
+    collator = Collator(objective, text, pieces=pieces, start_ids=(0,))
     model = attached(seq2seq_dir(own=text is not None), objective, vocabulary=V if text is None else 400)
     together = sums(model, examples, collator)
     alone = torch.stack([sums(model, [e], collator) for e in examples]).sum(dim=0)
@@ -202,7 +202,7 @@ def test_a_batch_costs_what_its_examples_cost_one_by_one(seq2seq_dir, t5_exact_c
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_stands_in_the_padding_does_not_matter(seq2seq_dir, examples, layout: str) -> None:
-    model, batch = attached(seq2seq_dir(layout), Objective()), Collator(Objective(), start_id=0)(examples)
+    model, batch = attached(seq2seq_dir(layout), Objective()), Collator(Objective(), start_ids=(0,))(examples)
     expected = model(**batch)["loss"]
     rows = torch.zeros(batch["decoder_input_ids"].numel(), dtype=torch.bool)
     rows[batch["positions"]] = True

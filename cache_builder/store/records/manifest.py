@@ -105,7 +105,7 @@ class CacheManifest:
         control = self.provenance.get("control_tokens", "control")  # older caches read every control token as such
         if control not in CONTROL_TOKENS:
             raise CacheError("an unknown way to read control tokens", found=control, expected=", ".join(CONTROL_TOKENS))
-        return BlockConfig(**self.identity["blocks"], control_tokens=control)
+        return BlockConfig.from_identity({**self.identity["blocks"], "control_tokens": control})
 
     @property
     def vocabulary_size(self) -> int:

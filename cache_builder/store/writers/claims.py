@@ -70,7 +70,7 @@ class Claims:
                     return None
             finally:
                 staged.unlink(missing_ok=True)
-            other = read_claim(path)
+            other = read_claim(path, clock_of(self.folder))
             if other is not None and other.void is None:
                 return other.builder
             if other is not None:
@@ -123,11 +123,23 @@ def claim_path(folder: Path, index: int) -> Path:
     return folder / f".{index:05d}.claim"
 
 
-def read_claim(path: Path) -> Claim | None:
-    """What a claim says, and whether it still counts. None where there is none."""
+def clock_of(folder: Path) -> float:
+    """The time now by the clock that dates a folder's files: of a shared folder that is another machine's."""
+    path = folder / f".clock.claim.{process_tag()}.tmp"
+    try:
+        path.touch()
+        now = path.stat().st_mtime
+        path.unlink()
+    except OSError:  # it may not be written; then nobody builds there
+        return time.time()
+    return now
+
+
+def read_claim(path: Path, now: float) -> Claim | None:
+    """What a claim says, and whether it still counts at the time `now`. None where there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        idle = time.time() - path.stat().st_mtime
+        idle = now - path.stat().st_mtime
     except FileNotFoundError:
         return None
     tag = lines[0] if lines else ""
@@ -147,8 +159,9 @@ def read_claim(path: Path) -> Claim | None:
 
 def all_claims(root: Path) -> list[Claim]:
     """The claims on a cache's shards, by shard."""
-    found = [read_claim(path) for path in sorted((root / "commits").glob(".*.claim"))]
-    return [claim for claim in found if claim is not None]
+    paths = sorted((root / "commits").glob(".*.claim"))
+    now = clock_of(root / "commits") if paths else 0.0
+    return [claim for path in paths if (claim := read_claim(path, now)) is not None]
 
 
 def void_claims(root: Path) -> None:

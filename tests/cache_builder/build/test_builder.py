@@ -251,6 +251,23 @@ def test_a_shard_that_another_builder_committed_meanwhile_is_not_scored_again(
     assert differing(tree(tmp_path / "c"), unbroken) == []
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_build_that_finds_everything_committed_compares_the_sizes(tmp_path, build_request, run_build, finished: bool):
+    out = tmp_path / "c"
+    run_build(build_request(out))
+    if not finished:  # as after a kill before the manifest was written
+        document = dataclasses.replace(load_manifest(out), commits=(), quality={})
+        document.save(out, "building.json")
+        (out / "manifest.json").unlink()
+    path = out / "targets.zarr" / "gold_rank" / "c" / "1"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CacheDamageError, match="another size") as caught:
+        run_build(build_request(out))
+    assert (caught.value.exit_code, caught.value.details["shard"]) == (3, 1)
+    assert "kd cache repair" in str(caught.value.details["try"])
+    assert (out / "manifest.json").exists() == finished
+
+
 def test_a_committed_shard_is_never_overwritten(tmp_path, build_request, run_build, tree):
     """Two machines' bytes differ in the last bits: the commit of one must not stand beside the files of the other."""
     run_build(build_request(tmp_path / "c"))
@@ -562,7 +579,7 @@ def test_an_example_longer_than_a_shard_is_refused(tmp_path, build_request):
 def test_a_tokenizer_wider_than_the_model_is_refused(tmp_path, build_request, model_dir, save_model):
     shutil.copytree(model_dir, tmp_path / "m")
     save_model(tmp_path / "m", vocab=399)
-    with pytest.raises(DataError, match="more entries than the teacher has logits"):
+    with pytest.raises(DataError, match="fewer logits than its tokenizer has entries"):
         plan_build(build_request(tmp_path / "c", model=tmp_path / "m"))
 
 

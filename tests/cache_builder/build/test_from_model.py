@@ -20,6 +20,7 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
+from kd.data.blocks import tokenize_corpus
 from kd.data.sources import load_corpus
 
 SMALL: dict[str, Any] = {"seq_len": 32, "top_k": 8, "tokens_per_batch": 128, "shard_rows": 128}
@@ -116,8 +117,8 @@ def test_the_texts_are_tokenised_once_where_an_equal_cache_is_copied(
     model, tokenizer, texts, tmp_path: Path, tree, monkeypatch
 ):
     build_cache(model, tokenizer, texts, out=tmp_path / "one", **SMALL)
-    tokenised, passes = plan.tokenize_corpus, list[int]()
-    monkeypatch.setattr(plan, "tokenize_corpus", lambda *a, **k: (passes.append(1), tokenised(*a, **k))[1])
+    passes = list[int]()
+    monkeypatch.setattr(plan, "tokenize_corpus", lambda *a, **k: (passes.append(1), tokenize_corpus(*a, **k))[1])
     steps: list[Any] = []
     build_cache(model, tokenizer, texts, out=tmp_path / "two", on_progress=steps.append, **SMALL | {"shard_rows": None})
     assert (len(passes), steps[-1].copied) == (1, steps[-1].shards_total)

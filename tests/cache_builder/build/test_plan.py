@@ -65,7 +65,7 @@ def test_how_control_tokens_are_read_is_named_where_it_changes_an_id(pairs_reque
     assert rules(plans["control"]) == {}  # as all caches were before
     assert len({p.manifest.fingerprint for p in plans.values()}) == 3
     for name, plan in plans.items():
-        note = "control_kept" if name == "control" else "control_as_text"
+        note = "control_tokens_kept" if name == "control" else "control_tokens_as_text"
         assert plan.notes.document() == {note: {"count": 1, "first": f"{name}.jsonl:2"}}
     with pytest.raises(DataError, match="way to read control tokens"):
         pairs_request("other", control_tokens="maybe")

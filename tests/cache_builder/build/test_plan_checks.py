@@ -47,7 +47,7 @@ def test_padded_columns_are_left_out_and_those_of_random_weights_are_not(tokeniz
 
     assert ids(0, False) == ids(PADDED_COLUMNS, False) == ids(PADDED_COLUMNS - 1, True) == 400
     assert ids(PADDED_COLUMNS, True) == 400 + PADDED_COLUMNS
-    with pytest.raises(DataError, match="more entries"):
+    with pytest.raises(DataError, match="fewer logits than its tokenizer has entries"):
         ids(-1, False)
 
 

@@ -183,8 +183,9 @@ def test_rows_that_cannot_be_asked_name_their_place(tmp_path, change, reason):
 
 
 def test_unlabelled_rows_are_left_out_and_counted(tmp_path):
-    scenes = load_scenes(write(tmp_path, [ROWS[0] | {"label": ""}, *ROWS]))
-    assert (len(scenes.rows), scenes.unlabelled) == (3, 1)
+    without = [ROWS[0] | {"label": label} for label in ("", None, float("nan"))]
+    scenes = load_scenes(write(tmp_path, [*without, *ROWS]))
+    assert (len(scenes.rows), scenes.unlabelled) == (3, 3)
     with pytest.raises(DataError, match="no row has an answer"):
         load_scenes(write(tmp_path, [ROWS[0] | {"label": ""}]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -120,6 +121,13 @@ def test_prompts_that_are_asked_take_the_separator_and_show_what_is_expected(tmp
     found = load_prompts(path)
     assert (found.texts, found.expected, found.continued) == (("Two and two?", "b"), ("four", None), False)
     assert load_prompts(path, 1).texts == ("Two and two?",)
+    (tmp_path / "P.JSONL.GZ").write_bytes(gzip.compress(path.read_bytes()))
+    assert load_prompts(tmp_path / "P.JSONL.GZ").texts == found.texts
+
+
+def test_a_prompt_is_a_line_and_no_other_character_ends_it(tmp_path: Path):
+    (tmp_path / "p.txt").write_bytes("one\u2028still one\r\n\ntwo\x0cstill two".encode())
+    assert load_prompts(tmp_path / "p.txt").texts == ("one\u2028still one", "two\x0cstill two")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +135,9 @@ def test_prompts_that_are_asked_take_the_separator_and_show_what_is_expected(tmp
     [
         ("p.txt", "\n \n", "no prompts"),
         ("p.jsonl", "{", "not JSON"),
+        ("p.csv", "prompt\na\n", "not read from such a file"),
+        ("p.json", '[{"prompt": "a"}]', "not read from such a file"),
+        ("p.jsonl.gz", '{"prompt": "a"}', "cannot read the prompts"),
         ("p.jsonl", "[1]", "holds no prompt"),
         ("p.jsonl", '{"prompt": ""}', "holds no prompt"),
         ("p.jsonl", '{"prompt": "a", "expected": 1}', "holds no prompt"),

@@ -71,6 +71,17 @@ def test_a_claim_from_the_future_holds_no_longer_than_clocks_may_differ(tmp_path
     assert (Claims(tmp_path).take(0) is not None) == held
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_differs_from_the_file_system_s_makes_no_claim_void(tmp_path, monkeypatch, hours: float):
+    claim_of(tmp_path, "elsewhere-4026-77-0a1b.0")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + hours * 3600)
+    assert Claims(tmp_path).take(0) == "process 77 on elsewhere"
+    void_claims(tmp_path)
+    assert [c.void for c in all_claims(tmp_path)] == [None]
+    assert [p.name for p in (tmp_path / "commits").iterdir()] == [".00000.claim"]
+
+
 def test_an_empty_claim_holds_nothing(tmp_path):
     claim_of(tmp_path, "")
     assert [c.void for c in all_claims(tmp_path)] == ["the claim is empty"]
