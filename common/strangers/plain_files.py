@@ -39,15 +39,12 @@ def open_plain(path: str | os.PathLike[str], *, inside: Path | None = None) -> B
 
     Raises FileNotFoundError where there is none, NotPlainError for anything but a plain file, and OSError.
     """
-    real, flags = os.fspath(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    if inside is not None:
-        real, flags = os.path.realpath(path), flags | os.O_NOFOLLOW
-        if not is_inside(real, inside):
-            raise NotPlainError("a link that leaves its folder, not a plain file", path)
-    _refuse_other_kinds(os.stat(real), path)  # before it is opened: opening a device can have an effect
-    handle = os.open(real, flags)
+    _refuse_other_kinds(os.stat(path), path)  # before it is opened: opening a device can have an effect
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         _refuse_other_kinds(os.fstat(handle), path)  # it may have been exchanged in between
+        if inside is not None and not _lies_in(_opened_path(handle, path), os.path.realpath(inside)):
+            raise NotPlainError("a link that leaves its folder, not a plain file", path)
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -66,8 +63,19 @@ def read_plain(path: str | os.PathLike[str], limit: int, *, inside: Path | None 
 
 def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
     """True if a path, with links followed, lies in a folder."""
-    real, root = os.path.realpath(path), os.path.realpath(folder)
-    return real == root or real.startswith(root.rstrip("/") + "/")
+    return _lies_in(os.path.realpath(path), os.path.realpath(folder))
+
+
+def _lies_in(real: str, folder: str) -> bool:
+    return real == folder or real.startswith(folder.rstrip("/") + "/")
+
+
+def _opened_path(handle: int, path: str | os.PathLike[str]) -> str:
+    """Where the file that was opened lies; the kernel knows it, whatever the links have become since."""
+    try:
+        return os.readlink(f"/proc/self/fd/{handle}")
+    except OSError:  # not Linux
+        return os.path.realpath(path)
 
 
 def refuse_special_files(folder: str | os.PathLike[str]) -> None:
