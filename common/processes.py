@@ -72,7 +72,7 @@ def is_alive(pid: int, mark: str) -> bool:
 def lock_of(path: Path) -> int | None:
     """Lock a file until the returned descriptor is closed or this process ends. None where it is locked, or cannot be."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not hold us up
     except OSError:
         return None
     try:
