@@ -27,7 +27,7 @@ from kd.common.paths import as_path
 from kd.common.settings import as_text
 from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
+from kd.data.sources import HELLASWAG_SOURCES, Corpus
 from kd.student_trainer.run_folder import is_run, read_run
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ SHINGLE = 13
 """Number of words in a row that make a row of HellaSwag known."""
 OPENING = 200
 """Number of characters at the beginning of a document that identify it."""
-HELLASWAG_SOURCES = re.compile(r"hella.?swag|wiki.?how|activity.?net", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
