@@ -26,14 +26,16 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.instruction_tasks.glue import CLASSES, PAIR
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
 from kd.data.text_tokens import CONTROL_TOKENS, TextTokens
 from kd.data.token_notes import TokenNotes
+from kd.models.batching.gaps import NO_GAPS, Gaps
 from kd.models.families.encoder_layout import EncoderLayout
-from kd.models.tokenizer import Tokenizer, encode_texts
+from kd.models.tokenizer import Tokenizer, control_token_pattern, encode_texts
 
 OVERLONG = ("error", "drop", "truncate")
 """Policies for pairs that are too long."""
@@ -114,10 +116,12 @@ class BlockConfig:
         """Settings that give the same rows, where those that `tokenize_corpus` ignores for this kind of corpus are fixed.
 
         Pairs have no stride and always end with EOS; documents have no separator; BOS and EOS are off where the tokenizer
-        has none. For texts to classify only the length matters, because the tokenizer adds its special tokens.
+        has none. For texts to classify and conversations only the length matters, because tokenizer and template add the
+        special tokens.
         """
-        if kind == CLASSES:
-            return BlockConfig(self.seq_len, self.seq_len - 1, bos=False, overlong=self.overlong)
+        if kind in (CLASSES, CONVERSATIONS):
+            only = BlockConfig(self.seq_len, self.seq_len - 1, bos=False, overlong=self.overlong)
+            return only if kind == CONVERSATIONS else replace(only, control_tokens=self.control_tokens)
         pairs = kind != "documents"
         return replace(
             self,
@@ -138,14 +142,25 @@ class TokenRows:
     context_ids: np.ndarray
     """[C] int32, C >= 1."""
     target_ids: np.ndarray
-    """[n] int32, n >= 1; row t is predicted at position C - 1 + t."""
+    """[n] int32, n >= 1; without gaps, row t is predicted at position C - 1 + t."""
     byte_end: np.ndarray
     """[n] int64: the end of each target token in the UTF-8 bytes of `example.target`."""
+    gaps: Gaps = NO_GAPS
+    """Tokens between target tokens, which are read and not scored."""
+    ended: tuple[bool, ...] = ()
+    """Of a conversation, for each turn: whether its last token is the control token that ends it."""
+    messages: tuple[int, ...] = ()
+    """Of a conversation, for each turn: the number of its message."""
 
     @property
     def input_ids(self) -> np.ndarray:
-        """`[C + n]`: context and target, as a model reads them. The last position predicts nothing that is cached."""
-        return np.concatenate([self.context_ids, self.target_ids])
+        """`[T]`: context and target, as a model reads them. The last position predicts nothing that is cached."""
+        return self.gaps.sequence(self.context_ids, self.target_ids)
+
+    @property
+    def read_only(self) -> int:
+        """Tokens that are read and not scored."""
+        return len(self.context_ids) + self.gaps.tokens
 
 
 def tokenize_corpus(
@@ -161,13 +176,19 @@ def tokenize_corpus(
                prompt or target was `shortened`
     notes      receives what was found in the texts, and whether a row differs from what `first_rules` gives
     """
+    if corpus.kind == CONVERSATIONS:
+        raise DataError(
+            "conversations are read through a chat template, which is not done here yet",
+            where=corpus.spec,
+            try_="a text of documents or pairs",
+        )
     left_out = LeftOut() if left_out is None else left_out
     if corpus.kind == "documents":
         yield from _documents(corpus, tokenizer, config, left_out, notes)
         return
     refused: list[str] = []
     if corpus.kind == CLASSES:
-        pairs = _classified(corpus.examples, tokenizer, config.seq_len)
+        pairs = _classified(corpus.examples, tokenizer, config, notes)
     else:
         text = TextTokens(tokenizer, config.control_tokens)
         whole = (tokenize_pair(example, text, config, notes) for example in corpus.examples)
@@ -225,12 +246,19 @@ def _documents(
 
 
 def _classified(
-    examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int
+    examples: Sequence[Example], tokenizer: Tokenizer, config: BlockConfig, notes: TokenNotes | None
 ) -> Iterator[tuple[TokenRows, TokenRows | None]]:
     """(whole row, row of at most `seq_len` tokens) of each text to classify; the target is the number of the label."""
     texts = [tuple(example.prompt.split(PAIR)) for example in examples]
+    control = config.control_tokens == "control"
+    if notes is not None and (pattern := control_token_pattern(tokenizer)) is not None:
+        for example in examples:
+            found = len(pattern.findall(example.prompt))
+            notes.add({"control_tokens_kept" if control else "control_tokens_as_text": found}, example.id)
+            notes.changed |= bool(found) and not control
+    whole = encode_texts(tokenizer, texts, control=control)
     for example, ids, cut in zip(
-        examples, encode_texts(tokenizer, texts), encode_texts(tokenizer, texts, seq_len), strict=True
+        examples, whole, encode_texts(tokenizer, texts, config.seq_len, control=control), strict=True
     ):
         end = np.array([len(example.target.encode("utf-8"))])
         row = TokenRows(example, np.array(ids, dtype=np.int32), np.array([example.answer], dtype=np.int32), end)
@@ -354,8 +382,8 @@ def _joint_pair(
     before, moved = joint.split(counts, movable=not config.separator)
     if prompt and not before and not (config.bos and text.bos is not None):  # one token holds the whole prompt
         counts["border_scored"], counts["border_cut"] = 0, 1
-        context, (ids, ends) = text.encode(prompt + between)[0], text.encode(example.target)
-        return example, context, ids, ends
+        alone = Counter[str]()  # their control tokens are counted
+        return example, text.prompt(prompt + between, alone)[0], *text.target(example.target, alone)
     if moved:
         data = example.target.encode("utf-8")
         over, rest = data[:moved].decode("utf-8"), data[moved:].decode("utf-8")

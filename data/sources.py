@@ -62,7 +62,8 @@ class Corpus:
     """The spec as the user wrote it."""
     split: str
     kind: str
-    """`documents` (cut into blocks), `pairs` (prompt and target, kept whole), or `classes` (see `glue.CLASSES`)."""
+    """`documents` (cut into blocks), `pairs` (prompt and target, kept whole), `conversations` (see `chat_rows`), or
+    `classes` (see `glue.CLASSES`)."""
     examples: tuple[Example, ...]
     source: dict[str, str]
     """Facts that identify the source besides its text, e.g. hub id, configuration and revision."""

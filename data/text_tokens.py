@@ -12,13 +12,12 @@ does not have, and ` Because` after the separator ` ` became ` ` and `Because`.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from kd.models.tokenizer import Tokenizer, encode_with_ends, token_bytes
+from kd.models.tokenizer import Tokenizer, control_token_pattern, encode_with_ends, token_bytes
 
 TEXT_RULES = 2
 """Number of these rules in the identity of a cache in which an id differs from those of the first rules."""
@@ -83,10 +82,8 @@ class TextTokens:
         self.tokenizer, self.pieces, self.policy = tokenizer, token_bytes(tokenizer), control_tokens
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
-        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content}
-        self._ids = set(special)
-        spelled = "|".join(re.escape(word) for word in sorted(special.values(), key=len, reverse=True))
-        self._pattern = re.compile(spelled) if spelled else None
+        self._ids = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._pattern = control_token_pattern(tokenizer)
 
     def spelled(self, text: str) -> list[str]:
         """The control tokens that are spelled in a text, in their order."""
@@ -116,7 +113,7 @@ class TextTokens:
         """`encode_with_ends`, also where the tokenizer's own vocabulary spells a control token (T5's `</s>`)."""
         ids, ends = encode_with_ends(self.tokenizer, self.pieces, text, control=control)
         if not control and self.tokenizer.unk_token_id is not None:
-            ids = np.where(np.isin(ids, list(self._ids)), np.int32(self.tokenizer.unk_token_id), ids)
+            ids = np.where(np.isin(ids, self._ids), np.int32(self.tokenizer.unk_token_id), ids)
         return ids, ends
 
     def document(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,7 @@ from kd.cache_builder.weighted_caches import CacheSpec, as_caches
 from kd.common.errors import DataError, KdError
 from kd.common.paths import as_path
 from kd.common.settings import as_text
+from kd.data.conversations.conversation import CONVERSATIONS, conversation_from_json
 from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
 from kd.data.sources import HELLASWAG_SOURCES, Corpus
@@ -37,6 +38,8 @@ SHINGLE = 13
 """Number of words in a row that make a row of HellaSwag known."""
 OPENING = 200
 """Number of characters at the beginning of a document that identify it."""
+END_TOKEN = re.compile(r"(<[^<>\s]{1,40}>|\[[A-Z]{1,10}\])*\s*$")
+"""What an end token at the end of a target looks like."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,12 @@ def cache_texts(cache: CacheSpec, *, run: str = "", whole: bool = True) -> list[
         shards = range(len(manifest.shards)) if part is None else part.shards
         examples: list[Example] = []
         for index in shards if whole else ():
-            table = read_example_table(files, manifest, index, ["id", "prompt", "target"])
+            chats = ["conversation"] if manifest.identity["corpus"]["kind"] == CONVERSATIONS else []
+            table = read_example_table(files, manifest, index, ["id", "prompt", "target", *chats])
+            if chats:
+                talks = map(conversation_from_json, table["id"], table["conversation"])
+                examples += [Example(talk.id, talk.answered, talk.asked) for talk in talks]
+                continue
             examples += [
                 Example(i, target, prompt)
                 for i, prompt, target in zip(table["id"], table["prompt"], table["target"], strict=True)
@@ -226,4 +234,5 @@ def _plain(text: str) -> str:
 
 
 def _key(example: Example) -> str:
-    return f"{_plain(example.prompt)}\0{_plain(example.target)}"
+    """Prompt and target without white space and without an end token: a cache may have the border elsewhere, and none."""
+    return "".join((example.prompt + END_TOKEN.sub("", example.target)).split()).casefold()

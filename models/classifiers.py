@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.common.errors import DataError, TeacherError
+from kd.models.batching.gaps import Gaps
 from kd.models.batching.padded_batches import Size, padded_ids
 from kd.models.heads import LanguageModelHead
 from kd.models.loading import (
@@ -163,7 +164,9 @@ class ClassifierHead(LanguageModelHead):
         """Tokens of the text; the label is not fed to the model."""
         return context
 
-    def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Tensor:
+    def scored_hidden(
+        self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray], gaps: Sequence[Gaps] | None = None
+    ) -> Tensor:
         """`[N, d]`: the state of each context's last token that is not padding (of its first token where there is none)."""
         hidden = self.hidden(*padded_ids(contexts, self.weight.device))
         last = [int(np.flatnonzero(np.append(True, c[1:] != self.pad_id))[-1]) for c in contexts]

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.common.errors import TeacherError
+from kd.models.batching.gaps import NO_GAPS, Gaps
 from kd.models.batching.packing import segment_mask
-from kd.models.batching.padded_batches import Size, forward_tokens, padded_ids
+from kd.models.batching.padded_batches import Size, forward_tokens, on_device, padded_ids
 from kd.models.families.own_logits import require_own_logits, with_final_bias
 from kd.models.loading import Model, decoder_start, is_encoder_decoder
 
@@ -139,22 +140,35 @@ class LanguageModelHead:
     def _weight32(self) -> torch.Tensor:
         return self.weight.detach().float()
 
-    def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> torch.Tensor:
+    def scored_hidden(
+        self,
+        contexts: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
+        gaps: Sequence[Gaps] | None = None,
+    ) -> torch.Tensor:
         """`[N, d]` hidden states that predict the tokens of `targets`, one example after another.
 
-        `contexts[b] [C >= 1]` and `targets[b] [n]` are token ids. All examples go through one forward pass, padded on
-        the right, where a causal model never looks.
+        `contexts[b] [C >= 1]` and `targets[b] [n]` are token ids; `gaps` are the tokens between them, None where no example
+        has any. All examples go through one forward pass, padded on the right, where a causal model never looks.
         """
         import torch
 
-        lengths = [len(c) + len(t) for c, t in zip(contexts, targets, strict=True)]
-        joined = [np.concatenate(pair) for pair in zip(contexts, targets, strict=True)]
-        hidden = self.hidden(*padded_ids(joined, self.weight.device))
-        return torch.cat([hidden[b, len(c) - 1 : lengths[b] - 1] for b, c in enumerate(contexts)])
+        parts = list(zip(contexts, targets, [NO_GAPS] * len(targets) if gaps is None else gaps, strict=True))
+        hidden = self.hidden(*padded_ids([g.sequence(c, t) for c, t, g in parts], self.weight.device))
+        return torch.cat([hidden[b, _predicting(c, t, g, hidden.device)] for b, (c, t, g) in enumerate(parts)])
 
     def example_hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """`[1, T] -> [1, T, d]` for one sequence; `split_head` compares its logits with the model's own."""
         return self.hidden(ids, None)
+
+
+def _predicting(context: np.ndarray, target: np.ndarray, gaps: Gaps, device: torch.device) -> slice | torch.Tensor:
+    """The positions of a sequence that predict its scored tokens."""
+    if not len(gaps):
+        return slice(len(context) - 1, len(context) + len(target) - 1)
+    import torch
+
+    return on_device(torch.from_numpy(gaps.positions(len(context), len(target))), device)
 
 
 @dataclass(frozen=True)
@@ -208,10 +222,16 @@ class EncoderDecoderHead(LanguageModelHead):
         ).last_hidden_state
         return hidden if self.scale == 1.0 else hidden * self.scale  # type: ignore[no-any-return]
 
-    def scored_hidden(self, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> torch.Tensor:
+    def scored_hidden(
+        self,
+        contexts: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
+        gaps: Sequence[Gaps] | None = None,
+    ) -> torch.Tensor:
         """`[N, d]`, one row per target token: the encoder reads `contexts`, the decoder is fed `targets`."""
         import torch
 
+        assert not any(map(len, gaps or ())), "a decoder is fed scored tokens alone"
         shifted = [self.decoder_inputs(t) for t in targets]
         encoder_ids, mask = padded_ids(contexts, self.weight.device)
         hidden = self.decode(encoder_ids, mask, padded_ids(shifted, self.weight.device)[0])

@@ -81,17 +81,35 @@ def pad_token_id(tokenizer: Tokenizer) -> int:
     )
 
 
+def control_token_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Finds the special tokens that are spelled in a text; None where the tokenizer has none."""
+    words = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content}
+    spelled = "|".join(re.escape(word) for word in sorted(words, key=lambda word: (-len(word), word)))
+    return re.compile(spelled) if spelled else None
+
+
 def encode_texts(
-    tokenizer: Tokenizer, rows: Sequence[tuple[str, ...]], max_length: int | None = None
+    tokenizer: Tokenizer, rows: Sequence[tuple[str, ...]], max_length: int | None = None, *, control: bool = False
 ) -> list[list[int]]:
     """Token ids of rows of one or two texts, as a classifier reads them. An empty row becomes one padding token.
 
     A pair is `tokenizer(first, second)`; where it is longer than `max_length` tokens, the longer text is cut first.
+
+    control   whether a special token that is spelled in a text becomes that token; False: its characters are text
     """
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    options = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    ids = tokenizer(*columns, verbose=False, **options)["input_ids"]
-    return [list(row) or [pad_token_id(tokenizer)] for row in ids]
+    options: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    pattern = None if control else control_token_pattern(tokenizer)
+    spelled = [pattern is not None and any(map(pattern.search, row)) for row in rows]
+    ids: list[list[int]] = [[] for _ in rows]
+    for split in sorted(set(spelled)):
+        numbers = [n for n, found in enumerate(spelled) if found == split]
+        columns = [list(column) for column in zip(*(rows[n] for n in numbers), strict=True)]
+        more = {"split_special_tokens": True} if split else {}
+        for number, row in zip(
+            numbers, tokenizer(*columns, verbose=False, **options, **more)["input_ids"], strict=True
+        ):
+            ids[number] = list(row) or [pad_token_id(tokenizer)]
+    return ids
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

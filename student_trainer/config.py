@@ -20,6 +20,7 @@ from kd.common.errors import DataError
 from kd.common.home import kd_home
 from kd.common.paths import as_path
 from kd.common.settings import as_text, check, flat, make, setting, unescaped
+from kd.data.conversations.chat_settings import variables_from
 
 LORA_TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
@@ -145,6 +146,11 @@ class TextSettings:
     """Text between prompt and target for the student."""
     seq_len: int | None = setting(None, minimum=1, shown="the student's positions")
     """Most tokens of an example in the student's own tokens (for an encoder: of the prompt), and of a packed sequence."""
+    chat_template: str | None = setting(None, metavar="FILE")
+    """File with the student's chat template in Jinja, for conversations and losses over its own tokens. By default its
+    tokenizer's own template; a student with the teacher's tokenizer reads the cached tokens."""
+    template_kwargs: Mapping[str, Any] | None = setting(None, metavar="KEY=VALUE,…", parse=variables_from)
+    """Further variables of the student's chat template, e.g. enable_thinking=false."""
     target_len: int | None = setting(None, minimum=1)
     """Most tokens of a target in the student's own tokens, EOS included. By default what --seq-len leaves; for an
     encoder-decoder its positions."""

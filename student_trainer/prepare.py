@@ -15,7 +15,11 @@ from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import DataError
+from kd.data.chat_rows import chat_template
+from kd.data.conversations.chat_settings import ChatSettings
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.models.batching.packing import Size
+from kd.models.chat.chat_template import ChatTemplate
 from kd.models.families.encoder_layout import EncoderLayout, encoder_layout
 from kd.models.families.positions import max_positions
 from kd.models.loading import (
@@ -41,6 +45,7 @@ from kd.student_trainer.batches.compatibility import (
 )
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, touch_shards
+from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.batches.trained_reading import TrainedReading, trained_reading
 from kd.student_trainer.config import StudentSettings, TextSettings, TrainConfig
@@ -128,6 +133,8 @@ def prepare(config: TrainConfig, *, touch: bool = False, student: tuple[Any, Tok
         collator, width = text_collator(config, reader, objective, model_config, tokenizer)
     else:
         collator, width = row_collator(config, reader, objective, model_config, tokenizer)
+    if student is None:
+        keep_template(tokenizer, reader, collator)
     tokens, rows = reader.lengths() if collator.text is None else collator.text.lengths()
     sizes = tokens[:, None]
     if collator.start_ids:
@@ -208,6 +215,8 @@ def options_of_own_text(text: TextSettings) -> list[str]:
         "--prompt-loss": text.prompt_loss,
         "--separator": text.separator is not None,
         "--target-len": text.target_len is not None,
+        "--chat-template": text.chat_template is not None,
+        "--template-kwargs": text.template_kwargs is not None,
     }
     return [option for option, used in given.items() if used]
 
@@ -239,11 +248,52 @@ def row_collator(
     return Collator(objective, start_ids=start), reader.manifest.vocabulary_size
 
 
+def own_text(
+    config: TrainConfig, reader: Reader, model_config: Any, tokenizer: Tokenizer, layout: EncoderLayout | None
+) -> StudentText | StudentChat:
+    """Every example in the student's own tokens. Raises KdError."""
+    settings, encoder, limit = config.text, is_encoder_decoder(model_config), max_positions(model_config)
+    if reader.manifest.identity["corpus"]["kind"] == CONVERSATIONS:
+        template = student_template(reader, tokenizer, settings)
+        return StudentChat(reader, tokenizer, window=settings.seq_len or limit, template=template)
+    written = max_positions(model_config, decoder=True)
+    most = written if written is None else written - len(start_tokens(model_config, layout)) + 1
+    return StudentText(
+        reader,
+        tokenizer,
+        window=settings.seq_len or limit,
+        separator=settings.separator,
+        encoder=encoder,
+        layout=layout,
+        target_len=settings.target_len or (most if encoder else None),
+    )
+
+
+def student_template(reader: Reader, tokenizer: Tokenizer, settings: TextSettings) -> ChatTemplate | None:
+    """The template that renders conversations for the student; None where it reads the cached tokens.
+
+    A student with the teacher's tokenizer reads them, unless the settings name a template. Raises DataError where there is
+    no template, or where it writes the date.
+    """
+    if settings.chat_template is None and settings.template_kwargs is None and same_tokenizer(reader, tokenizer):
+        return None
+    return chat_template(tokenizer, ChatSettings(settings.chat_template, settings.template_kwargs))
+
+
+def keep_template(tokenizer: Tokenizer, reader: Reader, collator: Collator) -> None:
+    """Give the student's tokenizer the template that it is trained with, so that the run's folder holds it."""
+    text = collator.text
+    if isinstance(text, StudentChat) and text.template is not None:
+        tokenizer.chat_template = text.template.source
+    elif "chat" in reader.manifest.identity:
+        tokenizer.chat_template = reader.manifest.provenance.get("chat_template", tokenizer.chat_template)
+
+
 def text_collator(
     config: TrainConfig, reader: Reader, objective: Objective, model_config: Any, tokenizer: Tokenizer
 ) -> tuple[Collator, int]:
     """Batches of the text in the student's own tokens, and how many logits count. Raises KdError."""
-    settings, encoder = config.text, is_encoder_decoder(model_config)
+    settings = config.text
     if config.data.top_k is not None and objective.groups and reader.config.tail_bands:
         raise DataError(
             "rank bands begin where the stored top-k ends",
@@ -258,16 +308,7 @@ def text_collator(
     refuse_too_long("--target-len", settings.target_len, written)
     layout = encoder_layout(model_config, tokenizer)
     start = start_tokens(model_config, layout)
-    most = written if written is None else written - len(start) + 1
-    text = StudentText(
-        reader,
-        tokenizer,
-        window=settings.seq_len or limit,
-        separator=settings.separator,
-        encoder=encoder,
-        layout=layout,
-        target_len=settings.target_len or (most if encoder else None),
-    )
+    text = own_text(config, reader, model_config, tokenizer, layout)
     refuse_unknown_ids(text.named_ids(), int(model_config.vocab_size))
     pieces = None
     if objective.loss == "hybrid":

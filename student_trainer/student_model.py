@@ -64,9 +64,8 @@ def student_with_loss(prepared: Prepared) -> Student:
     parameters = sum(p.numel() for p in model.parameters())
     if config.batches.packing:
         require_packable(model)
-    if (
-        len(start := prepared.collator.start_ids) > 1
-    ):  # transformers' `generate` then begins as the student is trained to
+    start = prepared.collator.start_ids
+    if len(start) > 1:  # transformers' `generate` then begins as the student is trained to
         model.generation_config.decoder_start_token_id = start[0]
         model.generation_config.forced_bos_token_id = start[1]
     attach_loss(model, prepared.objective, prepared.vocabulary_size, config.model.head_chunk)

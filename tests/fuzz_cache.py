@@ -22,9 +22,9 @@ with atheris.instrument_imports(include=["kd"]):
     from kd.cache_builder.store.chunks import decode_shard
     from kd.cache_builder.store.encoding.arrays import ArraySpec
     from kd.cache_builder.store.encoding.parquet import read_parquet
+    from kd.cache_builder.store.example_table import EXAMPLE_SCHEMA
     from kd.cache_builder.store.records.manifest import Layout, load_manifest
     from kd.cache_builder.store.records.shard_record import parse_shard_record
-    from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
     from kd.common.errors import KdError
     from kd.common.files import canonical_json, digest_of, read_json
     from kd.common.settings import flattened, make

@@ -16,6 +16,7 @@ from typing import Literal
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.common.errors import DataError
 from kd.common.settings import check, setting, settings_of, unescaped
+from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.data_settings import RequiredDataSettings
 from kd.models.loading import DTYPES
 
@@ -160,6 +161,7 @@ class BuildSettings:
     kept: TargetSettings = field(default_factory=TargetSettings)
     blocks: BlockSettings = field(default_factory=BlockSettings)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
+    chat: ChatSettings = field(default_factory=ChatSettings)
     seed: int = 0
     """Seed of the draws, of sampled answers, and of random weights."""
     shard_rows: int | None = setting(None, minimum=1, shown="32768")

@@ -93,6 +93,7 @@ def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read:
         tokens_per_batch=settings.model.tokens_per_batch,
         shard=settings.running.shard,
         wait=settings.running.wait,
+        chat=settings.chat,
         generation=generation_config(settings),
         extend=settings.running.extend,
     )

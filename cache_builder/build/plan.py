@@ -27,13 +27,15 @@ from kd.cache_builder.build.plan_checks import (
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.store.records.cache_identity import TEXT_RULES_NAMES, refuse_mismatch
 from kd.cache_builder.store.records.commits import existing_cache
-from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest
+from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest, version_for
 from kd.cache_builder.store.records.manifest_checks import check_bounds
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.upkeep.cache_registry import public_options
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.shown_text import public_place, redacted
 from kd.data.blocks import TokenRows, tokenize_corpus
+from kd.data.chat_rows import chat_identity, chat_template, tokenize_conversations
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
 from kd.data.sources import HELLASWAG_SOURCES, Corpus
@@ -76,7 +78,7 @@ class BuildPlan:
     @property
     def tokens(self) -> int:
         """Tokens the teacher reads (context and targets)."""
-        return sum(len(r.context_ids) + len(r.target_ids) for r in self.rows)
+        return sum(r.read_only + len(r.target_ids) for r in self.rows)
 
     @property
     def raw_bytes_per_token(self) -> int:
@@ -133,6 +135,9 @@ def _token_rows(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftOut, 
     """The rows to score; `left_out` receives what cannot be scored, `notes` what was found. Raises DataError for none."""
     if _answers_missing(request):
         rows = list(longest_answers(request, tokenizer, left_out))
+    elif request.corpus.kind == CONVERSATIONS:
+        template = chat_template(tokenizer, request.chat)
+        rows = list(tokenize_conversations(request.corpus, template, request.chat, request.blocks, left_out))
     else:
         rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks, left_out, notes))
     if not rows:
@@ -164,7 +169,8 @@ def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int, notes: Tok
     corpus: dict[str, Any] = {"text_digest": request.corpus.digest, "kind": request.corpus.kind}
     if request.generation is not None:
         corpus["targets"] = request.generation.identity()
-    return {
+    chat = {"chat": chat_identity(tokenizer, request.chat)} if request.corpus.kind == CONVERSATIONS else {}
+    return chat | {
         "teacher": request.source.identity() | {"vocabulary_size": size},
         "tokenizer": words,
         "corpus": corpus,
@@ -214,23 +220,31 @@ def _manifest(
         shards=tuple(shards),
         files={},
         provenance=provenance,
+        format_version=version_for(request.corpus.kind),
     )
 
 
 def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> dict[str, Any]:
+    chat = {}
+    if request.corpus.kind == CONVERSATIONS:  # the student's folder gets it
+        chat = {"chat_template": chat_template(request.source.tokenizer(), request.chat).source}
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
-    return _quantised(request) | {
-        "teacher": public_place(request.teacher.name),
-        "corpus": public_place(request.corpus.spec),
-        "split": request.corpus.split,
-        "source": _source(request.corpus),
-        "left_out": left_out.document(),
-        "token_notes": notes.document(),
-        "text_rules": TEXT_RULES,
-        "control_tokens": request.blocks.control_tokens,
-        "options": None if request.options is None else public_options(request.options),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-    }
+    return (
+        _quantised(request)
+        | chat
+        | {
+            "teacher": public_place(request.teacher.name),
+            "corpus": public_place(request.corpus.spec),
+            "split": request.corpus.split,
+            "source": _source(request.corpus),
+            "left_out": left_out.document(),
+            "token_notes": notes.document(),
+            "text_rules": TEXT_RULES,
+            "control_tokens": request.blocks.control_tokens,
+            "options": None if request.options is None else public_options(request.options),
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        }
+    )
 
 
 def _quantised(request: BuildRequest) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kd.cache_builder.build.request import BuildRequest
 from kd.common.errors import DataError
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.models.classifiers import refuse_other_classes, refuse_other_heads
 from kd.models.families.positions import max_positions
@@ -49,6 +50,27 @@ def refuse_other_kind(request: BuildRequest, config: Any) -> None:
         )
     if classes:
         refuse_other_heads(request.teacher, config)
+    if request.corpus.kind == CONVERSATIONS:
+        _refuse_what_chats_lack(request)
+
+
+def _refuse_what_chats_lack(request: BuildRequest) -> None:
+    """Raise DataError where a teacher cannot score conversations."""
+    if request.blocks.encoder:
+        raise DataError(
+            "an encoder-decoder has no chat template",
+            where=request.teacher.name,
+            found=f"conversations in {request.corpus.spec}",
+            expected="prompt and target",
+            try_="--columns prompt=…,target=…",
+        )
+    if request.generation is not None:
+        raise DataError(
+            "the teacher does not answer conversations yet",
+            where=request.corpus.spec,
+            found="--targets teacher",
+            try_="--targets data, which scores the answers of the text",
+        )
 
 
 def predicted_ids(request: BuildRequest, config: Any, tokenizer: Tokenizer) -> int:

@@ -11,6 +11,7 @@ from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig
+from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.sources import Corpus
 from kd.models.families.text_model import text_config
 from kd.models.identity import in_memory_identity, model_identity, pinned
@@ -117,6 +118,8 @@ class BuildRequest:
     """(i, n): build every n-th shard, starting with the i-th, counted from 1."""
     wait: bool = False
     """Whether to wait for shards that other builders hold, and to build those that they leave."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    """How conversations become text."""
     generation: GenerationConfig | None = None
     """How the teacher writes the targets; None = they are the text's own."""
     answered: bool = False

@@ -54,7 +54,7 @@ class Earlier:
         except CacheDamageError:  # the teacher scores it again
             return None
         digests: list[Any] = shard.examples["tokens_digest"]
-        wanted = [tokens_digest(r.context_ids, r.target_ids) for r in rows]
+        wanted = [tokens_digest(r.context_ids, r.target_ids, r.gaps) for r in rows]
         ends = np.concatenate([r.byte_end for r in rows])
         if digests != wanted or not np.array_equal(shard.arrays["byte_end"], ends):
             return None

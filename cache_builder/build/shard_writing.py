@@ -14,6 +14,7 @@ from typing import Any
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import Arrays
+from kd.cache_builder.store.example_table import GAP_COLUMNS
 from kd.cache_builder.store.targets import RawTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.cache_builder.store.writers.claims import Claims
@@ -117,19 +118,22 @@ def example_rows(rows: Sequence[TokenRows], position: int) -> list[dict[str, Any
     examples = []
     for row in rows:
         stop = position + len(row.target_ids)
-        examples.append(
-            {
-                "id": row.example.id,
-                "task": row.example.task,
-                "split": row.example.split,
-                "prompt": row.example.prompt,
-                "target": row.example.target,
-                "context_ids": row.context_ids,
-                "n_tokens": len(row.input_ids),
-                "row_start": position,
-                "row_end": stop,
-                "tokens_digest": tokens_digest(row.context_ids, row.target_ids),
-            }
-        )
+        columns: dict[str, Any] = {
+            "id": row.example.id,
+            "task": row.example.task,
+            "split": row.example.split,
+            "prompt": row.example.prompt,
+            "target": row.example.target,
+            "context_ids": row.context_ids,
+            "n_tokens": len(row.input_ids),
+            "row_start": position,
+            "row_end": stop,
+            "tokens_digest": tokens_digest(row.context_ids, row.target_ids, row.gaps),
+        }
+        if row.example.conversation is not None:
+            columns |= {name: getattr(row.gaps, field) for name, field in GAP_COLUMNS.items()}
+            columns |= {"ended": list(row.ended), "messages": list(row.messages)}
+            columns |= {"conversation": row.example.conversation.to_json()}
+        examples.append(columns)
         position = stop
     return examples

@@ -10,33 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.chunks import decode_shard
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.parquet import read_parquet
+from kd.cache_builder.store.example_table import example_columns, example_schema
 from kd.cache_builder.store.records.commits import shard_files
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import load_part
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.vocabulary import code_table, unpack_rows
 from kd.common.errors import CacheDamageError
-
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("task", pa.string()),
-        ("split", pa.string()),
-        ("prompt", pa.string()),
-        ("target", pa.string()),
-        ("context_ids", pa.list_(pa.int32())),
-        ("n_tokens", pa.int32()),
-        ("row_start", pa.int64()),
-        ("row_end", pa.int64()),
-        ("tokens_digest", pa.binary(16)),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ class Shard:
     first_example: int
     arrays: Arrays
     examples: dict[str, list[Any]]
-    """Columns of EXAMPLE_SCHEMA; `row_start`/`row_end` are made relative to the shard."""
+    """Columns of `example_table`; `row_start`/`row_end` are made relative to the shard."""
 
 
 def read_shard(files: CacheFiles, manifest: CacheManifest, index: int, names: Sequence[str] | None = None) -> Shard:
@@ -73,7 +58,8 @@ def decode_files(files: CacheFiles, manifest: CacheManifest, record: ShardRecord
     specs = [a for a in manifest.arrays if a.name in data]
     ids = code_table(files, manifest)[1] if any(spec.ids for spec in specs) else None
     try:
-        examples = _example_columns(read_parquet(data["examples"], EXAMPLE_SCHEMA, rows=_examples(record)))
+        schema = example_schema(manifest.format_version)
+        examples = example_columns(read_parquet(data["examples"], schema, rows=_examples(record)))
         starts = np.array(examples["row_start"], dtype=np.int64) - record.row_start
         stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in specs}
         arrays = unpack_rows(stored, specs, starts, ids)
@@ -86,15 +72,6 @@ def decode_files(files: CacheFiles, manifest: CacheManifest, record: ShardRecord
     return Shard(record.index, record.examples[0], arrays, examples)
 
 
-def _example_columns(table: pa.Table) -> dict[str, list[Any]]:
-    """Columns as lists; context ids as arrays, which for long contexts are a hundred times smaller and faster."""
-    columns = {name: table[name].to_pylist() for name in table.schema.names if name != "context_ids"}
-    contexts = table["context_ids"].combine_chunks()
-    values = np.asarray(contexts.flatten(), dtype=np.int32)
-    columns["context_ids"] = np.split(values, np.cumsum(contexts.value_lengths().to_numpy())[:-1])
-    return columns
-
-
 def read_example_table(
     files: CacheFiles, manifest: CacheManifest, index: int, columns: Sequence[str]
 ) -> dict[str, list[Any]]:
@@ -103,7 +80,7 @@ def read_example_table(
     name = shard_files(manifest.arrays, index)["examples"]
     data = files.verified_bytes(name, record.files[name], shard=index, array="examples")
     try:
-        table = read_parquet(data, EXAMPLE_SCHEMA, rows=_examples(record), columns=columns)
+        table = read_parquet(data, example_schema(manifest.format_version), rows=_examples(record), columns=columns)
     except Exception as error:  # as in read_shard
         raise CacheDamageError(
             "a shard cannot be decoded", where=files.root, shard=index, found=f"{type(error).__name__}: {error}"

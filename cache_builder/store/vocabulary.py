@@ -22,16 +22,23 @@ from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.parquet import read_parquet
 from kd.cache_builder.store.records.manifest import VOCABULARY, CacheManifest
 from kd.common.errors import CacheDamageError
+from kd.models.batching.gaps import NO_GAPS, Gaps
 
 VOCABULARY_SCHEMA = pa.schema([("id", pa.int32()), ("piece", pa.binary()), ("code", pa.int32())])
 """The column `code` is missing in format version 1."""
 
 
-def tokens_digest(context_ids: np.ndarray, target_ids: np.ndarray) -> bytes:
-    """A digest of 16 bytes over context and target ids, which shows that rows belong to their tokens."""
+def tokens_digest(context_ids: np.ndarray, target_ids: np.ndarray, gaps: Gaps = NO_GAPS) -> bytes:
+    """A digest of 16 bytes over context and target ids, which shows that rows belong to their tokens.
+
+    Where there are gaps, their fields follow, each after its length.
+    """
     digest = hashlib.blake2b(len(context_ids).to_bytes(8, "little"), digest_size=16)
     digest.update(np.ascontiguousarray(context_ids, dtype="<i4").tobytes())
     digest.update(np.ascontiguousarray(target_ids, dtype="<i4").tobytes())
+    for values in (gaps.rows, gaps.lengths, gaps.ids) if len(gaps) else ():
+        digest.update(len(values).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(values, dtype="<i4").tobytes())
     return digest.digest()
 
 

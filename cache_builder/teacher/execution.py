@@ -112,7 +112,7 @@ class Execution:
         """
         if self._one_lane or torch.get_num_threads() == 1:
             return
-        sizes = np.array([(len(r.context_ids), len(r.target_ids)) for r in rows])
+        sizes = np.array([(r.read_only, len(r.target_ids)) for r in rows])
         sizes = np.column_stack([sizes, sizes.sum(axis=1)])
         widest, lengths = [rows[i] for i in sizes.argmax(axis=0)], sizes.max(axis=0).tolist()
         if any(n > tried for n, tried in zip(lengths, self._longest_tried, strict=True)):
@@ -131,7 +131,7 @@ class Execution:
         self.prepare(rows)
         count = 1
         if not self._one_lane:
-            longest = max(len(r.context_ids) + len(r.target_ids) for r in rows)
+            longest = max(r.read_only + len(r.target_ids) for r in rows)
             count = lane_count(torch.get_num_threads(), max(self._token_budget, longest))
         while len(self.sparsifiers) < count:
             self.sparsifiers.append(self.sparsifiers[0].twin())
@@ -151,7 +151,7 @@ class Execution:
         @torch.inference_mode()
         def run() -> None:
             for row in rows:
-                hidden = self.head.scored_hidden([row.context_ids], [row.target_ids])
+                hidden = self.head.scored_hidden([row.context_ids], [row.target_ids], [row.gaps])
             self.head.logits(hidden[:1])  # which may make another copy of its weight, once
 
         unchanged = unless_full(lambda: leaves_no_trace(self.head.bodies, run))

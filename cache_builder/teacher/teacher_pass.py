@@ -82,7 +82,7 @@ class Teacher:
         The chunks hold the batch's rows one example after another. Raises TeacherError naming the example when logits are
         not finite, or when a single example does not fit into memory.
         """
-        sizes = [self.head.size(len(r.context_ids), len(r.target_ids)) for r in rows]
+        sizes = [self.head.size(r.read_only, len(r.target_ids)) for r in rows]
         queue = BatchQueue(sizes, self._token_budget, self.head_chunk)
         flight: Flight[Scored]
         with self.execution.over(rows) as flight:
@@ -157,7 +157,8 @@ class Teacher:
         """
         laps = Laps(self.device)
         scored = [rows[i] for i in batch]
-        hidden = self.head.scored_hidden([r.context_ids for r in scored], [r.target_ids for r in scored])
+        gaps = [r.gaps for r in scored] if any(len(r.gaps) for r in scored) else None
+        hidden = self.head.scored_hidden([r.context_ids for r in scored], [r.target_ids for r in scored], gaps)
         gold = on_device(torch.from_numpy(np.concatenate([r.target_ids for r in scored]).astype(np.int64)), self.device)
         uniforms = self._uniforms(sparsifier.config, scored, [first_example + i for i in batch])
         laps.mark("forward")

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from kd.cache_builder.store.example_table import example_schema, gaps_at
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
-from kd.cache_builder.store.records.manifest import CacheManifest
-from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA, Shard
+from kd.cache_builder.store.records.manifest import CacheManifest, version_for
+from kd.cache_builder.store.shard_store import Shard
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
@@ -87,7 +88,14 @@ def write_derived(
     if existing is not None:
         refuse_mismatch(out, identity, existing)
     manifest = existing or CacheManifest(
-        identity, layout, position, sum(r for _, _, r in sizes), tuple(sizes), {}, provenance
+        identity=identity,
+        layout=layout,
+        examples=position,
+        rows=sum(r for _, _, r in sizes),
+        shards=tuple(sizes),
+        files={},
+        provenance=provenance,
+        format_version=version_for(identity["corpus"]["kind"]),
     )
     writer = ShardWriter(out, manifest)
     try:
@@ -119,6 +127,7 @@ def _sequences(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> Ite
         table = shard.examples
         for i in range(piece.first, piece.stop):
             yield table["context_ids"][i]
+            yield gaps_at(table, i).ids
             yield shard.arrays["gold_ids"][table["row_start"][i] : table["row_end"][i]].astype(np.int64)
 
 
@@ -152,11 +161,12 @@ def _write(
     names = parts[0].arrays
     stored = {name: np.concatenate([p.arrays[name] for p in parts]) for name in names}
     position = index * writer.manifest.layout.shard_rows
+    schema = example_schema(writer.manifest.format_version)
     examples = []
     for part in parts:
         for i, start in enumerate(part.examples["row_start"]):
             stop = position + part.examples["row_end"][i] - start
-            row = {name: part.examples[name][i] for name in EXAMPLE_SCHEMA.names}
+            row = {name: part.examples[name][i] for name in schema.names}
             examples.append(row | {"row_start": position, "row_end": stop})
             position = stop
     writer.write(index, stored, examples, measured(stored, config) if quality is None else quality)

@@ -22,6 +22,7 @@ from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
 from kd.cache_builder.store.chunks import broken_chunks
 from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import ArraySpec
+from kd.cache_builder.store.example_table import gaps_at
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
 from kd.cache_builder.store.records.part import PARTIAL, load_part
@@ -204,7 +205,7 @@ def _check_rows(manifest: CacheManifest, shard: shard_store.Shard, commit: str) 
             return
         expected = stop
         context = np.asarray(table["context_ids"][i], dtype=np.int32)
-        if tokens_digest(context, targets.gold_ids[first:stop]) != table["tokens_digest"][i]:
+        if tokens_digest(context, targets.gold_ids[first:stop], gaps_at(table, i)) != table["tokens_digest"][i]:
             yield Finding(
                 commit,
                 f"rows of example {table['id'][i]} do not belong to its tokens",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kd.common.errors import DataError
+from kd.data.conversations.conversation import Conversation
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,29 @@ class Example:
     """Words that an answer has to use, in tasks with keywords."""
     complete: bool = True
     """Whether the target is whole. A target that was cut short has no end token to score."""
+    conversation: Conversation | None = None
+    """The messages of a conversation; `prompt` and `target` are then texts for people. None for other texts."""
 
 
 def text_digest(examples: Iterable[Example]) -> str:
     """Hex digest of ids, prompts and targets in their order (blake2b, 32 bytes, fields length-prefixed).
 
-    A target that was cut short adds a fourth field.
+    A target that was cut short adds a fourth field. Of a conversation, id and messages count.
     """
     digest = hashlib.blake2b(digest_size=32)
     for example in examples:
-        for field in (example.id, example.prompt, example.target, *(() if example.complete else ("…",))):
+        for field in _digested(example):
             data = field.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     return digest.hexdigest()
+
+
+def _digested(example: Example) -> tuple[str, ...]:
+    """The texts of an example that its digest is made of."""
+    if example.conversation is not None:
+        return example.id, example.conversation.to_json()
+    return (example.id, example.prompt, example.target, *(() if example.complete else ("…",)))
 
 
 def check_examples(spec: str, examples: Iterable[Example]) -> None:

@@ -1,4 +1,4 @@
-"""Map the columns of a table to examples: `text` makes documents, `prompt` and `target` make pairs.
+"""Map the columns of a table to examples: `text` makes documents, `prompt` and `target` pairs, `messages` conversations.
 
 Other column names are given by `--columns`, e.g. `--columns prompt=question,target=answer`. Every row must have the columns that
 are read: an empty value is a value, a missing one is an error.
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.conversations.conversation import CONVERSATIONS, Conversation
+from kd.data.conversations.conversation_rows import chat_layout, rows_to_conversations
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.rows.tables import Place, is_nothing
@@ -36,7 +38,7 @@ def rows_to_examples(
     split: str,
     left_out: LeftOut,
 ) -> tuple[str, Iterator[Example]]:
-    """The kind of the table, `documents` or `pairs`, and its rows as examples in their order.
+    """The kind of the table (`documents`, `pairs` or `conversations`), and its rows as examples in their order.
 
     names     columns of the table
     columns   columns that are not called as their field is
@@ -47,6 +49,10 @@ def rows_to_examples(
 
     Raises DataError for a missing column, and, while the examples are read, for a row that lacks one, or a value that is not text.
     """
+    layout = None if columns else chat_layout(names, next(iter(rows), None) if isinstance(rows, Sequence) else None)
+    if layout is not None:
+        chats = rows_to_conversations(rows, layout, place=place, prefix=prefix, split=split)
+        return CONVERSATIONS, map(conversation_example, chats)
     fields = _fields_of(names, columns, where)
     expected = set(fields.values()) if columns else {name for name in TEXTS if name in names}
     id_column = columns.get("id")
@@ -67,6 +73,18 @@ def rows_to_examples(
     return ("pairs" if "prompt" in fields else "documents"), examples()
 
 
+def conversation_example(conversation: Conversation) -> Example:
+    """A conversation as an example, whose prompt and target are for people."""
+    return Example(
+        conversation.id,
+        conversation.answered.strip() or "(no text)",
+        conversation.asked,
+        conversation.task,
+        conversation.split,
+        conversation=conversation,
+    )
+
+
 def _fields_of(names: Sequence[str], columns: Columns, where: str) -> dict[str, str]:
     """Field of an example -> its column. Raises DataError for an unknown field or a missing column."""
     for field in columns:
@@ -80,7 +98,7 @@ def _fields_of(names: Sequence[str], columns: Columns, where: str) -> dict[str, 
             "columns are missing",
             where=where,
             found=", ".join(names) or "none",
-            expected=", ".join(missing) or "text, or prompt and target",
+            expected=", ".join(missing) or "text, prompt and target, or messages",
             try_="--columns text=NAME or --columns prompt=NAME,target=NAME",
         )
     if pairs:

@@ -115,7 +115,7 @@ def evaluate_agreement(
 
         examples = reader.read(range(first, min(stop, count)))
         ids += [e.id for e in examples]
-        texts = [ScoredText(e.id, e.context_ids, e.targets.gold_ids) for e in examples]
+        texts = [ScoredText(e.id, e.context_ids, e.targets.gold_ids, e.gaps) for e in examples]
         targets = concatenate([e.targets for e in examples])
         before = done
         log_p, rest = teacher_outcomes(targets, temperature, size)

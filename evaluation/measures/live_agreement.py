@@ -14,14 +14,13 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
-from kd.data.blocks import tokenize_corpus
 from kd.data.left_out import LeftOut
 from kd.data.sources import Corpus
 from kd.evaluation.measures.agreement import FIGURES, AgreementResult, agreement_of, jensen_shannon
 from kd.evaluation.measures.perplexity import first_tokens
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import LogitChunk, ScoredText, chunk_scores, logit_chunks, model_ids
-from kd.evaluation.scoring.windows import text_blocks, window
+from kd.evaluation.scoring.windows import text_blocks, token_rows, window
 from kd.evaluation.statistics.estimates import Documents
 from kd.models.heads import split_head
 from kd.models.loading import Model, is_encoder_decoder
@@ -49,8 +48,8 @@ def evaluate_live_agreement(
         raise DataError("temperature must be positive", found=temperature)
     blocks = text_blocks(reading, shared_window(model, teacher, reading.seq_len), model, tokenizer)
     left_out = LeftOut()
-    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, left_out), reading.limit_tokens))
-    texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
+    rows = list(first_tokens(token_rows(corpus, tokenizer, blocks, reading, left_out), reading.limit_tokens))
+    texts = [ScoredText(r.example.id, r.context_ids, r.target_ids, r.gaps) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
     total, done = sum(lengths), 0
     figures = np.empty((len(FIGURES), total))

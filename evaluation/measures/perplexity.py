@@ -29,12 +29,12 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
-from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
+from kd.data.blocks import BlockConfig, TokenRows
 from kd.data.left_out import LeftOut
 from kd.data.sources import Corpus
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, model_ids, token_scores
-from kd.evaluation.scoring.windows import text_blocks, window
+from kd.evaluation.scoring.windows import text_blocks, token_rows, window
 from kd.evaluation.statistics.calibration import calibration_error
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
 from kd.models.loading import Model
@@ -80,8 +80,8 @@ def evaluate_perplexity(
     """
     blocks = text_blocks(reading, window(model, reading.seq_len), model, tokenizer)
     left_out = LeftOut()
-    rows = list(first_tokens(tokenize_corpus(corpus, tokenizer, blocks, left_out), reading.limit_tokens))
-    texts = [ScoredText(r.example.id, r.context_ids, r.target_ids) for r in rows]
+    rows = list(first_tokens(token_rows(corpus, tokenizer, blocks, reading, left_out), reading.limit_tokens))
+    texts = [ScoredText(r.example.id, r.context_ids, r.target_ids, r.gaps) for r in rows]
     lengths = [len(t.target_ids) for t in texts]
     scores = yield from token_scores(
         model,
@@ -124,7 +124,8 @@ def first_tokens(rows: Iterable[TokenRows], limit: int | None) -> Iterator[Token
         size = len(row.target_ids)
         if size > left:
             keep = int(left)
-            row = replace(row, target_ids=row.target_ids[:keep], byte_end=row.byte_end[:keep])
+            gaps = row.gaps.head(keep)
+            row = replace(row, target_ids=row.target_ids[:keep], byte_end=row.byte_end[:keep], gaps=gaps)
         yield row
         left -= len(row.target_ids)
         if left <= 0:

@@ -5,10 +5,12 @@ This module imports nothing heavy, because the command line reads it to print it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from kd.common.settings import check, setting, unescaped
+from kd.data.conversations.chat_settings import variables_from
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class ReadingOptions:
     """Text between prompt and target of a pair; an encoder-decoder needs none."""
     control_tokens: Literal["auto", "control", "text"] | None = setting(None, shown="as a run was trained, else auto")
     """How a special token that is spelled in a text is read, as in kd cache build."""
+    chat_template: str | None = setting(None, metavar="FILE")
+    """File with a chat template in Jinja, for conversations. By default they are rendered with the tokenizer's own."""
+    template_kwargs: Mapping[str, Any] | None = setting(None, metavar="KEY=VALUE,…", parse=variables_from)
+    """Further variables of the chat template, e.g. enable_thinking=false."""
     limit_tokens: int | None = None
     """Score exactly the first N tokens of the text, in perplexity and in agreement with a live teacher. By default all."""
     tokens_per_batch: int | None = setting(None, minimum=1)

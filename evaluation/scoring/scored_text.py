@@ -17,6 +17,7 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
+from kd.models.batching.gaps import NO_GAPS, Gaps
 from kd.models.batching.padded_batches import batches_by_length, head_rows
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.loading import Model
@@ -35,11 +36,18 @@ class ScoredText:
     """[C] int32 ids that the model sees, C >= 1."""
     target_ids: np.ndarray
     """[n] int32 ids that are scored, n >= 1."""
+    gaps: Gaps = NO_GAPS
+    """Tokens between scored tokens, which the model sees too."""
 
     @property
     def tokens(self) -> int:
-        """C + n: what the model reads."""
-        return len(self.context_ids) + len(self.target_ids)
+        """What the model reads."""
+        return self.read_only + len(self.target_ids)
+
+    @property
+    def read_only(self) -> int:
+        """Tokens that are seen and not scored."""
+        return len(self.context_ids) + self.gaps.tokens
 
 
 @dataclass(frozen=True)
@@ -98,13 +106,14 @@ def logit_chunks(
     refuse_unknown_text(texts, int(head.weight.shape[0]))
     tokens_per_batch = tokens_per_batch or head.forward_tokens()
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
-    for batch in batches_by_length([head.size(len(t.context_ids), len(t.target_ids)) for t in texts], tokens_per_batch):
+    for batch in batches_by_length([head.size(t.read_only, len(t.target_ids)) for t in texts], tokens_per_batch):
         chosen = [texts[i] for i in batch]
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
         gold = torch.from_numpy(np.concatenate([t.target_ids for t in chosen]).astype(np.int64)).to(head.weight.device)
         try:
             with torch.inference_mode():
-                hidden = head.scored_hidden([t.context_ids for t in chosen], [t.target_ids for t in chosen])
+                gaps = [t.gaps for t in chosen] if any(len(t.gaps) for t in chosen) else None
+                hidden = head.scored_hidden([t.context_ids for t in chosen], [t.target_ids for t in chosen], gaps)
             step = head_rows(vocabulary_size, head.weight.device.type)
             for start in range(0, len(rows), step):
                 part = slice(start, start + step)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig
+from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
+from kd.data.chat_rows import chat_template, tokenize_conversations
+from kd.data.conversations.chat_settings import ChatSettings
+from kd.data.conversations.conversation import CONVERSATIONS
+from kd.data.left_out import LeftOut
+from kd.data.sources import Corpus
 from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.families.positions import max_positions
@@ -49,6 +56,21 @@ def text_blocks(reading: ReadingOptions, seq_len: int, model: Model, tokenizer: 
         overlong="truncate",
         layout=encoder_layout(model.config, tokenizer),
     )
+
+
+def token_rows(
+    corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, reading: ReadingOptions, left_out: LeftOut
+) -> Iterator[TokenRows]:
+    """The rows of a text: conversations through a chat template, everything else as `tokenize_corpus` cuts it."""
+    if corpus.kind != CONVERSATIONS:
+        return tokenize_corpus(corpus, tokenizer, blocks, left_out)
+    settings = chat_settings(reading)
+    return tokenize_conversations(corpus, chat_template(tokenizer, settings), settings, blocks, left_out)
+
+
+def chat_settings(reading: ReadingOptions) -> ChatSettings:
+    """How conversations are rendered."""
+    return ChatSettings(reading.chat_template, reading.template_kwargs)
 
 
 def prompt_blocks(model: Model, tokenizer: Tokenizer, reading: ReadingOptions) -> BlockConfig:

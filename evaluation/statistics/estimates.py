@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.rows.example import Example
 
 
@@ -67,8 +68,8 @@ class Documents:
 
     @classmethod
     def of_examples(cls, ids: Sequence[str], kind: str) -> Documents:
-        """Group example ids: blocks `name#3` of a `documents` corpus by name, a `pairs` example for itself."""
-        keys = [i.rpartition("#")[0] or i for i in ids] if kind == "documents" else list(ids)
+        """Group example ids: blocks `name#3` of documents, and renderings of a conversation, by name; a pair for itself."""
+        keys = [i.rpartition("#")[0] or i for i in ids] if kind in ("documents", CONVERSATIONS) else list(ids)
         places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         return cls(tuple(places), np.array([places[key] for key in keys], dtype=np.int64))
 

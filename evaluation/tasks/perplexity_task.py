@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from kd.common.progress import Progress
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.evaluation.tasks.eval_task import Metric, TaskResult, TextTask, task_progress
 from kd.evaluation.tasks.shared_options import SharedOptions
 
@@ -34,7 +35,9 @@ class PerplexityTask(TextTask[None]):
     def run(
         self, model: Model, tokenizer: Tokenizer, options: None, shared: SharedOptions, material: Corpus
     ) -> Iterator[Progress[TaskResult]]:
+        from kd.data.chat_rows import chat_identity
         from kd.evaluation.measures.perplexity import evaluate_perplexity
+        from kd.evaluation.scoring.windows import chat_settings
 
         def task_result(scores: PerplexityResult) -> TaskResult:
             settings = {
@@ -48,6 +51,8 @@ class PerplexityTask(TextTask[None]):
             }
             if material.kind == "pairs":
                 settings["separator"] = shared.reading.between
+            if material.kind == CONVERSATIONS:
+                settings["chat"] = chat_identity(tokenizer, chat_settings(shared.reading))
             if shared.reading.control_reading != "auto":
                 settings["control_tokens"] = shared.reading.control_reading
             estimates = {name: getattr(scores, name) for name in self.metrics}

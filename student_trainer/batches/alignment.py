@@ -11,6 +11,7 @@ position before that token: no shift is left to get wrong (TRL's GOLD compares o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,20 @@ class Alignment:
 
     def __len__(self) -> int:
         return len(self.teacher)
+
+    def shifted(self, teacher: int, student: int) -> Alignment:
+        """The same groups after so many more rows and tokens."""
+        return Alignment(self.teacher + teacher, self.student + student, self.bytes_aligned)
+
+
+def one_alignment(parts: Sequence[Alignment]) -> Alignment:
+    """Alignments of consecutive texts as one."""
+    none = np.zeros((0, 2), dtype=np.int64)
+    return Alignment(
+        np.concatenate([none, *(part.teacher for part in parts)]),
+        np.concatenate([none, *(part.student for part in parts)]),
+        sum(part.bytes_aligned for part in parts),
+    )
 
 
 def align(teacher: Side, student: Side, *, mode: str = "bytes", eos: bool = True) -> Alignment:

@@ -13,8 +13,8 @@ from torch import Tensor
 from kd.cache_builder.store.readers.reading import CachedBatch, CachedExample
 from kd.cache_builder.store.soft_targets import SoftTargets, concatenate
 from kd.models.batching.packing import Size, lay_out, pack_sequences
-from kd.student_trainer.batches.alignment import Side, align
 from kd.student_trainer.batches.pieces import SharedPieces
+from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.student_text import StudentExample, StudentText
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
@@ -34,7 +34,7 @@ class Collator:
 
     objective: Objective
     """The loss, which decides what of the targets is needed."""
-    text: StudentText | None = None
+    text: StudentText | StudentChat | None = None
     """The text in the student's own tokens; None = the cached tokens."""
     alignment: str = "bytes"
     """How groups are found: `bytes` or `positional`, see `alignment`."""
@@ -60,25 +60,37 @@ class Collator:
             batch |= self._rows(examples)
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
 
-    def _first(self, example: CachedExample | StudentExample) -> int:
-        """Number of the first token of an example that is scored."""
-        return 1 if self.prompt_loss else len(example.context_ids)
+    def _scored(self, example: CachedExample | StudentExample) -> np.ndarray:
+        """`[n]` positions of the scored tokens of an example."""
+        ids = example.input_ids
+        if self.prompt_loss:
+            return np.arange(1, len(ids))
+        rows = len(ids) - len(example.context_ids) - example.gaps.tokens
+        return example.gaps.positions(len(example.context_ids), rows) + 1
+
+    def _places(self, example: StudentExample) -> tuple[np.ndarray, int]:
+        """`[n + 1]` number of each target token among the example's scored tokens, and one past the last; how many those are."""
+        rows = len(example.target_ids)
+        if not self.prompt_loss:
+            return np.arange(rows + 1), rows
+        places = example.gaps.positions(len(example.context_ids), rows)
+        count = len(example.input_ids) - 1
+        return np.append(places, count), count
 
     def _tokens(self, examples: Sequence[CachedExample | StudentExample]) -> dict[str, np.ndarray]:
         ids = [e.input_ids for e in examples]
-        first = [self._first(e) for e in examples]
-        gold = [i[start:] for i, start in zip(ids, first, strict=True)]
-        sides, ahead = [ids], [start - 1 for start in first]
+        scored = [self._scored(e) for e in examples]
+        gold = [i[places] for i, places in zip(ids, scored, strict=True)]
+        sides, predicting = [ids], [places - 1 for places in scored]
         if self.start_ids:
             forced = len(self.start_ids) - 1
             shifted = [np.concatenate([self.start_ids, g])[: forced + len(g)] for g in gold]
-            sides, ahead = [[e.context_ids for e in examples], shifted], [forced] * len(gold)
+            sides, predicting = [[e.context_ids for e in examples], shifted], [forced + np.arange(len(g)) for g in gold]
         sequences = pack_sequences([tuple(len(side[e]) for side in sides) for e in range(len(ids))], self.capacity)
         layouts = [lay_out(side, sequences) for side in sides]
-        starts = layouts[-1]["starts"] + np.array(ahead)
         batch = {
             "input_ids": layouts[0]["input_ids"],
-            "positions": np.concatenate([s + np.arange(len(g)) for s, g in zip(starts, gold, strict=True)]),
+            "positions": np.concatenate([s + p for s, p in zip(layouts[-1]["starts"], predicting, strict=True)]),
             "gold_ids": np.concatenate(gold).astype(np.int64),
         }
         if self.start_ids:
@@ -117,21 +129,20 @@ class Collator:
         offset, aligned = 0, np.zeros(2, dtype=np.int64)
         for example in examples:
             student, targets = self.text[example.index], example.targets
-            before = len(student.context_ids) - self._first(student)  # scored tokens of the prompt
-            teacher = Side(targets.byte_end, self.text.teacher_has_eos[example.index])
-            pairs = align(teacher, student.side, mode=self.alignment, eos=self.align_eos)
+            places, scored = self._places(student)
+            pairs = self.text.aligned(example, mode=self.alignment, eos=self.align_eos)
             aligned += pairs.bytes_aligned, len(example.target.encode("utf-8"))
             groups = teacher_groups(targets, pairs.teacher, temperature, needs)
             if self.pieces is not None and targets.token_ids is not None:
                 groups["student_ids"] = _matched(self.pieces, targets, student, pairs.teacher[:, 0])
             values = groups | {
-                "first": pairs.student[:, 0] + offset + before,
-                "stop": pairs.student[:, 1] + offset + before,
+                "first": places[pairs.student[:, 0]] + offset,
+                "stop": places[pairs.student[:, 1] - 1] + 1 + offset,
                 "weight": np.full(len(pairs), 1.0 / max(len(pairs), 1), dtype=np.float32),
             }
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)
-            offset += before + len(student.target_ids)
+            offset += scored
         units = sum(len(w) > 0 for w in parts["weight"])
         counts = {"units": np.array(units), "aligned_bytes": aligned}
         return {f"group_{n}": np.concatenate(v) for n, v in parts.items()} | counts
@@ -142,7 +153,7 @@ def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample
     assert targets.token_ids is not None
     kept = targets.token_ids[rows]
     ids: np.ndarray = pieces.ids[kept]
-    if len(rows) and rows[0] == 0 and student.side.start == 0:
+    if len(rows) and rows[0] == 0 and student.side.start == 0 and len(student.side.byte_end):
         first = pieces.at_start(
             int(targets.gold_ids[0]),
             int(targets.byte_end[0]),

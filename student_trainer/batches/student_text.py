@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kd.cache_builder.store.readers.reading import Reader
+from kd.cache_builder.store.readers.reading import CachedExample, Reader
 from kd.common.errors import DataError
 from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair, with_bos
 from kd.data.rows.example import Example
 from kd.data.text_tokens import TextTokens
+from kd.models.batching.gaps import NO_GAPS, Gaps
 from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.tokenizer import Tokenizer
-from kd.student_trainer.batches.alignment import Side
+from kd.student_trainer.batches.alignment import Alignment, Side, align
 from kd.student_trainer.batches.compatibility import same_tokenizer
 
 
@@ -36,11 +37,13 @@ class StudentExample:
     """[m] int32."""
     side: Side
     """Byte of the target where each of its tokens ends."""
+    gaps: Gaps = NO_GAPS
+    """Tokens between target tokens, which are read and not scored."""
 
     @property
     def input_ids(self) -> np.ndarray:
         """`[C + m]` context and target."""
-        return np.concatenate([self.context_ids, self.target_ids])
+        return self.gaps.sequence(self.context_ids, self.target_ids)
 
 
 class StudentText:
@@ -112,6 +115,11 @@ class StudentText:
     def named_ids(self) -> Iterator[tuple[str, np.ndarray]]:
         """What each example is called in errors, and its ids."""
         return ((f"example {number}", example.input_ids) for number, example in self._examples.items())
+
+    def aligned(self, example: CachedExample, *, mode: str, eos: bool) -> Alignment:
+        """Which rows of an example and which of the student's target tokens cover the same text (see `align`)."""
+        teacher = Side(example.targets.byte_end, self.teacher_has_eos[example.index])
+        return align(teacher, self[example.index].side, mode=mode, eos=eos)
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """`(tokens [E], rows [E])`: context + target tokens, and target tokens alone; 0 for shards that were not copied."""

@@ -243,3 +243,11 @@ def test_bench_has_a_line_for_every_case(
     assert [line.split()[0] for line in lines[1 : len(bench.CASES) + 1]] == [*bench.BASES, "read"]
     assert lines[1].split()[2] == "1.00"
     assert any(line.startswith("cache of random weights") for line in lines)
+
+
+def test_a_checkpoint_is_written_and_sealed_apart(load_benchmark, demo_cache: Path, tmp_path: Path) -> None:
+    figures = load_benchmark("checkpoints").measured(str(demo_cache), "demo", tmp_path / "run", steps=2, every=1)
+    assert figures["checkpoints"] == 2
+    assert figures["checkpoint_mb"] > 6
+    assert figures["run_cpu_ratio"] > 1
+    assert all(figures[name] > 0 for name in ("write_cpu", "seal_cpu", "write_wall", "seal_wall"))

@@ -123,7 +123,7 @@ def test_another_format_version(tmp_path, build_request):
     document = json.loads((tmp_path / "c" / "manifest.json").read_text())
     from hostile import sign_manifest
 
-    sign_manifest(tmp_path / "c", document | {"format_version": 3})
+    sign_manifest(tmp_path / "c", document | {"format_version": 4})
     refused(lambda: load_manifest(tmp_path / "c"), "another format version", r"found +3", "a kd release that reads it")
 
 

@@ -501,14 +501,6 @@ def test_a_limit_does_not_take_one_label_of_rows_sorted_by_label(tmp_path: Path)
         assert corpus.left_out.counts == {"beyond_limit": 300}
 
 
-@pytest.mark.parametrize(
-    "spec", ["x" * 300, ",".join("flan" * 30 + str(i) for i in range(3)), "a/" + "x" * 300 + ".jsonl"]
-)
-def test_a_spec_longer_than_a_file_name_is_an_error_in_words(spec: str) -> None:
-    with pytest.raises(DataError):
-        load_corpus(spec)
-
-
 @pytest.mark.parametrize("split", ["dev", "validation", "heldout"])
 def test_a_split_of_files_is_what_their_names_say_or_an_error(tmp_path: Path, split: str):
     write(tmp_path / f"{split}.jsonl", ROWS)
@@ -521,3 +513,11 @@ def test_a_split_of_files_is_what_their_names_say_or_an_error(tmp_path: Path, sp
         with pytest.raises(DataError, match="files have no splits") as caught:
             load_corpus(str(spec), split=split)
         assert "rows.jsonl would be read whole" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec", ["x" * 300, ",".join("flan" * 30 + str(i) for i in range(3)), "a/" + "x" * 300 + ".jsonl"]
+)
+def test_a_spec_longer_than_a_file_name_is_an_error_in_words(spec: str) -> None:
+    with pytest.raises(DataError):
+        load_corpus(spec)

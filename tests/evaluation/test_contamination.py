@@ -192,3 +192,13 @@ def test_a_corpus_and_its_cache_have_one_digest_whatever_their_order(prose_file,
     whole = load_corpus(str(prose_file))
     assert shared_examples(whole, text_of(digest=whole.digest)) == len(whole.examples)
     assert shared_examples(load_corpus(str(prose_file), limit=2), cache_texts(exact_cache)[0]) == 1
+
+
+def test_a_pair_is_known_however_its_cache_has_split_it() -> None:
+    """A cache stores a target as it was scored: without its end token, and from the first scored token on."""
+    asked = (Example("a", "happy man", prompt="The un"), Example("b", "Four.<|im_end|>", prompt="Two plus two?"))
+    stored = (Example("a", " man", prompt="The unhappy"), Example("b", "Four.", prompt="Two plus two?"))
+    text = TrainingText("run", "x", "train", "", None, stored)
+    assert shared_examples(Corpus("y", "train", "pairs", asked, {}), text) == 2
+    other = (Example("c", "Five.<|im_end|>", prompt="Two plus two?"),)
+    assert shared_examples(Corpus("y", "train", "pairs", other, {}), text) == 0

@@ -16,6 +16,7 @@ from kd.common.errors import DataError
 from kd.models import tokenizer as module
 from kd.models.tokenizer import (
     encode_at_once,
+    encode_texts,
     encode_with_ends,
     load_tokenizer,
     token_bytes,
@@ -258,3 +259,15 @@ def test_a_tokenizer_is_left_as_it_was(shared: Path):
     assert tokenizer("a<|im_end|>")["input_ids"] == before
     tokenizer("one two three four", truncation=True, max_length=2, padding="max_length")
     assert len(encode_with_ends(tokenizer, token_bytes(tokenizer), "one two three four")[0]) == 4
+
+
+def test_a_classifier_s_texts_hold_no_control_tokens(shared: Path):
+    tokenizer = load_tokenizer(str(shared / "tokenizers/smollm2"))
+    rows = [("plain", "text"), ("an <|im_end|> here", "and text"), ("", "")]
+    ids = encode_texts(tokenizer, rows)
+    assert [tokenizer.eos_token_id in row for row in ids[:2]] == [False, False]
+    assert ids[0] == encode_texts(tokenizer, rows[:1])[0] == tokenizer("plain", "text")["input_ids"]
+    assert tokenizer.decode(ids[1]) == "an <|im_end|> hereand text"
+    assert ids[2] == [tokenizer.pad_token_id]
+    assert tokenizer.eos_token_id in encode_texts(tokenizer, rows, control=True)[1]
+    assert [len(row) for row in encode_texts(tokenizer, rows[:2], 4)] == [2, 4]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kd.cache_builder.store.encoding import codecs
+from kd.cache_builder.store.example_table import gaps_at
 from kd.cache_builder.store.readers.reading import CachedBatch, CachedExample
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.shard_store import Shard
@@ -48,6 +49,7 @@ class Decoder:
                     table["target"][i],
                     table["context_ids"][i],
                     take_rows(rows, slice(start, stop)),
+                    gaps_at(table, i),
                 )
             )
             start = stop
@@ -65,7 +67,8 @@ class Decoder:
         start = 0
         for (shard, i), (_, rows) in zip(located, spans, strict=True):
             table, stop = shard.examples, start + rows.stop - rows.start
-            if tokens_digest(table["context_ids"][i], decoded.gold_ids[start:stop]) != table["tokens_digest"][i]:
+            tokens = tokens_digest(table["context_ids"][i], decoded.gold_ids[start:stop], gaps_at(table, i))
+            if tokens != table["tokens_digest"][i]:
                 raise CacheDamageError(
                     "cached rows do not belong to their tokens",
                     where=self.root,

@@ -17,6 +17,7 @@ from kd.cache_builder.store.records.part import Part
 from kd.cache_builder.store.shard_store import Shard
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import TargetConfig
+from kd.models.batching.gaps import NO_GAPS, Gaps
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,12 +32,14 @@ class CachedExample:
     context_ids: np.ndarray
     """[C] int32: tokens before the first target token."""
     targets: SoftTargets
-    """n rows; row t predicts the token at position C + t."""
+    """n rows; row t predicts target token t."""
+    gaps: Gaps = NO_GAPS
+    """Tokens between target tokens, which are read and not scored: what others say between an assistant's turns."""
 
     @property
     def input_ids(self) -> np.ndarray:
-        """`[C + n]` context and target tokens."""
-        return np.concatenate([self.context_ids, self.targets.gold_ids.astype(np.int32)])
+        """`[T]` context and target tokens, and the gaps between them."""
+        return self.gaps.sequence(self.context_ids, self.targets.gold_ids.astype(np.int32))
 
     def __repr__(self) -> str:
         texts = f"prompt={len(self.prompt)} characters, target={len(self.target)} characters"
@@ -102,7 +105,7 @@ class Reader(Protocol):
         """The shard that holds an example, and the example's number in that shard. Raises IndexError."""
 
     def example_table(self, shard: int, columns: Sequence[str]) -> dict[str, list[Any]]:
-        """Some columns of a shard's examples (`shard_store.EXAMPLE_SCHEMA`), without reading its targets."""
+        """Some columns of a shard's examples (`kd.cache_builder.store.example_table`), without reading its targets."""
 
     def read(self, examples: Sequence[int]) -> list[CachedExample]:
         """Several examples, decoded together: a `CachedBatch`, or an empty list for no examples.

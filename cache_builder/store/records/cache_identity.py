@@ -14,7 +14,7 @@ TEXT_RULES_NAMES = ("text_rules", "control_tokens")
 
 def refuse_mismatch(root: Path, wanted: dict[str, Any], existing: CacheManifest) -> None:
     """Raise CacheMismatchError with the difference, unless `existing` was made from exactly `wanted`."""
-    if existing.format_version != FORMAT_VERSION:
+    if existing.format_version < FORMAT_VERSION:
         raise CacheMismatchError(
             "the directory holds a cache of an older format",
             cache=root,

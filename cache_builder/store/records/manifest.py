@@ -30,11 +30,14 @@ from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.common.paths import as_path
 from kd.data.blocks import BlockConfig
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.text_tokens import CONTROL_TOKENS
 
 FORMAT = "kd-cache"
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+CONVERSATION_VERSION = 3
+"""Format version of caches of conversations, which have several runs of scored tokens per example."""
+READABLE_VERSIONS = (1, 2, 3)
 """Version 1 stored raw ids, normalisers and byte ends row by row; see docs/cache-format.md."""
 MANIFEST, BUILDING = "manifest.json", "building.json"
 TARGETS, VOCABULARY = "targets.zarr", "vocabulary.parquet"
@@ -147,6 +150,11 @@ class CacheManifest:
         write_atomic(root / name, self.to_json())
 
 
+def version_for(kind: str) -> int:
+    """The format version in which a new cache of this kind of corpus is written."""
+    return CONVERSATION_VERSION if kind == CONVERSATIONS else FORMAT_VERSION
+
+
 def fingerprint_of(identity: dict[str, Any], version: int = FORMAT_VERSION) -> str:
     """Hex digest of the format version and an identity."""
     return digest_of({"format_version": version, "identity": identity})
@@ -246,6 +254,8 @@ def _check(manifest: CacheManifest, document: dict[str, Any], checksum: str | No
         raise CacheError(
             "fingerprint does not match the identity", found=document["fingerprint"], expected=manifest.fingerprint
         )
+    if (manifest.format_version == CONVERSATION_VERSION) != (manifest.identity["corpus"]["kind"] == CONVERSATIONS):
+        raise CacheError("format version 3 is that of conversations", found=manifest.identity["corpus"]["kind"])
     if not 1 <= manifest.vocabulary_size <= 2**31:
         raise CacheError("vocabulary size out of bounds", found=manifest.vocabulary_size)
     if manifest.targets.logprob_codec not in CODECS:

@@ -28,6 +28,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec
+from kd.cache_builder.store.example_table import example_schema
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
 from kd.cache_builder.store.records.commits import commit_path, file_entry, read_commit, shard_files
 from kd.cache_builder.store.records.manifest import (
@@ -41,7 +42,6 @@ from kd.cache_builder.store.records.manifest import (
     group_files,
     load_manifest,
 )
-from kd.cache_builder.store.shard_store import EXAMPLE_SCHEMA
 from kd.cache_builder.store.vocabulary import code_table, pack_rows
 from kd.cache_builder.store.writers.claims import all_claims, claim_path, void_claims
 from kd.cache_builder.store.writers.shard_publishing import offer, prepare_shard, settle, settle_all
@@ -171,7 +171,7 @@ class ShardWriter:
         """Stage, publish and commit one shard. Returns whether the shard is committed now, by this or by another builder.
 
         stored     the arrays of its rows, as `codecs.encode` returns them
-        examples   its rows of `EXAMPLE_SCHEMA`
+        examples   its rows of `example_schema`
         quality    sums of the quality figures over its rows
         ours       asked before anything is published; where it says no, nothing is
 
@@ -201,9 +201,10 @@ class ShardWriter:
             arrays[spec.name][start : start + rows] = values.astype(spec.dtype)
         parquet = self.staging / shard_files(self.arrays, index)["examples"]
         parquet.parent.mkdir(exist_ok=True)
-        columns = {name: [e[name] for e in examples] for name in EXAMPLE_SCHEMA.names}
+        schema = example_schema(self.manifest.format_version)
+        columns = {name: [e[name] for e in examples] for name in schema.names}
         pq.write_table(
-            pa.table(columns, EXAMPLE_SCHEMA),
+            pa.table(columns, schema),
             parquet,
             compression="zstd",
             compression_level=15,

@@ -23,6 +23,7 @@ from kd.cache_builder.store.chunks import decode_shard
 from kd.cache_builder.store.encoding.arrays import ArraySpec
 from kd.cache_builder.store.encoding.codecs import array_specs
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
+from kd.cache_builder.store.example_table import EXAMPLE_SCHEMA
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
@@ -205,7 +206,7 @@ def test_examples_are_plain_parquet_with_their_rows(cache: Path):
     manifest = load_manifest(cache)
     for index, (first, stop, rows) in enumerate(manifest.shards):
         table = pq.read_table(cache / "examples" / f"{index:05d}.parquet")
-        assert table.schema.names == shard_store.EXAMPLE_SCHEMA.names
+        assert table.schema.names == EXAMPLE_SCHEMA.names
         assert len(table) == stop - first
         starts, ends = table["row_start"].to_pylist(), table["row_end"].to_pylist()
         assert starts == [index * 128, *ends[:-1]]

@@ -127,7 +127,7 @@ def test_models_whose_states_stay_in_float32_score_in_16_bits_as_they_do_alone(f
 
 def test_a_model_that_reads_padding_is_refused() -> None:
     shape = {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 1}
-    config = CpmAntConfig(vocab_size=V, prompt_length=2, prompt_types=2, segment_types=2, **shape)
+    config = CpmAntConfig(vocab_size=V, **shape)
     model = CpmAntForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -171,7 +171,7 @@ def test_another_format_and_another_version_are_told_apart_from_damage(cache: Pa
         load_manifest(edited(cache, tmp_path / "c", setter("format", "other")))
     assert not isinstance(caught.value, CacheDamageError)
     with pytest.raises(CacheMismatchError, match="format version"):
-        load_manifest(edited(cache, tmp_path / "c", setter("format_version", 3)))
+        load_manifest(edited(cache, tmp_path / "c", setter("format_version", 4)))
 
 
 def test_a_folder_that_is_no_cache_says_how_to_make_one(tmp_path: Path):

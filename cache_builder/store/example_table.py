@@ -1,0 +1,85 @@
+"""The table of a shard's examples: its columns, and the tokens between scored tokens that a conversation has.
+
+Format version 3 holds conversations. There an example has several runs of scored tokens, and six columns more:
+
+    gap_rows, gap_lengths, gap_ids   the tokens between the runs, see `kd.models.batching.gaps`
+    ended                            for each run, whether its last token is the control token that ends a turn
+    messages                         for each run, the number of the message that it is
+    conversation                     the messages as JSON
+
+`target` is then the text of all runs, one after another, and `byte_end` counts in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kd.models.batching.gaps import NO_GAPS, Gaps
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("prompt", pa.string()),
+        ("target", pa.string()),
+        ("context_ids", pa.list_(pa.int32())),
+        ("n_tokens", pa.int32()),
+        ("row_start", pa.int64()),
+        ("row_end", pa.int64()),
+        ("tokens_digest", pa.binary(16)),
+    ]
+)
+"""Columns of documents and pairs, in format versions 1 and 2."""
+GAP_COLUMNS = {"gap_rows": "rows", "gap_lengths": "lengths", "gap_ids": "ids"}
+"""Column -> the field of `Gaps` that it holds."""
+CONVERSATION_SCHEMA = pa.schema(
+    [
+        *EXAMPLE_SCHEMA,
+        *((name, pa.list_(pa.int32())) for name in GAP_COLUMNS),
+        ("ended", pa.list_(pa.bool_())),
+        ("messages", pa.list_(pa.int32())),
+        ("conversation", pa.string()),
+    ]
+)
+"""Columns of conversations, in format version 3."""
+LISTS = ("context_ids", *GAP_COLUMNS)
+"""Columns with a list of numbers for each example."""
+
+Columns = dict[str, list[Any]]
+"""Column -> its values, one for each example; lists of numbers are arrays."""
+
+
+def example_schema(format_version: int) -> pa.Schema:
+    """The columns of a cache of this format version."""
+    return EXAMPLE_SCHEMA if format_version < 3 else CONVERSATION_SCHEMA
+
+
+def example_columns(table: pa.Table) -> Columns:
+    """Columns as lists; lists of ids as arrays, which for long contexts are a hundred times smaller and faster.
+
+    Raises ValueError where the gaps of an example are impossible.
+    """
+    columns = {name: table[name].to_pylist() for name in table.schema.names if name not in LISTS}
+    for name in set(LISTS) & set(table.schema.names):
+        lists = table[name].combine_chunks()
+        values = np.asarray(lists.flatten(), dtype=np.int32)
+        columns[name] = np.split(values, np.cumsum(lists.value_lengths().to_numpy())[:-1])
+    if "gap_rows" in columns and "row_end" in columns:
+        for i, (first, stop) in enumerate(zip(columns["row_start"], columns["row_end"], strict=True)):
+            gaps_at(columns, i).check(stop - first)
+            turns = {len(columns[name][i]) for name in ("ended", "messages")}
+            if turns != {len(columns["gap_rows"][i]) + 1}:
+                raise ValueError("turns do not belong to the gaps between them")
+    return columns
+
+
+def gaps_at(columns: Mapping[str, Any], example: int) -> Gaps:
+    """The gaps of one example of a table; none in documents and pairs."""
+    if "gap_rows" not in columns:
+        return NO_GAPS
+    return Gaps(**{field: columns[name][example] for name, field in GAP_COLUMNS.items()})

@@ -1,0 +1,172 @@
+"""Conversations become token rows: one forward pass scores all turns of the assistant.
+
+    template = chat_template(tokenizer, settings)
+    rows = tokenize_conversations(corpus, template, settings, config, left_out)
+
+The text of an example's rows is that of its scored turns, one after another, and `byte_end` counts in it. A conversation
+whose template rewrites earlier turns becomes several examples (`id#0`, `id#1`, …), one for each rendering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from kd.common.errors import DataError
+from kd.data.blocks import BlockConfig, TokenRows
+from kd.data.conversations.chat_settings import ChatSettings
+from kd.data.conversations.conversation import with_system
+from kd.data.left_out import LeftOut
+from kd.data.rows.example import Example
+from kd.data.sources import Corpus
+from kd.models.batching.gaps import Gaps
+from kd.models.chat.chat_template import ChatTemplate
+from kd.models.chat.scored_turns import RenderedConversation, ScoredTurn, render_conversation
+from kd.models.tokenizer import Tokenizer, token_bytes
+
+
+def chat_template(tokenizer: Tokenizer, settings: ChatSettings) -> ChatTemplate:
+    """The template that renders conversations. Raises DataError where there is none, or where it depends on the date."""
+    template = ChatTemplate.of(tokenizer, settings.template_source(), settings.template_kwargs)
+    if "strftime_now" in template.source and "date_string" not in template.kwargs:
+        raise DataError(
+            "the chat template writes the date of the day, so a cache could not be built again",
+            where=tokenizer.name_or_path,
+            try_='--template-kwargs date_string="26 Jul 2024", or a --chat-template without a date',
+        )
+    return template
+
+
+def chat_identity(tokenizer: Tokenizer, settings: ChatSettings) -> dict[str, Any]:
+    """What of the settings changes a token, as a cache's identity holds it."""
+    digest = chat_template(tokenizer, settings).digest
+    return {"template": digest, "system": settings.system, "score": settings.score}
+
+
+def tokenize_conversations(
+    corpus: Corpus,
+    template: ChatTemplate,
+    settings: ChatSettings,
+    config: BlockConfig,
+    left_out: LeftOut,
+) -> Iterator[TokenRows]:
+    """The rows of all conversations in order. Raises DataError naming the conversation that cannot be scored.
+
+    left_out   receives the conversations that are too long, and those whose last turns were cut off
+    """
+    pieces = token_bytes(template.tokenizer)
+    refused: list[str] = []
+    for example in corpus.examples:
+        for row in conversation_rows(example, template, pieces, settings):
+            length = row.read_only + len(row.target_ids)
+            if length <= config.seq_len:
+                yield row
+            elif config.overlong == "error":
+                refused.append(f"{row.example.id} ({length} tokens)")
+            else:
+                fitted = first_turns(row, config.seq_len) if config.overlong == "truncate" else None
+                left_out.add("too_long" if fitted is None else "shortened", row.example.id)
+                if fitted is not None:
+                    yield fitted
+    if refused:
+        raise DataError(
+            "conversations are longer than the limit",
+            where=corpus.spec,
+            found=f"{len(refused)} of {len(corpus.examples)}, first {refused[0]}",
+            expected=f"{config.seq_len} tokens",
+            try_="a larger --seq-len; cache build also has --overlong drop and truncate",
+        )
+
+
+def conversation_rows(
+    example: Example, template: ChatTemplate, pieces: list[bytes], settings: ChatSettings
+) -> list[TokenRows]:
+    """The rows of one conversation, of any length."""
+    assert example.conversation is not None
+    conversation = with_system(example.conversation, settings.system)
+    try:
+        renderings = render_conversation(
+            template, pieces, conversation.for_template(), tools=conversation.tools, score=settings.score
+        )
+    except DataError as error:
+        details = {"where": f"conversation {example.id}", **{k: v for k, v in error.details.items() if k != "where"}}
+        raise DataError(error.headline, **{k.replace(" ", "_"): v for k, v in details.items()}) from error
+    example = replace(example, conversation=conversation)
+    if len(renderings) == 1:
+        return [rows_of_turns(example, renderings[0], renderings[0].turns)]
+    return [
+        rows_of_turns(replace(example, id=f"{example.id}#{n}"), rendering, rendering.turns)
+        for n, rendering in enumerate(renderings)
+    ]
+
+
+def rows_of_turns(example: Example, rendering: RenderedConversation, scored: Sequence[ScoredTurn]) -> TokenRows:
+    """A rendering as rows, of which `scored` are some of the turns, in their order."""
+    turns = _runs(scored)
+    ids = rendering.ids
+    between = [ids[before.stop : after.first] for before, after in pairwise(turns)]
+    rows = np.cumsum([len(turn.byte_end) for turn in turns])[:-1]
+    gaps = Gaps(
+        rows.astype(np.int32),
+        np.array([len(gap) for gap in between], dtype=np.int32),
+        np.concatenate([np.zeros(0, dtype=np.int32), *between]).astype(np.int32),
+    )
+    prompt = rendering.text.encode("utf-8")[: turns[0].begin].decode("utf-8", "ignore")
+    starts = np.cumsum([0, *(len(turn.text.encode("utf-8")) for turn in turns)])
+    return TokenRows(
+        replace(example, prompt=prompt, target="".join(turn.text for turn in turns)),
+        ids[: turns[0].first].astype(np.int32),
+        np.concatenate([ids[turn.first : turn.stop] for turn in turns]).astype(np.int32),
+        np.concatenate([t.byte_end + start for t, start in zip(turns, starts, strict=False)]).astype(np.int64),
+        gaps,
+        tuple(turn.ended for turn in turns),
+        tuple(turn.message for turn in turns),
+    )
+
+
+def _runs(turns: Sequence[ScoredTurn]) -> list[ScoredTurn]:
+    """The turns as runs of scored tokens with tokens before and between them.
+
+    Nothing predicts the very first token, so it is context. Turns that follow each other at once are one run.
+    """
+    runs: list[ScoredTurn] = []
+    for turn in turns:
+        run = turn if turn.first else _without_first(turn)
+        if runs and runs[-1].stop == run.first:
+            before = runs.pop()
+            length = len(before.text.encode("utf-8"))
+            ends = np.concatenate([before.byte_end, run.byte_end + length])
+            run = replace(run, first=before.first, begin=before.begin, text=before.text + run.text, byte_end=ends)
+        runs.append(run)
+    return runs
+
+
+def _without_first(turn: ScoredTurn) -> ScoredTurn:
+    """A turn without its first token."""
+    cut = int(turn.byte_end[0])
+    text = turn.text.encode("utf-8")[cut:].decode("utf-8", "ignore")
+    return replace(turn, first=turn.first + 1, begin=turn.begin + cut, text=text, byte_end=turn.byte_end[1:] - cut)
+
+
+def first_turns(row: TokenRows, seq_len: int) -> TokenRows | None:
+    """The row with as many of its first turns as fit into `seq_len` tokens; None where the first one does not."""
+    turns = row.gaps.turns(len(row.target_ids))
+    ends = row.gaps.positions(len(row.context_ids), len(row.target_ids))[turns[:, 1] - 1] + 2
+    kept = int((ends <= seq_len).sum())
+    if not kept:
+        return None
+    stop = int(turns[kept - 1, 1])
+    text = row.example.target.encode("utf-8")[: int(row.byte_end[stop - 1])].decode("utf-8")
+    return TokenRows(
+        replace(row.example, target=text),
+        row.context_ids,
+        row.target_ids[:stop],
+        row.byte_end[:stop],
+        row.gaps.head(stop),
+        row.ended[:kept],
+        row.messages[:kept],
+    )

@@ -1,0 +1,1 @@
+"""Chat templates: a conversation as the text that a model reads, and which of its tokens are scored."""
