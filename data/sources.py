@@ -50,6 +50,9 @@ from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISIO
 HELD_OUT = {"test": "heldout", "validation": "heldout", "dev": "heldout"}
 """Other names of the held-out split of `demo` and `mini`."""
 
+HELLASWAG_SOURCES = re.compile(r"hella.?swag|wiki.?how|activity.?net", re.IGNORECASE)
+"""Names of the benchmark HellaSwag, and of where its text is from."""
+
 
 @dataclass(frozen=True)
 class Corpus:

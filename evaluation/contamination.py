@@ -28,7 +28,7 @@ from kd.common.settings import as_text
 from kd.data.conversations.conversation import CONVERSATIONS, conversation_from_json
 from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
+from kd.data.sources import HELLASWAG_SOURCES, Corpus
 from kd.student_trainer.run_folder import is_run, read_run
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ OPENING = 200
 """Number of characters at the beginning of a document that identify it."""
 END_TOKEN = re.compile(r"(<[^<>\s]{1,40}>|\[[A-Z]{1,10}\])*\s*$")
 """What an end token at the end of a target looks like."""
-HELLASWAG_SOURCES = re.compile(r"hella.?swag|wiki.?how|activity.?net", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

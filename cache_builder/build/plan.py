@@ -38,6 +38,7 @@ from kd.data.chat_rows import chat_identity, chat_template, tokenize_conversatio
 from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
+from kd.data.sources import HELLASWAG_SOURCES, Corpus
 from kd.data.text_tokens import TEXT_RULES
 from kd.data.token_notes import TokenNotes
 from kd.models.families.encoder_layout import encoder_layout
@@ -235,7 +236,7 @@ def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> 
             "teacher": public_place(request.teacher.name),
             "corpus": public_place(request.corpus.spec),
             "split": request.corpus.split,
-            "source": redacted(request.corpus.source),
+            "source": _source(request.corpus),
             "left_out": left_out.document(),
             "token_notes": notes.document(),
             "text_rules": TEXT_RULES,
@@ -252,6 +253,13 @@ def _quantised(request: BuildRequest) -> dict[str, Any]:
         share = share_of(request.given.model, lambda _, module: type(module).__name__ == "Linear4bit")
         return {"quantised": share.record()} if share.layers else {}
     return {"quantised": quantised_share(request.teacher).record()} if request.teacher.load_in_4bit else {}
+
+
+def _source(corpus: Corpus) -> dict[str, Any]:
+    """Where a text is from. A benchmark's name in the part of a path that is not said stays: it marks students and scores."""
+    source: dict[str, Any] = redacted(corpus.source)
+    benchmark = HELLASWAG_SOURCES.search(corpus.spec)
+    return source if benchmark is None else source | {"benchmark": benchmark[0]}
 
 
 def _cut(rows: list[TokenRows], layout: Layout) -> list[tuple[int, int, int]]:

@@ -77,7 +77,7 @@ def test_it_runs_continues_and_takes_more_seeds(file: Path, tmp_path: Path, monk
     assert pair["differences"][0]["p_permutation"] in (0.5, 1.0)
     text = (out / "report" / "report.md").read_text()
     assert "What the cache holds" in text
-    assert "Small & <quick>" in text
+    assert "# Small &amp; &lt;quick&gt;" in text
     more = json.loads(kd("experiment", file, "--out", out, "--seeds", "0,1,2", "--json"))
     assert more["reference"]["pairs"][0]["seeds"] == [0, 1, 2]
     assert (out / "plain-seed0" / "run.json").read_bytes() == kept

@@ -159,9 +159,10 @@ def test_training_on_a_benchmarks_own_text_is_refused_and_marked_where_allowed(
 ) -> None:
     from kd import cli
 
-    (tmp_path / "hellaswag_train.txt").write_text(f"{LONG}.\n<|endoftext|>\n{LONG} again.\n")
+    (tmp_path / "hellaswag").mkdir()
+    (tmp_path / "hellaswag" / "train.txt").write_text(f"{LONG}.\n<|endoftext|>\n{LONG} again.\n")
     cache = tmp_path / "cache"
-    run_build(build_request(cache, text=tmp_path / "hellaswag_train.txt"))
+    run_build(build_request(cache, text=tmp_path / "hellaswag" / "train.txt"))
     with pytest.raises(DataError, match="benchmark's own text"):
         refuse_benchmark_text(cache, allow=False)
     assert "hellaswag" in str(refuse_benchmark_text(cache, allow=True))
