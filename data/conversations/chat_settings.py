@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from kd.common.errors import DataError
+from kd.common.paths import as_path
 from kd.common.settings import check, setting
 
 
@@ -51,6 +51,6 @@ class ChatSettings:
         if self.chat_template is None:
             return None
         try:
-            return Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+            return as_path(self.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError("cannot read the chat template", where=self.chat_template, found=str(error)) from error
