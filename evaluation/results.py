@@ -93,7 +93,7 @@ class EvalReport:
 
 
 def load_report(folder: Path) -> EvalReport:
-    """Read what `save` wrote; An earlier release's `documents` may be gone.
+    """Read what `save` wrote; the documents of an earlier release may be gone.
 
     Raises DataError, naming the file, and DamagedFilesError for one that was changed.
     """
