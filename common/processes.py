@@ -15,8 +15,9 @@ import signal
 import sys
 import threading
 from functools import cache
+from importlib import import_module
 from multiprocessing import parent_process
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 _RANDOM = secrets.token_hex(4)
@@ -71,7 +72,7 @@ def is_alive(pid: int, mark: str) -> bool:
 def lock_of(path: Path) -> int | None:
     """Lock a file until the returned descriptor is closed or this process ends. None where it is locked, or cannot be."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not hold us up
     except OSError:
         return None
     try:
@@ -89,6 +90,16 @@ def is_free(path: Path) -> bool:
         return False
     os.close(handle)
     return True
+
+
+def run_as_child(kernel: bool, module: str, function: str, connection: Connection) -> None:
+    """Main function of a child of `multiprocessing`: `function(connection)` of a module, ended when the parent dies.
+
+    The watch begins before the module is imported, which may take seconds. So nothing that needs the module may be an argument:
+    the parent sends it through the connection.
+    """
+    end_with_parent(kernel=kernel)
+    getattr(import_module(module), function)(connection)
 
 
 def end_with_parent(*, kernel: bool) -> None:

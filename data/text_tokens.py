@@ -37,6 +37,8 @@ class JointText:
     """[n] int64: the end of each token in `data`."""
     border: int
     """Byte of `data` where the target begins."""
+    pieces: list[bytes]
+    """The bytes of every id."""
 
     @property
     def before(self) -> int:
@@ -65,7 +67,8 @@ class JointText:
             return before, 0
         end = int(self.ends[before])
         rest = self.data[end:]
-        if not crossing.isspace() and not self.data[self.border :].strip():  # a normaliser dropped the whole target
+        own = self.pieces[self.ids[before]].strip()
+        if own and crossing.strip().encode("utf-8").endswith(own):  # of the target it has what a normaliser dropped
             return before + 1, 0
         if movable and not crossing.isspace() and rest and rest[0] & 0xC0 != 0x80:
             counts["border_in_context"] += 1
@@ -138,7 +141,7 @@ class TextTokens:
             ids, ends = self._mixed(prompt, target)
         else:
             ids, ends = self.encode(text, control=in_prompt and in_target)
-        return JointText(text.encode("utf-8"), ids, ends, len(prompt.encode("utf-8")))
+        return JointText(text.encode("utf-8"), ids, ends, len(prompt.encode("utf-8")), self.pieces)
 
     def separator(self, prompt: str, separator: str) -> str:
         """What stands between a prompt and its target.

@@ -93,7 +93,7 @@ class EvalReport:
 
 
 def load_report(folder: Path) -> EvalReport:
-    """Read what `save` wrote; `documents` is empty where that file is gone.
+    """Read what `save` wrote; An earlier release's `documents` may be gone.
 
     Raises DataError, naming the file, and DamagedFilesError for one that was changed.
     """
@@ -106,15 +106,21 @@ def load_report(folder: Path) -> EvalReport:
             found=f"format {document.get('format')!r} version {document.get('format_version')!r}",
             expected=f"{FORMAT!r} version {FORMAT_VERSION}",
         )
-    documents = _unchanged(folder / DOCUMENTS) if (folder / DOCUMENTS).is_file() else {}
-    digest = document_digest(documents)
-    if documents and document.get(DOCUMENTS_DIGEST, digest) != digest:
-        raise DamagedFilesError("the documents belong to another evaluation", where=folder, found=DOCUMENTS)
+    documents = _documents(folder, document.get(DOCUMENTS_DIGEST))
     names = [n for n in EvalReport.__dataclass_fields__ if n != "documents"]
     missing = [n for n in names if n not in document]
     if missing or not isinstance(document["tasks"], dict) or not isinstance(document["settings"], dict):
         raise DataError("an evaluation is not complete", where=path, found=f"no {', '.join(missing) or 'tasks'}")
     return EvalReport(**{n: document[n] for n in names}, documents=documents)
+
+
+def _documents(folder: Path, digest: str | None) -> dict[str, Any]:
+    """The documents that belong to an evaluation; None as `digest`: it is of an earlier release, and they may be gone."""
+    path = folder / DOCUMENTS
+    documents = _unchanged(path) if digest is not None or path.is_file() else {}
+    if digest is not None and document_digest(documents) != digest:
+        raise DamagedFilesError("the documents belong to another evaluation", where=path)
+    return documents
 
 
 def _unchanged(path: Path) -> dict[str, Any]:

@@ -86,8 +86,6 @@ def ways(work: Path) -> dict[str, Callable[[Path], object]]:
 
     def repair(out: Path) -> None:
         """Half of the damage from a copy, the rest by building again."""
-        if not out.exists():
-            shutil.copytree(work / "damaged", out)
         findings = [] if not (out / "manifest.json").exists() else list(verify(out))[-1].findings
         for _ in mend(out, LocalFiles(one), [f for f in findings if f.shard != 1]):
             pass
@@ -134,12 +132,17 @@ def problems(out: Path, action: Callable[[Path], object], unbroken: dict[str, by
 def run_way(name: str, action: Callable[[Path], object], work: Path, kills: int, dice: random.Random) -> Tally:
     """Kill one way so many times."""
     tally, started = Tally(), time.monotonic()
+    make: Callable[[Path], object] = (lambda out: shutil.copytree(work / "damaged", out)) if name == "repair" else bool
+    """What lies there before: nothing, but for a repair."""
+    make(work / f"{name}-unbroken")
+    make(work / f"{name}-counted")
     assert child(lambda: action(work / f"{name}-unbroken")) == (0, "")
     length = time.monotonic() - started
     unbroken = tree(work / f"{name}-unbroken")
     total = 0 if name == "workers" else operations(lambda: action(work / f"{name}-counted"), work / f"{name}-counted")
     while tally.kills < kills:
         out = work / f"{name}-{tally.kills}-{dice.randrange(10**9)}"
+        make(out)
         if total and tally.kills % 2 == 0:
             number = dice.randrange(total)
 

@@ -295,7 +295,8 @@ def main() -> None:
     """Count, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--damages", type=int, default=400)
+    parser.add_argument("--stopped", type=int, default=200, help="damages to a stopped run")
+    parser.add_argument("--finished", type=int, default=200, help="damages to a finished run")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     dice = random.Random(given.seed)
@@ -304,15 +305,14 @@ def main() -> None:
         os.environ["KD_HOME"] = str(work / "home")
         prepare(work)
         print("| command | kills | lost |\n|---|---|---|")
-        for name, action in ways(work).items():
+        for name, action in ways(work).items() if given.kills else ():
             hits, lost = kill_way(action, work / name, max(1, given.kills * SHARES[name] // 100), dice)
             print(f"| `kd {name}` | {hits} | {len(lost)} |", flush=True)
             print("\n".join(lost), file=sys.stderr)
         print("\n| damaged | damages | outcome |\n|---|---|---|")
-        half = given.damages // 2
         for name, outcomes in (
-            ("a stopped run, then continued", damage_stopped(work, half, dice)),
-            ("a finished run, then read", damage_finished(work, given.damages - half, dice)),
+            ("a stopped run, then continued", damage_stopped(work, given.stopped, dice)),
+            ("a finished run, then read", damage_finished(work, given.finished, dice)),
         ):
             missed = sum(n for what, n in outcomes.items() if what.startswith("missed"))
             shown = [f"{what} {n}" for what, n in sorted(outcomes.items()) if not what.startswith("missed")]

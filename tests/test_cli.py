@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from kd.cache_builder.store.targets import TargetConfig
 from kd.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -458,7 +458,8 @@ def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(mon
 
     asked: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(module, "held_out_perplexity", lambda model, **options: asked.append((model, options)) or 9.0)
-    monkeypatch.setattr(module, "run_training", lambda config, resume, midway: TargetConfig())
+    finished = make_dataclass("Finished", [("out", str)])("o")
+    monkeypatch.setattr(module, "run_training", lambda config, resume, midway: finished)
     monkeypatch.setattr("kd.evaluation.contamination.refuse_benchmark_text", lambda cache, allow: None)
     monkeypatch.setattr("kd.evaluation.midway_scores.plan_scores", lambda *rest, **options: None)
     monkeypatch.setattr("kd.student_trainer.model_card.write_card", lambda out, scores: None)
@@ -490,7 +491,7 @@ def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(mon
     )
     # that the text is none of the cache's was checked before the first step
     alike = {"data": "demo", "split": "heldout", "device": "cpu", "dtype": "float32", "allow_contaminated": True}
-    alike |= {"bos": False, "separator": " => "}  # as in training
+    alike |= {"bos": False, "separator": " => ", "control_tokens": "auto"}  # as in training
     assert asked == [("owner/s", alike | {"revision": "v1", "tokenizer": None, "seed": 3}), ("o", alike)]
 
 

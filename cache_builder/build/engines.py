@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -31,7 +31,7 @@ from kd.cache_builder.store.records import commits
 from kd.common.errors import CacheError, DataError, KdError, unknown_name
 from kd.common.extras import needed
 from kd.common.memory import share_one_heap
-from kd.common.processes import end_with_parent
+from kd.common.processes import run_as_child
 from kd.models.loading import resolve_device
 
 POLL_SECONDS = 0.5
@@ -142,10 +142,11 @@ def local(todo: Sequence[Job]) -> Iterator[Poll]:
     context = multiprocessing.get_context("spawn")  # a forked one could not use CUDA, nor torch's threads
     running: dict[Connection, Any] = {}
     answers: list[Answer] = []
-    for job in todo:
-        ours, theirs = context.Pipe(duplex=False)
+    for _ in todo:
+        ours, theirs = context.Pipe()
         in_main = threading.current_thread() is threading.main_thread()
-        process = context.Process(target=_answer, args=(theirs, job, in_main), name="kd-builder", daemon=True)
+        arguments = (in_main, __name__, answer_job.__name__, theirs)
+        process = context.Process(target=run_as_child, args=arguments, name="kd-builder", daemon=True)
         process.start()
         theirs.close()
         running[ours] = process
@@ -156,7 +157,7 @@ def local(todo: Sequence[Job]) -> Iterator[Poll]:
             process = running.pop(connection)
             try:
                 answer: Answer = connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 process.join()
                 answer = CacheError(
                     "a builder died",
@@ -169,6 +170,9 @@ def local(todo: Sequence[Job]) -> Iterator[Poll]:
         return None if running else answers
 
     try:
+        for connection, job in zip(list(running), todo, strict=True):  # all of them have started and import meanwhile
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has died already, which `poll` will notice
+                connection.send(job)
         yield poll
     finally:
         for process in running.values():
@@ -177,8 +181,8 @@ def local(todo: Sequence[Job]) -> Iterator[Poll]:
             process.join()
 
 
-def _answer(connection: Connection, job: Job, started_in_main: bool) -> None:
-    """Main function of a local builder's process. On SIGTERM, and when its parent dies, it ends without a staging folder."""
+def answer_job(connection: Connection) -> None:
+    """Do the job that comes through the connection, and send the answer. On SIGTERM this ends without a staging folder."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the clean-up short
@@ -186,13 +190,13 @@ def _answer(connection: Connection, job: Job, started_in_main: bool) -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        end_with_parent(kernel=started_in_main)
+        job = connection.recv()
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # the parent shows the progress of all
         transformers.utils.logging.set_verbosity_error()
         connection.send(work(job))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # stopped, or the parent died before it had sent a job
         pass
     finally:
         connection.close()

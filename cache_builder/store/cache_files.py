@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import load_part
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.common.errors import CacheDamageError
+from kd.common.files import unfinished
 from kd.common.paths import as_path
 
 
@@ -104,10 +105,21 @@ def files_at(cache: str | os.PathLike[str] | CacheFiles) -> CacheFiles:
     return LocalFiles(as_path(cache)) if isinstance(cache, str | os.PathLike) else cache
 
 
+def files_below(root: Path) -> Iterator[Path]:
+    """Everything in a folder and below it that is published and no folder; what builders and mirrors have under way is left out.
+
+    Links to folders are not followed, they are listed. Folders that vanish meanwhile, because a builder has ended, count as empty.
+    """
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not unfinished(name))
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        yield from (Path(folder, name) for name in sorted([*names, *links]) if not unfinished(name))
+
+
 def bytes_below(root: Path) -> int:
-    """Size in bytes of all files in a folder and below it."""
+    """Size in bytes of the files in a folder and below it."""
     size = 0
-    for path in root.rglob("*"):
+    for path in files_below(root):
         with suppress(FileNotFoundError):  # a mirror evicts files while we look
             size += path.stat().st_size if path.is_file() else 0
     return size

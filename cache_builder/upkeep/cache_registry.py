@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kd.cache_builder.store.cache_files import bytes_below
 from kd.cache_builder.store.records.commits import committed
 from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
 from kd.common.errors import CacheError, KdError
@@ -147,7 +148,7 @@ def listing(root: Path | None = None) -> list[dict[str, Any]]:
                 "top_k": manifest.targets.top_k,
                 "examples": manifest.examples,
                 "rows": manifest.rows,
-                "bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+                "bytes": bytes_below(path),
             }
         )
     return rows

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from kd.cache_builder.store import shard_store
-from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
+from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at, files_below
 from kd.cache_builder.store.chunks import broken_chunks
 from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import ArraySpec
@@ -30,7 +30,6 @@ from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.common.errors import CacheDamageError, CacheError, KdError
-from kd.common.files import unfinished
 from kd.common.strangers.plain_files import read_plain
 
 BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
@@ -108,13 +107,10 @@ def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator
                 findings += future.result()
                 done += sum(_size(root / n) for n in commits.shard_files(arrays, checked).values())
                 yield VerifyProgress(done, total, tuple(findings))
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        names = path.relative_to(root).parts
-        if names[0] in BESIDE or any(unfinished(n) for n in names):  # a builder of another host may still run
-            continue
-        if name not in names_of_cache and manifest.complete and (path.is_symlink() or not path.is_dir()):
-            findings.append(Finding(name, "a file that no commit knows"))
+    for path in files_below(root) if manifest.complete else ():
+        inner = path.relative_to(root)
+        if inner.parts[0] not in BESIDE and inner.as_posix() not in names_of_cache:
+            findings.append(Finding(inner.as_posix(), "a file that no commit knows"))
     yield VerifyProgress(total, total, tuple(findings))
 
 

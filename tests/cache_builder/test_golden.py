@@ -17,7 +17,7 @@ import tensorstore
 
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
-from kd.cache_builder.store.records.manifest import READABLE_VERSIONS
+from kd.cache_builder.store.records.manifest import RELEASED_VERSIONS
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheMismatchError
 
@@ -25,8 +25,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 VERSIONS = ("v1", "v2")
 
 
-def test_every_readable_version_has_its_store():
-    assert {f"v{n}" for n in READABLE_VERSIONS} == set(VERSIONS) == {p.name for p in GOLDEN.iterdir() if p.is_dir()}
+def test_every_released_version_has_its_store():
+    assert {f"v{n}" for n in RELEASED_VERSIONS} == set(VERSIONS) == {p.name for p in GOLDEN.iterdir() if p.is_dir()}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

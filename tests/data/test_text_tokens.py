@@ -196,6 +196,16 @@ def first_token_nats(model, pairs) -> float:
     return float(np.mean(found))
 
 
+@pytest.mark.parametrize("prompt", ["The un", "Tell me </s>"])
+@pytest.mark.parametrize("separator", ["", " "])
+def test_what_a_normaliser_drops_at_the_border_moves_no_token_of_the_prompt(words, prompt: str, separator: str):
+    text = words("tokenizers/t5")
+    row = pair(text, prompt, "\u200bhappy", separator=separator)
+    assert names(text, row.context_ids)[-1] == ("</s>" if "</s>" in prompt else "▁un")
+    assert text.eos not in row.target_ids[:-1].tolist()
+    assert row.byte_end[-1] == len(row.example.target.encode())
+
+
 @pytest.fixture(scope="module")
 def word_pieces(tmp_path_factory) -> TextTokens:
     """A WordPiece tokenizer, which drops white space and marks what goes on inside a word."""

@@ -37,7 +37,9 @@ FORMAT = "kd-cache"
 FORMAT_VERSION = 2
 CONVERSATION_VERSION = 3
 """Format version of caches of conversations, which have several runs of scored tokens per example."""
-READABLE_VERSIONS = (1, 2, 3)
+RELEASED_VERSIONS = (1, 2)
+"""Versions whose caches every later release reads; tests/golden has a store of each."""
+READABLE_VERSIONS = (*RELEASED_VERSIONS, CONVERSATION_VERSION)
 """Version 1 stored raw ids, normalisers and byte ends row by row; see docs/cache-format.md."""
 MANIFEST, BUILDING = "manifest.json", "building.json"
 TARGETS, VOCABULARY = "targets.zarr", "vocabulary.parquet"

@@ -138,16 +138,22 @@ def clock_of(folder: Path) -> float:
 def read_claim(path: Path, now: float) -> Claim | None:
     """What a claim says, and whether it still counts at the time `now`. None where there is none."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        idle = now - path.stat().st_mtime
+        idle = now - path.lstat().st_mtime
+        lines = read_plain(path, MAX_CLAIM_BYTES).decode(errors="replace").splitlines()
     except FileNotFoundError:
-        return None
+        if not path.is_symlink():
+            return None
+        lines, found = [], "a link that leads nowhere"
+    except NotPlainError as error:  # a stranger's pipe or device
+        lines, found = [], str(error.strerror)
+    else:
+        found = "empty"
     tag = lines[0] if lines else ""
     shard = int(path.name.strip(".").partition(".")[0])
     alive, builder = holder(tag.rpartition(".")[0])
     void = None
     if not tag:
-        builder, void = "nobody", "the claim is empty"
+        builder, void = "nobody", f"the claim is {found}"
     elif idle > STALE_SECONDS:
         void = f"not touched for {idle:,.0f} seconds"
     elif idle < -STALE_SECONDS:
@@ -159,7 +165,7 @@ def read_claim(path: Path, now: float) -> Claim | None:
 
 def all_claims(root: Path) -> list[Claim]:
     """The claims on a cache's shards, by shard."""
-    paths = sorted((root / "commits").glob(".*.claim"))
+    paths = sorted(p for p in (root / "commits").glob(".*.claim") if p.name.strip(".").partition(".")[0].isdigit())
     now = clock_of(root / "commits") if paths else 0.0
     return [claim for path in paths if (claim := read_claim(path, now)) is not None]
 

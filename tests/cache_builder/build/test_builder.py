@@ -686,7 +686,7 @@ def test_what_was_dropped_as_too_long_is_on_record(pairs_request):
     request = pairs_request()
     blocks = dataclasses.replace(request.blocks, target_len=5, overlong="drop")
     plan = plan_build(dataclasses.replace(request, blocks=blocks))
-    assert plan.left_out.counts == {"too_long": 2}
+    assert plan.left_out.counts == {"without_prompt": 1, "too_long": 2}
     assert plan.manifest.provenance["left_out"] == plan.left_out.document()
     with pytest.raises(DataError, match="no example is left"):
         plan_build(dataclasses.replace(request, blocks=dataclasses.replace(blocks, target_len=1)))

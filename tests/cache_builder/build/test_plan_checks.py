@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import GPT2Config
 
 from kd.cache_builder.build.plan_checks import (
     PADDED_COLUMNS,
@@ -28,10 +29,10 @@ def test_parts_are_counted_from_one(part: tuple[int, int]):
 
 @pytest.mark.parametrize("option", ["seq_len", "target_len"])
 def test_a_sequence_may_be_as_long_as_the_positions(option: str):
-    config = SimpleNamespace(model_type="gpt2", n_positions=64)
+    config = GPT2Config(n_positions=64)
 
     def check(length: int) -> None:
-        blocks: Any = SimpleNamespace(**{"seq_len": None, "target_len": None} | {option: length})
+        blocks: Any = SimpleNamespace(**{"seq_len": None, "target_len": None, "forced": ()} | {option: length})
         refuse_long_sequences(SimpleNamespace(blocks=blocks), config)  # type: ignore[arg-type]
 
     check(64)

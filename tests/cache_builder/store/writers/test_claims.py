@@ -88,6 +88,17 @@ def test_an_empty_claim_holds_nothing(tmp_path):
     assert Claims(tmp_path).take(0) is None
 
 
+def test_what_is_no_claim_is_never_waited_for(tmp_path):
+    path = tmp_path / "commits" / ".00000.claim"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    (path.parent / ".notes.claim").write_text("no number")
+    (path.parent / ".00002.claim").symlink_to("nowhere")
+    voids = {c.shard: c.void for c in all_claims(tmp_path)}
+    assert voids == {0: "the claim is a pipe, not a plain file", 2: "the claim is a link that leads nowhere"}
+    assert [Claims(tmp_path).take(shard) for shard in voids] == [None, None]
+
+
 def container_s() -> str:
     """The mark of process 1 in another container of this machine."""
     return f"elsewhere-4026999999-1-{boot_mark()}{123:012x}.0\n{LOCKED}\n"
