@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -120,3 +121,8 @@ CHATS = [
     ],
     [("user", "Who lived at the edge of the wood?"), ("assistant", "A small fox.")],
 ]
+
+
+def examples_of(cache: Any) -> list[Any]:
+    """All examples of a reader, in their order."""
+    return [cache[number] for number in range(len(cache))]

@@ -123,8 +123,8 @@ def wrapped_model(name: str, vocabulary: int) -> Any:
         "eos_token_id": 2,
         "model_type": plain.get_text_config().model_type,
     }
-    linear = {f"linear_{key}": 8 for key in ("key_head_dim", "value_head_dim")}
-    qwen = {"layer_types": ["linear_attention", "full_attention"], **linear}
+    linear: dict[str, Any] = {f"linear_{key}": 8 for key in ("key_head_dim", "value_head_dim")}
+    qwen: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"], **linear}
     qwen |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     experts = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16}
     text |= {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_templates import CHATS, LAYOUTS, PLAIN
+from chat_templates import CHATS, LAYOUTS, PLAIN, examples_of
 
 import kd
 from kd.cache_builder.upkeep.slice_cache import slice_cache
@@ -76,7 +76,7 @@ def test_a_conversation_of_one_turn_is_the_pair_of_its_rendering(files, tmp_path
     common = {"teacher": "demo", "top_k": 16, "reuse": False}
     one = build({**common, "spec": str(chat), "out": tmp_path / "one", "chat_template": template})
     two = build({**common, "spec": str(pair), "out": tmp_path / "two", "separator": "", "bos": False})
-    (ours,), (theirs,) = list(one), list(two)
+    (ours,), (theirs,) = examples_of(one), examples_of(two)
     assert ours.input_ids.tolist() == theirs.input_ids.tolist()
     for name in ("gold_ids", "token_ids", "logprobs", "log_z", "gold_logprob", "gold_rank", "byte_end"):
         assert np.array_equal(getattr(ours.targets, name), getattr(theirs.targets, name)), name
@@ -100,7 +100,7 @@ def cache(files, tmp_path) -> kd.Reader:
 
 def test_cached_rows_are_the_models_own_distributions(cache, teacher) -> None:
     model, _ = teacher
-    for example in cache:
+    for example in examples_of(cache):
         ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
         with torch.no_grad():
             logprobs = model(ids).logits[0].double().log_softmax(-1)
@@ -133,7 +133,8 @@ def test_verify_slice_and_damage(cache, tmp_path) -> None:
         pass
     *_, last = verify(tmp_path / "slice")
     assert not last.findings
-    for whole, part in zip(cache, kd.open_cache(tmp_path / "slice"), strict=True):
+    slice_of = kd.open_cache(tmp_path / "slice")
+    for whole, part in zip(examples_of(cache), examples_of(slice_of), strict=True):
         assert part.gaps == whole.gaps
         assert part.input_ids.tolist() == whole.input_ids.tolist()
         assert np.array_equal(part.targets.token_ids, whole.targets.token_ids[:, :4])

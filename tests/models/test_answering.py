@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_an_answer_ends_before_the_first_end_of_text_token() -> None:
 def test_neither_padding_nor_neighbours_change_an_answer(fixture: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(fixture)
     model = load_model(ModelRequest(str(folder), device="cpu"))
-    options = {"eos_id": None, "max_new_tokens": 5, "do_sample": False}
+    options: dict[str, Any] = {"eos_id": None, "max_new_tokens": 5, "do_sample": False}
     together = answer_batch(model, PROMPTS, pad_id=0, **options)
     for prompt, answer in zip(PROMPTS, together, strict=True):
         (alone,) = answer_batch(model, [prompt], pad_id=1, **options)

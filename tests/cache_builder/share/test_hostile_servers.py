@@ -184,7 +184,7 @@ def open_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.2 plays an address of the open network, `inside` and `outside` are names of the two kinds."""
     real = web.addresses_of
     names = {"inside": "127.0.0.1", "outside": "127.0.0.2"}
-    monkeypatch.setattr(web, "addresses_of", lambda host, port: real(names.get(host, host), port))
+    monkeypatch.setattr(web, "addresses_of", lambda host, port: real(names.get(str(host), str(host)), port))
     monkeypatch.setattr(web, "is_public", lambda address: address == "127.0.0.2")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_templates import CHATS, PLAIN
+from chat_templates import CHATS, PLAIN, examples_of
 
 import kd
 from kd.cache_builder.build.build_settings import BuildSettings
@@ -40,7 +40,7 @@ def test_perplexity_is_that_of_the_assistants_tokens(files, chat_cache: Path) ->
     report = kd.evaluate("demo", "perplexity", data=data, chat_template=template)
     model, _ = kd.load_teacher("demo")
     total = rows = 0.0
-    for example in kd.open_cache(chat_cache):
+    for example in examples_of(kd.open_cache(chat_cache)):
         ids = torch.from_numpy(example.input_ids).long()[None]
         with torch.no_grad():
             logprobs = model(ids).logits[0].double().log_softmax(-1)

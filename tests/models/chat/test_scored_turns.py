@@ -205,7 +205,7 @@ def test_last_and_all(byte_level: Path) -> None:
 
 def test_tool_calls_and_reasoning_are_scored(byte_level: Path) -> None:
     template = template_of(LAYOUTS["tools"], byte_level)
-    messages = [
+    messages: list[dict[str, Any]] = [
         ASKED,
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "5", "name": "add"},

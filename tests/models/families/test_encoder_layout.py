@@ -188,6 +188,8 @@ def test_a_cache_holds_the_values_of_the_model_s_own_forward(
             own = model(input_ids=source, labels=labels).logits[0].log_softmax(dim=-1)
         first = len(reader.manifest.blocks.forced)
         top = own[first : first + len(example.targets)].topk(8, dim=1)
+        assert example.targets.token_ids is not None
+        assert example.targets.logprobs is not None
         assert np.array_equal(example.targets.token_ids, top.indices.numpy())
         np.testing.assert_allclose(example.targets.logprobs, top.values.numpy(), rtol=0, atol=3e-5)
     assert reader.manifest.blocks.layout == encoder_layout(load_config(request), tokenizer)

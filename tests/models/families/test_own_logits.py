@@ -55,6 +55,7 @@ def test_a_final_bias_is_in_the_cached_values_and_in_every_score(family: str) ->
     top = expected.topk(8, dim=1)
     # hidden states are float64, the output layer and what follows it float32: sums of 32 products of size 1
     np.testing.assert_allclose(kept.relative - kept.log_z[:, :1], top.values.numpy(), rtol=0, atol=2e-5)
+    assert kept.token_ids is not None
     assert np.array_equal(kept.token_ids, top.indices.numpy())
     texts = [ScoredText(str(i), *pair) for i, pair in enumerate(PAIRS)]
     gold = -expected.gather(1, torch.from_numpy(np.concatenate([t for _, t in PAIRS]))[:, None])[:, 0].numpy()

@@ -135,5 +135,6 @@ def test_a_wrapped_teacher_builds_by_name_and_from_memory(tmp_path: Path, tokeni
     assert len(memory) >= 2
     for example in named.read(range(len(named))):
         expected = own_logprobs(whole, example.input_ids)[len(example.context_ids) - 1 : -1].topk(8, dim=1)
+        assert example.targets.logprobs is not None
         np.testing.assert_allclose(example.targets.logprobs, expected.values.numpy(), rtol=0, atol=1e-4)
         whole = whole.float()

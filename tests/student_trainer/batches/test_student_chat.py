@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_templates import CHATML, CHATS, LLAMA3, PLAIN, REASONING, Layout
+from chat_templates import CHATML, CHATS, LLAMA3, PLAIN, REASONING, Layout, examples_of
 
 import kd
 from kd.cache_builder.build.build_settings import BuildSettings
@@ -114,7 +114,7 @@ def test_the_teachers_own_template_gives_the_cached_tokens(
     assert abs(float(parts.kd)) < 5e-3  # probabilities beyond the top k are compared as the mass of rank bands
     cache = kd.open_cache(chat_cache)
     chat = StudentChat(cache, tokenizer, window=None, template=None)
-    for example, talk in zip(cache, CHATS, strict=True):
+    for example, talk in zip(examples_of(cache), CHATS, strict=True):
         spaces = sum(role == "assistant" for role, _ in talk)
         aligned = chat.aligned(example, mode="bytes", eos=True).bytes_aligned
         assert len(example.target.encode()) - aligned == spaces, "the space before each answer counts as no text"
@@ -124,7 +124,7 @@ def groups_by_hand(chat: StudentChat, cache: Any, tokenizer: Any) -> list[tuple[
     """The texts of both sides of every group, spelled from the tokens."""
     teacher, student = (token_bytes(load_tokenizer("demo")), token_bytes(tokenizer))
     spelled = []
-    for example in cache:
+    for example in examples_of(cache):
         pairs = chat.aligned(example, mode="bytes", eos=True)
         for (a, b), (c, d) in zip(pairs.teacher, pairs.student, strict=True):
             left = b"".join(teacher[i] for i in example.targets.gold_ids[a:b])

@@ -79,7 +79,7 @@ def test_where_there_is_no_room_at_all_the_run_waits_for_some(place, tmp_path: P
         if len(naps) == 3:
             disk.open.add(tmp_path / "run")
 
-    monkeypatch.setattr(rescue.time, "sleep", sleep)
+    monkeypatch.setattr("time.sleep", sleep)
     assert place.write(disk.write) == "run"
     assert naps == [rescue.RETRY_SECONDS] * 3
     assert not place.moved
