@@ -265,7 +265,7 @@ def test_the_command_scores_and_the_report_shows_both_tasks(model_dir, t5_dir, q
     assert "| accuracy ↑ | accuracy, mean of tasks ↑ | accuracy by sum ↑ |" in text
     assert "| unfinished |" in text
     assert (
-        'Over 6 examples, 6 documents, bos True, encoding "training", examples skipped 0, prompts cut 0, separator "\\n".'
+        'Over 6 examples, 6 documents, bos True, encoding "training", examples skipped 0, prompts cut 0, separator "\\\\n".'
         in text
     )
 
