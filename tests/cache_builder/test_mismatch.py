@@ -124,7 +124,7 @@ def test_another_format_version(tmp_path, build_request):
     from hostile import sign_manifest
 
     sign_manifest(tmp_path / "c", document | {"format_version": 4})
-    refused(lambda: load_manifest(tmp_path / "c"), "another format version", r"found +3", "a kd release that reads it")
+    refused(lambda: load_manifest(tmp_path / "c"), "another format version", r"found +4", "a kd release that reads it")
 
 
 def settings(cache: Path, student: Path, tmp_path: Path, **more) -> TrainConfig:
