@@ -12,6 +12,8 @@ from kd.commands.terminal.console import emit, emit_json, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.settings import settings_of
+from kd.data.conversations.chat_settings import ChatSettings
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.data_settings import DataSettings, InstructionConfig
 
 if TYPE_CHECKING:
@@ -80,13 +82,17 @@ def source_lines() -> dict[str, str]:
 @data.command("show")
 @click.argument("spec", nargs=-1, required=True)
 @settings_options(DataSettings, leave_out=("spec",), config=False)
+@settings_options(ChatSettings, config=False, argument="chat")
 @click.option("--tokenizer", metavar="NAME", help="Also show what a causal model with this tokenizer would read.")
 @json_option
-def data_show(spec: tuple[str, ...], settings: DataSettings, tokenizer: str | None, as_json: bool) -> None:
+def data_show(
+    spec: tuple[str, ...], settings: DataSettings, chat: ChatSettings, tokenizer: str | None, as_json: bool
+) -> None:
     """Show the first examples of SPEC (--limit of them, or 3), its size, its digest, and what was left out of it.
 
     Several files or folders are one text. With --tokenizer, it also shows how many tokens would be scored, and what was
-    found in the texts, such as control tokens.
+    found in the texts, such as control tokens. Conversations are shown as the tokenizer's chat template renders them; what
+    is scored stands between ⟦ and ⟧.
 
     Example: kd data show demo --limit 3
     """
@@ -107,27 +113,60 @@ def data_show(spec: tuple[str, ...], settings: DataSettings, tokenizer: str | No
         "left_out": corpus.left_out.document(),
     }
     if tokenizer is not None:
-        result |= as_tokens(corpus, tokenizer)
+        result |= as_tokens(corpus, tokenizer, chat)
+    rendered: dict[str, str] = {}
+    if corpus.kind == CONVERSATIONS and tokenizer is not None:
+        rendered = renderings(shown, tokenizer, chat)
     if as_json:
         result["source"] = corpus.source
-        emit_json(result | {"shown": [asdict(e) for e in shown]})
+        document = {"shown": [asdict(e) for e in shown]} | ({"rendered": rendered} if rendered else {})
+        emit_json(result | document)
         return
     emit(result, False)
-    for example in shown:
+    for name, text in rendered.items():
+        say(f"  [{name}] {text!r}")
+    for example in () if rendered else shown:
         prompt = f"{clipped(example.prompt)!r} -> " if example.prompt else ""
         say(f"  [{example.id}] {prompt}{clipped(example.target)!r}")
 
 
-def as_tokens(corpus: Corpus, name: str) -> dict[str, object]:
+def renderings(shown: Sequence[Example], name: str, chat: ChatSettings) -> dict[str, str]:
+    """Id -> what a model reads of a conversation, with ⟦ and ⟧ around what is scored. Raises DataError."""
+    quiet_libraries()
+    from kd.data.chat_rows import chat_template, conversation_rows
+    from kd.models.tokenizer import load_tokenizer, token_bytes
+
+    tokenizer = load_tokenizer(name)
+    template, pieces = chat_template(tokenizer, chat), token_bytes(tokenizer)
+    rows = [row for example in shown for row in conversation_rows(example, template, pieces, chat)]
+    texts: dict[str, str] = {}
+    for row in rows:
+        parts = row.gaps.sequence(row.context_ids, row.target_ids)
+        scored = set(row.gaps.positions(len(row.context_ids), len(row.target_ids)) + 1)
+        text, inside = b"", False
+        for place, token in enumerate(parts):
+            if (place in scored) != inside:
+                text, inside = text + ("⟧" if inside else "⟦").encode(), not inside
+            text += pieces[token]
+        texts[row.example.id] = text.decode("utf-8", "replace") + "⟧"
+    return texts
+
+
+def as_tokens(corpus: Corpus, name: str, chat: ChatSettings) -> dict[str, object]:
     """What tokenising a text finds: tokens to score, what was left out, and the notes. Raises DataError."""
     quiet_libraries()
     from kd.data.blocks import BlockConfig, tokenize_corpus
+    from kd.data.chat_rows import chat_template, tokenize_conversations
     from kd.data.left_out import joined
     from kd.data.token_notes import TokenNotes
     from kd.models.tokenizer import load_tokenizer
 
     left_out, notes = joined([corpus.left_out]), TokenNotes()
-    rows = tokenize_corpus(corpus, load_tokenizer(name), BlockConfig(seq_len=2**31 - 1), left_out, notes)
+    tokenizer, blocks = load_tokenizer(name), BlockConfig(seq_len=2**31 - 1)
+    if corpus.kind == CONVERSATIONS:
+        rows = tokenize_conversations(corpus, chat_template(tokenizer, chat), chat, blocks, left_out)
+    else:
+        rows = tokenize_corpus(corpus, tokenizer, blocks, left_out, notes)
     return {
         "tokens_scored": sum(len(row.target_ids) for row in rows),
         "left_out": left_out.document(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import CHATS, PLAIN
 from click.testing import CliRunner
 
 from kd.cli import cli
@@ -87,3 +88,21 @@ def test_ls_names_the_types_of_files_and_globs() -> None:
     assert ".jsonl .json .csv" in listed
     assert ".gz and .zst" in listed
     assert "a glob, or several files" in listed
+
+
+def test_conversations_are_shown_as_a_template_renders_them(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in CHATS]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "plain.jinja").write_text(PLAIN)
+    arguments = ["data", "show", str(tmp_path / "chat.jsonl")]
+    plain = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
+    assert json.loads(plain.stdout)["kind"] == "conversations"
+    arguments += ["--tokenizer", "demo", "--chat-template", str(tmp_path / "plain.jinja")]
+    shown = json.loads(CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False).stdout)
+    assert shown["rendered"]["chat.jsonl:0"] == (
+        "[system] Be brief.\n[user] Two plus two?\n[assistant]⟦ Four.<|endoftext|>⟧\n[user] And three?\n"
+        "[assistant]⟦ Five, I think.<|endoftext|>⟧"
+    )
+    answers = sum(role == "assistant" for chat in CHATS for role, _ in chat)
+    assert sum(text.count("⟦") for text in shown["rendered"].values()) == answers
+    assert "⟦ A small fox.<|endoftext|>⟧" in CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout
