@@ -112,7 +112,9 @@ def write_derived(
                 quality = _summed(readers, pieces) if whole else None
                 _write(writer, index, [_taken(readers[p.source], p, config) for p in pieces], config, quality)
             yield DeriveProgress(index + 1, len(shards))
-        if not manifest.complete:
+        if manifest.complete:
+            writer.tidy()  # a run that was killed at its very end has left its `building.json`
+        else:
             writer.finish()
     except OSError as error:
         raise write_error(out, error) from error

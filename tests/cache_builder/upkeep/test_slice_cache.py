@@ -111,6 +111,15 @@ def test_a_slice_killed_in_between_continues_to_the_same_bytes(tmp_path, kl, tre
         run(slice_cache(kl, tmp_path / "s", top_k=2))
 
 
+def test_a_slice_killed_at_its_very_end_is_tidied_by_the_same_call(tmp_path, kl, tree):
+    """Between writing `manifest.json` and removing `building.json`."""
+    run(slice_cache(kl, tmp_path / "s", top_k=4))
+    whole = tree(tmp_path / "s")
+    (tmp_path / "s" / "building.json").write_bytes((tmp_path / "s" / "manifest.json").read_bytes())
+    run(slice_cache(kl, tmp_path / "s", top_k=4))
+    assert tree(tmp_path / "s") == whole
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
