@@ -30,15 +30,8 @@ from kd.models.tokenizer import Tokenizer, token_bytes
 
 
 def chat_template(tokenizer: Tokenizer, settings: ChatSettings) -> ChatTemplate:
-    """The template that renders conversations. Raises DataError where there is none, or where it depends on the date."""
-    template = ChatTemplate.of(tokenizer, settings.template_source(), settings.template_kwargs)
-    if "strftime_now" in template.source and "date_string" not in template.kwargs:
-        raise DataError(
-            "the chat template writes the date of the day, so a cache could not be built again",
-            where=tokenizer.name_or_path,
-            try_='--template-kwargs date_string="26 Jul 2024", or a --chat-template without a date',
-        )
-    return template
+    """The template that renders conversations. Raises DataError where there is none."""
+    return ChatTemplate.of(tokenizer, settings.template_source(), settings.template_kwargs)
 
 
 def chat_identity(tokenizer: Tokenizer, settings: ChatSettings) -> dict[str, Any]:
@@ -147,9 +140,11 @@ def _runs(turns: Sequence[ScoredTurn]) -> list[ScoredTurn]:
 
 def _without_first(turn: ScoredTurn) -> ScoredTurn:
     """A turn without its first token."""
-    cut = int(turn.byte_end[0])
-    text = turn.text.encode("utf-8")[cut:].decode("utf-8", "ignore")
-    return replace(turn, first=turn.first + 1, begin=turn.begin + cut, text=text, byte_end=turn.byte_end[1:] - cut)
+    data, cut = turn.text.encode("utf-8"), int(turn.byte_end[0])
+    while cut < len(data) and data[cut] & 0xC0 == 0x80:  # the token ends inside a character
+        cut += 1
+    ends = np.maximum(turn.byte_end[1:] - cut, 0)
+    return replace(turn, first=turn.first + 1, begin=turn.begin + cut, text=data[cut:].decode("utf-8"), byte_end=ends)
 
 
 def first_turns(row: TokenRows, seq_len: int) -> TokenRows | None:

@@ -255,7 +255,16 @@ def own_text(
     settings, encoder, limit = config.text, is_encoder_decoder(model_config), max_positions(model_config)
     if reader.manifest.identity["corpus"]["kind"] == CONVERSATIONS:
         template = student_template(reader, tokenizer, settings)
-        return StudentChat(reader, tokenizer, window=settings.seq_len or limit, template=template)
+        refuse_for_chats(reader, settings, template)
+        chat = StudentChat(reader, tokenizer, window=settings.seq_len or limit, template=template)
+        if chat.unmatched == chat.turns:
+            raise DataError(
+                "no turn of the student's template has the text of the teacher's",
+                cache=reader.root,
+                found=f"{chat.turns} turns",
+                try_="another --chat-template or --template-kwargs",
+            )
+        return chat
     written = max_positions(model_config, decoder=True)
     most = written if written is None else written - len(start_tokens(model_config, layout)) + 1
     return StudentText(
@@ -267,6 +276,19 @@ def own_text(
         layout=layout,
         target_len=settings.target_len or (most if encoder else None),
     )
+
+
+def refuse_for_chats(reader: Reader, settings: TextSettings, template: ChatTemplate | None) -> None:
+    """Raise DataError for settings that conversations do not have."""
+    if settings.alignment != "bytes":
+        raise DataError("conversations are aligned by bytes", found=f"--alignment {settings.alignment}", try_="bytes")
+    if template is not None and reader.manifest.identity["chat"]["score"] == "all":
+        raise DataError(
+            "every token of this cache is scored, and another template writes other tokens around the messages",
+            cache=reader.root,
+            found="--score all",
+            expected="a student with the teacher's tokenizer and template, or a cache of --score assistant",
+        )
 
 
 def student_template(reader: Reader, tokenizer: Tokenizer, settings: TextSettings) -> ChatTemplate | None:

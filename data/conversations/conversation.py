@@ -79,11 +79,11 @@ class Conversation:
         return [message.for_template() for message in self.messages[:stop]]
 
     def to_json(self) -> str:
-        """The messages and tools as one line of JSON."""
+        """The messages and tools as one line of JSON. The order of keys is kept, because templates write it."""
         document: dict[str, Any] = {"messages": self.for_template()}
         if self.tools:
             document["tools"] = [dict(tool) for tool in self.tools]
-        return json.dumps(document, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
 def conversation_from_json(name: str, text: str) -> Conversation:

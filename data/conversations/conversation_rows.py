@@ -85,7 +85,6 @@ def rows_to_conversations(
                     "a conversation has no turn of the assistant",
                     where=row_name,
                     found=", ".join(message.role for message in messages),
-                    try_="--targets teacher, to let the teacher answer",
                 )
         except BadRow as error:
             if refused is None:
@@ -116,8 +115,9 @@ def _read_instruction(row: Row, where: str) -> tuple[Message, ...]:
         name: _text(row.get(name), f"{where} field {name}") for name in ("system", "instruction", "input", "output")
     }
     for name in ("instruction", "output"):
-        if texts[name] is None:
-            raise BadRow("a text is missing", where=f"{where} field {name}", found="null", expected="a text")
+        if not texts[name]:
+            found = "null" if texts[name] is None else "an empty text"
+            raise BadRow("a text is missing", where=f"{where} field {name}", found=found, expected="a text")
     asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
     system = (Message("system", texts["system"]),) if texts["system"] else ()
     return (*system, Message("user", asked), Message(ASSISTANT, texts["output"] or ""))
@@ -134,7 +134,12 @@ READERS: dict[str, Callable[[Row, str], tuple[Message, ...]]] = {
 
 def _is_list(value: Any) -> bool:
     """Whether a cell holds a list, as it is or as JSON."""
-    return isinstance(value, list | tuple) or (isinstance(value, str) and value.lstrip().startswith("[{"))
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return isinstance(json.loads(value), list)
+        except (json.JSONDecodeError, RecursionError):
+            return False
+    return isinstance(value, list | tuple)
 
 
 def _messages(value: Any, where: str, *, role: str = "role", content: str = "content") -> tuple[Message, ...]:
@@ -149,7 +154,7 @@ def _messages(value: Any, where: str, *, role: str = "role", content: str = "con
 
 def _message(turn: Row, where: str, role_key: str, content_key: str) -> Message:
     name = turn.get(role_key)
-    if name not in ROLE_NAMES:
+    if not isinstance(name, str) or name not in ROLE_NAMES:
         raise BadRow("unknown role", where=f"{where}.{role_key}", found=repr(name), expected=", ".join(ROLE_NAMES))
     calls = tuple(_mappings(turn.get("tool_calls"), f"{where}.tool_calls"))
     content = _content(turn.get(content_key), f"{where}.{content_key}")
@@ -202,4 +207,16 @@ def _mappings(value: Any, where: str) -> list[Row]:
         return []
     if not isinstance(value, list | tuple) or not all(isinstance(entry, Mapping) for entry in value):
         raise BadRow("a value is not a list of objects", where=where, found=type(value).__name__)
-    return [{key: entry[key] for key in entry if entry[key] is not None} for entry in value]
+    entries = [_without_nulls(entry) for entry in value]
+    try:
+        json.dumps(entries, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:  # lone surrogates are a ValueError
+        raise BadRow("a value cannot be written as JSON", where=where, found=str(error)) from error
+    return entries
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys whose values are null: Parquet has every key in every row."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list | tuple) else value

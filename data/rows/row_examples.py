@@ -49,7 +49,12 @@ def rows_to_examples(
 
     Raises DataError for a missing column, and, while the examples are read, for a row that lacks one, or a value that is not text.
     """
-    layout = None if columns else chat_layout(names, next(iter(rows), None) if isinstance(rows, Sequence) else None)
+    others = "text" in names or {"prompt", "target"} <= set(names)
+    layout = (
+        None
+        if columns or others
+        else chat_layout(names, next(iter(rows), None) if isinstance(rows, Sequence) else None)
+    )
     if layout is not None:
         chats = rows_to_conversations(rows, layout, place=place, prefix=prefix, split=split)
         return CONVERSATIONS, map(conversation_example, chats)

@@ -23,6 +23,8 @@ from kd.models.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 """Messages as templates read them: mappings with `role` and `content`."""
+NO_DATE = ""
+"""In place of transformers' function for the date of the day; a template that calls it fails."""
 MASK_START = 0xF0000
 """First character that stands for the beginning of a control token in a message (supplementary private use area A)."""
 
@@ -75,6 +77,12 @@ class ChatTemplate:
         added = self.tokenizer.added_tokens_decoder.values()
         return sorted((token.content for token in added if token.special), key=lambda text: (-len(text), text))
 
+    @cached_property
+    def control_ids(self) -> list[int]:
+        """Ids of the tokenizer's control tokens, without the one for unknown characters."""
+        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return sorted(special - {self.tokenizer.unk_token_id})
+
     def render(
         self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = (), generation_prompt: bool = False
     ) -> RenderedText:
@@ -89,7 +97,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
-        variables = {**self.tokenizer.special_tokens_map, **self.kwargs}
+        variables = {**self.tokenizer.special_tokens_map, "strftime_now": NO_DATE, **self.kwargs}
         try:
             texts, marks = render_jinja_template(
                 conversations=[self.masked([dict(message) for message in messages])],
@@ -100,10 +108,15 @@ class ChatTemplate:
                 **variables,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, TypeError) and "strftime_now" in self.source:
+                raise DataError(
+                    "the chat template writes the date of the day, with which a cache could not be built again",
+                    try_='--template-kwargs date_string="26 Jul 2024" where it reads that, or --chat-template FILE',
+                ) from error
             raise DataError(
                 "the chat template refuses the conversation",
                 found=f"{type(error).__name__}: {error}",
-                try_="--chat-template FILE, or leave the conversation out with --bad-rows skip",
+                try_="--chat-template FILE",
             ) from error
         spans = marks[0] if marked and marks else []
         return RenderedText(texts[0], tuple((int(start), int(stop)) for start, stop in spans))

@@ -160,12 +160,9 @@ def _start_of_turn(
     rendered: RenderedText,
 ) -> int:
     """The character at which a model would begin to write the last message of a rendering."""
-    before = _prompt(template, messages[:number], tools)
+    before = _prompt(template, messages[:number], tools, rendered)
     if rendered.marks:
-        start = rendered.marks[-1][0]
-        if rendered.text.startswith(before) and start < len(before):
-            start = len(before)
-        return start
+        return _first_mark(rendered, before, number)
     if not rendered.text.startswith(before):
         common = _common_prefix(before, rendered.text)
         raise DataError(
@@ -175,12 +172,52 @@ def _start_of_turn(
             expected=repr(before[common : common + 60]),
             try_="--template-kwargs, or a --chat-template FILE with {% generation %} marks",
         )
+    _refuse_header(template, rendered.text, len(before), number)
     return len(before)
 
 
-def _prompt(template: ChatTemplate, messages: Messages, tools: Sequence[Mapping[str, Any]]) -> str:
-    """What a model reads before it writes the next message; empty where nothing comes before."""
-    return template.render(messages, tools=tools, generation_prompt=True).text if messages else ""
+def _first_mark(rendered: RenderedText, before: str, number: int) -> int:
+    """Where the first generation mark of the last turn begins, or the prompt ends, if that is later."""
+    prompted = rendered.text.startswith(before)
+    limit = len(before) if prompted else _common_prefix(before, rendered.text)
+    marks = [mark for mark in rendered.marks if mark[1] > limit]
+    if not marks:
+        raise DataError("the chat template marks no text of a turn", where=f"message {number}")
+    return max(marks[0][0], limit) if prompted else marks[0][0]
+
+
+def _refuse_header(template: ChatTemplate, text: str, start: int, number: int) -> None:
+    """Raise DataError where a turn begins with a control token that opens the user's turns too: it is a header."""
+    opening = next((text[a:b] for a, b in template.control_spans(text) if a == start), None)
+    if opening is not None and opening in template.render([{"role": "user", "content": "."}]).text:
+        raise DataError(
+            "the chat template has no generation prompt, so the beginning of a turn cannot be found",
+            where=f"message {number}",
+            found=repr(text[start : start + 40]),
+            try_="a --chat-template FILE that reads add_generation_prompt, or has {% generation %} marks",
+        )
+
+
+def _prompt(
+    template: ChatTemplate, messages: Messages, tools: Sequence[Mapping[str, Any]], rendered: RenderedText
+) -> str:
+    """What a model reads before it writes the next message, which `rendered` ends with.
+
+    Where nothing comes before, it is what the template writes up to the header of the assistant's turns.
+    """
+    if messages:
+        return template.render(messages, tools=tools, generation_prompt=True).text
+    user = [{"role": "user", "content": "."}]
+    prompt = template.render(user, generation_prompt=True).text
+    header = prompt[_common_prefix(prompt, template.render(user).text) :]
+    at = rendered.text.find(header) if header else -1
+    if at < 0:
+        raise DataError(
+            "a conversation begins with the assistant, and the chat template does not show where its turn begins",
+            found=repr(rendered.text[:40]),
+            try_="conversations that begin with the user",
+        )
+    return rendered.text[: at + len(header)]
 
 
 def _common_prefix(one: str, other: str) -> int:
@@ -213,6 +250,8 @@ def _tokenised(
         last_byte = len(template.unmasked(rendered.text[: turn.stop]).encode("utf-8"))
         first, begin = _first_scored(ends, border, data)
         stop = int(np.searchsorted(ends, last_byte, side="right"))
+        if turn.ended:  # a control token may hold the white space after it
+            stop = int(np.searchsorted(ends, last_byte, side="left")) + 1
         if stop <= first:
             raise DataError("a turn of the assistant has no token", where=f"message {turn.message}")
         scored.append(_in_tokens(turn, data, ends, first, stop, begin, begin - border))
@@ -258,12 +297,16 @@ def _encode(template: ChatTemplate, pieces: list[bytes], masked: str) -> tuple[n
     neutral = template.unmasked(masked, "x")
     whole, _ = encode_with_ends(template.tokenizer, pieces, neutral)
     if not np.array_equal(whole, _by_pieces(template, pieces, masked, "x")[0]):
-        raise DataError(
-            "a message holds a control token, and this tokenizer cannot encode it as text",
-            found=template.first_masked(masked),
-            try_="remove the token from the text, or leave the conversation out with --bad-rows skip",
-        )
+        raise _cannot_spell(template, masked)
     return _by_pieces(template, pieces, masked)
+
+
+def _cannot_spell(template: ChatTemplate, masked: str) -> DataError:
+    return DataError(
+        "a message holds a control token, and this tokenizer cannot encode it as text",
+        found=template.first_masked(masked),
+        try_="remove the token from the text",
+    )
 
 
 def _by_pieces(
@@ -279,6 +322,8 @@ def _by_pieces(
     for start, stop in [*template.control_spans(masked), (len(masked), len(masked))]:
         between = template.unmasked(masked[done:start], neutral)
         of_text, ends_of_text = encode_with_ends(template.tokenizer, pieces, between, control=False)
+        if np.isin(of_text, template.control_ids).any():  # the tokenizer's own vocabulary spells it, as T5's does
+            raise _cannot_spell(template, masked)
         ids.append(of_text)
         ends.append(ends_of_text + byte)
         byte += len(between.encode("utf-8"))

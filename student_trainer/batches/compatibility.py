@@ -17,6 +17,7 @@ from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import part_of
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.families.positions import max_positions
 from kd.models.tokenizer import Tokenizer, token_bytes
@@ -102,11 +103,12 @@ def _template(tokenizer: Tokenizer, layout: EncoderLayout | None) -> str:
 
 def refuse_without_prompts(reader: Reader) -> None:
     """Raise DataError when a student's encoder would have nothing to read."""
-    if reader.manifest.identity["corpus"]["kind"] == "documents":
+    kind = reader.manifest.identity["corpus"]["kind"]
+    if kind in ("documents", CONVERSATIONS):
         raise DataError(
             "an encoder-decoder student needs prompts for its encoder",
             cache=reader.root,
-            found="a cache of documents",
+            found=f"a cache of {kind}",
             expected="a cache of prompts and targets",
             try_="a causal student, or a cache of --data flan:four, mini, or files with --columns prompt=…,target=…",
         )

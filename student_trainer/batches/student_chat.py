@@ -46,12 +46,13 @@ class StudentChat:
         """
         self.truncated = 0
         """Conversations whose last turns did not fit the window."""
+        self.turns = 0
+        """Turns that the teacher has scored."""
         self.unmatched = 0
-        """Turns that the teacher has scored and that are not compared."""
+        """Those of them that are not compared."""
         self.template = template
         self._pieces = [] if template is None else token_bytes(tokenizer)
         self._window = window or 2**31
-        self._score = str(reader.manifest.identity["chat"]["score"])
         self._count = len(reader)
         self._examples: dict[int, StudentExample] = {}
         self._sides: dict[int, list[tuple[Side, Side]]] = {}
@@ -87,10 +88,9 @@ class StudentChat:
     def _rendered(self, cached: TokenRows, conversation: Conversation) -> TokenRows:
         """The turns of a cached example in the student's rendering that shows most of them."""
         assert self.template is not None
-        score = "all" if self._score == "all" else "assistant"
         try:
             renderings = render_conversation(
-                self.template, self._pieces, conversation.for_template(), tools=conversation.tools, score=score
+                self.template, self._pieces, conversation.for_template(), tools=conversation.tools
             )
         except DataError as error:
             details = {"where": f"conversation {cached.example.id}", "found": error.details.get("found")}
@@ -108,6 +108,7 @@ class StudentChat:
         for message, text, side in _turns(cached):
             theirs = texts.get(message)
             pair = None if theirs is None else common_sides(text, side, *theirs)
+            self.turns += 1
             self.unmatched += pair is None
             empty = Side(np.zeros(0, dtype=np.int64))
             sides.append(pair or (Side(side.byte_end), empty if theirs is None else apart(theirs[1])))
@@ -128,7 +129,7 @@ def common_sides(text: bytes, side: Side, other_text: bytes, other: Side) -> tup
     """
     bare, other_bare = text.strip(), other_text.strip()
     common = min(bare, other_bare, key=len)
-    at, other_at = bare.find(common), other_bare.find(common)
+    at, other_at = bare.rfind(common), other_bare.rfind(common)  # the answer ends a turn, reasoning comes before it
     if at < 0 or other_at < 0:
         return None
     return _moved(side, text, at), _moved(other, other_text, other_at)

@@ -165,7 +165,8 @@ def refuse_unlike(readers: Sequence[CacheReader], names: Sequence[str], headline
 
     def compared(reader: CacheReader) -> dict[str, Any]:
         identity = without_text_rules(reader.manifest.identity)
-        return {name: identity[name] for name in names} | {"corpus": {"kind": identity["corpus"]["kind"]}}
+        shared = {"corpus": {"kind": identity["corpus"]["kind"]}, "chat": identity.get("chat")}
+        return {name: identity[name] for name in names} | shared
 
     for other in readers[1:]:
         differences = identity_difference(compared(readers[0]), compared(other))

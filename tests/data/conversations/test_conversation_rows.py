@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from kd.data.conversations.conversation import Conversation, Message, conversati
 from kd.data.conversations.conversation_rows import BadRow, chat_layout, rows_to_conversations
 from kd.data.rows.example import text_digest
 from kd.data.rows.row_examples import conversation_example
+from kd.data.sources import load_corpus
 
 
 def turns(pairs: list[tuple[str, str]]) -> tuple[Message, ...]:
@@ -105,8 +107,10 @@ def test_further_fields_of_a_message_are_kept_and_given_to_the_template() -> Non
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
             r"content\[0\](.|\n)*image",
         ),
-        ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "not valid Unicode"),
+        ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "cannot be written as JSON"),
         ({"instruction": "Add.", "output": None}, "field output"),
+        ({"instruction": "Add.", "output": ""}, "an empty text"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
     ],
 )
 def test_what_is_not_a_conversation_is_named_or_left_out(row: dict[str, Any], expected: str) -> None:
@@ -129,6 +133,33 @@ def test_the_digest_follows_every_message_and_their_order() -> None:
     assert [conversation_from_json(talk.id, talk.to_json()) for talk in talks] == [
         Conversation(talk.id, talk.messages) for talk in talks
     ]
+
+
+def test_the_order_of_keys_is_kept_and_part_of_the_digest() -> None:
+    """Templates write tool calls as JSON."""
+    calls = [{"name": "add", "arguments": {"b": 3, "a": 2}}, {"arguments": {"a": 2, "b": 3}, "name": "add"}]
+    talks = [Conversation("a", (Message("assistant", tool_calls=(call,)),)) for call in calls]
+    assert text_digest([conversation_example(talks[0])]) != text_digest([conversation_example(talks[1])])
+    for talk, call in zip(talks, calls, strict=True):
+        (message,) = conversation_from_json("a", talk.to_json()).for_template()
+        assert json.dumps(message["tool_calls"][0]) == json.dumps(call)
+
+
+def test_text_and_pairs_come_before_conversations(tmp_path: Path) -> None:
+    rows = [
+        {"text": "A text.", "messages": [{"role": "user", "content": "x"}]},
+        {"text": "A text.", "instruction": "Add.", "output": "4"},
+        {"prompt": "Two?", "target": "2", "instruction": "Add.", "output": "4"},
+    ]
+    for row, kind in zip(rows, ("documents", "documents", "pairs"), strict=True):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        assert load_corpus(str(tmp_path / "rows.jsonl")).kind == kind
+
+
+def test_nulls_of_parquet_are_no_values() -> None:
+    call = {"name": "add", "arguments": {"a": 1, "b": None}, "id": None}
+    row = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
+    assert read(row)[0].messages[0].tool_calls == ({"name": "add", "arguments": {"a": 1}},)
 
 
 def test_a_system_text_is_added_where_there_is_none() -> None:

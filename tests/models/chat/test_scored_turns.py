@@ -193,6 +193,8 @@ def test_a_tokenizer_that_cannot_spell_a_control_token_refuses_it(shared: Path, 
     template = template_of(LAYOUTS["chatml"], byte_level.parent / "t5")  # its word mark follows control tokens too
     (ours,) = rendered(template, messages)
     assert np.sum(ours.ids == template.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    with pytest.raises(DataError, match=r"found  </s>"):  # a piece of T5's own vocabulary
+        rendered(template, [{"role": "user", "content": "What is </s>?"}, FOUR])
 
 
 def test_last_and_all(byte_level: Path) -> None:
@@ -255,3 +257,44 @@ def test_a_turn_without_an_end_token_is_scored_to_its_end(byte_level: Path) -> N
     template = template_of(layout, byte_level)
     (ours,) = rendered(template, [ASKED, FOUR])
     assert (scored(template, ours), ours.turns[0].ended) == (["assistant: Four."], False)
+
+
+def test_a_control_token_may_hold_the_white_space_after_it(byte_level: Path) -> None:
+    """As Phi-3 registers its tokens."""
+    from transformers import AddedToken
+
+    tokenizer = copy.deepcopy(loaded(byte_level))
+    phi = LAYOUTS["phi"]
+    tokens = [AddedToken(text, rstrip=True, special=True) for text in phi.control]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens, "eos_token": phi.eos})
+    template = ChatTemplate.of(tokenizer, phi.source)
+    (ours,) = rendered(template, CONVERSATION)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert [int(ours.ids[turn.stop - 1]) for turn in ours.turns] == [end, end]
+    assert [(turn.text, turn.ended) for turn in ours.turns] == [("Four.", True), ("Five, I think.", True)]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi", "marked"])
+def test_a_conversation_may_begin_with_the_assistant(name: str, byte_level: Path) -> None:
+    template = template_of(LAYOUTS[name], byte_level)
+    (ours,) = rendered(template, [{"role": "assistant", "content": "Hello."}, ASKED, FOUR])
+    assert [turn.text for turn in ours.turns] == ["Hello.", "Four."]
+
+
+def test_headers_are_never_scored(byte_level: Path) -> None:
+    mistral = template_of(LAYOUTS["mistral"], byte_level)
+    with pytest.raises(DataError, match="begins with the assistant"):
+        rendered(mistral, [{"role": "assistant", "content": "Hello."}, ASKED, FOUR])
+    layout = LAYOUTS["chatml"]
+    deaf = Layout(layout.source.partition("{% if add_generation_prompt")[0], layout.control, eos=layout.eos)
+    with pytest.raises(DataError, match="no generation prompt"):
+        rendered(template_of(deaf, byte_level), [ASKED, FOUR])
+
+
+def test_several_marks_of_a_turn_are_one_run(byte_level: Path) -> None:
+    layout = LAYOUTS["marked"]
+    marks = "{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>"
+    source = layout.source.replace("{{ m.content }}<|im_end|>", marks, 1)
+    template = template_of(Layout(source, layout.control, eos=layout.eos), byte_level)
+    (ours,) = rendered(template, CONVERSATION)
+    assert scored(template, ours) == ["Four.<|im_end|>", "Five, I think.<|im_end|>"]

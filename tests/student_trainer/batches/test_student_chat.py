@@ -202,3 +202,27 @@ def test_texts_without_a_common_part_have_no_sides() -> None:
     one, other = common_sides(b" Four.", Side(np.array([5, 6])), b"Well, Four.", Side(np.array([5, 10, 11])))  # type: ignore[misc]
     assert (one.byte_end.tolist(), one.start) == ([4, 5], 0)
     assert (other.byte_end.tolist(), other.start) == ([-1, 4, 5], -6)
+
+
+def test_an_answer_is_aligned_with_the_answer_and_not_with_the_reasoning() -> None:
+    text = b"<think>Yes or no: Yes.</think> Yes"
+    sides = common_sides(text, Side(np.array([7, 10, 22, 30, 34])), b"Yes", Side(np.array([3])))
+    assert sides is not None
+    assert sides[0].byte_end.tolist() == [-24, -21, -9, -1, 3]
+
+
+def test_what_conversations_do_not_have_is_refused(shared, chat_cache: Path, template: Path, teacher, tmp_path) -> None:
+    model, tokenizer = teacher
+    with pytest.raises(DataError, match="aligned by bytes"):
+        kd.CacheDataset(chat_cache, model, tokenizer, loss="uld", alignment="positional")
+    t5, words = kd.load_teacher("demo-t5")
+    with pytest.raises(DataError, match="a cache of conversations"):
+        kd.CacheDataset(chat_cache, t5, words, loss="ce")
+    settings = {"teacher": "demo", "spec": str(chat_cache.parent / "chat.jsonl"), "chat_template": str(template)}
+    for score in ("all", "last"):
+        out = {"out": tmp_path / score, "score": score, "profile": "full", "logprob_codec": "float32"}
+        build_of(make(BuildSettings, settings | out))
+    with pytest.raises(DataError, match="every token of this cache"):
+        kd.CacheDataset(tmp_path / "all", model, tokenizer, loss="uld", chat_template=str(template))
+    with pytest.raises(kd.CacheMismatchError, match=r"chat\.score"):
+        kd.open_cache(f"{chat_cache}=0.5,{tmp_path / 'last'}=0.5")
