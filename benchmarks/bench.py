@@ -144,7 +144,7 @@ def build_cache(work: Path, out: Path, tokens: int, model: Any = None, profile: 
     from kd.cache_builder.build.plan import plan_build
     from kd.cache_builder.build.request import BuildRequest
     from kd.cache_builder.store.targets import TargetConfig
-    from kd.data.blocks import BlockConfig
+    from kd.data.tokenizing.block_config import BlockConfig
     from kd.models.loading import ModelRequest
 
     request = ModelRequest(str(work / "model"), device="cpu")
@@ -178,8 +178,8 @@ def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
     from kd.cache_builder.build.plan import plan_build
     from kd.cache_builder.build.request import BuildRequest
     from kd.cache_builder.store.targets import TargetConfig
-    from kd.data.blocks import BlockConfig
     from kd.data.sources import load_corpus
+    from kd.data.tokenizing.block_config import BlockConfig
     from kd.models.loading import ModelRequest, load_model
 
     request = ModelRequest(T5, tokenizer="demo-t5", device="cpu")

@@ -56,8 +56,8 @@ from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.targets import TargetConfig, band_edges
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.cache_builder.teacher.teacher_pass import Teacher, collect
-from kd.data.blocks import TokenRows
 from kd.data.rows.example import Example
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.batching.padded_batches import batches_by_length, head_rows, on_device
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.models.loading import ModelRequest, load_model, random_model

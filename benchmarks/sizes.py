@@ -38,8 +38,8 @@ from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.cache_builder.teacher.teacher_pass import collect
-from kd.data.blocks import BlockConfig
 from kd.data.sources import load_corpus
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.loading import ModelRequest
 
 CACHES = (

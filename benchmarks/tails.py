@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from kd.cache_builder.teacher.selection import draw
-from kd.data.blocks import BlockConfig, tokenize_corpus
 from kd.data.sources import load_corpus
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
 from kd.student_trainer.losses.by_row import kl_ghost, kl_renorm, kl_sampled
 from kd.student_trainer.losses.loss_targets import LossTargets

@@ -27,8 +27,10 @@ from torch import Tensor
 from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.targets import RawTargets, TargetConfig, band_edges
 from kd.cache_builder.teacher.sparsify import Sparsifier
-from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.sources import load_corpus
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.corpus_rows import tokenize_corpus
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import split_head
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
 from kd.student_trainer.losses.by_group import sorted_distance, uld

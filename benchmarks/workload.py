@@ -179,8 +179,8 @@ def build_cache(
     from kd.cache_builder.build.request import BuildRequest
     from kd.cache_builder.store.records.manifest import Layout
     from kd.cache_builder.store.targets import TargetConfig
-    from kd.data.blocks import BlockConfig
     from kd.data.sources import load_corpus
+    from kd.data.tokenizing.block_config import BlockConfig
     from kd.models.loading import ModelRequest
 
     length = len(read_texts(texts)[0]["input_ids"])

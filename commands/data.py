@@ -155,10 +155,11 @@ def renderings(shown: Sequence[Example], name: str, chat: ChatSettings) -> dict[
 def as_tokens(corpus: Corpus, name: str, chat: ChatSettings) -> dict[str, object]:
     """What tokenising a text finds: tokens to score, what was left out, and the notes. Raises DataError."""
     quiet_libraries()
-    from kd.data.blocks import BlockConfig, tokenize_corpus
     from kd.data.chat_rows import chat_template, tokenize_conversations
     from kd.data.left_out import joined
-    from kd.data.token_notes import TokenNotes
+    from kd.data.tokenizing.block_config import BlockConfig
+    from kd.data.tokenizing.corpus_rows import tokenize_corpus
+    from kd.data.tokenizing.token_notes import TokenNotes
     from kd.models.tokenizer import load_tokenizer
 
     left_out, notes = joined([corpus.left_out]), TokenNotes()

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig, TokenRows
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.conversations.conversation import with_system
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.batching.gaps import Gaps
 from kd.models.chat.chat_template import ChatTemplate
 from kd.models.chat.scored_turns import RenderedConversation, ScoredTurn, render_conversation

@@ -26,8 +26,8 @@ from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
-from kd.data.blocks import BlockConfig
 from kd.data.sources import load_corpus
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.loading import ModelRequest
 
 torch.set_num_threads(1)

@@ -24,8 +24,8 @@ from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.targets import TargetConfig, band_edges
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.cache_builder.teacher.teacher_pass import Teacher
-from kd.data.blocks import TokenRows
 from kd.data.rows.example import Example
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead
 from kd.models.loading import decoder_start, random_model
 from kd.models.shapes import SHAPES

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from kd.data.blocks import TokenRows
 from kd.data.rows.example import Example
+from kd.data.tokenizing.token_rows import TokenRows
 
 
 def make_rows(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 400) -> list[TokenRows]:

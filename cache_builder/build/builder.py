@@ -26,8 +26,8 @@ from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.common.errors import DataError, UnfinishedBuildError
 from kd.common.files import write_error
-from kd.data.blocks import TokenRows
 from kd.data.instruction_tasks.glue import CLASSES
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.classifiers import load_classifier, split_classifier
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.loading import load_request_tokenizer

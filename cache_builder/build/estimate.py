@@ -9,7 +9,7 @@ import torch
 
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.store.records.commits import committed
-from kd.data.blocks import BlockConfig
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.loading import parameter_count, resolve_device, resolve_dtype
 
 

@@ -24,10 +24,11 @@ from kd.cache_builder.store.writers.answers_table import read_answers, write_ans
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import canonical_json, process_tag, publish_first, read_json, sweep, write_error, write_first
 from kd.common.progress import Progress
-from kd.data.blocks import TokenRows, first_rules, fit_pair, tokenize_prompt
 from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
-from kd.data.text_tokens import TEXT_RULES, TextTokens
+from kd.data.tokenizing.pair_rows import first_rules, fit_pair, tokenize_prompt
+from kd.data.tokenizing.text_tokens import TEXT_RULES, TextTokens
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.answering import answer_batch, answer_text, unused_ids
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder, refuse_classifier

@@ -33,14 +33,15 @@ from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.upkeep.cache_registry import public_options
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.shown_text import public_place, redacted
-from kd.data.blocks import TokenRows, tokenize_corpus
 from kd.data.chat_rows import chat_identity, chat_template, tokenize_conversations
 from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
 from kd.data.sources import HELLASWAG_SOURCES, Corpus
-from kd.data.text_tokens import TEXT_RULES
-from kd.data.token_notes import TokenNotes
+from kd.data.tokenizing.corpus_rows import tokenize_corpus
+from kd.data.tokenizing.text_tokens import TEXT_RULES
+from kd.data.tokenizing.token_notes import TokenNotes
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder, quantised_share
 from kd.models.quantised import share_of

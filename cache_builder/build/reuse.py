@@ -22,7 +22,7 @@ from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.cache_builder.upkeep.cache_registry import located
 from kd.common.errors import CacheDamageError
-from kd.data.blocks import TokenRows
+from kd.data.tokenizing.token_rows import TokenRows
 
 
 class Earlier:

@@ -20,7 +20,7 @@ from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.common.files import write_error
-from kd.data.blocks import TokenRows
+from kd.data.tokenizing.token_rows import TokenRows
 
 
 class WriterThread:

@@ -29,7 +29,7 @@ from kd.cache_builder.teacher.lanes import Lanes, lane_count
 from kd.cache_builder.teacher.module_traces import leaves_no_trace
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.common.memory import keep_freed_memory
-from kd.data.blocks import TokenRows
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import LanguageModelHead
 
 Started = TypeVar("Started")

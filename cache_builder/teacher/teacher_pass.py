@@ -24,7 +24,7 @@ from kd.cache_builder.teacher.execution import Execution, Flight, OutOfMemory
 from kd.cache_builder.teacher.host_copies import Arrival, Laps
 from kd.cache_builder.teacher.sparsify import NOT_FINITE, Chunk, NonFiniteRow, Sparsifier, uniforms_for
 from kd.common.errors import TeacherError
-from kd.data.blocks import TokenRows
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.batching.padded_batches import Size, even_rows, head_rows, on_device, padded_tokens
 from kd.models.heads import LanguageModelHead
 

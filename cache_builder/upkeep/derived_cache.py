@@ -25,7 +25,7 @@ from kd.cache_builder.upkeep.conversion import converted, measured
 from kd.common.files import write_error
 from kd.common.shown_text import public_place
 from kd.data.left_out import joined, recorded
-from kd.data.token_notes import joined_notes
+from kd.data.tokenizing.token_notes import joined_notes
 
 
 @dataclass(frozen=True)

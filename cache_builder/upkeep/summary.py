@@ -10,7 +10,7 @@ from kd.cache_builder.store.readers.reader import quality_means
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.records.part import load_part
 from kd.data.left_out import recorded
-from kd.data.token_notes import recorded_notes
+from kd.data.tokenizing.token_notes import recorded_notes
 
 
 def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:

@@ -31,10 +31,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_prompt
 from kd.data.instruction_tasks.draws import keyed
 from kd.data.sources import Corpus
-from kd.data.text_tokens import TextTokens
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.pair_rows import fit_pair, tokenize_prompt
+from kd.data.tokenizing.text_tokens import TextTokens
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.evaluation.answers.accepted import references
 from kd.evaluation.scoring.scored_text import out_of_memory
 from kd.models.answering import Answer, answer_batch, unused_ids

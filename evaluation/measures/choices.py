@@ -40,10 +40,12 @@ import numpy as np
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.progress import Progress
-from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair, with_bos
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.data.text_tokens import TextTokens
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.pair_rows import fit_pair, tokenize_pair, with_bos
+from kd.data.tokenizing.text_tokens import TextTokens
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import ScoredText

@@ -29,9 +29,10 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
-from kd.data.blocks import BlockConfig, TokenRows
 from kd.data.left_out import LeftOut
 from kd.data.sources import Corpus
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import ScoredText, TokenScores, model_ids, token_scores
 from kd.evaluation.scoring.windows import text_blocks, token_rows, window

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig, TokenRows, tokenize_corpus
 from kd.data.chat_rows import chat_template, tokenize_conversations
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.left_out import LeftOut
 from kd.data.sources import Corpus
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.corpus_rows import tokenize_corpus
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.families.positions import max_positions

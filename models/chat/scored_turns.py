@@ -262,7 +262,7 @@ def _first_scored(ends: np.ndarray, border: int, data: bytes) -> tuple[int, int]
     """The first token of a turn that begins at byte `border`, and the byte at which the scored text begins.
 
     A token across the border is scored where it has only white space of the text before, as in pairs; else it is context
-    (`kd.data.text_tokens`).
+    (`kd.data.tokenizing.text_tokens`).
     """
     first = int(np.searchsorted(ends, border, side="right")) if border else 0
     start = int(ends[first - 1]) if first else 0

@@ -20,10 +20,10 @@ import numpy as np
 from kd.cache_builder.store.example_table import gaps_at
 from kd.cache_builder.store.readers.reading import CachedExample, Reader
 from kd.common.errors import DataError
-from kd.data.blocks import TokenRows
 from kd.data.chat_rows import first_turns, rows_of_turns
 from kd.data.conversations.conversation import Conversation, conversation_from_json
 from kd.data.rows.example import Example
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.chat.chat_template import ChatTemplate
 from kd.models.chat.scored_turns import RenderedConversation, render_conversation
 from kd.models.tokenizer import Tokenizer, token_bytes

@@ -1,9 +1,9 @@
 """The cached text in the student's own tokens: for losses that do not compare row by row with the teacher's.
 
 An example is one text: BOS (where there is one), prompt, separator, target, then EOS where the cached target has its end. It
-is tokenised as the builder tokenises it, and split where the target begins (`kd.data.text_tokens`). What does not
-fit the window is cut as `kd.data.blocks.fit_pair` cuts it: the prompt at its beginning, the target at its end. A student
-with an encoder reads what such a teacher would: its encoder prompt and EOS, its decoder the target and EOS.
+is tokenised as the builder tokenises it, and split where the target begins (`kd.data.tokenizing.text_tokens`). What does not
+fit the window is cut as `kd.data.tokenizing.pair_rows.fit_pair` cuts it: the prompt at its beginning, the target at its end. A
+student with an encoder reads what such a teacher would: its encoder prompt and EOS, its decoder the target and EOS.
 No pad token is needed and no embedding is resized: batches are padded with id 0, which nothing attends to or scores.
 """
 
@@ -17,9 +17,11 @@ import numpy as np
 
 from kd.cache_builder.store.readers.reading import CachedExample, Reader
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig, TokenRows, fit_pair, tokenize_pair, with_bos
 from kd.data.rows.example import Example
-from kd.data.text_tokens import TextTokens
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.pair_rows import fit_pair, tokenize_pair, with_bos
+from kd.data.tokenizing.text_tokens import TextTokens
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.batching.gaps import NO_GAPS, Gaps
 from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.tokenizer import Tokenizer

@@ -33,7 +33,7 @@ class TrainedReading:
     separator: str
     """Text between prompt and target."""
     control_tokens: str = "auto"
-    """How control tokens that are spelled in a text were read, see `kd.data.text_tokens`."""
+    """How control tokens that are spelled in a text were read, see `kd.data.tokenizing.text_tokens`."""
 
 
 def trained_reading(reader: Reader, config: Any, tokenizer: Tokenizer, separator: str | None) -> TrainedReading:

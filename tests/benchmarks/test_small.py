@@ -120,7 +120,7 @@ def t5_cache(tmp_path_factory: pytest.TempPathFactory, run_build) -> Path:
     """Two dozen examples of the made-up mixture, by the embedded encoder-decoder."""
     from kd.cache_builder.build.request import BuildRequest
     from kd.cache_builder.store.targets import TargetConfig
-    from kd.data.blocks import BlockConfig
+    from kd.data.tokenizing.block_config import BlockConfig
     from kd.models.loading import ModelRequest
 
     out = tmp_path_factory.mktemp("caches") / "t5"

@@ -16,9 +16,9 @@ from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.settings import make
-from kd.data.blocks import BlockConfig
 from kd.data.data_settings import InstructionConfig
 from kd.data.sources import load_corpus
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.student_trainer.config import TrainConfig
 from kd.student_trainer.training import train
 

@@ -22,9 +22,10 @@ from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.progress import final
-from kd.data.blocks import BlockConfig, tokenize_pair
 from kd.data.rows.example import Example
-from kd.data.text_tokens import TextTokens
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.pair_rows import tokenize_pair
+from kd.data.tokenizing.text_tokens import TextTokens
 from kd.evaluation.measures.agreement import evaluate_agreement
 from kd.models.loading import ModelRequest, load_model, random_model
 from kd.models.tokenizer import load_tokenizer

@@ -29,9 +29,9 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.common.paths import as_path
-from kd.data.blocks import BlockConfig
 from kd.data.conversations.conversation import CONVERSATIONS
-from kd.data.text_tokens import CONTROL_TOKENS
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.text_tokens import CONTROL_TOKENS
 
 FORMAT = "kd-cache"
 FORMAT_VERSION = 2

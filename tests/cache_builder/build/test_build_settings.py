@@ -20,7 +20,7 @@ from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cli import cli
 from kd.common.errors import DataError
 from kd.common.settings import as_text, flat, make, settings_of
-from kd.data.blocks import OVERLONG
+from kd.data.tokenizing.block_config import OVERLONG
 from kd.models.loading import DTYPES
 
 LEAST = {"teacher": "demo", "spec": "demo", "out": "runs/cache"}

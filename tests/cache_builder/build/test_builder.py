@@ -30,7 +30,7 @@ from kd.cache_builder.teacher.teacher_pass import Teacher
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, TeacherError
 from kd.common.files import process_tag
-from kd.data.blocks import BlockConfig
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.loading import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 
@@ -149,7 +149,7 @@ from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
-from kd.data.blocks import BlockConfig
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.loading import ModelRequest
 from kd.data.sources import load_corpus
 import torch

@@ -20,8 +20,8 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
-from kd.data.blocks import tokenize_corpus
 from kd.data.sources import load_corpus
+from kd.data.tokenizing.corpus_rows import tokenize_corpus
 
 SMALL: dict[str, Any] = {"seq_len": 32, "top_k": 8, "tokens_per_batch": 128, "shard_rows": 128}
 PAIRS = [("The fox", " went home."), ("It rained", " for a day and a night."), ("There were", " seven ships.")]

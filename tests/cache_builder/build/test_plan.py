@@ -17,8 +17,8 @@ from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.common.errors import CacheMismatchError, DataError
-from kd.data.blocks import BlockConfig
 from kd.data.sources import load_corpus
+from kd.data.tokenizing.block_config import BlockConfig
 
 END = "<|endoftext|>"
 PAIRS = [("Where did the fox go?", "to the river"), ("How many ships?", "seven ships")]

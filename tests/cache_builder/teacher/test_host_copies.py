@@ -18,8 +18,8 @@ from kd.cache_builder.teacher.host_copies import HostCopies, Laps
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.cache_builder.teacher.teacher_pass import Teacher, collect
 from kd.common.errors import TeacherError
-from kd.data.blocks import TokenRows
 from kd.data.rows.example import Example
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.loading import ModelRequest, load_model
 from kd.models.top_k import top_k_by_topk

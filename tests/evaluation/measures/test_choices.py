@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kd.common.errors import DataError
 from kd.common.progress import final
-from kd.data.blocks import BlockConfig
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.data.text_tokens import TextTokens
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.text_tokens import TextTokens
 from kd.evaluation.measures.choices import (
     Question,
     choices_of,

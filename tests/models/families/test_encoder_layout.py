@@ -21,10 +21,11 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.progress import final
 from kd.common.settings import make
-from kd.data.blocks import BlockConfig, fit_pair, tokenize_pair
 from kd.data.rows.example import Example
 from kd.data.sources import Corpus
-from kd.data.text_tokens import TextTokens
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.pair_rows import fit_pair, tokenize_pair
+from kd.data.tokenizing.text_tokens import TextTokens
 from kd.evaluation.measures.choices import evaluate_choices
 from kd.evaluation.measures.generation import evaluate_generation
 from kd.evaluation.measures.perplexity import evaluate_perplexity

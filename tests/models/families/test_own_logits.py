@@ -16,8 +16,8 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.cache_builder.teacher.teacher_pass import Teacher, collect
 from kd.common.errors import TeacherError
-from kd.data.blocks import TokenRows
 from kd.data.rows.example import Example
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.evaluation.scoring.scored_text import ScoredText, gold_nll
 from kd.evaluation.scoring.shared_context import shared_nll
 from kd.models import identity

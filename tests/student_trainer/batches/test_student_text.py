@@ -10,7 +10,7 @@ import pytest
 
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
-from kd.data.blocks import BlockConfig
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.tokenizer import encode_with_ends, load_tokenizer, token_bytes
 from kd.student_trainer.batches.alignment import Side, align
 from kd.student_trainer.batches.student_text import StudentText

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from kd.cache_builder.store.readers.reader import CacheReader
-from kd.data.blocks import BlockConfig
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.evaluation.evaluate import evaluate
 from kd.student_trainer.batches.trained_reading import READING, TrainedReading, reading_of_run
 from kd.student_trainer.run_folder import read_run, write_run

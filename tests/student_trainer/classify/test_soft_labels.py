@@ -27,11 +27,11 @@ from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherError
 from kd.common.settings import changed, make
-from kd.data.blocks import BlockConfig
 from kd.data.data_settings import InstructionConfig
 from kd.data.instruction_tasks.glue import PAIR, load_glue
 from kd.data.left_out import recorded
 from kd.data.sources import load_classes, load_corpus
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.evaluation.merged.glue_scores import evaluate_classifier, load_heads
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings
 from kd.models.classifiers import load_classifier, split_classifier

@@ -46,7 +46,7 @@ class TokenNotes:
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     changed: bool = False
-    """Whether a row has other ids than the first rules give it (`kd.data.blocks.first_rules`)."""
+    """Whether a row has other ids than the first rules give it (`kd.data.tokenizing.pair_rows.first_rules`)."""
 
     def add(self, counts: Mapping[str, int], name: str) -> None:
         """Count what was found in the example `name`."""

@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.data.blocks import BlockConfig, TokenRows, document_blocks, first_rules, tokenize_pair, tokenize_prompt
 from kd.data.rows.example import Example
-from kd.data.text_tokens import TextTokens
-from kd.data.token_notes import TokenNotes
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.document_blocks import document_blocks
+from kd.data.tokenizing.pair_rows import first_rules, tokenize_pair, tokenize_prompt
+from kd.data.tokenizing.text_tokens import TextTokens
+from kd.data.tokenizing.token_notes import TokenNotes
+from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.tokenizer import load_tokenizer, vocabulary_size
 
 REAL = ["tokenizers/gpt2", "tokenizers/smollm2", "tokenizers/gpt-neox-20b", "weights/stories260K", "tokenizers/t5"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kd.data.token_notes import TokenNotes, joined_notes, recorded_notes
+from kd.data.tokenizing.token_notes import TokenNotes, joined_notes, recorded_notes
 
 
 def test_a_note_has_its_count_and_the_first_example() -> None:
