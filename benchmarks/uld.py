@@ -11,7 +11,8 @@ with respect to the student's logits are compared with those of both whole vocab
     hidden    the same for the gradient of the hidden states: what flows into the student's body
     weight    the same for the gradient of the output layer's weight
 
-in per cent, for the exact order and for the fast bins. Without bands the tail is taken to be zero.
+in per cent, for the exact order and for the fast bins. Without bands the tail is taken to be zero; one band is what a cache of a
+served teacher has.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from kd.student_trainer.losses.by_group import sorted_distance, uld
 from kd.student_trainer.losses.loss_settings import GroupSettings
 from kd.student_trainer.losses.loss_targets import GroupTargets
 
-SPLITS = ((16, 0), (16, 8), (16, 16), (20, 12), (24, 8), (64, 0), (64, 8), (64, 16))
-"""Values and bands of a row; the third to fifth cost the same."""
+SPLITS = ((16, 0), (16, 1), (16, 8), (16, 16), (20, 12), (24, 8), (64, 0), (64, 1), (64, 8), (64, 16), (128, 1))
+"""Values and bands of a row. One band is the tail of a teacher that gives log-probabilities alone. 16 and 16, 20 and 12, and
+24 and 8 cost the same."""
 
 
 def hidden_and_logits(name: str, rows: list[TokenRows], count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -131,9 +131,9 @@ def _choice(arrays: str | None, losses: tuple[str, ...]) -> Callable[[CacheManif
             from kd.student_trainer.config import LossSettings
 
             for loss in losses:
-                wanted += needed_arrays(
-                    resolve_objective(manifest.targets, make(LossSettings, {"loss": loss})), manifest
-                )
+                settings = make(LossSettings, {"loss": loss})
+                objective = resolve_objective(manifest.targets, settings, logprobs_only=manifest.logprobs_only)
+                wanted += needed_arrays(objective, manifest)
         return wanted
 
     return choose

@@ -123,8 +123,11 @@ def prepare(config: TrainConfig, *, touch: bool = False, student: tuple[Any, Tok
     student   configuration and tokenizer of a student in memory; None = of the one that the settings name
     """
     reader = open_cache(config.data.cache, top_k=config.data.top_k, cache_bytes=config.data.cache_bytes)
-    objective = resolve_objective(reader.config, config.objective, edges=rank_edges(reader))
-    reader.keep(needed_arrays(objective, reader.manifest))
+    manifest = reader.manifest
+    objective = resolve_objective(
+        reader.config, config.objective, edges=rank_edges(reader), logprobs_only=manifest.logprobs_only
+    )
+    reader.keep(needed_arrays(objective, manifest))
     if touch:
         touch_shards(reader, reader.epoch_order(config.seed, 0)[:TOUCHED_EXAMPLES].tolist())
     request = student_request(config.model, config.seed)
@@ -169,8 +172,13 @@ def reading_before_training(config: TrainConfig) -> TrainedReading:
 
 
 def rank_edges(reader: Reader) -> tuple[int, ...]:
-    """Ranks between the cache's bands; none where it has none."""
+    """Ranks between the cache's bands; none where it has none.
+
+    Of a teacher that gave log-probabilities alone, everything beyond the top-k is one band.
+    """
     config, size = reader.config, reader.manifest.vocabulary_size
+    if reader.manifest.logprobs_only and config.top_k < size:
+        return config.top_k, size
     return tuple(band_edges(config.top_k, size, config.tail_bands)) if config.tail_bands else ()
 
 
@@ -316,7 +324,7 @@ def text_collator(
 ) -> tuple[Collator, int]:
     """Batches of the text in the student's own tokens, and how many logits count. Raises KdError."""
     settings = config.text
-    if config.data.top_k is not None and objective.groups and reader.config.tail_bands:
+    if config.data.top_k is not None and objective.groups and objective.settings.edges:
         raise DataError(
             "rank bands begin where the stored top-k ends",
             found=f"--top-k {config.data.top_k}",

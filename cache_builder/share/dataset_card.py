@@ -49,6 +49,7 @@ def dataset_card(root: Path, url: str, license: str | None = None) -> str:
         ("class", summary["teacher_class"]),
         ("dtype", summary["dtype"]),
         ("quantisation", summary["quantization"] or "none"),
+        *_unknown_weights(summary),
         ("vocabulary", f"{summary['vocabulary_size']:,}"),
         ("text", corpus),
         ("split", summary["split"]),
@@ -59,7 +60,7 @@ def dataset_card(root: Path, url: str, license: str | None = None) -> str:
         ("top-k", summary["top_k"]),
         ("draws per token", summary["samples"]),
         ("rank bands", summary["tail_bands"]),
-        ("temperatures", ", ".join(f"{t:g}" for t in summary["temperatures"])),
+        ("temperatures", ", ".join(f"{t:g}" for t in summary["temperatures"]) + _only_one(summary)),
         ("bytes", f"{summary['bytes']:,}"),
         ("bytes per token", _figure(summary["bytes_per_token"])),
         ("mass of the kept tokens", _figure(summary["mass_kept_mean"])),
@@ -98,6 +99,17 @@ kd cache pull {url} cache                                         # or a copy: r
 kd cache verify cache
 ```
 """
+
+
+def _unknown_weights(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    if not summary["weights_unknown"]:
+        return []
+    named = f"; {summary['teacher_id']}, as stated by whoever built it" if summary["teacher_id"] else ""
+    return [("weights", f"unknown: they could not be digested{named}")]
+
+
+def _only_one(summary: dict[str, Any]) -> str:
+    return " only (the teacher gave log-probabilities, and no logits)" if summary["logprobs_only"] else ""
 
 
 def _figure(value: float | None) -> str:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kd.cache_builder.store.records.teacher_record import WHY_ONE
 from kd.common.errors import CacheError
 from kd.common.progress import Progress
 from kd.evaluation.scoring.scored_text import LogitChunk, ScoredText, chunk_scores, logit_chunks
@@ -240,4 +241,5 @@ def _require_head(reader: Reader, temperature: float) -> None:
             cache=reader.root,
             found=f"temperature {temperature:g}",
             expected=f"one of {', '.join(f'{t:g}' for t in grid)}",
+            why=WHY_ONE if reader.manifest.logprobs_only else None,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,9 @@ class Collator:
         `aligned_bytes [2]` bytes of targets in groups, and in all.
         """
         assert self.text is not None
-        temperature, needs = self.objective.temperature, LOSSES[self.objective.loss].needs
+        temperature, needs = self.objective.temperature, set(LOSSES[self.objective.loss].needs)
+        if not self.objective.settings.edges:  # nothing lies beyond the top-k
+            needs -= {"bands"}
         parts: dict[str, list[np.ndarray]] = {}
         offset, aligned = 0, np.zeros(2, dtype=np.int64)
         for example in examples:
@@ -165,7 +167,7 @@ def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample
 
 
 def teacher_groups(
-    targets: SoftTargets, ranges: np.ndarray, temperature: float, needs: Sequence[str]
+    targets: SoftTargets, ranges: np.ndarray, temperature: float, needs: Collection[str]
 ) -> dict[str, np.ndarray]:
     """Arrays `[G, …]` for groups of rows `ranges [G, 2]`: chain-rule log-probabilities, and the first row's."""
     gold = targets.gold_logprob.astype(np.float64)
@@ -179,11 +181,21 @@ def teacher_groups(
     }
     if "logprobs" in needs:
         arrays["logprobs"] = targets.logprobs_at(temperature)[first].astype(np.float32)
-    if "bands" in needs and targets.tail_bands is not None:
-        arrays["bands"] = targets.tail_bands[first, targets.band_index(temperature)]
+    if "bands" in needs:
+        arrays["bands"] = _bands(targets, temperature)[first]
     return arrays
 
 
+def _bands(targets: SoftTargets, temperature: float) -> np.ndarray:
+    """`[N, B]` log-mass of the rank bands; where none are stored, the tail is one band (`prepare.rank_edges`)."""
+    if targets.tail_bands is not None:
+        return np.asarray(targets.tail_bands[:, targets.band_index(temperature)])
+    mass = np.maximum(targets.tail_mass_at(temperature), EMPTY_BAND)
+    return np.asarray(np.log(mass).astype(np.float32)[:, None])
+
+
+EMPTY_BAND = 1e-26
+"""Mass of a band that has none: e^-60, as it is in stored bands."""
 ROW_FIELDS = ("gold_ids", "token_ids", "logprobs", "tail_mass", "sample_ids", "sample_counts")
 GROUP_FIELDS = ("first", "stop", "log_scale", "chunk_logprob", "weight", "logprobs", "bands", "student_ids")
 

@@ -15,6 +15,7 @@ from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import part_of
+from kd.cache_builder.store.records.teacher_record import WHY_ONE
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
 from kd.data.conversations.conversation import CONVERSATIONS
@@ -147,10 +148,13 @@ def refuse_narrow_student(reader: Reader, config: Any, longest: int, written: in
             )
 
 
-def resolve_objective(config: TargetConfig, settings: LossSettings, *, edges: tuple[int, ...] = ()) -> Objective:
+def resolve_objective(
+    config: TargetConfig, settings: LossSettings, *, edges: tuple[int, ...] = (), logprobs_only: bool = False
+) -> Objective:
     """Fill in `auto` and defaults, and check that a cache of this configuration holds what the loss needs.
 
-    edges   ranks between the cache's bands, where it has any
+    edges           ranks between the cache's bands, where it has any
+    logprobs_only   whether the teacher gave log-probabilities at temperature 1 and no logits; the tail is then one band
 
     Tail: ghost where top-k ids are stored, sampled where only draws are. Alpha: 1 for losses by row, 0.5 for losses
     over aligned text (they say nothing about which token is right), 0 for ce. Raises DataError.
@@ -160,7 +164,15 @@ def resolve_objective(config: TargetConfig, settings: LossSettings, *, edges: tu
         return Objective("ce", "none", 0.0, 1.0)
     alpha = _alpha(settings)
     tail = _tail(config, settings.loss, settings.tail)
-    _check_holdings(config, settings.loss, settings.temperature)
+    if logprobs_only and settings.temperature != 1.0:
+        raise DataError(
+            "this cache can only be used at temperature 1",
+            found=f"--temperature {settings.temperature:g}",
+            expected="1",
+            why=WHY_ONE,
+            try_="--temperature 1; or a cache of the same text whose teacher is loaded by kd, which stores several",
+        )
+    _check_holdings(config, settings.loss, settings.temperature, logprobs_only)
     if settings.temperature not in config.temperatures:
         raise DataError(
             "this cache does not hold that temperature",
@@ -258,11 +270,12 @@ def _has_ids(config: TargetConfig) -> bool:
     return bool(config.top_k) and PROFILES[config.profile].ids and config.profile != "sampled"
 
 
-def _check_holdings(config: TargetConfig, loss: str, temperature: float) -> None:
+def _check_holdings(config: TargetConfig, loss: str, temperature: float, logprobs_only: bool) -> None:
     """Raise DataError when an aligned loss needs what the cache's profile left out."""
     if not LOSSES[loss].groups:
         return
-    held = {"ids": _has_ids(config), "logprobs": bool(config.top_k), "bands": bool(config.tail_bands)}
+    bands = bool(config.tail_bands) or logprobs_only
+    held = {"ids": _has_ids(config), "logprobs": bool(config.top_k), "bands": bands}
     missing = [need for need in LOSSES[loss].needs if not held[need]]
     if missing:
         serving = "full" if "ids" in LOSSES[loss].needs else "uld or full"

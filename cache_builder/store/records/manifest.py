@@ -25,6 +25,7 @@ from kd.cache_builder.store.records.manifest_checks import (
     check_shard_table,
     file_table,
 )
+from kd.cache_builder.store.records.teacher_record import logprobs_only, refuse_beyond_logprobs, weights_unknown
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
@@ -121,6 +122,16 @@ class CacheManifest:
     def labels(self) -> tuple[str, ...]:
         """Names of the classes, in a cache of a classifier; empty otherwise."""
         return tuple(self.identity["tokenizer"].get("labels", ()))
+
+    @property
+    def logprobs_only(self) -> bool:
+        """True where the teacher gave log-probabilities at temperature 1 and no logits, see `teacher_record`."""
+        return logprobs_only(self.identity["teacher"])
+
+    @property
+    def weights_unknown(self) -> bool:
+        """True where the teacher's weights could not be digested, so that the fingerprint does not cover them."""
+        return weights_unknown(self.identity["teacher"])
 
     @property
     def arrays(self) -> list[ArraySpec]:
@@ -263,6 +274,8 @@ def _check(manifest: CacheManifest, document: dict[str, Any], checksum: str | No
     if manifest.targets.logprob_codec not in CODECS:
         raise CacheError("unknown log-probability codec", found=manifest.targets.logprob_codec)
     manifest.targets.check_vocabulary(manifest.vocabulary_size)
+    if manifest.logprobs_only:
+        refuse_beyond_logprobs(manifest.targets, None)
     check_bounds(manifest.arrays, manifest.layout.shard_rows)
     expected = [{"name": a.name, "dtype": a.dtype, "columns": a.columns} for a in manifest.arrays]
     if document["arrays"] != expected:
