@@ -29,8 +29,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, T5Config
 
 from kd.common.progress import final
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.evaluation.measures.choices import evaluate_choices
 from kd.evaluation.measures.hellaswag import Scenes, evaluate_hellaswag, load_scenes
 from kd.evaluation.scoring import shared_context

@@ -19,9 +19,9 @@ from kd.data.data_settings import DataSettings, InstructionConfig
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kd.data.corpus import Corpus
     from kd.data.instruction_tasks.task import TaskFile
     from kd.data.rows.example import Example
-    from kd.data.sources import Corpus
 
 SHOWN_EXAMPLES = 3
 """Examples that `kd data show` prints by default."""
@@ -55,10 +55,10 @@ def source_lines() -> dict[str, str]:
     from kd.data.instruction_tasks.glue import glue_tasks
     from kd.data.instruction_tasks.mixtures import PRESETS
     from kd.data.instruction_tasks.task_files import load_task, task_names
+    from kd.data.named_sources import SOURCES
     from kd.data.rows.compressed import COMPRESSIONS
     from kd.data.rows.local_files import FILE_READERS
     from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION
-    from kd.data.sources import SOURCES
 
     about = {
         "demo": "the English of Python's standard library; offline; splits train, heldout",

@@ -19,9 +19,9 @@ import numpy as np
 from kd.common.errors import DataError
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.conversations.conversation import with_system
+from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.batching.gaps import Gaps

@@ -12,70 +12,34 @@
 
 A *documents* source gives whole texts, which are later cut into blocks. A *pairs* source (columns prompt and target) gives
 examples that stay whole. Hub data sets load through `datasets`; scripts are never run.
-To add a source, write one function and add a line to `SOURCES`; to add a task, write a YAML file (docs/extending.md).
+To add a source, write one function and add a line to `kd.data.named_sources.SOURCES`; to add a task, write a YAML file
+(docs/extending.md).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
+from kd.data.corpus import Corpus, usable_corpus
 from kd.data.data_settings import InstructionConfig
-from kd.data.demo import mini_mixture, stdlib_text
-from kd.data.instruction_tasks.draws import kept_rows
 from kd.data.instruction_tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
-from kd.data.instruction_tasks.mixtures import Mixed, load_mixture, mix, select
-from kd.data.instruction_tasks.task import SPLITS, TaskFile
-from kd.data.instruction_tasks.task_files import load_task
 from kd.data.instruction_tasks.task_rows import SAME
-from kd.data.left_out import LeftOut, joined
+from kd.data.left_out import LeftOut
+from kd.data.named_sources import SOURCES, TASK_SOURCES, own_task
 from kd.data.rows.compressed import COMPRESSIONS
-from kd.data.rows.example import Example, check_examples, text_digest
 from kd.data.rows.file_list import FileList, list_files, refuse_address, refuse_split
 from kd.data.rows.hub import load_hub
 from kd.data.rows.local_files import FILE_READERS, read_local
 from kd.data.rows.row_examples import Columns, rows_to_examples
 from kd.data.rows.tables import rows_in
-from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION, wikitext_articles
 
-HELD_OUT = {"test": "heldout", "validation": "heldout", "dev": "heldout"}
-"""Other names of the held-out split of `demo` and `mini`."""
-
-HELLASWAG_SOURCES = re.compile(r"hella.?swag|wiki.?how|activity.?net", re.IGNORECASE)
-"""Names of the benchmark HellaSwag, and of where its text is from."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """An ordered list of examples and where it came from."""
-
-    spec: str
-    """The spec as the user wrote it."""
-    split: str
-    kind: str
-    """`documents` (cut into blocks), `pairs` (prompt and target, kept whole), `conversations` (see `chat_rows`), or
-    `classes` (see `glue.CLASSES`)."""
-    examples: tuple[Example, ...]
-    source: dict[str, str]
-    """Facts that identify the source besides its text, e.g. hub id, configuration and revision."""
-    metrics: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Task -> metrics that its file names; empty where there are no task files."""
-    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
-    """What of the source did not become an example, and why."""
-
-    @property
-    def digest(self) -> str:
-        """Digest of the ordered text."""
-        return text_digest(self.examples)
+TASK_SUFFIXES = (".yaml", ".yml")
+"""Suffixes of task files."""
 
 
 def load_corpus(
@@ -96,60 +60,7 @@ def load_corpus(
     instructions = instructions or InstructionConfig()
     _refuse_useless(spec, columns, instructions)
     corpus = _corpus_of(spec, split, columns or {}, instructions)
-    return _usable(corpus, limit)
-
-
-def corpus_of_rows(
-    name: str,
-    rows: Iterable[Mapping[str, Any]],
-    names: Sequence[str],
-    *,
-    columns: Columns | None = None,
-    limit: int | None = None,
-) -> Corpus:
-    """Rows in memory as a corpus: `text` makes documents, `prompt` and `target` make pairs. Raises DataError.
-
-    name     what errors and the ids of the examples (`name:0`, …) call the source
-    names    columns of the rows
-    columns  columns that are not called as their field is
-    limit    number of examples to keep, from the first
-    """
-    left_out = LeftOut()
-    kind, examples = rows_to_examples(
-        rows,
-        names,
-        columns or {},
-        where=name,
-        place=rows_in(name),
-        prefix=name,
-        split="train",
-        left_out=left_out,
-    )
-    source = {"source": "memory"}
-    return _usable(Corpus(name, "train", kind, tuple(examples), source, left_out=left_out), limit)
-
-
-def _usable(corpus: Corpus, limit: int | None) -> Corpus:
-    """The corpus with `limit` of its examples that have text (see `draws`). Raises DataError where none are left."""
-    examples = tuple(e for e in corpus.examples if e.target.strip())
-    left_out = joined([corpus.left_out])
-    for example in corpus.examples:
-        if not example.target.strip():
-            left_out.add("without_text", example.id)
-    if limit is not None and limit < len(examples):
-        kept = dict.fromkeys(kept_rows([e.answer for e in examples], [e.id for e in examples], limit))
-        first = next(e.id for number, e in enumerate(examples) if number not in kept)
-        left_out.add("beyond_limit", first, len(examples) - limit)
-        examples = tuple(examples[number] for number in kept)
-    if not examples:
-        raise DataError(
-            "no text found",
-            where=f"{corpus.spec} (split {corpus.split})",
-            found=f"0 examples; left out: {left_out}",
-            try_="kd data show SPEC",
-        )
-    check_examples(corpus.spec, examples)
-    return replace(corpus, examples=examples, left_out=left_out)
+    return usable_corpus(corpus, limit)
 
 
 def load_classes(
@@ -180,7 +91,7 @@ def load_classes(
             try_="--data glue/sst2, with --task-root DIR for local rows",
         )
     rows = load_glue(spec, split=split or "train", task_root=instructions.task_root)
-    return _usable(Corpus(spec, rows.split, CLASSES, rows.labelled, dict(rows.source)), limit)
+    return usable_corpus(Corpus(spec, rows.split, CLASSES, rows.labelled, dict(rows.source)), limit)
 
 
 def takes_instructions(spec: str) -> bool:
@@ -221,7 +132,7 @@ def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: Ins
     if name in TASK_SOURCES:
         return TASK_SOURCES[name](spec, split or "train", instructions)
     if takes_instructions(spec):
-        return _task_file(spec, split or "train", instructions)
+        return own_task(spec, split or "train", instructions)
     if name in SOURCES:
         return SOURCES[name](spec, split or suffix or "train")
     if is_glue(spec) and not os.path.isfile(path):
@@ -247,53 +158,6 @@ def _is_hub_id(spec: str) -> bool:
         and not spec.startswith(".")
         and Path(name).suffix.lower() not in files
     )
-
-
-@lru_cache(maxsize=4)
-def _demo(spec: str, split: str) -> Corpus:
-    split = HELD_OUT.get(split, split)
-    if split not in ("train", "heldout", "all"):
-        raise unknown_name("split", split, ("train", "heldout", "all"), where="the demo source")
-    examples = tuple(Example(name, text, task="demo", split=split) for name, text in stdlib_text.documents(split))
-    python = ".".join(map(str, sys.version_info[:2]))
-    return Corpus(spec, split, "documents", examples, {"source": "demo", "python": python})
-
-
-@lru_cache(maxsize=4)
-def _mini(spec: str, split: str) -> Corpus:
-    split = HELD_OUT.get(split, split)
-    return Corpus(spec, split, "pairs", tuple(mini_mixture.examples(split)), {"source": "mini"})
-
-
-def _wikitext(spec: str, split: str) -> Corpus:
-    lines = load_hub(WIKITEXT_ID, WIKITEXT_CONFIG, WIKITEXT_REVISION, split).data["text"]
-    source = {"source": WIKITEXT_ID, "config": WIKITEXT_CONFIG, "revision": WIKITEXT_REVISION}
-    return Corpus(spec, split, "documents", tuple(wikitext_articles(lines, "wikitext-2", split)), source)
-
-
-def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
-    mixture = spec.partition(":")[2] or "ten"
-    selection = select(mixture)
-    mixed = load_mixture(selection, _task_split(split), instructions, load_hub)
-    return _of_tasks(spec, split, mixed, map(load_task, selection.tasks))
-
-
-def _task_file(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
-    task = load_task(spec)
-    return _of_tasks(spec, split, mix([task], _task_split(split), instructions, load_hub), [task])
-
-
-def _of_tasks(spec: str, split: str, mixed: Mixed, tasks: Iterable[TaskFile]) -> Corpus:
-    metrics = {task.name: task.metrics for task in tasks}
-    return Corpus(spec, _task_split(split), "pairs", mixed.examples, mixed.source, metrics, mixed.left_out)
-
-
-def _task_split(split: str) -> str:
-    """`train`, `dev` or `test`; other names of dev, such as validation, become `dev`. Raises DataError."""
-    split = "dev" if split in SAME else split
-    if split not in SPLITS:
-        raise unknown_name("split", split, SPLITS, where="tasks")
-    return split
 
 
 def _glue(spec: str, split: str) -> Corpus:
@@ -324,19 +188,3 @@ def _local(files: FileList, split: str, columns: Columns, left_out: LeftOut) -> 
     refuse_split(files, split, SAME if split in SAME else (split,))
     kind, examples = read_local(files, columns, split, left_out)
     return Corpus(files.spec, split, kind, tuple(examples), {"source": "local"}, left_out=left_out)
-
-
-SOURCES: dict[str, Callable[[str, str], Corpus]] = {
-    "demo": _demo,
-    "mini": _mini,
-    "wikitext-2": _wikitext,
-}
-"""Name -> source."""
-
-TASK_SOURCES: dict[str, Callable[[str, str, InstructionConfig], Corpus]] = {
-    "flan": _flan,
-}
-"""Name -> source that renders templates."""
-
-TASK_SUFFIXES = (".yaml", ".yml")
-"""Suffixes of task files."""

@@ -26,9 +26,9 @@ from kd.common.errors import DataError, KdError
 from kd.common.paths import as_path
 from kd.common.settings import as_text
 from kd.data.conversations.conversation import CONVERSATIONS, conversation_from_json
+from kd.data.corpus import HELLASWAG_SOURCES, Corpus
 from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.rows.example import Example
-from kd.data.sources import HELLASWAG_SOURCES, Corpus
 from kd.student_trainer.run_folder import is_run, read_run
 
 if TYPE_CHECKING:

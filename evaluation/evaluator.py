@@ -17,8 +17,9 @@ from typing import Any
 from kd.cache_builder.weighted_caches import CacheSpec
 from kd.common.errors import DataError, unknown_name
 from kd.common.progress import Progress
+from kd.data.corpus import Corpus
 from kd.data.data_settings import BOTH
-from kd.data.sources import Corpus, load_corpus, takes_instructions
+from kd.data.sources import load_corpus, takes_instructions
 from kd.evaluation.contamination import cache_texts, refuse_contaminated, trained_on, why_known
 from kd.evaluation.eval_settings import EvalSettings
 from kd.evaluation.results import EvalReport

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.data.tokenizing.token_rows import TokenRows

@@ -24,8 +24,8 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.paths import as_path
 from kd.common.settings import flattened, make, settings_of
+from kd.data.corpus import Corpus, corpus_of_rows
 from kd.data.data_settings import InstructionConfig
-from kd.data.sources import Corpus, corpus_of_rows
 from kd.models.families.text_model import text_config
 from kd.models.identity import parameters_digest
 from kd.models.loading import Model, ModelRequest

@@ -23,7 +23,8 @@ from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
-from kd.data.sources import Corpus, load_classes, load_corpus
+from kd.data.corpus import Corpus
+from kd.data.sources import load_classes, load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.positions import max_positions
 from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config

@@ -35,9 +35,9 @@ from kd.common.errors import CacheMismatchError, DataError
 from kd.common.shown_text import public_place, redacted
 from kd.data.chat_rows import chat_identity, chat_template, tokenize_conversations
 from kd.data.conversations.conversation import CONVERSATIONS
+from kd.data.corpus import HELLASWAG_SOURCES, Corpus
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.left_out import LeftOut, joined
-from kd.data.sources import HELLASWAG_SOURCES, Corpus
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.data.tokenizing.text_tokens import TEXT_RULES
 from kd.data.tokenizing.token_notes import TokenNotes

@@ -11,7 +11,7 @@ from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import DataError
 from kd.data.conversations.chat_settings import ChatSettings
-from kd.data.sources import Corpus
+from kd.data.corpus import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.text_model import text_config
 from kd.models.identity import in_memory_identity, model_identity, pinned

@@ -14,10 +14,10 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.data.conversations.conversation import CONVERSATIONS
+from kd.data.corpus import Corpus
 from kd.data.instruction_tasks.glue import CLASSES, PAIR
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.document_blocks import document_blocks
 from kd.data.tokenizing.pair_rows import fit_pair, tokenize_pair

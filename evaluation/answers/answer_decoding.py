@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.data.corpus import Corpus
 from kd.data.instruction_tasks.draws import keyed
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.pair_rows import fit_pair, tokenize_prompt
 from kd.data.tokenizing.text_tokens import TextTokens

@@ -40,8 +40,8 @@ import numpy as np
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.progress import Progress
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.pair_rows import fit_pair, tokenize_pair, with_bos
 from kd.data.tokenizing.text_tokens import TextTokens

@@ -24,8 +24,8 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.evaluation.answers.accepted import best_over, exact_match, named_choice, references, token_f1
 from kd.evaluation.answers.answer_decoding import GREEDY, Sampling, answer_room, prompt_ids, written_answers
 from kd.evaluation.answers.answer_metrics import MetricSettings, metrics_by_task, score_answers

@@ -14,8 +14,8 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
+from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
-from kd.data.sources import Corpus
 from kd.evaluation.measures.agreement import FIGURES, AgreementResult, agreement_of, jensen_shannon
 from kd.evaluation.measures.perplexity import first_tokens
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions

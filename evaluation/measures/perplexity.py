@@ -29,8 +29,8 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
+from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions

@@ -21,10 +21,10 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
+from kd.data.corpus import Corpus
 from kd.data.rows.compressed import UNREADABLE, file_type, open_text
 from kd.data.rows.example import Example
 from kd.data.rows.tables import TABLE_READERS
-from kd.data.sources import Corpus
 from kd.evaluation.answers.answer_decoding import answer_room, prompt_ids, written_answers
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import model_ids

@@ -8,8 +8,8 @@ from kd.common.errors import DataError
 from kd.data.chat_rows import chat_template, tokenize_conversations
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.conversations.conversation import CONVERSATIONS
+from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.data.tokenizing.token_rows import TokenRows

@@ -19,7 +19,7 @@ from kd.evaluation.tasks.shared_options import SharedOptions
 
 if TYPE_CHECKING:
     from kd.cache_builder.store.readers.reading import Reader
-    from kd.data.sources import Corpus
+    from kd.data.corpus import Corpus
     from kd.evaluation.measures.agreement import AgreementResult
     from kd.models.loading import Model, ModelRequest
     from kd.models.tokenizer import Tokenizer

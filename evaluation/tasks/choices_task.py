@@ -25,7 +25,7 @@ from kd.evaluation.tasks.eval_task import (
 from kd.evaluation.tasks.shared_options import SharedOptions
 
 if TYPE_CHECKING:
-    from kd.data.sources import Corpus
+    from kd.data.corpus import Corpus
     from kd.evaluation.measures.choices import ChoicesResult
     from kd.evaluation.statistics.estimates import Estimate
     from kd.models.loading import Model

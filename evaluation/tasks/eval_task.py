@@ -19,7 +19,7 @@ from kd.common.progress import Progress, Result
 from kd.evaluation.tasks.shared_options import SharedOptions
 
 if TYPE_CHECKING:
-    from kd.data.sources import Corpus
+    from kd.data.corpus import Corpus
     from kd.evaluation.measures.hellaswag import Scenes
     from kd.evaluation.statistics.estimates import Documents, Estimate
     from kd.models.loading import Model

@@ -20,7 +20,7 @@ from kd.evaluation.tasks.eval_task import (
 from kd.evaluation.tasks.shared_options import SharedOptions
 
 if TYPE_CHECKING:
-    from kd.data.sources import Corpus
+    from kd.data.corpus import Corpus
     from kd.evaluation.answers.answer_metrics import MetricSettings
     from kd.evaluation.measures.generation import GenerationResult
     from kd.models.loading import Model

@@ -13,7 +13,7 @@ from kd.evaluation.tasks.eval_task import SAMPLES, Metric, Task, TaskResult, row
 from kd.evaluation.tasks.shared_options import SharedOptions
 
 if TYPE_CHECKING:
-    from kd.data.sources import Corpus
+    from kd.data.corpus import Corpus
     from kd.evaluation.measures.hellaswag import HellaSwagResult, Scenes
     from kd.models.loading import Model
     from kd.models.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from kd.evaluation.tasks.eval_task import Metric, TaskResult, TextTask, task_pro
 from kd.evaluation.tasks.shared_options import SharedOptions
 
 if TYPE_CHECKING:
-    from kd.data.sources import Corpus
+    from kd.data.corpus import Corpus
     from kd.evaluation.measures.perplexity import PerplexityResult
     from kd.models.loading import Model
     from kd.models.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from kd.evaluation.tasks.eval_task import Metric, Task, TaskResult, rows_digest,
 from kd.evaluation.tasks.shared_options import SharedOptions
 
 if TYPE_CHECKING:
-    from kd.data.sources import Corpus
+    from kd.data.corpus import Corpus
     from kd.evaluation.measures.samples import Prompts, SamplesResult
     from kd.models.loading import Model
     from kd.models.tokenizer import Tokenizer

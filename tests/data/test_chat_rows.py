@@ -17,8 +17,9 @@ from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import DataError
 from kd.data.chat_rows import chat_template, first_turns, tokenize_conversations
 from kd.data.conversations.chat_settings import ChatSettings
+from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
-from kd.data.sources import Corpus, load_corpus
+from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.tokenizer import load_tokenizer, token_bytes
 

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 from evaluating import evaluated, run_tasks
 
 from kd.common.errors import DataError
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus, load_corpus
+from kd.data.sources import load_corpus
 from kd.evaluation.contamination import (
     SHINGLE,
     TrainingText,

@@ -7,8 +7,8 @@ import pytest
 from token_corpora import TEXT, documents, pairs, rows_of
 
 from kd.common.errors import DataError
+from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.models.tokenizer import encode_with_ends, token_bytes

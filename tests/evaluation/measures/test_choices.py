@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kd.common.errors import DataError
 from kd.common.progress import final
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.text_tokens import TextTokens
 from kd.evaluation.measures.choices import (

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kd.common.errors import DataError
 from kd.common.progress import final
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.evaluation.answers.answer_decoding import GREEDY, Sampling, gumbel_noise, written_answers
 from kd.evaluation.measures.generation import cut_at, evaluate_generation, generation_of
 from kd.evaluation.scoring.reading_options import ReadingOptions

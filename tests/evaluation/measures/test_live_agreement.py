@@ -11,8 +11,8 @@ from transformers import AutoModelForSeq2SeqLM
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.progress import final
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.evaluation.measures.agreement import evaluate_agreement, jensen_shannon, rest_bucket_jsd

@@ -24,8 +24,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, T5Config
 
 from kd.common.progress import final
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.evaluation.measures.choices import evaluate_choices
 from kd.evaluation.measures.hellaswag import evaluate_hellaswag, load_scenes, without_marks
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window

@@ -18,9 +18,11 @@ from evaluating import evaluated, run_tasks
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.progress import final
+from kd.data.corpus import Corpus
 from kd.data.data_settings import InstructionConfig
+from kd.data.named_sources import SOURCES
 from kd.data.rows.example import Example
-from kd.data.sources import SOURCES, Corpus, load_corpus
+from kd.data.sources import load_corpus
 from kd.evaluation.measures.agreement import evaluate_agreement
 from kd.evaluation.measures.perplexity import evaluate_perplexity
 from kd.evaluation.results import EvalReport, load_report

@@ -21,8 +21,8 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.progress import final
 from kd.common.settings import make
+from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
-from kd.data.sources import Corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.pair_rows import fit_pair, tokenize_pair
 from kd.data.tokenizing.text_tokens import TextTokens
