@@ -11,7 +11,7 @@ import click
 from kd.commands.terminal.console import emit, emit_json, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
-from kd.common.settings import settings_of
+from kd.common.setting_fields import settings_of
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.data_settings import DataSettings, InstructionConfig

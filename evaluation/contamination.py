@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from kd.cache_builder.weighted_caches import CacheSpec, as_caches
 from kd.common.errors import DataError, KdError
 from kd.common.paths import as_path
-from kd.common.settings import as_text
+from kd.common.setting_values import as_text
 from kd.data.conversations.conversation import CONVERSATIONS, conversation_from_json
 from kd.data.corpus import HELLASWAG_SOURCES, Corpus
 from kd.data.instruction_tasks.task_files import load_task, task_names

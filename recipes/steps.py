@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
-from kd.common.settings import Setting, as_text, flattened, make, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.setting_values import Setting, as_text
+from kd.common.settings import flattened, make
 from kd.common.strangers.plain_files import is_inside
 from kd.common.strangers.yaml_file import read_settings
 

@@ -15,7 +15,7 @@ from typing import Any
 import kd
 from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS
-from kd.common.settings import field_docs, settings_of
+from kd.common.setting_fields import field_docs, settings_of
 from kd.evaluation.eval_settings import EvalSettings
 from kd.student_trainer.config import TrainConfig
 

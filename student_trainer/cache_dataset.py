@@ -23,7 +23,7 @@ from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.weighted_caches import CacheSpec
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
-from kd.common.settings import settings_of
+from kd.common.setting_fields import settings_of
 from kd.models.families.text_model import text_config
 from kd.models.loading import load_config, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer, load_tokenizer

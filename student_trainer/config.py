@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from kd.cache_builder.weighted_caches import WeightedCache, as_caches, parse_caches, require_weights
 from kd.common.byte_sizes import byte_count
+from kd.common.disk.home import kd_home
 from kd.common.errors import DataError
-from kd.common.home import kd_home
 from kd.common.paths import as_path
-from kd.common.settings import as_text, check, flat, make, setting, unescaped
+from kd.common.setting_values import as_text, unescaped
+from kd.common.settings import check, flat, make, setting
 from kd.data.conversations.chat_settings import variables_from
 
 LORA_TARGETS = {

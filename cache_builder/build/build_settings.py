@@ -15,7 +15,9 @@ from typing import Literal
 
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.common.errors import DataError
-from kd.common.settings import check, setting, settings_of, unescaped
+from kd.common.setting_fields import settings_of
+from kd.common.setting_values import unescaped
+from kd.common.settings import check, setting
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.data_settings import RequiredDataSettings
 from kd.models.loading import DTYPES

@@ -23,7 +23,8 @@ from kd.cache_builder.build.request import GivenTeacher
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.paths import as_path
-from kd.common.settings import flattened, make, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.settings import flattened, make
 from kd.data.corpus import Corpus, corpus_of_rows
 from kd.data.data_settings import InstructionConfig
 from kd.models.families.text_model import text_config

@@ -32,9 +32,9 @@ from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest
 from kd.cache_builder.store.records.part import PARTIAL, Part, whole
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.common.byte_sizes import byte_count
+from kd.common.disk.home import kd_home
 from kd.common.errors import CacheDamageError
 from kd.common.files import publish, write_error
-from kd.common.home import kd_home
 from kd.common.strangers.plain_files import NotPlainError, read_plain
 
 STAGING = ".staging-mirror"

@@ -16,9 +16,9 @@ from typing import Any
 from kd.cache_builder.store.cache_files import bytes_below
 from kd.cache_builder.store.records.commits import committed
 from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
+from kd.common.disk.home import kd_home
 from kd.common.errors import CacheError, KdError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
-from kd.common.home import kd_home
 from kd.common.paths import as_path
 from kd.common.shown_text import public_place
 

@@ -20,7 +20,9 @@ import click
 
 from kd.commands.terminal.options import PATH
 from kd.common.errors import DataError
-from kd.common.settings import MissingSettings, Setting, as_text, flat, flattened, make, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.setting_values import Setting, as_text
+from kd.common.settings import MissingSettings, flat, flattened, make
 
 T = TypeVar("T")
 GIVEN = "kd.given"

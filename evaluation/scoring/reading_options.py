@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kd.common.settings import check, setting, unescaped
+from kd.common.setting_values import unescaped
+from kd.common.settings import check, setting
 from kd.data.conversations.chat_settings import variables_from
 
 

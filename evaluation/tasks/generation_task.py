@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kd.common.progress import Progress
-from kd.common.settings import check, setting, unescaped
+from kd.common.setting_values import unescaped
+from kd.common.settings import check, setting
 from kd.evaluation.tasks.eval_task import (
     SAMPLES,
     Metric,

@@ -28,8 +28,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from kd.cache_builder.opening import open_cache
 from kd.common.disk.disk_errors import clear_write_errors
+from kd.common.disk.home import kd_home
 from kd.common.errors import DataError
-from kd.common.home import kd_home
 from kd.common.paths import as_path
 from kd.common.settings import saved
 from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kd.cache_builder.weighted_caches import WeightedCache, as_caches, parse_caches, shares_of
 from kd.common.errors import DataError
-from kd.common.settings import as_text, make
+from kd.common.setting_values import as_text
+from kd.common.settings import make
 from kd.student_trainer.config import TrainConfig
 
 places = st.text("abc/._-", min_size=1).filter(lambda text: not Path(text).exists())

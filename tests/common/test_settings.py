@@ -2,114 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from setting_classes import COLOURS, Group, Inner, Outer, Point, outer
 
-from kd.common.byte_sizes import byte_count
 from kd.common.errors import DataError
-from kd.common.settings import (
-    MissingSettings,
-    as_text,
-    changed,
-    check,
-    field_docs,
-    flat,
-    make,
-    saved,
-    setting,
-    settings_of,
-    unescaped,
-)
+from kd.common.setting_fields import settings_of
+from kd.common.setting_values import as_text
+from kd.common.settings import MissingSettings, changed, flat, make, saved
 from kd.common.strangers.yaml_file import read_settings
 
-COLOURS = ("red", "green")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A value that is a class of its own, and no group, because it has a parser and stands in a tuple."""
-
-    x: int
-    y: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.x}:{self.y}"
-
-
-def points_from(text: str) -> tuple[Point, ...]:
-    return tuple(Point(*map(int, part.split(":"))) for part in text.split(","))
-
-
-@dataclass(frozen=True)
-class Inner:
-    """A group in a group."""
-
-    weights: tuple[float, ...] = (1.0, 2.0)
-    """Weights of the parts."""
-    mode: Literal["slow", "fast"] = "slow"
-    """How fast it goes."""
-    points: tuple[Point, ...] = setting((), multiple=True, parse=points_from)
-    """Points to visit."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Settings of every type."""
-
-    rate: float = setting(5e-4, above=0)
-    """Learning rate."""
-    steps: int | None = setting(None, minimum=1)
-    """Number of steps."""
-    size: int | None = setting(None, parse=byte_count)
-    """Bytes that are kept."""
-    every: int | Literal["epoch"] = "epoch"
-    """Steps between, or epoch."""
-    folder: Path | None = None
-    """Where things lie."""
-    careful: bool = True
-    """Whether to look twice."""
-    colour: str = setting("red", choices=COLOURS)
-    """Name of a registry."""
-    separator: str = setting("\n", typed=unescaped)
-    """Text in between."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Names of columns."""
-    inner: Inner = field(default_factory=Inner)
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True)
-class Outer:
-    """The outermost class."""
-
-    name: str = setting(flag="--called")
-    """Name of the thing,
-    over two lines."""
-    group: Group = field(default_factory=Group)
-    hidden: int = setting(3, hidden=True)
-    """Not an option."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-def outer(**values: Any) -> Outer:
-    return make(Outer, {"name": "n"} | values)
-
-
 finite = st.floats(min_value=1e-6, max_value=1e6)
+
 values = st.fixed_dictionaries(
     {"name": st.text()},
     optional={
@@ -128,9 +37,6 @@ values = st.fixed_dictionaries(
         "hidden": st.integers(),
     },
 )
-
-
-# make, flat, changed
 
 
 @given(values)
@@ -210,137 +116,11 @@ def test_a_typo_is_refused_with_the_nearest_name(name: str, nearest: str) -> Non
         assert caught.value.details["did you mean"] == nearest
 
 
-def test_a_name_may_be_used_once_in_all_groups() -> None:
-    twice = dataclasses.make_dataclass("twice", [("group", Group), ("steps", int, 1)], frozen=True)
-    with pytest.raises(AssertionError, match="two settings called steps"):
-        settings_of(twice)
-
-
-# Values
-
-
-@pytest.mark.parametrize(
-    ("name", "given_value", "value"),
-    [
-        ("rate", "5e-4", 5e-4),  # to YAML 1.1 this is text
-        ("rate", 1, 1),
-        ("steps", "7", 7),
-        ("steps", None, None),
-        ("size", "20GB", 20 * 10**9),
-        ("size", 5, 5),
-        ("every", "epoch", "epoch"),
-        ("every", 5, 5),
-        ("folder", "a/b", Path("a/b")),
-        ("name", Path("a/b"), "a/b"),
-        ("weights", "1,2.5", (1.0, 2.5)),
-        ("weights", [1, 2.5], (1.0, 2.5)),
-        ("weights", "", ()),
-        ("separator", "\\n\\t", "\\n\\t"),  # escapes are for what is typed in a shell
-        ("points", "1:2,3:4", (Point(1, 2), Point(3, 4))),
-        ("points", ["1:2,3:4", "5:6"], (Point(1, 2), Point(3, 4), Point(5, 6))),
-        ("points", [Point(1, 2), "5:6"], (Point(1, 2), Point(5, 6))),
-    ],
-)
-def test_text_and_lists_become_the_value_that_they_stand_for(name: str, given_value: Any, value: Any) -> None:
-    made = flat(outer(**{name: given_value}))[name]
-    assert made == value
-    assert type(made) is type(value)
-
-
-def test_escapes_stand_for_line_ends_where_the_text_was_typed_in_a_shell() -> None:
-    typed = make(Outer, {"called": "n", "separator": "\\n\\t"}, typed=True)
-    assert flat(typed)["separator"] == "\n\t"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("rate", "fast"),
-        ("rate", True),
-        ("rate", None),
-        ("steps", 1.5),
-        ("steps", False),
-        ("careful", "yes"),
-        ("careful", 1),
-        ("name", 7),
-        ("weights", "1,x"),
-        ("weights", ["x"]),
-        ("weights", 1.0),
-        ("folder", 3),
-        ("columns", ["a"]),
-        ("points", [3]),
-    ],
-)
-def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(DataError, match="wrong type") as caught:
-        make(Outer, {"name": "n", name: value}, where="run.yaml")
-    assert str(caught.value.details["found"]).startswith(name)
-    assert caught.value.details["where"] == "run.yaml"
-
-
-def test_text_that_a_parser_refuses_is_refused_with_what_it_expects() -> None:
-    with pytest.raises(DataError, match="cannot read points") as caught:
-        outer(points="1:x")
-    assert caught.value.details["found"] == "'1:x'"
-    with pytest.raises(DataError, match="not a number of bytes"):
-        outer(size="much")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "choices"),
-    [("mode", "fats", ("fast", "slow")), ("colour", "gren", COLOURS), ("every", "epok", ("epoch",))],
-)
-def test_an_unknown_choice_lists_the_known_ones_and_suggests(name: str, value: str, choices: tuple[str, ...]) -> None:
-    with pytest.raises(DataError, match=f"unknown {name} '{value}'") as caught:
-        outer(**{name: value})
-    assert caught.value.details["known"] == ", ".join(sorted(choices))
-    assert caught.value.details["did you mean"] in choices
-
-
-@pytest.mark.parametrize("value", [0, -1, float("nan"), "0"])
-def test_a_value_must_exceed_its_bound(value: Any) -> None:
-    with pytest.raises(DataError, match="--rate must be greater than 0"):
-        outer(rate=value)
-
-
-@pytest.mark.parametrize("value", [0, -3, "0"])
-def test_a_value_is_at_least_its_minimum(value: Any) -> None:
-    with pytest.raises(DataError, match="--steps must be at least 1"):
-        outer(steps=value)
-    assert outer(steps=1).group.steps == 1
-
-
 def test_a_class_that_is_made_directly_is_checked_and_parses_text_too() -> None:
     assert Group(size="20GB").size == 20 * 10**9  # type: ignore[arg-type]
     for wrong in ({"rate": 0.0}, {"steps": "many"}, {"inner": Inner()} | {"colour": "blue"}):
         with pytest.raises(DataError):
             Group(**wrong)  # type: ignore[arg-type]
-
-
-# Documentation
-
-
-def test_every_field_s_docstring_is_its_help_in_one_line() -> None:
-    known = settings_of(Outer)
-    assert known["name"].doc == "Name of the thing, over two lines."
-    assert all(one.doc for one in known.values())
-    assert field_docs(Inner) == {
-        "weights": "Weights of the parts.",
-        "mode": "How fast it goes.",
-        "points": "Points to visit.",
-    }
-
-
-def test_a_class_has_the_docstrings_of_those_it_inherits_from() -> None:
-    @dataclass(frozen=True)
-    class Derived(Inner):
-        more: int = 0
-        """More of it."""
-
-    assert field_docs(Derived) == {**field_docs(Inner), "more": "More of it."}
-
-
-# Files
 
 
 def test_settings_are_read_from_yaml_and_from_json(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from kd.cache_builder.build.build_settings import BuildSettings
 from kd.commands.train import TrainCommand
 from kd.common.errors import DataError
-from kd.common.settings import make, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.settings import make
 from kd.common.synonyms import SYNONYMS, nearest_name
 from kd.evaluation.eval_settings import EvalSettings
 from kd.student_trainer.classify.classify_settings import ClassifyConfig

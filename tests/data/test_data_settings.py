@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kd.common.errors import DataError
-from kd.common.settings import MissingSettings, make, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.settings import MissingSettings, make
 from kd.data.data_settings import DataSettings, InstructionConfig, RequiredDataSettings
 
 

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from kd import cli
 from kd.common.errors import DataError
-from kd.common.settings import flat, make, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.settings import flat, make
 from kd.evaluation.eval_settings import EvalSettings
 from kd.evaluation.evaluator import check_tasks
 from kd.evaluation.tasks.task_registry import TASKS

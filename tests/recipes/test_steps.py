@@ -10,7 +10,7 @@ import pytest
 from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cli import cli
 from kd.common.errors import DataError
-from kd.common.settings import settings_of
+from kd.common.setting_fields import settings_of
 from kd.recipes.steps import STEP_KINDS, Step
 from kd.student_trainer.config import ScoreSettings, TrainConfig
 

@@ -12,7 +12,8 @@ import pytest
 
 from kd.cache_builder.weighted_caches import WeightedCache
 from kd.common.errors import DataError
-from kd.common.settings import flat, make, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.settings import flat, make
 from kd.common.strangers.yaml_file import read_settings
 from kd.models.loading import resolve_device
 from kd.student_trainer import config as module

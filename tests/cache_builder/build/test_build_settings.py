@@ -19,7 +19,9 @@ from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cli import cli
 from kd.common.errors import DataError
-from kd.common.settings import as_text, flat, make, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.setting_values import as_text
+from kd.common.settings import flat, make
 from kd.data.tokenizing.block_config import OVERLONG
 from kd.models.loading import DTYPES
 

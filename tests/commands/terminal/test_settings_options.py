@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, settings_options, take_settings
 from kd.common.byte_sizes import byte_count
 from kd.common.errors import DataError
-from kd.common.settings import flat, make, setting, settings_of
+from kd.common.setting_fields import settings_of
+from kd.common.settings import flat, make, setting
 
 
 @dataclass(frozen=True)
