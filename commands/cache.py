@@ -97,6 +97,8 @@ def build_and_show(
         say(f"{settings.out}: {state} ({f'{last.left} shards left' if last.left else heading})")
     if last.copied:
         result["shards_copied"] = last.copied
+    if last.placed:
+        result["weights_on"] = last.placed
     if as_json and last.elsewhere:
         result["elsewhere"] = {str(shard): builder for shard, builder in last.elsewhere.items()}
     emit(result, as_json)

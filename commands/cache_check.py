@@ -87,6 +87,9 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
 @click.option("--data", "spec", help="Where the text is now, if not where the build read it from.")
 @click.option("--task-root", type=PATH, help="Folder of the local files of tasks, if they have moved.")
 @click.option("--device", help="auto, cpu or cuda. By default the device of the build.")
+@click.option("--device-map", help="How the teacher is spread over devices, as for kd cache build.")
+@click.option("--max-memory", metavar="DEVICE=SIZE,…", help="Most memory for weights on each device, likewise.")
+@click.option("--offload-folder", type=PATH, help="Folder for weights on the disk, likewise.")
 @json_option
 def cache_repair(path: Path, source: str | None, as_json: bool, **moved: Any) -> None:
     """Repair a damaged cache: from a second copy, or else by building the damaged shards again. Sound files are not touched.

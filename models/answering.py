@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd.models.loading import Model, decoder_start, is_encoder_decoder
+from kd.models.placement.spread_models import input_device
 from kd.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def answer_batch(
 
     causal = not is_encoder_decoder(model.config)
     ids_BC, mask_BC = padded_prompts(prompts, pad_id, left=causal)
-    device = model.get_output_embeddings().weight.device
+    device = input_device(model)
     if forced:
         opening = torch.tensor([[decoder_start(model.config), *forced]], device=device)
         options["decoder_input_ids"] = opening.expand(len(prompts), -1)

@@ -20,6 +20,7 @@ from kd.models.batching.packing import segment_mask
 from kd.models.batching.padded_batches import Size, forward_tokens, on_device, padded_ids
 from kd.models.families.own_logits import require_own_logits, with_final_bias
 from kd.models.loading import Model, decoder_start, is_encoder_decoder
+from kd.models.placement.spread_models import spread_body, whole_weight
 
 if TYPE_CHECKING:
     import torch
@@ -280,13 +281,15 @@ def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
             expected="torch.nn.Linear",
             try_="without adapters or quantisation on lm_head",
         )
-    parts = _parts(model, head, backbone, tuple(forced))
-    plain, decoder = LanguageModelHead(backbone, head.weight, head.bias), isinstance(parts, EncoderDecoderHead)
+    weight, bias = whole_weight(head), whole_weight(head, "bias")
+    assert weight is not None
+    parts = _parts(model, weight, bias, backbone, tuple(forced))
+    plain, decoder = LanguageModelHead(backbone, weight, bias), isinstance(parts, EncoderDecoderHead)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            require_own_logits(model, head, lambda ids: parts.example_hidden(ids)[0], plain.logits, decoder=decoder)
+            require_own_logits(model, weight, lambda ids: parts.example_hidden(ids)[0], plain.logits, decoder=decoder)
     finally:
         model.train(training)
     return parts
@@ -300,14 +303,18 @@ def _backbone(model: Model) -> Any:
     return getattr(model, "model", model) if model.base_model is model else model.base_model
 
 
-def _parts(model: Model, head: Any, backbone: Any, forced: tuple[int, ...]) -> LanguageModelHead:
-    bias = with_final_bias(model, head.bias)
+def _parts(
+    model: Model, weight: torch.Tensor, bias: torch.Tensor | None, backbone: Any, forced: tuple[int, ...]
+) -> LanguageModelHead:
+    bias, backbone = with_final_bias(model, bias), spread_body(model, backbone, weight.device)
+    bias = None if bias is None else bias.to(weight.device)
     if not is_encoder_decoder(model.config):
-        return LanguageModelHead(backbone, head.weight, bias)
+        return LanguageModelHead(backbone, weight, bias)
     config = model.config
     # the configurations of UMT5 and Switch Transformers have no entry for the scaling
     scales = getattr(
         config, "scale_decoder_outputs", config.tie_word_embeddings and config.model_type in SCALED_WHERE_TIED
     )
     scale = config.d_model**-0.5 if scales else 1.0
-    return EncoderDecoderHead(backbone, head.weight, bias, model.get_encoder(), decoder_start(config), scale, forced)
+    encoder = spread_body(model, model.get_encoder(), weight.device)
+    return EncoderDecoderHead(backbone, weight, bias, encoder, decoder_start(config), scale, forced)

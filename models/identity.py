@@ -20,6 +20,7 @@ from kd.common.errors import DataError
 from kd.common.files import MAX_JSON_BYTES
 from kd.common.strangers.plain_files import read_plain
 from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
+from kd.models.placement.spread_models import offloaded
 
 IN_MEMORY = "in memory"
 """What the identity of a model calls it that was never loaded by name."""
@@ -107,22 +108,24 @@ def parameters_digest(model: Any) -> str:
     """SHA-256 hex of a model's parameters and buffers: their names, shapes, dtypes and bytes; and how its adapters are set.
 
     The parts of quantised weights (packed numbers, scales, tables) count like any tensor. Tied weights count once, under the
-    first of their names. Two models of one digest and one configuration give the same
-    numbers; a weight that was changed in place gives another digest. Every byte is read, and tensors of a GPU are copied
-    to the host one at a time: docs/log.md has how fast that is. Raises DataError where weights are not in memory.
+    first of their names. Offloaded weights are read from where they lie. Two models of one digest and one configuration
+    give the same numbers; a weight that was changed in place gives another digest. Every byte is read, and tensors of a GPU
+    are copied to the host one at a time: docs/log.md has how fast that is. Raises DataError for weights that lie nowhere.
     """
     digest = hashlib.sha256()
     seen: set[tuple[Any, ...]] = set()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in sorted(_named_tensors(model).items()):
+        memory: tuple[Any, ...]
         if tensor.device.type == "meta":
-            raise DataError(
-                "a weight of the model is not in memory",
-                where=name,
-                found="a tensor on the meta device",
-                try_="load the model without offloading",
-            )
-        tensor = tensor.detach()
-        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            # by name: the memory of one that is read is free for the next
+            memory = ("offloaded", tied.get(name, name))
+            if memory in seen:
+                continue
+            tensor = _read(model, name)
+        else:
+            tensor = tensor.detach()
+            memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and memory in seen:
             continue
         seen.add(memory)
@@ -131,6 +134,19 @@ def parameters_digest(model: Any) -> str:
     for line in _adapter_lines(model):
         digest.update(line.encode())
     return digest.hexdigest()
+
+
+def _read(model: Any, name: str) -> Any:
+    """The tensor of this name from the CPU or the disk. Raises DataError where it is in no place that accelerate knows."""
+    tensor = offloaded(model, name)
+    if tensor is None:
+        raise DataError(
+            "a weight of the model is not in memory",
+            where=name,
+            found="a tensor on the meta device",
+            expected="a model whose weights are loaded, or offloaded by accelerate",
+        )
+    return tensor.detach()
 
 
 def _named_tensors(model: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.families.encoder_layout import set_languages, start_language
 from kd.models.families.text_model import loader_of, refuse_missing_weights, text_config
+from kd.models.placement.device_maps import Placement, refuse_missing_gpus, refuse_other_modules
 from kd.models.quantised import QuantisedShare, load_quantised, planned_share, refuse_mostly_unquantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
@@ -63,12 +65,33 @@ class ModelRequest:
     """Language code of the texts that an encoder reads, for a tokenizer that writes one; None is the tokenizer's own."""
     target_lang: str | None = None
     """Language code of the texts that a decoder writes."""
+    placement: Placement = field(default_factory=Placement)
+    """Where the weights are put, for a model that is larger than one device."""
 
     def __post_init__(self) -> None:
+        self._check_placement()
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if self.random_shape is not None and self.random_shape not in SHAPES:
             raise unknown_name("random model", self.random_shape, SHAPES)
+
+    def _check_placement(self) -> None:
+        """Raise DataError where a device map cannot be used."""
+        if not self.placement.spread:
+            return
+        if self.device != "auto":
+            raise DataError(
+                "a device map and a device exclude each other",
+                found=f"--device {self.device} with --device-map",
+                try_="--max-memory, or a map from a file, which say what each device holds",
+            )
+        if self.random_shape is not None:
+            raise DataError(
+                "a device map needs weights in files",
+                where=self.name,
+                found="random weights",
+                expected="a folder or a hub id",
+            )
 
     @property
     def random_shape(self) -> str | None:
@@ -173,25 +196,48 @@ def load_model(request: ModelRequest) -> Model:
             torch.manual_seed(request.seed)
             model = random_model(config, dtype)
     else:
-        auto_class, options = loader_of(_stored_config(request))
-        try:
-            model, found = auto_class.from_pretrained(
-                request.path,
-                revision=request.revision,
-                dtype=dtype,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-        except Exception as error:
-            raise cannot_load(request, error) from error
-        if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, which was not seen before
-            raise adapter_error(request, None)
-        refuse_missing_weights(request.name, model, found)
-        model.to(device)
+        model = _load_files(request, device, dtype)
     if request.target_lang is not None:
         model.config.decoder_start_token_id = config.decoder_start_token_id
     return model.eval()
+
+
+def _load_files(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
+    """A model from its files, on one device or as its device map says."""
+    auto_class, options = loader_of(_stored_config(request))
+    if request.placement.spread:
+        refuse_unusable_map(request)
+        options = {**options, **request.placement.arguments()}
+    try:
+        model, found = auto_class.from_pretrained(
+            request.path,
+            revision=request.revision,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        if "offload_folder" in str(error):
+            raise DataError(
+                "weights on the disk need a folder of their own",
+                where=request.name,
+                found="a checkpoint that is not in safetensors, or whose weights are converted while they are read",
+                try_="--offload-folder FOLDER",
+            ) from error
+        raise cannot_load(request, error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, which was not seen before
+        raise adapter_error(request, None)
+    refuse_missing_weights(request.name, model, found)
+    return model if request.placement.spread else model.to(device)
+
+
+def refuse_unusable_map(request: ModelRequest) -> None:
+    """Raise DataError for a map of GPUs that are not here, or of modules that the model does not have. Reads no weights."""
+    refuse_missing_gpus(request.placement)
+    placed = request.placement.device_map
+    if isinstance(placed, Mapping):
+        refuse_other_modules(placed, _on_meta(request))
 
 
 def refuse_adapter(request: ModelRequest) -> None:
@@ -278,10 +324,13 @@ def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
     """A model in 4 bits. bitsandbytes quantises while it loads files, so random weights are saved to a temporary folder."""
     auto_class, options = loader_of(_stored_config(request))
     if request.random_shape is None:
-        return load_quantised(auto_class, request.path, request.revision, dtype, device, name=request.name, **options)
+        placed = request.placement.arguments() if request.placement.spread else {"device_map": {"": device}}
+        return load_quantised(
+            auto_class, request.path, request.revision, dtype, device, name=request.name, **placed, **options
+        )
     with tempfile.TemporaryDirectory() as folder:
         load_model(replace(request, load_in_4bit=False, device="cpu")).save_pretrained(folder)
-        return load_quantised(auto_class, folder, None, dtype, device, name=request.name)
+        return load_quantised(auto_class, folder, None, dtype, device, name=request.name, device_map={"": device})
 
 
 def parameter_count(request: ModelRequest) -> int:

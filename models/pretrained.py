@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
 from kd.models.loading import Model, ModelRequest, load_model, load_request_tokenizer
+from kd.models.placement.device_maps import Placement
 from kd.models.tokenizer import Tokenizer
 
 
@@ -13,6 +18,9 @@ def load_teacher(
     tokenizer: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[Model, Tokenizer]:
     """The model that `kd cache build --teacher NAME` would run, and its tokenizer.
 
@@ -21,6 +29,8 @@ def load_teacher(
     tokenizer   folder or hub id of the tokenizer, where it is not beside the model
     dtype       auto, float32, bfloat16 or float16; auto = as stored, and float32 on a CPU
     device      auto, cpu or cuda
+    device_map, max_memory, offload_folder
+                for a model larger than one device, as in transformers: auto, balanced or sequential, a file, or a mapping
 
     Raises TeacherError for a model that cannot be loaded.
 
@@ -29,5 +39,12 @@ def load_teacher(
     >>> tokenizer.decode(tokenizer.encode("import sys"))
     'import sys'
     """
-    request = ModelRequest(name, revision=revision, dtype=dtype, device=device, tokenizer=tokenizer)
+    request = ModelRequest(
+        name,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        tokenizer=tokenizer,
+        placement=Placement.of(device_map, max_memory, offload_folder),
+    )
     return load_model(request), load_request_tokenizer(request)

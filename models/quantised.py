@@ -50,7 +50,7 @@ def load_quantised(
 
     auto_class   class of transformers whose `from_pretrained` loads the model
     name         what errors call the model
-    options      further arguments of `from_pretrained`
+    options      further arguments of `from_pretrained`, `device_map` among them
     """
     with needed("bitsandbytes", "4-bit loading", where=name, instead="--dtype bfloat16"):
         import bitsandbytes
@@ -65,7 +65,6 @@ def load_quantised(
             revision=revision,
             dtype=dtype,
             quantization_config=quantization,
-            device_map={"": device},
             trust_remote_code=False,
             output_loading_info=True,
             **options,

@@ -9,6 +9,7 @@ the command line reads it to print its help.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from kd.common.settings import check, setting
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.data_settings import RequiredDataSettings
 from kd.models.loading import DTYPES
+from kd.models.placement.device_maps import memory_from
 
 
 def part_from(text: str) -> tuple[int, int]:
@@ -55,6 +57,26 @@ class TeacherSettings:
         None, minimum=1, shown="4096; on a CPU 512 for each side of the model, with one batch per thread"
     )
     """Tokens per forward pass, padding included. The number is halved when memory runs out."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class PlacementSettings:
+    """Where the weights of a teacher lie that is larger than one device."""
+
+    device_map: str | None = setting(
+        None, metavar="auto|balanced|sequential|FILE", shown="the whole teacher on one device"
+    )
+    """Spread the teacher's layers over the GPUs, the processor's memory and the disk, as accelerate does: auto and balanced
+    fill the GPUs evenly, sequential one after another. FILE is YAML or JSON, with module: device in each line."""
+    max_memory: Mapping[str, str] | None = setting(
+        None, metavar="DEVICE=SIZE,…", parse=memory_from, shown="what is free"
+    )
+    """Most memory for weights on each device, e.g. 0=20GiB,1=20GiB,cpu=60GiB. What these do not hold lies on the disk."""
+    offload_folder: Path | None = setting(None, metavar="FOLDER", folder=True, shown="the checkpoint itself")
+    """Folder for weights on the disk, needed where they cannot be read from the checkpoint itself."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -164,6 +186,7 @@ class BuildSettings:
     blocks: BlockSettings = field(default_factory=BlockSettings)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     chat: ChatSettings = field(default_factory=ChatSettings)
+    placement: PlacementSettings = field(default_factory=PlacementSettings)
     seed: int = 0
     """Seed of the draws, of sampled answers, and of random weights."""
     shard_rows: int | None = setting(None, minimum=1, shown="32768")
@@ -174,5 +197,10 @@ class BuildSettings:
         check(self)
 
 
-RECORDED = settings_of(BuildSettings).keys() - settings_of(RunningSettings).keys() - {"out"}
+RECORDED = (
+    settings_of(BuildSettings).keys()
+    - settings_of(RunningSettings).keys()
+    - settings_of(PlacementSettings).keys()
+    - {"out"}
+)
 """Settings that a cache records: those that say what is in it."""

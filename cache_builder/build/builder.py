@@ -31,6 +31,7 @@ from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.classifiers import load_classifier, split_classifier
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.loading import load_request_tokenizer
+from kd.models.placement.device_maps import bytes_by_device
 from kd.models.tokenizer import pad_token_id
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class BuildProgress:
     """Seconds of forward, head, select, encode, write and wait. Set on the last record."""
     padding_share: float | None = None
     """Share of the computed positions that was padding. Set on the last record; None where nothing was scored."""
+    placed: dict[str, int] = field(default_factory=dict)
+    """Device -> bytes of weights there, of a teacher that lies on several. Set on the last record."""
 
     @property
     def done(self) -> int:
@@ -244,6 +247,7 @@ class _Running:
             left=len(set(self.todo) - done),
             seconds=times | self.thread.seconds,
             padding_share=None if self.teacher is None else self.teacher.padding_share,
+            placed={} if self.teacher is None else self.teacher.placed,
         )
 
 
@@ -270,17 +274,19 @@ def teacher_of_plan(plan: BuildPlan) -> Teacher:
     from kd.cache_builder.teacher.sparsify import Sparsifier, boundary_token_ids
     from kd.cache_builder.teacher.teacher_pass import Teacher
 
-    request = plan.request.teacher
+    request, placed = plan.request.teacher, dict[str, int]()
     if plan.request.corpus.kind == CLASSES:
         pad = pad_token_id(load_request_tokenizer(request))
         labels = [piece.decode("utf-8") for piece in plan.vocabulary]
         head: LanguageModelHead = split_classifier(load_classifier(request, labels, pad_id=pad), pad)
     else:
-        head = split_head(plan.request.source.load(), plan.request.blocks.forced)
+        model = plan.request.source.load()
+        head, placed = split_head(model, plan.request.blocks.forced), bytes_by_device(model)
     config, size = plan.manifest.targets, plan.manifest.vocabulary_size
     boundary = None
     if PROFILES[config.profile].boundary:
         boundary = boundary_token_ids(plan.vocabulary, plan.special_ids, head.weight.device)
     teacher = Teacher(head, Sparsifier(config, size, boundary), tokens_per_batch=plan.request.tokens_per_batch)
+    teacher.placed = placed
     teacher.prepare(plan.rows)
     return teacher

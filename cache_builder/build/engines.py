@@ -6,7 +6,8 @@ Every builder makes the same plan and takes the next shard that no other has cla
 other, and one that dies leaves its shard to the rest. The builders share only the directory; on a cluster it is on a file
 system that all machines see under one path. Progress is read from the commits.
 
-On CUDA each builder gets one GPU, in turn; on a CPU they share the processors. Add an engine: a function in `ENGINES`.
+On CUDA each builder gets one GPU, in turn, or an equal share of them for a teacher with a device map; on a CPU they share the
+processors. Add an engine: a function in `ENGINES`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Job:
     threads: int | None
     """Number of torch's threads; None = leave it as it is."""
     gpu: str | None = None
-    """The only GPU it may see, as CUDA_VISIBLE_DEVICES names it; None = leave the variable as it is."""
+    """The only GPUs it may see, as CUDA_VISIBLE_DEVICES names them; None = leave the variable as it is."""
     folder: str | None = None
     """Folder that relative paths in the request start from; None = the builder's own."""
 
@@ -101,21 +102,39 @@ def together(done: set[int], last: BuildProgress, records: Sequence[BuildProgres
         left=left,
         seconds={name: sum(s[name] for s in spent) for name in spent[0]} if spent else None,
         padding_share=sum(padding) / len(padding) if padding else None,
+        placed=next((record.placed for record in records if record.placed), {}),
     )
 
 
 def jobs(request: BuildRequest, workers: int) -> list[Job]:
-    """One job per builder: a GPU each where the teacher runs on a GPU, else an equal share of the processors."""
+    """One job per builder: a GPU each where the teacher runs on a GPU, else an equal share of the processors.
+
+    A teacher with a device map gets an equal share of the GPUs. Raises DataError where there are fewer than builders.
+    """
     device = resolve_device(request.teacher.device)
     if device == "cuda":
         import torch
 
         names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         gpus = names if names[0] else [str(number) for number in range(torch.cuda.device_count())]
+        if request.teacher.placement.spread:
+            return [Job(request, None, ",".join(share)) for share in _shares(gpus, workers)]
         return [Job(request, None, gpus[number % len(gpus)]) for number in range(workers)]
     if device.startswith("cuda"):  # the user has named one GPU: all builders use it
         return [Job(request, None) for _ in range(workers)]
     return [Job(request, max(1, len(os.sched_getaffinity(0)) // workers)) for _ in range(workers)]
+
+
+def _shares(gpus: Sequence[str], workers: int) -> list[Sequence[str]]:
+    """The GPUs in equal parts, one for each builder."""
+    each = len(gpus) // workers
+    if not each:
+        raise DataError(
+            "builders whose teacher has a device map need GPUs of their own",
+            found=f"--workers {workers} with {len(gpus)} GPUs",
+            try_=f"--workers {len(gpus)}, or fewer",
+        )
+    return [gpus[number * each : (number + 1) * each] for number in range(workers)]
 
 
 def work(job: Job) -> Answer:
@@ -214,10 +233,10 @@ def on_ray(todo: Sequence[Job]) -> Iterator[Poll]:
     needs: dict[str, Any] = {
         "max_retries": 0,
         "num_cpus": todo[0].threads or 1,
-        "num_gpus": 0 if todo[0].gpu is None else 1,
+        "num_gpus": 0 if todo[0].gpu is None else len(todo[0].gpu.split(",")),
     }
     task = ray.remote(work).options(**needs)
-    # Ray itself gives each task its GPU
+    # Ray itself gives each task its GPUs
     left = [task.remote(replace(job, gpu=None, folder=os.getcwd())) for job in todo]
     answers: list[Answer] = []
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from kd.cache_builder.build.build_settings import BuildSettings, TeacherSettings
+from kd.cache_builder.build.build_settings import BuildSettings, PlacementSettings, TeacherSettings
 from kd.cache_builder.build.builder import require_finished
 from kd.cache_builder.build.from_settings import AnyStep, StageStep, assembled, build_request
 from kd.cache_builder.build.request import GivenTeacher
@@ -37,6 +37,7 @@ SOURCE = "texts"
 OF_NAMED_TEACHERS = {
     *(settings_of(TeacherSettings).keys() - {"tokens_per_batch"}),
     *settings_of(InstructionConfig),
+    *settings_of(PlacementSettings),
     "spec",
     "split",
     "workers",

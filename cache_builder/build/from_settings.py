@@ -27,7 +27,8 @@ from kd.data.corpus import Corpus
 from kd.data.sources import load_classes, load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.positions import max_positions
-from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config
+from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config, refuse_unusable_map
+from kd.models.placement.device_maps import Placement
 
 SEQ_LEN, ENCODER_SEQ_LEN = 512, 1024
 """Default sequence lengths, where the teacher's positions allow them."""
@@ -102,7 +103,7 @@ def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read:
 
 def model_request(settings: BuildSettings) -> ModelRequest:
     """The teacher, before anything is loaded."""
-    model = settings.model
+    model, placed = settings.model, settings.placement
     return ModelRequest(
         model.teacher,
         model.revision,
@@ -113,6 +114,7 @@ def model_request(settings: BuildSettings) -> ModelRequest:
         settings.seed,
         model.source_lang,
         model.target_lang,
+        Placement.of(placed.device_map, placed.max_memory, placed.offload_folder),
     )
 
 
@@ -200,6 +202,8 @@ def build_of(
     say       is told in a sentence when the shards of another cache are copied
     """
     request = replace(request_of(settings), options=recorded)
+    if settings.running.engine == "local":  # the machines of a cluster may have other GPUs
+        refuse_unusable_map(request.teacher)
     return build_request(request, settings.running, watch=watch, say=say)
 
 

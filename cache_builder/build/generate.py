@@ -32,6 +32,7 @@ from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.answering import answer_batch, answer_text, unused_ids
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder, refuse_classifier
+from kd.models.placement.spread_models import input_device
 from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint, usable_ids
 
 BLOCK = 256
@@ -255,8 +256,7 @@ def answer(
         decoder_start_token_id=model.config.decoder_start_token_id if is_encoder_decoder(model.config) else None,
         **sampling,
     )
-    output = model.get_output_embeddings().weight
-    device, width = output.device, int(output.shape[0])
+    device, width = input_device(model), int(model.get_output_embeddings().weight.shape[0])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         answers = answer_batch(

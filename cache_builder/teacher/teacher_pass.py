@@ -69,6 +69,8 @@ class Teacher:
         """Tokens that the model has read."""
         self.padded = 0
         """Positions that the model has computed, padding included."""
+        self.placed: dict[str, int] = {}
+        """Device -> bytes of weights there, of a model that lies on several."""
 
     def prepare(self, rows: Sequence[TokenRows]) -> None:
         """Try the model with the longest of all rows of a build, see `Execution.prepare`."""

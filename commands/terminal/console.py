@@ -119,5 +119,6 @@ def quiet_libraries() -> None:
     import transformers
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on every import
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it says that offloaded weights are offloaded
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -36,13 +36,13 @@ def final_logits_bias(model: Any) -> torch.Tensor | None:
 def with_final_bias(model: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
     """The bias `[V]` of the output layer, and the model's `final_logits_bias` added where it has one."""
     final = final_logits_bias(model)
-    return bias if final is None else final if bias is None else bias + final
+    return bias if final is None else final if bias is None else bias + final.to(bias.device)
 
 
-def require_own_logits(model: Any, head: Any, hidden: Rows, logits: Rows, *, decoder: bool) -> None:
+def require_own_logits(model: Any, weight: torch.Tensor, hidden: Rows, logits: Rows, *, decoder: bool) -> None:
     """Raise TeacherError unless hidden states and output layer give the model's own logits on four tokens.
 
-    head     the model's output layer
+    weight   `[V, d]` of the model's output layer, in memory
     hidden   ids `[1, T]` -> the states `[T, d]` that enter the output layer
     logits   states `[N, d]` -> logits `[N, V]` in float32, without the model's final bias
     decoder  whether the model is an encoder-decoder
@@ -58,18 +58,18 @@ def require_own_logits(model: Any, head: Any, hidden: Rows, logits: Rows, *, dec
             found=f"model type {model.config.model_type}",
             expected="a model that looks at what comes before a token alone",
         )
-    ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
+    ids = torch.arange(1, 5, device=weight.device).unsqueeze(0) % weight.shape[0]
     states, final = hidden(ids), final_logits_bias(model)
-    if states.shape[-1] != head.weight.shape[1]:
-        raise _other_logits(model, f"an output layer of {head.weight.shape[1]} inputs for {states.shape[-1]} states")
+    if states.shape[-1] != weight.shape[1]:
+        raise _other_logits(model, f"an output layer of {weight.shape[1]} inputs for {states.shape[-1]} states")
     product = logits(states).unsqueeze(0)
     absolute, relative = OWN_TOLERANCE
     # a model may round its logits to the dtype of its weights before it returns them
-    as_they_are = absolute, max(relative, torch.finfo(head.weight.dtype).eps / 2)
+    as_they_are = absolute, max(relative, torch.finfo(weight.dtype).eps / 2)
     amplified = 1000 / max(float(product.abs().max()), 1e-6)
     for gain, (absolute, relative) in ((1.0, as_they_are), (amplified, AMPLIFIED_TOLERANCE)):
-        expected = _own_logits(model, head, ids, logits, gain, decoder=decoder)
-        ours = product * gain if final is None else product * gain + final.float()
+        expected = _own_logits(model, ids, logits, gain, device=weight.device, decoder=decoder)
+        ours = product * gain if final is None else product * gain + final.to(product.device).float()
         if not bool(torch.isfinite(expected).all()):
             raise TeacherError(
                 "the model's logits are not finite",
@@ -84,13 +84,15 @@ def require_own_logits(model: Any, head: Any, hidden: Rows, logits: Rows, *, dec
             raise _other_logits(model, f"largest difference {difference:.3g}")
 
 
-def _own_logits(model: Any, head: Any, ids: torch.Tensor, logits: Rows, gain: float, *, decoder: bool) -> torch.Tensor:
+def _own_logits(
+    model: Any, ids: torch.Tensor, logits: Rows, gain: float, *, device: torch.device, decoder: bool
+) -> torch.Tensor:
     """`[1, T, V]` float32 logits of the model's own forward pass, where the output layer is `logits` times `gain`."""
 
     def replaced(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return logits(inputs[0].flatten(0, -2)).view(output.shape) * gain
+        return logits(inputs[0].to(device).flatten(0, -2)).view(output.shape) * gain
 
-    hook = head.register_forward_hook(replaced)
+    hook = model.get_output_embeddings().register_forward_hook(replaced)
     try:
         own = model(input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if decoder else {})).logits
     except RuntimeError as error:
@@ -99,7 +101,7 @@ def _own_logits(model: Any, head: Any, ids: torch.Tensor, logits: Rows, gain: fl
         raise _other_logits(model, "more layers after the output layer") from error
     finally:
         hook.remove()
-    return own.float()  # type: ignore[no-any-return]
+    return own.to(device).float()  # type: ignore[no-any-return]
 
 
 def _other_logits(model: Any, found: str) -> TeacherError:

@@ -22,6 +22,7 @@ from kd.cli import cli
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
+from kd.models.pretrained import load_teacher
 
 SMALL: dict[str, Any] = {"seq_len": 32, "top_k": 8, "tokens_per_batch": 128, "shard_rows": 128}
 PAIRS = [("The fox", " went home."), ("It rained", " for a day and a night."), ("There were", " seven ships.")]
@@ -57,6 +58,22 @@ def test_its_targets_are_those_of_the_same_model_by_name(
     assert (teacher["model"], teacher["model_class"]) == ("in memory", "GPT2LMHeadModel")
     *_, checked = verify(tmp_path / "given")
     assert checked.findings == ()
+
+
+@pytest.mark.parametrize("device_map", ["file", "mapping"])
+def test_a_model_that_lies_partly_on_the_disk_gives_the_same_bytes(
+    device_map: str, model, tokenizer, texts, model_dir: Path, tmp_path: Path, tree
+):
+    """The digest of its weights is the same too, so that the caches have one fingerprint."""
+    placed: Any = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "lm_head": "cpu"}
+    placed |= {"transformer.h": "disk", "transformer.ln_f": "disk"}
+    if device_map == "file":
+        (tmp_path / "map.yaml").write_text("".join(f"{module}: {device}\n" for module, device in placed.items()))
+        placed = tmp_path / "map.yaml"
+    spread, own = load_teacher(str(model_dir), device_map=placed)
+    build_cache(spread, own, texts, out=tmp_path / "spread", **SMALL)
+    build_cache(model, tokenizer, texts, out=tmp_path / "whole", reuse=False, **SMALL)
+    assert tree(tmp_path / "spread") == tree(tmp_path / "whole")
 
 
 def test_the_same_call_again_finds_the_cache_complete(model, tokenizer, texts, tmp_path: Path, tree):
