@@ -120,6 +120,9 @@ def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
         bos=reading.bos,
         separator=reading.separator,
         control_tokens=reading.control_tokens,
+        chat_template=config.text.chat_template,
+        template_kwargs=reading.template_kwargs,
+        system=reading.system,
         allow_contaminated=scores.allow_contaminated,
     )
 
@@ -133,6 +136,9 @@ def held_out(config: TrainConfig, scores: ScoreSettings) -> dict[str, Any]:
         "bos": reading.bos,
         "separator": reading.separator,
         "control_tokens": reading.control_tokens,
+        "chat_template": config.text.chat_template,
+        "template_kwargs": reading.template_kwargs,
+        "system": reading.system,
         "data": scores.eval_data,
         "split": scores.eval_split,
         "device": config.model.device,

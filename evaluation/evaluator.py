@@ -72,7 +72,8 @@ def as_trained(settings: EvalSettings, model: str) -> EvalSettings:
     from kd.student_trainer.batches.trained_reading import reading_of_run
 
     reading = settings.shared.reading
-    missing = [name for name in ("bos", "separator", "control_tokens") if getattr(reading, name) is None]
+    names = ("bos", "separator", "control_tokens", "template_kwargs", "system")
+    missing = [name for name in names if getattr(reading, name) is None]
     trained = reading_of_run(model) if missing else None
     if trained is None:
         return settings
@@ -94,7 +95,7 @@ def report_of(
     return EvalReport(
         model=model_name,
         parameters=int(model.num_parameters()),
-        identity=identity,
+        identity=identity | _chat_template(loaded.settings, tokenizer, results),
         tokenizer=tokenizer_fingerprint(tokenizer),
         tasks={name: figures_of(name, result) for name, result in results.items()},
         settings={
@@ -107,6 +108,16 @@ def report_of(
         | {p: version(p) for p in ("kd-logit-cache", "torch", "transformers")},
         documents={name: _influences(result) for name, result in results.items()},
     )
+
+
+def _chat_template(settings: EvalSettings, tokenizer: Tokenizer, results: Mapping[str, TaskResult]) -> dict[str, str]:
+    """The digest of the chat template that a task has used, with its variables; nothing where none was used."""
+    if not any("chat" in result.settings for result in results.values()):
+        return {}
+    from kd.data.chat_rows import chat_template
+    from kd.evaluation.scoring.windows import chat_settings
+
+    return {"chat_template": chat_template(tokenizer, chat_settings(settings.shared.reading)).digest}
 
 
 def check_tasks(settings: EvalSettings) -> None:
@@ -124,10 +135,13 @@ def check_tasks(settings: EvalSettings) -> None:
 
 def load_tasks(settings: EvalSettings, tokenizer: Tokenizer) -> LoadedTasks:
     """The text and what each task measures on, loaded and checked. No weights are loaded. Raises KdError."""
+    from kd.evaluation.scoring.chat_asking import with_chat
+
     names, shared = list(dict.fromkeys(settings.tasks)), settings.shared
     corpus = None
     if any(TASKS[name].reads_text(settings.options_of(name)) for name in names):
         corpus = load_text(shared.data, for_text=not any(TASKS[name].has_own_rows for name in names))
+        corpus = with_chat(corpus) if shared.reading.chat else corpus
     materials = {name: TASKS[name].load(settings.options_of(name), shared, tokenizer, corpus) for name in names}
     return LoadedTasks(settings, corpus, materials)
 

@@ -21,6 +21,8 @@ from kd.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
+EndIds = int | Sequence[int] | None
+"""The tokens that end an answer: one, several, or none."""
 ANSWER_CONTEXT = 8
 """Tokens of the prompt that are decoded with an answer."""
 
@@ -39,7 +41,7 @@ def answer_batch(
     model: Model,
     prompts: Sequence[np.ndarray],
     *,
-    eos_id: int | None,
+    eos_id: EndIds,
     pad_id: int,
     forced: Sequence[int] = (),
     **options: Any,
@@ -47,7 +49,7 @@ def answer_batch(
     """One answer per prompt.
 
     prompts   each [C >= 1] token ids, special tokens included
-    eos_id    token that ends an answer; None = the limit alone does
+    eos_id    token that ends an answer, or several of them; None = the limit alone does
     pad_id    token that fills short prompts up; the attention mask hides it
     forced    ids that a decoder begins every answer with, after its start token; they are no part of the answer
     options   passed on to transformers' `generate`: how tokens are chosen, and how many at most
@@ -103,10 +105,17 @@ def padded_prompts(prompts: Sequence[np.ndarray], pad_id: int, *, left: bool) ->
     return ids, mask
 
 
-def until_eos(row: np.ndarray, eos_id: int | None) -> Answer:
-    """`[n]` generated ids, padded after the end -> the answer before the first end-of-text token."""
-    ends = np.flatnonzero(row == eos_id) if eos_id is not None else np.zeros(0, dtype=np.int64)
+def until_eos(row: np.ndarray, eos_id: EndIds) -> Answer:
+    """`[n]` generated ids, padded after the end -> the answer before the first token that ends one."""
+    ends = np.flatnonzero(np.isin(row, end_ids(eos_id)))
     return Answer(row[: ends[0]], True) if len(ends) else Answer(row, False)
+
+
+def end_ids(eos_id: EndIds) -> list[int]:
+    """The tokens that end an answer, as a list."""
+    if eos_id is None:
+        return []
+    return [eos_id] if isinstance(eos_id, int) else list(eos_id)
 
 
 def unused_ids(model: Model, vocabulary_size: int) -> list[int] | None:

@@ -75,7 +75,7 @@ class Prepared:
     @property
     def reading(self) -> TrainedReading:
         """How the student reads its text."""
-        return trained_reading(self.reader, self.model_config, self.tokenizer, self.config.text.separator)
+        return _reading(self.config, self.reader, self.model_config, self.tokenizer)
 
     def plan(self, multiple: int, *, first_epoch: int = 0) -> BatchPlan:
         """All micro-batches of the run, `multiple` of them to an optimizer step over all devices.
@@ -149,7 +149,20 @@ def reading_before_training(config: TrainConfig) -> TrainedReading:
     """How the student of these settings is going to read its text. Raises KdError."""
     request = student_request(config.model, config.seed)
     reader = open_cache(config.data.cache, cache_bytes=config.data.cache_bytes)
-    return trained_reading(reader, load_config(request), load_request_tokenizer(request), config.text.separator)
+    return _reading(config, reader, load_config(request), load_request_tokenizer(request))
+
+
+def _reading(config: TrainConfig, reader: Reader, model_config: Any, tokenizer: Tokenizer) -> TrainedReading:
+    """How a student of these settings reads its text."""
+    text = config.text
+    return trained_reading(
+        reader,
+        model_config,
+        tokenizer,
+        text.separator,
+        own_template=text.chat_template is not None or text.template_kwargs is not None,
+        template_kwargs=text.template_kwargs,
+    )
 
 
 def rank_edges(reader: Reader) -> tuple[int, ...]:

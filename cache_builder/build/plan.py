@@ -228,7 +228,8 @@ def _manifest(
 def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> dict[str, Any]:
     chat = {}
     if request.corpus.kind == CONVERSATIONS:  # the student's folder gets it
-        chat = {"chat_template": chat_template(request.source.tokenizer(), request.chat).source}
+        template = chat_template(request.source.tokenizer(), request.chat)
+        chat = {"chat_template": template.source, "template_kwargs": dict(template.kwargs)}
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
     return (
         _quantised(request)

@@ -32,6 +32,8 @@ class Message:
     """Calls of tools by the assistant, in the form of the OpenAI API."""
     tool_call_id: str | None = None
     """The call that a message of a tool answers."""
+    complete: bool = True
+    """Whether the text is whole. An answer that ran into a limit has no end token to score. Templates are not told."""
 
     def for_template(self) -> dict[str, Any]:
         """The message as templates read it: a mapping with the fields that are set. `content` is always there."""
@@ -42,6 +44,10 @@ class Message:
         if self.tool_calls:
             fields["tool_calls"] = [dict(call) for call in self.tool_calls]
         return fields
+
+    def record(self) -> dict[str, Any]:
+        """The message as JSON holds it: what templates read, and whether it was cut short."""
+        return self.for_template() | ({} if self.complete else {"complete": False})
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Conversation:
 
     def to_json(self) -> str:
         """The messages and tools as one line of JSON. The order of keys is kept, because templates write it."""
-        document: dict[str, Any] = {"messages": self.for_template()}
+        document: dict[str, Any] = {"messages": [message.record() for message in self.messages]}
         if self.tools:
             document["tools"] = [dict(tool) for tool in self.tools]
         return json.dumps(document, ensure_ascii=False, separators=(",", ":"))

@@ -94,6 +94,19 @@ def rows_to_conversations(
         yield Conversation(f"{prefix}:{number}", messages, tools, task, split)
 
 
+def read_prompt(row: Row, where: str) -> Conversation:
+    """The messages (and `tools`) of one row, which an assistant is to answer. Raises BadRow naming the field."""
+    messages = _read_messages(row, where)
+    if messages[-1].role == ASSISTANT:
+        raise BadRow(
+            "the messages end with the assistant's turn, so there is nothing to answer",
+            where=f"{where} field messages",
+            found=", ".join(message.role for message in messages),
+            expected="a turn of the user or of a tool at the end",
+        )
+    return Conversation(where, messages, tuple(_mappings(row.get("tools"), f"{where} field tools")))
+
+
 def _read_messages(row: Row, where: str) -> tuple[Message, ...]:
     return _messages(row.get("messages"), f"{where} field messages")
 

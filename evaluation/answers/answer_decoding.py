@@ -12,6 +12,7 @@ examples change an answer, and no generator of the process is touched.
 
     causal            [BOS] prompt separator, padded on the left      at most window - max_new_tokens context tokens
                       (without white space at its end that an answer's first token holds, as in training)
+    chat              the conversation with the generation prompt     likewise; see `kd.evaluation.scoring.chat_asking`
     encoder-decoder   prompt EOS to the encoder, padded on the right  at most window context tokens
                       (or the prompt in the tokenizer's own template, see `kd.models.families.encoder_layout`)
 
@@ -38,8 +39,9 @@ from kd.data.tokenizing.pair_rows import fit_pair, tokenize_prompt
 from kd.data.tokenizing.text_tokens import TextTokens
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.evaluation.answers.accepted import references
+from kd.evaluation.scoring.chat_asking import ChatAsking, cut_prompt
 from kd.evaluation.scoring.scored_text import out_of_memory
-from kd.models.answering import Answer, answer_batch, unused_ids
+from kd.models.answering import Answer, EndIds, answer_batch, end_ids, unused_ids
 from kd.models.batching.padded_batches import Size, batches_by_length
 from kd.models.families.positions import max_positions
 from kd.models.loading import Model
@@ -99,12 +101,26 @@ def answer_room(model: Model, tokenizer: Tokenizer, corpus: Corpus, blocks: Bloc
 
 
 def prompt_ids(
-    corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, room: int, counts: Counter[str]
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    blocks: BlockConfig,
+    room: int,
+    counts: Counter[str],
+    chat: ChatAsking | None = None,
 ) -> Iterator[tuple[np.ndarray, str]]:
     """`[C]` int32 of each example, with room for the answer, and the white space that the answer is to begin with.
 
+    chat   how conversations are asked; None = the examples are prompts without a chat template
+
     `counts` receives how many prompts were `cut`.
     """
+    if chat is not None:
+        for example in corpus.examples:
+            asked = chat.prompt(example)
+            kept = cut_prompt(asked.ids, blocks.seq_len - room)
+            counts["cut"] += len(kept) < len(asked.ids)
+            yield kept, asked.lead
+        return
     words = TextTokens(tokenizer, blocks.control_tokens)
     nothing = np.zeros(room, dtype=np.int32)
     for example in corpus.examples:
@@ -120,7 +136,7 @@ def written_answers(
     contexts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: EndIds,
     vocabulary_size: int,
     sampling: Sampling = GREEDY,
     tokens_per_batch: int | None = None,
@@ -129,13 +145,14 @@ def written_answers(
     """Numbers into `contexts` and the answers to them, batch by batch, each context exactly once.
 
     contexts[e]   [C >= 1] token ids, special tokens included
+    eos_id        token that ends an answer, or several of them; None = the limit alone does
     forced        ids that a decoder begins every answer with, see `answer_batch`
     """
     import torch
 
     width = int(model.get_output_embeddings().weight.shape[0])
     refuse_unknown_ids(((f"prompt {number}", ids) for number, ids in enumerate(contexts)), width)
-    pad_id = 0 if eos_id is None else eos_id
+    pad_id = next(iter(end_ids(eos_id)), 0)
     tokens_per_batch = tokens_per_batch or GENERATION_TOKENS
     sizes: list[Size] = [(len(c), max_new_tokens) for c in contexts]
     with greedy_config(model, max_new_tokens, eos_id, pad_id, unused_ids(model, vocabulary_size)):
@@ -170,7 +187,7 @@ def gumbel_noise(contexts: Sequence[np.ndarray], sampling: Sampling) -> Callable
 
 @contextmanager
 def greedy_config(
-    model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int, suppressed: list[int] | None
+    model: Model, max_new_tokens: int, eos_id: EndIds, pad_id: int, suppressed: list[int] | None
 ) -> Iterator[None]:
     """Replace the model's own generation settings for a while: `generate` takes from them what a call leaves open."""
     from transformers import GenerationConfig
@@ -181,7 +198,7 @@ def greedy_config(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_id,
+        eos_token_id=end_ids(eos_id) or None,
         pad_token_id=pad_id,
         decoder_start_token_id=start,
         suppress_tokens=suppressed,

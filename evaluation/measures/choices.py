@@ -19,6 +19,12 @@ How prompt and option become tokens is `encoding`:
     together   as lm-evaluation-harness: also one string, split by its rule and with the tokenizer's own special tokens
                (see `kd.evaluation.scoring.harness`)
 
+With `--chat` the prompt is the turn of a user and an option that of the assistant, in the model's chat template:
+
+    training   as conversations are trained on: the template renders the option as the assistant's turn; what it writes
+               before an answer is context, and the token that ends the turn is not scored
+    together   as lm-evaluation-harness with `--apply_chat_template`: the option follows the generation prompt
+
 An encoder-decoder reads the prompt with its encoder, and the option exists on the decoder's side only: an option among
 the encoder's input would be copied. All columns of the output layer count, ids that no tokenizer emits too: mass that
 a model puts there is missing from its options. Given the same tokens the log-probabilities are lm-eval's own.
@@ -46,6 +52,7 @@ from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.pair_rows import fit_pair, tokenize_pair, with_bos
 from kd.data.tokenizing.text_tokens import TextTokens
 from kd.data.tokenizing.token_rows import TokenRows
+from kd.evaluation.scoring.chat_asking import ChatAsking, asks_chat
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import ScoredText
@@ -110,13 +117,16 @@ def evaluate_choices(
     """
     if encoding not in ENCODINGS:
         raise unknown_name("encoding", encoding, ENCODINGS)
+    chat = ChatAsking.of(tokenizer, reading) if asks_chat(corpus) else None
     if encoding == "together" and reading.seq_len is None:
         reading = replace(reading, seq_len=harness_window(model.config, tokenizer))
     blocks = prompt_blocks(model, tokenizer, reading)
+    if blocks.encoder and chat is not None:
+        raise DataError("an encoder-decoder has no chat template", where=corpus.spec, try_="without --chat")
     limit = max_positions(model.config, decoder=True) if blocks.encoder else blocks.seq_len - 1
     limit = limit if limit is None else limit - len(blocks.forced)
     counts: Counter[str] = Counter()
-    questions = list(ENCODINGS[encoding](corpus, tokenizer, blocks, limit, counts))
+    questions = list(ENCODINGS[encoding](corpus, tokenizer, blocks, limit, counts, chat))
     if not questions:
         raise DataError(
             "no example has choices",
@@ -136,11 +146,17 @@ def evaluate_choices(
 
 
 def ask(
-    corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, limit: int | None, counts: Counter[str]
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    blocks: BlockConfig,
+    limit: int | None,
+    counts: Counter[str],
+    chat: ChatAsking | None = None,
 ) -> Iterator[Question]:
     """The questions of `corpus` in order; `counts` receives how many were `skipped` and how many prompts `cut`.
 
     limit   most tokens of an option; None = any number
+    chat    how conversations are asked; None = the examples are prompts without a chat template
     """
     words = TextTokens(tokenizer, blocks.control_tokens)
     for example in corpus.examples:
@@ -148,7 +164,7 @@ def ask(
         if answer is None:
             counts["skipped"] += 1
             continue
-        context, options = tokenize_options(example, words, blocks)
+        context, options = tokenize_options(example, words, blocks) if chat is None else chat.options(example)
         for ids, option in zip(options, example.choices, strict=True):
             if not len(ids):
                 raise DataError("an option has no tokens", where=f"example {example.id}", found=repr(option))
@@ -191,7 +207,12 @@ def tokenize_options(
 
 
 def ask_together(
-    corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, limit: int | None, counts: Counter[str]
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    blocks: BlockConfig,
+    limit: int | None,
+    counts: Counter[str],
+    chat: ChatAsking | None = None,
 ) -> Iterator[Question]:
     """As `ask`, tokenised as lm-eval does; white space at the end of a prompt counts as part of every option.
 
@@ -203,17 +224,15 @@ def ask_together(
             counts["skipped"] += 1
             continue
         separator = "" if blocks.encoder else blocks.separator
-        if not (example.prompt + separator).strip():
+        asked = example.prompt + separator if chat is None else chat.rendered(example)
+        if not asked.strip():
             raise DataError(
                 "an example has no context to predict from",
                 where=f"example {example.id}",
                 found="an empty prompt",
                 try_="--encoding training, with BOS",
             )
-        pairs = [
-            encode_pair(tokenizer, example.prompt + separator, option, encoder=blocks.encoder)
-            for option in example.choices
-        ]
+        pairs = [encode_pair(tokenizer, asked, option, encoder=blocks.encoder) for option in example.choices]
         sizes = [len(ids) for _, ids in pairs]
         if min(sizes) == 0 or (limit is not None and max(sizes) > limit):
             raise DataError(

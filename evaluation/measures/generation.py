@@ -11,6 +11,9 @@ one is given and no reference holds it: a model that was not trained to write EO
 the longest reference, EOS included, and SLACK more, but never more than half the window of a causal model. A prompt that
 several examples of a task have (CommonGen: one per reference) is answered once, and standard errors count it as one document.
 
+Conversations are asked through the model's chat template, every turn of the assistant after the turns of the data before it;
+an answer ends at the token that closes a turn, and its reasoning is left out. A conversation is one document.
+
 Shapes: E examples.
 """
 
@@ -18,23 +21,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.progress import Progress
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
+from kd.data.tokenizing.block_config import BlockConfig
 from kd.evaluation.answers.accepted import best_over, exact_match, named_choice, references, token_f1
 from kd.evaluation.answers.answer_decoding import GREEDY, Sampling, answer_room, prompt_ids, written_answers
 from kd.evaluation.answers.answer_metrics import MetricSettings, metrics_by_task, score_answers
 from kd.evaluation.measures.choices import right_answer
+from kd.evaluation.scoring.chat_asking import ChatAsking, as_questions, asks_chat
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import model_ids
 from kd.evaluation.scoring.windows import prompt_blocks
 from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task
-from kd.models.answering import answer_text
+from kd.models.answering import ANSWER_CONTEXT, answer_text
+from kd.models.chat.reasoning import split_reasoning
 from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer
 
@@ -56,6 +63,10 @@ class GenerationResult:
     """Number of examples whose prompt lost its beginning."""
     made_by: Mapping[str, str]
     """Metric names, separated by commas -> library, version and settings; of the metrics that a task names."""
+    examples: tuple[Example, ...] = ()
+    """[E] what was asked; of a conversation, every turn of the assistant."""
+    turns_skipped: int = 0
+    """Number of the assistant's turns that nothing stands before."""
 
 
 def evaluate_generation(
@@ -78,7 +89,8 @@ def evaluate_generation(
 
     Raises DataError for a text without prompts, and when the answers need more positions than there are.
     """
-    if corpus.kind != "pairs":
+    chat = ChatAsking.of(tokenizer, reading) if asks_chat(corpus) else None
+    if corpus.kind != "pairs" and chat is None:
         raise DataError(
             "there are no prompts to answer",
             where=corpus.spec,
@@ -88,13 +100,16 @@ def evaluate_generation(
         )
     blocks = prompt_blocks(model, tokenizer, reading)
     size = model_ids(model, tokenizer)
+    counts: Counter[str] = Counter()
+    if chat is not None:
+        refuse_encoder(blocks)
+        corpus = as_questions(corpus, chat, counts)
     room = answer_room(model, tokenizer, corpus, blocks, max_new_tokens)
     settings = metric_settings or MetricSettings()
     chosen = metrics_by_task(corpus.examples, corpus.metrics, metrics, settings)
-    counts: Counter[str] = Counter()
     places: dict[bytes, list[int]] = {}
     leads: list[str] = []
-    for number, (ids, lead) in enumerate(prompt_ids(corpus, tokenizer, blocks, room, counts)):
+    for number, (ids, lead) in enumerate(prompt_ids(corpus, tokenizer, blocks, room, counts, chat)):
         leads.append(lead)
         places.setdefault(ids.tobytes(), []).append(number)
     contexts = [np.frombuffer(ids, dtype=np.int32) for ids in places]
@@ -107,7 +122,7 @@ def evaluate_generation(
         model,
         contexts,
         max_new_tokens=room,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=tokenizer.eos_token_id if chat is None else chat.ends,
         vocabulary_size=size,
         sampling=sampling,
         tokens_per_batch=reading.tokens_per_batch,
@@ -117,14 +132,31 @@ def evaluate_generation(
             before = None if blocks.encoder else contexts[context]
             for number in numbers_of[context]:
                 text = answer_text(tokenizer, answer.ids, before, leads[number], clean_up_tokenization_spaces=False)
+                if chat is not None:  # references have no reasoning
+                    opening = tokenizer.decode(contexts[context][-ANSWER_CONTEXT:].tolist())
+                    text = split_reasoning(text, opening).answer or ""
                 cut = cut_at(text, stop, references(corpus.examples[number]))
                 texts[number] = cut
                 unfinished_E[number] = not answer.ended and cut == text
             done += len(numbers_of[context])
         yield Progress(done, len(texts))
-    yield Progress(
-        done, done, generation_of(corpus.examples, texts, unfinished_E, room, counts["cut"], chosen, settings)
+    result = generation_of(
+        corpus.examples, texts, unfinished_E, room, counts["cut"], chosen, settings, documents_of(corpus)
     )
+    yield Progress(done, done, replace(result, turns_skipped=counts["skipped"]))
+
+
+def refuse_encoder(blocks: BlockConfig) -> None:
+    """Raise DataError for an encoder-decoder, which has no chat template."""
+    if blocks.encoder:
+        raise DataError("an encoder-decoder has no chat template", try_="a text of prompts and targets, without --chat")
+
+
+def documents_of(corpus: Corpus) -> Documents:
+    """What was asked once: a prompt, or a conversation with all its turns."""
+    if corpus.kind == CONVERSATIONS:
+        return Documents.of_examples([e.id for e in corpus.examples], corpus.kind)
+    return Documents.of_prompts(corpus.examples)
 
 
 def cut_at(text: str, stop: str | None, accepted: Sequence[str]) -> str:
@@ -140,10 +172,14 @@ def generation_of(
     prompts_cut: int,
     chosen: Mapping[str, Sequence[str]] | None = None,
     settings: MetricSettings | None = None,
+    documents: Documents | None = None,
 ) -> GenerationResult:
-    """The figures from the answers `[E]`, in the order of the examples; `chosen`: further metric -> its tasks."""
+    """The figures from the answers `[E]`, in the order of the examples; `chosen`: further metric -> its tasks.
+
+    documents   what belongs together; None = examples with one prompt
+    """
     pairs = [(answer, references(example)) for answer, example in zip(answers, examples, strict=True)]
-    documents = Documents.of_prompts(examples)
+    documents = documents or Documents.of_prompts(examples)
     ones, tasks = np.ones(len(examples)), [e.task for e in examples]
     match_E, f1_E = (np.array([best_over(metric, *pair) for pair in pairs]) for metric in (exact_match, token_f1))
     estimates = {
@@ -162,4 +198,5 @@ def generation_of(
         estimates["choice_match"] = documents.ratio(hits.astype(np.float64), asked)
         estimates["choice_none"] = documents.ratio(none.astype(np.float64), asked)
     further, made_by = score_answers(answers, examples, documents, chosen or {}, settings or MetricSettings())
-    return GenerationResult(estimates | further, tuple(answers), documents, max_new_tokens, prompts_cut, made_by)
+    asked = tuple(examples)
+    return GenerationResult(estimates | further, tuple(answers), documents, max_new_tokens, prompts_cut, made_by, asked)

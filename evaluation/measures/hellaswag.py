@@ -13,7 +13,9 @@ them, and a report never puts both in one column:
 
 `nanogpt` is the protocol of the 0.2955 (karpathy/build-nanogpt, hellaswag.py) and one of causal models; `harness` is
 that of lm-evaluation-harness, of both kinds of model, and agrees with it choice for choice (see `kd.evaluation.scoring.harness`;
-`acc_bytes` is its third norm). All columns of the output layer count, as in both. Equal scores: the first ending.
+`acc_bytes` is its third norm). With `--chat` it is lm-eval's `--apply_chat_template`: the context is the turn of a user, and
+the ending follows the generation prompt without a space. All columns of the output layer count, as in both. Equal scores: the
+first ending.
 
 The rows are the 10,042 of the validation split, Rowan/hellaswag at a pinned commit, or local files (`--task-root`).
 Files with `ctx` alone, already joined, are taken as they are; `harness` then has no ctx_b to capitalise, and counts
@@ -35,7 +37,9 @@ from kd.common.progress import Progress
 from kd.data.instruction_tasks.task import label_key
 from kd.data.instruction_tasks.task_files import parse_task
 from kd.data.instruction_tasks.task_rows import load_task_rows
+from kd.data.rows.example import Example
 from kd.data.rows.hub import load_hub
+from kd.evaluation.scoring.chat_asking import ChatAsking, asked_by_user
 from kd.evaluation.scoring.harness import cut_context, encode_pair, harness_window
 from kd.evaluation.scoring.scored_text import ScoredText
 from kd.evaluation.scoring.shared_context import shared_nll
@@ -165,16 +169,19 @@ def evaluate_hellaswag(
     protocol: str = "nanogpt",
     seq_len: int | None = None,
     tokens_per_batch: int | None = None,
+    chat: ChatAsking | None = None,
 ) -> Iterator[Progress[HellaSwagResult]]:
     """Score every ending; the last record carries the result.
 
     seq_len   tokens a model sees at once; None = its positions (harness: what lm-eval takes for them)
+    chat      the chat template that asks (harness alone); None = the texts stand as they are
 
     Raises DataError for an unknown protocol, `nanogpt` with an encoder-decoder, and an ending that has no tokens or more
     than the window.
     """
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
+    refuse_chat(protocol, chat is not None)
     ask, norms = PROTOCOLS[protocol]
     encoder, limit = is_encoder_decoder(model.config), max_positions(model.config)
     if seq_len is not None and limit is not None and seq_len > limit:
@@ -185,7 +192,9 @@ def evaluate_hellaswag(
             try_=f"--seq-len {limit}",
         )
     window = seq_len or (harness_window(model.config, tokenizer) if protocol == "harness" else limit)
-    asked = tuple(ask(scene, tokenizer, window, encoder) for scene in scenes.rows)
+    if encoder and chat is not None:
+        raise DataError("an encoder-decoder has no chat template", try_="without --chat")
+    asked = tuple(ask(scene, tokenizer, window, encoder, chat) for scene in scenes.rows)
     texts = [text for a in asked for text in a.texts]
     nll_N = yield from shared_nll(model, texts, tokens_per_batch=tokens_per_batch)
     nats_O = per_example(-nll_N, [len(t.target_ids) for t in texts])
@@ -207,7 +216,19 @@ def _largest(scores: np.ndarray) -> int:
     return int(np.argmax(scores))
 
 
-def ask_nanogpt(scene: Scene, tokenizer: Tokenizer, window: int | None, encoder: bool) -> Asked:
+def refuse_chat(protocol: str, chat: bool) -> None:
+    """Raise DataError for `--chat` with a protocol that knows no chat template."""
+    if chat and protocol != "harness":
+        raise DataError(
+            "this protocol asks through no chat template",
+            found=f"--chat with --protocol {protocol}",
+            try_="--protocol harness, which is lm-eval's with --apply_chat_template",
+        )
+
+
+def ask_nanogpt(
+    scene: Scene, tokenizer: Tokenizer, window: int | None, encoder: bool, chat: ChatAsking | None = None
+) -> Asked:
     """Raw text, context and ending tokenised apart, no special tokens."""
     if encoder:
         raise DataError("nanogpt is a protocol of causal models", found="an encoder-decoder", try_="--protocol harness")
@@ -220,12 +241,20 @@ def ask_nanogpt(scene: Scene, tokenizer: Tokenizer, window: int | None, encoder:
     return _asked(scene, scene.context, scene.endings, [(context, e) for e in endings], window, encoder=False)
 
 
-def ask_harness(scene: Scene, tokenizer: Tokenizer, window: int | None, encoder: bool) -> Asked:
-    """lm-eval's preprocessing, and its way to token ids."""
+def ask_harness(
+    scene: Scene, tokenizer: Tokenizer, window: int | None, encoder: bool, chat: ChatAsking | None = None
+) -> Asked:
+    """lm-eval's preprocessing, and its way to token ids.
+
+    With a chat template the context is the turn of a user, and an ending follows the generation prompt without a space.
+    """
     text = scene.context if scene.parts is None else f"{scene.parts[0]} {scene.parts[1].capitalize()}"
     context = without_marks(f"{scene.activity}: {text}")
     endings = tuple(without_marks(ending) for ending in scene.endings)
-    pairs = [encode_pair(tokenizer, context, " " + ending, encoder=encoder) for ending in endings]
+    gap = " "
+    if chat is not None:
+        context, gap = chat.rendered(asked_by_user(Example(scene.id, "", context))), ""
+    pairs = [encode_pair(tokenizer, context, gap + ending, encoder=encoder) for ending in endings]
     return _asked(scene, context, endings, pairs, window, encoder=encoder)
 
 
@@ -272,7 +301,7 @@ def _bytes(asked: Asked) -> np.ndarray:
     return np.array([max(len(e.encode("utf-8")), 1) for e in asked.endings], dtype=np.float64)
 
 
-Ask = Callable[[Scene, Tokenizer, int | None, bool], Asked]
+Ask = Callable[[Scene, Tokenizer, int | None, bool, ChatAsking | None], Asked]
 Norm = Callable[[Asked], np.ndarray]
 
 PROTOCOLS: dict[str, tuple[Ask, dict[str, Norm]]] = {

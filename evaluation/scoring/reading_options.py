@@ -28,10 +28,17 @@ class ReadingOptions:
     """Text between prompt and target of a pair; an encoder-decoder needs none."""
     control_tokens: Literal["auto", "control", "text"] | None = setting(None, shown="as a run was trained, else auto")
     """How a special token that is spelled in a text is read, as in kd cache build."""
+    chat: bool = False
+    """Ask prompts as the turn of a user, through the chat template; targets, choices and endings are answers of the
+    assistant. Conversations are always read so."""
     chat_template: str | None = setting(None, metavar="FILE")
     """File with a chat template in Jinja, for conversations. By default they are rendered with the tokenizer's own."""
-    template_kwargs: Mapping[str, Any] | None = setting(None, metavar="KEY=VALUE,…", parse=variables_from)
+    template_kwargs: Mapping[str, Any] | None = setting(
+        None, metavar="KEY=VALUE,…", parse=variables_from, shown="as a run was trained, else none"
+    )
     """Further variables of the chat template, e.g. enable_thinking=false."""
+    system: str | None = setting(None, shown="as a run was trained, else none")
+    """System text of conversations that have none of their own, and of prompts that --chat asks."""
     limit_tokens: int | None = None
     """Score exactly the first N tokens of the text, in perplexity and in agreement with a live teacher. By default all."""
     tokens_per_batch: int | None = setting(None, minimum=1)

@@ -64,7 +64,7 @@ def token_rows(
     corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, reading: ReadingOptions, left_out: LeftOut
 ) -> Iterator[TokenRows]:
     """The rows of a text: conversations through a chat template, everything else as `tokenize_corpus` cuts it."""
-    if corpus.kind != CONVERSATIONS:
+    if corpus.kind != CONVERSATIONS and corpus.examples[0].conversation is None:
         return tokenize_corpus(corpus, tokenizer, blocks, left_out)
     settings = chat_settings(reading)
     return tokenize_conversations(corpus, chat_template(tokenizer, settings), settings, blocks, left_out)
@@ -72,7 +72,7 @@ def token_rows(
 
 def chat_settings(reading: ReadingOptions) -> ChatSettings:
     """How conversations are rendered."""
-    return ChatSettings(reading.chat_template, reading.template_kwargs)
+    return ChatSettings(reading.chat_template, reading.template_kwargs, reading.system)
 
 
 def prompt_blocks(model: Model, tokenizer: Tokenizer, reading: ReadingOptions) -> BlockConfig:

@@ -164,7 +164,7 @@ class AgreementTask(Task[AgreementOptions, "Reader | LiveTeacher"]):
         )
 
         def task_result(scores: AgreementResult) -> TaskResult:
-            settings = question_settings(teacher.corpus, shared) | {
+            settings = question_settings(teacher.corpus, shared, tokenizer) | {
                 "seq_len": shared_window(model, teacher.model, reading.seq_len),
                 "teacher": teacher.request.name,
                 "teacher_fingerprint": rows_digest([dict(model_identity(teacher.request))]),

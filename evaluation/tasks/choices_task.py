@@ -76,10 +76,12 @@ class ChoicesTask(Task[ChoicesOptions, "dict[str, Corpus]"]):
         if shared.data.instructions.labels != BOTH:
             return {"": corpus}
         from kd.data.sources import load_corpus
+        from kd.evaluation.scoring.chat_asking import with_chat
 
         flan = replace(shared.data.instructions, labels="flan")
         other = load_corpus(str(shared.data.spec), split=shared.data.split, limit=shared.data.limit, instructions=flan)
         same = [e.choices for e in other.examples] == [e.choices for e in corpus.examples]
+        other = with_chat(other) if shared.reading.chat else other
         return {"": corpus} if same else {"_original": corpus, "_flan": other}
 
     def may_be_known(self, material: Mapping[str, Corpus]) -> Corpus:
@@ -103,15 +105,20 @@ class ChoicesTask(Task[ChoicesOptions, "dict[str, Corpus]"]):
             assert step.result is not None
             results[suffix] = step.result
             done = total = done + step.total
-        yield Progress(done, done, _task_result(options, shared, material, results))
+        yield Progress(done, done, _task_result(options, shared, tokenizer, material, results))
 
 
 def _task_result(
-    options: ChoicesOptions, shared: SharedOptions, corpora: Mapping[str, Corpus], results: Mapping[str, ChoicesResult]
+    options: ChoicesOptions,
+    shared: SharedOptions,
+    tokenizer: Tokenizer,
+    corpora: Mapping[str, Corpus],
+    results: Mapping[str, ChoicesResult],
 ) -> TaskResult:
     """Both by the suffix of their wording; the first one's documents and samples stand for all."""
     first = next(iter(results.values()))
-    settings: dict[str, Any] = question_settings(next(iter(corpora.values())), shared) | {"encoding": options.encoding}
+    asked = question_settings(next(iter(corpora.values())), shared, tokenizer)
+    settings: dict[str, Any] = asked | {"encoding": options.encoding}
     estimates: dict[str, Estimate] = {}
     for suffix, result in results.items():
         for metric, estimate in result.estimates.items():

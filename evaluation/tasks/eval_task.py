@@ -128,15 +128,17 @@ def task_progress(
         yield Progress(step.done, step.total, None if step.result is None else task_result(step.result))
 
 
-def question_settings(corpus: Corpus, shared: SharedOptions) -> dict[str, Any]:
-    """What was asked of every model, whatever window and tokenizer it has; its effect is counted beside it."""
-    source = corpus.source
+def question_settings(corpus: Corpus, shared: SharedOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What was asked of every model, whatever window, tokenizer and chat template it has; its effect is counted beside it."""
+    from kd.evaluation.scoring.chat_asking import asks_chat, chat_conditions
+
+    source, chat = corpus.source, asks_chat(corpus)
+    between = {"separator": shared.reading.between, "bos": shared.reading.opens_with_bos}
     worded = {"template": source.get("template"), "labels": source.get("labels"), "data_seed": source.get("seed")}
     return {
         "text_digest": corpus.digest,
         "seq_len": shared.reading.seq_len,
-        "separator": shared.reading.between,
-        "bos": shared.reading.opens_with_bos,
+        **({"chat": chat_conditions(shared.reading, tokenizer)} if chat else between),
         **{k: v for k, v in worded.items() if v is not None},
     }
 

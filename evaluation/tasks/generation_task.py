@@ -132,17 +132,18 @@ class GenerationTask(TextTask[GenerationOptions]):
         )
 
         def task_result(scores: GenerationResult) -> TaskResult:
-            settings = question_settings(material, shared) | {
-                "references_digest": rows_digest([e.id, references(e)] for e in material.examples),
+            settings = question_settings(material, shared, tokenizer) | {
+                "references_digest": rows_digest([e.id, references(e)] for e in scores.examples),
                 "max_new_tokens": shared.answers.max_new_tokens or "as the longest reference needs",
                 "stop": options.stop,
                 "decoding": options.decoding(shared.loading.seed),
                 "prompts_cut": scores.prompts_cut,
+                "turns_skipped": scores.turns_skipped or None,
                 **scores.made_by,
             }
             samples = [
                 {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
-                for e, answer in zip(material.examples[:SAMPLES], scores.answers, strict=False)
+                for e, answer in zip(scores.examples[:SAMPLES], scores.answers, strict=False)
             ]
             return TaskResult(scores.estimates, scores.documents, settings, samples)
 

@@ -43,6 +43,12 @@ class HellaSwagTask(Task[HellaSwagOptions, "Scenes"]):
 
     has_own_rows = True
 
+    def check(self, name: str, options: HellaSwagOptions, shared: SharedOptions) -> None:
+        from kd.evaluation.measures.hellaswag import refuse_chat
+
+        super().check(name, options, shared)
+        refuse_chat(options.protocol, shared.reading.chat)
+
     @property
     def metrics(self) -> Mapping[str, Metric]:
         return METRICS
@@ -66,8 +72,11 @@ class HellaSwagTask(Task[HellaSwagOptions, "Scenes"]):
         material: Scenes,
     ) -> Iterator[Progress[TaskResult]]:
         from kd.evaluation.measures.hellaswag import evaluate_hellaswag
+        from kd.evaluation.scoring.chat_asking import ChatAsking, chat_conditions
 
         protocol, seq_len = options.protocol, shared.reading.seq_len
+        chat = ChatAsking.of(tokenizer, shared.reading) if shared.reading.chat else None
+        asked_how = {} if chat is None else {"chat": chat_conditions(shared.reading, tokenizer)}
         steps = evaluate_hellaswag(
             model,
             tokenizer,
@@ -75,6 +84,7 @@ class HellaSwagTask(Task[HellaSwagOptions, "Scenes"]):
             protocol=protocol,
             seq_len=seq_len,
             tokens_per_batch=shared.reading.tokens_per_batch,
+            chat=chat,
         )
 
         def task_result(scores: HellaSwagResult) -> TaskResult:
@@ -89,6 +99,7 @@ class HellaSwagTask(Task[HellaSwagOptions, "Scenes"]):
                 "contexts_cut": scores.contexts_cut,
                 "rows_joined": scores.rows_joined or None,
                 "rows_unlabelled": material.unlabelled or None,
+                **asked_how,
             }
             chosen = scores.chosen[f"acc_norm_{protocol}"].tolist()
             samples = [

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from kd.common.progress import Progress
-from kd.data.conversations.conversation import CONVERSATIONS
 from kd.evaluation.tasks.eval_task import Metric, TaskResult, TextTask, task_progress
 from kd.evaluation.tasks.shared_options import SharedOptions
 
@@ -37,6 +36,7 @@ class PerplexityTask(TextTask[None]):
     ) -> Iterator[Progress[TaskResult]]:
         from kd.data.chat_rows import chat_identity
         from kd.evaluation.measures.perplexity import evaluate_perplexity
+        from kd.evaluation.scoring.chat_asking import asks_chat
         from kd.evaluation.scoring.windows import chat_settings
 
         def task_result(scores: PerplexityResult) -> TaskResult:
@@ -49,9 +49,10 @@ class PerplexityTask(TextTask[None]):
                 "pairs_cut": scores.pairs_cut or None,
                 "documents_too_short": scores.too_short or None,
             }
-            if material.kind == "pairs":
+            chat = asks_chat(material)
+            if material.kind == "pairs" and not chat:
                 settings["separator"] = shared.reading.between
-            if material.kind == CONVERSATIONS:
+            if chat:
                 settings["chat"] = chat_identity(tokenizer, chat_settings(shared.reading))
             if shared.reading.control_reading != "auto":
                 settings["control_tokens"] = shared.reading.control_reading

@@ -31,7 +31,8 @@ class SamplesOptions:
     """Options of samples."""
 
     prompts: Path | None = None
-    """File of prompts for samples: .txt, a prompt per line to be continued, or .jsonl, prompts to be answered."""
+    """File of prompts for samples: .txt, a prompt per line to be continued, or .jsonl, prompts or messages to be
+    answered."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -65,7 +66,10 @@ class SamplesTask(Task[SamplesOptions, "Prompts"]):
         material: Prompts,
     ) -> Iterator[Progress[TaskResult]]:
         from kd.evaluation.measures.samples import write_samples
+        from kd.evaluation.scoring.chat_asking import chat_conditions
 
+        chat = shared.reading.chat or material.chat
+        asked_how = {"chat": chat_conditions(shared.reading, tokenizer)} if chat else {}
         steps = write_samples(
             model, tokenizer, material, reading=shared.reading, max_new_tokens=shared.answers.max_new_tokens
         )
@@ -76,6 +80,7 @@ class SamplesTask(Task[SamplesOptions, "Prompts"]):
                 "prompts_digest": rows_digest(zip(material.texts, material.expected, strict=True)),
                 "max_new_tokens": written.max_new_tokens,
                 "prompts_cut": written.prompts_cut,
+                **asked_how,
             }
             samples = [
                 {"prompt": prompt, "got": answer} | ({} if expected is None else {"expected": expected})

@@ -241,7 +241,7 @@ def _tokenised(
     template: ChatTemplate, pieces: list[bytes], rendered: RenderedText, turns: Sequence[_Turn]
 ) -> RenderedConversation:
     """The ids of a rendering, and its turns in tokens."""
-    ids, ends = _encode(template, pieces, rendered.text)
+    ids, ends = encode_rendering(template, pieces, rendered.text)
     text = template.unmasked(rendered.text)
     data = text.encode("utf-8")
     scored = []
@@ -284,7 +284,7 @@ def _in_tokens(
     return ScoredTurn(turn.message, first, stop, begin, text, byte_end, turn.ended, unscored)
 
 
-def _encode(template: ChatTemplate, pieces: list[bytes], masked: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_rendering(template: ChatTemplate, pieces: list[bytes], masked: str) -> tuple[np.ndarray, np.ndarray]:
     """Ids and byte ends of a masked rendering; control tokens of messages become the ids of their characters.
 
     Such a rendering is encoded piece by piece, between the template's control tokens. That gives the ids of the whole only

@@ -1,7 +1,8 @@
-"""How a run's student read its text: whether BOS opened it, and what stood between prompt and target.
+"""How a run's student read its text: whether BOS opened it, what stood between prompt and target, and how its chats were written.
 
-A student is scored as it was trained: `kd train --eval-data` and `kd eval RUN` take both from here. With another separator, or
-without the BOS that it was trained on, its perplexity would say how well it copes with strange text.
+A student is scored as it was trained: `kd train --eval-data` and `kd eval RUN` take this from here. With another separator, or
+without the BOS that it was trained on, its perplexity would say how well it copes with strange text. The chat template itself
+lies in the run's folder, with the tokenizer.
 """
 
 from __future__ import annotations
@@ -34,18 +35,40 @@ class TrainedReading:
     """Text between prompt and target."""
     control_tokens: str = "auto"
     """How control tokens that are spelled in a text were read, see `kd.data.tokenizing.text_tokens`."""
+    template_kwargs: Mapping[str, Any] | None = None
+    """Further variables of the chat template; None where there are none."""
+    system: str | None = None
+    """System text of conversations that had none of their own."""
 
 
-def trained_reading(reader: Reader, config: Any, tokenizer: Tokenizer, separator: str | None) -> TrainedReading:
+def trained_reading(
+    reader: Reader,
+    config: Any,
+    tokenizer: Tokenizer,
+    separator: str | None,
+    *,
+    own_template: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> TrainedReading:
     """The reading of a student of a cache: the cache's tokens as they are, or tokens of its own, which BOS opens.
 
-    config      the student's configuration
-    separator   the run's own; None = as in the cache
+    config           the student's configuration
+    separator        the run's own; None = as in the cache
+    own_template     whether the run names a chat template or its variables, and so does not use the cache's
+    template_kwargs  the variables of the chat template that the run names
     """
-    blocks = reader.manifest.blocks
-    alike = separator is None and blocks.encoder == is_encoder_decoder(config)
-    bos = blocks.bos if alike and same_tokenizer(reader, tokenizer) else True
-    return TrainedReading(bos, blocks.separator if separator is None else separator, blocks.control_tokens)
+    blocks, own_tokens = reader.manifest.blocks, not same_tokenizer(reader, tokenizer)
+    alike = separator is None and blocks.encoder == is_encoder_decoder(config) and not own_tokens
+    chat = reader.manifest.identity.get("chat") or {}
+    if chat and not own_template and not own_tokens:
+        template_kwargs = reader.manifest.provenance.get("template_kwargs")
+    return TrainedReading(
+        blocks.bos if alike else True,
+        blocks.separator if separator is None else separator,
+        blocks.control_tokens,
+        template_kwargs or None,
+        chat.get("system"),
+    )
 
 
 def reading_of_run(model: str) -> TrainedReading | None:
@@ -59,7 +82,13 @@ def reading_of_run(model: str) -> TrainedReading | None:
     run = read_run(folder)
     said = run.get(READING)
     if isinstance(said, Mapping):
-        return TrainedReading(bool(said["bos"]), str(said["separator"]), str(said.get("control_tokens", "auto")))
+        return TrainedReading(
+            bool(said["bos"]),
+            str(said["separator"]),
+            str(said.get("control_tokens", "auto")),
+            said.get("template_kwargs"),
+            said.get("system"),
+        )
     return _reading_by_cache(folder, run.get("settings") or {})
 
 
@@ -70,6 +99,13 @@ def _reading_by_cache(folder: Path, settings: Mapping[str, Any]) -> TrainedReadi
     student = ModelRequest(str(folder), device="cpu")
     try:
         reader, config = open_cache(cache), load_config(student)
-        return trained_reading(reader, config, load_request_tokenizer(student), settings.get("separator"))
+        return trained_reading(
+            reader,
+            config,
+            load_request_tokenizer(student),
+            settings.get("separator"),
+            own_template=settings.get("chat_template") is not None or settings.get("template_kwargs") is not None,
+            template_kwargs=settings.get("template_kwargs"),
+        )
     except (KdError, OSError):
         return None
