@@ -198,5 +198,5 @@ def generation_of(
         estimates["choice_match"] = documents.ratio(hits.astype(np.float64), asked)
         estimates["choice_none"] = documents.ratio(none.astype(np.float64), asked)
     further, made_by = score_answers(answers, examples, documents, chosen or {}, settings or MetricSettings())
-    asked = tuple(examples)
-    return GenerationResult(estimates | further, tuple(answers), documents, max_new_tokens, prompts_cut, made_by, asked)
+    figures, answered = estimates | further, tuple(examples)
+    return GenerationResult(figures, tuple(answers), documents, max_new_tokens, prompts_cut, made_by, answered)
