@@ -18,7 +18,7 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.data.conversations.chat_settings import ChatSettings
-from kd.data.conversations.conversation import with_system
+from kd.data.conversations.conversation import Conversation, with_system
 from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
@@ -89,6 +89,7 @@ def conversation_rows(
     except DataError as error:
         details = {"where": f"conversation {example.id}", **{k: v for k, v in error.details.items() if k != "where"}}
         raise DataError(error.headline, **{k.replace(" ", "_"): v for k, v in details.items()}) from error
+    renderings = tuple(as_far_as_written(rendering, conversation, template.control_ids) for rendering in renderings)
     example = replace(example, conversation=conversation)
     if len(renderings) == 1:
         return [rows_of_turns(example, renderings[0], renderings[0].turns)]
@@ -96,6 +97,35 @@ def conversation_rows(
         rows_of_turns(replace(example, id=f"{example.id}#{n}"), rendering, rendering.turns)
         for n, rendering in enumerate(renderings)
     ]
+
+
+def as_far_as_written(
+    rendering: RenderedConversation, conversation: Conversation, control_ids: Sequence[int]
+) -> RenderedConversation:
+    """The rendering without the end tokens of turns that were cut short: the template writes them, their author did not.
+
+    Where every token is scored, the scored text ends there.
+    """
+    turns = tuple(
+        turn if conversation.messages[turn.message].complete else _without_end(turn, rendering.ids, control_ids)
+        for turn in rendering.turns
+    )
+    return replace(rendering, turns=turns)
+
+
+def _without_end(turn: ScoredTurn, ids: np.ndarray, control_ids: Sequence[int]) -> ScoredTurn:
+    """A turn without the control tokens at its end, and the white space among and after them."""
+    stop, data = turn.stop, turn.text.encode("utf-8")
+    starts = np.concatenate([[0], turn.byte_end])
+    while stop > turn.first + 1:
+        at = stop - 1 - turn.first
+        token = data[int(starts[at]) : int(starts[at + 1])]
+        if int(ids[stop - 1]) not in control_ids and (turn.ended or token.strip()):
+            break
+        stop -= 1
+    ends = turn.byte_end[: stop - turn.first]
+    text = data[: int(ends[-1])].decode("utf-8", "ignore")
+    return replace(turn, stop=stop, byte_end=ends, text=text, ended=False)
 
 
 def rows_of_turns(example: Example, rendering: RenderedConversation, scored: Sequence[ScoredTurn]) -> TokenRows:

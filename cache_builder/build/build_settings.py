@@ -143,9 +143,26 @@ class AnswerSettings:
     scored; --columns prompt=COLUMN is enough)."""
     sample_temperature: float = 0.0
     """Temperature at which the teacher's answers are sampled; 0 takes the most probable token each time."""
+    answers_per_prompt: int = setting(1, minimum=1)
+    """Number of answers that the teacher writes to each prompt, sampled with --seed. Each is an example of its own, ID~0,
+    ID~1, and so on."""
+    reasoning: Literal["keep", "strip"] = "keep"
+    """What becomes of the reasoning that the teacher writes between <think> and </think>: keep scores it as part of the
+    answer, strip leaves it out."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.target_source == "data" and (self.answers_per_prompt > 1 or self.reasoning == "strip"):
+            given = "--answers-per-prompt" if self.answers_per_prompt > 1 else "--reasoning strip"
+            raise DataError(
+                "the teacher writes no answers", found=f"{given} with --targets data", try_="--targets teacher"
+            )
+        if self.answers_per_prompt > 1 and not self.sample_temperature:
+            raise DataError(
+                "all answers to a prompt would be the same",
+                found=f"--answers-per-prompt {self.answers_per_prompt} without sampling",
+                try_="--sample-temperature 1",
+            )
         if self.sample_temperature and self.target_source == "data":
             raise DataError(
                 "nothing is sampled", found="--sample-temperature with --targets data", try_="--targets teacher"

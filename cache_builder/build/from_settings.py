@@ -23,6 +23,7 @@ from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
+from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.corpus import Corpus
 from kd.data.sources import load_classes, load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
@@ -95,7 +96,7 @@ def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read:
         tokens_per_batch=settings.model.tokens_per_batch,
         shard=settings.running.shard,
         wait=settings.running.wait,
-        chat=settings.chat,
+        chat=chat_settings_of(settings),
         generation=generation_config(settings),
         extend=settings.running.extend,
     )
@@ -175,9 +176,20 @@ def generation_config(settings: BuildSettings) -> GenerationConfig | None:
     if settings.answers.target_source == "data":
         return None
     longest = settings.blocks.target_len
+    answers = settings.answers
     return GenerationConfig(
-        longest - 1 if longest else ANSWER_TOKENS, settings.answers.sample_temperature, settings.seed
+        longest - 1 if longest else ANSWER_TOKENS,
+        answers.sample_temperature,
+        settings.seed,
+        answers.answers_per_prompt,
+        answers.reasoning,
     )
+
+
+def chat_settings_of(settings: BuildSettings) -> ChatSettings:
+    """How conversations are rendered. Of those that the teacher answers, its answer alone is scored."""
+    by_teacher = settings.answers.target_source == "teacher" and settings.chat.score == "assistant"
+    return replace(settings.chat, score="last") if by_teacher else settings.chat
 
 
 def plan_of(settings: BuildSettings, *, watch: Watch = in_silence) -> BuildPlan:

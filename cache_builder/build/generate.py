@@ -6,30 +6,38 @@
 Answers are written to `generated/NNNNN.parquet`, BLOCK examples each, before the plan is made, because shards depend on their
 lengths. `generated/request.json` beside them says what they were made from. The teacher takes the most probable token, or
 samples from the whole distribution with a seed. Batches are the same every time, so a resumed build has the same answers.
+
+Conversations are asked with the chat template and its generation prompt (`kd.data.chat_answers`). The answer becomes the last
+turn of the assistant, and the conversation is then rendered and scored as any other. An answer ends at the token that closes
+a turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kd.cache_builder.build.asked_prompts import AskedPrompt, asked_prompts, is_chat, template_of
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.store.records.cache_identity import identity_difference
-from kd.cache_builder.store.records.manifest import ANSWERS, Layout
+from kd.cache_builder.store.records.manifest import ANSWERS
 from kd.cache_builder.store.writers.answers_table import read_answers, write_answers
-from kd.common.errors import CacheMismatchError, DataError
+from kd.common.errors import CacheMismatchError
 from kd.common.files import canonical_json, process_tag, publish_first, read_json, sweep, write_error, write_first
 from kd.common.progress import Progress
+from kd.data.chat_answers import AnswerReader
+from kd.data.chat_rows import chat_identity, conversation_rows
 from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
-from kd.data.tokenizing.pair_rows import first_rules, fit_pair, tokenize_prompt
-from kd.data.tokenizing.text_tokens import TEXT_RULES, TextTokens
-from kd.data.tokenizing.token_rows import TokenRows
-from kd.models.answering import answer_batch, answer_text, unused_ids
+from kd.data.rows.row_examples import conversation_example
+from kd.data.tokenizing.text_tokens import TEXT_RULES
+from kd.models.answering import answer_batch, answer_text, end_ids, unused_ids
+from kd.models.chat.chat_prompt import ending_ids
+from kd.models.chat.reasoning import split_reasoning
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.loading import is_encoder_decoder, refuse_classifier
 from kd.models.placement.spread_models import input_device
@@ -55,7 +63,8 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     blocks = replace(request.blocks, encoder=is_encoder_decoder(config), layout=layout)
     request = replace(request.pinned(), blocks=blocks)
     left_out = joined([request.corpus.left_out])
-    prompts = list(_prompts(request, tokenizer, generation.max_new_tokens, left_out))
+    prompts = list(asked_prompts(request, tokenizer, generation, left_out))
+    ends = ending_ids(*template_of(request, tokenizer)) if is_chat(request) else ()
     rules = {"text_rules": TEXT_RULES} if any(prompt.changed for prompt in prompts) else {}
     folder = request.out / ANSWERS
     identity = {
@@ -66,6 +75,7 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
         "answers": len(prompts),
         "blocks": request.blocks.identity(),
         "generation": generation.identity(),
+        **({"chat": {**chat_identity(tokenizer, request.chat), "ends": list(ends)}} if is_chat(request) else {}),
     }
     try:
         _claim(folder, identity)
@@ -77,7 +87,7 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
             path = folder / f"{number:05d}.parquet"
             if not path.exists():
                 model = request.source.load() if model is None else model
-                texts = _answer_block(model, tokenizer, block, generation, number, blocks.forced)
+                texts = _answer_block(model, tokenizer, block, generation, number, blocks.forced, ends)
                 temporary = folder / f".staging-{process_tag()}.{number}"
                 write_answers(temporary, [prompt.example.id for prompt in block], texts)
                 publish_first(temporary, path)  # another builder may have been faster; its answers are the ones
@@ -85,17 +95,44 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
             yield Progress(len(answers), len(prompts), note=f"{len(answers):,} of {len(prompts):,} answers")
     except OSError as error:
         raise write_error(request.out, error) from error
-    examples = tuple(
-        replace(prompt.example, target=text, complete=complete)
-        for prompt, (text, complete) in zip(prompts, answers, strict=True)
-    )
-    for example in examples:
-        if not (example.target or example.complete):  # it has nothing to score
-            left_out.add("unanswered", example.id)
-    examples = tuple(e for e in examples if e.target or e.complete)
+    examples = tuple(_answered_examples(request, tokenizer, generation, prompts, answers, left_out))
     corpus = replace(request.corpus, examples=examples, left_out=left_out)
     result = replace(request, corpus=corpus, answered=True, model=model)
     yield Progress(len(answers), len(prompts), result, note=f"{len(answers):,} answers")
+
+
+def _answered_examples(
+    request: BuildRequest,
+    tokenizer: Tokenizer,
+    generation: GenerationConfig,
+    prompts: Sequence[AskedPrompt],
+    answers: Sequence[tuple[str, bool]],
+    left_out: LeftOut,
+) -> Iterator[Example]:
+    """The prompts with their answers; `left_out` receives those that have nothing to score, and those that became too long."""
+    if is_chat(request):
+        template, pieces = template_of(request, tokenizer)
+        reader = AnswerReader(template, generation.reasoning)
+    for prompt, (text, complete) in zip(prompts, answers, strict=True):
+        example = prompt.example
+        if not is_chat(request):
+            kept = split_reasoning(text, prompt.example.prompt).answer if generation.reasoning == "strip" else text
+            if kept or (complete and kept is not None):
+                yield replace(example, target=kept, complete=complete)
+            else:
+                left_out.add("unanswered", example.id)
+            continue
+        assert example.conversation is not None
+        talk = reader.answered(example.conversation, text, complete, prompt.text)
+        if talk is None:
+            left_out.add("unanswered", example.id)
+            continue
+        example = replace(conversation_example(talk), complete=complete)
+        rows = conversation_rows(example, template, pieces, request.chat)
+        if max(row.read_only + len(row.target_ids) for row in rows) > request.blocks.seq_len:
+            left_out.add("too_long", example.id)  # tokenised again, a text may have a few tokens more
+        else:
+            yield example
 
 
 def answered(request: BuildRequest) -> bool:
@@ -105,87 +142,6 @@ def answered(request: BuildRequest) -> bool:
         return False
     answers = int(read_json(folder / "request.json").get("answers", 0))  # fewer than examples where some were dropped
     return all((folder / f"{n:05d}.parquet").exists() for n in range(-(-answers // BLOCK)))
-
-
-def longest_answers(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftOut) -> Iterator[TokenRows]:
-    """Every prompt with as many rows as its answer may have, for a plan made before there are answers. The ids are zeros.
-
-    With a target length up to the generation limit, that length, because the build accepts nothing longer. Otherwise
-    `max_new_tokens`, EOS included; tokenised again, a text may have a few more (random weights, which write parts of
-    characters: 43 for 40). Never more than a shard holds.
-    """
-    generation = request.generation or GenerationConfig()
-    length, limit = request.blocks.target_len, generation.max_new_tokens
-    most = min(length if length is not None and length <= limit + 1 else limit, (request.layout or Layout()).shard_rows)
-    nothing = np.zeros(most, dtype=np.int32)
-    for prompt in _prompts(request, tokenizer, generation.max_new_tokens, left_out):
-        yield TokenRows(replace(prompt.example, target=""), prompt.ids, nothing, nothing.astype(np.int64))
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt to answer."""
-
-    example: Example
-    ids: np.ndarray
-    """[C] int32."""
-    lead: str
-    """White space of the prompt that the answer's first token holds, see `tokenize_prompt`."""
-    changed: bool
-    """Whether the ids are others than by the first rules."""
-
-
-def _prompts(request: BuildRequest, tokenizer: Tokenizer, most: int, left_out: LeftOut) -> Iterator[_Prompt]:
-    """The prompts, which leave room for answers of `most` tokens.
-
-    Prompts that are too long are treated as `overlong` says, and `left_out` receives them. Raises DataError.
-    """
-    if request.corpus.kind == "documents":
-        raise DataError(
-            "there is nothing to answer",
-            where=request.corpus.spec,
-            found="documents",
-            expected="prompts",
-            try_="--columns prompt=…,target=…, or --targets data",
-        )
-    words = TextTokens(tokenizer, request.blocks.control_tokens)
-    room = request.blocks.seq_len - (0 if request.blocks.encoder else most)
-    if room < 1:
-        raise DataError(
-            "the answers leave no room for a prompt",
-            found=f"--seq-len {request.blocks.seq_len}",
-            expected=f"more than --target-len {most}",
-        )
-    limits = replace(
-        request.blocks,
-        seq_len=room + (0 if request.blocks.encoder else 1),
-        stride=None,
-        target_len=None,
-        overlong="truncate",
-    )
-    refused: list[str] = []
-    for example in request.corpus.examples:
-        ids, lead = tokenize_prompt(example, words, request.blocks)
-        changed = not np.array_equal(ids, first_rules(replace(example, target=""), words, request.blocks)[0])
-        row = TokenRows(replace(example, target=""), ids, ids[:0], np.zeros(0, dtype=np.int64))
-        fitted = fit_pair(row, limits)
-        assert fitted is not None
-        if fitted is not row and request.blocks.overlong == "truncate":
-            left_out.add("prompt_shortened", example.id)
-        if fitted is row or request.blocks.overlong == "truncate":
-            yield _Prompt(example, fitted.context_ids, lead, changed)
-        elif request.blocks.overlong == "drop":
-            left_out.add("too_long", example.id)
-        else:
-            refused.append(f"{example.id} ({len(row.context_ids)} tokens)")
-    if refused:
-        raise DataError(
-            "prompts are longer than the limit",
-            where=request.corpus.spec,
-            found=f"{len(refused)} of {len(request.corpus.examples)}, first {refused[0]}",
-            expected=f"at most {room} tokens",
-            try_="--overlong drop or truncate",
-        )
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
@@ -207,10 +163,11 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 def _answer_block(
     model: Any,
     tokenizer: Tokenizer,
-    prompts: list[_Prompt],
+    prompts: list[AskedPrompt],
     config: GenerationConfig,
     number: int,
     forced: tuple[int, ...],
+    ends: tuple[int, ...],
 ) -> list[tuple[str, bool]]:
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), i))
     texts = [("", True)] * len(prompts)
@@ -218,9 +175,8 @@ def _answer_block(
         chosen = order[start : start + BATCH]
         seed = int(np.random.SeedSequence([config.seed, number, part]).generate_state(1)[0])
         asked = [prompts[i] for i in chosen]
-        written = answer(
-            model, tokenizer, [p.ids for p in asked], config, seed, leads=[p.lead for p in asked], forced=forced
-        )
+        ids, leads = [p.ids for p in asked], [p.lead for p in asked]
+        written = answer(model, tokenizer, ids, config, seed, leads=leads, forced=forced, ends=ends)
         for i, text in zip(chosen, written, strict=True):
             texts[i] = text
     return texts
@@ -235,11 +191,13 @@ def answer(
     *,
     leads: Sequence[str] | None = None,
     forced: tuple[int, ...] = (),
+    ends: tuple[int, ...] = (),
 ) -> list[tuple[str, bool]]:
     """One answer per prompt, cut at EOS and without special tokens, and whether it came to its end.
 
     leads   white space of each prompt that its answer begins with, see `tokenize_prompt`; None for none
     forced  ids that every answer begins with, see `answer_batch`
+    ends    ids that end an answer; none for EOS alone
     """
     import torch
     from transformers import GenerationConfig as Settings
@@ -247,12 +205,12 @@ def answer(
     sampling = (
         {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0} if config.temperature else {}
     )
-    eos = tokenizer.eos_token_id
+    eos = list(ends) or tokenizer.eos_token_id
     settings = Settings(
         max_new_tokens=config.max_new_tokens,
         eos_token_id=eos,
         bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=0 if eos is None else eos,
+        pad_token_id=next(iter(end_ids(eos)), 0),
         decoder_start_token_id=model.config.decoder_start_token_id if is_encoder_decoder(model.config) else None,
         **sampling,
     )

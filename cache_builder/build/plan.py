@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.build.generate import longest_answers
+from kd.cache_builder.build.asked_prompts import longest_answers
 from kd.cache_builder.build.plan_checks import (
     class_count,
     predicted_ids,

@@ -64,13 +64,6 @@ def _refuse_what_chats_lack(request: BuildRequest) -> None:
             expected="prompt and target",
             try_="--columns prompt=…,target=…",
         )
-    if request.generation is not None:
-        raise DataError(
-            "the teacher does not answer conversations yet",
-            where=request.corpus.spec,
-            found="--targets teacher",
-            try_="--targets data, which scores the answers of the text",
-        )
 
 
 def predicted_ids(request: BuildRequest, config: Any, tokenizer: Tokenizer) -> int:

@@ -18,6 +18,9 @@ from kd.models.identity import in_memory_identity, model_identity, pinned
 from kd.models.loading import Model, ModelRequest, load_config, load_model, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer
 
+LATER_DEFAULTS = (("answers", 1), ("reasoning", "keep"))
+"""Settings of generation that no earlier cache had, with their defaults."""
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -28,9 +31,13 @@ class GenerationConfig:
     """Temperature at which tokens are sampled from the whole distribution; 0 takes the most probable token."""
     seed: int = 0
     """Seed of the sampling."""
+    answers: int = 1
+    """Answers to each prompt."""
+    reasoning: str = "keep"
+    """`strip` leaves the reasoning of an answer out."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0.0 <= self.temperature < 100.0:
+        if self.max_new_tokens < 1 or self.answers < 1 or not 0.0 <= self.temperature < 100.0:
             raise DataError(
                 "the generation settings are not usable",
                 found=asdict(self),
@@ -38,8 +45,9 @@ class GenerationConfig:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What changes an answer."""
-        return asdict(self) | {"seed": self.seed if self.temperature else 0}
+        """What changes an answer. Settings that earlier caches did not have are named where they are not the default."""
+        entries = asdict(self) | {"seed": self.seed if self.temperature else 0}
+        return {name: value for name, value in entries.items() if (name, value) not in LATER_DEFAULTS}
 
 
 class TeacherSource(Protocol):

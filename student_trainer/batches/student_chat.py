@@ -20,7 +20,7 @@ import numpy as np
 from kd.cache_builder.store.example_table import gaps_at
 from kd.cache_builder.store.readers.reading import CachedExample, Reader
 from kd.common.errors import DataError
-from kd.data.chat_rows import first_turns, rows_of_turns
+from kd.data.chat_rows import as_far_as_written, first_turns, rows_of_turns
 from kd.data.conversations.conversation import Conversation, conversation_from_json
 from kd.data.rows.example import Example
 from kd.data.tokenizing.token_rows import TokenRows
@@ -95,6 +95,8 @@ class StudentChat:
         except DataError as error:
             details = {"where": f"conversation {cached.example.id}", "found": error.details.get("found")}
             raise DataError(f"the student's template: {error.headline}", **details) from error
+        controls = self.template.control_ids
+        renderings = tuple(as_far_as_written(rendering, conversation, controls) for rendering in renderings)
         best = max(reversed(renderings), key=lambda rendering: len(_shown(rendering, cached.messages)))
         return rows_of_turns(cached.example, best, _shown(best, cached.messages))
 
