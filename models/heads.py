@@ -8,9 +8,10 @@ rows at a time: at V = 50k and 8,192 tokens the full tensor would take 1.6 GB. `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from kd.common.errors import TeacherError
 from kd.models.batching.gaps import NO_GAPS, Gaps
 from kd.models.batching.packing import segment_mask
 from kd.models.batching.padded_batches import Size, forward_tokens, on_device, padded_ids
-from kd.models.families.own_logits import require_own_logits, with_final_bias
+from kd.models.families.logit_transform import PLAIN, LogitTransform, named_transforms
+from kd.models.families.output_columns import counted_columns, with_final_bias
+from kd.models.families.own_logits import require_own_logits
 from kd.models.loading import Model, decoder_start, is_encoder_decoder
 from kd.models.placement.spread_models import spread_body, whole_weight
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 SCALED_WHERE_TIED = ("umt5", "switch_transformers")
 """Model types that scale the decoder's output by d^-0.5 where the output layer is tied to the embedding."""
+OF_TWO_MODELS = ("encoder-decoder",)
+"""Model types that are made of two whole models, such as BERT twice. The decoder is a language model with a head of its own."""
 
 
 @cache
@@ -43,13 +48,15 @@ def _onednn_linear() -> Any | None:
 
 @dataclass(frozen=True)
 class LanguageModelHead:
-    """A causal model in two parts: `hidden = backbone(...)`, `logits = hidden @ weight.T + bias`."""
+    """A causal model in two parts: `hidden = backbone(...)`, `logits = transform(hidden @ weight.T + bias)`."""
 
     backbone: Any
     weight: torch.Tensor
     """[V, d]"""
     bias: torch.Tensor | None
     """[V] or None"""
+    transform: LogitTransform = field(default=PLAIN, kw_only=True)
+    """What the model does to its logits: nothing in most families."""
 
     @property
     def bodies(self) -> tuple[Any, ...]:
@@ -112,7 +119,11 @@ class LanguageModelHead:
         return nothing.masked_fill_(~allowed, torch.finfo(self.weight.dtype).min)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[N, d] -> [N, V]` float32, whatever the model's dtype. No gradients: the training loss has its own output layer.
+        """`[N, d] -> [N, V]` float32, whatever the model's dtype. No gradients: the training loss has its own output layer."""
+        return self.transform.apply_(self._product(hidden))
+
+    def _product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden @ weight.T + bias` in float32.
 
         A product of 16-bit numbers is exact in float32 and is summed in float32. Only the rounding of the sum back to 16
         bits is left out.
@@ -272,6 +283,13 @@ def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
     """
     import torch
 
+    if model.config.model_type in OF_TWO_MODELS:
+        raise TeacherError(
+            "a model that is made of two others cannot be split at its output layer",
+            where=type(model).__name__,
+            found=f"{model.config.encoder.model_type} and {model.config.decoder.model_type}",
+            expected="an encoder-decoder of one family, such as T5 or BART",
+        )
     head, backbone = model.get_output_embeddings(), _backbone(model)
     if not isinstance(head, torch.nn.Linear) or backbone is model:
         raise TeacherError(
@@ -289,10 +307,26 @@ def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
     model.eval()
     try:
         with torch.no_grad():
-            require_own_logits(model, weight, lambda ids: parts.example_hidden(ids)[0], plain.logits, decoder=decoder)
+            transform = require_own_logits(
+                model, weight, lambda ids: parts.example_hidden(ids)[0], plain.logits, decoder=decoder
+            )
     finally:
         model.train(training)
-    return parts
+    return parts if transform.plain else replace(parts, transform=transform)
+
+
+_PROVEN: WeakKeyDictionary[Any, tuple[tuple[LogitTransform, ...], LogitTransform]] = WeakKeyDictionary()
+
+
+def proven_transform(model: Model) -> LogitTransform:
+    """What a model does to its logits. `split_head` proves it once per model, where the model names any number for it."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    readings = named_transforms(model)
+    if readings == (PLAIN,):
+        return PLAIN
+    if _PROVEN.get(model, ((), PLAIN))[0] != readings:  # not seen yet, or one of its numbers was changed
+        _PROVEN[model] = readings, split_head(model).transform
+    return _PROVEN[model][1]
 
 
 def _backbone(model: Model) -> Any:
@@ -308,6 +342,7 @@ def _parts(
 ) -> LanguageModelHead:
     bias, backbone = with_final_bias(model, bias), spread_body(model, backbone, weight.device)
     bias = None if bias is None else bias.to(weight.device)
+    weight, bias = counted_columns(model, weight, bias)
     if not is_encoder_decoder(model.config):
         return LanguageModelHead(backbone, weight, bias)
     config = model.config

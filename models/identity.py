@@ -19,6 +19,7 @@ from kd.common.disk.digests import file_sha256
 from kd.common.errors import DataError
 from kd.common.files import MAX_JSON_BYTES
 from kd.common.strangers.plain_files import read_plain
+from kd.models.families.logit_transform import changed_numbers
 from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
 from kd.models.placement.spread_models import offloaded
 
@@ -97,11 +98,17 @@ def in_memory_identity(model: Any, digest: str) -> dict[str, Any]:
         "config": config_digest(model.config),
         "parameters": digest,
         **_final_bias(model.config),
+        **_changed_numbers(model),
     }
 
 
 def _final_bias(config: Any) -> dict[str, Any]:
     return {"final_logits_bias": "added"} if config.model_type in WITH_FINAL_BIAS else {}
+
+
+def _changed_numbers(model: Any) -> dict[str, Any]:
+    changed = changed_numbers(model)
+    return {"logit_numbers": changed} if changed else {}
 
 
 def parameters_digest(model: Any) -> str:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.models.batching.padded_batches import head_rows
-from kd.models.families.own_logits import with_final_bias
+from kd.models.families.logit_transform import PLAIN, LogitTransform
+from kd.models.families.output_columns import counted_columns, with_final_bias
 from kd.models.heads import split_head
 from kd.student_trainer.batches.collate import loss_targets
 from kd.student_trainer.losses.loss_targets import LossTargets
@@ -39,6 +40,7 @@ def chunked_head_loss(
     *,
     vocabulary_size: int,
     chunk: int,
+    transform: LogitTransform = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of `(total, kd, ce)`, nats; gradients flow from `total` to hidden, weight and bias.
 
@@ -46,9 +48,10 @@ def chunked_head_loss(
     weight   [V', d], V' >= vocabulary_size; columns of padding are cut off before the loss
     bias     [V'] or None
     loss     as `kd.student_trainer.losses.loss_registry.Objective`
+    transform   what the model does to the logits
     returns  three scalars; kd and ce carry no gradient
     """
-    total, parts = _ChunkedHead.apply(hidden, weight, bias, loss, targets, vocabulary_size, chunk)  # type: ignore[no-untyped-call]
+    total, parts = _ChunkedHead.apply(hidden, weight, bias, loss, targets, vocabulary_size, chunk, transform)  # type: ignore[no-untyped-call]
     return total, parts[0], parts[1]
 
 
@@ -63,6 +66,7 @@ class _ChunkedHead(torch.autograd.Function):
         targets: LossTargets,
         vocabulary_size: int,
         chunk: int,
+        transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -82,6 +86,7 @@ class _ChunkedHead(torch.autograd.Function):
         buffer = None  # one for all chunks: fresh pages of this size cost more than the arithmetic in them
         if dtype == wide:
             buffer = w.new_empty(max((p.stop - p.start for p in pieces), default=0), vocabulary_size)
+        slopes = None if buffer is None or transform.cap is None else torch.empty_like(buffer)
         with torch.autocast(device, enabled=False):
             for rows in pieces:
                 h = hidden.detach()[rows].to(dtype)
@@ -91,7 +96,9 @@ class _ChunkedHead(torch.autograd.Function):
                 else:
                     grad = buffer[: len(h)]
                     torch.mm(h, w.T, out=grad) if b is None else torch.addmm(b, h, w.T, out=grad)
+                slope = transform.slope(transform.apply_(grad), slopes)
                 sums += loss.gradient_(grad, targets[rows]).to(wide)
+                transform.chain_(grad, slope)
                 narrow = grad.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (narrow @ w).to(hidden.dtype)
@@ -101,7 +108,7 @@ class _ChunkedHead(torch.autograd.Function):
                     grad_weight[:vocabulary_size] += narrow.T @ h
                 if grad_bias is not None:
                     grad_bias[:vocabulary_size] += grad.sum(dim=0)
-                del grad, narrow  # or they would still be there while the next chunk's are made
+                del grad, narrow, slope  # or they would still be there while the next chunk's are made
         ctx.save_for_backward(  # freed by the backward pass, unless it is told to retain the graph
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -114,7 +121,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scaled = tuple(None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 class Unrounded:
@@ -151,6 +158,7 @@ def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | 
             loss_targets(batch),
             vocabulary_size=vocabulary_size,
             chunk=chunk or head_rows(vocabulary_size, rows.device.type, training=True),
+            transform=parts.transform,
         )
         return {"loss": total, "kd": kd, "ce": ce}
 
@@ -160,10 +168,11 @@ def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | 
 def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
     """Weight `[V, d]` and bias `[V]` of a model's output layer as they count now.
 
-    LoRA adapters on it are added, with gradients, and so is the `final_logits_bias` of a model that has one.
+    LoRA adapters on it are added, with gradients, and so is the `final_logits_bias` of a model that has one. Columns that the
+    model drops are left out.
     """
     weight, bias = layer_parameters(model.get_output_embeddings())
-    return weight, with_final_bias(model, bias)
+    return counted_columns(model, weight, with_final_bias(model, bias))
 
 
 def layer_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:

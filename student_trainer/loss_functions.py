@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kd.models.batching.padded_batches import head_rows
+from kd.models.families.logit_transform import PLAIN, LogitTransform
+from kd.models.heads import proven_transform
 from kd.student_trainer.batches.collate import loss_targets
 from kd.student_trainer.head import chunked_head_loss, layer_parameters
 from kd.student_trainer.head import output_layer as output_layer_of
@@ -99,12 +101,13 @@ def chunked_distillation_loss(
     hidden            what enters the output layer: the body's output, or its hidden states `[B, T, d]`, or the rows `[N, d]`
                       that are scored
     output_layer      the model; or its output layer, with or without LoRA adapters; or `(weight [V, d], bias [V] or None)`.
-                      Give the model where it adds a `final_logits_bias`, as BART and Marian do
+                      Give the model where it changes its logits: a bias (BART, Marian), a scale (Cohere, Granite) or a soft
+                      cap (Gemma)
     chunk             rows of logits at once; None = as many as suit the vocabulary and the device
 
     The other arguments are those of `distillation_loss`, and so is the result. Gradients are computed with the loss, so
-    `loss.backward()` costs next to nothing. Where a model scales hidden states or logits (T5 with tied embeddings), scale
-    the hidden states before you pass them.
+    `loss.backward()` costs next to nothing. Where a model scales its hidden states (T5 with tied embeddings), scale them before
+    you pass them.
 
     >>> import kd, torch
     >>> batch = {"gold_ids": torch.tensor([3, 1])}
@@ -119,7 +122,7 @@ def chunked_distillation_loss(
     torch.Size([2, 8])
     """
     rows = scored_rows(getattr(hidden, "last_hidden_state", hidden), batch)
-    weight, bias = _weight_and_bias(output_layer)
+    weight, bias, transform = _output(output_layer)
     width = vocabulary_size or weight.shape[0]
     counts = _counts(batch, step_positions, step_units)
     sums = chunked_head_loss(
@@ -130,15 +133,18 @@ def chunked_distillation_loss(
         _targets(batch, rows.device, counts),
         vocabulary_size=width,
         chunk=chunk or head_rows(width, rows.device.type, training=True),
+        transform=transform,
     )
     return _means(*sums, counts)
 
 
-def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight `[V, d]` and bias `[V]` of a model's output layer, of a layer, or as they were given."""
+def _output(layer: Any) -> tuple[Tensor, Tensor | None, LogitTransform]:
+    """Weight `[V, d]` and bias `[V]` of a model, of an output layer, or as they were given; and what a model does to its logits."""
     if isinstance(layer, tuple):
-        return layer
-    return output_layer_of(layer) if hasattr(layer, "get_output_embeddings") else layer_parameters(layer)
+        return *layer, PLAIN
+    if hasattr(layer, "get_output_embeddings"):
+        return *output_layer_of(layer), proven_transform(layer)
+    return *layer_parameters(layer), PLAIN
 
 
 def scored_rows(values: Tensor, batch: Mapping[str, Any]) -> Tensor:

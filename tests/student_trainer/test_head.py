@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.models.families.logit_transform import PLAIN, LogitTransform
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses import row_kernels as gradients_module
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
@@ -94,9 +95,11 @@ def groups(gold: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Grou
     )
 
 
-def materialised(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss, targets: LossTargets) -> Tensor:
+def materialised(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, loss, targets: LossTargets, transform: LogitTransform = PLAIN
+) -> Tensor:
     """All `[N, V]` logits at once, and torch's own backward pass: the slow twin. Sums of (total, kd, ce)."""
-    logits = F.linear(hidden, weight, bias)[:, :V]
+    logits = transform(F.linear(hidden, weight, bias)[:, :V])
     return torch.stack([part.sum() for part in loss(logits, targets)])
 
 
@@ -120,6 +123,22 @@ def test_values_and_gradients_equal_the_materialised_ones_for_any_chunk(objectiv
     expected = materialised(*arguments)
     assert_same([total, kd, ce], list(expected))
     assert_same(gradients(total, leaves), gradients(expected[0], leaves))
+
+
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(0.25), LogitTransform(cap=2.0), LogitTransform(1.5, 3.0)], ids=["scale", "cap", "both"]
+)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_values_and_gradients_of_transformed_logits_equal_the_materialised_ones(objective, transform) -> None:
+    for with_bias, chunk in ((True, 4), (False, N)):
+        hidden, weight, bias = layer()  # logits reach twice the cap of 2, where its slope is below 0.1
+        leaves, b = ([hidden, weight, bias], bias) if with_bias else ([hidden, weight], None)
+        expected = materialised(hidden, weight, b, objective, targets(), transform)
+        got = chunked_head_loss(
+            hidden, weight, b, objective, targets(), vocabulary_size=V, chunk=chunk, transform=transform
+        )
+        assert_same(list(got), list(expected))
+        assert_same(gradients(got[0], leaves), gradients(expected[0], leaves))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -275,13 +294,14 @@ def test_the_loss_never_sees_more_rows_than_a_chunk() -> None:
     assert sizes == [4, 4, 3]
 
 
-def test_under_bfloat16_autocast_values_and_gradients_stay_close_to_float32() -> None:
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(1.5, 3.0)], ids=["plain", "scale and cap"])
+def test_under_bfloat16_autocast_values_and_gradients_stay_close_to_float32(transform: LogitTransform) -> None:
     leaves = layer(torch.float32)
     data = targets(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        total, kd, ce = chunked_head_loss(*leaves, GHOST, data, vocabulary_size=V, chunk=4)
+        total, kd, ce = chunked_head_loss(*leaves, GHOST, data, vocabulary_size=V, chunk=4, transform=transform)
     narrow = [total, kd, ce, *gradients(total, list(leaves))]
-    expected = materialised(*leaves, GHOST, data)
+    expected = materialised(*leaves, GHOST, data, transform)
     wide = [*expected, *gradients(expected[0], list(leaves))]
     for got, exact in zip(narrow, wide, strict=True):
         assert got.dtype == torch.float32
