@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.files import sha256_of
+from kd.common.progress import final
 
 
 def main() -> None:
@@ -23,9 +24,8 @@ def main() -> None:
     size = sum(p.stat().st_size for p in files)
 
     def drain(promises: bool) -> None:
-        *_, last = verify(args.cache, promises=promises)
-        if last.findings:
-            raise SystemExit(f"this cache is damaged: {last.findings[0]}")
+        if findings := final(verify(args.cache, promises=promises)):
+            raise SystemExit(f"this cache is damaged: {findings[0]}")
 
     cases: dict[str, Callable[[], object]] = {
         "read": lambda: [p.read_bytes() for p in files],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,9 +15,6 @@ from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, setti
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress
-    from kd.cache_builder.build.from_settings import StageStep
-
-    AnyStep = TypeVar("AnyStep", bound=StageStep)
 
 ELSEWHERE = {
     "ls": "kd.commands.cache_copies:cache_ls",
@@ -55,7 +52,7 @@ def cache_plan(settings: BuildSettings, profile_build: bool, as_json: bool) -> N
     from kd.cache_builder.build.estimate import estimate
     from kd.cache_builder.build.from_settings import plan_of
 
-    cost = estimate(plan_of(settings, watch=behind_a_bar))
+    cost = estimate(plan_of(settings, watch=follow))
     bound = "" if cost["targets_known"] else " at most (the teacher has not answered yet: this is an upper bound)"
     emit(cost, as_json, f"This build would make{bound}")
 
@@ -111,12 +108,7 @@ def build_behind_a_bar(settings: BuildSettings, recorded: Mapping[str, str | boo
     quiet_libraries()
     from kd.cache_builder.build.from_settings import build_of
 
-    return build_of(settings, recorded=recorded, watch=behind_a_bar, say=lambda message: say(message, err=True))
-
-
-def behind_a_bar(stage: str, steps: Iterator[AnyStep]) -> AnyStep:
-    """Drive the steps of a stage behind a progress bar; returns the last one."""
-    return follow(stage, steps, lambda step: (step.done, step.total, step.note))
+    return build_of(settings, recorded=recorded, watch=follow, say=lambda message: say(message, err=True))
 
 
 @cache.command("info")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.terminal.console import emit_json, follow, say
+from kd.commands.terminal.console import emit_json, follow, outcome, say
 from kd.commands.terminal.options import PATH, json_option
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     files = open_files(path)
     manifest = load_manifest(files.root)
     part = load_part(files.root, manifest)
-    steps = verify(files, promises=not checksums)
-    last = follow("verifying", steps, lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings"))
-    findings = [asdict(f) for f in last.findings]
+    last = follow("verifying", verify(files, promises=not checksums))
+    found = last.result or ()
+    findings = [asdict(f) for f in found]
     if as_json:
         emit_json(
             {
                 "path": path,
-                "bytes": last.bytes_total,
+                "bytes": last.total,
                 "sound": not findings,
                 "complete": manifest.complete,
                 "findings": findings,
@@ -61,8 +61,8 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     else:
         if part is not None:
             say(f"{path}: a part of a cache, {len(part.shards)} shards of arrays {', '.join(part.arrays)}")
-        print_findings(path, last.findings)
-        say(f"{last.bytes_total:,} bytes checked")
+        print_findings(path, found)
+        say(f"{last.total:,} bytes checked")
     if findings:
         sys.exit(3)
     if not manifest.complete:
@@ -146,8 +146,7 @@ def mend_behind_a_bar(path: Path, copy: CacheFiles, findings: Sequence[Finding])
     """Replace damaged files by those of the copy, behind a progress bar; returns the names of replaced files."""
     from kd.cache_builder.upkeep.repair import mend
 
-    steps = mend(path, copy, findings)
-    return list(follow("mending", steps, lambda p: (p.done, p.total, f"{len(p.mended)} files")).mended)
+    return list(outcome("mending", mend(path, copy, findings)).mended)
 
 
 def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], moved: dict[str, str]) -> list[int]:
@@ -216,9 +215,7 @@ def verified(path: Path) -> tuple[Finding, ...]:
     """Drive a verification and its progress bar to the end."""
     from kd.cache_builder.upkeep.verify import verify
 
-    return follow(
-        "verifying", verify(path), lambda p: (p.bytes_done, p.bytes_total, f"{len(p.findings)} findings")
-    ).findings
+    return outcome("verifying", verify(path))
 
 
 def print_findings(path: Path | str, findings: Sequence[Finding]) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
-from kd.commands.terminal.console import emit, emit_json, follow, say
+from kd.commands.terminal.console import emit, emit_json, outcome, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kd.cache_builder.upkeep.derived_cache import DeriveProgress
+    from kd.common.progress import Progress
 
 
 @click.command("slice")
@@ -60,11 +60,11 @@ def cache_merge(paths: tuple[str, ...], out: Path, as_json: bool) -> None:
     _derived(merge_caches([located(p) for p in paths], out), out, as_json, "merging")
 
 
-def _derived(steps: Iterator[DeriveProgress], out: Path, as_json: bool, label: str) -> None:
+def _derived(steps: Iterator[Progress[Path]], out: Path, as_json: bool, label: str) -> None:
     from kd.cache_builder.upkeep.cache_registry import remember
     from kd.cache_builder.upkeep.summary import cache_summary
 
-    follow(label, steps, lambda p: (p.done, p.total, f"shard {p.done}/{p.total}"))
+    outcome(label, steps)
     remember(out)
     emit(cache_summary(out), as_json, f"{out}: complete")
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.terminal.console import emit, follow
+from kd.commands.terminal.console import emit, outcome
 from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
 
 if TYPE_CHECKING:
-    from kd.cache_builder.share.transfer import TransferProgress
+    from kd.cache_builder.share.transfer import Transferred
     from kd.cache_builder.store.records.manifest import CacheManifest
 
 workers_option = click.option(
@@ -41,8 +41,8 @@ def cache_push(path: Path, url: str, license: str | None, private: bool, workers
     """
     from kd.cache_builder.share.push import push
 
-    last = follow("pushing", push(path, url, license=license, private=private, workers=workers), _show)
-    emit(_result(last) | {"url": url}, as_json, f"{url}: complete")
+    done = outcome("pushing", push(path, url, license=license, private=private, workers=workers))
+    emit(_result(done) | {"url": url}, as_json, f"{url}: complete")
 
 
 @click.command("pull")
@@ -97,12 +97,12 @@ def cache_pull(
         _slice(url, path, top_k, examples, as_json)
         return
     steps = pull(url, path, examples=examples, arrays=_choice(arrays, losses), workers=workers)
-    last = follow("pulling", steps, _show)
-    part = {} if last.part is None else {"part": {"shards": len(last.part.shards), "arrays": list(last.part.arrays)}}
-    result = _result(last) | part
-    if not as_json and last.part is not None:
-        result |= {"part": f"{len(last.part.shards)} shards of arrays {', '.join(last.part.arrays)}"}
-    emit(result, as_json, f"{path}: {'complete' if last.part is None else 'a part of the cache'}")
+    done = outcome("pulling", steps)
+    part = {} if done.part is None else {"part": {"shards": len(done.part.shards), "arrays": list(done.part.arrays)}}
+    result = _result(done) | part
+    if not as_json and done.part is not None:
+        result |= {"part": f"{len(done.part.shards)} shards of arrays {', '.join(done.part.arrays)}"}
+    emit(result, as_json, f"{path}: {'complete' if done.part is None else 'a part of the cache'}")
 
 
 def _slice(url: str, path: Path, top_k: int, examples: tuple[int, int] | None, as_json: bool) -> None:
@@ -113,7 +113,7 @@ def _slice(url: str, path: Path, top_k: int, examples: tuple[int, int] | None, a
     from kd.cache_builder.upkeep.summary import cache_summary
 
     steps = slice_cache(open_files(url), path, top_k=top_k, examples=examples)
-    follow("pulling", steps, lambda p: (p.done, p.total, f"shard {p.done}/{p.total}"))
+    outcome("pulling", steps)
     remember(path)
     emit(cache_summary(path), as_json, f"{path}: a slice of the cache, complete")
 
@@ -139,10 +139,5 @@ def _choice(arrays: str | None, losses: tuple[str, ...]) -> Callable[[CacheManif
     return choose
 
 
-def _show(step: TransferProgress) -> tuple[int, int, str]:
-    rate = step.bytes_moved / max(step.seconds, 1e-9) / 1e6
-    return step.bytes_done, step.bytes_total, f"{step.files} files, {rate:,.1f} MB/s"
-
-
-def _result(last: TransferProgress) -> dict[str, Any]:
-    return {k: v for k, v in asdict(last).items() if k in ("bytes_total", "bytes_moved", "files", "seconds")}
+def _result(done: Transferred) -> dict[str, Any]:
+    return {k: v for k, v in asdict(done).items() if k != "part"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from kd.commands.terminal.console import emit, emit_json, follow, progress_bar, quiet_libraries, say
+from kd.commands.terminal.console import emit, emit_json, outcome, progress_bar, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, MatrixSettings
@@ -55,9 +55,7 @@ def classify_eval(models: tuple[str, ...], settings: ClassifierEvaluation, as_js
 
     results = {}
     for model in models:
-        last = follow(f"evaluating {model}", evaluate_classifier(model, settings), lambda p: (p.done, p.total, p.note))
-        assert last.result is not None
-        results[model] = last.result
+        results[model] = outcome(f"evaluating {model}", evaluate_classifier(model, settings))
     if as_json:
         emit_json({model: result.to_dict() for model, result in results.items()})
         return
@@ -81,11 +79,10 @@ def classify_matrix(settings: MatrixSettings, as_json: bool) -> None:
 
     pool = read_pool(settings.pool)
     steps = cross_task_matrix(pool, load_heads(pool, settings.rows), settings.rows)
-    last = follow("cross-task matrix", steps, lambda p: (p.done, p.total, p.note))
-    assert last.result is not None
+    table = outcome("cross-task matrix", steps)
     if settings.out is not None:
-        last.result.save(settings.out, "matrix")
+        table.save(settings.out, "matrix")
     if as_json:
-        emit_json(last.result.to_dict())
+        emit_json(table.to_dict())
         return
-    say(last.result.markdown())
+    say(table.markdown())

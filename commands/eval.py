@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.terminal.console import emit, emit_json, follow, quiet_libraries, say
+from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.disk.disk_errors import WriteError
@@ -36,9 +36,7 @@ def evaluation_report(model: str, settings: EvalSettings) -> EvalReport:
     """Drive an evaluation and its progress bar to the end."""
     from kd.evaluation.evaluator import evaluate_model
 
-    last = follow(f"evaluating {model}", evaluate_model(model, settings), lambda p: (p.done, p.total, p.note))
-    assert last.result is not None
-    return last.result
+    return outcome(f"evaluating {model}", evaluate_model(model, settings))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.terminal.console import emit_json, follow, quiet_libraries, say
+from kd.commands.terminal.console import emit_json, outcome, quiet_libraries, say
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.evaluation.merged.merged_settings import MergeRun
@@ -27,8 +27,7 @@ def merge(settings: MergeRun, as_json: bool) -> None:
     from kd.evaluation.merged.merge_run import run_merge
 
     steps = run_merge(settings)
-    result = follow(f"merging ({settings.merge.method})", steps, lambda s: (s.done, s.total, s.note)).result
-    assert result is not None
+    result = outcome(f"merging ({settings.merge.method})", steps)
     if as_json:
         emit_json(result.to_dict())
     else:

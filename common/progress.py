@@ -6,11 +6,30 @@ result = final(evaluate_perplexity(model, tokenizer, corpus))      # the same, i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 Result = TypeVar("Result")
+
+
+class ProgressRecord(Protocol):
+    """What every progress record says, whatever else it holds."""
+
+    @property
+    def done(self) -> int:
+        """Units of work that are finished."""
+
+    @property
+    def total(self) -> int:
+        """Units of work there are."""
+
+    @property
+    def note(self) -> str:
+        """What is being done, in a few words."""
+
+
+AnyStep = TypeVar("AnyStep", bound=ProgressRecord)
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,7 @@ class Progress(Generic[Result]):
     """What is being done, in a few words."""
 
 
-def final(steps: Iterator[Progress[Result]]) -> Result:
+def final(steps: Iterable[Progress[Result]]) -> Result:
     """Run the work to its end in silence and return its result."""
     result = None
     for step in steps:

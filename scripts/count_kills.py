@@ -50,6 +50,7 @@ from kd.cache_builder.upkeep.merge_caches import merge_caches  # noqa: E402
 from kd.cache_builder.upkeep.repair import mend, reopen  # noqa: E402
 from kd.cache_builder.upkeep.slice_cache import slice_cache  # noqa: E402
 from kd.cache_builder.upkeep.verify import verify  # noqa: E402
+from kd.common.progress import final  # noqa: E402
 from kd.common.settings import make  # noqa: E402
 
 SHARES = {"build": 20, "workers": 10, "slice": 14, "merge": 14, "push": 14, "pull": 14, "repair": 14}
@@ -86,7 +87,7 @@ def ways(work: Path) -> dict[str, Callable[[Path], object]]:
 
     def repair(out: Path) -> None:
         """Half of the damage from a copy, the rest by building again."""
-        findings = [] if not (out / "manifest.json").exists() else list(verify(out))[-1].findings
+        findings = [] if not (out / "manifest.json").exists() else final(verify(out))
         for _ in mend(out, LocalFiles(one), [f for f in findings if f.shard != 1]):
             pass
         if any(f.shard == 1 for f in findings):
@@ -120,7 +121,7 @@ def problems(out: Path, action: Callable[[Path], object], unbroken: dict[str, by
     """What is wrong with what a killed run left, and after the same call again. A cache in repair need not be `sound` before."""
     found: list[str] = []
     if sound and any((out / name).exists() for name in ("manifest.json", "building.json")):
-        found += [f"damage: {f.where} {f.problem}" for f in list(verify(out))[-1].findings]
+        found += [f"damage: {f.where} {f.problem}" for f in final(verify(out))]
     code, text = child(lambda: action(out))
     if (code, text) != (0, ""):
         return [*found, f"the same call again: exit code {code}: {text[:200]}"]
@@ -228,7 +229,7 @@ def run_late(work: Path, sleeps: int, dice: random.Random) -> Tally:
             tally.lost.append(f"{out.name}: {codes}")
         if tree(out) != finished:
             tally.lost.append(f"{out.name}: the late builder changed a finished cache, or left something behind")
-        tally.lost += [f"{out.name}: {f.where} {f.problem}" for f in list(verify(out))[-1].findings]
+        tally.lost += [f"{out.name}: {f.where} {f.problem}" for f in final(verify(out))]
         shutil.rmtree(out)
     tally.seconds = time.monotonic() - started
     return tally

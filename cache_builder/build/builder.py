@@ -43,7 +43,11 @@ WAIT_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """One step of a build."""
+    """One step of a build.
+
+    It holds more than a `Progress` with a result: builders that share a cache read rows, shards and speed of every record, and
+    a build may end without a result, while another builder holds its last shards.
+    """
 
     rows_done: int
     """Rows that are scored or were committed before."""

@@ -18,11 +18,12 @@ from typing import Any
 
 from kd.cache_builder.build.build_settings import BuildSettings, PlacementSettings, TeacherSettings
 from kd.cache_builder.build.builder import require_finished
-from kd.cache_builder.build.from_settings import AnyStep, StageStep, assembled, build_request
+from kd.cache_builder.build.from_settings import assembled, build_request
 from kd.cache_builder.build.request import GivenTeacher
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.paths import as_path
+from kd.common.progress import AnyStep, ProgressRecord
 from kd.common.setting_fields import settings_of
 from kd.common.settings import flattened, make
 from kd.data.corpus import Corpus, corpus_of_rows
@@ -54,7 +55,7 @@ def build_cache(
     texts: Iterable[Text],
     *,
     out: str | os.PathLike[str],
-    on_progress: Callable[[StageStep], object] | None = None,
+    on_progress: Callable[[ProgressRecord], object] | None = None,
     **settings: Any,
 ) -> CacheReader:
     """Score `texts` with a model in memory, write the soft targets to the folder `out`, and open the cache.
@@ -182,7 +183,7 @@ def evaluating(model: Model) -> Iterator[None]:
             module.training = True
 
 
-def _watching(on_progress: Callable[[StageStep], object] | None) -> Any:
+def _watching(on_progress: Callable[[ProgressRecord], object] | None) -> Any:
     def watch(stage: str, steps: Iterator[AnyStep]) -> AnyStep:
         last: AnyStep | None = None
         for last in steps:

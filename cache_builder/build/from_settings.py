@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
 from kd.cache_builder.build.builder import BuildProgress, build
@@ -23,6 +23,7 @@ from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
+from kd.common.progress import AnyStep
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.corpus import Corpus
 from kd.data.sources import load_classes, load_corpus
@@ -37,25 +38,6 @@ ENCODER_TARGET_LEN = 256
 """Default target length of an encoder-decoder."""
 ANSWER_TOKENS = 255
 """Default length of an answer that the teacher writes; with its EOS token it is a target of 256."""
-
-
-class StageStep(Protocol):
-    """A progress record."""
-
-    @property
-    def done(self) -> int:
-        """Units of work that are finished."""
-
-    @property
-    def total(self) -> int:
-        """Units of work in all."""
-
-    @property
-    def note(self) -> str:
-        """More about this record, for people."""
-
-
-AnyStep = TypeVar("AnyStep", bound=StageStep)
 
 
 class Watch(Protocol):

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from kd.cache_builder.share.fetching import fetch, fetch_small, in_parallel
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote, holds
-from kd.cache_builder.share.transfer import COMMIT_BYTES, Tally, TransferProgress, describe, raise_mismatch
+from kd.cache_builder.share.transfer import COMMIT_BYTES, Tally, Transferred, describe, raise_mismatch
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import (
     ANSWERS,
@@ -38,6 +38,7 @@ from kd.cache_builder.upkeep.verify import BESIDE
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import MAX_JSON_BYTES, publish, sync_folder, unfinished, write_error
 from kd.common.paths import as_path
+from kd.common.progress import Progress
 from kd.common.strangers.plain_files import read_plain
 
 STAGING = ".staging-pull"
@@ -51,7 +52,7 @@ def pull(
     examples: tuple[int, int] | None = None,
     arrays: Callable[[CacheManifest], Collection[str]] | None = None,
     workers: int = 8,
-) -> Iterator[TransferProgress]:
+) -> Iterator[Progress[Transferred]]:
     """Copy a cache, or a part of it, from `url` to `path`.
 
     examples   first example and one past the last: copy only the shards that hold them; None means all
@@ -75,7 +76,7 @@ def _pulled(
     examples: tuple[int, int] | None,
     arrays: Callable[[CacheManifest], Collection[str]] | None,
     workers: int,
-) -> Iterator[TransferProgress]:
+) -> Iterator[Progress[Transferred]]:
     remote, tally, stop = open_remote(url), Tally(), threading.Event()
     with _staging(root) as staging:
         manifest, part = describe(remote, staging)
@@ -104,7 +105,7 @@ def _pulled(
         else:
             part.save(root, manifest)
         _publish(staging, root, MANIFEST)
-    yield tally.now(None if part == whole(manifest) else part)
+    yield tally.end(None if part == whole(manifest) else part)
 
 
 def _offered(remote: Remote, wanted: Part, offered: Part | None, everything: bool) -> Part:

@@ -18,7 +18,7 @@ from kd.cache_builder.share.dataset_card import CARD, dataset_card
 from kd.cache_builder.share.fetching import in_parallel, persist
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
-from kd.cache_builder.share.transfer import Tally, TransferProgress, fetch_if_there, raise_mismatch
+from kd.cache_builder.share.transfer import Tally, Transferred, fetch_if_there, raise_mismatch
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, load_manifest
@@ -26,12 +26,13 @@ from kd.cache_builder.store.records.part import PARTIAL, load_part
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import MAX_JSON_BYTES
 from kd.common.paths import as_path
+from kd.common.progress import Progress
 from kd.common.strangers.plain_files import read_plain
 
 
 def push(
     path: str | Path, url: str, *, license: str | None = None, private: bool = False, workers: int = 8
-) -> Iterator[TransferProgress]:
+) -> Iterator[Progress[Transferred]]:
     """Copy a complete cache to `url`; on the hub, with a dataset card that names the `license`.
 
     Raises CacheError for a cache that is not whole, CacheDamageError for one that is damaged, CacheMismatchError when
@@ -80,7 +81,7 @@ def push(
             tally.add(files=1)
     finally:
         remote.close()
-    yield tally.now()
+    yield tally.end()
 
 
 def _batches(names: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kd.cache_builder.share.fetching import fetch_small
@@ -14,19 +14,18 @@ from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, loa
 from kd.cache_builder.store.records.part import PARTIAL, Part, load_part
 from kd.common.errors import CacheError, CacheMismatchError, KdError
 from kd.common.files import MAX_JSON_BYTES
+from kd.common.progress import Progress
 
 COMMIT_BYTES = 2**20
 """Most bytes of a commit. Its size is not recorded; a commit has a few kilobytes."""
 
 
 @dataclass(frozen=True)
-class TransferProgress:
-    """Progress of a push or a pull."""
+class Transferred:
+    """What a push or a pull did."""
 
-    bytes_done: int
-    """Bytes that are at their place, including those that were there before."""
     bytes_total: int
-    """Bytes of everything that is to be there at the end."""
+    """Bytes that are at their place, including those that were there before."""
     bytes_moved: int
     """Bytes transferred in this run."""
     files: int
@@ -54,8 +53,15 @@ class Tally:
         """Count bytes from the network; a negative number takes back bytes that turned out wrong."""
         self.add(done=count, moved=max(count, 0))
 
-    def now(self, part: Part | None = None) -> TransferProgress:
-        return TransferProgress(self.done, self.total, self.moved, self.files, time.monotonic() - self.started, part)
+    def now(self) -> Progress[Transferred]:
+        """Progress in bytes that are at their place, including those that were there before."""
+        rate = self.moved / max(time.monotonic() - self.started, 1e-9) / 1e6
+        return Progress(self.done, self.total, note=f"{self.files} files, {rate:,.1f} MB/s")
+
+    def end(self, part: Part | None = None) -> Progress[Transferred]:
+        """The last record; `part` is what a copy holds, None for a whole cache."""
+        done = Transferred(self.total, self.moved, self.files, time.monotonic() - self.started, part)
+        return replace(self.now(), result=done)
 
 
 def describe(remote: Remote, folder: Path) -> tuple[CacheManifest, Part | None]:

@@ -23,19 +23,10 @@ from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.cache_builder.upkeep.conversion import converted, measured
 from kd.common.files import write_error
+from kd.common.progress import Progress
 from kd.common.shown_text import public_place
 from kd.data.left_out import joined, recorded
 from kd.data.tokenizing.token_notes import joined_notes
-
-
-@dataclass(frozen=True)
-class DeriveProgress:
-    """Progress of a slice or a merger."""
-
-    done: int
-    """Shards written so far."""
-    total: int
-    """Shards in all."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +49,8 @@ def write_derived(
     config: TargetConfig,
     shards: list[list[Piece]],
     made_from: str,
-) -> Iterator[DeriveProgress]:
-    """Write a cache whose shards are made of pieces of other caches; the same call continues.
+) -> Iterator[Progress[Path]]:
+    """Write a cache whose shards are made of pieces of other caches; yields progress in shards. The same call continues.
 
     identity    of the new cache
     config      what is kept of each row; where it is that of the readers, rows are copied as they are stored
@@ -111,7 +102,7 @@ def write_derived(
                 whole = all(_is_whole(readers[p.source], p) for p in pieces) and config == readers[0].config
                 quality = _summed(readers, pieces) if whole else None
                 _write(writer, index, [_taken(readers[p.source], p, config) for p in pieces], config, quality)
-            yield DeriveProgress(index + 1, len(shards))
+            yield Progress(index + 1, len(shards), note=f"shard {index + 1}/{len(shards)}")
         if manifest.complete:
             writer.tidy()  # a run that was killed at its very end has left its `building.json`
         else:
@@ -120,6 +111,7 @@ def write_derived(
         raise write_error(out, error) from error
     finally:
         writer.close()
+    yield Progress(len(shards), len(shards), out, "complete")
 
 
 def _sequences(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> Iterator[np.ndarray]:

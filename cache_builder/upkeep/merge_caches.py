@@ -13,12 +13,13 @@ from typing import Any
 
 from kd.cache_builder.store.readers.mixed_reader import refuse_unlike
 from kd.cache_builder.store.readers.reader import CacheReader
-from kd.cache_builder.upkeep.derived_cache import DeriveProgress, Piece, write_derived
+from kd.cache_builder.upkeep.derived_cache import Piece, write_derived
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import digest_of
+from kd.common.progress import Progress
 
 
-def merge_caches(paths: Sequence[Path], out: Path) -> Iterator[DeriveProgress]:
+def merge_caches(paths: Sequence[Path], out: Path) -> Iterator[Progress[Path]]:
     """Write the examples of several caches, one cache after another, to `out`.
 
     The same call continues where an earlier one stopped. Raises CacheMismatchError, with the difference, where the caches are

@@ -23,17 +23,14 @@ from kd.cache_builder.store.records.shard_record import parse_shard_record
 from kd.cache_builder.upkeep.verify import Finding
 from kd.common.errors import CacheDamageError, CacheMismatchError
 from kd.common.files import MAX_JSON_BYTES, process_tag, publish, read_json, sync_folder, write_error
+from kd.common.progress import Progress
 from kd.common.strangers.plain_files import read_plain
 
 
 @dataclass(frozen=True)
-class MendProgress:
-    """Progress of mending."""
+class Mended:
+    """What became of the damaged files."""
 
-    done: int
-    """Damaged files and shards that were worked on."""
-    total: int
-    """Damaged files and shards."""
     mended: tuple[str, ...]
     """Files that were replaced."""
     failed: tuple[str, ...]
@@ -67,8 +64,11 @@ def mend_manifest(root: Path, copy: CacheFiles) -> bool:
     return False
 
 
-def mend(root: Path, copy: CacheFiles, findings: Sequence[Finding]) -> Iterator[MendProgress]:
-    """Replace the files that `findings` name by those of `copy`, if these match the digests that this cache has recorded."""
+def mend(root: Path, copy: CacheFiles, findings: Sequence[Finding]) -> Iterator[Progress[Mended]]:
+    """Replace the files that `findings` name by those of `copy`, if these match the digests that this cache has recorded.
+
+    Progress counts damaged files and shards.
+    """
     manifest, files = load_manifest(root), LocalFiles(root)
     shards = sorted({f.shard for f in findings if f.shard is not None})
     names = [f.where for f in findings if f.shard is None and f.where in manifest.files]
@@ -79,7 +79,7 @@ def mend(root: Path, copy: CacheFiles, findings: Sequence[Finding]) -> Iterator[
     for name in names:
         _take(root, copy, name, manifest.files[name], mended, failed)
         done += 1
-        yield MendProgress(done, total, tuple(mended), tuple(failed))
+        yield Progress(done, total, note=f"{len(mended)} files")
     for index in shards:
         commit = commits.commit_path(root, index).relative_to(root).as_posix()
         try:
@@ -97,8 +97,8 @@ def mend(root: Path, copy: CacheFiles, findings: Sequence[Finding]) -> Iterator[
             except CacheDamageError:
                 _take(root, copy, name, entry, mended, failed)
         done += 1
-        yield MendProgress(done, total, tuple(mended), tuple(failed))
-    yield MendProgress(total, total, tuple(mended), tuple(failed))
+        yield Progress(done, total, note=f"{len(mended)} files")
+    yield Progress(total, total, Mended(tuple(mended), tuple(failed)), f"{len(mended)} files")
 
 
 def _take(root: Path, copy: CacheFiles, name: str, entry: dict[str, Any], mended: list[str], failed: list[str]) -> None:

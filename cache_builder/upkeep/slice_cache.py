@@ -15,8 +15,9 @@ from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
-from kd.cache_builder.upkeep.derived_cache import DeriveProgress, Piece, write_derived
+from kd.cache_builder.upkeep.derived_cache import Piece, write_derived
 from kd.common.errors import DataError
+from kd.common.progress import Progress
 
 
 def slice_cache(
@@ -27,7 +28,7 @@ def slice_cache(
     top_k: int | None = None,
     logprob_codec: str | None = None,
     examples: tuple[int, int] | None = None,
-) -> Generator[DeriveProgress, None, None]:
+) -> Generator[Progress[Path], None, None]:
     """Write a smaller cache to `out`; the same call continues where an earlier one stopped.
 
     profile         keep only what this profile keeps; None keeps the profile

@@ -30,6 +30,7 @@ from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.common.errors import CacheDamageError, CacheError, KdError
+from kd.common.progress import Progress
 from kd.common.strangers.plain_files import read_plain
 
 BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
@@ -52,20 +53,8 @@ class Finding:
     """`start:stop` addresses in the arrays, as narrow as could be determined; None for a file outside the shards."""
 
 
-@dataclass(frozen=True)
-class VerifyProgress:
-    """Progress of a verification."""
-
-    bytes_done: int
-    """Bytes of the shards checked so far."""
-    bytes_total: int
-    """Bytes of all files."""
-    findings: tuple[Finding, ...]
-    """Damage found so far."""
-
-
-def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator[VerifyProgress]:
-    """Check a cache; yields progress, the last one with all findings.
+def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator[Progress[tuple[Finding, ...]]]:
+    """Check a cache; yields progress in bytes, and on the last record everything that was found.
 
     Without `promises`, only bytes are compared with their digests, which finds every change since they were committed. Shards
     are checked on as many threads as there are processors, those of a URL one by one.
@@ -106,12 +95,12 @@ def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator
                 checked, future = waiting.popleft()
                 findings += future.result()
                 done += sum(_size(root / n) for n in commits.shard_files(arrays, checked).values())
-                yield VerifyProgress(done, total, tuple(findings))
+                yield Progress(done, total, note=f"{len(findings)} findings")
     for path in files_below(root) if manifest.complete else ():
         inner = path.relative_to(root)
         if inner.parts[0] not in BESIDE and inner.as_posix() not in names_of_cache:
             findings.append(Finding(inner.as_posix(), "a file that no commit knows"))
-    yield VerifyProgress(total, total, tuple(findings))
+    yield Progress(total, total, tuple(findings), f"{len(findings)} findings")
 
 
 def _committed_bytes(files: CacheFiles, manifest: CacheManifest, present: Sequence[int]) -> int:

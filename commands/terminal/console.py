@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from kd.common.progress import AnyStep, Progress, Result, final
 from kd.common.shown_text import for_terminal, without_secrets
 from kd.data.left_out import said
-
-Record = TypeVar("Record")
-"""Type of a progress record."""
 
 
 def say(text: object = "", *, err: bool = False) -> None:
@@ -65,8 +63,9 @@ def readable(value: Any) -> str:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
     """A function `(done, total, note)` that draws a bar on a terminal, and elsewhere prints a line every ten per cent."""
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -88,22 +87,24 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
         TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with rich_progress.Progress(*columns, console=console) as bar:
         task = bar.add_task(label, total=None, note="")
         yield lambda done, total, note: bar.update(task, completed=done, total=total, note=for_terminal(note))
 
 
-def follow(label: str, steps: Iterable[Record], show: Callable[[Record], tuple[int, int, str]]) -> Record:
-    """Drive a generator of progress records to its end behind a progress bar; returns the last record.
-
-    show   a record -> units done, units in all, and a note for people
-    """
-    last: Record | None = None
-    with progress_bar(label) as advance:
+def follow(stage: str, steps: Iterable[AnyStep]) -> AnyStep:
+    """Drive a generator of progress records to its end behind a progress bar; returns the last record."""
+    last: AnyStep | None = None
+    with progress_bar(stage) as advance:
         for last in steps:
-            advance(*show(last))
+            advance(last.done, last.total, last.note)
     assert last is not None
     return last
+
+
+def outcome(stage: str, steps: Iterable[Progress[Result]]) -> Result:
+    """Drive work to its end behind a progress bar; returns its result."""
+    return final([follow(stage, steps)])
 
 
 def quiet_libraries() -> None:

@@ -21,6 +21,7 @@ from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import canonical_json
+from kd.common.progress import final
 
 Harm = Callable[[Path, Path, random.Random], "list[Path]"]
 """`(root, file, dice)` -> the files that are not what they were."""
@@ -110,7 +111,7 @@ HARMS: tuple[Harm, ...] = (
 def found_by_verify(root: Path) -> set[str] | None:
     """Files that verification names; None where it could not begin."""
     try:
-        return {f.where for f in list(verify(root))[-1].findings}
+        return {f.where for f in final(verify(root))}
     except CacheDamageError:
         return None
 
@@ -141,7 +142,7 @@ def one_after_another(root: Path, rounds: int, seed: int) -> None:
             assert places == ["manifest.json"], (harm.__name__, places)
         else:
             assert set(places) <= named, (harm.__name__, places, named)
-            findings = [f for f in list(verify(root))[-1].findings if f.where in places]
+            findings = [f for f in final(verify(root)) if f.where in places]
             assert all(f.shard == shard_of.get(root / f.where) for f in findings)
             assert all(
                 (f.array is not None and f.rows) or f.shard is None or f.where.startswith("commits/") for f in findings

@@ -25,6 +25,7 @@ from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.repair import mend, reopen
 from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.verify import verify
+from kd.common.progress import final
 
 LIMITS = {
     "full": ("size=60k", "the disk is full"),
@@ -55,7 +56,7 @@ def ways(sources: dict[str, Path], build_request) -> dict[str, Callable[[Path], 
     one, two = sources["one"], sources["two"]
 
     def repair(out: Path) -> None:
-        findings = list(verify(out))[-1].findings
+        findings = final(verify(out))
         list(mend(out, LocalFiles(one), findings))
 
     return {
@@ -95,7 +96,7 @@ def test_no_room_is_a_clear_error_and_the_same_call_continues(
     if out.exists():
         shutil.copytree(out, tmp_path / "c")
     assert child(lambda: ways[way](tmp_path / "c")) == (0, "")
-    assert list(verify(tmp_path / "c"))[-1].findings == ()
+    assert final(verify(tmp_path / "c")) == ()
     assert list((tmp_path / "c").rglob(".*")) == []
 
 
@@ -104,7 +105,7 @@ def test_a_repair_that_may_not_write_says_so(mounted, sources):
     shutil.copytree(sources["one"], disk / "c")
     (disk / "c" / "examples" / "00000.parquet").unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    findings = list(verify(disk / "c"))[-1].findings
+    findings = final(verify(disk / "c"))
     code, text = child(lambda: reopen(disk / "c", findings))
     assert (code, text.splitlines()[0]) == (1, "cannot write the cache")
     assert os.path.exists(disk / "c" / "manifest.json")

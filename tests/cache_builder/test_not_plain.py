@@ -24,6 +24,7 @@ from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, KdError
+from kd.common.progress import final
 
 SECONDS = 20
 """Most time for all commands on one damaged cache; each takes a tenth of a second."""
@@ -51,7 +52,7 @@ def every_command(root: Path, name: str, work: Path) -> None:
     work.mkdir()
     assert refuses(lambda: read_all(root)), "read"
     try:
-        found = {finding.where for finding in list(verify(root))[-1].findings}
+        found = {finding.where for finding in final(verify(root))}
         assert name in found, f"verify names {found}"
     except CacheError:
         assert name == "manifest.json", "verify"
@@ -132,11 +133,12 @@ def mended(small: Path, tmp_path: Path) -> Path:
 def test_repair_replaces_a_link_by_the_file(mended: Path, small: Path, tree):
     for name in ("commits/00000.json", "targets.zarr/gold_ids/c/0"):
         a_link_to_the_same_bytes_elsewhere(mended / name)
-    last = list(mend(mended, LocalFiles(small), list(verify(mended))[-1].findings))[-1]
+    findings = final(verify(mended))
+    last = final(mend(mended, LocalFiles(small), findings))
     assert last.failed == ()
     assert tree(mended) == tree(small)
     a_link_to_the_same_bytes_elsewhere(mended / "manifest.json")
     with pytest.raises(CacheDamageError):
         load_manifest(mended)
     assert mend_manifest(mended, LocalFiles(small))
-    assert list(verify(mended))[-1].findings == ()
+    assert final(verify(mended)) == ()

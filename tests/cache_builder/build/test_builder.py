@@ -30,6 +30,7 @@ from kd.cache_builder.teacher.teacher_pass import Teacher
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, DataError, TeacherError
 from kd.common.files import process_tag
+from kd.common.progress import final
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.loading import ModelRequest
 from kd.models.tokenizer import load_tokenizer
@@ -291,7 +292,7 @@ def test_a_build_leaves_alone_what_a_live_builder_of_another_host_has_staged(tmp
         (out / name).write_text("{}")
     run_build(build_request(out))
     assert all((out / name).exists() for name in names)
-    assert [f for v in verify(out) for f in v.findings] == []
+    assert final(verify(out)) == ()
 
 
 def test_of_two_builders_that_start_at_once_the_second_accepts_the_first_ones_shards_or_stops(tmp_path, build_request):
@@ -303,7 +304,7 @@ def test_of_two_builders_that_start_at_once_the_second_accepts_the_first_ones_sh
     with pytest.raises(CacheMismatchError, match="laid this directory out differently") as caught:
         list(build(plans[2]))
     assert "--shard-rows" in str(caught.value)
-    assert [f for v in verify(tmp_path / "c") for f in v.findings] == []
+    assert final(verify(tmp_path / "c")) == ()
 
 
 # failing writers
@@ -653,7 +654,7 @@ def test_an_encoder_decoder_cache_holds_one_row_per_target_token_and_the_end(pai
     assert reader.manifest.vocabulary_size == len(tokenizer) < 320  # the logits are wider
     assert reader.manifest.identity["tokenizer"]["eos_token_id"] == 1
     assert reader.manifest.blocks.encoder
-    assert [f for v in verify(pairs_request().out) for f in v.findings] == []
+    assert final(verify(pairs_request().out)) == ()
 
 
 def test_byte_ends_follow_the_text_as_it_was_written(pairs_request, run_build):

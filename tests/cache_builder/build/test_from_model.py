@@ -20,6 +20,7 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
+from kd.common.progress import final
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.models.pretrained import load_teacher
@@ -56,8 +57,7 @@ def test_its_targets_are_those_of_the_same_model_by_name(
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
     teacher = reader.manifest.identity["teacher"]
     assert (teacher["model"], teacher["model_class"]) == ("in memory", "GPT2LMHeadModel")
-    *_, checked = verify(tmp_path / "given")
-    assert checked.findings == ()
+    assert final(verify(tmp_path / "given")) == ()
 
 
 @pytest.mark.parametrize("device_map", ["file", "mapping"])

@@ -20,7 +20,7 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
-from kd.common.progress import Progress
+from kd.common.progress import Progress, final
 from kd.models.loading import ModelRequest, load_model
 from kd.models.tokenizer import load_tokenizer
 
@@ -104,7 +104,7 @@ def test_what_is_cached_is_the_answer_and_its_end_only_where_it_came_to_one(make
         assert list(example.targets.gold_ids) == ids + [tokenizer.eos_token_id] * said["complete"]
     identity = reader.manifest.identity["corpus"]
     assert identity["targets"] == {"max_new_tokens": 8, "temperature": 0.0, "seed": 0}
-    assert [f for v in verify(reader.root) for f in v.findings] == []
+    assert final(verify(reader.root)) == ()
 
 
 def test_greedy_answers_rank_first(make):
@@ -163,7 +163,7 @@ def test_answers_that_were_damaged_or_belong_to_others_are_noticed(make, model_d
     file = reader.root / "generated" / "00000.parquet"
     shutil.copy(file, file.with_suffix(".keep"))
     file.write_bytes(file.read_bytes()[:-20])
-    assert [f.where for v in verify(reader.root) for f in v.findings][:1] == ["generated/00000.parquet"]
+    assert [f.where for f in final(verify(reader.root))][:1] == ["generated/00000.parquet"]
     with pytest.raises(CacheDamageError, match="cannot be read"):
         list(generate(make(model_dir)))
 

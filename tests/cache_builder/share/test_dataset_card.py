@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hostile import change_manifest
 from servers import HubServer
 
 from kd.cache_builder.share.push import push
-from kd.cache_builder.share.transfer import TransferProgress
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.verify import verify
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
 
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
-
-
 def findings(root: Path) -> list[str]:
-    return [f"{f.where}: {f.problem}" for f in list(verify(root))[-1].findings]
+    return [f"{f.where}: {f.problem}" for f in final(verify(root))]
 
 
 def test_a_cache_on_the_hub_has_a_card(cache: Path, hub: HubServer, tmp_path: Path):
-    to_the_end(push(cache, "hf://datasets/us/cache", license="cc-by-4.0", private=True))
+    final(push(cache, "hf://datasets/us/cache", license="cc-by-4.0", private=True))
     repository = hub.repositories["us/cache"]
     files = repository.files("main")
     assert files is not None
@@ -40,7 +35,7 @@ def test_a_cache_on_the_hub_has_a_card(cache: Path, hub: HubServer, tmp_path: Pa
     mine = b"---\nlicense: mit\n---\nwritten by hand\n"
     repository.commits["f" * 40] = files | {"README.md": (mine, False)}
     repository.branches["main"] = "f" * 40
-    to_the_end(push(cache, "hf://datasets/us/cache"))
+    final(push(cache, "hf://datasets/us/cache"))
     files = repository.files("main")
     assert files is not None
     assert files["README.md"][0] == mine

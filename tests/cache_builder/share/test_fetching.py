@@ -5,23 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from servers import Answer
 
 from kd.cache_builder.share.pull import pull
-from kd.cache_builder.share.transfer import TransferProgress
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.common.errors import CacheDamageError, CacheError
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
 Tree = Callable[[Path], dict[str, bytes]]
-
-
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
 
 
 def flip(answer: Answer) -> None:
@@ -39,7 +34,7 @@ def test_a_slow_link_is_only_slow(cache: Path, tmp_path: Path, tree: Tree, serve
     steps = list(pull(server.url, tmp_path / "copy", workers=32))
     assert tree(tmp_path / "copy") == tree(cache)
     assert len(steps) > 1  # somebody watching sees it move
-    assert [s.bytes_done for s in steps] == sorted(s.bytes_done for s in steps)
+    assert [s.done for s in steps] == sorted(s.done for s in steps)
 
 
 def test_a_server_that_never_works_is_an_error_and_the_next_pull_goes_on(
@@ -54,13 +49,13 @@ def test_a_server_that_never_works_is_an_error_and_the_next_pull_goes_on(
 
     server.fault = broken
     with pytest.raises(CacheError, match="failed again and again") as error:
-        to_the_end(pull(server.url, tmp_path / "copy", workers=1))
+        final(pull(server.url, tmp_path / "copy", workers=1))
     assert error.value.details["file"] == gold
     assert error.value.exit_code == 1
     with pytest.raises(CacheError, match="this is not a cache"):
         load_manifest(tmp_path / "copy")
     server.fault, before = None, len(server.log)
-    to_the_end(pull(server.url, tmp_path / "copy"))
+    final(pull(server.url, tmp_path / "copy"))
     assert tree(tmp_path / "copy") == tree(cache)
     first = set(commits.shard_files(load_manifest(cache).arrays, 0).values())
     assert not first & {path[1:] for _, path, _ in server.log[before:]}  # what had arrived is not fetched again
@@ -69,7 +64,7 @@ def test_a_server_that_never_works_is_an_error_and_the_next_pull_goes_on(
 def test_a_byte_that_was_wrong_once_is_fetched_again(cache: Path, tmp_path: Path, tree: Tree, serve):
     server = serve(cache)
     server.fault = lambda path, before, answer: flip(answer) if before == 0 and path.startswith("/targets") else None
-    to_the_end(pull(server.url, tmp_path / "copy"))
+    final(pull(server.url, tmp_path / "copy"))
     assert tree(tmp_path / "copy") == tree(cache)
 
 
@@ -82,7 +77,7 @@ def test_a_wrong_byte_is_damage_and_names_the_file(name: str, cache: Path, tmp_p
         name = commits.shard_files(load_manifest(cache).arrays, 2)[name]
     server.fault = lambda path, before, answer: flip(answer) if path == f"/{name}" else None
     with pytest.raises(CacheDamageError) as error:
-        to_the_end(pull(server.url, tmp_path / "copy"))
+        final(pull(server.url, tmp_path / "copy"))
     if name != "manifest.json":
         assert error.value.details["file"] == name
     assert str(error.value.details["where"]).startswith(server.url)
@@ -102,7 +97,7 @@ def test_a_file_of_another_length_is_damage(cache: Path, tmp_path: Path, serve):
 
         server.fault = short
         with pytest.raises((CacheDamageError, CacheError)) as error:
-            to_the_end(pull(server.url, tmp_path / "copy"))
+            final(pull(server.url, tmp_path / "copy"))
         assert error.value.details["file"] == "vocabulary.parquet"
         shutil.rmtree(tmp_path / "copy")
 
@@ -121,16 +116,16 @@ def test_a_missing_file_is_damage_and_a_missing_manifest_no_cache(cache: Path, t
 
         server.fault = gone
         with pytest.raises(kind, match=words):
-            to_the_end(pull(server.url, tmp_path / name.split(".")[0]))
+            final(pull(server.url, tmp_path / name.split(".")[0]))
 
 
 def test_no_more_is_taken_than_was_promised(cache: Path, tmp_path: Path, serve, monkeypatch: pytest.MonkeyPatch):
     server = serve(cache, ranges=False)
     server.fault = lambda path, before, answer: setattr(answer, "endless", path == "/vocabulary.parquet")
-    to_the_end(pull(server.url, tmp_path / "copy"))  # the right bytes, then zeros for ever
+    final(pull(server.url, tmp_path / "copy"))  # the right bytes, then zeros for ever
     assert server.sent < 64 * 2**20
     monkeypatch.setattr("kd.cache_builder.share.transfer.MAX_JSON_BYTES", 10**6)
     server.fault = lambda path, before, answer: setattr(answer, "endless", path == "/manifest.json")
     with pytest.raises(CacheDamageError, match="too large"):
-        to_the_end(pull(server.url, tmp_path / "other"))
+        final(pull(server.url, tmp_path / "other"))
     assert server.sent < 128 * 2**20

@@ -4,43 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from servers import HubServer
 
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
-from kd.cache_builder.share.transfer import TransferProgress
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
 Tree = Callable[[Path], dict[str, bytes]]
 
 
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
-
-
 def test_branches_and_folders_of_the_hub_hold_caches_of_their_own(
     cache: Path, small: Path, hub: HubServer, tmp_path: Path, tree: Tree
 ):
-    to_the_end(push(cache, "hf://datasets/us/both@other"))
-    to_the_end(push(small, "hf://datasets/us/both/deep/inside"))
+    final(push(cache, "hf://datasets/us/both@other"))
+    final(push(small, "hf://datasets/us/both/deep/inside"))
     for url, root in (
         ("both@other", cache),
         ("both/deep/inside", small),
         (f"both@{hub.repositories['us/both'].branches['other']}", cache),
     ):
-        to_the_end(pull(f"hf://datasets/us/{url}", tmp_path / url.replace("/", "-")))
+        final(pull(f"hf://datasets/us/{url}", tmp_path / url.replace("/", "-")))
         assert tree(tmp_path / url.replace("/", "-")) == tree(root)
 
 
 def test_a_push_during_a_pull_does_not_mix_two_states(small: Path, hub: HubServer, tmp_path: Path, tree: Tree):
-    to_the_end(push(small, "hf://datasets/us/cache"))
+    final(push(small, "hf://datasets/us/cache"))
     steps = pull("hf://datasets/us/cache", tmp_path / "copy")
     next(steps)
     repository = hub.repositories["us/cache"]
     repository.commits["e" * 40] = {}
     repository.branches["main"] = "e" * 40
-    to_the_end(steps)
+    final(steps)
     assert tree(tmp_path / "copy") == tree(small)

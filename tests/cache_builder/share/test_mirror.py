@@ -23,6 +23,7 @@ from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty", "home")
 
@@ -183,7 +184,7 @@ def test_wrong_bytes_and_a_dead_server_are_errors_that_name_the_file(small: Path
     with pytest.raises(CacheDamageError, match="other bytes") as error:
         reader[0]
     assert error.value.details["file"] == name
-    found = list(verify(open_files(server.url)))[-1].findings
+    found = final(verify(open_files(server.url)))
     assert [(f.where, f.array) for f in found] == [(name, "logprobs")]
 
     def broken(path: str, before: int, answer: Answer) -> None:
@@ -203,8 +204,7 @@ def test_a_url_is_described_without_its_shards_and_verified_within_the_bound(cac
     assert there["bytes"] == pytest.approx(here["bytes"], rel=0.2)  # without manifest and commits
     limit = max(commits.read_commit(cache, load_manifest(cache), i).bytes for i in range(3)) * 2
     files = open_files(server.url, limit)
-    last = list(verify(files))[-1]
-    assert last.findings == ()
+    assert final(verify(files)) == ()
     assert stored(files.root) <= limit
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from servers import HubServer, Proxy
 
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
-from kd.cache_builder.share.transfer import TransferProgress
 from kd.common.errors import CacheError, DataError, KdError
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
-
-
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
 
 
 def test_addresses_that_name_no_place_are_refused(cache: Path, tmp_path: Path, s3: Proxy, hub: HubServer):
@@ -31,7 +26,7 @@ def test_addresses_that_name_no_place_are_refused(cache: Path, tmp_path: Path, s
         ("file://elsewhere/cache", CacheError, "this machine"),
     ):
         with pytest.raises(kind, match=words):
-            to_the_end(pull(url, tmp_path / "copy"))
+            final(pull(url, tmp_path / "copy"))
     for url, words in (("https://host/cache", "only be read"), ("s3://nobody/cache", "no such bucket")):
         with pytest.raises(KdError, match=words):
-            to_the_end(push(cache, url))
+            final(push(cache, url))

@@ -16,22 +16,18 @@ import pytest
 
 from kd.cache_builder.share.pull import STAGING, pull
 from kd.cache_builder.share.push import push
-from kd.cache_builder.share.transfer import TransferProgress
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
 Tree = Callable[[Path], dict[str, bytes]]
 
 
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
-
-
 def findings(root: Path) -> list[str]:
-    return [f"{f.where}: {f.problem}" for f in list(verify(root))[-1].findings]
+    return [f"{f.where}: {f.problem}" for f in final(verify(root))]
 
 
 def rewritten(cache: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -55,7 +51,7 @@ def test_a_name_that_leaves_the_directory_is_refused_before_anything_is_fetched(
 
     server = serve(rewritten(cache, tmp_path / "hostile", change))
     with pytest.raises(CacheDamageError, match="contradicts itself"):
-        to_the_end(pull(server.url, tmp_path / "deep" / "copy"))
+        final(pull(server.url, tmp_path / "deep" / "copy"))
     assert [path for path in server.gets() if "manifest" not in path and "partial" not in path] == []
     assert not list(tmp_path.rglob("escaped"))
 
@@ -65,7 +61,7 @@ def test_what_cannot_fit_is_refused_before_it_is_fetched(cache: Path, tmp_path: 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CacheError, match="too small"):
-        to_the_end(pull(server.url, tmp_path / "copy"))
+        final(pull(server.url, tmp_path / "copy"))
     assert not server.gets("gold_ids/c")
 
 
@@ -77,7 +73,7 @@ def test_a_pull_mends_a_damaged_copy(cache: Path, tmp_path: Path, tree: Tree):
     (copy / "commits" / "00001.json").unlink()
     (copy / "vocabulary.parquet").write_bytes(b"")
     assert len(findings(copy)) >= 3
-    last = to_the_end(pull(str(cache), copy))
+    last = final(pull(str(cache), copy))
     assert tree(copy) == tree(cache)
     assert last.files == 3
 
@@ -86,15 +82,15 @@ def test_another_cache_is_not_overwritten(cache: Path, tmp_path: Path, build_req
     run_build(build_request(tmp_path / "other"))
     before = tree(tmp_path / "other")
     with pytest.raises(CacheMismatchError, match="another cache is there") as error:
-        to_the_end(pull(str(cache), tmp_path / "other"))
+        final(pull(str(cache), tmp_path / "other"))
     assert "differs targets.profile" in error.value.details
     assert tree(tmp_path / "other") == before or STAGING in {p.name for p in (tmp_path / "other").iterdir()}
     with pytest.raises(CacheMismatchError, match="another cache is there"):
-        to_the_end(push(cache, str(tmp_path / "other")))
+        final(push(cache, str(tmp_path / "other")))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("…")
     with pytest.raises(CacheError, match="not empty"):
-        to_the_end(pull(str(cache), tmp_path / "mine"))
+        final(pull(str(cache), tmp_path / "mine"))
 
 
 def test_two_pulls_into_one_directory_are_refused(cache: Path, tmp_path: Path, tree: Tree, serve):
@@ -102,7 +98,7 @@ def test_two_pulls_into_one_directory_are_refused(cache: Path, tmp_path: Path, t
     next(first)
     with pytest.raises(CacheError, match="another pull"):
         next(pull(str(cache), tmp_path / "copy"))
-    to_the_end(first)
+    final(first)
     assert tree(tmp_path / "copy") == tree(cache)
 
 
@@ -124,5 +120,5 @@ def test_a_pull_that_is_killed_again_and_again_ends_with_the_same_bytes(cache: P
         killed += process.wait() == -signal.SIGKILL
     assert killed >= 3
     server.fault = None
-    to_the_end(pull(server.url, copy))
+    final(pull(server.url, copy))
     assert tree(copy) == tree(cache)

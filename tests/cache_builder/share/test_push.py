@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from servers import Answer
@@ -13,18 +12,14 @@ from servers import Answer
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
 from kd.cache_builder.share.remotes import FolderRemote
-from kd.cache_builder.share.transfer import TransferProgress
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import process_tag
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
 Tree = Callable[[Path], dict[str, bytes]]
-
-
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
 
 
 @pytest.fixture(params=["folder", "file://", "s3", "hub"])
@@ -54,9 +49,9 @@ def test_a_push_survives_errors_of_the_server(
             answer.headers.clear()
 
     server.fault = fault
-    to_the_end(push(small, url))
+    final(push(small, url))
     server.fault = None
-    to_the_end(pull(url, tmp_path / "copy"))
+    final(pull(url, tmp_path / "copy"))
     assert tree(tmp_path / "copy") == tree(small)
 
 
@@ -71,11 +66,11 @@ def test_a_push_that_was_cut_is_no_cache_to_anybody_and_goes_on(cache: Path, tmp
 
     monkeypatch.setattr(FolderRemote, "write", dies)
     with pytest.raises(KeyboardInterrupt):
-        to_the_end(push(cache, str(tmp_path / "place"), workers=1))
+        final(push(cache, str(tmp_path / "place"), workers=1))
     monkeypatch.setattr(FolderRemote, "write", write)
     with pytest.raises(CacheError, match="no cache"):
-        to_the_end(pull(str(tmp_path / "place"), tmp_path / "copy"))
-    again = to_the_end(push(cache, str(tmp_path / "place")))
+        final(pull(str(tmp_path / "place"), tmp_path / "copy"))
+    again = final(push(cache, str(tmp_path / "place")))
     assert 0 < again.bytes_moved < again.bytes_total
     assert tree(tmp_path / "place") == tree(cache)
 
@@ -95,8 +90,8 @@ def test_a_damaged_or_unfinished_cache_is_not_shared(cache: Path, tmp_path: Path
     gold = copy / commits.shard_files(load_manifest(cache).arrays, 0)["gold_ids"]
     gold.write_bytes(gold.read_bytes()[:-1] + b"x")
     with pytest.raises(CacheDamageError, match="was changed"):
-        to_the_end(push(copy, str(tmp_path / "place")))
+        final(push(copy, str(tmp_path / "place")))
     assert not (tmp_path / "place" / "manifest.json").exists()
     run_build(build_request(tmp_path / "some", shard=(1, 2)))
     with pytest.raises(CacheError, match="only a whole cache"):
-        to_the_end(push(tmp_path / "some", str(tmp_path / "place")))
+        final(push(tmp_path / "some", str(tmp_path / "place")))

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from servers import Answer, Proxy, Server
 
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
-from kd.cache_builder.share.transfer import TransferProgress
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
 Tree = Callable[[Path], dict[str, bytes]]
-
-
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
 
 
 @pytest.fixture(params=["folder", "file://", "s3", "hub"])
@@ -36,15 +31,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_what_is_pushed_is_what_is_pulled(small: Path, place: str, tmp_path: Path, tree: Tree):
-    sent = to_the_end(push(small, place))
-    got = to_the_end(pull(place, tmp_path / "copy"))
+    *_, sent = push(small, place)
+    *_, got = pull(place, tmp_path / "copy")
     assert tree(tmp_path / "copy") == tree(small)
-    assert sent.bytes_done == sent.bytes_total == sent.bytes_moved
-    assert got.bytes_done == got.bytes_total
-    assert got.part is None
-    again = to_the_end(push(small, place))
+    assert sent.done == sent.total == sent.result.bytes_moved
+    assert got.done == got.total == got.result.bytes_total
+    assert got.result.part is None
+    again = final(push(small, place))
     assert (again.files, again.bytes_moved) == (0, 0)
-    assert to_the_end(pull(place, tmp_path / "copy")).bytes_moved == 0
+    assert final(pull(place, tmp_path / "copy")).bytes_moved == 0
 
 
 @pytest.mark.parametrize("kind", ["s3", "hub", "nginx"])
@@ -57,7 +52,7 @@ def test_cuts_and_errors_in_front_of_real_servers(
     else:
         server = request.getfixturevalue(kind)
         url = {"s3": "s3://shared/cache", "hub": "hf://datasets/us/cache"}[kind]
-        to_the_end(push(small, url))
+        final(push(small, url))
 
     def fault(path: str, before: int, answer: Answer) -> None:
         if before == 0 and answer.status < 300:
@@ -67,5 +62,5 @@ def test_cuts_and_errors_in_front_of_real_servers(
             answer.cut = len(answer.body) // 3
 
     server.fault = fault
-    to_the_end(pull(url, tmp_path / "copy"))
+    final(pull(url, tmp_path / "copy"))
     assert tree(tmp_path / "copy") == tree(small)

@@ -14,16 +14,12 @@ from requests.adapters import HTTPAdapter
 from servers import Answer
 
 from kd.cache_builder.share.pull import pull
-from kd.cache_builder.share.transfer import TransferProgress
 from kd.cache_builder.share.web_remote import WebRemote
 from kd.common.errors import CacheError
+from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
 Tree = Callable[[Path], dict[str, bytes]]
-
-
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
 
 
 @pytest.mark.parametrize("server", ["nginx", "with ranges", "without ranges"])
@@ -32,7 +28,7 @@ def test_web_servers_are_read(server: str, cache: Path, tmp_path: Path, tree: Tr
         url = request.getfixturevalue("nginx_over")(cache.parent)
     else:
         url = request.getfixturevalue("serve")(cache.parent, ranges=server == "with ranges").url
-    to_the_end(pull(f"{url}/{cache.name}/", tmp_path / "copy"))
+    final(pull(f"{url}/{cache.name}/", tmp_path / "copy"))
     assert tree(tmp_path / "copy") == tree(cache)
 
 
@@ -44,7 +40,7 @@ def test_a_cut_connection_goes_on_where_it_was_cut(cache: Path, tmp_path: Path, 
             answer.cut = len(answer.body) // 2
 
     server.fault = cut
-    last = to_the_end(pull(server.url, tmp_path / "copy"))
+    last = final(pull(server.url, tmp_path / "copy"))
     assert tree(tmp_path / "copy") == tree(cache)
     assert last.bytes_moved == last.bytes_total + sum(p.stat().st_size for p in (cache / "commits").iterdir())
     starts = [int(r.split("=")[1].split("-")[0]) for _, path, r in server.log if path.startswith("/targets") and r]
@@ -59,9 +55,9 @@ def test_without_ranges_a_cut_file_is_skipped_up_to_where_it_was_cut(cache: Path
             answer.cut = len(answer.body) // 2
 
     server.fault = cut
-    last = to_the_end(pull(server.url, tmp_path / "copy"))
+    *_, last = pull(server.url, tmp_path / "copy")
     assert tree(tmp_path / "copy") == tree(cache)
-    assert last.bytes_done == last.bytes_total
+    assert last.done == last.total
 
 
 def test_a_redirect_leaves_neither_the_web_nor_https(cache: Path, tmp_path: Path, serve):
@@ -74,7 +70,7 @@ def test_a_redirect_leaves_neither_the_web_nor_https(cache: Path, tmp_path: Path
 
     server.fault = away
     with pytest.raises(CacheError, match="cannot be read"):
-        to_the_end(pull(server.url, tmp_path / "copy"))
+        final(pull(server.url, tmp_path / "copy"))
 
     server.fault = None
 

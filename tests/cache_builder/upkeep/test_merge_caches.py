@@ -11,10 +11,11 @@ from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheMismatchError, DataError
+from kd.common.progress import final
 
 
 def sound(root: Path) -> bool:
-    return list(verify(root))[-1].findings == ()
+    return final(verify(root)) == ()
 
 
 def run(steps) -> None:

@@ -20,10 +20,11 @@ from kd.cache_builder.upkeep.repair import mend, mend_manifest, reopen
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, KdError
+from kd.common.progress import final
 
 
 def findings_of(root: Path) -> tuple:
-    return list(verify(root))[-1].findings
+    return final(verify(root))
 
 
 def harm(root: Path) -> list[str]:
@@ -57,8 +58,8 @@ def damaged(tmp_path: Path, cache: Path) -> Path:
 def test_a_second_copy_mends_everything_and_nothing_else_is_touched(damaged, cache, tree):
     names = harm(damaged)
     times = {p: p.stat().st_mtime_ns for p in damaged.rglob("*") if p.is_file()}
-    last = list(mend(damaged, LocalFiles(cache), findings_of(damaged)))[-1]
-    assert (last.done, last.failed) == (last.total, ())
+    last = final(mend(damaged, LocalFiles(cache), findings_of(damaged)))
+    assert last.failed == ()
     assert sorted(last.mended) == sorted(names)
     assert tree(damaged) == tree(cache)
     untouched = [p for p in times if p.relative_to(damaged).as_posix() not in names]
@@ -70,7 +71,7 @@ def test_a_copy_with_other_bytes_mends_nothing(damaged, cache, tmp_path):
     for name in harm(damaged):
         (tmp_path / "copy" / name).write_bytes(b"nonsense")
     before = findings_of(damaged)
-    last = list(mend(damaged, LocalFiles(tmp_path / "copy"), before))[-1]
+    last = final(mend(damaged, LocalFiles(tmp_path / "copy"), before))
     assert last.mended == ()
     assert len(last.failed) == 5
     assert findings_of(damaged) == before
@@ -79,7 +80,7 @@ def test_a_copy_with_other_bytes_mends_nothing(damaged, cache, tmp_path):
 @pytest.mark.usefixtures("home")
 def test_a_copy_behind_a_url_mends_everything_too(damaged, cache, tree, serve):
     names = harm(damaged)
-    last = list(mend(damaged, open_files(serve(cache).url), findings_of(damaged)))[-1]
+    last = final(mend(damaged, open_files(serve(cache).url), findings_of(damaged)))
     assert sorted(last.mended) == sorted(names)
     assert tree(damaged) == tree(cache)
 

@@ -17,6 +17,7 @@ from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError
+from kd.common.progress import final
 
 
 def all_rows(root: Path, **options: Any):
@@ -25,7 +26,7 @@ def all_rows(root: Path, **options: Any):
 
 
 def sound(root: Path) -> bool:
-    return list(verify(root))[-1].findings == ()
+    return final(verify(root)) == ()
 
 
 def run(steps) -> None:

@@ -26,6 +26,7 @@ from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherError
+from kd.common.progress import final
 from kd.common.settings import changed, make
 from kd.data.data_settings import InstructionConfig
 from kd.data.instruction_tasks.glue import PAIR, load_glue
@@ -120,7 +121,7 @@ def test_a_cache_holds_softmax_of_the_models_own_logits_at_every_temperature(
         expected = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
         _, log_probs = read_classes(reader, temperature=temperature)
         assert np.abs(log_probs - expected).max() < 2e-5  # float32 of logits up to 20, batched otherwise
-    assert [f for step in verify(reader.root) for f in step.findings] == []
+    assert final(verify(reader.root)) == ()
     right = np.mean(logits.argmax(1) == encoded.labels)
     assert reader.manifest.quality["top1"] / reader.manifest.rows == pytest.approx(right)
 

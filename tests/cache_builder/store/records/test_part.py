@@ -13,7 +13,6 @@ import pytest
 
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.push import push
-from kd.cache_builder.share.transfer import TransferProgress
 from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.readers.reader import CacheReader
@@ -23,6 +22,7 @@ from kd.cache_builder.store.records.part import ALWAYS, PARTIAL, Part, load_part
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError, DataError
+from kd.common.progress import final
 from kd.common.settings import make
 from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
 from kd.student_trainer.config import LossSettings
@@ -30,18 +30,14 @@ from kd.student_trainer.config import LossSettings
 Tree = Callable[[Path], dict[str, bytes]]
 
 
-def to_the_end(steps: Any) -> TransferProgress:
-    return list(steps)[-1]
-
-
 def findings(root: Path) -> list[str]:
-    return [f.where for f in list(verify(root))[-1].findings]
+    return [f.where for f in final(verify(root))]
 
 
 def test_examples_are_fetched_with_the_shards_that_hold_them_and_no_others(cache: Path, tmp_path: Path, serve):
     server, manifest = serve(cache), load_manifest(cache)
     first, stop, _ = manifest.shards[1]
-    last = to_the_end(pull(server.url, tmp_path / "part", examples=(first, first + 1)))
+    last = final(pull(server.url, tmp_path / "part", examples=(first, first + 1)))
     assert last.part == Part((1,), whole(manifest).arrays)
     fetched = {path[1:] for path in server.gets()}
     others = {
@@ -69,7 +65,7 @@ def test_examples_are_fetched_with_the_shards_that_hold_them_and_no_others(cache
 def test_arrays_for_a_loss_are_those_it_reads(loss: str, cache: Path, tmp_path: Path, serve):
     server, manifest = serve(cache), load_manifest(cache)
     needed = needed_arrays(resolve_objective(manifest.targets, make(LossSettings, {"loss": loss})), manifest)
-    to_the_end(pull(server.url, tmp_path / "part", arrays=lambda m: needed))
+    final(pull(server.url, tmp_path / "part", arrays=lambda m: needed))
     for array in {a.name for a in manifest.arrays} - set(needed):
         assert not server.gets(f"{array}/c/")
     assert ("token_ids" in needed) == (loss in ("kl", "hybrid"))
@@ -97,20 +93,20 @@ def test_arrays_for_a_loss_are_those_it_reads(loss: str, cache: Path, tmp_path: 
 def test_pulling_more_adds_until_it_is_whole(cache: Path, tmp_path: Path, tree: Tree):
     manifest, part = load_manifest(cache), tmp_path / "part"
     first, middle = manifest.shards[0], manifest.shards[2]
-    to_the_end(pull(str(cache), part, examples=first[:2], arrays=lambda m: []))
-    to_the_end(pull(str(cache), part, examples=middle[:2]))
+    final(pull(str(cache), part, examples=first[:2], arrays=lambda m: []))
+    final(pull(str(cache), part, examples=middle[:2]))
     held = load_part(part, manifest)
     assert held == Part((0, 2), whole(manifest).arrays)  # the smallest rectangle that holds both
     assert findings(part) == []
-    last = to_the_end(pull(str(cache), part))
+    last = final(pull(str(cache), part))
     assert last.part is None
     assert tree(part) == tree(cache)
-    assert to_the_end(pull(str(cache), part, examples=(0, 1))).part is None  # a whole copy stays whole
+    assert final(pull(str(cache), part, examples=(0, 1))).part is None  # a whole copy stays whole
 
 
 def test_damage_in_a_part_is_damage(cache: Path, tmp_path: Path):
     manifest, part = load_manifest(cache), tmp_path / "part"
-    to_the_end(pull(str(cache), part, examples=(0, 1), arrays=lambda m: ["logprobs"]))
+    final(pull(str(cache), part, examples=(0, 1), arrays=lambda m: ["logprobs"]))
     files = commits.shard_files(manifest.arrays, 0)
     for name in (files["logprobs"], files["examples"], "commits/00000.json", "vocabulary.parquet"):
         shutil.copytree(part, tmp_path / "copy")
@@ -141,7 +137,7 @@ def test_a_list_that_cannot_be_true_is_damage(change: dict[str, Any], cache: Pat
     from kd.common.files import canonical_json, digest_of
 
     part = tmp_path / "part"
-    to_the_end(pull(str(cache), part, examples=(0, 1)))
+    final(pull(str(cache), part, examples=(0, 1)))
     document = json.loads((part / PARTIAL).read_text()) | change
     document.pop("checksum")
     (part / PARTIAL).write_text(canonical_json(document | {"checksum": digest_of(document)}))
@@ -151,7 +147,7 @@ def test_a_list_that_cannot_be_true_is_damage(change: dict[str, Any], cache: Pat
 
 def test_an_edited_list_is_damage(cache: Path, tmp_path: Path):
     part = tmp_path / "part"
-    to_the_end(pull(str(cache), part, examples=(0, 1)))
+    final(pull(str(cache), part, examples=(0, 1)))
     (part / PARTIAL).write_text((part / PARTIAL).read_text().replace("gold_rank", "gold_rang"))
     for read in (lambda: CacheReader(part), lambda: findings(part), lambda: cache_summary(part)):
         with pytest.raises(CacheDamageError, match="was changed"):
@@ -160,19 +156,19 @@ def test_an_edited_list_is_damage(cache: Path, tmp_path: Path):
 
 def test_a_part_is_described_as_one_and_shared_only_as_one(cache: Path, tmp_path: Path, serve):
     part, manifest = tmp_path / "part", load_manifest(cache)
-    to_the_end(pull(str(cache), part, examples=(0, 1), arrays=lambda m: []))
+    final(pull(str(cache), part, examples=(0, 1), arrays=lambda m: []))
     summary = cache_summary(part)
     assert (summary["complete"], summary["part_of_a_cache"], summary["shards_committed"]) == (False, True, 1)
     assert summary["array_bytes_per_token"]["token_ids"] is None
     assert summary["array_bytes_per_token"]["gold_ids"] > 0
     with pytest.raises(CacheError, match="only a whole cache"):
-        to_the_end(push(part, str(tmp_path / "place")))
+        final(push(part, str(tmp_path / "place")))
     with pytest.raises(CacheError, match="a part of a cache"):
-        to_the_end(push(cache, str(part)))
-    again = to_the_end(pull(serve(part).url, tmp_path / "again"))
+        final(push(cache, str(part)))
+    again = final(pull(serve(part).url, tmp_path / "again"))
     assert again.part == load_part(part, manifest)
     with pytest.raises(CacheError, match="does not hold all of that"):
-        to_the_end(pull(str(part), tmp_path / "more", arrays=lambda m: ["token_ids"]))
+        final(pull(str(part), tmp_path / "more", arrays=lambda m: ["token_ids"]))
 
 
 def test_a_part_that_is_not_in_the_cache_is_refused(cache: Path, tmp_path: Path):
@@ -181,7 +177,7 @@ def test_a_part_that_is_not_in_the_cache_is_refused(cache: Path, tmp_path: Path)
         with pytest.raises(CacheError, match="not in the cache"):
             part_of(manifest, examples=examples)
     with pytest.raises(DataError, match="unknown array"):
-        to_the_end(pull(str(cache), tmp_path / "part", arrays=lambda m: ["logprob"]))
+        final(pull(str(cache), tmp_path / "part", arrays=lambda m: ["logprob"]))
     assert not (tmp_path / "part" / "manifest.json").exists()
 
 

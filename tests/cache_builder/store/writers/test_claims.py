@@ -23,6 +23,7 @@ from kd.cache_builder.store.writers.claims import LOCKED, STALE_SECONDS, Claims,
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.files import process_tag, unfinished
 from kd.common.processes import boot_mark
+from kd.common.progress import final
 
 
 def claim_of(root: Path, tag: str, idle: float = 0.0) -> Path:
@@ -163,7 +164,7 @@ def test_claims_that_nobody_holds_are_tidied_up_and_are_no_damage(tmp_path, dead
     run_build(build_request(tmp_path / "c"))
     path = claim_of(tmp_path / "c", dead)
     assert unfinished(path.name)
-    assert list(verify(tmp_path / "c"))[-1].findings == ()
+    assert final(verify(tmp_path / "c")) == ()
     void_claims(tmp_path / "c")
     assert not path.exists()
 
@@ -218,7 +219,7 @@ def test_builders_that_start_together_and_wait_all_end_with_a_complete_cache(tmp
 
     with ThreadPoolExecutor(4) as pool:
         assert [code for code, _ in pool.map(child, [wait_for_all] * 4)] == [0] * 4
-    assert list(verify(tmp_path / "c"))[-1].findings == ()
+    assert final(verify(tmp_path / "c")) == ()
 
 
 def test_a_build_goes_around_a_shard_that_a_live_builder_of_another_host_holds(tmp_path, build_request, run_build):
