@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +17,7 @@ from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.data_settings import DataSettings, InstructionConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kd.data.corpus import Corpus
     from kd.data.instruction_tasks.task import TaskFile
@@ -35,12 +35,19 @@ def data() -> None:
 
 
 @data.command("ls")
+@click.argument("mixture", required=False)
 @json_option
-def data_ls(as_json: bool) -> None:
+def data_ls(mixture: str | None, as_json: bool) -> None:
     """List the named sources, the instruction tasks and mixtures, and the file types.
 
-    Example: kd data ls
+    With MIXTURE, such as flan or flan:all-but=nli, list its tasks: cluster, rows for training, development and test, source,
+    commit, licence, and how sure the facts are (A seen in a public source, B seen once, C not seen). Nothing is loaded.
+
+    Example: kd data ls flan
     """
+    if mixture is not None:
+        list_tasks(mixture, as_json)
+        return
     result = source_lines()
     if as_json:
         emit(result, as_json)
@@ -49,11 +56,59 @@ def data_ls(as_json: bool) -> None:
         say(f"  {name:<29}{text}")
 
 
+def list_tasks(mixture: str, as_json: bool) -> None:
+    """Print the tasks of a mixture; `flan` alone stands for all of FLAN. Raises DataError."""
+    from kd.data.instruction_tasks.mixing.mixture_names import known_rows, select
+
+    selection = select(mixture.removeprefix("flan").removeprefix(":") or "all")
+    tasks = selection.files()
+    if as_json:
+        emit_json([task_facts(task, known_rows, selection.cap) for task in tasks])
+        return
+    for task in tasks:
+        facts = task_facts(task, known_rows, selection.cap)
+        rows = " / ".join("?" if n is None else f"{n:,}" for n in facts["rows"].values())
+        say(f"{task.name:<34}{', '.join(task.clusters) or '-':<36}{rows}")
+        commit = f" @ {facts['commit']}" if facts["commit"] else " (commit at the time of loading)" if task.hub else ""
+        say(f"  {facts['source']}{commit}; licence {task.licence or 'unknown'}; sure {task.sure or '-'}")
+    known = [n for task in tasks if (n := known_rows(task, "train", selection.cap or task.cap)) is not None]
+    say(
+        f"{len(tasks)} tasks, {len({t.flan for t in tasks if t.flan})} data sets of FLAN, {sum(known):,} rows for training"
+    )
+
+
+def task_facts(
+    task: TaskFile, rows: Callable[[TaskFile, str, int | None], int | None], cap: int | None
+) -> dict[str, Any]:
+    """A task as `kd data ls flan --json` shows it; rows that are not known are None."""
+    return {
+        "task": task.name,
+        "flan": task.flan,
+        "about": task.about,
+        "clusters": list(task.clusters),
+        "rows": {s: rows(task, s, (cap or task.cap) if s == "train" else None) for s in ("train", "dev", "test")},
+        "splits": {name: str(part) for name, part in task.splits.items()},
+        "source": source_in_words(task),
+        "commit": task.hub.revision if task.hub else None,
+        "licence": task.licence,
+        "sure": task.sure,
+    }
+
+
+def source_in_words(task: TaskFile) -> str:
+    """Where the rows of a task come from: a hub id, addresses or files, or --task-root."""
+    if task.files:
+        return next(iter(task.files.values()))[0]
+    if task.hub is not None:
+        return task.hub.id + (f":{task.hub.config}" if task.hub.config else "")
+    return f"--task-root, from {task.url}"
+
+
 def source_lines() -> dict[str, str]:
     """Spec -> what it stands for, in a line."""
     from kd.data.instruction_tasks.clusters import flan_clusters
     from kd.data.instruction_tasks.glue import glue_tasks
-    from kd.data.instruction_tasks.mixtures import PRESETS
+    from kd.data.instruction_tasks.mixing.mixture_names import PRESETS
     from kd.data.instruction_tasks.task_files import load_task, task_names
     from kd.data.named_sources import SOURCES
     from kd.data.rows.compressed import COMPRESSIONS
@@ -69,8 +124,10 @@ def source_lines() -> dict[str, str]:
     lines["flan"] = "flan:ten"
     lines |= {f"flan:{name}": ", ".join(preset.tasks) for name, preset in PRESETS.items()}
     lines |= {f"flan:{name}": load_task(name).about for name in task_names()}
-    lines["flan:all"] = "every task above"
-    lines["flan:all-but=CLUSTER"] = "the tasks of no held-out cluster: " + ", ".join(flan_clusters().clusters)
+    lines["flan:all"] = f"FLAN's {len(flan_clusters().datasets)} data sets in its own cut; kd data ls flan"
+    lines["flan:clusters=CLUSTER"] = "those of some clusters: " + ", ".join(flan_clusters().clusters)
+    lines["flan:all-but=CLUSTER"] = "those of no held-out cluster"
+    lines["flan:tasks=TASK"] = "some of them, in FLAN's own cut"
     lines |= {f"glue/{t.name}": f"GLUE: {' + '.join(t.texts)} -> {', '.join(t.labels)}" for t in glue_tasks().values()}
     lines["FILE.yaml"] = "a task of your own (docs/extending.md)"
     lines["FILE or FOLDER"] = " ".join(FILE_READERS) + f"; also {' and '.join(COMPRESSIONS)}"
@@ -186,7 +243,7 @@ def data_templates(task: str, settings: InstructionConfig, as_json: bool) -> Non
 
     Example: kd data templates boolq
     """
-    from kd.data.instruction_tasks.mixtures import check_options
+    from kd.data.instruction_tasks.mixing.mixtures import check_options
     from kd.data.instruction_tasks.rendering import show_templates
     from kd.data.instruction_tasks.task_files import load_task
 
@@ -211,6 +268,7 @@ def task_document(task: TaskFile, shown: Sequence[Example]) -> dict[str, object]
         "hub": None if task.hub is None else asdict(task.hub),
         "columns": task.columns,
         "splits": {name: str(part) for name, part in task.splits.items()},
+        "licence": task.licence,
         "example": task.example,
         "templates": [asdict(t) | {"shown": asdict(e)} for t, e in zip(task.templates, shown, strict=True)],
     }

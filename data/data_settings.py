@@ -60,6 +60,14 @@ class InstructionConfig:
     tasks."""
     data_seed: int = 0
     """Seed of the instruction tasks' templates, order and draws."""
+    first_templates: int | None = setting(None, metavar="N", minimum=1)
+    """Number of templates that are used of each instruction task, from the first. By default all."""
+    task_prompt: Literal["template", "name", "bare"] = "template"
+    """What stands around the inputs of an instruction task: template, name (only the task's cluster and name), or
+    bare (nothing). FLAN's ablation of the role of instructions compares them."""
+    skip_missing: bool = False
+    """Go on without the instruction tasks of a mixture whose rows cannot be loaded, and say which they are. By default, all of them
+    are named in one error."""
 
     def __post_init__(self) -> None:
         template: object = self.template
@@ -79,7 +87,16 @@ class InstructionConfig:
             "mix_maximum": "none" if self.mix_maximum is None else str(self.mix_maximum),
             "mix_draws": "default" if self.mix_draws is None else str(self.mix_draws),
             "seed": str(self.data_seed),
-        }
+        } | {name: str(value) for name, value in self._newer().items()}
+
+    def _newer(self) -> dict[str, object]:
+        """Settings that older caches do not name: they are named where they are not what they always were."""
+        found: dict[str, object] = {}
+        if self.first_templates is not None:
+            found["first_templates"] = self.first_templates
+        if self.task_prompt != "template":
+            found["task_prompt"] = self.task_prompt
+        return found
 
 
 @dataclass(frozen=True)

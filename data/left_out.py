@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Reason = Literal[
+    "missing_tasks",
     "other_files",
     "hidden_files",
     "linked_folders",
@@ -22,6 +23,8 @@ Reason = Literal[
     "without_text",
     "without_prompt",
     "unlabelled",
+    "filtered",
+    "null_value",
     "over_max_chars",
     "beyond_limit",
     "too_short",
@@ -32,6 +35,7 @@ Reason = Literal[
 ]
 """Why something was left out.
 
+    missing_tasks     tasks of a mixture whose rows could not be loaded, with --skip-missing
     other_files       files of a folder whose type is not read
     hidden_files      files and folders of a folder whose name begins with a dot
     linked_folders    links to folders in a folder, which are not followed
@@ -39,6 +43,8 @@ Reason = Literal[
     without_text      examples that are empty or only white space
     without_prompt    pairs whose prompt is empty; they stay, and their targets are scored without one
     unlabelled        rows of a task that have no answer
+    filtered          rows of a task that its file leaves out: by `where`, `where_not`, `differs`, `skip` or `count`
+    null_value        rows of a task that hold nothing in a column that their text needs
     over_max_chars    rows of a task that are longer than its `max_chars`
     beyond_limit      rows beyond the number that is kept of a task or of the text
     too_short         documents without a token to score

@@ -13,7 +13,8 @@ from kd.common.errors import unknown_name
 from kd.data.corpus import Corpus
 from kd.data.data_settings import InstructionConfig
 from kd.data.demo import mini_mixture, stdlib_text
-from kd.data.instruction_tasks.mixtures import Mixed, load_mixture, mix, select
+from kd.data.instruction_tasks.mixing.mixture_names import select
+from kd.data.instruction_tasks.mixing.mixtures import Mixed, load_mixture, mix
 from kd.data.instruction_tasks.task import SPLITS, TaskFile
 from kd.data.instruction_tasks.task_files import load_task
 from kd.data.instruction_tasks.task_rows import SAME
@@ -51,7 +52,7 @@ def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
     mixture = spec.partition(":")[2] or "ten"
     selection = select(mixture)
     mixed = load_mixture(selection, _task_split(split), instructions, load_hub)
-    return _of_tasks(spec, split, mixed, map(load_task, selection.tasks))
+    return _of_tasks(spec, split, mixed, selection.files())
 
 
 def own_task(spec: str, split: str, instructions: InstructionConfig) -> Corpus:

@@ -220,13 +220,19 @@ def _shingles(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def source_place(identity: str) -> tuple[str, str, str] | None:
-    """Task, split at the source and row of an instruction example's id `task/split/row`; None for other ids."""
+    """Task, split at the source and row of an instruction example's id `task/split/row`; None for other ids.
+
+    The split is train, dev or test, or in FLAN's mixtures that of the source.
+    """
     task, _, rest = identity.partition("/")
     split, _, row = rest.partition("/")
     if task not in task_names() or not row.isdigit():
         return None
-    part = load_task(task).splits.get(split)
-    return None if part is None else (task, part.name, row)
+    file = load_task(task)
+    part = file.splits.get(split)
+    name = part.name if part is not None else split
+    known = {one.name for one in (*file.splits.values(), *file.flan_splits.values())}
+    return (task, name, row) if name in known else None
 
 
 def _plain(text: str) -> str:

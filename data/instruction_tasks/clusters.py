@@ -9,7 +9,7 @@ commonsense also excludes reading comprehension with commonsense, but not readin
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files as package_files
 
@@ -25,6 +25,8 @@ class ClusterRegistry:
     """Cluster -> data sets; a data set may belong to several."""
     excluded_together: tuple[tuple[str, str], ...]
     """Pairs of clusters; holding out one excludes the other."""
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """Another name of a cluster -> the cluster."""
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -38,12 +40,16 @@ class ClusterRegistry:
             raise unknown_name("FLAN data set", dataset, self.datasets)
         return clusters
 
+    def cluster(self, name: str) -> str:
+        """The cluster of a name, which may be one of its other names. Raises DataError for an unknown one."""
+        found = self.other_names.get(name, name)
+        if found not in self.clusters:
+            raise unknown_name("cluster", name, (*self.clusters, *self.other_names))
+        return found
+
     def excluded(self, held_out: Iterable[str]) -> frozenset[str]:
         """The held-out clusters and those excluded together with one of them. Raises DataError for an unknown cluster."""
-        names = set(held_out)
-        for name in sorted(names):
-            if name not in self.clusters:
-                raise unknown_name("cluster", name, self.clusters)
+        names = {self.cluster(name) for name in sorted(held_out)}
         both_ways = [direction for pair in self.excluded_together for direction in (pair, pair[::-1])]
         return frozenset(names | {other for name, other in both_ways if name in names})
 
@@ -66,4 +72,5 @@ def flan_clusters() -> ClusterRegistry:
     return ClusterRegistry(
         {name: tuple(members) for name, members in data["clusters"].items()},
         tuple((a, b) for a, b in data["excluded_together"]),
+        data["other_names"],
     )

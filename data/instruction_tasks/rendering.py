@@ -25,15 +25,11 @@ from kd.data.instruction_tasks.row_answers import (
     reference_group,
     row_answers,
 )
-from kd.data.instruction_tasks.task import (
-    ANSWER,
-    Field,
-    TaskFile,
-    Template,
-    column_value,
-    label_key,
-)
-from kd.data.left_out import LeftOut
+from kd.data.instruction_tasks.row_filter import left_out_for, left_out_for_answer
+from kd.data.instruction_tasks.row_reading.row_field import Field, NullValueError, column_value, label_key
+from kd.data.instruction_tasks.row_reading.row_order import one_row_per_item
+from kd.data.instruction_tasks.task import ANSWER, TaskFile, Template
+from kd.data.left_out import LeftOut, Reason
 from kd.data.rows.example import Example
 from kd.data.rows.tables import Place
 
@@ -47,6 +43,8 @@ class Rendered:
     """Rows that did not become examples."""
     drawn: bool = False
     """Whether a limit drew the rows that it kept, because they are in the order of their labels."""
+    provenance: str = ""
+    """Where the rows come from, in words."""
 
 
 def options_text(choices: Sequence[str]) -> str:
@@ -63,12 +61,18 @@ def render_rows(
     place: Place,
     cap: int | None = None,
     first: int = 0,
+    numbers: Sequence[int] | None = None,
+    named: str | None = None,
 ) -> Rendered:
     """Examples of `rows` in their order; ids are `task/split/row`, counted from `first`.
 
-    Rows that are too long or have no answer are left out; then the first `cap` are kept, or drawn ones where the rows are in the
-    order of their labels (`draws`). `rows` is read twice where references are grouped. Raises DataError for missing columns, an
-    unknown label, a template index that does not exist, and where no row has an answer.
+    numbers   numbers of the rows at the source, where they are not `first`, `first + 1`, …
+    named     name of the split in ids, where it is not `split`
+
+    Rows that the task's rules leave out, that are too long, have no answer, or hold nothing in a field of their template are left
+    out; then the first `cap` are kept, or drawn ones where the rows are in the order of their labels (`draws`). `rows` is read
+    twice where references are grouped. Raises DataError for missing columns, an unknown label, a template index that does not
+    exist, and where no row has an answer.
     """
     check_template_index(task, config)
     if config.labels == BOTH:
@@ -78,33 +82,41 @@ def render_rows(
             found="--labels both",
             expected="original or flan; both is for kd eval --tasks choices",
         )
-    groups = grouped_references(task, rows, lambda number: place(first + number))
-    ids = [f"{task.name}/{split}/{number}" for number in range(first, first + len(rows))]
-    drawn = cap is not None and cap < len(rows) and first_rows_are_unlike(_labels(task, rows, first, place), cap)
+    templates = templates_in_use(task, config)
+    numbers = range(first, first + len(rows)) if numbers is None else numbers
+    ids = [f"{task.name}/{named or split}/{number}" for number in numbers]
+
+    def place_of(index: int) -> str:
+        return place(numbers[index])
+
+    groups = grouped_references(task, rows, place_of, split)
+    drawn = cap is not None and cap < len(rows) and first_rows_are_unlike(_labels(task, rows, place_of), cap)
     kept: dict[int, tuple[Mapping[str, Any], RowAnswers]] = {}
     left_out = LeftOut()
     seen = 0
-    for number, row in ((n, rows[n]) for n in drawing_order(ids, config.data_seed)) if drawn else enumerate(rows):
+    for index, row in ((n, rows[n]) for n in drawing_order(ids, config.data_seed)) if drawn else enumerate(rows):
         if cap is not None and len(kept) == cap:
             break
         seen += 1
-        row_where = place(first + number)
-        _check_columns(task, row, row_where)
-        if _too_long(task, row, row_where):
-            left_out.add("over_max_chars", ids[number])
+        where = place_of(index)
+        _check_columns(task, row, where)
+        answers = _answers_or_reason(task, row, config, split, where)
+        if isinstance(answers, RowAnswers):
+            turn = None if drawn and config.template == "round-robin" else len(kept)
+            chosen = templates if turn is None else [templates[_template_index(templates, config, ids[index], turn)]]
+            if _holds_nothing(task, chosen, row, where):
+                answers = "null_value"
+        if not isinstance(answers, RowAnswers):
+            left_out.add(answers, ids[index])
             continue
-        answers = row_answers(task, row, config.labels, row_where)
-        if answers is None:
-            left_out.add("unlabelled", ids[number])
-            continue
-        group = reference_group(task, row, row_where)
-        kept[number] = (row, answers if group is None else replace(answers, references=groups[group]))
-    left_out.add("beyond_limit", f"{task.name}/{split}", len(rows) - seen)
+        group = reference_group(task, row, where)
+        kept[index] = (row, answers if group is None else replace(answers, references=groups[group]))
+    left_out.add("beyond_limit", f"{task.name}/{named or split}", len(rows) - seen)
     examples: list[Example] = []
-    for number in sorted(kept):
-        row, answers = kept[number]
-        template = task.templates[_template_index(task, config, ids[number], len(examples))]
-        examples.append(_render(task, template, row, answers, config, ids[number], split, place(first + number)))
+    for index in sorted(kept):
+        row, answers = kept[index]
+        template = templates[_template_index(templates, config, ids[index], len(examples))]
+        examples.append(_render(task, template, row, answers, config, ids[index], split, place_of(index)))
     if not examples and left_out.count("unlabelled"):
         raise DataError(
             "no row has an answer",
@@ -116,15 +128,48 @@ def render_rows(
     return Rendered(tuple(examples), left_out, drawn)
 
 
-def _labels(task: TaskFile, rows: Sequence[Mapping[str, Any]], first: int, place: Place) -> list[str]:
+def _answers_or_reason(
+    task: TaskFile, row: Mapping[str, Any], config: InstructionConfig, split: str, where: str
+) -> RowAnswers | Reason:
+    """The answers of a row, or why it is left out. Raises DataError."""
+    if (reason := left_out_for(task, row, where)) is not None:
+        return reason
+    try:
+        answers = row_answers(task, row, config.labels, where, split)
+    except NullValueError:
+        return "null_value"
+    if answers is None:
+        return "unlabelled"
+    return left_out_for_answer(task, row, answers, where) or answers
+
+
+def _holds_nothing(task: TaskFile, templates: Sequence[Template], row: Mapping[str, Any], where: str) -> bool:
+    """Whether a field that one of the templates names holds nothing in this row."""
+    names = {name for template in templates for name in _used_fields(template)}
+    return any(task.fields[name].holds_nothing(row, where) for name in names)
+
+
+def templates_in_use(task: TaskFile, config: InstructionConfig) -> Sequence[Template]:
+    """The templates of a task that the settings leave: all, the first few, or one without an instruction.
+
+    Without an instruction a prompt holds the fields of template 0 that a row gives, one below the other.
+    """
+    if config.task_prompt == "template":
+        return task.templates[: config.first_templates]
+    names = [name for name in _used_fields(task.templates[0]) if task.fields[name].columns]
+    inputs = "\n".join(f"{{{name}}}" for name in names)
+    return [Template(f"[{task.title}] {inputs}" if config.task_prompt == "name" else inputs)]
+
+
+def _labels(task: TaskFile, rows: Sequence[Mapping[str, Any]], place_of: Place) -> list[str]:
     """The labels of all rows that have one; none where the answers are free text. Of a data set only that column is read."""
-    column = task.labels.column if task.labels else task.choices.label if task.choices else ""
-    if not column:
+    column = task.choice_label
+    if column is None:
         return []
     top = column.partition(".")[0]
     data_set: Any = rows
     seen = [{top: value} for value in data_set[top]] if hasattr(rows, "select_columns") else rows
-    labels = (label_key(column_value(row, column, place(first + number))) for number, row in enumerate(seen))
+    labels = (label_key(column_value(row, column, place_of(index))) for index, row in enumerate(seen))
     return [label for label in labels if label not in UNLABELLED]
 
 
@@ -140,27 +185,23 @@ def _check_columns(task: TaskFile, row: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _too_long(task: TaskFile, row: Mapping[str, Any], where: str) -> bool:
-    values = ((column_value(row, column, where), size) for column, size in task.max_chars.items())
-    return any(isinstance(value, str) and len(value) > size for value, size in values)
-
-
 def check_template_index(task: TaskFile, config: InstructionConfig) -> None:
     """Raise DataError where the settings name a template that the task does not have."""
-    if isinstance(config.template, int) and not 0 <= config.template < len(task.templates):
+    count = len(templates_in_use(task, config))
+    if isinstance(config.template, int) and not 0 <= config.template < count:
         raise DataError(
             "no such template",
             where=task.name,
             found=config.template,
-            expected=f"0..{len(task.templates) - 1}",
+            expected=f"0..{count - 1}",
             try_=f"kd data templates {task.name}",
         )
 
 
-def _template_index(task: TaskFile, config: InstructionConfig, identity: str, position: int) -> int:
+def _template_index(templates: Sequence[Template], config: InstructionConfig, identity: str, position: int) -> int:
     if isinstance(config.template, int):
         return config.template
-    count = len(task.templates)
+    count = len(templates)
     return (
         position % count if config.template == "round-robin" else keyed(config.data_seed, "template", identity) % count
     )
@@ -208,7 +249,16 @@ def _render(
         )
     if template.options and config.options is not False:
         prompt = f"{prompt}\n\n{options_text(answers.texts)}"
-    return Example(identity, target, prompt, task.name, split, choices=texts, answer=answers.index)
+    return Example(
+        identity,
+        target,
+        prompt,
+        task.name,
+        split,
+        choices=texts,
+        answer=answers.index,
+        also_right=answers.also_right,
+    )
 
 
 @cache
@@ -225,17 +275,23 @@ def _keywords(field: Field, row: Mapping[str, Any], where: str) -> tuple[str, ..
 
 
 def show_templates(task: TaskFile, config: InstructionConfig) -> list[Example]:
-    """The example row of a task in each of its templates. Raises DataError where the file has no such row."""
+    """The example row of a task in each of its templates; of a row that makes several examples, the first one.
+
+    Raises DataError where the file has no such row.
+    """
     if not task.example:
         raise DataError("the task file has no example row", where=task.path, expected="example: {column: value, …}")
+    rows: Sequence[Mapping[str, Any]] = [task.example]
+
+    def place(number: int) -> str:
+        return f"{task.path} example row"
+
+    if task.explode:
+        rows = one_row_per_item(rows, task.explode, place)[0][:1]
     return [
         example
-        for index in range(len(task.templates))
+        for index in range(len(templates_in_use(task, config)))
         for example in render_rows(
-            task,
-            [task.example],
-            split="example",
-            config=replace(config, template=index),
-            place=lambda number: f"{task.path} example row",
+            task, rows, split="example", config=replace(config, template=index), place=place
         ).examples
     ]

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from kd.common.errors import DataError
-from kd.data.instruction_tasks.text_rules import refuse_long, without
-from kd.data.rows.tables import is_nothing
+from kd.data.instruction_tasks.row_reading.row_field import Field
 
 SPLITS = ("train", "dev", "test")
 WORDINGS = ("original", "flan")
@@ -23,60 +21,6 @@ MAX_INVERTED = 3
 
 
 @dataclass(frozen=True)
-class Field:
-    """A field of a template, and how it is read from a row."""
-
-    columns: tuple[str, ...]
-    """Columns; dots descend into mappings. Several columns are joined, and empty ones left out."""
-    join: str | None = None
-    """Text between the items of a list, or between several columns. Without it, a list becomes several references."""
-    numbered: bool = False
-    """Turn a list into the lines `1. …`, `2. …`."""
-    replace: tuple[tuple[str, str], ...] = ()
-    """Pairs (old, new) of texts to replace."""
-    drop: str | None = None
-    """Regular expression of text to remove, before `replace`."""
-    wrap: str = "{}"
-    """Text around the value `{}`, e.g. a code fence."""
-    group: str | None = None
-    """Column of a group: rows with the same value share their references. For references only."""
-
-    def read(self, row: Mapping[str, Any], where: str) -> str | list[str]:
-        """The field's text, or its texts where the column holds a list. Raises DataError for a value that is neither."""
-        values = [column_value(row, column, where) for column in self.columns]
-        value = values[0] if len(values) == 1 else [v for v in values if v not in (None, "")]
-        if isinstance(value, list):
-            texts = [self._clean(item, where) for item in value]
-            if self.numbered:
-                return self._wrapped("\n", [f"{i}. {text}" for i, text in enumerate(texts, 1)], where)
-            if self.join is None and len(values) == 1:
-                return [self._wrapped("", [text], where) for text in texts]
-            return self._wrapped(self.join if self.join is not None else "\n", texts, where)
-        return self._wrapped("", [self._clean(value, where)], where)
-
-    def _wrapped(self, join: str, texts: list[str], where: str) -> str:
-        refuse_long(sum(map(len, texts)) + len(texts) * len(join) + len(self.wrap), where)
-        return self.wrap.replace("{}", join.join(texts))
-
-    def _clean(self, value: Any, where: str) -> str:
-        if is_nothing(value) or isinstance(value, list | dict):
-            raise DataError(
-                "a value is not text",
-                where=f"{where} column {', '.join(self.columns)}",
-                found="nothing" if is_nothing(value) else type(value).__name__,
-                expected="a string",
-            )
-        text = str(value)
-        if self.drop is not None:
-            text = without(self.drop, text, where)
-        for old, new in self.replace:
-            times = text.count(old)
-            refuse_long(len(text) + times * (len(new) - len(old)), where)
-            text = text.replace(old, new) if times else text
-        return text
-
-
-@dataclass(frozen=True)
 class Labels:
     """A fixed list of answers."""
 
@@ -84,16 +28,38 @@ class Labels:
     """Column of the label."""
     words: Mapping[str, tuple[tuple[str, str], ...]]
     """Wording -> (row value, word) in the order of the choices."""
+    round: bool = False
+    """Whether the row's number is rounded to a whole one first; halves go to the even one."""
+    skip: tuple[str, ...] = ()
+    """Row values whose rows are left out."""
 
 
 @dataclass(frozen=True)
 class Choices:
     """Answers that are texts of the row."""
 
-    columns: tuple[str, ...]
-    """Columns of the texts."""
-    label: str
-    """Column of the right text's index."""
+    texts: tuple[Field, ...]
+    """Where the texts are: a field for each, or one whose column holds a list."""
+    label: str | None
+    """Column of the right text: its index, or its key. None where `right` says which texts are."""
+    keys: str | None = None
+    """Column that holds a list of keys of the texts, such as A, B, C; the label is then one of them."""
+    first: int = 0
+    """Index of the first text."""
+    right: str | None = None
+    """Column that holds the right texts themselves; there may be several."""
+    beginning: Field | None = None
+    """Text before each choice."""
+    ending: Field | None = None
+    """Text after each choice."""
+    count: int | None = None
+    """Number of choices of a row; rows with another number are left out."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the choices are read from."""
+        named = [c for f in (*self.texts, self.beginning, self.ending) if f is not None for c in f.columns]
+        return (*named, *(c for c in (self.label, self.keys, self.right) if c is not None))
 
 
 @dataclass(frozen=True)
@@ -115,6 +81,8 @@ class HubDataset:
     id: str
     config: str | None = None
     revision: str | None = None
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Split at the source -> paths or globs in the repository, where its own settings do not say them."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +126,8 @@ class TaskFile:
     flan: str | None
     """Name among the 62 data sets of FLAN; None where it is not one of them."""
     hub: HubDataset | None
-    files: Mapping[str, str]
-    """Split -> file beside the YAML, or address."""
+    files: Mapping[str, tuple[str, ...]]
+    """Split -> files beside the YAML, or addresses; several are read one after the other."""
     url: str | None
     """Page to get the rows from, where no hub id or file can be loaded."""
     splits: Mapping[str, SplitPart]
@@ -178,11 +146,43 @@ class TaskFile:
     example: Mapping[str, Any]
     """A made-up row, which shows the templates."""
     templates: tuple[Template, ...]
+    target: Field | None = None
+    """The answer to learn, where it is in another column than the references."""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """Column -> regular expression; rows in which it is not found are left out."""
+    where_not: Mapping[str, str] = field(default_factory=dict)
+    """Column -> regular expression; rows in which it is found are left out."""
+    differs: tuple[str, ...] = ()
+    """Fields that must differ from the answer; rows in which one is the answer are left out."""
+    shuffle: int | None = None
+    """Seed of the order of the rows, before parts are cut and the cap counts; None keeps the source's order."""
+    explode: tuple[str, ...] = ()
+    """Columns that hold lists of one length: each item becomes an example of its own."""
+    flan_splits: Mapping[str, SplitPart] = field(default_factory=dict)
+    """The splits of FLAN's mixtures, where they are others than `splits`."""
+    flan_protocol: bool = False
+    """Whether `splits` are those of FLAN; rows are then called by their split at the source."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Split at the source -> number of its rows, as its authors or the hub say."""
+    licence: str | None = None
+    """Licence of the rows, as far as it is known."""
+    sure: str | None = None
+    """How sure the facts about the source are: A seen in a public source, B seen once or indirectly, C not seen."""
 
     @property
     def has_choices(self) -> bool:
         """Whether the answer is one of several texts."""
         return self.labels is not None or self.choices is not None
+
+    @property
+    def title(self) -> str:
+        """The task by cluster and name, e.g. `translation: wmt14_enfr`, for prompts that hold no instruction."""
+        return ": ".join((*(c.replace("_", " ") for c in self.clusters[:1]), self.name))
+
+    @property
+    def choice_label(self) -> str | None:
+        """The column that says which choice is right; None where the answer is free text or is given as text."""
+        return self.labels.column if self.labels else self.choices.label if self.choices else None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -191,28 +191,10 @@ class TaskFile:
         if self.labels is not None:
             names.add(self.labels.column)
         if self.choices is not None:
-            names |= {*self.choices.columns, self.choices.label}
-        if self.keywords is not None:
-            names |= set(self.keywords.columns)
+            names |= set(self.choices.columns)
+        names |= {*self.where, *self.where_not, *self.explode}
+        for other in (self.keywords, self.target):
+            names |= set(other.columns if other is not None else ())
         if self.references is not None:
             names |= {*self.references.columns, *([self.references.group] if self.references.group else [])}
         return tuple(sorted({name.partition(".")[0] for name in names}))
-
-
-def label_key(value: Any) -> str:
-    """A label in the form in which labels are compared: `True` -> true, `1` -> 1, ` Yes` -> yes, null and NaN -> none.
-
-    CSV and Parquet then agree.
-    """
-    return "none" if is_nothing(value) else str(value).strip().lower()
-
-
-def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    """The value at a column or dotted path; None for null and for NaN. Raises DataError where there is none."""
-    value: Any = row
-    for key in column.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            names: Iterable[str] = value if isinstance(value, Mapping) else [type(value).__name__]
-            raise DataError("columns are missing", where=where, found=", ".join(map(str, names)), expected=column)
-        value = value[key]
-    return None if is_nothing(value) else value

@@ -7,8 +7,9 @@ With `--task-root DIR`, the split's files are looked for in DIR/TASK, in this or
     SPLIT_*.* or SPLIT-*.*  parts, in the order of their names (train_part.jsonl, train-00000-of-00002.parquet)
     sample*.*               used for dev and test, never for train
 
-A part of a split (`train[90%:]`) is cut from the hub's split, from a local train file where the folder has no separate file for
-dev or test, and from the file that a task names for that split under `files`.
+A part of a split (`train[90%:]`) is cut from the hub's split, from the local files where these are called as the splits at the
+source are, from a local train file where the folder has no separate file for dev or test, and from the file that a task names for
+that split under `files`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
 from kd.common.strangers.plain_files import is_inside
+from kd.data.instruction_tasks.row_reading.row_order import one_row_per_item, seeded_order
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.compressed import plain_name
 from kd.data.rows.hub import HubRows, is_url, load_url
@@ -32,13 +34,18 @@ SAME = ("dev", "validation", "valid", "val")
 """Names of the dev split."""
 
 Loaded = TypeVar("Loaded")
-LoadHub = Callable[[str, str | None, str | None, str], HubRows]
-"""(id, config, revision, split) -> rows in order; see `kd.data.rows.hub.load_hub`."""
+LoadHub = Callable[..., HubRows]
+"""(id, config, revision, split) -> rows in order, and a fifth argument where the task names files of the repository; see
+`kd.data.rows.hub.load_hub`."""
+
+
+class MissingRowsError(DataError):
+    """The rows of a task's split are not where they are looked for, or cannot be fetched."""
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Rows of one split in the source's order, and where they came from."""
+    """Rows of one split in the source's order, or in the task's own, and where they came from."""
 
     rows: Sequence[Mapping[str, Any]]
     first: int
@@ -49,10 +56,14 @@ class TaskRows:
     """Number of a row in the source's split -> where it is, for errors."""
     source: str
     """Hub id, revision and split, or file names, for provenance."""
+    numbers: Sequence[int] | None = None
+    """Numbers of the rows in the source's split, where they do not follow each other."""
 
 
 def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub: LoadHub) -> TaskRows:
-    """Rows of `split` (train, dev, test). Raises DataError where the task has no such split or its rows cannot be loaded."""
+    """Rows of `split` (train, dev, test). Raises DataError where the task has no such split; MissingRowsError where its rows cannot
+    be loaded.
+    """
     split = "dev" if split in SAME else split
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS, where=task.name)
@@ -64,22 +75,45 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
         return _from_named_file(task, split)
     if task.hub is None:
         get = f"; the files are at {task.url}" if task.url else ""
-        raise DataError(
+        raise MissingRowsError(
             "the task has no data set on the hub that loads without code",
             where=task.name,
             try_=f"--task-root DIR with DIR/{task.name}/{split}.jsonl (or .csv, .parquet){get}",
         )
     part = task.splits[split]
     hub = task.hub
-    hub_rows = _or_local_files(task, split, lambda: load_hub(hub.id, hub.config, hub.revision, part.name))
-    data = hub_rows.data
-    _check_columns(task, list(data.column_names), f"{task.hub.id} split {part.name}")
-    start, stop = part.cut(len(data))
-    rows = data if part.whole else data.select(range(start, stop))
+    if hub.files and part.name not in hub.files:
+        raise MissingRowsError(
+            "the task names no file of its repository for this split",
+            where=f"{task.path} hub.files",
+            found=", ".join(hub.files),
+            expected=part.name,
+        )
+    files = [{part.name: list(hub.files[part.name])}] if hub.files else []
+    hub_rows = _or_local_files(task, split, lambda: load_hub(hub.id, hub.config, hub.revision, part.name, *files))
+    where = f"{task.hub.id} split {part.name}"
+    _check_columns(task, list(hub_rows.data.column_names), where)
     config = f":{task.hub.config}" if task.hub.config else ""
     source = f"{task.hub.id}{config}@{hub_rows.revision} {part}"
-    where = f"{task.hub.id} split {part.name}"
-    return TaskRows(rows, start, where, rows_in(where), source)
+    return _part_of(task, hub_rows.data, part, where, rows_in(where), source)
+
+
+def _part_of(task: TaskFile, rows: Any, part: SplitPart, where: str, place: Place, source: str) -> TaskRows:
+    """A part of the rows: after one is made of each item of their lists, and after they are put into the task's order.
+
+    rows   a list, or a `datasets.Dataset`
+    """
+    if task.explode:
+        rows, place = one_row_per_item(rows, task.explode, place)
+    start, stop = part.cut(len(rows))
+    if task.shuffle is None:
+        if not part.whole:
+            rows = rows.select(range(start, stop)) if hasattr(rows, "select") else rows[start:stop]
+        return TaskRows(rows, start, where, place, source)
+    numbers = seeded_order(len(rows), task.shuffle)[start:stop]
+    chosen = rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]
+    first = numbers[0] if numbers else 0
+    return TaskRows(chosen, first, where, place, f"{source} shuffled by {task.shuffle}", numbers)
 
 
 def _or_local_files(task: TaskFile, split: str, load: Callable[[], Loaded]) -> Loaded:
@@ -92,7 +126,7 @@ def _or_local_files(task: TaskFile, split: str, load: Callable[[], Loaded]) -> L
             f"the network, or --task-root DIR with DIR/{task.name}/{split}.jsonl (.csv, .tsv, .parquet){get}, columns "
         )
         details = {key: value for key, value in error.details.items() if key != "try"}
-        raise DataError(
+        raise MissingRowsError(
             f"{error.headline} (task {task.name})", **details, try_=advice + ", ".join(task.columns)
         ) from error
 
@@ -106,29 +140,43 @@ def _from_named_file(task: TaskFile, split: str) -> TaskRows:
             raise DataError(
                 "a split has a file of its own and is also a part of another",
                 where=f"{task.path} splits.{split}",
-                found=f"{part}, and files.{split}: {task.files[split]}",
+                found=f"{part}, and files.{split}: {', '.join(task.files[split])}",
                 expected="one of the two",
             )
         of = split
     if of not in task.files:
-        raise DataError(
+        raise MissingRowsError(
             "the task names no file for this split", where=task.path, found=split, expected=", ".join(task.files)
         )
     named = task.files[of]
-    if is_url(named):
-        return _or_local_files(task, split, lambda: _from_tables(task, [load_url(named)], part, named))
-    file = Path(task.path).parent / named
+    if any(map(is_url, named)):
+        return _or_local_files(
+            task,
+            split,
+            lambda: _from_tables(task, [_table_at(task, of, name) for name in named], part, ", ".join(named)),
+        )
+    files = [_file_beside(task, of, name) for name in named]
+    return _from_files(task, files, part if not part.whole else SplitPart(split))
+
+
+def _table_at(task: TaskFile, split: str, name: str) -> RowTable:
+    return load_url(name) if is_url(name) else read_table(_file_beside(task, split, name))
+
+
+def _file_beside(task: TaskFile, split: str, name: str) -> Path:
+    """A file beside the YAML file, or below. Raises DataError for one elsewhere, MissingRowsError where there is none."""
+    file = Path(task.path).parent / name
     if not is_inside(file, Path(task.path).parent):
         raise DataError(
             "a task's file lies outside of its folder",
-            where=f"{task.path} files.{of}",
-            found=named,
+            where=f"{task.path} files.{split}",
+            found=name,
             expected="a file beside the YAML file, or below",
             try_="--task-root DIR, which may be anywhere",
         )
     if not file.is_file():
-        raise DataError("a task's file is missing", where=f"{task.path} files.{of}", expected=str(file))
-    return _from_files(task, [file], part if not part.whole else SplitPart(split))
+        raise MissingRowsError("a task's file is missing", where=f"{task.path} files.{split}", expected=str(file))
+    return file
 
 
 def _names_of(split: str) -> tuple[str, ...]:
@@ -140,20 +188,22 @@ def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
     folder = as_path(root) / task.name
     files = table_files(folder) if folder.is_dir() else []
     if not files:
-        raise DataError(
+        raise MissingRowsError(
             "no files of the task",
             where=str(folder),
             expected=f"{split}.jsonl, .csv, .tsv or .parquet",
             try_="a --task-root DIR that holds DIR/TASK/SPLIT.jsonl",
         )
     part = task.splits[split]
+    if _as_at_the_source(task, files):
+        return _from_files(task, _named(files, part.name), part)
     if not part.whole and any(_named(files, s) for s in ("dev", "test")):
         part = SplitPart(split)
     of_split = _named(files, split) or _named(files, part.name)
     if not of_split and split != "train":
         of_split = [f for f in files if plain_name(f).startswith("sample")]
     if not of_split:
-        raise DataError(
+        raise MissingRowsError(
             "no file of the split",
             where=str(folder),
             found=", ".join(f.name for f in files),
@@ -161,6 +211,14 @@ def _from_folder(task: TaskFile, split: str, root: Path) -> TaskRows:
             try_="another --split: " + ", ".join(s for s in SPLITS if s != split),
         )
     return _from_files(task, of_split, part)
+
+
+def _as_at_the_source(task: TaskFile, files: Sequence[Path]) -> bool:
+    """Whether parts are cut, and a folder holds the splits of the source under their own names and none of other names."""
+    parts = task.splits.values()
+    needed, names = {part.name for part in parts}, {plain_name(file) for file in files}
+    at_the_source = needed | set(task.rows)
+    return not all(part.whole for part in parts) and needed <= names and not names & ({*SPLITS, *SAME} - at_the_source)
 
 
 def _named(files: Sequence[Path], split: str) -> list[Path]:
@@ -194,9 +252,8 @@ def _from_tables(task: TaskFile, tables: Sequence[RowTable], part: SplitPart, so
             if not needed <= row.keys():
                 _check_columns(task, list(row), table.place(number))
     rows = [row for table in tables for row in table.rows]
-    start, stop = part.cut(len(rows))
     where = tables[0].file if len(tables) == 1 else ", ".join(table.file for table in tables)
-    return TaskRows(rows[start:stop], start, where, _place_in(tables), source + ("" if part.whole else f" {part}"))
+    return _part_of(task, rows, part, where, _place_in(tables), source + ("" if part.whole else f" {part}"))
 
 
 def _place_in(tables: Sequence[RowTable]) -> Place:

@@ -18,11 +18,37 @@ def check_task(task: TaskFile) -> None:
         _check_template(task, template, f"{task.path} templates[{index}]")
     _check_clusters(task)
     _check_inverted(task)
+    _check_parts(task)
+
+
+def _check_parts(task: TaskFile) -> None:
     for name, field in task.fields.items():
         if field.group is not None:
             raise DataError(
                 "only references are grouped", where=f"{task.path} fields.{name}", found=f"group: {field.group}"
             )
+        if field.alternatives or field.empty is not None:
+            raise DataError(
+                "only references have alternatives or a word for an empty list",
+                where=f"{task.path} fields.{name}",
+                found="alternatives" if field.alternatives else f"empty: {field.empty}",
+            )
+    for name in task.differs:
+        if name not in task.fields:
+            raise unknown_name("field", name, task.fields, where=f"{task.path} differs")
+    if task.target is not None and (task.references is None or task.references.group is not None):
+        raise DataError(
+            "a target of its own goes with references that are not grouped",
+            where=f"{task.path} target",
+            found="no references" if task.references is None else f"group: {task.references.group}",
+        )
+    if set(task.flan_splits) - set(task.splits):
+        raise DataError(
+            "FLAN's splits are those of the task",
+            where=f"{task.path} flan_splits",
+            found=", ".join(task.flan_splits),
+            expected=", ".join(task.splits),
+        )
 
 
 def _check_answer(task: TaskFile) -> None:

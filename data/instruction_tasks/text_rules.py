@@ -1,4 +1,4 @@
-"""The clean-up rules of a task's fields, `drop` and `replace`, within bounds: the file and its rows may be a stranger's.
+"""The rules of a task's fields and rows, `drop`, `replace` and `where`, within bounds: the file and its rows may be a stranger's.
 
 A regular expression such as `(a+)+$` takes longer than anyone waits on thirty characters. Rules run under the `regex` module,
 which stops after `SECONDS` on one text; an expression is checked before, because compiling one can fill the memory too.
@@ -45,19 +45,31 @@ def without(pattern: str, text: str, where: str) -> str:
     try:
         result: str = _compiled(pattern).sub("", text, timeout=SECONDS)
     except TimeoutError as error:
-        raise DataError(
-            "a regular expression takes too long",
-            where=where,
-            found=f"drop: {pattern}",
-            expected=f"at most {SECONDS:g} s on a text of {len(text):,} characters",
-            try_="an expression without repetitions inside of repetitions",
-        ) from error
+        raise _too_slow(f"drop: {pattern}", text, where) from error
     return result
+
+
+def occurs(pattern: str, text: str, where: str) -> bool:
+    """Whether a checked expression is found in `text`. Raises DataError where finding it takes too long."""
+    try:
+        return _compiled(pattern).search(text, timeout=SECONDS) is not None
+    except TimeoutError as error:
+        raise _too_slow(pattern, text, where) from error
+
+
+def _too_slow(rule: str, text: str, where: str) -> DataError:
+    return DataError(
+        "a regular expression takes too long",
+        where=where,
+        found=rule,
+        expected=f"at most {SECONDS:g} s on a text of {len(text):,} characters",
+        try_="an expression without repetitions inside of repetitions",
+    )
 
 
 @lru_cache(maxsize=256)
 def _compiled(pattern: str) -> Any:
-    with needed("regex", "a task with a drop rule"):
+    with needed("regex", "a task with a regular expression"):
         import regex
     return regex.compile(pattern)
 

@@ -36,6 +36,8 @@ class Example:
     """Whether the target is whole. A target that was cut short has no end token to score."""
     conversation: Conversation | None = None
     """The messages of a conversation; `prompt` and `target` are then texts for people. None for other texts."""
+    also_right: tuple[int, ...] = ()
+    """Indices of further choices that are right, in tasks whose rows have several right answers."""
 
 
 def text_digest(examples: Iterable[Example]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,14 +33,24 @@ class HubRows:
     """Commit of the data set on the hub; `main` where it is unknown."""
 
 
-def load_hub(name: str, config: str | None, revision: str | None, split: str) -> HubRows:
-    """One split of a data set on the hub; scripts are never run. Raises DataError."""
+def load_hub(
+    name: str,
+    config: str | None,
+    revision: str | None,
+    split: str,
+    files: Mapping[str, Sequence[str]] | None = None,
+) -> HubRows:
+    """One split of a data set on the hub; scripts are never run. Raises DataError.
+
+    files   split -> paths or globs in the repository, where its own settings do not say which files are which
+    """
     with needed("datasets", "reading a data set of the hub"):
         import datasets
 
     commit = commit_of(name, revision)
     try:
-        return HubRows(datasets.load_dataset(name, config, revision=commit, split=split), commit or "main")
+        given = {"data_files": {key: list(paths) for key, paths in files.items()}} if files else {}
+        return HubRows(datasets.load_dataset(name, config, revision=commit, split=split, **given), commit or "main")
     except Exception as error:  # datasets raises a dozen unrelated types; its message is what the user needs
         raise _unreachable(
             "cannot load the data set from the hub",

@@ -281,13 +281,10 @@ def choices_of(
             ("accuracy_chars", nats / characters),
         ):
             chosen[name][number] = first_best(scores)
-    answers = np.array([q.answer for q in questions])
     documents = Documents.of_examples([q.example.id for q in questions], "pairs")
     ones = np.ones(len(questions))
-    estimates = {
-        name: documents.ratio((options == answers).astype(np.float64), ones) for name, options in chosen.items()
-    }
-    hits = (chosen["accuracy"] == answers).astype(np.float64)
+    estimates = {name: documents.ratio(_right(questions, options), ones) for name, options in chosen.items()}
+    hits = _right(questions, chosen["accuracy"])
     estimates |= figures_by_task("accuracy", documents, hits, [q.example.task for q in questions])
     return ChoicesResult(
         estimates,
@@ -298,6 +295,12 @@ def choices_of(
         counts.get("skipped", 0),
         counts.get("cut", 0),
     )
+
+
+def _right(questions: Sequence[Question], chosen: np.ndarray) -> np.ndarray:
+    """`[E]` 1.0 where the chosen option is a right one, of which an example may have several."""
+    rights = ((q.answer, *q.example.also_right) for q in questions)
+    return np.array([int(option) in right for option, right in zip(chosen, rights, strict=True)], dtype=np.float64)
 
 
 def first_best(scores: np.ndarray) -> int:

@@ -34,7 +34,7 @@ import numpy as np
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.progress import Progress
-from kd.data.instruction_tasks.task import label_key
+from kd.data.instruction_tasks.row_reading.row_field import label_key
 from kd.data.instruction_tasks.task_files import parse_task
 from kd.data.instruction_tasks.task_rows import load_task_rows
 from kd.data.rows.example import Example

@@ -135,7 +135,9 @@ def _task_result(
 def _wording_settings(suffix: str, corpus: Corpus, result: ChoicesResult) -> dict[str, Any]:
     labels = corpus.source.get("labels")
     return ({"labels": BOTH if suffix else labels} if labels else {}) | {
-        f"choices{suffix}_digest": rows_digest([e.id, e.choices, e.answer] for e in corpus.examples),
+        f"choices{suffix}_digest": rows_digest(
+            [e.id, e.choices, e.answer, *([e.also_right] if e.also_right else [])] for e in corpus.examples
+        ),
         f"examples_skipped{suffix}": result.skipped,
         f"prompts_cut{suffix}": result.prompts_cut,
     }

@@ -91,8 +91,11 @@ CONFIG = {
     "batches": {"batch_size": 4},
 }
 TASKS = [
-    read_mapping(ROOT / f"data/instruction_tasks/instructions/{name}.yaml", "task file")
-    for name in ("boolq", "samsum", "cosmos_qa", "common_gen")
+    read_mapping(next(ROOT.glob(f"data/instruction_tasks/instructions/*/{name}.yaml")), "task file")
+    for name in (
+        *("boolq", "samsum", "cosmos_qa", "common_gen", "stsb", "arc_challenge"),
+        *("winogrande", "record", "dart", "quac", "web_nlg", "sentiment140", "trivia_qa"),
+    )
 ]
 RECIPE = read_mapping(ROOT / "recipes" / "oscarnav-four.yaml", "recipe")
 EXPERIMENT = read_mapping(ROOT / "recipes" / "experiments" / "uld-tasks.yaml", "experiment")

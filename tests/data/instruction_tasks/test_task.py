@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
-from kd.data.instruction_tasks.task import Field, SplitPart
+from kd.data.instruction_tasks.row_reading.row_field import Field
+from kd.data.instruction_tasks.task import SplitPart
 
 
 @given(st.integers(0, 50), st.integers(0, 100))

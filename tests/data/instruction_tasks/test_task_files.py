@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import kd.data.instruction_tasks.instructions
 from kd.common.errors import DataError
 from kd.common.strangers.braces import template_fields
+from kd.data.instruction_tasks.clusters import flan_clusters
 from kd.data.instruction_tasks.task import ANSWER, MAX_INVERTED, TaskFile
 from kd.data.instruction_tasks.task_files import load_task, parse_task, task_names
 
@@ -28,22 +30,33 @@ def parse(**changes: object) -> TaskFile:
     return parse_task(yaml.safe_dump(GOOD | changes), "mine", "mine.yaml")
 
 
-def test_the_thirteen_tasks_are_there() -> None:
-    assert task_names() == (
-        "anli_r1",
-        "anli_r2",
-        "anli_r3",
-        "boolq",
-        "common_gen",
-        "coqa",
-        "cosmos_qa",
-        "eng_spa",
-        "paws",
-        "python_code",
-        "samsum",
-        "squad",
-        "xsum",
-    )
+REFERENCE = (
+    *("anli_r1", "anli_r2", "anli_r3", "boolq", "common_gen", "coqa", "cosmos_qa"),
+    *("eng_spa", "paws", "python_code", "samsum", "squad", "xsum"),
+)
+"""The tasks of the reference systems; their rows, parts and words are theirs."""
+UNPINNED = {"yelp": "bbf1c97", "dpr": "0fdf659", "aeslc": "2305f2e", "wiki_lingua": "ea3db35"}
+"""Tasks whose commit is known by a short name alone, which pins nothing."""
+BY_HAND = {
+    *("story_cloze", "newsroom", "opinion_abstracts_idebate", "opinion_abstracts_rotten_tomatoes", "para_crawl_enes"),
+    *("quac", "gigaword", "multi_news", "fix_punctuation", "true_case", "word_segment"),
+}
+"""Tasks whose rows are given by agreement or by a script alone."""
+
+
+def test_every_data_set_of_flan_is_a_task_and_two_tasks_are_none_of_them() -> None:
+    registry = flan_clusters()
+    assert {load_task(name).flan for name in task_names()} - {None} == set(registry.datasets)
+    assert [name for name in task_names() if load_task(name).flan is None] == ["eng_spa", "python_code"]
+    assert set(REFERENCE) < set(task_names())
+    assert len(task_names()) == 71
+
+
+def test_a_tasks_file_lies_in_the_folder_of_its_first_cluster() -> None:
+    root = Path(kd.data.instruction_tasks.instructions.__path__[0])
+    for file in root.rglob("*.yaml"):
+        clusters = load_task(file.stem).clusters
+        assert file.parent.name == (clusters[0] if clusters else "other"), file
 
 
 @pytest.mark.parametrize("name", task_names())
@@ -71,10 +84,36 @@ def test_every_task_says_where_its_rows_are_and_how_it_is_scored(name: str) -> N
     task = load_task(name)
     assert task.about
     assert task.metrics
-    assert set(task.splits) == {"train", "dev", "test"}
+    assert set(task.splits) == ({"test"} if name == "wsc273" else {"train", "dev", "test"})
     assert task.hub is not None or task.url
     assert set(task.columns) <= set(task.example)
-    assert task.cap == 10_000
+    assert task.cap == (10_000 if name in REFERENCE else 30_000)
+
+
+@pytest.mark.parametrize("name", [n for n in task_names() if load_task(n).flan is not None])
+def test_a_task_of_flan_says_how_many_rows_it_has_under_which_licence_and_how_sure_that_is(name: str) -> None:
+    task = load_task(name)
+    parts = (task.flan_splits or task.splits).values()
+    assert task.licence
+    assert task.sure in {"A", "B", "C"}
+    known = {part.name for part in parts} & set(task.rows)
+    assert known, "the rows of a split that the task reads are known"
+    assert {part.name for part in parts} - known <= {"test"}
+    assert (task.hub is None and not task.files) == (name in BY_HAND)
+
+
+@pytest.mark.parametrize("name", [n for n in task_names() if load_task(n).labels is not None])
+def test_fixed_labels_have_a_second_wording(name: str) -> None:
+    labels = load_task(name).labels
+    assert labels is not None
+    own, flan = (dict(labels.words[wording]) for wording in ("original", "flan"))
+    same = {"stsb", "cola", "sst2", "yelp", "sentiment140"}  # their own words are FLAN's
+    assert (own == flan) == (name in same)
+
+
+@pytest.mark.parametrize("name", [n for n in task_names() if n not in REFERENCE])
+def test_a_task_beyond_those_of_the_reference_systems_has_exactly_ten_templates(name: str) -> None:
+    assert len(load_task(name).templates) == 10
 
 
 def test_the_facts_of_the_reference_systems() -> None:
@@ -95,20 +134,25 @@ def test_the_facts_of_the_reference_systems() -> None:
     assert labels["paws"]["original"] == (("0", "No"), ("1", "Yes"))
     assert str(load_task("anli_r3").splits["test"]) == "test_r3"
     assert str(load_task("python_code").splits["dev"]) == "train[90%:]"
-    for name in task_names():  # a commit: what a cache was made from stays
-        task = load_task(name)
-        if task.hub is not None:
-            assert re.fullmatch("[0-9a-f]{40}", task.hub.revision or ""), name
-        else:
-            assert all(re.search("/[0-9a-f]{40}/", address) for address in task.files.values()), name
     assert load_task("cosmos_qa").hub is None  # a script on the hub, and no export
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_rows_come_from_one_commit_except_where_the_file_says_why_not(name: str) -> None:
+    task = load_task(name)
+    if task.hub is None:
+        assert all(re.search("/[0-9a-f]{40}/", a) for addresses in task.files.values() for a in addresses)
+    elif name == "sentiment140":
+        assert task.hub.revision == "refs/convert/parquet"
+    else:
+        assert re.fullmatch("[0-9a-f]{40}", task.hub.revision or "") or name in UNPINNED
 
 
 def test_a_file_may_extend_one_of_ours(tmp_path: Path) -> None:
     path = tmp_path / "dialogsum.yaml"
     path.write_text("extends: samsum\nabout: talks\nfiles: {train: train.jsonl}\n")
     task, base = load_task(str(path)), load_task("samsum")
-    assert (task.name, task.about, task.files) == ("dialogsum", "talks", {"train": "train.jsonl"})
+    assert (task.name, task.about, task.files) == ("dialogsum", "talks", {"train": ("train.jsonl",)})
     assert (task.templates, task.fields, task.max_chars) == (base.templates, base.fields, base.max_chars)
     chain = parse_task("extends: anli_r2\nabout: more\n", "more", "more.yaml")
     assert (chain.templates, chain.splits) == (load_task("anli_r1").templates, load_task("anli_r2").splits)

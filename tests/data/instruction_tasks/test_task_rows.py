@@ -351,3 +351,90 @@ def test_compressed_files_and_upper_case_suffixes_are_found_and_hidden_ones_are_
     (tmp_path / "paws" / "._dev.jsonl").write_bytes(b"\0")
     (tmp_path / "paws" / "train.JSONL.gz").write_bytes(gzip.compress(data))
     assert found(tmp_path, "paws", "train") == found(tmp_path, "paws", "dev")
+
+
+# the layout of the source, seeded orders, rows per item, several files
+
+
+def rte(numbers: range) -> list[dict[str, Any]]:
+    return [{"premise": str(n), "hypothesis": "h", "label": 0} for n in numbers]
+
+
+def test_local_files_called_as_at_the_source_are_cut_as_at_the_source(tmp_path: Path) -> None:
+    put(tmp_path / "rte" / "train.jsonl", rte(range(300)))
+    put(tmp_path / "rte" / "validation.jsonl", rte(range(1000, 1004)))
+    task = load_task("rte")
+    cut = {s: load_task_rows(task, s, tmp_path, no_hub) for s in ("train", "dev", "test")}
+    assert [[int(r["premise"]) for r in cut[s].rows] for s in cut] == [
+        [*range(100)],
+        [*range(100, 300)],
+        [*range(1000, 1004)],
+    ]
+    put(tmp_path / "rte" / "dev.jsonl", rte(range(5)))
+    assert len(found(tmp_path, "rte", "train")) == 300, "a dev file of one's own leaves train whole"
+    assert len(found(tmp_path, "rte", "dev")) == 5
+
+
+def test_a_train_split_may_be_a_part_of_validation(tmp_path: Path) -> None:
+    story = dict(load_task("story_cloze").example)
+    for name in ("validation", "test"):
+        put(tmp_path / "story_cloze" / f"{name}.jsonl", [story] * 250)
+    sizes = {s: len(found(tmp_path, "story_cloze", s)) for s in ("train", "dev", "test")}
+    assert sizes == {"train": 50, "dev": 200, "test": 250}
+
+
+def test_a_seeded_order_comes_before_the_cut_and_rows_keep_their_numbers(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{"text": f"review {n}", "label": int(n >= 300)} for n in range(600)]
+    put(tmp_path / "imdb" / "train.jsonl", rows)
+    put(tmp_path / "imdb" / "test.jsonl", rows)
+    task = load_task("imdb")
+    local, hub = (
+        {
+            s: load_task_rows(task, s, root, lambda *_: HubRows(Dataset.from_list(rows), "c" * 40))
+            for s in ("train", "dev")
+        }
+        for root in (tmp_path, None)
+    )
+    for split, taken in local.items():
+        assert taken.numbers == hub[split].numbers is not None
+        assert list(taken.rows) == list(hub[split].rows) == [rows[n] for n in taken.numbers]
+        share = sum(row["label"] for row in taken.rows) / len(taken.rows)
+        assert 0.35 < share < 0.65, "both labels in every part of rows sorted by label"
+    numbers = [*(local["train"].numbers or ()), *(local["dev"].numbers or ())]
+    assert sorted(numbers) == list(range(600))
+    assert local["train"].source.endswith("train[:-200] shuffled by 0")
+
+
+def test_every_question_of_a_conversation_is_a_row_before_the_cut(tmp_path: Path) -> None:
+    talk = dict(load_task("quac").example)
+    for name in ("train", "validation"):
+        put(tmp_path / "quac" / f"{name}.jsonl", [talk] * 150)
+    rows = load_task_rows(load_task("quac"), "dev", tmp_path, no_hub)
+    assert (len(rows.rows), rows.first) == (200, 100)
+    assert [r["questions"] for r in rows.rows[:2]] == talk["questions"]
+    assert rows.place(100).endswith("train.jsonl line 51 item 1")
+
+
+def test_several_files_of_a_split_are_one_after_the_other(tmp_path: Path) -> None:
+    cut = parts(tmp_path, "files: {train: [rows.jsonl, dev.jsonl]}\nsplits: {train: 'train[8:]'}\n")
+    assert cut == {"train": [8, 9, 100, 101, 102, 103]}
+
+
+def test_files_of_a_repository_are_asked_for_by_split() -> None:
+    from datasets import Dataset
+
+    asked: list[Any] = []
+
+    def hub(*arguments: Any) -> HubRows:
+        asked.append(arguments)
+        return HubRows(Dataset.from_list([dict(load_task("wsc273").example)]), "c" * 40)
+
+    task = load_task("wsc273")
+    assert task.hub is not None
+    load_task_rows(task, "test", None, hub)
+    files = {"test": ["wsc273/winograd_wsc-test.parquet"]}
+    assert asked == [("ErnestSDavis/winograd_wsc", None, task.hub.revision, "test", files)]
+    with pytest.raises(DataError, match="no such split"):
+        load_task_rows(task, "train", None, hub)

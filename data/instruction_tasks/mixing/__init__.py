@@ -1,0 +1,1 @@
+"""Mixtures: which tasks a name stands for, and in which order their examples come."""

@@ -1,0 +1,161 @@
+"""Which tasks a mixture's name stands for.
+
+    flan, flan:ten             the ten tasks of system 001; flan:four are those of system 000; flan:eight are those FLAN has too
+    flan:TASK[,TASK…]          one task, or several; the path of a .yaml file is a task too
+    flan:all                   FLAN's 62 data sets
+    flan:clusters=A,B          those of some clusters
+    flan:all-but=A,B           those outside the held-out clusters and the ones that are excluded with them
+    flan:tasks=TASK,TASK       some of FLAN's tasks, in FLAN's cut
+
+The last four are FLAN's protocol: 30,000 rows per task, FLAN's parts of the splits, and no row left out for its length. A task
+that has no such split (WSC273 has no training rows) is left out and named. Your own .yaml files may stand among the names and join
+by the clusters that they name: `flan:all-but=nli,my/task.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from kd.common.errors import DataError, unknown_name
+from kd.data.instruction_tasks.clusters import flan_clusters
+from kd.data.instruction_tasks.task import TaskFile
+from kd.data.instruction_tasks.task_files import load_task, task_names
+
+FLAN_CAP = 30_000
+"""Rows per task in FLAN's mixtures."""
+CLUSTERS = "clusters="
+"""Prefix of a mixture of some clusters."""
+ALL_BUT = "all-but="
+"""Prefix of a mixture without some clusters."""
+TASKS = "tasks="
+"""Prefix of a mixture of some tasks, in FLAN's cut."""
+
+EIGHT = ("anli_r1", "boolq", "paws", "cosmos_qa", "squad", "samsum", "xsum", "common_gen")
+"""The tasks of system 001 that FLAN has too."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tasks that a mixture's name stands for."""
+
+    tasks: tuple[str, ...]
+    cap: int | None = None
+    """Rows kept per task, from the first; None is the number in the task's file."""
+    flan: bool = False
+    """Whether the tasks are cut as FLAN cuts them."""
+
+    def files(self) -> list[TaskFile]:
+        """The tasks' files, as the mixture reads them."""
+        return [flan_cut(load_task(name)) if self.flan else load_task(name) for name in self.tasks]
+
+
+def select(name: str) -> Selection:
+    """The tasks of a mixture (see the module's head). Raises DataError for an unknown preset, task or cluster."""
+    if name in PRESETS:
+        return PRESETS[name]
+    for prefix, chosen in ((CLUSTERS, _of_clusters), (ALL_BUT, _outside_clusters), (TASKS, _of_tasks)):
+        if name.startswith(prefix):
+            names, own = _split_names(name.removeprefix(prefix))
+            return Selection((*chosen(name, names), *_joining(prefix, names, own)), FLAN_CAP, flan=True)
+    names, own = _split_names(name)
+    if names == ["all"]:
+        return Selection((*flan_tasks(), *own), FLAN_CAP, flan=True)
+    every_name = (*PRESETS, "all", *task_names())
+    for one in names:
+        if one in (*PRESETS, "all"):
+            raise DataError(
+                "a preset cannot be combined with other names", where=name, found=one, expected="tasks between commas"
+            )
+        if one not in every_name:
+            raise unknown_name(
+                "task or mixture", one, every_name, try_=f"kd data ls, {CLUSTERS}CLUSTER or {ALL_BUT}CLUSTER"
+            )
+    return Selection(tuple(dict.fromkeys(n.strip() for n in name.split(","))))
+
+
+def flan_tasks() -> tuple[str, ...]:
+    """The package's tasks that are data sets of FLAN, in the order of its clusters."""
+    order = {dataset: place for place, dataset in enumerate(flan_clusters().datasets)}
+    places = {name: order[flan] for name in task_names() if (flan := load_task(name).flan) is not None}
+    return tuple(sorted(places, key=lambda name: (places[name], name)))
+
+
+def tasks_without(held_out: Sequence[str]) -> tuple[str, ...]:
+    """FLAN's tasks outside the held-out clusters and those excluded with them. Raises DataError for an unknown one."""
+    excluded = flan_clusters().excluded(held_out)
+    return tuple(name for name in flan_tasks() if not excluded & set(load_task(name).clusters))
+
+
+def flan_cut(task: TaskFile) -> TaskFile:
+    """A task with FLAN's parts of its splits, and with all its rows, however long they are."""
+    return replace(task, splits=task.flan_splits or task.splits, max_chars={}, flan_protocol=True)
+
+
+def known_rows(task: TaskFile, split: str, cap: int | None = None) -> int | None:
+    """Rows of a split by the numbers that the task's file gives, at most `cap`; None where they are not known.
+
+    A task that makes several examples of a row has more.
+    """
+    part = task.splits.get(split)
+    if part is None or part.name not in task.rows:
+        return None
+    start, stop = part.cut(task.rows[part.name])
+    return max(0, stop - start) if cap is None else min(max(0, stop - start), cap)
+
+
+def _split_names(text: str) -> tuple[list[str], list[str]]:
+    """The names between commas, each once: first those of the package, then paths of task files."""
+    names = list(dict.fromkeys(n.strip() for n in text.split(",") if n.strip()))
+    own = [name for name in names if name.endswith((".yaml", ".yml"))]
+    return [name for name in names if name not in own], own
+
+
+def _of_clusters(name: str, clusters: Sequence[str]) -> tuple[str, ...]:
+    if not clusters:
+        raise DataError("no cluster is named", where=name, expected=", ".join(flan_clusters().clusters))
+    wanted = {flan_clusters().cluster(cluster) for cluster in clusters}
+    return tuple(one for one in flan_tasks() if wanted & set(load_task(one).clusters))
+
+
+def _outside_clusters(name: str, clusters: Sequence[str]) -> tuple[str, ...]:
+    if not clusters:
+        raise DataError("no cluster is held out", where=name, expected=", ".join(flan_clusters().clusters))
+    return tasks_without(clusters)
+
+
+def _of_tasks(name: str, tasks: Sequence[str]) -> tuple[str, ...]:
+    for one in tasks:
+        if one not in flan_tasks():
+            raise unknown_name("task of FLAN", one, flan_tasks(), where=name, try_="kd data ls flan")
+    return tuple(tasks)
+
+
+def _joining(prefix: str, clusters: Sequence[str], own: Sequence[str]) -> Iterator[str]:
+    """The user's own files, if their clusters are those of the mixture. Raises DataError for one that is of another."""
+    registry = flan_clusters()
+    for path in own:
+        of_task = set(load_task(path).clusters)
+        if prefix == CLUSTERS and not of_task & {registry.cluster(cluster) for cluster in clusters}:
+            raise DataError(
+                "a task file names none of the mixture's clusters",
+                where=f"{path} clusters",
+                found=", ".join(sorted(of_task)) or "none",
+                expected=", ".join(clusters),
+            )
+        if prefix == ALL_BUT and of_task & registry.excluded(clusters):
+            raise DataError(
+                "a task file names a cluster that is held out",
+                where=f"{path} clusters",
+                found=", ".join(sorted(of_task & registry.excluded(clusters))),
+                try_="the mixture without this file",
+            )
+        yield path
+
+
+PRESETS: dict[str, Selection] = {
+    "four": Selection(("anli_r1", "boolq", "common_gen", "xsum")),
+    "eight": Selection(EIGHT),
+    "ten": Selection((*EIGHT, "python_code", "eng_spa")),
+}
+"""The reference systems' mixtures; their caps are those of the task files."""
