@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numcodecs import blosc, zstd
 
-from kd.cache_builder.build.builder import teacher_of_plan
+from kd.cache_builder.build.builder import loaded_teacher
 from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.shard_writing import write_shard
@@ -65,7 +65,7 @@ def plan_of(args: argparse.Namespace, config: TargetConfig) -> BuildPlan:
 
 def score(plan: BuildPlan) -> list[RawTargets]:
     """One `RawTargets` per shard."""
-    teacher, shards = teacher_of_plan(plan), []
+    teacher, shards = loaded_teacher(plan), []
     for first, stop, _ in plan.manifest.shards:
         *_, (_, raw) = collect(plan.rows[first:stop], teacher.run(plan.rows[first:stop], first))
         assert raw is not None

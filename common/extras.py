@@ -22,6 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "lora": ("peft",),
     "s3": ("s3fs", "aiohttp", "botocore"),
     "ray": ("ray",),
+    "vllm": ("vllm",),
     "trackers": ("tensorboard", "wandb"),
 }
 """Extra -> the packages that it adds, by the names they are imported under."""

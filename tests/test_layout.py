@@ -27,7 +27,8 @@ CACHE_ROOMS = {
     "upkeep": {"store"},
     "share": {"store", "upkeep"},
     "teacher": {"store"},
-    "build": {"store", "upkeep", "teacher"},
+    "served": {"store"},
+    "build": {"store", "upkeep", "teacher", "served"},
 }
 """Room of cache_builder -> the rooms it may import."""
 DOORS = {
@@ -38,6 +39,7 @@ DOORS = {
     "click": {"cli.py", "commands/"},
     "rich": {"commands/terminal/console.py"},
     "ray": {"cache_builder/build/engines.py"},
+    "vllm": {"cache_builder/served/in_process.py"},
     "peft": {"student_trainer/lora.py", "student_trainer/merging/merge_methods.py"},
 }
 """Heavy library -> the modules, or folders of modules, that may import it."""

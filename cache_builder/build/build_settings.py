@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from kd.cache_builder.served.served_settings import ServedSettings
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.common.errors import DataError
 from kd.common.setting_fields import settings_of
@@ -122,7 +123,7 @@ class TargetSettings:
     """Draws from the distribution kept per row (profiles sampled and full)."""
     tail_bands: int | None = setting(None, shown="the profile's own number")
     """Rank bands beyond the top-k whose probability is kept (profiles uld and full)."""
-    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
+    temperatures: tuple[float, ...] | None = setting(None, shown="1,2,4; 1 for a served teacher")
     """Temperatures whose exact normaliser is stored, separated by commas; 1 must be among them."""
     band_temperatures: tuple[float, ...] | None = setting(None, shown="1")
     """Temperatures whose rank bands are stored, separated by commas."""
@@ -184,6 +185,10 @@ class RunningSettings:
     """Where builders run: local starts processes on this machine; ray starts tasks on the cluster of RAY_ADDRESS."""
     extend: Path | None = setting(None, metavar="CACHE")
     """Cache of the beginning of this text. Its shards are copied, and the teacher scores only the rest."""
+    tokens_in_flight: int = setting(16384, minimum=1)
+    """Tokens that a server is asked about at once (--teacher-url)."""
+    patience: float = setting(300.0, minimum=0)
+    """Seconds for which a server that does not answer is asked again (--teacher-url)."""
     reuse: bool = True
     """Copy the shards of a cache with the same fingerprint that was finished on this machine (kd cache ls)."""
 
@@ -197,6 +202,7 @@ class BuildSettings:
 
     model: TeacherSettings
     data: RequiredDataSettings
+    served: ServedSettings = field(default_factory=ServedSettings)
     out: Path = setting(folder=True)
     """Folder of the cache."""
     kept: TargetSettings = field(default_factory=TargetSettings)

@@ -11,17 +11,20 @@ with its message.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.build.reuse import Earlier
 from kd.cache_builder.build.shard_writing import WriterThread
+from kd.cache_builder.served.served_pass import ServedPass
+from kd.cache_builder.served.served_teacher import ServedTeacher
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.targets import RawTargets
 from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.common.errors import DataError, UnfinishedBuildError
@@ -39,6 +42,28 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 2.0
 """Time between two looks at shards that other builders hold."""
+
+
+class Scorer(Protocol):
+    """A teacher that is ready."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent in forward, head and select."""
+
+    @property
+    def padding_share(self) -> float | None:
+        """Share of the computed positions that was padding; None where it is not known."""
+
+    @property
+    def placed(self) -> dict[str, int]:
+        """Bytes of weights on each device of this machine."""
+
+    def shard(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[int, RawTargets | None]]:
+        """Score `rows`, which are examples `first_example`, …: yields `(rows done, None)`, at last `(all, targets)`."""
+
+    def close(self) -> None:
+        """End what is under way."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +144,7 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
         try:
             yield from running.steps()
         finally:
+            running.close()
             pool.shutdown()
             running.claims.release_all()
         yield running.last()
@@ -145,7 +171,7 @@ class _Running:
         self.claims = Claims(writer.root)
         self.elsewhere: dict[int, str] = {}
         self.thread = WriterThread(plan, writer, pool, self.claims)
-        self.teacher: Teacher | None = None  # torch is imported only where there is something to score
+        self.teacher: Scorer | None = None  # torch is imported only where there is something to score
         self.started = time.perf_counter()
         self.tokens = 0
 
@@ -212,13 +238,11 @@ class _Running:
 
     def _score(self, index: int, rows: list[TokenRows], first_example: int) -> Iterator[BuildProgress]:
         """Run the teacher over one shard and hand the result to the writer's thread."""
-        from kd.cache_builder.teacher.teacher_pass import collect
-
         if self.teacher is None:
             self.teacher = teacher_of_plan(self.plan)
             self.started = time.perf_counter()
         raw, before = None, self.rows_done
-        for scored, targets in collect(rows, self.teacher.run(rows, first_example)):
+        for scored, targets in self.teacher.shard(rows, first_example):
             raw = targets
             self.claims.touch()
             self.thread.check()  # a failed writer stops the build here, with its own message
@@ -229,15 +253,18 @@ class _Running:
         self.shards_done += self.thread.wait()
         self.thread.submit(index, rows, raw)
 
+    def close(self) -> None:
+        """End what the teacher has under way."""
+        if self.teacher is not None:
+            self.teacher.close()
+
     def _progress(self, rate: float) -> BuildProgress:
         return BuildProgress(self.rows_done, self.manifest.rows, self.shards_done, self.shards, rate)
 
     def last(self) -> BuildProgress:
         """Finish the cache where all shards are committed; returns the record of the whole build."""
         rate = 0.0 if self.teacher is None else self.tokens / (time.perf_counter() - self.started)
-        times = (
-            dict.fromkeys(("forward", "head", "select"), 0.0) if self.teacher is None else asdict(self.teacher.times)
-        )
+        times = dict.fromkeys(("forward", "head", "select"), 0.0) if self.teacher is None else self.teacher.seconds
         done = set(commits.committed(self.writer.root, self.shards))
         complete = len(done) == self.shards
         if complete:
@@ -273,7 +300,14 @@ def _numbers(elsewhere: Mapping[int, str], builder: str) -> str:
     return ", ".join([*shards[:8], *(["…"] if len(shards) > 8 else [])])
 
 
-def teacher_of_plan(plan: BuildPlan) -> Teacher:
+def teacher_of_plan(plan: BuildPlan) -> Scorer:
+    """The plan's teacher, ready for all rows of the plan. Raises KdError."""
+    serving = plan.request.serving
+    name = "transformers" if serving is None else "vllm" if serving.url is None else "server"
+    return BACKENDS[name](plan)
+
+
+def loaded_teacher(plan: BuildPlan) -> Teacher:
     """Load the plan's model and prepare it for all rows of the plan."""
     from kd.cache_builder.teacher.sparsify import Sparsifier, boundary_token_ids
     from kd.cache_builder.teacher.teacher_pass import Teacher
@@ -294,3 +328,22 @@ def teacher_of_plan(plan: BuildPlan) -> Teacher:
     teacher.placed = placed
     teacher.prepare(plan.rows)
     return teacher
+
+
+def served_pass_of(plan: BuildPlan) -> ServedPass:
+    """The engine that runs the plan's teacher."""
+    source, config = plan.request.source, plan.manifest.targets
+    assert isinstance(source, ServedTeacher)
+    engine = plan.request.model  # it may have written the answers
+    if engine is None:
+        longest = max(row.read_only + len(row.target_ids) for row in plan.rows)
+        engine = source.engine(config.top_k, plan.manifest.vocabulary_size, longest=longest)
+    return ServedPass(engine, config)
+
+
+BACKENDS: dict[str, Callable[[BuildPlan], Scorer]] = {
+    "transformers": loaded_teacher,
+    "vllm": served_pass_of,
+    "server": served_pass_of,
+}
+"""What runs the teacher of a build; the names are those of `served_settings.BACKEND_NAMES`."""

@@ -46,7 +46,8 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "shards": len(plan.manifest.shards),
         "teacher_tokens": plan.tokens,
     }
-    seconds = 2 * parameters * plan.tokens / speed
+    # the speed of a server is not known here
+    seconds = None if plan.request.serving is not None else 2 * parameters * plan.tokens / speed
     if plan.targets_known:
         text = sum(len(r.example.target.encode()) for r in plan.rows)
         more: dict[str, Any] = {}

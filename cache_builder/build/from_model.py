@@ -20,6 +20,7 @@ from kd.cache_builder.build.build_settings import BuildSettings, PlacementSettin
 from kd.cache_builder.build.builder import require_finished
 from kd.cache_builder.build.from_settings import assembled, build_request
 from kd.cache_builder.build.request import GivenTeacher
+from kd.cache_builder.served.served_settings import ServedSettings
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.paths import as_path
@@ -37,8 +38,11 @@ SOURCE = "texts"
 """What errors, and the ids of examples, call the texts."""
 OF_NAMED_TEACHERS = {
     *(settings_of(TeacherSettings).keys() - {"tokens_per_batch"}),
+    *settings_of(ServedSettings),
     *settings_of(InstructionConfig),
     *settings_of(PlacementSettings),
+    "tokens_in_flight",
+    "patience",
     "spec",
     "split",
     "workers",

@@ -19,6 +19,7 @@ from kd.cache_builder.build.engines import build_together
 from kd.cache_builder.build.generate import answered, generate
 from kd.cache_builder.build.plan import BuildPlan, extended, plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
+from kd.cache_builder.served.serving import Serving
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
@@ -81,6 +82,24 @@ def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read:
         chat=chat_settings_of(settings),
         generation=generation_config(settings),
         extend=settings.running.extend,
+        serving=serving_of(settings),
+    )
+
+
+def serving_of(settings: BuildSettings) -> Serving | None:
+    """The engine that runs the teacher; None where transformers does."""
+    served, running = settings.served, settings.running
+    if not served.served:
+        return None
+    return Serving(
+        served.teacher_url,
+        served.served_model,
+        served.teacher_id,
+        served.server_api,
+        running.tokens_in_flight,
+        running.patience,
+        served.tensor_parallel,
+        served.pipeline_parallel,
     )
 
 
@@ -112,7 +131,7 @@ def target_config(settings: BuildSettings, config: Any) -> TargetConfig:
         top_k=int(config.num_labels) if classes and kept.top_k is None else kept.top_k,
         samples=kept.samples,
         tail_bands=kept.tail_bands,
-        temperatures=kept.temperatures,
+        temperatures=kept.temperatures or ((1.0,) if settings.served.served else (1.0, 2.0, 4.0)),
         band_temperatures=kept.band_temperatures or (1.0,),
         logprob_codec=kept.logprob_codec or ("float32" if classes else None),
         seed=settings.seed,
@@ -230,6 +249,8 @@ def with_answers(request: BuildRequest, watch: Watch = in_silence) -> BuildReque
 def with_shards_of_an_equal_cache(plan: BuildPlan, say: Callable[[str], object]) -> BuildPlan:
     """The plan, to be filled from a cache of the same fingerprint where one was finished on this machine."""
     request = plan.request
+    if plan.manifest.weights_unknown and plan.manifest.identity["teacher"]["id"] is None:
+        return plan  # nothing says that the weights were the same
     for path in caches_with(plan.manifest.fingerprint):
         if request.layout in (None, load_manifest(path).layout) and path != request.out.resolve():
             say(f"the same cache was built at {path}: its shards are copied")

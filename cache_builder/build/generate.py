@@ -23,6 +23,9 @@ import numpy as np
 
 from kd.cache_builder.build.asked_prompts import AskedPrompt, asked_prompts, is_chat, template_of
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
+from kd.cache_builder.served.served_teacher import ServedTeacher
+from kd.cache_builder.served.server_dialects import Writing
+from kd.cache_builder.served.serving import LogprobEngine
 from kd.cache_builder.store.records.cache_identity import identity_difference
 from kd.cache_builder.store.records.manifest import ANSWERS
 from kd.cache_builder.store.writers.answers_table import read_answers, write_answers
@@ -35,7 +38,7 @@ from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
 from kd.data.rows.row_examples import conversation_example
 from kd.data.tokenizing.text_tokens import TEXT_RULES
-from kd.models.answering import answer_batch, answer_text, end_ids, unused_ids
+from kd.models.answering import answer_batch, answer_text, end_ids, until_eos, unused_ids
 from kd.models.chat.chat_prompt import ending_ids
 from kd.models.chat.reasoning import split_reasoning
 from kd.models.families.encoder_layout import encoder_layout
@@ -86,8 +89,12 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
             block = prompts[start : start + BLOCK]
             path = folder / f"{number:05d}.parquet"
             if not path.exists():
-                model = request.source.load() if model is None else model
-                texts = _answer_block(model, tokenizer, block, generation, number, blocks.forced, ends)
+                if request.serving is not None:
+                    model = answering_engine(request, tokenizer) if model is None else model
+                    texts = _served_block(model, tokenizer, block, generation, number, ends)
+                else:
+                    model = request.source.load() if model is None else model
+                    texts = _answer_block(model, tokenizer, block, generation, number, blocks.forced, ends)
                 temporary = folder / f".staging-{process_tag()}.{number}"
                 write_answers(temporary, [prompt.example.id for prompt in block], texts)
                 publish_first(temporary, path)  # another builder may have been faster; its answers are the ones
@@ -179,6 +186,33 @@ def _answer_block(
         written = answer(model, tokenizer, ids, config, seed, leads=leads, forced=forced, ends=ends)
         for i, text in zip(chosen, written, strict=True):
             texts[i] = text
+    return texts
+
+
+def answering_engine(request: BuildRequest, tokenizer: Tokenizer) -> LogprobEngine:
+    """The engine that writes the answers of `request`, probed for what scoring them will need."""
+    assert isinstance(request.source, ServedTeacher)
+    size = usable_ids(tokenizer, int(request.source.config().vocab_size), what="the teacher")
+    return request.source.engine(request.targets.top_k, size, longest=request.blocks.seq_len)
+
+
+def _served_block(
+    engine: LogprobEngine,
+    tokenizer: Tokenizer,
+    prompts: list[AskedPrompt],
+    config: GenerationConfig,
+    number: int,
+    ends: tuple[int, ...],
+) -> list[tuple[str, bool]]:
+    """`_answer_block` through an engine; every answer is drawn with a seed of its own."""
+    stop, texts = end_ids(ends or tokenizer.eos_token_id), [("", True)] * len(prompts)
+    seeds = [np.random.SeedSequence([config.seed, number, i]).generate_state(1)[0] >> 1 for i in range(len(prompts))]
+    how = [Writing(config.max_new_tokens, config.temperature, tuple(stop), int(seed)) for seed in seeds]
+    for told in engine.answers([prompt.ids.tolist() for prompt in prompts], how):
+        if told is not None:
+            i, ids = told
+            written = until_eos(np.array(ids, dtype=np.int64), stop)
+            texts[i] = answer_text(tokenizer, written.ids, prompts[i].ids, prompts[i].lead), written.ended
     return texts
 
 

@@ -23,8 +23,10 @@ from kd.cache_builder.build.plan_checks import (
     refuse_long_sequences,
     refuse_no_such_part,
     refuse_other_kind,
+    refuse_unserved,
 )
 from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.served.served_teacher import ServedTeacher
 from kd.cache_builder.store.records.cache_identity import TEXT_RULES_NAMES, refuse_mismatch
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest, version_for
@@ -100,6 +102,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     if classes:
         size = class_count(request, labels, config)
     request.targets.check_vocabulary(size)
+    refuse_unserved(request)
     layout = None if classes else encoder_layout(config, tokenizer)
     blocks = replace(request.blocks, layout=layout).normalised(request.corpus.kind, tokenizer)
     request = replace(request, blocks=blocks)
@@ -114,6 +117,9 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     manifest = _manifest(request, rows, identity, existing, _provenance(request, left_out, notes))
     check_bounds(manifest.arrays, manifest.layout.shard_rows)
     refuse_no_such_part(request.shard)
+    if isinstance(request.source, ServedTeacher) and not manifest.complete:
+        longest = max(r.read_only + len(r.target_ids) for r in rows)
+        request.source.check(request.targets.top_k, size, longest=longest)
     codes = codes_by_count(len(vocabulary), (r.target_ids if classes else r.input_ids for r in rows))
     return BuildPlan(request, manifest, rows, vocabulary, codes, set(tokenizer.all_special_ids), left_out, notes)
 
@@ -234,6 +240,7 @@ def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> 
     return (
         _quantised(request)
         | chat
+        | ({"served": request.source.provenance()} if isinstance(request.source, ServedTeacher) else {})
         | {
             "teacher": public_place(request.teacher.name),
             "corpus": public_place(request.corpus.spec),

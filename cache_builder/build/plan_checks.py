@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.store.records.teacher_record import refuse_beyond_logprobs
 from kd.common.errors import DataError
 from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.instruction_tasks.glue import CLASSES
@@ -64,6 +65,12 @@ def _refuse_what_chats_lack(request: BuildRequest) -> None:
             expected="prompt and target",
             try_="--columns prompt=…,target=…",
         )
+
+
+def refuse_unserved(request: BuildRequest) -> None:
+    """Raise DataError where an engine that gives log-probabilities cannot give what is to be kept."""
+    if request.serving is not None:
+        refuse_beyond_logprobs(request.targets, request.teacher.name)
 
 
 def predicted_ids(request: BuildRequest, config: Any, tokenizer: Tokenizer) -> int:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from kd.cache_builder.served.served_teacher import ServedTeacher
+from kd.cache_builder.served.serving import Serving
 from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import DataError
@@ -136,6 +138,8 @@ class BuildRequest:
     """A finished cache; shards that this build would make in the same way are copied from it."""
     options: Mapping[str, str | bool] | None = None
     """The options as they were typed, which the manifest keeps for `kd cache repair`; they change no stored value."""
+    serving: Serving | None = None
+    """The engine that runs the teacher; None = transformers in this process."""
     model: Any = field(default=None, compare=False, repr=False)
     """The teacher, where it is loaded already."""
     given: GivenTeacher | None = field(default=None, compare=False, repr=False)
@@ -144,7 +148,11 @@ class BuildRequest:
     @property
     def source(self) -> TeacherSource:
         """Where the teacher comes from."""
-        return NamedTeacher(self.teacher, self.model) if self.given is None else self.given
+        if self.given is not None:
+            return self.given
+        if self.serving is not None:
+            return ServedTeacher(self.teacher, self.serving)
+        return NamedTeacher(self.teacher, self.model)
 
     def pinned(self) -> BuildRequest:
         """The request with a hub teacher's branch or tag replaced by its commit."""

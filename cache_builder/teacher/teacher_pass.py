@@ -11,7 +11,7 @@ is read, and that batch is scored again with the sync.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -104,6 +104,18 @@ class Teacher:
                 else:
                     self._count([sizes[i] for i in batch.numbers])
                     yield batch.numbers, outcome
+
+    def shard(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[int, RawTargets | None]]:
+        """Score `rows` as `run` does: yields `(rows done so far, None)`, at last `(all, RawTargets)`."""
+        return collect(rows, self.run(rows, first_example))
+
+    def close(self) -> None:
+        """Nothing: the threads of a shard end with it."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """`times` by name."""
+        return asdict(self.times)
 
     @property
     def padding_share(self) -> float:

@@ -266,22 +266,52 @@ class Web:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        self._asking: set[Clock] = set()
 
     @contextmanager
     def get(self, url: str, headers: Mapping[str, str]) -> Iterator[WebAnswer]:
         """Ask for an address and follow its redirects. Raises TooSlow, CacheError, and what `requests` and `urllib3` raise."""
+        with self._timed(ANSWER_SECONDS) as clock, self._last(url, dict(headers), clock) as response:
+            clock.within(None)
+            yield WebAnswer(response, clock)
+
+    @contextmanager
+    def post(self, url: str, headers: Mapping[str, str], body: bytes, seconds: float) -> Iterator[WebAnswer]:
+        """Send `body`; the answer may take `seconds` to its last header. A redirect is not followed. Raises as `get`."""
+        with (
+            self._timed(seconds) as clock,
+            self._session().post(
+                url,
+                data=body,
+                headers=dict(headers),
+                stream=True,
+                timeout=(CONNECT_SECONDS, seconds),
+                allow_redirects=False,
+            ) as response,
+        ):
+            clock.within(None)
+            yield WebAnswer(response, clock)
+
+    def hang_up(self) -> None:
+        """Shut down the connections of all requests that are under way, in whatever thread: they raise TooSlow."""
+        for clock in list(self._asking):
+            clock.within(0.0)
+
+    @contextmanager
+    def _timed(self, seconds: float) -> Iterator[Clock]:
+        """A clock for the request of this thread, with `seconds` left."""
         with WATCHING.clock() as clock:
             WATCHING.of_thread.clock = clock
+            self._asking.add(clock)
             try:
-                clock.within(ANSWER_SECONDS)
-                with self._last(url, dict(headers), clock) as response:
-                    clock.within(None)
-                    yield WebAnswer(response, clock)
+                clock.within(seconds)
+                yield clock
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 if clock.late:
                     raise TooSlow("it takes too long") from error
                 raise
             finally:
+                self._asking.discard(clock)
                 WATCHING.of_thread.clock = None
 
     def _last(self, url: str, headers: dict[str, str], clock: Clock) -> requests.Response:

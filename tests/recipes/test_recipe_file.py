@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from teacher_server import TeacherServer
 
 from kd.cli import cli
 from kd.common.errors import DataError
@@ -145,7 +147,15 @@ def test_show_prints_what_run_would_do(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory, save_student, t5_dir: Path, model_dir: Path) -> dict[str, dict[str, str]]:
+def served(model_dir: Path) -> Iterator[str]:
+    """Address of a server that runs the tiny teacher."""
+    server = TeacherServer(model_dir)
+    yield server.url
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, save_student, t5_dir: Path, model_dir: Path, served: str) -> dict[str, dict[str, str]]:
     """A tiny teacher, student and data set for each recipe."""
     folder = tmp_path_factory.mktemp("stand-ins")
     save_student(folder / "student", n_positions=512, n_embd=16, n_layer=1)
@@ -176,6 +186,14 @@ def stand_ins(tmp_path_factory, save_student, t5_dir: Path, model_dir: Path) -> 
         "uld-paper": tasks | {"teacher": str(model_dir)},
         "neo-wikitext": {
             "teacher": str(model_dir),
+            "student": student,
+            "data": str(folder / "text.txt"),
+            "eval-data": str(folder / "held.txt"),
+            "eval-split": "train",
+        },
+        "served-teacher": {
+            "teacher": str(model_dir),
+            "teacher-url": f"{served}/v1",
             "student": student,
             "data": str(folder / "text.txt"),
             "eval-data": str(folder / "held.txt"),
