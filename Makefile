@@ -22,7 +22,7 @@ test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m slow
 
 FUZZ_SECONDS ?= 900
-FUZZ_TARGETS = manifest commit shard table task recipe experiment pool config
+FUZZ_TARGETS = manifest commit shard table task recipe experiment pool config rows talk template
 fuzz: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
 	for target in $(FUZZ_TARGETS); do mkdir -p fuzz/$$target; done
@@ -31,6 +31,11 @@ fuzz: $(STAMP)
 	cp data/instruction_tasks/instructions/*.yaml fuzz/task; cp recipes/*.yaml fuzz/recipe; cp recipes/experiments/*.yaml fuzz/experiment
 	printf 'base: a\nmodels: {cola: {path: x, revision: y}}\n' > fuzz/pool/one; printf 'models:\n- {name: a, path: b}\n' > fuzz/pool/two
 	printf 'cache: c\nstudent: demo\nout: o\nlr: 5e-4\nobjective: {loss: kl}\n' > fuzz/config/one
+	printf '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}], "tools": []}\n' > fuzz/rows/one
+	printf '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"}\n' > fuzz/rows/two
+	printf '{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}' > fuzz/talk/one
+	printf "{%% for m in messages %%}{%% if '</think>' in m.content %%}{{ m.content.split('</think>')[0] }}{%% endif %%}{%% endfor %%}" \
+	  > fuzz/template/one
 	for target in $(FUZZ_TARGETS); do \
 	  $(BIN)/python tests/fuzz_cache.py $$target fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -artifact_prefix=fuzz/found-$$target- || exit 1; done
 

@@ -156,7 +156,12 @@ def data_show(
     from kd.data.sources import load_corpus
 
     corpus = load_corpus(
-        ",".join(spec), split=settings.split, columns=settings.columns, instructions=settings.instructions
+        ",".join(spec),
+        split=settings.split,
+        columns=settings.columns,
+        form=settings.format,
+        bad_rows=settings.bad_rows,
+        instructions=settings.instructions,
     )
     shown = corpus.examples[: settings.limit or SHOWN_EXAMPLES]
     size = sum(len(e.target.encode()) + len(e.prompt.encode()) for e in corpus.examples)
@@ -222,7 +227,7 @@ def as_tokens(corpus: Corpus, name: str, chat: ChatSettings) -> dict[str, object
     left_out, notes = joined([corpus.left_out]), TokenNotes()
     tokenizer, blocks = load_tokenizer(name), BlockConfig(seq_len=2**31 - 1)
     if corpus.kind == CONVERSATIONS:
-        rows = tokenize_conversations(corpus, chat_template(tokenizer, chat), chat, blocks, left_out)
+        rows = tokenize_conversations(corpus, chat_template(tokenizer, chat), chat, blocks, left_out, notes)
     else:
         rows = tokenize_corpus(corpus, tokenizer, blocks, left_out, notes)
     return {

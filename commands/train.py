@@ -69,7 +69,8 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
     if scores.eval_tasks and plan is not None:
         midway = partial(with_scores, plan, scores.steps_between)
     try:
-        result = asdict(run_training(config, resume, midway)) | result
+        trained = asdict(run_training(config, resume, midway))
+        result = {name: value for name, value in trained.items() if value is not None or "turns" not in name} | result
     except KeyboardInterrupt as error:
         said = (*error.args, RESUME) if error.args else ("interrupted", RESUME)
         raise KeyboardInterrupt(*said[:2]) from None

@@ -9,7 +9,7 @@ whose template rewrites earlier turns becomes several examples (`id#0`, `id#1`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.token_notes import TokenNotes
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.batching.gaps import Gaps
 from kd.models.chat.chat_template import ChatTemplate
@@ -47,15 +48,26 @@ def tokenize_conversations(
     settings: ChatSettings,
     config: BlockConfig,
     left_out: LeftOut,
+    notes: TokenNotes | None = None,
 ) -> Iterator[TokenRows]:
     """The rows of all conversations in order. Raises DataError naming the conversation that cannot be scored.
 
-    left_out   receives the conversations that are too long, and those whose last turns were cut off
+    left_out   receives the conversations that are too long, those whose last turns were cut off, and, where the corpus is read
+               so, those that cannot be scored
+    notes      receives what was found in the messages
     """
     pieces = token_bytes(template.tokenizer)
+    notes = TokenNotes() if notes is None else notes
     refused: list[str] = []
     for example in corpus.examples:
-        for row in conversation_rows(example, template, pieces, settings):
+        try:
+            rows = conversation_rows(example, template, pieces, settings, notes)
+        except DataError as error:
+            if not corpus.skip_bad:
+                raise
+            left_out.add("bad_rows", f"{example.id}, {error.headline}")
+            continue
+        for row in rows:
             length = row.read_only + len(row.target_ids)
             if length <= config.seq_len:
                 yield row
@@ -77,20 +89,31 @@ def tokenize_conversations(
 
 
 def conversation_rows(
-    example: Example, template: ChatTemplate, pieces: list[bytes], settings: ChatSettings
+    example: Example,
+    template: ChatTemplate,
+    pieces: list[bytes],
+    settings: ChatSettings,
+    notes: TokenNotes | None = None,
 ) -> list[TokenRows]:
     """The rows of one conversation, of any length."""
     assert example.conversation is not None
     conversation = with_system(example.conversation, settings.system)
+    messages, tools, learned = conversation.for_template(), conversation.tools, conversation.scored
     try:
-        renderings = render_conversation(
-            template, pieces, conversation.for_template(), tools=conversation.tools, score=settings.score
-        )
+        if settings.score == "all" and learned != conversation.answers:
+            raise DataError(
+                "turns of the assistant that are not to be learned cannot be scored",
+                found=f"--score all, and {len(conversation.answers) - len(learned)} turns with weight 0 or in a prompt",
+                try_="--score assistant",
+            )
+        renderings = render_conversation(template, pieces, messages, tools=tools, score=settings.score, learned=learned)
     except DataError as error:
         details = {"where": f"conversation {example.id}", **{k: v for k, v in error.details.items() if k != "where"}}
         raise DataError(error.headline, **{k.replace(" ", "_"): v for k, v in details.items()}) from error
     renderings = tuple(as_far_as_written(rendering, conversation, template.control_ids) for rendering in renderings)
     example = replace(example, conversation=conversation)
+    if notes is not None:
+        notes.add(_found(conversation, template, renderings), example.id)
     if len(renderings) == 1:
         return [rows_of_turns(example, renderings[0], renderings[0].turns)]
     return [
@@ -128,9 +151,34 @@ def _without_end(turn: ScoredTurn, ids: np.ndarray, control_ids: Sequence[int]) 
     return replace(turn, stop=stop, byte_end=ends, text=text, ended=False)
 
 
+def _found(
+    conversation: Conversation, template: ChatTemplate, renderings: Sequence[RenderedConversation]
+) -> Mapping[str, int]:
+    """What a reader should know of a conversation, by note."""
+    messages = conversation.for_template()
+    read = [template.masked_message(message) for message in messages]
+    spelled, kept = template.spelled([messages, conversation.tools]), template.spelled(read)
+    turns = [(rendering, turn) for rendering in renderings for turn in rendering.turns]
+    thoughts = [(rendering, conversation.messages[turn.message].reasoning_content) for rendering, turn in turns]
+    return {
+        "control_tokens_kept": kept,
+        "control_tokens_as_text": spelled - kept,
+        "border_scored": sum(turn.before > 0 for _, turn in turns),
+        "border_in_context": sum(turn.unscored > 0 for _, turn in turns),
+        "reasoning_not_shown": sum((thought or "").strip() not in rendering.text for rendering, thought in thoughts),
+        "tools_not_shown": sum(_name_of(tool) not in renderings[-1].text for tool in conversation.tools),
+    }
+
+
+def _name_of(tool: Mapping[str, Any]) -> str:
+    """The name in the JSON schema of a tool; empty where it has none."""
+    function = tool.get("function", tool)
+    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
+
+
 def rows_of_turns(example: Example, rendering: RenderedConversation, scored: Sequence[ScoredTurn]) -> TokenRows:
     """A rendering as rows, of which `scored` are some of the turns, in their order."""
-    turns = _runs(scored)
+    turns = [turn if turn.first else _without_first(turn) for turn in scored]  # nothing predicts the very first token
     ids = rendering.ids
     between = [ids[before.stop : after.first] for before, after in pairwise(turns)]
     rows = np.cumsum([len(turn.byte_end) for turn in turns])[:-1]
@@ -150,23 +198,6 @@ def rows_of_turns(example: Example, rendering: RenderedConversation, scored: Seq
         tuple(turn.ended for turn in turns),
         tuple(turn.message for turn in turns),
     )
-
-
-def _runs(turns: Sequence[ScoredTurn]) -> list[ScoredTurn]:
-    """The turns as runs of scored tokens with tokens before and between them.
-
-    Nothing predicts the very first token, so it is context. Turns that follow each other at once are one run.
-    """
-    runs: list[ScoredTurn] = []
-    for turn in turns:
-        run = turn if turn.first else _without_first(turn)
-        if runs and runs[-1].stop == run.first:
-            before = runs.pop()
-            length = len(before.text.encode("utf-8"))
-            ends = np.concatenate([before.byte_end, run.byte_end + length])
-            run = replace(run, first=before.first, begin=before.begin, text=before.text + run.text, byte_end=ends)
-        runs.append(run)
-    return runs
 
 
 def _without_first(turn: ScoredTurn) -> ScoredTurn:

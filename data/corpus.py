@@ -12,7 +12,8 @@ from kd.common.errors import DataError
 from kd.data.instruction_tasks.draws import kept_rows
 from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example, check_examples, text_digest
-from kd.data.rows.row_examples import Columns, rows_to_examples
+from kd.data.rows.row_examples import rows_to_examples
+from kd.data.rows.row_reading import AUTO, Columns, RowReading
 from kd.data.rows.tables import rows_in
 
 HELLASWAG_SOURCES = re.compile(r"hella.?swag|wiki.?how|activity.?net", re.IGNORECASE)
@@ -36,6 +37,8 @@ class Corpus:
     """Task -> metrics that its file names; empty where there are no task files."""
     left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
     """What of the source did not become an example, and why."""
+    skip_bad: bool = False
+    """Whether conversations that a template refuses are left out and counted, as rows that cannot be read are."""
 
     @property
     def digest(self) -> str:
@@ -49,20 +52,24 @@ def corpus_of_rows(
     names: Sequence[str],
     *,
     columns: Columns | None = None,
+    form: str = AUTO,
+    bad_rows: str = "error",
     limit: int | None = None,
 ) -> Corpus:
-    """Rows in memory as a corpus: `text` makes documents, `prompt` and `target` make pairs. Raises DataError.
+    """Rows in memory as a corpus: `text` makes documents, `prompt` and `target` pairs, `messages` conversations. Raises DataError.
 
-    name     what errors and the ids of the examples (`name:0`, …) call the source
-    names    columns of the rows
-    columns  columns that are not called as their field is
-    limit    number of examples to keep, from the first
+    name      what errors and the ids of the examples (`name:0`, …) call the source
+    names     columns of the rows
+    columns   columns that are not called as their field is
+    form      what the rows are, one of `row_reading.FORMATS`; `auto` is seen by the columns
+    bad_rows  `skip` leaves out and counts rows that cannot be read; `error` raises the first of them
+    limit     number of examples to keep, from the first
     """
-    left_out = LeftOut()
+    left_out, reading = LeftOut(), RowReading(columns or {}, form, bad_rows == "skip")
     kind, examples = rows_to_examples(
         rows,
         names,
-        columns or {},
+        reading,
         where=name,
         place=rows_in(name),
         prefix=name,
@@ -70,7 +77,8 @@ def corpus_of_rows(
         left_out=left_out,
     )
     source = {"source": "memory"}
-    return usable_corpus(Corpus(name, "train", kind, tuple(examples), source, left_out=left_out), limit)
+    corpus = Corpus(name, "train", kind, tuple(examples), source, left_out=left_out, skip_bad=reading.skip)
+    return usable_corpus(corpus, limit)
 
 
 def usable_corpus(corpus: Corpus, limit: int | None) -> Corpus:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.settings import check, setting
+from kd.data.rows.row_reading import AUTO, FORMATS
 
 TEMPLATE_CHOICES = ("random", "round-robin")
 BOTH = "both"
@@ -110,11 +111,16 @@ class DataSettings:
     """Split of the text. By default train. Instruction tasks have train, dev and test. Files have none but the one that their names
     tell."""
     columns: Mapping[str, str] | None = setting(None, metavar="FIELD=COLUMN,…", parse=columns_from)
-    """Columns of a file or hub data set, where they are not called text, prompt, target and id: text=COLUMN, or
-    prompt=COLUMN,target=COLUMN, and id=COLUMN."""
+    """Columns of a file or hub data set, where they are not called as their field is: text=COLUMN, or
+    prompt=COLUMN,target=COLUMN, or messages=COLUMN, and id=COLUMN."""
+    format: str = setting(AUTO, choices=(AUTO, *FORMATS))
+    """What the rows of a file or hub data set are. auto sees it by the columns; text and pairs come before conversations."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to rows that cannot be read, and in a build to conversations that the template refuses: error stops, skip
+    leaves them out and counts them."""
     limit: int | None = setting(None, minimum=1)
-    """Number of documents or pairs to use: the first N, or drawn ones where the first N have other labels than the whole text,
-    because it is in the order of its labels. By default all."""
+    """Number of documents, pairs or conversations to use: the first N, or drawn ones where the first N have other labels
+    than the whole text, because it is in the order of its labels. By default all."""
     instructions: InstructionConfig = field(default_factory=InstructionConfig)
     """How instruction tasks become text."""
 

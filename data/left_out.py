@@ -20,6 +20,8 @@ Reason = Literal[
     "hidden_files",
     "linked_folders",
     "empty_files",
+    "other_fields",
+    "bad_rows",
     "without_text",
     "without_prompt",
     "unlabelled",
@@ -40,6 +42,8 @@ Reason = Literal[
     hidden_files      files and folders of a folder whose name begins with a dot
     linked_folders    links to folders in a folder, which are not followed
     empty_files       files of a folder that hold nothing
+    other_fields      columns beside conversations, and keys of their messages, that are not read; each once for a file
+    bad_rows          rows that cannot be read, and conversations that the template refuses, under --bad-rows skip
     without_text      examples that are empty or only white space
     without_prompt    pairs whose prompt is empty; they stay, and their targets are scored without one
     unlabelled        rows of a task that have no answer
@@ -48,8 +52,8 @@ Reason = Literal[
     over_max_chars    rows of a task that are longer than its `max_chars`
     beyond_limit      rows beyond the number that is kept of a task or of the text
     too_short         documents without a token to score
-    too_long          pairs and texts to classify that do not fit and were dropped
-    shortened         pairs and texts to classify that were cut to fit; only their ends are left out
+    too_long          pairs, conversations and texts to classify that do not fit and were dropped
+    shortened         pairs, conversations and texts to classify that were cut to fit; only their ends are left out
     prompt_shortened  prompts that were cut to leave room for the teacher's answer
     unanswered        prompts whose answer by the teacher was empty and cut short
 """

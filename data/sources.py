@@ -4,6 +4,7 @@
     mini[:heldout]                        seven small instruction tasks made up by rules; no network
     wikitext-2[:validation|test]          WikiText-2 from the hub, at a pinned revision
     FILE or FOLDER                        .txt .tokens .jsonl .json .csv .tsv .parquet, also .gz and .zst; --columns for other names
+    FOLDER                                also one that `Dataset.save_to_disk` has written
     'FOLDER/*.jsonl', FILE,FILE           a glob, or several files, folders and globs (kd.data.rows.file_list)
     hub-id[:config][@revision]            any data set on the hub that loads without code
     flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
@@ -11,7 +12,8 @@
     FILE.yaml                             your own instruction task (kd.data.instruction_tasks.task_files)
 
 A *documents* source gives whole texts, which are later cut into blocks. A *pairs* source (columns prompt and target) gives
-examples that stay whole. Hub data sets load through `datasets`; scripts are never run.
+examples that stay whole; a *conversations* source gives messages (`kd.data.rows.row_reading`). Hub data sets load through
+`datasets`; scripts are never run.
 To add a source, write one function and add a line to `kd.data.named_sources.SOURCES`; to add a task, write a YAML file
 (docs/extending.md).
 """
@@ -20,8 +22,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
@@ -33,9 +36,10 @@ from kd.data.left_out import LeftOut
 from kd.data.named_sources import SOURCES, TASK_SOURCES, own_task
 from kd.data.rows.compressed import COMPRESSIONS
 from kd.data.rows.file_list import FileList, list_files, refuse_address, refuse_split
-from kd.data.rows.hub import load_hub
+from kd.data.rows.hub import is_saved, load_hub, load_saved
 from kd.data.rows.local_files import FILE_READERS, read_local
-from kd.data.rows.row_examples import Columns, rows_to_examples
+from kd.data.rows.row_examples import rows_to_examples
+from kd.data.rows.row_reading import AUTO, Columns, RowReading
 from kd.data.rows.tables import rows_in
 
 TASK_SUFFIXES = (".yaml", ".yml")
@@ -47,6 +51,8 @@ def load_corpus(
     *,
     split: str | None = None,
     columns: Columns | None = None,
+    form: str = AUTO,
+    bad_rows: str = "error",
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
 ) -> Corpus:
@@ -54,13 +60,16 @@ def load_corpus(
 
     split          None is the one in the spec, else `train`
     columns        columns of a table that are not called as their field is
+    form           what the rows of a table are, one of `row_reading.FORMATS`; `auto` is seen by the columns
+    bad_rows       `skip` leaves out and counts rows that cannot be read; `error` raises the first of them
     limit          number of examples to keep, from the first; drawn where they are in the order of their labels
     instructions   how tasks become text; for other sources only the defaults are accepted
     """
     instructions = instructions or InstructionConfig()
-    _refuse_useless(spec, columns, instructions)
-    corpus = _corpus_of(spec, split, columns or {}, instructions)
-    return usable_corpus(corpus, limit)
+    reading = RowReading(columns or {}, form, bad_rows == "skip")
+    _refuse_useless(spec, reading, instructions)
+    corpus = _corpus_of(spec, split, reading, instructions)
+    return usable_corpus(replace(corpus, skip_bad=reading.skip), limit)
 
 
 def load_classes(
@@ -68,6 +77,8 @@ def load_classes(
     *,
     split: str | None = None,
     columns: Columns | None = None,
+    form: str = AUTO,
+    bad_rows: str = "error",
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
 ) -> Corpus:
@@ -75,8 +86,7 @@ def load_classes(
     instructions = instructions or InstructionConfig()
     refuse_address(spec)
     unused = [name for name in _changed(instructions) if name != "task_root"]
-    if columns:
-        unused.append("columns")
+    unused += _of_rows(RowReading(columns or {}, form, bad_rows == "skip"))
     if unused:
         raise DataError(
             "a classification data set takes no templates and no --columns",
@@ -100,16 +110,24 @@ def takes_instructions(spec: str) -> bool:
     return spec.partition(":")[0] in TASK_SOURCES or (path.suffix.lower() in TASK_SUFFIXES and os.path.exists(path))
 
 
-def _refuse_useless(spec: str, columns: Columns | None, instructions: InstructionConfig) -> None:
+def _of_rows(reading: RowReading) -> list[str]:
+    """Names of the settings of rows that were given."""
+    given = {"columns": bool(reading.columns), "format": reading.chosen, "bad-rows": reading.skip}
+    return [name for name, used in given.items() if used]
+
+
+def _refuse_useless(spec: str, reading: RowReading, instructions: InstructionConfig) -> None:
     """Raise DataError for settings that would have no effect on this source."""
-    is_task = takes_instructions(spec)
-    if is_task and columns:
+    is_task, of_rows = takes_instructions(spec), _of_rows(reading)
+    if is_task and of_rows:
         raise DataError(
-            "instruction tasks take no --columns, because a task file names its columns",
+            f"instruction tasks take no --{of_rows[0]}, because a task file names its columns",
             where=spec,
-            found="--columns",
+            found=f"--{of_rows[0]}",
             try_="a task file of your own: docs/extending.md",
         )
+    if spec.partition(":")[0] in SOURCES and reading.chosen:
+        raise DataError("the source has no rows of several formats", where=spec, found=f"--format {reading.form}")
     if not is_task and instructions != InstructionConfig():
         raise DataError(
             "the source has no templates",
@@ -124,7 +142,7 @@ def _changed(instructions: InstructionConfig) -> list[str]:
     return [f.name for f in fields(instructions) if getattr(instructions, f.name) != f.default]
 
 
-def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: InstructionConfig) -> Corpus:
+def _corpus_of(spec: str, split: str | None, reading: RowReading, instructions: InstructionConfig) -> Corpus:
     """The corpus as its source gives it: with examples that have no text, and ids unchecked."""
     refuse_address(spec)
     name, _, suffix = spec.partition(":")
@@ -137,12 +155,14 @@ def _corpus_of(spec: str, split: str | None, columns: Columns, instructions: Ins
         return SOURCES[name](spec, split or suffix or "train")
     if is_glue(spec) and not os.path.isfile(path):
         return _glue(spec, split or "train")
+    if is_saved(path):
+        return _rows_of(spec, load_saved(path, split), path.name, split or "train", {"source": "local"}, reading)
     left_out = LeftOut()
     files = list_files(spec, FILE_READERS, left_out)
     if files is not None:
-        return _local(files, split or "train", columns, left_out)
+        return _local(files, split or "train", reading, left_out)
     if _is_hub_id(spec):
-        return _hub(spec, split or "train", columns)
+        return _hub(spec, split or "train", reading)
     names = (*SOURCES, *TASK_SOURCES)
     if "/" in spec or path.suffix:
         raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(names)}, or a hub id")
@@ -165,26 +185,24 @@ def _glue(spec: str, split: str) -> Corpus:
     return Corpus(spec, rows.split, "pairs", rows.examples, dict(rows.source))
 
 
-def _hub(spec: str, split: str, columns: Columns) -> Corpus:
+def _hub(spec: str, split: str, reading: RowReading) -> Corpus:
     name, _, revision = spec.partition("@")
     name, _, config = name.partition(":")
     rows = load_hub(name, config or None, revision or None, split)
-    left_out = LeftOut()
-    kind, examples = rows_to_examples(
-        rows.data,
-        list(rows.data.column_names),
-        columns,
-        where=spec,
-        place=rows_in(spec),
-        prefix=name,
-        split=split,
-        left_out=left_out,
-    )
     source = {"source": name, "config": config or "default", "revision": rows.revision}
+    return _rows_of(spec, rows.data, name, split, source, reading)
+
+
+def _rows_of(spec: str, rows: Any, prefix: str, split: str, source: dict[str, str], reading: RowReading) -> Corpus:
+    """A `datasets.Dataset` as a corpus."""
+    left_out, names, place = LeftOut(), list(rows.column_names), rows_in(spec)
+    kind, examples = rows_to_examples(
+        rows, names, reading, where=spec, place=place, prefix=prefix, split=split, left_out=left_out
+    )
     return Corpus(spec, split, kind, tuple(examples), source, left_out=left_out)
 
 
-def _local(files: FileList, split: str, columns: Columns, left_out: LeftOut) -> Corpus:
+def _local(files: FileList, split: str, reading: RowReading, left_out: LeftOut) -> Corpus:
     refuse_split(files, split, SAME if split in SAME else (split,))
-    kind, examples = read_local(files, columns, split, left_out)
+    kind, examples = read_local(files, reading, split, left_out)
     return Corpus(files.spec, split, kind, tuple(examples), {"source": "local"}, left_out=left_out)

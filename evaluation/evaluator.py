@@ -165,7 +165,15 @@ def load_text(data: EvalDataSettings, *, for_text: bool = True) -> Corpus:
             instructions = replace(instructions, task_root=None)
     if instructions.labels == BOTH:
         instructions = replace(instructions, labels="original")
-    return load_corpus(data.spec, split=data.split, columns=data.columns, limit=data.limit, instructions=instructions)
+    return load_corpus(
+        data.spec,
+        split=data.split,
+        columns=data.columns,
+        form=data.format,
+        bad_rows=data.bad_rows,
+        limit=data.limit,
+        instructions=instructions,
+    )
 
 
 def score_model(

@@ -73,6 +73,14 @@ class Prepared:
         return 0 if self.collator.text is None else self.collator.text.truncated
 
     @property
+    def turns(self) -> tuple[int, int] | None:
+        """Of conversations in the student's own tokens: turns that the teacher has scored, and those that the loss does not see."""
+        text = self.collator.text
+        if not isinstance(text, StudentChat):
+            return None
+        return text.turns, text.unshown if self.config.objective.loss == "ce" else text.unmatched
+
+    @property
     def reading(self) -> TrainedReading:
         """How the student reads its text."""
         return _reading(self.config, self.reader, self.model_config, self.tokenizer)

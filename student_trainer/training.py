@@ -93,6 +93,11 @@ class TrainResult:
     """Number of examples that did not fit the student's window."""
     padding_share: float = 0.0
     """Share of the tokens the student read that were padding."""
+    turns: int | None = None
+    """Turns of conversations that the teacher has scored; None where the student reads the cached tokens, or no conversations."""
+    turns_not_learned: int | None = None
+    """Those of them that the loss does not see: the student's template shows them in another rendering, they did not fit, or,
+    for losses that compare texts, their text is not the teacher's."""
 
 
 def train(
@@ -220,6 +225,7 @@ def result_of(
     """What the run reports, from its last line of the log."""
     # no line was logged where only the last checkpoint was left to write out
     last = trainer.last_record or read_steps(trainer.folder)[-1]
+    turns, not_learned = prepared.turns or (None, None)
     return TrainResult(
         out=str(prepared.config.folder),
         steps=steps,
@@ -235,6 +241,8 @@ def result_of(
         aligned_share=trainer.aligned_share,
         truncated=prepared.truncated,
         padding_share=plan.padding_share,
+        turns=turns,
+        turns_not_learned=not_learned,
     )
 
 

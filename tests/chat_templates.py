@@ -88,6 +88,16 @@ TOOLS = Layout(
     ("<|im_start|>", "<|im_end|>"),
     eos="<|im_end|>",
 )
+OPENS_REASONING = Layout(
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "<|User|>{{ m.content }}{% else %}{% set said = m.content %}{% if '</think>' in said %}"
+    "{% set said = said.split('</think>')[-1] %}{% endif %}<|Assistant|>{{ said }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
+    ("<|User|>", "<|Assistant|>"),
+    bos="<|begin|>",
+    eos="<|end|>",
+)
+"""The prompt opens the reasoning, and no turn that was written shows it, as in DeepSeek-R1."""
 LAYOUTS = {
     "chatml": CHATML,
     "llama3": LLAMA3,

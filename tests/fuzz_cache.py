@@ -1,9 +1,11 @@
 """Coverage-guided fuzzing of everything that reads a stranger's bytes: `make fuzz` (needs the extra `fuzz`, atheris).
 
     python tests/fuzz_cache.py manifest|commit|shard|table|task|recipe|experiment|pool|config CORPUS_DIR -max_total_time=600
+    python tests/fuzz_cache.py rows|talk|template CORPUS_DIR -max_total_time=600
 
-The first four read files of a cache, the others YAML: a task is rendered on its example row, a recipe and an experiment are
-filled in and checked, a pool is read, a configuration becomes the settings of a training.
+The first four read files of a cache, the next five YAML: a task is rendered on its example row, a recipe and an experiment are
+filled in and checked, a pool is read, a configuration becomes the settings of a training. The last three are about conversations:
+lines of a data set, a conversation as a cache stores it, and a chat template that is looked through for the tokens it reads.
 
 Any exception but ours is a finding; libFuzzer writes the input that did it. Findings become cases of test_hostile.py.
 """
@@ -29,10 +31,15 @@ with atheris.instrument_imports(include=["kd"]):
     from kd.common.files import canonical_json, digest_of, read_json
     from kd.common.settings import flattened, make
     from kd.common.strangers.yaml_file import parse_mapping, read_settings
+    from kd.data.conversations.conversation import conversation_from_json
     from kd.data.data_settings import InstructionConfig
     from kd.data.instruction_tasks import text_rules
     from kd.data.instruction_tasks.rendering import show_templates
     from kd.data.instruction_tasks.task_files import task_of
+    from kd.data.left_out import LeftOut
+    from kd.data.rows.local_files import read_examples
+    from kd.data.rows.row_reading import RowReading
+    from kd.models.chat.turn_tokens import token_roles
     from kd.recipes.experiment_file import load_experiment
     from kd.recipes.recipe_file import load_recipe
     from kd.recipes.run_steps import check_steps
@@ -116,6 +123,24 @@ def config(data: bytes) -> None:
     make(TrainConfig, flattened(TrainConfig, read_settings(file), where=file), where=file)
 
 
+def rows(data: bytes) -> None:
+    """Lines of JSON as documents, pairs or conversations; each conversation is stored and read again."""
+    file = Path(_written("rows.jsonl", data))
+    for reading in (RowReading(skip=True), RowReading(form="messages", skip=True), RowReading()):
+        _, examples = read_examples(file, "rows.jsonl", reading, "train", LeftOut())
+        for talk in (example.conversation for example in examples if example.conversation is not None):
+            again = conversation_from_json(talk.id, talk.to_json())
+            assert (again.messages, again.tools) == (talk.messages, talk.tools)
+
+
+def talk(data: bytes) -> None:
+    conversation_from_json("one", _text(data)).to_json()
+
+
+def template(data: bytes) -> None:
+    token_roles(_text(data), ("<think>", "</think>", "<|im_end|>"), lambda messages, prompt: _text(data) * prompt)
+
+
 def _written(name: str, data: bytes) -> str:
     (FOLDER / name).write_bytes(data)
     return str(FOLDER / name)
@@ -135,6 +160,9 @@ TARGETS = {
     "experiment": experiment,
     "pool": pool,
     "config": config,
+    "rows": rows,
+    "talk": talk,
+    "template": template,
 }
 
 

@@ -27,6 +27,7 @@ from kd.common.paths import as_path
 from kd.common.progress import AnyStep, ProgressRecord
 from kd.common.setting_fields import settings_of
 from kd.common.settings import flattened, make
+from kd.data.conversations.conversation_rows import LAYOUTS
 from kd.data.corpus import Corpus, corpus_of_rows
 from kd.data.data_settings import InstructionConfig
 from kd.models.families.text_model import text_config
@@ -50,7 +51,7 @@ OF_NAMED_TEACHERS = {
 }
 """Settings of `kd cache build` that say nothing about a model and texts in memory."""
 Text = str | tuple[str, str] | Mapping[str, Any]
-"""A document, a (prompt, target) pair, or a mapping with the fields `text`, or `prompt` and `target`."""
+"""A document, a (prompt, target) pair, or a mapping with the fields `text`, `prompt` and `target`, or `messages`."""
 
 
 def build_cache(
@@ -67,7 +68,8 @@ def build_cache(
     model        a transformers model, causal or encoder-decoder, with or without adapters; it is scored in evaluation mode and
                  left as it was
     tokenizer    its fast tokenizer
-    texts        documents, (prompt, target) pairs, mappings with `text` or `prompt` and `target`, or a `datasets.Dataset`
+    texts        documents, (prompt, target) pairs, mappings with `text`, `prompt` and `target`, or `messages`, or a
+                 `datasets.Dataset`
     out          folder of the cache; the same call again continues, or finds that the cache is complete
     on_progress  called with every progress record, which has `done`, `total` and `note`
     settings     settings of `kd cache build` by their names in Python: top_k, profile, seq_len, columns, limit, …
@@ -134,7 +136,10 @@ def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:
     if settings.answers.target_source == "teacher":  # prompts are enough: the answers replace these targets
         prompt = columns.get("prompt", "prompt")
         columns = {"prompt": prompt, "target": prompt} | columns
-    return corpus_of_rows(SOURCE, rows, fields, columns=columns, limit=settings.data.limit)
+    data = settings.data
+    return corpus_of_rows(
+        SOURCE, rows, fields, columns=columns, form=data.format, bad_rows=data.bad_rows, limit=data.limit
+    )
 
 
 def fields_and_rows(texts: Iterable[Text]) -> tuple[list[str], Iterable[Mapping[str, Any]]]:
@@ -150,7 +155,7 @@ def fields_and_rows(texts: Iterable[Text]) -> tuple[list[str], Iterable[Mapping[
         )
     rows = [_row(number, text) for number, text in enumerate(texts)]
     for number, row in enumerate(rows):
-        if row.keys() != rows[0].keys():
+        if row.keys() != rows[0].keys() and not _are_chats(row, rows[0]):
             raise DataError(
                 "the texts are of several kinds",
                 where=f"{SOURCE} {number}",
@@ -158,6 +163,11 @@ def fields_and_rows(texts: Iterable[Text]) -> tuple[list[str], Iterable[Mapping[
                 expected=", ".join(map(str, rows[0])),
             )
     return [str(field) for field in rows[0]] if rows else ["text"], rows
+
+
+def _are_chats(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows are conversations of one layout, beside which `tools` may or may not stand."""
+    return any({*layout.needed} <= row.keys() & other.keys() for layout in LAYOUTS.values())
 
 
 def _row(number: int, text: Text) -> dict[str, Any]:

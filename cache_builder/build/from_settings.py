@@ -164,7 +164,15 @@ def corpus_of(settings: BuildSettings, *, classes: bool) -> Corpus:
     if settings.answers.target_source == "teacher" and "prompt" in columns:
         columns = {"target": columns["prompt"], **columns}  # the teacher's answers replace these targets
     load = load_classes if classes else load_corpus
-    return load(data.spec, split=data.split, columns=columns, limit=data.limit, instructions=data.instructions)
+    return load(
+        data.spec,
+        split=data.split,
+        columns=columns,
+        form=data.format,
+        bad_rows=data.bad_rows,
+        limit=data.limit,
+        instructions=data.instructions,
+    )
 
 
 def layout_of(shard_rows: int | None) -> Layout | None:

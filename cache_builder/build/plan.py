@@ -144,7 +144,7 @@ def _token_rows(request: BuildRequest, tokenizer: Tokenizer, left_out: LeftOut, 
         rows = list(longest_answers(request, tokenizer, left_out))
     elif request.corpus.kind == CONVERSATIONS:
         template = chat_template(tokenizer, request.chat)
-        rows = list(tokenize_conversations(request.corpus, template, request.chat, request.blocks, left_out))
+        rows = list(tokenize_conversations(request.corpus, template, request.chat, request.blocks, left_out, notes))
     else:
         rows = list(tokenize_corpus(request.corpus, tokenizer, request.blocks, left_out, notes))
     if not rows:

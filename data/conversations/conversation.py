@@ -34,6 +34,8 @@ class Message:
     """The call that a message of a tool answers."""
     complete: bool = True
     """Whether the text is whole. An answer that ran into a limit has no end token to score. Templates are not told."""
+    scored: bool = True
+    """Whether an assistant's turn is to be learned."""
 
     def for_template(self) -> dict[str, Any]:
         """The message as templates read it: a mapping with the fields that are set. `content` is always there."""
@@ -46,8 +48,9 @@ class Message:
         return fields
 
     def record(self) -> dict[str, Any]:
-        """The message as JSON holds it: what templates read, and whether it was cut short."""
-        return self.for_template() | ({} if self.complete else {"complete": False})
+        """The message as JSON holds it: what templates read, whether it was cut short, and whether it is not to be learned."""
+        marks = {name: False for name in ("complete", "scored") if not getattr(self, name)}
+        return self.for_template() | marks
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Conversation:
     def answers(self) -> tuple[int, ...]:
         """Numbers of the assistant's messages."""
         return tuple(number for number, message in enumerate(self.messages) if message.role == ASSISTANT)
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """Numbers of the assistant's messages that are to be learned."""
+        return tuple(number for number in self.answers if self.messages[number].scored)
 
     def for_template(self, stop: int | None = None) -> list[dict[str, Any]]:
         """The first `stop` messages as templates read them; None means all."""

@@ -1,17 +1,20 @@
-"""Rows of a table become conversations, in the four layouts that data sets use.
+"""Rows of a table become conversations, in the layouts that data sets use.
 
-    messages            [{"role": "user", "content": …}, …]; `tools` may stand beside it
+    messages            [{"role": "user", "content": …}, …]
     conversations       [{"from": "human", "value": …}, …], as ShareGPT writes them
     prompt, completion  two lists of messages, as TRL writes them
-    instruction         `instruction`, `input` and `output`, as Alpaca writes them; `system` may stand beside them
+    instruction         `instruction`, `input` and `output`, as Alpaca writes them; `history` holds earlier pairs of texts
 
-The layout is recognised by the columns. A row that cannot be read is an error that names the row and the field.
+`tools` and `system` may stand beside them. A message may say whether it is learned: `weight` (0 or 1, as Mistral and OpenAI
+write it), `train` or `training` (axolotl), `loss` (ms-swift). A row that cannot be read is an error that names the row and
+the field. Columns and keys that no reader knows are named, so that they can be counted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kd.common.errors import DataError
@@ -19,84 +22,76 @@ from kd.data.conversations.conversation import ASSISTANT, ROLES, Conversation, M
 
 Row = Mapping[str, Any]
 
+CALLER = "function_call"
+"""A role of ShareGPT: an assistant's turn whose text is the calls of tools as JSON."""
 ROLE_NAMES = {
     "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "model": ASSISTANT,
+    "bot": ASSISTANT,
+    CALLER: ASSISTANT,
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
     **{role: role for role in ROLES},
 }
 """Name of a role in a data set -> the role."""
-
-COLUMNS_OF_LAYOUT = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt-completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
+MARKS = ("weight", "train", "training", "loss")
+"""Keys of a message that say whether it is learned."""
+MESSAGE_KEYS = {
+    *("role", "from", "content", "value", "name", "reasoning_content", "reasoning", "tool_calls", "tool_call_id"),
+    *MARKS,
 }
-"""Layout -> the columns by which it is recognised."""
+"""Keys of a message that are read."""
 
 
 class BadRow(DataError):
     """A row that is not a conversation."""
 
 
-def chat_layout(names: Sequence[str], first: Row | None = None) -> str | None:
-    """The layout that a table has, by its columns; None where it has none.
+@dataclass(frozen=True)
+class ChatLayout:
+    """Fields of one layout, and its reader."""
 
-    first   first row; `prompt` and `completion` count only where they hold messages there
+    needed: tuple[str, ...]
+    """Fields that every row has."""
+    beside: tuple[str, ...]
+    """Fields that a row may have."""
+    read: Callable[[Row, str, set[str]], tuple[Message, ...]]
+    """(row by field, where it is, receives the names of keys that are not read) -> the messages."""
+
+
+def conversation_of(
+    row: Row, layout: str, *, where: str, name: str, task: str, split: str, unread: set[str]
+) -> Conversation:
+    """A row as a conversation. Raises BadRow naming row and field.
+
+    row      field of the layout -> value
+    layout   one of LAYOUTS
+    where    the row, for errors
+    name     the conversation's id
+    unread   receives the names of keys in messages that are not read
     """
-    for layout, columns in COLUMNS_OF_LAYOUT.items():
-        if all(column in names for column in columns):
-            if layout == "prompt-completion" and not (first and _is_list(first.get("prompt"))):
-                continue
-            return layout
-    return None
-
-
-def rows_to_conversations(
-    rows: Iterable[Row],
-    layout: str,
-    *,
-    place: Callable[[int], str],
-    prefix: str,
-    split: str,
-    refused: list[BadRow] | None = None,
-) -> Iterator[Conversation]:
-    """The rows as conversations, in their order. Raises BadRow naming row and field.
-
-    layout    one of COLUMNS_OF_LAYOUT
-    place     number of a row -> where it is, for errors
-    prefix    beginning of a conversation's id
-    refused   receives the errors of rows that are not conversations, which are then left out; None raises the first
-    """
-    task = prefix.rpartition("/")[2].partition(".")[0]
-    for number, row in enumerate(rows):
-        row_name = place(number)
-        try:
-            messages = READERS[layout](row, row_name)
-            tools = tuple(_mappings(row.get("tools"), f"{row_name} field tools"))
-            if not any(message.role == ASSISTANT for message in messages):
-                raise BadRow(
-                    "a conversation has no turn of the assistant",
-                    where=row_name,
-                    found=", ".join(message.role for message in messages),
-                )
-        except BadRow as error:
-            if refused is None:
-                raise
-            refused.append(error)
-            continue
-        yield Conversation(f"{prefix}:{number}", messages, tools, task, split)
+    messages = LAYOUTS[layout].read(row, where, unread)
+    messages = _with_system_text(messages, _text(row.get("system"), f"{where} field system"), where)
+    tools = tuple(_mappings(row.get("tools"), f"{where} field tools"))
+    answers = [message for message in messages if message.role == ASSISTANT]
+    if not answers:
+        found = ", ".join(message.role for message in messages)
+        raise BadRow("a conversation has no turn of the assistant", where=where, found=found)
+    if not any(message.scored for message in answers):
+        raise BadRow(
+            "no turn of the assistant is to be learned",
+            where=where,
+            found="weight 0 in each of them, or all are in the prompt",
+        )
+    return Conversation(name, messages, tools, task, split)
 
 
 def read_prompt(row: Row, where: str) -> Conversation:
     """The messages (and `tools`) of one row, which an assistant is to answer. Raises BadRow naming the field."""
-    messages = _read_messages(row, where)
+    messages = _read_messages(row, where, set())
     if messages[-1].role == ASSISTANT:
         raise BadRow(
             "the messages end with the assistant's turn, so there is nothing to answer",
@@ -107,45 +102,7 @@ def read_prompt(row: Row, where: str) -> Conversation:
     return Conversation(where, messages, tuple(_mappings(row.get("tools"), f"{where} field tools")))
 
 
-def _read_messages(row: Row, where: str) -> tuple[Message, ...]:
-    return _messages(row.get("messages"), f"{where} field messages")
-
-
-def _read_sharegpt(row: Row, where: str) -> tuple[Message, ...]:
-    turns = _messages(row.get("conversations"), f"{where} field conversations", role="from", content="value")
-    system = _text(row.get("system"), f"{where} field system")
-    return (Message("system", system), *turns) if system and turns[0].role != "system" else turns
-
-
-def _read_prompt_completion(row: Row, where: str) -> tuple[Message, ...]:
-    prompt = _messages(row.get("prompt"), f"{where} field prompt")
-    return prompt + _messages(row.get("completion"), f"{where} field completion")
-
-
-def _read_instruction(row: Row, where: str) -> tuple[Message, ...]:
-    """Alpaca's three columns: the input follows the instruction after an empty line."""
-    texts = {
-        name: _text(row.get(name), f"{where} field {name}") for name in ("system", "instruction", "input", "output")
-    }
-    for name in ("instruction", "output"):
-        if not texts[name]:
-            found = "null" if texts[name] is None else "an empty text"
-            raise BadRow("a text is missing", where=f"{where} field {name}", found=found, expected="a text")
-    asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
-    system = (Message("system", texts["system"]),) if texts["system"] else ()
-    return (*system, Message("user", asked), Message(ASSISTANT, texts["output"] or ""))
-
-
-READERS: dict[str, Callable[[Row, str], tuple[Message, ...]]] = {
-    "messages": _read_messages,
-    "conversations": _read_sharegpt,
-    "prompt-completion": _read_prompt_completion,
-    "instruction": _read_instruction,
-}
-"""Layout -> its reader."""
-
-
-def _is_list(value: Any) -> bool:
+def holds_messages(value: Any) -> bool:
     """Whether a cell holds a list, as it is or as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -155,33 +112,125 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _messages(value: Any, where: str, *, role: str = "role", content: str = "content") -> tuple[Message, ...]:
-    """The messages in a cell; `role` and `content` are the keys under which their roles and texts stand."""
-    read = tuple(
-        _message(turn, f"{where}[{number}]", role, content) for number, turn in enumerate(_mappings(value, where))
+def _read_messages(row: Row, where: str, unread: set[str]) -> tuple[Message, ...]:
+    return _messages(row, "messages", where, unread)
+
+
+def _read_sharegpt(row: Row, where: str, unread: set[str]) -> tuple[Message, ...]:
+    return _messages(row, "conversations", where, unread)
+
+
+def _read_prompt_completion(row: Row, where: str, unread: set[str]) -> tuple[Message, ...]:
+    """The prompt's turns of the assistant are read and not learned, as in TRL."""
+    asked = tuple(replace(turn, scored=turn.role != ASSISTANT) for turn in _messages(row, "prompt", where, unread))
+    return asked + _messages(row, "completion", where, unread)
+
+
+def _read_instruction(row: Row, where: str, unread: set[str]) -> tuple[Message, ...]:
+    """Alpaca's columns: the input follows the instruction after an empty line."""
+    texts = {name: _text(row.get(name), f"{where} field {name}") for name in ("instruction", "input", "output")}
+    for name in ("instruction", "output"):
+        if not texts[name]:
+            found = "null" if texts[name] is None else "an empty text"
+            raise BadRow("a text is missing", where=f"{where} field {name}", found=found, expected="a text")
+    asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
+    earlier = _history(row.get("history"), f"{where} field history")
+    return (*earlier, Message("user", asked), Message(ASSISTANT, texts["output"] or ""))
+
+
+LAYOUTS = {
+    "messages": ChatLayout(("messages",), ("tools", "system"), _read_messages),
+    "conversations": ChatLayout(("conversations",), ("tools", "system"), _read_sharegpt),
+    "prompt-completion": ChatLayout(("prompt", "completion"), ("tools", "system"), _read_prompt_completion),
+    "instruction": ChatLayout(("instruction", "output"), ("input", "system", "history"), _read_instruction),
+}
+"""Name -> layout, in the order in which they are tried."""
+
+
+def _with_system_text(messages: tuple[Message, ...], system: str | None, where: str) -> tuple[Message, ...]:
+    """The messages after the system text that stands beside them. Raises BadRow where they have another one."""
+    if not system:
+        return messages
+    if messages[0].role not in ("system", "developer"):
+        return (Message("system", system), *messages)
+    if messages[0].content != system:
+        raise BadRow(
+            "a conversation has two system texts",
+            where=f"{where} field system",
+            found=repr(system[:60]),
+            expected=repr(messages[0].content[:60]),
+        )
+    return messages
+
+
+def _history(value: Any, where: str) -> tuple[Message, ...]:
+    """Earlier pairs of a question and its answer."""
+    value = _parsed(value, where)
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
+        raise BadRow("a value is not a list of pairs", where=where, found=type(value).__name__)
+    said = [(_text(asked, where), _text(answer, where)) for asked, answer in value]
+    return tuple(
+        Message(role, text or "") for pair in said for role, text in zip(("user", ASSISTANT), pair, strict=True)
     )
-    if not read:
-        raise BadRow("a conversation is empty", where=where, expected="a list of messages")
-    return read
 
 
-def _message(turn: Row, where: str, role_key: str, content_key: str) -> Message:
+def _messages(row: Row, field: str, where: str, unread: set[str]) -> tuple[Message, ...]:
+    """The messages in a cell."""
+    turns = _mappings(row.get(field), f"{where} field {field}")
+    if not turns:
+        raise BadRow("a conversation is empty", where=f"{where} field {field}", expected="a list of messages")
+    for turn in turns:
+        unread.update(f"{field}.{key}" for key in turn.keys() - MESSAGE_KEYS)
+    messages = tuple(_message(turn, f"{where} field {field}[{number}]") for number, turn in enumerate(turns))
+    for turn, message in zip(turns, messages, strict=True):
+        if message.role != ASSISTANT:
+            unread.update(f"{field}.{key} of {message.role}" for key in MARKS if turn.get(key))
+    return messages
+
+
+def _message(turn: Row, where: str) -> Message:
+    role_key = "role" if "role" in turn else "from"
+    content_key = "value" if "value" in turn and "content" not in turn else "content"
     name = turn.get(role_key)
     if not isinstance(name, str) or name not in ROLE_NAMES:
         raise BadRow("unknown role", where=f"{where}.{role_key}", found=repr(name), expected=", ".join(ROLE_NAMES))
     calls = tuple(_mappings(turn.get("tool_calls"), f"{where}.tool_calls"))
     content = _content(turn.get(content_key), f"{where}.{content_key}")
+    if name == CALLER:
+        calls, content = (*calls, *_calls(content, f"{where}.{content_key}")), ""
     if content is None and not calls:
         raise BadRow("a message has no text", where=f"{where}.{content_key}", found="null", expected="a text")
-    reasoning = turn.get("reasoning_content", turn.get("reasoning"))
     return Message(
         ROLE_NAMES[name],
         content or "",
         _text(turn.get("name"), f"{where}.name"),
-        _text(reasoning, f"{where}.reasoning_content"),
+        _text(turn.get("reasoning_content", turn.get("reasoning")), f"{where}.reasoning_content"),
         calls,
         _text(turn.get("tool_call_id"), f"{where}.tool_call_id"),
+        scored=ROLE_NAMES[name] != ASSISTANT or _is_scored(turn, where),
     )
+
+
+def _is_scored(turn: Row, where: str) -> bool:
+    """Whether a message is learned; it is where it does not say. Raises BadRow for a weight that is neither 0 nor 1."""
+    marks = {key: turn[key] for key in MARKS if key in turn}
+    for key, value in marks.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise BadRow(
+                "a weight of a message is neither 0 nor 1", where=f"{where}.{key}", found=repr(value), expected="0 or 1"
+            )
+    if len({bool(value) for value in marks.values()}) > 1:
+        raise BadRow("a message is to be learned and is not", where=where, found=str(marks))
+    return all(marks.values())
+
+
+def _calls(text: str | None, where: str) -> list[Mapping[str, Any]]:
+    """The calls of tools that ShareGPT writes as JSON into the text of a turn."""
+    value = _parsed(text, where)
+    calls = [value] if isinstance(value, Mapping) else _mappings(value, where)
+    return [{"type": "function", "function": dict(call)} for call in calls]
 
 
 def _content(value: Any, where: str) -> str | None:
@@ -209,16 +258,24 @@ def _text(value: Any, where: str) -> str | None:
     return value
 
 
+def _parsed(value: Any, where: str) -> Any:
+    """A value; a text is read as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise BadRow("a value is not a list", where=where, found=str(error), expected="a list as JSON") from error
+
+
 def _mappings(value: Any, where: str) -> list[Row]:
-    """A list of mappings: as it is, or as JSON in a cell of a CSV file. Null is an empty list."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadRow("a value is not a list", where=where, found=str(error), expected="a list as JSON") from error
+    """A list of mappings: as it is, or as JSON in a cell, or its entries as JSON. Null is an empty list."""
+    value = _parsed(value, where)
     if value is None:
         return []
-    if not isinstance(value, list | tuple) or not all(isinstance(entry, Mapping) for entry in value):
+    if isinstance(value, list | tuple):
+        value = [_parsed(entry, where) for entry in value]
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
         raise BadRow("a value is not a list of objects", where=where, found=type(value).__name__)
     entries = [_without_nulls(entry) for entry in value]
     try:

@@ -65,16 +65,7 @@ def check_examples(spec: str, examples: Iterable[Example]) -> None:
     """Raise DataError for a text that is not valid Unicode, or for an id that occurs twice."""
     seen: set[str] = set()
     for example in examples:
-        for text in (example.prompt, example.target):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts
-                raise DataError(
-                    "a text is not valid Unicode",
-                    where=f"{spec} example {example.id}",
-                    found=str(error),
-                    expected="text without lone surrogates",
-                ) from error
+        check_unicode(spec, example)
         if example.id in seen:
             raise DataError(
                 "two examples have the same id",
@@ -83,3 +74,17 @@ def check_examples(spec: str, examples: Iterable[Example]) -> None:
                 try_="another column for --columns id=…, or none",
             )
         seen.add(example.id)
+
+
+def check_unicode(spec: str, example: Example) -> None:
+    """Raise DataError where a text is not valid Unicode."""
+    for text in (example.prompt, example.target):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts
+            raise DataError(
+                "a text is not valid Unicode",
+                where=f"{spec} example {example.id}",
+                found=str(error),
+                expected="text without lone surrogates",
+            ) from error

@@ -1,4 +1,4 @@
-"""Load data sets over the network through the `datasets` library: hub ids at one commit, and files at an address.
+"""Load data sets through the `datasets` library: hub ids at one commit, files at an address, and folders that it has saved.
 
 A branch or tag is replaced by its commit before anything is loaded, so that all splits come from one commit, and the
 commit that a cache records can be loaded again.
@@ -6,6 +6,7 @@ commit that a cache records can be loaded again.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from kd.common.errors import DataError
+from kd.common.errors import DataError, unknown_name
 from kd.common.extras import needed
 from kd.common.strangers.web import refuse_private_redirect
 from kd.data.rows.compressed import file_type
@@ -70,6 +71,35 @@ def commit_of(name: str, revision: str | None) -> str | None:
         return str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception:  # offline, or no such id: loading then finds the data on this disk or says what failed
         return revision
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written this folder."""
+    return os.path.isfile(folder / "dataset_dict.json") or (
+        os.path.isfile(folder / "state.json") and os.path.isfile(folder / "dataset_info.json")
+    )
+
+
+def load_saved(folder: Path, split: str | None) -> Any:
+    """A saved data set, or one split of several. `split` None is `train`. Raises DataError."""
+    with needed("datasets", "reading a saved data set"):
+        import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets raises a dozen unrelated types
+        raise _unreachable(
+            "cannot read the saved data set", str(folder), error, "save it again, or as .parquet files"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if (split or "train") not in found:
+            raise unknown_name("split", split or "train", list(found), where=str(folder))
+        return found[split or "train"]
+    if split not in (None, "train", str(found.split)):
+        raise DataError(
+            "the saved data set has no splits", where=str(folder), found=f"--split {split}", try_="leave --split out"
+        )
+    return found
 
 
 def is_url(text: str) -> bool:

@@ -1,36 +1,30 @@
 """Map the columns of a table to examples: `text` makes documents, `prompt` and `target` pairs, `messages` conversations.
 
-Other column names are given by `--columns`, e.g. `--columns prompt=question,target=answer`. Every row must have the columns that
-are read: an empty value is a value, a missing one is an error.
+Which format a table has, and which columns are read, says `kd.data.rows.row_reading`. Every row must have the columns that are
+read: an empty value is a value, a missing one is an error. A row that cannot be read is an error, or is left out and counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kd.common.errors import DataError, unknown_name
+from kd.common.errors import DataError
 from kd.data.conversations.conversation import CONVERSATIONS, Conversation
-from kd.data.conversations.conversation_rows import chat_layout, rows_to_conversations
+from kd.data.conversations.conversation_rows import LAYOUTS, conversation_of
 from kd.data.left_out import LeftOut
-from kd.data.rows.example import Example
-from kd.data.rows.tables import Place, is_nothing
+from kd.data.rows.example import Example, check_unicode
+from kd.data.rows.row_reading import ID, RowReading
+from kd.data.rows.tables import Place, UnreadRow, is_nothing
 
-Columns = Mapping[str, str]
-"""Field (one of FIELDS) -> name of the column that holds it."""
-FIELDS = ("text", "prompt", "target", "id")
 TEXTS = ("text", "prompt", "target")
-"""Fields that make examples."""
-
-
-class MissingColumnsError(DataError):
-    """A table has none of the columns that make examples."""
+"""Fields that make documents and pairs."""
 
 
 def rows_to_examples(
     rows: Iterable[Mapping[str, Any]],
     names: Sequence[str],
-    columns: Columns,
+    reading: RowReading,
     *,
     where: str,
     place: Place,
@@ -41,41 +35,39 @@ def rows_to_examples(
     """The kind of the table (`documents`, `pairs` or `conversations`), and its rows as examples in their order.
 
     names     columns of the table
-    columns   columns that are not called as their field is
     where     file or data set, for errors
     place     number of a row -> where it is, for errors
     prefix    beginning of an example's id where no column holds it; what follows its last slash, up to a dot, is the task
-    left_out  receives the pairs that have no prompt
+    left_out  receives the pairs that have no prompt, columns and keys of conversations that are not read, and rows that cannot be
 
     Raises DataError for a missing column, and, while the examples are read, for a row that lacks one, or a value that is not text.
     """
-    others = "text" in names or {"prompt", "target"} <= set(names)
-    layout = (
-        None
-        if columns or others
-        else chat_layout(names, next(iter(rows), None) if isinstance(rows, Sequence) else None)
-    )
-    if layout is not None:
-        chats = rows_to_conversations(rows, layout, place=place, prefix=prefix, split=split)
-        return CONVERSATIONS, map(conversation_example, chats)
-    fields = _fields_of(names, columns, where)
-    expected = set(fields.values()) if columns else {name for name in TEXTS if name in names}
-    id_column = columns.get("id")
+    form = reading.format_of(names, rows, where)
     task = prefix.rpartition("/")[2].partition(".")[0]
+    read = _conversations if form in LAYOUTS else _texts
+    example_of = read(reading, form, names, place, task, split, _Unread(left_out, prefix))
 
     def examples() -> Iterator[Example]:
         for number, row in enumerate(rows):
-            _check_columns(row, expected, () if columns else TEXTS, number, place)
-            texts = {field: _text(row[column], column, number, place) for field, column in fields.items()}
-            identity = row.get(id_column) if id_column else f"{prefix}:{number}"
-            if is_nothing(identity):
-                raise DataError("an id is missing", where=f"{place(number)} column {id_column}")
-            example = Example(str(identity), texts["target"], texts.get("prompt", ""), task=task, split=split)
-            if "prompt" in fields and not example.prompt and example.target.strip():
+            name = f"{prefix}:{number}"
+            try:
+                if isinstance(row, UnreadRow):
+                    raise row.error
+                example = example_of(number, row, name)
+                if reading.skip:
+                    check_unicode(prefix, example)
+            except DataError as error:
+                if not reading.skip:
+                    error.details.setdefault("try", "--bad-rows skip leaves such rows out and counts them")
+                    raise
+                left_out.add("bad_rows", f"{name}, {error.headline}")
+                continue
+            if form == "pairs" and not example.prompt and example.target.strip():
                 left_out.add("without_prompt", example.id)
             yield example
 
-    return ("pairs" if "prompt" in fields else "documents"), examples()
+    kind = CONVERSATIONS if form in LAYOUTS else "documents" if form == "text" else form
+    return kind, examples()
 
 
 def conversation_example(conversation: Conversation) -> Example:
@@ -90,25 +82,73 @@ def conversation_example(conversation: Conversation) -> Example:
     )
 
 
-def _fields_of(names: Sequence[str], columns: Columns, where: str) -> dict[str, str]:
-    """Field of an example -> its column. Raises DataError for an unknown field or a missing column."""
-    for field in columns:
-        if field not in FIELDS:
-            raise unknown_name("field in --columns", field, FIELDS)
-    column_of = {field: columns.get(field, field) for field in FIELDS}
-    missing = [column for field, column in column_of.items() if field in columns and column not in names]
-    pairs = column_of["prompt"] in names and column_of["target"] in names and "text" not in columns
-    if missing or not (pairs or column_of["text"] in names):
-        raise MissingColumnsError(
-            "columns are missing",
-            where=where,
-            found=", ".join(names) or "none",
-            expected=", ".join(missing) or "text, prompt and target, or messages",
-            try_="--columns text=NAME or --columns prompt=NAME,target=NAME",
+class _Unread:
+    """Names of columns and keys of one table that are not read, each counted once."""
+
+    def __init__(self, left_out: LeftOut, prefix: str) -> None:
+        self._left_out, self._prefix = left_out, prefix
+        self._seen: set[str] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        for name in sorted({*names} - self._seen):
+            self._seen.add(name)
+            self._left_out.add("other_fields", f"{name} in {self._prefix}")
+
+
+_Read = Callable[[int, Mapping[str, Any], str], Example]
+"""(number of a row, the row, its id where no column holds one) -> an example."""
+
+
+def _texts(
+    reading: RowReading, form: str, names: Sequence[str], place: Place, task: str, split: str, unread: _Unread
+) -> _Read:
+    """The reader of documents and pairs."""
+    columns = reading.used(form)
+    fields = {"target": columns["text"]} if form == "text" else columns
+    by_name = not (reading.columns or reading.chosen)
+    expected = {name for name in TEXTS if name in names} if by_name else {*fields.values()}
+
+    def read(number: int, row: Mapping[str, Any], name: str) -> Example:
+        _check_columns(row, expected, TEXTS if by_name else (), number, place)
+        texts = {field: _text(row[column], column, number, place) for field, column in fields.items()}
+        identity = _identity(reading, row, name, place(number))
+        return Example(identity, texts["target"], texts.get("prompt", ""), task=task, split=split)
+
+    return read
+
+
+def _conversations(
+    reading: RowReading, form: str, names: Sequence[str], place: Place, task: str, split: str, unread: _Unread
+) -> _Read:
+    """The reader of conversations."""
+    columns = reading.used(form)
+    known = {*columns.values(), reading.columns.get(ID)}
+
+    def read(number: int, row: Mapping[str, Any], name: str) -> Example:
+        keys: set[str] = set()
+        conversation = conversation_of(
+            {field: None if is_nothing(row.get(column)) else row.get(column) for field, column in columns.items()},
+            form,
+            where=place(number),
+            name=_identity(reading, row, name, place(number)),
+            task=task,
+            split=split,
+            unread=keys,
         )
-    if pairs:
-        return {"prompt": column_of["prompt"], "target": column_of["target"]}
-    return {"target": column_of["text"]}
+        unread.add(keys | {column for column, value in row.items() if column not in known and not is_nothing(value)})
+        return conversation_example(conversation)
+
+    return read
+
+
+def _identity(reading: RowReading, row: Mapping[str, Any], name: str, where: str) -> str:
+    """The id of a row: that of the column, if one is named, else `name`. Raises DataError where it is missing."""
+    column = reading.columns.get(ID)
+    if column is None:
+        return name
+    if is_nothing(row.get(column)):
+        raise DataError("an id is missing", where=f"{where} column {column}")
+    return str(row[column])
 
 
 def _check_columns(row: Mapping[str, Any], expected: set[str], known: Sequence[str], number: int, place: Place) -> None:

@@ -4,7 +4,8 @@ Files are read whole, because the corpora of this project have at most a few hun
 strings; the other formats keep the types they were written with. A `.json` file is a list of objects, or an object per line.
 
 A row with more or fewer fields than the header has columns, a column or key that occurs twice, and an empty file are errors:
-each of them would otherwise cut a value or lose a row.
+each of them would otherwise cut a value or lose a row. A line that cannot be read is an error too, or, with `keep_unread`, a row
+that holds the error in its place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,14 @@ Place = Callable[[int], str]
 
 class EmptyFileError(DataError):
     """A file without a single row."""
+
+
+class UnreadRow(Row):
+    """A row that cannot be read, without any column."""
+
+    def __init__(self, error: DataError) -> None:
+        super().__init__()
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,11 @@ def is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def read_table(file: Path) -> RowTable:
-    """The rows of one file. Raises DataError for an unknown suffix, unreadable content, or a file that is empty."""
+def read_table(file: Path, *, keep_unread: bool = False) -> RowTable:
+    """The rows of one file. Raises DataError for an unknown suffix, unreadable content, or a file that is empty.
+
+    keep_unread   whether a row that cannot be read stays in its place, as an `UnreadRow`; else it is an error
+    """
     if file_type(file) not in TABLE_READERS:
         raise unknown_name("table file type", file_type(file) or file.name, TABLE_READERS, where=str(file))
     try:
@@ -67,6 +80,9 @@ def read_table(file: Path) -> RowTable:
         raise
     except UNREADABLE as error:  # truncated Parquet, bad UTF-8
         raise unreadable(file, error) from error
+    unread = [row for row in table.rows if isinstance(row, UnreadRow)]
+    if unread and not keep_unread:
+        raise unread[0].error
     repeated = _first_repeated(table.names)
     if repeated is not None:
         raise DataError(
@@ -121,11 +137,30 @@ def _objects(file: Path, lines: Iterable[str]) -> RowTable:
     rows, numbers = [], []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            rows.append(_object(_parsed(line, f"{file} line {number}"), f"{file} line {number}"))
+            rows.append(_row_or_error(_line, line, f"{file} line {number}"))
             numbers.append(number)
+    return RowTable(str(file), _keys(file, rows), rows, numbers)
+
+
+def _line(line: str, where: str) -> Row:
+    return _object(_parsed(line, where), where)
+
+
+def _row_or_error(read: Callable[[Any, str], Row], value: Any, where: str) -> Row:
+    try:
+        return read(value, where)
+    except DataError as error:
+        return UnreadRow(error)
+
+
+def _keys(file: Path, rows: Sequence[Row]) -> list[str]:
+    """The keys of the first row that could be read. Raises the first row's error where there is none."""
     if not rows:
         raise empty(file)
-    return RowTable(str(file), list(rows[0]), rows, numbers)
+    first = next((row for row in rows if not isinstance(row, UnreadRow)), rows[0])
+    if isinstance(first, UnreadRow):
+        raise first.error
+    return list(first)
 
 
 def _json(file: Path) -> RowTable:
@@ -135,10 +170,8 @@ def _json(file: Path) -> RowTable:
         raise empty(file)
     if text.lstrip().startswith("["):
         items = _parsed(text, str(file))
-        rows = [_object(item, f"{file} row {number}") for number, item in enumerate(items, 1)]
-        if not rows:
-            raise empty(file)
-        return RowTable(str(file), list(rows[0]), rows)
+        rows = [_row_or_error(_object, item, f"{file} row {number}") for number, item in enumerate(items, 1)]
+        return RowTable(str(file), _keys(file, rows), rows)
     try:
         row = _object(_parsed(text, str(file)), str(file))
     except DataError:  # an object per line, or not JSON: then the error names the line
@@ -179,8 +212,7 @@ def _csv(file: Path) -> RowTable:
                 if names is None:
                     names = fields or None
                 elif fields:  # not an empty line
-                    _check_width(fields, names, f"{file} line {line}")
-                    rows.append(dict(zip(names, fields, strict=True)))
+                    rows.append(_row_or_error(partial(_fields, names), fields, f"{file} line {line}"))
                     numbers.append(line)
                 line = reader.line_num + 1
         except csv.Error as error:
@@ -190,7 +222,8 @@ def _csv(file: Path) -> RowTable:
     return RowTable(str(file), names, rows, numbers)
 
 
-def _check_width(fields: Sequence[str], names: Sequence[str], where: str) -> None:
+def _fields(names: Sequence[str], fields: Sequence[str], where: str) -> Row:
+    """A row of a CSV file. Raises DataError where it has another number of fields than the header."""
     if len(fields) != len(names):
         raise DataError(
             "a row has another number of fields than the header",
@@ -199,6 +232,7 @@ def _check_width(fields: Sequence[str], names: Sequence[str], where: str) -> Non
             expected=f"{_counted(len(names), 'column')}: {' | '.join(names):.200}",
             try_='quotes around a value that holds the separator, as in "red, blue and green"',
         )
+    return dict(zip(names, fields, strict=True))
 
 
 def _counted(number: int, thing: str) -> str:

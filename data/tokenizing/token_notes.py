@@ -24,6 +24,8 @@ Note = Literal[
     "border_scored",
     "border_in_context",
     "border_cut",
+    "reasoning_not_shown",
+    "tools_not_shown",
 ]
 """What was found.
 
@@ -32,9 +34,11 @@ Note = Literal[
     bos_in_text             texts that begin with the BOS token themselves; they got no second one
     eos_in_text             texts that end with the end token themselves; they got no second one
     separator_in_prompt     prompts of a chat template, after which no separator was put
-    border_scored           pairs in which a token has text of the prompt and of the target; it is scored
-    border_in_context       such pairs in which it is context, and the target is scored from the token after it
+    border_scored           pairs and turns in which a token has text of the prompt and of the target; it is scored
+    border_in_context       such pairs and turns in which it is context, and the target is scored from the token after it
     border_cut              such pairs whose prompt and target were tokenised apart, because no other token was context
+    reasoning_not_shown     scored turns whose reasoning the chat template does not write
+    tools_not_shown         tools of conversations that the chat template does not write
 """
 NOTES: tuple[Note, ...] = get_args(Note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from kd.common.errors import DataError
 from kd.data.chat_rows import chat_template, tokenize_conversations
@@ -63,11 +64,16 @@ def text_blocks(reading: ReadingOptions, seq_len: int, model: Model, tokenizer: 
 def token_rows(
     corpus: Corpus, tokenizer: Tokenizer, blocks: BlockConfig, reading: ReadingOptions, left_out: LeftOut
 ) -> Iterator[TokenRows]:
-    """The rows of a text: conversations through a chat template, everything else as `tokenize_corpus` cuts it."""
+    """The rows of a text: conversations through a chat template, everything else as `tokenize_corpus` cuts it.
+
+    A conversation that the template refuses is an error, whatever the corpus says of bad rows: figures of several models are
+    compared over the same conversations.
+    """
     if corpus.kind != CONVERSATIONS and corpus.examples[0].conversation is None:
         return tokenize_corpus(corpus, tokenizer, blocks, left_out)
     settings = chat_settings(reading)
-    return tokenize_conversations(corpus, chat_template(tokenizer, settings), settings, blocks, left_out)
+    whole = replace(corpus, skip_bad=False)
+    return tokenize_conversations(whole, chat_template(tokenizer, settings), settings, blocks, left_out)
 
 
 def chat_settings(reading: ReadingOptions) -> ChatSettings:

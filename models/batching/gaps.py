@@ -25,7 +25,7 @@ class Gaps:
     rows: np.ndarray = field(default_factory=_none)
     """[G] int32, ascending: the scored token, counted from 0, before which each gap stands; from 1 to n - 1."""
     lengths: np.ndarray = field(default_factory=_none)
-    """[G] int32: tokens of each gap, at least 1."""
+    """[G] int32: tokens of each gap; 0 where a turn follows another one at once."""
     ids: np.ndarray = field(default_factory=_none)
     """[sum of lengths] int32: the tokens of all gaps, one gap after another."""
 
@@ -63,7 +63,7 @@ class Gaps:
         return np.arange(context - 1, context - 1 + rows) + np.cumsum(before)[:rows]
 
     def turns(self, rows: int) -> np.ndarray:
-        """`[G + 1, 2]` int64: rows [start, stop) of each run of scored tokens that no gap interrupts."""
+        """`[G + 1, 2]` int64: rows [start, stop) of each turn: a run of scored tokens between two gaps."""
         edges = np.concatenate([[0], self.rows, [rows]]).astype(np.int64)
         return np.stack([edges[:-1], edges[1:]], axis=1)
 
@@ -78,8 +78,8 @@ class Gaps:
             raise ValueError("rows, lengths and ids of gaps do not belong together")
         if len(self.rows) and not (self.rows[0] > 0 and self.rows[-1] < rows and (np.diff(self.rows) > 0).all()):
             raise ValueError("a gap does not stand between scored tokens")
-        if len(self.lengths) and self.lengths.min() < 1:
-            raise ValueError("a gap is empty")
+        if len(self.lengths) and self.lengths.min() < 0:
+            raise ValueError("a gap has fewer than no tokens")
 
 
 NO_GAPS = Gaps()

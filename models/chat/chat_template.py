@@ -5,11 +5,13 @@
 
 A message may hold the text of a control token (`<|im_end|>`). It must not end the turn. Its first character is replaced by a
 character of Unicode's private use before the template sees it, and is put back afterwards. So the control tokens that are
-left in the rendering are the template's own.
+left in the rendering are the template's own. An assistant's message keeps the tokens that an answer may hold (`<think>`), see
+`kd.models.chat.turn_tokens`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -19,6 +21,7 @@ from functools import cached_property
 from typing import Any
 
 from kd.common.errors import DataError
+from kd.models.chat.turn_tokens import TokenRoles, token_roles
 from kd.models.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -73,15 +76,39 @@ class ChatTemplate:
 
     @cached_property
     def control_tokens(self) -> list[str]:
-        """Texts of the tokenizer's control tokens, the longest first."""
+        """Texts of the control tokens, the longest first: the tokenizer's special ones, and those around the template's turns."""
         added = self.tokenizer.added_tokens_decoder.values()
-        return sorted((token.content for token in added if token.special), key=lambda text: (-len(text), text))
+        around = self.roles.around
+        control = {token.content for token in added if token.special or token.content in around}
+        return sorted(control, key=lambda text: (-len(text), text))
 
     @cached_property
     def control_ids(self) -> list[int]:
         """Ids of the tokenizer's control tokens, without the one for unknown characters."""
-        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return sorted(special - {self.tokenizer.unk_token_id})
+        texts = {*self.control_tokens}
+        control = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.content in texts}
+        return sorted(control - {self.tokenizer.unk_token_id})
+
+    @cached_property
+    def roles(self) -> TokenRoles:
+        """What the tokenizer's added tokens are to this template."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content]
+        return token_roles(self.source, added, lambda messages, prompt: self._rendering(messages, None, prompt).text)
+
+    @cached_property
+    def speller(self) -> Tokenizer:
+        """The tokenizer, to which all control tokens are special, so that it can encode them as text."""
+        from transformers import AddedToken
+
+        added = self.tokenizer.added_tokens_decoder.values()
+        plain = [token.content for token in added if not token.special and token.content in self.roles.around]
+        if not plain:
+            return self.tokenizer
+        speller = copy.deepcopy(self.tokenizer)
+        speller.backend_tokenizer.add_special_tokens(
+            [AddedToken(text, normalized=False, special=True) for text in plain]
+        )
+        return speller
 
     def render(
         self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = (), generation_prompt: bool = False
@@ -93,6 +120,13 @@ class ChatTemplate:
 
         Raises DataError where the template refuses the conversation.
         """
+        masked = [self.masked_message(message) for message in messages]
+        return self._rendering(masked, self.masked([dict(tool) for tool in tools]) or None, generation_prompt)
+
+    def _rendering(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, generation_prompt: bool
+    ) -> RenderedText:
+        """The rendering of masked messages."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -100,8 +134,8 @@ class ChatTemplate:
         variables = {**self.tokenizer.special_tokens_map, "strftime_now": NO_DATE, **self.kwargs}
         try:
             texts, marks = render_jinja_template(
-                conversations=[self.masked([dict(message) for message in messages])],
-                tools=self.masked([dict(tool) for tool in tools]) or None,
+                conversations=[[dict(message) for message in messages]],
+                tools=tools,
                 chat_template=self.source,
                 add_generation_prompt=generation_prompt,
                 return_assistant_tokens_mask=marked,
@@ -121,18 +155,32 @@ class ChatTemplate:
         spans = marks[0] if marked and marks else []
         return RenderedText(texts[0], tuple((int(start), int(stop)) for start, stop in spans))
 
-    def masked(self, value: Any) -> Any:
+    def masked_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """`masked`, except for the tokens that an assistant's answer may hold."""
+        kept = self.roles.within if message.get("role") == "assistant" else frozenset()
+        return {key: self.masked(value, kept if key == "content" else frozenset()) for key, value in message.items()}
+
+    def masked(self, value: Any, kept: frozenset[str] = frozenset()) -> Any:
         """`value` with the first character of every control token in its texts replaced by a private-use character.
+
+        kept   control tokens that stay as they are
 
         Raises DataError where a text holds such a private-use character already.
         """
         if isinstance(value, str):
-            return self._mask_text(value)
+            return self._mask_text(value, kept)
         if isinstance(value, Mapping):
-            return {key: self.masked(entry) for key, entry in value.items()}
+            return {key: self.masked(entry, kept) for key, entry in value.items()}
         if isinstance(value, list | tuple):
-            return [self.masked(entry) for entry in value]
+            return [self.masked(entry, kept) for entry in value]
         return value
+
+    def spelled(self, value: Any) -> int:
+        """How many control tokens are spelled in the texts of a value."""
+        if isinstance(value, str):
+            return 0 if self._pattern is None else len(self._pattern.findall(value))
+        entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        return sum(map(self.spelled, entries))
 
     def unmasked(self, text: str, neutral: str | None = None) -> str:
         """The text with the replaced characters put back, or with `neutral` in place of each of them."""
@@ -150,7 +198,7 @@ class ChatTemplate:
         """First characters of the control tokens; each has a private-use character that stands for it."""
         return sorted({token[0] for token in self.control_tokens if token})
 
-    def _mask_text(self, text: str) -> str:
+    def _mask_text(self, text: str, kept: frozenset[str]) -> str:
         firsts = self._first_characters
         if any(MASK_START <= ord(character) < MASK_START + len(firsts) for character in text):
             raise DataError(
@@ -159,12 +207,15 @@ class ChatTemplate:
                 try_="remove the character from the text",
             )
         masks = {first: chr(MASK_START + number) for number, first in enumerate(firsts)}
-        pattern = self._pattern
-        return pattern.sub(lambda match: masks[match[0][0]] + match[0][1:], text) if pattern is not None else text
+
+        def replaced(match: re.Match[str]) -> str:
+            return match[0] if match[0] in kept else masks[match[0][0]] + match[0][1:]
+
+        return text if self._pattern is None else self._pattern.sub(replaced, text)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
-        """Matches a control token of the tokenizer."""
+        """Matches a control token."""
         tokens = [re.escape(token) for token in self.control_tokens if token]
         return re.compile("|".join(tokens)) if tokens else None
 

@@ -7,15 +7,15 @@ A turn is found by rendering prefixes: the conversation up to the turn with the 
 and including the turn. Where the template marks what an assistant writes (`{% generation %}`), the mark says where it
 begins. Every turn is checked: the text before it must be what a model would have read when it wrote it. Some templates
 rewrite earlier turns (they drop old reasoning). A turn that the whole conversation shows in another form is scored in a
-rendering of its own, which ends with it.
+rendering of its own, which ends with it. So is a turn whose reasoning the template never shows, but whose prompt opens it.
 
 Shapes: T tokens of a rendering, n tokens of a turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class ScoredTurn:
     """Whether the last scored token is a control token."""
     unscored: int = 0
     """Bytes of the turn that share a token with the text before it, and so are not scored."""
+    before: int = 0
+    """Bytes of white space before the turn that its first scored token holds."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ def render_conversation(
     *,
     tools: Sequence[Mapping[str, Any]] = (),
     score: str = "assistant",
+    learned: Collection[int] | None = None,
 ) -> tuple[RenderedConversation, ...]:
     """The renderings in which the assistant's turns are scored; usually one, in which all of them stand.
 
-    pieces   bytes of every id (`token_bytes`)
-    score    one of SCORES
+    pieces    bytes of every id (`token_bytes`)
+    score     one of SCORES
+    learned   numbers of the messages that may be scored; None means all of the assistant's
 
     Raises DataError where a turn cannot be found, or a control token in a message cannot be encoded as text.
     """
@@ -95,7 +99,8 @@ def render_conversation(
     if score == "all":
         whole = template.render(messages, tools=tools)
         return (_tokenised(template, pieces, whole, [_Turn(len(messages) - 1, whole, 0, len(whole.text), False)]),)
-    wanted = numbers[-1:] if score == "last" else numbers
+    chosen = [number for number in numbers if learned is None or number in learned]
+    wanted = chosen[-1:] if score == "last" else chosen
     turns = [_find_turn(template, messages, number, tools) for number in wanted]
     return tuple(_tokenised(template, pieces, group[-1].rendered, group) for group in _groups(turns))
 
@@ -103,7 +108,10 @@ def render_conversation(
 def _find_turn(template: ChatTemplate, messages: Messages, number: int, tools: Sequence[Mapping[str, Any]]) -> _Turn:
     """Where the assistant's message `number` stands in the rendering that ends with it."""
     rendered = template.render(messages[: number + 1], tools=tools)
-    start = _start_of_turn(template, messages, number, tools, rendered)
+    before = _prompt(template, messages[:number], tools, rendered)
+    if not rendered.marks:
+        rendered = _with_what_the_prompt_opens(template, messages[number], before, rendered)
+    start = _start_of_turn(template, number, before, rendered)
     closing = _closing_tokens(template, rendered.text, start)
     if not closing:
         return _Turn(number, rendered, start, start + len(rendered.text[start:].rstrip()), ended=False)
@@ -117,7 +125,7 @@ def _closing_tokens(template: ChatTemplate, text: str, start: int) -> list[tuple
     closing: list[tuple[int, int]] = []
     following = len(text)
     for span in reversed([span for span in template.control_spans(text) if span[0] >= start]):
-        if text[span[1] : following].strip():
+        if text[span[1] : following].strip() or text[slice(*span)] in template.roles.within:
             break
         closing.insert(0, span)
         following = span[0]
@@ -152,15 +160,29 @@ def _of_the_turn(
     return run
 
 
-def _start_of_turn(
-    template: ChatTemplate,
-    messages: Messages,
-    number: int,
-    tools: Sequence[Mapping[str, Any]],
-    rendered: RenderedText,
-) -> int:
-    """The character at which a model would begin to write the last message of a rendering."""
-    before = _prompt(template, messages[:number], tools, rendered)
+def _with_what_the_prompt_opens(
+    template: ChatTemplate, message: Mapping[str, Any], before: str, rendered: RenderedText
+) -> RenderedText:
+    """The rendering that a model writes after a prompt which opens the answer (DeepSeek-R1's `<think>`).
+
+    Such a template shows no reasoning of turns that were written. Where the message begins as its prompt ends, and the
+    rendering shows the end of the message, the turn is the whole message. Otherwise the rendering stays as it is.
+    """
+    common = _common_prefix(before, rendered.text)
+    opened, content = before[common:], template.masked_message(message)["content"]
+    if not opened.strip() or not content.startswith(opened):
+        return rendered
+    closing = _closing_tokens(template, rendered.text, common)
+    stop = closing[0][0] if closing else len(rendered.text.rstrip())
+    shown = rendered.text[common:stop]
+    whole = content if content.endswith(shown) else content.rstrip()
+    if not whole.endswith(shown):
+        return rendered
+    return RenderedText(before + whole[len(opened) :] + rendered.text[stop:])
+
+
+def _start_of_turn(template: ChatTemplate, number: int, before: str, rendered: RenderedText) -> int:
+    """The character at which a model would begin to write the last message of a rendering, whose prompt is `before`."""
     if rendered.marks:
         return _first_mark(rendered, before, number)
     if not rendered.text.startswith(before):
@@ -170,7 +192,7 @@ def _start_of_turn(
             where=f"message {number}",
             found=repr(rendered.text[common : common + 60]),
             expected=repr(before[common : common + 60]),
-            try_="--template-kwargs, or a --chat-template FILE with {% generation %} marks",
+            try_="messages that begin as the prompt ends, --template-kwargs, or a --chat-template FILE with {% generation %} marks",
         )
     _refuse_header(template, rendered.text, len(before), number)
     return len(before)
@@ -254,7 +276,9 @@ def _tokenised(
             stop = int(np.searchsorted(ends, last_byte, side="left")) + 1
         if stop <= first:
             raise DataError("a turn of the assistant has no token", where=f"message {turn.message}")
-        scored.append(_in_tokens(turn, data, ends, first, stop, begin, begin - border))
+        held = border - (int(ends[first - 1]) if first else 0)
+        whole = _in_tokens(turn, data, ends, first, stop, begin)
+        scored.append(replace(whole, unscored=begin - border, before=max(held, 0)))
     return RenderedConversation(text, ids, tuple(scored))
 
 
@@ -271,9 +295,7 @@ def _first_scored(ends: np.ndarray, border: int, data: bytes) -> tuple[int, int]
     return first + 1, int(ends[first])
 
 
-def _in_tokens(
-    turn: _Turn, data: bytes, ends: np.ndarray, first: int, stop: int, begin: int, unscored: int
-) -> ScoredTurn:
+def _in_tokens(turn: _Turn, data: bytes, ends: np.ndarray, first: int, stop: int, begin: int) -> ScoredTurn:
     """The turn whose scored tokens are `first` to `stop`, and whose scored text begins at byte `begin`."""
     last = int(ends[stop - 1])
     if turn.ended:
@@ -281,7 +303,7 @@ def _in_tokens(
     content = data[begin:last]
     byte_end = np.minimum(ends[first:stop] - begin, len(content)).astype(np.int64)
     text = content.decode("utf-8", "replace")
-    return ScoredTurn(turn.message, first, stop, begin, text, byte_end, turn.ended, unscored)
+    return ScoredTurn(turn.message, first, stop, begin, text, byte_end, turn.ended)
 
 
 def encode_rendering(template: ChatTemplate, pieces: list[bytes], masked: str) -> tuple[np.ndarray, np.ndarray]:
@@ -321,7 +343,7 @@ def _by_pieces(
     done = byte = 0
     for start, stop in [*template.control_spans(masked), (len(masked), len(masked))]:
         between = template.unmasked(masked[done:start], neutral)
-        of_text, ends_of_text = encode_with_ends(template.tokenizer, pieces, between, control=False)
+        of_text, ends_of_text = encode_with_ends(template.speller, pieces, between, control=False)
         if np.isin(of_text, template.control_ids).any():  # the tokenizer's own vocabulary spells it, as T5's does
             raise _cannot_spell(template, masked)
         ids.append(of_text)

@@ -34,7 +34,7 @@ def own_text(
         template = student_template(reader, tokenizer, settings)
         refuse_for_chats(reader, settings, template)
         chat = StudentChat(reader, tokenizer, window=settings.seq_len or limit, template=template)
-        if chat.unmatched == chat.turns:
+        if config.objective.loss != "ce" and chat.unmatched == chat.turns:
             raise DataError(
                 "no turn of the student's template has the text of the teacher's",
                 cache=reader.root,

@@ -4,7 +4,7 @@ The student's template renders the same messages. Each turn of the assistant tha
 rendering. The two texts of a turn are compared without white space around them: where one holds the other (a template that
 adds the reasoning, or a space before the answer), the common part is aligned by bytes. A turn whose texts have nothing in
 common, or that the student's template shows in another rendering, has no groups; `unmatched` counts them. The control tokens
-that end a turn are a group of their own.
+that end a turn are a group of their own. The cross-entropy compares nothing: it learns every turn of the student's rendering.
 
 A student with the teacher's tokenizer, and without a template of its own choice, reads the cached tokens.
 """
@@ -50,6 +50,8 @@ class StudentChat:
         """Turns that the teacher has scored."""
         self.unmatched = 0
         """Those of them that are not compared."""
+        self.unshown = 0
+        """Those of them that are not in the student's text: its template shows them in another rendering, or they did not fit."""
         self.template = template
         self._pieces = [] if template is None else token_bytes(tokenizer)
         self._window = window or 2**31
@@ -90,7 +92,11 @@ class StudentChat:
         assert self.template is not None
         try:
             renderings = render_conversation(
-                self.template, self._pieces, conversation.for_template(), tools=conversation.tools
+                self.template,
+                self._pieces,
+                conversation.for_template(),
+                tools=conversation.tools,
+                learned=cached.messages,
             )
         except DataError as error:
             details = {"where": f"conversation {cached.example.id}", "found": error.details.get("found")}
@@ -112,6 +118,7 @@ class StudentChat:
             pair = None if theirs is None else common_sides(text, side, *theirs)
             self.turns += 1
             self.unmatched += pair is None
+            self.unshown += theirs is None
             empty = Side(np.zeros(0, dtype=np.int64))
             sides.append(pair or (Side(side.byte_end), empty if theirs is None else apart(theirs[1])))
         self._sides[number] = sides

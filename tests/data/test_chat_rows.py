@@ -22,6 +22,7 @@ from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.token_notes import TokenNotes
 from kd.models.tokenizer import load_tokenizer, token_bytes
 
 
@@ -184,3 +185,64 @@ def test_what_cannot_be_scored_names_the_conversation(files, tmp_path) -> None:
         rows_of(load_corpus(str(data)), template)
     with pytest.raises(DataError, match="no chat template"):
         chat_template(load_tokenizer("demo"), ChatSettings())
+
+
+def test_conversations_that_a_template_refuses_are_skipped_and_counted(files, tmp_path) -> None:
+    _, template = files
+    template.write_text("{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + PLAIN)
+    good = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]
+    data = tmp_path / "mixed.jsonl"
+    rows = [{"messages": good}, {"messages": [{"role": "tool", "content": "x"}, *good]}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"refuses the conversation\n  where  conversation mixed.jsonl:1"):
+        rows_of(load_corpus(str(data)), template)
+    kept, left_out = rows_of(load_corpus(str(data), bad_rows="skip"), template)
+    assert [row.example.id for row in kept] == ["mixed.jsonl:0"]
+    assert left_out.document()["bad_rows"] == {
+        "count": 1,
+        "first": "mixed.jsonl:1, the chat template refuses the conversation",
+    }
+
+
+def test_turns_with_weight_0_are_read_and_have_no_rows(files, tmp_path) -> None:
+    _, template = files
+    rows = []
+    for weight in (1, 0):
+        said = [("user", "Two?"), ("assistant", "2"), ("user", "Three?"), ("assistant", "3")]
+        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in said]
+        messages[1]["weight"] = weight
+        rows.append({"messages": messages})
+    data = tmp_path / "weights.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (whole, part), _ = rows_of(load_corpus(str(data)), template)
+    assert whole.input_ids.tolist() == part.input_ids.tolist()
+    assert (whole.messages, part.messages) == ((1, 3), (3,))
+    assert part.example.target == " 3"
+    with pytest.raises(DataError, match=r"not to be learned cannot be scored(.|\n)*--score all, and 1 turns"):
+        rows_of(load_corpus(str(data)), template, score="all")
+    only_first = tmp_path / "first.jsonl"
+    rows[1]["messages"][3]["weight"], rows[1]["messages"][1]["weight"] = 0, 1
+    only_first.write_text(json.dumps(rows[1]) + "\n")
+    (last,), _ = rows_of(load_corpus(str(only_first)), template, score="last")
+    assert last.example.target == " 2", "the last of the turns that are learned"
+
+
+def test_what_a_template_does_with_the_messages_is_noted(files, tmp_path) -> None:
+    """Control tokens that became text, reasoning and tools that the template does not write."""
+    _, template = files
+    messages = [
+        {"role": "user", "content": "What is <|endoftext|> and <|endoftext|>?"},
+        {"role": "assistant", "content": "A token.", "reasoning_content": "It ends texts."},
+    ]
+    data = tmp_path / "notes.jsonl"
+    data.write_text(json.dumps({"messages": messages, "tools": [{"name": "search"}]}) + "\n")
+    chat = chat_template(load_tokenizer("demo"), ChatSettings(chat_template=str(template)))
+    notes, corpus = TokenNotes(), load_corpus(str(data))
+    list(tokenize_conversations(corpus, chat, ChatSettings(), BlockConfig(256), LeftOut(), notes))
+    found = {note: entry["count"] for note, entry in notes.document().items()}
+    assert found == {"control_tokens_as_text": 2, "reasoning_not_shown": 1, "tools_not_shown": 1}
+    template.write_text("{{ tools }}" + PLAIN.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}"))
+    chat = chat_template(load_tokenizer("demo"), ChatSettings(chat_template=str(template)))
+    notes = TokenNotes()
+    list(tokenize_conversations(corpus, chat, ChatSettings(), BlockConfig(256), LeftOut(), notes))
+    assert notes.document().keys() == {"control_tokens_as_text"}

@@ -85,7 +85,7 @@ def test_a_folder_is_its_files_in_the_order_of_their_paths(tmp_path: Path):
 def test_a_folder_that_mixes_documents_and_pairs_is_refused(tmp_path: Path):
     write(tmp_path / "a.jsonl", PAIRS)
     write(tmp_path / "b.jsonl", ROWS)
-    with pytest.raises(DataError, match="mix plain text and prompt/target"):
+    with pytest.raises(DataError, match="mix texts of several kinds"):
         load_corpus(str(tmp_path))
 
 

@@ -10,6 +10,7 @@ from kd.common.errors import DataError
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.rows.row_examples import rows_to_examples
+from kd.data.rows.row_reading import RowReading
 from kd.data.rows.tables import rows_in
 
 
@@ -17,7 +18,7 @@ def examples(rows: list[dict[str, Any]], left_out: LeftOut | None = None, **colu
     kind, found = rows_to_examples(
         rows,
         list(rows[0]),
-        columns,
+        RowReading(columns),
         where="t",
         place=rows_in("t"),
         prefix="t",

@@ -11,37 +11,26 @@ from kd.models.batching.gaps import NO_GAPS, Gaps
 
 
 @st.composite
-def sequences(draw: st.DrawFn) -> tuple[np.ndarray, list[tuple[int, bool]]]:
-    """A context, and the tokens after it with whether each is scored: the first and the last one are."""
+def sequences(draw: st.DrawFn) -> tuple[np.ndarray, list[tuple[int, bool]], Gaps]:
+    """A context, the tokens after it with whether each is scored, and the gaps between turns, which may be empty."""
     context = np.arange(draw(st.integers(1, 4)), dtype=np.int32)
-    runs = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=4))
+    turns = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=4))
     tokens: list[tuple[int, bool]] = []
-    for scored, gap in runs:
+    rows, lengths, ids = [], [], []
+    for number, (gap, scored) in enumerate(turns):
+        if number:
+            rows.append(sum(is_scored for _, is_scored in tokens))
+            lengths.append(gap)
+            ids += [200 + len(ids) + i for i in range(gap)]
+            tokens += [(token, False) for token in ids[len(ids) - gap :]]
         tokens += [(100 + len(tokens) + i, True) for i in range(scored)]
-        tokens += [(200 + len(tokens) + i, False) for i in range(gap)]
-    while not tokens[-1][1]:
-        tokens.pop()
-    return context, tokens
-
-
-def gaps_of(tokens: list[tuple[int, bool]]) -> Gaps:
-    rows, lengths, ids, row = [], [], [], 0
-    for i, (token, scored) in enumerate(tokens):
-        if scored:
-            row += 1
-            continue
-        if tokens[i - 1][1]:
-            rows.append(row)
-            lengths.append(0)
-        lengths[-1] += 1
-        ids.append(token)
-    return Gaps(*(np.array(values, dtype=np.int32) for values in (rows, lengths, ids)))
+    return context, tokens, Gaps(*(np.array(values, dtype=np.int32) for values in (rows, lengths, ids)))
 
 
 @given(sequences())
 def test_sequence_and_positions_are_those_of_a_walk_over_the_tokens(case) -> None:
-    context, tokens = case
-    gaps, target = gaps_of(tokens), np.array([t for t, scored in tokens if scored], dtype=np.int32)
+    context, tokens, gaps = case
+    target = np.array([t for t, scored in tokens if scored], dtype=np.int32)
     gaps.check(len(target))
     everything = gaps.sequence(context, target)
     assert everything.tolist() == [*context.tolist(), *(t for t, _ in tokens)]
@@ -69,7 +58,14 @@ def test_without_gaps_a_sequence_is_context_and_target() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "lengths", "ids"),
-    [([1], [1], []), ([1], [1, 1], [7, 7]), ([0], [1], [7]), ([3], [1], [7]), ([2, 1], [1, 1], [7, 7]), ([1], [0], [])],
+    [
+        ([1], [1], []),
+        ([1], [1, 1], [7, 7]),
+        ([0], [1], [7]),
+        ([3], [1], [7]),
+        ([2, 1], [1, 1], [7, 7]),
+        ([1, 2], [2, -1], [7]),
+    ],
 )
 def test_impossible_gaps_are_refused(rows, lengths, ids) -> None:
     with pytest.raises(ValueError, match="gap"):

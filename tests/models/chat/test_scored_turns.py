@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_templates import LAYOUTS, Layout
+from chat_templates import LAYOUTS, OPENS_REASONING, Layout
 
 from kd.common.errors import DataError
 from kd.models.chat.chat_template import MASK_START, ChatTemplate
@@ -298,3 +298,111 @@ def test_several_marks_of_a_turn_are_one_run(byte_level: Path) -> None:
     template = template_of(Layout(source, layout.control, eos=layout.eos), byte_level)
     (ours,) = rendered(template, CONVERSATION)
     assert scored(template, ours) == ["Four.<|im_end|>", "Five, I think.<|im_end|>"]
+
+
+def with_tokens(layout: Layout, folder: Path, tokens: tuple[str, ...], *, special: bool) -> ChatTemplate:
+    """The layout's template on a tokenizer in which `tokens` are special or not, and the layout's own are not."""
+    from transformers import AddedToken
+
+    tokenizer = copy.deepcopy(loaded(folder))
+    named = {"bos_token": layout.bos, "eos_token": layout.eos}
+    tokenizer.add_special_tokens({n: t for n, t in named.items() if t is not None and t not in tokens})
+    added = [AddedToken(text, special=special, normalized=False) for text in tokens]
+    tokenizer.add_tokens(added, special_tokens=special)
+    rest = [AddedToken(text, special=False, normalized=False) for text in layout.control if text not in tokens]
+    tokenizer.add_tokens(rest)
+    return ChatTemplate.of(tokenizer, layout.source)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi", "marked"])
+def test_tokens_around_turns_are_control_tokens_whether_the_tokenizer_calls_them_special_or_not(
+    name: str, shared: Path
+) -> None:
+    """A user's text that spells them is text, and the turn ends with the end token, to the last id."""
+    layout, folder = LAYOUTS[name], shared / "tokenizers" / "gpt2"
+    asked = {"role": "user", "content": f"What is {layout.control[-1]} and {layout.control[0]}?"}
+    messages = [SYSTEM, asked, {"role": "assistant", "content": f"It is {layout.control[-1]}."}, AGAIN, FIVE]
+    both = [with_tokens(layout, folder, layout.control, special=special) for special in (True, False)]
+    assert [set(layout.control) <= template.roles.around for template in both] == [True, True]
+    (special,), (plain,) = (rendered(template, messages) for template in both)
+    assert special.ids.tolist() == plain.ids.tolist()
+    assert [(t.first, t.stop, t.ended, t.text) for t in special.turns] == [
+        (t.first, t.stop, t.ended, t.text) for t in plain.turns
+    ]
+    assert all(turn.ended for turn in plain.turns)
+    end = both[1].tokenizer.convert_tokens_to_ids(layout.control[-1])
+    assert np.sum(plain.ids == end) == (5 if name != "gemma" else 4), "one for each turn: Gemma's has no system turn"
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_turn_whose_prompt_opens_the_reasoning_is_the_whole_answer(special: bool, byte_level: Path) -> None:
+    """By hand: each turn after the prompt that a model reads, which shows earlier turns without their reasoning."""
+    template = with_tokens(OPENS_REASONING, byte_level, ("<think>", "</think>"), special=special)
+    assert template.roles.within == {"<think>", "</think>"}
+    messages = [
+        ASKED,
+        {"role": "assistant", "content": "<think>\n2 + 2\n</think>\n\nFour."},
+        {"role": "user", "content": "And <|Assistant|>?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nFive."},
+    ]
+    first, second = rendered(template, messages)
+    opening = "<|begin|><|User|>Two plus two?<|Assistant|>"
+    assert first.text == opening + "<think>\n2 + 2\n</think>\n\nFour.<|end|>"
+    shown = opening + "\n\nFour.<|end|><|User|>And <|Assistant|>?<|Assistant|>"
+    assert second.text == shown + "<think>\nhm\n</think>\n\nFive.<|end|>"
+    assert scored(template, first) == ["2 + 2\n</think>\n\nFour.<|end|>"]
+    assert scored(template, second) == ["hm\n</think>\n\nFive.<|end|>"]
+    count = template.tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<|Assistant|>"])
+    assert [int(np.sum(first.ids == token_id)) for token_id in count] == [1, 1, 1]
+    assert [int(np.sum(second.ids == token_id)) for token_id in count] == [1, 1, 2]
+    with pytest.raises(DataError, match=r"own generation prompt(.|\n)*begin as the prompt ends"):
+        rendered(template, [ASKED, FOUR])
+
+
+def test_a_template_sees_the_reasoning_in_a_message_where_its_tokens_are_special(byte_level: Path) -> None:
+    """Qwen3's way: `</think>` in the content is looked for, and old reasoning is dropped."""
+    layout = LAYOUTS["reasoning"]
+    source = layout.source.replace(
+        "{{ m.content }}", "{{ m.content.split('</think>')[-1] if loop.last else m.content }}"
+    )
+    both = [
+        with_tokens(
+            Layout(source, layout.control, eos=layout.eos), byte_level, ("<think>", "</think>"), special=special
+        )
+        for special in (False, True)
+    ]
+    messages = [ASKED, {"role": "assistant", "content": "<think>\n2 + 2\n</think>\n\nFour."}]
+    (plain,), (special,) = (rendered(template, messages) for template in both)
+    assert (
+        plain.text
+        == special.text
+        == "<|im_start|>user\nTwo plus two?<|im_end|>\n<|im_start|>assistant\n"
+        + ("<think>\n\n</think>\n\n\n\nFour.<|im_end|>\n")
+    )
+    assert plain.ids.tolist() == special.ids.tolist()
+
+
+def test_a_users_special_reasoning_token_is_text(byte_level: Path) -> None:
+    template = with_tokens(OPENS_REASONING, byte_level, ("<think>", "</think>"), special=True)
+    asked = {"role": "user", "content": "What does <think> mean?"}
+    (ours,) = rendered(template, [asked, {"role": "assistant", "content": "<think>\n</think>It opens."}])
+    assert np.sum(ours.ids == template.tokenizer.convert_tokens_to_ids("<think>")) == 1, "that of the prompt"
+
+
+def test_turns_that_are_not_to_be_learned_are_read_and_not_scored(byte_level: Path) -> None:
+    template = template_of(LAYOUTS["chatml"], byte_level)
+    (whole,), (one,) = rendered(template, CONVERSATION), rendered(template, CONVERSATION, learned=(4,))
+    assert one.ids.tolist() == whole.ids.tolist()
+    assert scored(template, one) == ["Five, I think.<|im_end|>"]
+    (last,) = rendered(template, CONVERSATION, learned=(2,), score="last")
+    assert scored(template, last) == ["Four.<|im_end|>"]
+
+
+def test_a_line_break_that_joins_the_prompts_is_scored_and_known(byte_level: Path) -> None:
+    """`assistant\n` and an answer that begins with a line break: this tokenizer has one token for both breaks."""
+    template = template_of(LAYOUTS["chatml"], byte_level)
+    (joined,) = rendered(template, [ASKED, {"role": "assistant", "content": "\n\nFour."}])
+    (plain,) = rendered(template, [ASKED, FOUR])
+    assert (joined.turns[0].before, plain.turns[0].before) == (1, 0)
+    assert scored(template, joined) == ["\n\n\nFour.<|im_end|>"]
+    assert joined.turns[0].text == "\n\nFour.", "the prompt's break is no part of the turn's text"

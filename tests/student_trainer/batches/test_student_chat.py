@@ -14,6 +14,7 @@ from chat_templates import CHATML, CHATS, LLAMA3, PLAIN, REASONING, Layout, exam
 import kd
 from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cache_builder.build.from_settings import build_of
+from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import DataError
 from kd.common.settings import make
 from kd.models.chat.chat_template import ChatTemplate
@@ -226,3 +227,66 @@ def test_what_conversations_do_not_have_is_refused(shared, chat_cache: Path, tem
         kd.CacheDataset(tmp_path / "all", model, tokenizer, loss="uld", chat_template=str(template))
     with pytest.raises(kd.CacheMismatchError, match=r"chat\.score"):
         kd.open_cache(f"{chat_cache}=0.5,{tmp_path / 'last'}=0.5")
+
+
+LOUD = "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}{{ eos_token }}{% endfor %}" + (
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_cross_entropy_learns_a_template_that_shares_no_turn_with_the_teachers(
+    chat_cache: Path, tmp_path: Path
+) -> None:
+    """It compares nothing, so there is nothing to refuse; losses that compare refuse it. What is not learned is said."""
+    loud = tmp_path / "loud.jinja"
+    loud.write_text(LOUD)
+    options: dict[str, Any] = {"cache": str(chat_cache), "student": "demo", "max_steps": 1, "chat_template": str(loud)}
+    with pytest.raises(DataError, match="no turn of the student's template has the text"):
+        kd.train(**options, loss="uld", out=str(tmp_path / "uld"))
+    result = kd.train(**options, loss="ce", out=str(tmp_path / "ce"))
+    turns = sum(role == "assistant" for talk in CHATS for role, _ in talk)
+    assert (result.turns, result.turns_not_learned) == (turns, 0)
+    assert load_tokenizer(str(tmp_path / "ce")).chat_template == LOUD
+    chat = StudentChat(kd.open_cache(chat_cache), load_tokenizer(str(tmp_path / "ce")), window=None, template=None)
+    assert chat.turns == turns
+
+
+def test_turns_that_a_student_does_not_learn_are_counted(shared, chat_cache: Path) -> None:
+    tokenizer = student_tokenizer(shared, REASONING)
+    chat = StudentChat(kd.open_cache(chat_cache), tokenizer, window=None, template=ChatTemplate.of(tokenizer))
+    rewritten = sum(sum(role == "assistant" for role, _ in talk) - 1 for talk in CHATS)
+    assert (chat.turns, chat.unshown, chat.unmatched) == (rewritten + len(CHATS), rewritten, rewritten)
+
+
+def test_turns_that_follow_each_other_at_once_stay_two(tmp_path: Path, teacher) -> None:
+    """A template without headers: the first turn's end token is the last token before the second turn."""
+    model, tokenizer = teacher
+    template, data = tmp_path / "bare.jinja", tmp_path / "chat.jsonl"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    talk = [
+        ("user", "Who?"),
+        ("assistant", "A fox."),
+        ("assistant", "And a hen."),
+        ("user", "?"),
+        ("assistant", "Yes."),
+    ]
+    data.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]}) + "\n")
+    settings = {"teacher": "demo", "spec": str(data), "out": tmp_path / "c", "chat_template": str(template)}
+    build_of(make(BuildSettings, settings | {"profile": "full", "logprob_codec": "float32", "reuse": False}))
+    *_, last = verify(tmp_path / "c")
+    assert not last.result
+    cache = kd.open_cache(tmp_path / "c")
+    table = cache.shard(0).examples
+    assert (table["messages"][0], table["ended"][0]) == ([1, 2, 4], [True] * 3)
+    example = cache[0]
+    assert example.gaps.lengths.tolist() == [0, len(tokenizer("?<|endoftext|>").input_ids)]
+    assert example.input_ids.tolist() == tokenizer("".join(f"{said}<|endoftext|>" for _, said in talk)).input_ids
+    ends = [
+        (left, right)
+        for left, right in groups_by_hand(StudentChat(cache, tokenizer, window=None, template=None), cache, tokenizer)
+    ]
+    assert [left for left, right in ends if right == "<|endoftext|>"] == ["<|endoftext|>"] * 3
+    for loss in ("kl", "uld"):
+        dataset = kd.CacheDataset(tmp_path / "c", model, tokenizer, loss=loss, batch_size=1)
+        parts = dataset.loss(model(**dataset.inputs(dataset[0])), dataset[0])
+        assert abs(float(parts.kd)) < (1e-5 if loss == "kl" else 5e-3)  # as in the laws above
