@@ -37,7 +37,7 @@ class Outcome:
     """Differences between our numbers and those of the model's own forward pass, or why the row is refused."""
 
     refusal: str = ""
-    """The error's headline, and what was found."""
+    """The error's headline."""
     transform: LogitTransform | None = None
     bias: bool = False
     """Whether the model adds a `final_logits_bias`."""
@@ -58,7 +58,7 @@ def outcome_of(row: Row) -> Outcome:
     try:
         head = split_head(row.model())
     except KdError as error:
-        return Outcome(refusal=f"{error.headline} ({error.details['found']})")
+        return Outcome(refusal=error.headline)
     model, dtype = _widest(row)
     head = split_head(model)
     teacher, other = _teacher(model, head)
