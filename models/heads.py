@@ -19,6 +19,7 @@ from kd.common.errors import TeacherError
 from kd.models.batching.gaps import NO_GAPS, Gaps
 from kd.models.batching.packing import segment_mask
 from kd.models.batching.padded_batches import Size, forward_tokens, on_device, padded_ids
+from kd.models.families.body_with_neck import BodyWithNeck, with_neck
 from kd.models.families.logit_transform import PLAIN, LogitTransform, named_transforms
 from kd.models.families.output_columns import counted_columns, with_final_bias
 from kd.models.families.own_logits import require_own_logits
@@ -61,7 +62,7 @@ class LanguageModelHead:
     @property
     def bodies(self) -> tuple[Any, ...]:
         """The modules that compute hidden states."""
-        return (self.backbone,)
+        return self.backbone.modules if isinstance(self.backbone, BodyWithNeck) else (self.backbone,)
 
     def forward_tokens(self, threads: int | None = None) -> int:
         """Default token budget of a forward pass on `threads` threads of a CPU; None is torch's number of threads."""
@@ -334,7 +335,8 @@ def _backbone(model: Model) -> Any:
     if is_encoder_decoder(model.config):
         return model.get_decoder()
     # `base_model` goes by a prefix, and Llama 4's text model has that of the model around it
-    return getattr(model, "model", model) if model.base_model is model else model.base_model
+    body = getattr(model, "model", model) if model.base_model is model else model.base_model
+    return body if body is model else with_neck(model, body)
 
 
 def _parts(

@@ -96,15 +96,21 @@ def _own_logits(model: Any, context: np.ndarray, target: np.ndarray) -> Tensor:
     if model.config.is_encoder_decoder:
         start = model.config.decoder_start_token_id
         decoder = torch.from_numpy(np.concatenate([[start], target[:-1]]))[None]
-        return model(input_ids=torch.from_numpy(context)[None], decoder_input_ids=decoder, use_cache=False).logits[0]
+        read = torch.from_numpy(context)[None]
+        decoded: Tensor = model(input_ids=read, decoder_input_ids=decoder, use_cache=False).logits
+        return decoded[0]
     ids = torch.from_numpy(np.concatenate([context, target]))[None]
-    return model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[0, len(context) - 1 : -1]
 
 
 def _teacher(model: Any, head: LanguageModelHead) -> tuple[float, int]:
     width = int(head.weight.shape[0])
     rows = [TokenRows(Example(str(i), "p", "t"), c, t, np.arange(len(t))) for i, (c, t) in enumerate(PAIRS)]
     *_, (_, kept) = collect(rows, Teacher(head, Sparsifier(TargetConfig(top_k=8), width)).run(rows, 0))
+    assert kept is not None
+    assert kept.relative is not None
+    assert kept.token_ids is not None
     with torch.no_grad():
         own = torch.cat([_own_logits(model, *pair).double().log_softmax(dim=-1) for pair in PAIRS])
     expected = own.topk(8, dim=1).values
@@ -168,5 +174,5 @@ def _step(model: Any, head: LanguageModelHead, objective: Objective) -> tuple[fl
 
 def _gradients(model: Any, total: Tensor) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
-    total.backward()
+    total.backward()  # type: ignore[no-untyped-call]
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}

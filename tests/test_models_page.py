@@ -11,6 +11,7 @@ PAGE = ROOT / "docs" / "models.md"
 FAST = (
     "bart",
     "bert_decoder",
+    "bert_not_a_decoder",
     "cohere2",
     "cpmant",
     "encoder-decoder (bert2bert)",
@@ -27,6 +28,7 @@ FAST = (
     "marian",
     "minicpm3",
     "mixtral",
+    "modernbert-decoder",
     "mpt_logit_scale",
     "nanochat",
     "phi3",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-WITH_FINAL_BIAS = {
+WITH_FINAL_BIAS: dict[str, dict[str, Any]] = {
     "Bart": {},
     "BigBirdPegasus": {"attention_type": "original_full"},
     "Blenderbot": {},
@@ -30,7 +30,7 @@ CLASSES = {
 
 def encoder_decoder(family: str, vocabulary: int, **settings: Any) -> Any:
     """A random encoder-decoder of BART's kind, always the same, in float64 and evaluation mode."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": vocabulary,
         "d_model": 32,
         "encoder_layers": 2,

@@ -124,7 +124,7 @@ def test_a_model_that_does_something_else_than_it_says_is_refused(change: str, d
         split_head(model)
 
 
-@pytest.mark.parametrize("name", ["bert_decoder", "prophetnet"])
+@pytest.mark.parametrize("name", ["roberta_decoder", "prophetnet"])
 def test_what_lies_before_the_output_layer_is_told_from_what_follows_it(name: str) -> None:
     with pytest.raises(TeacherError, match="given something else than the last hidden states"):
         split_head(ROWS[name].model())
