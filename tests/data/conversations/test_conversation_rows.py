@@ -10,7 +10,8 @@ import pytest
 
 from kd.common.errors import DataError
 from kd.data.conversations.conversation import Conversation, Message, conversation_from_json, with_system
-from kd.data.conversations.conversation_rows import BadRow, conversation_of
+from kd.data.conversations.conversation_rows import conversation_of
+from kd.data.conversations.message_values import BadRow
 from kd.data.rows.example import text_digest
 from kd.data.rows.row_examples import conversation_example
 from kd.data.rows.row_reading import MissingColumnsError, RowReading

@@ -406,3 +406,11 @@ def test_a_line_break_that_joins_the_prompts_is_scored_and_known(byte_level: Pat
     assert (joined.turns[0].before, plain.turns[0].before) == (1, 0)
     assert scored(template, joined) == ["\n\n\nFour.<|im_end|>"]
     assert joined.turns[0].text == "\n\nFour.", "the prompt's break is no part of the turn's text"
+
+
+def test_a_turn_without_text_is_its_end_token(byte_level: Path) -> None:
+    """A call of a tool that the template does not write."""
+    template = template_of(LAYOUTS["chatml"], byte_level)
+    calls = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    (ours,) = rendered(template, [ASKED, calls, {"role": "tool", "content": "5"}, FIVE])
+    assert scored(template, ours) == ["<|im_end|>", "Five, I think.<|im_end|>"]
