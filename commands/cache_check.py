@@ -45,8 +45,8 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     manifest = load_manifest(files.root)
     part = load_part(files.root, manifest)
     last = follow("verifying", verify(files, promises=not checksums))
-    found = last.result or ()
-    findings = [asdict(f) for f in found]
+    damage = last.result or ()
+    findings = [asdict(f) for f in damage]
     if as_json:
         emit_json(
             {
@@ -61,7 +61,7 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     else:
         if part is not None:
             say(f"{path}: a part of a cache, {len(part.shards)} shards of arrays {', '.join(part.arrays)}")
-        print_findings(path, found)
+        print_findings(path, damage)
         say(f"{last.total:,} bytes checked")
     if findings:
         sys.exit(3)

@@ -206,8 +206,8 @@ def renderings(shown: Sequence[Example], name: str, chat: ChatSettings) -> dict[
         parts = row.gaps.sequence(row.context_ids, row.target_ids)
         scored = set(row.gaps.positions(len(row.context_ids), len(row.target_ids)) + 1)
         text, inside = b"", False
-        for place, token in enumerate(parts):
-            if (place in scored) != inside:
+        for position, token in enumerate(parts):
+            if (position in scored) != inside:
                 text, inside = text + ("⟧" if inside else "⟦").encode(), not inside
             text += pieces[token]
         texts[row.example.id] = text.decode("utf-8", "replace") + "⟧"

@@ -227,11 +227,11 @@ def _spelled(value: dict[str, Any]) -> bytes | None:
 
 def no_inodes(path: Path) -> bool:
     """Whether the file system that `path` is on, or would be on, has run out of inodes."""
-    place = next((p for p in (path, *path.parents) if p.exists()), None)
-    if place is None:
+    existing = next((p for p in (path, *path.parents) if p.exists()), None)
+    if existing is None:
         return False
     with suppress(OSError):
-        status = os.statvfs(place)
+        status = os.statvfs(existing)
         return status.f_files > 0 and status.f_favail == 0
     return False
 

@@ -42,14 +42,14 @@ def output_folder(text: str | os.PathLike[str]) -> Path:
         raise DataError(
             "the name of a folder is too long", found=f"{str(path)[:60]}…", expected=f"at most {MAX_NAME} bytes"
         )
-    for place in (path, *path.parents):
-        if os.path.isdir(place):
+    for parent in (path, *path.parents):
+        if os.path.isdir(parent):
             return path
-        if os.path.lexists(place):
+        if os.path.lexists(parent):
             raise DataError(
                 "the output is not a directory",
                 where=path,
-                found=f"{place} is a {'link that leads nowhere' if place.is_symlink() else 'file'}",
+                found=f"{parent} is a {'link that leads nowhere' if parent.is_symlink() else 'file'}",
                 expected="a new directory, or one that this command has written",
                 try_="another --out",
             )

@@ -38,11 +38,11 @@ def boot_mark() -> str:
 
 def mark_of(pid: int) -> str | None:
     """Boot and start time of a process, in hex. None where there is no such process, or it cannot be seen."""
-    own = os.getpid()
+    own_pid = os.getpid()
     try:
-        if os.readlink("/proc/self") != str(own) and pid != own:
+        if os.readlink("/proc/self") != str(own_pid) and pid != own_pid:
             return None  # this /proc counts the processes of another namespace
-        name = "self" if pid == own else str(pid)
+        name = "self" if pid == own_pid else str(pid)
         status = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
         started = int(status.rpartition(")")[2].split()[19])  # field 22, in ticks; the name before it may hold anything
     except (OSError, ValueError, IndexError):
@@ -65,8 +65,8 @@ def is_alive(pid: int, mark: str) -> bool:
         return False
     except PermissionError:
         pass
-    found = mark_of(pid)
-    return found is None or len(found) != len(mark) or found == mark
+    current = mark_of(pid)
+    return current is None or len(current) != len(mark) or current == mark
 
 
 def lock_of(path: Path) -> int | None:

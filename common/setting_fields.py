@@ -24,11 +24,11 @@ def settings_of(cls: Any) -> Mapping[str, Setting]:
 
 @cache
 def _settings_of(cls: Any) -> Mapping[str, Setting]:
-    found: dict[str, Setting] = {}
+    settings: dict[str, Setting] = {}
     for one in _walk(cls, ()):
-        assert one.name not in found, f"{cls.__name__} has two settings called {one.name}"
-        found[one.name] = one
-    return found
+        assert one.name not in settings, f"{cls.__name__} has two settings called {one.name}"
+        settings[one.name] = one
+    return settings
 
 
 def _walk(cls: Any, above: tuple[str, ...]) -> Iterator[Setting]:

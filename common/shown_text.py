@@ -26,7 +26,7 @@ _TOKEN = re.compile(r"\b(hf_|ghp_|github_pat_|AKIA)\w{12,}")
 
 def for_terminal(text: str) -> str:
     """Text whose control characters are shown as `\\u001b`, which JSON reads back; lines and tabs stay."""
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def for_markdown(value: Any) -> str:
@@ -75,13 +75,13 @@ def public_place(text: str) -> str:
 
     Several places may stand between commas. A relative path stays, unless it leaves the folder with `..`.
     """
-    return re.sub(r"[^,\s][^,]*", lambda place: _public(place[0]), without_secrets(text))
+    return re.sub(r"[^,\s][^,]*", lambda match: _public(match[0]), without_secrets(text))
 
 
-def _public(place: str) -> str:
-    path = place.removeprefix("file://")
+def _public(address: str) -> str:
+    path = address.removeprefix("file://")
     absolute = path.startswith(("/", "~")) or ".." in path.split("/")
-    return (PurePosixPath(path).name or HIDDEN) if absolute else place
+    return (PurePosixPath(path).name or HIDDEN) if absolute else address
 
 
 def _is_number(text: str) -> bool:

@@ -209,7 +209,7 @@ def _load_files(request: ModelRequest, device: str, dtype: torch.dtype) -> Model
         refuse_unusable_map(request)
         options = {**options, **request.placement.arguments()}
     try:
-        model, found = auto_class.from_pretrained(
+        model, loading_info = auto_class.from_pretrained(
             request.path,
             revision=request.revision,
             dtype=dtype,
@@ -228,7 +228,7 @@ def _load_files(request: ModelRequest, device: str, dtype: torch.dtype) -> Model
         raise cannot_load(request, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, which was not seen before
         raise adapter_error(request, None)
-    refuse_missing_weights(request.name, model, found)
+    refuse_missing_weights(request.name, model, loading_info)
     return model if request.placement.spread else model.to(device)
 
 

@@ -60,7 +60,7 @@ def load_quantised(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     try:
-        model, found = auto_class.from_pretrained(
+        model, loading_info = auto_class.from_pretrained(
             path,
             revision=revision,
             dtype=dtype,
@@ -78,7 +78,7 @@ def load_quantised(
             expected=supported,
             try_="--dtype bfloat16",
         ) from error
-    refuse_missing_weights(name, model, found)
+    refuse_missing_weights(name, model, loading_info)
     refuse_mostly_unquantised(share_of(model, lambda _, module: isinstance(module, bitsandbytes.nn.Linear4bit)), name)
     if device == "cpu":
         _require_whole_blocks(model, bitsandbytes.nn.Linear4bit, name)
@@ -111,12 +111,12 @@ def share_of(model: Any, quantised: Callable[[str, Any], bool]) -> QuantisedShar
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or module is output:
             continue
-        own = dict(module.named_parameters(recurse=False))
+        parameters = dict(module.named_parameters(recurse=False))
         if quantised(name, module):
             layers += 1
             weights += _entries(module)
-            del own["weight"]
-        for parameter, value in own.items():
+            del parameters["weight"]
+        for parameter, value in parameters.items():
             left[re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{parameter}")] += value.numel()
     kinds = tuple(f"{kind} ({count:,} weights)" for kind, count in left.most_common(NAMED))
     return QuantisedShare(layers, weights, weights + left.total(), kinds)

@@ -20,7 +20,6 @@ To add an experiment, put a file into `recipes/experiments/`, or pass any path.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,9 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
-from kd.common.paths import as_path
-from kd.common.strangers.yaml_file import read_mapping
-from kd.recipes.recipe_file import Recipe, check_step, variables_of
+from kd.recipes.recipe_file import Recipe, check_step, named_file, names_in, variables_of
 
 FOLDER = Path(__file__).parent / "experiments"
 KEYS = ("about", "seeds", "variables", "before", "cache", "train", "arms", "evaluate", "folders")
@@ -165,17 +162,12 @@ class Experiment:
 
 def experiment_names() -> list[str]:
     """Names of the experiments that come with the package."""
-    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    return names_in(FOLDER)
 
 
 def load_experiment(name: str) -> Experiment:
     """An experiment by name or path. Raises DataError, naming the key that is wrong."""
-    path = as_path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = FOLDER / f"{name}.yaml"
-        if not os.path.exists(path):
-            raise unknown_name("experiment", name, experiment_names(), try_="the path of a .yaml file")
-    document = read_mapping(path, "experiment")
+    path, document = named_file(name, "experiment", FOLDER, try_="the path of a .yaml file")
     for key in document:
         if key not in KEYS:
             raise unknown_name("key of an experiment", str(key), KEYS, where=path)

@@ -89,17 +89,30 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    return names_in(FOLDER)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of the files that come with the package."""
+    return sorted(p.stem for p in folder.glob("*.yaml"))
+
+
+def named_file(name: str, kind: str, folder: Path, *, try_: str) -> tuple[Path, dict[Any, Any]]:
+    """Path and content of a file that is named by its path, or by its name in `folder`. Raises DataError.
+
+    kind   `recipe` or `experiment`, for the error
+    """
+    path = as_path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = folder / f"{name}.yaml"
+        if not os.path.exists(path):
+            raise unknown_name(kind, name, names_in(folder), try_=try_)
+    return path, read_mapping(path, kind)
 
 
 def load_recipe(name: str) -> Recipe:
     """A recipe by name or path. Raises DataError."""
-    path = as_path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = FOLDER / f"{name}.yaml"
-        if not os.path.exists(path):
-            raise unknown_name("recipe", name, recipe_names(), try_="kd recipe ls, or the path of a .yaml file")
-    document = read_mapping(path, "recipe")
+    path, document = named_file(name, "recipe", FOLDER, try_="kd recipe ls, or the path of a .yaml file")
     steps = document.get("steps")
     if not isinstance(steps, list) or not steps:
         raise DataError("this is not a recipe", where=path, expected="a mapping with about, variables and steps")

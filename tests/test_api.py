@@ -12,10 +12,10 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_type_hints
 
 import pytest
+from test_docs import script as load_script
 
 import kd
 from kd.cache_builder.upkeep.cache_registry import remember
@@ -141,17 +141,6 @@ def test_the_example_of_every_public_name_runs(name: str, workplace: Path, capsy
     with capsys.disabled():
         results = runner.run(test, out=report.append)
     assert not results.failed, "".join(report)
-
-
-def load_script(name: str) -> ModuleType:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_page_of_the_api_is_made_from_the_docstrings() -> None:

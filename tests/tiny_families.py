@@ -102,6 +102,20 @@ def family_folder(name: str, folder: Path) -> Path:
     return folder
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Shape of a model: most families call its parts so."""
+
 WRAPPED = ("gemma3", "qwen3_5", "qwen3_5_moe", "mistral3", "llama4", "llava", "idefics3", "paligemma", "qwen3_vl")
 """Model types whose checkpoints hold a text model and one for images."""
 
@@ -111,16 +125,7 @@ def wrapped_model(name: str, vocabulary: int) -> Any:
     plain = transformers.AutoConfig.for_model(name)
     text = {
         "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **SMALL,
         "model_type": plain.get_text_config().model_type,
     }
     linear: dict[str, Any] = {f"linear_{key}": 8 for key in ("key_head_dim", "value_head_dim")}
@@ -201,16 +206,7 @@ def causal_model(name: str, vocabulary: int) -> Any:
     """A random model of one of CAUSAL, always the same, without dropout, in float32 and evaluation mode."""
     shape = {
         "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **SMALL,
         "num_experts_per_tok": 2,
     }
     plain = transformers.AutoConfig.for_model(name)

@@ -193,8 +193,8 @@ def _existing(request: BuildRequest, identity: dict[str, Any]) -> CacheManifest 
         return None
     if _answers_missing(request):  # the text is not there to be compared
         identity["corpus"]["text_digest"] = existing.identity["corpus"]["text_digest"]
-        found = existing.identity["tokenizer"]
-        identity["tokenizer"] |= {name: found[name] for name in TEXT_RULES_NAMES if name in found}
+        recorded = existing.identity["tokenizer"]
+        identity["tokenizer"] |= {name: recorded[name] for name in TEXT_RULES_NAMES if name in recorded}
     refuse_mismatch(request.out, identity, existing)
     if request.layout not in (None, existing.layout):
         raise CacheMismatchError(

@@ -61,7 +61,9 @@ def places_of(manifest: CacheManifest) -> dict[str, str]:
             entry = read_json(note)
             places = entry.get("places")
             if entry.get("fingerprint") == manifest.fingerprint and isinstance(places, dict):
-                return {n: str(place) for n, place in places.items() if public_place(str(place)) == recorded.get(n)}
+                return {
+                    n: str(address) for n, address in places.items() if public_place(str(address)) == recorded.get(n)
+                }
     return {}
 
 

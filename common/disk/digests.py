@@ -46,15 +46,15 @@ def write_digests(folder: Path, names: Iterable[str] | None = None) -> None:
         path = folder / name
         sync_file(path)
         listed[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    for place in sorted({(folder / name).parent for name in chosen} | {folder}):
-        sync_folder(place)
+    for parent in sorted({(folder / name).parent for name in chosen} | {folder}):
+        sync_folder(parent)
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "files": listed}
     write_atomic(folder / DIGESTS, canonical_json(with_digest(document)))
 
 
 def _files(folder: Path) -> list[str]:
-    found = [path for path in folder.rglob("*") if path.is_file() and not unfinished(path.name)]
-    return [name for path in found if (name := path.relative_to(folder).as_posix()) != DIGESTS]
+    files = [path for path in folder.rglob("*") if path.is_file() and not unfinished(path.name)]
+    return [name for path in files if (name := path.relative_to(folder).as_posix()) != DIGESTS]
 
 
 def has_digests(folder: Path) -> bool:
@@ -91,9 +91,9 @@ def _difference(folder: Path, name: str, size: int, digest: str) -> str | None:
     if not path.is_file():
         return "is missing"
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"has {found:,} bytes and not {size:,}"
+        current = path.stat().st_size
+        if current != size:
+            return f"has {current:,} bytes and not {size:,}"
         return None if file_sha256(path) == digest else "has other bytes than were written"
     except OSError as error:
         return f"cannot be read: {error.strerror}"

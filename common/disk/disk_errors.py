@@ -76,8 +76,8 @@ def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     if type(error).__name__ == "SafetensorError":
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        return int(found[1]) if found else None
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        return int(match[1]) if match else None
     return None
 
 

@@ -147,10 +147,10 @@ def _connected(connection: Any) -> socket.socket:
     clock: Clock | None = getattr(WATCHING.of_thread, "clock", None)
     reason: Exception = OSError("no address")
     try:
-        found = addresses_of(connection._dns_host, connection.port)
+        addresses = addresses_of(connection._dns_host, connection.port)
     except (OSError, UnicodeError) as error:
         raise NewConnectionError(connection, f"no such host: {error}") from error
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in addresses:
         if clock is not None and connection.proxy is None:
             clock.public = is_public(address[0])
             if clock.public_only and not clock.public:
@@ -368,7 +368,7 @@ def _lies_open(url: str) -> bool:
     """Whether every address of an address's host is public; for requests through a proxy, which connects by itself."""
     parts = urlsplit(url)
     try:
-        found = addresses_of(parts.hostname or "", parts.port or 443)
+        addresses = addresses_of(parts.hostname or "", parts.port or 443)
     except (OSError, UnicodeError, ValueError):  # only the proxy knows the name
         return True
-    return all(is_public(address[0]) for *_, address in found)
+    return all(is_public(address[0]) for *_, address in addresses)

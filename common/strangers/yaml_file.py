@@ -42,8 +42,8 @@ def read_mapping(path: str | os.PathLike[str], kind: str) -> dict[Any, Any]:
     try:
         text = read_plain(path, MAX_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        found = error.strerror if isinstance(error, NotPlainError) else error
-        raise DataError(f"cannot read the {kind}", where=path, found=found, expected="a YAML file") from error
+        reason = error.strerror if isinstance(error, NotPlainError) else error
+        raise DataError(f"cannot read the {kind}", where=path, found=reason, expected="a YAML file") from error
     return parse_mapping(text, kind, path)
 
 
@@ -57,8 +57,8 @@ def parse_mapping(text: str, kind: str, where: object) -> dict[Any, Any]:
         line = text.count("\n", 0, error.position) + 1
         raise DataError(f"cannot read the {kind}", where=where, found=f"line {line}: {error.reason}") from error
     if not isinstance(document, dict):
-        found = "an empty file" if document is None else type(document).__name__
-        raise DataError(f"the {kind} is not a mapping", where=where, found=found, expected="name: value")
+        content = "an empty file" if document is None else type(document).__name__
+        raise DataError(f"the {kind} is not a mapping", where=where, found=content, expected="name: value")
     return document
 
 
@@ -140,5 +140,5 @@ class _Loader(yaml.SafeLoader):
             raise _problem(f"more than {MAX_NODES:,} values, with what the aliases repeat", event)
 
 
-def _problem(words: str, place: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=words, problem_mark=place.start_mark)
+def _problem(words: str, node: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=words, problem_mark=node.start_mark)

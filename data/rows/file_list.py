@@ -74,11 +74,11 @@ def list_files(spec: str, types: Collection[str], left_out: LeftOut) -> FileList
 
 def refuse_address(spec: str) -> None:
     """Raise DataError for a text that lies at an address, such as `s3://bucket/text.jsonl`."""
-    kind, sign, place = spec.partition("://")
+    kind, sign, rest = spec.partition("://")
     if sign:
         raise DataError(
             "text is read from this disk or from the hub, not from an address",
-            where=f"{kind}://{place.rpartition('@')[2].partition('?')[0]}",  # neither user and password nor a signature
+            where=f"{kind}://{rest.rpartition('@')[2].partition('?')[0]}",  # neither user and password nor a signature
             expected="a file, a folder, a glob, or a hub id like owner/name",
             try_="download the text first (for s3: aws s3 cp), or name the address in a task file under files",
         )
@@ -129,12 +129,12 @@ def _matched(part: str) -> list[Path]:
     """What a glob matches, in the order of the paths; the path itself where it is none."""
     path = as_path(part)
     if os.path.exists(path) or not glob.has_magic(part):
-        found = [path] if os.path.exists(path) else []
+        paths = [path] if os.path.exists(path) else []
     else:
-        found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if not found:
+        paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not paths:
         raise DataError("no such file or folder", where=part, expected="a path, or a glob that matches one")
-    return found
+    return paths
 
 
 def _base(paths: Sequence[Path]) -> Path:
@@ -144,7 +144,7 @@ def _base(paths: Sequence[Path]) -> Path:
 
 def _files_in(folder: Path, types: Collection[str], left_out: LeftOut) -> list[Path]:
     """Files of the given types in a folder and below it, in the order of their paths."""
-    found = []
+    paths = []
     for path in _walk(folder, left_out):
         name = path.relative_to(folder).as_posix()
         if path.name.startswith("."):
@@ -152,8 +152,8 @@ def _files_in(folder: Path, types: Collection[str], left_out: LeftOut) -> list[P
         elif file_type(path) not in types or (os.path.exists(path) and not os.path.isfile(path)):
             left_out.add("other_files", name)
         else:
-            found.append(path)
-    return sorted(found)
+            paths.append(path)
+    return sorted(paths)
 
 
 def _walk(folder: Path, left_out: LeftOut) -> Iterator[Path]:

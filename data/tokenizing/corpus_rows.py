@@ -117,9 +117,9 @@ def _classified(
     control = config.control_tokens == "control"
     if notes is not None and (pattern := control_token_pattern(tokenizer)) is not None:
         for example in examples:
-            found = len(pattern.findall(example.prompt))
-            notes.add({"control_tokens_kept" if control else "control_tokens_as_text": found}, example.id)
-            notes.changed |= bool(found) and not control
+            spelled = len(pattern.findall(example.prompt))
+            notes.add({"control_tokens_kept" if control else "control_tokens_as_text": spelled}, example.id)
+            notes.changed |= bool(spelled) and not control
     whole = encode_texts(tokenizer, texts, control=control)
     for example, ids, cut in zip(
         examples, whole, encode_texts(tokenizer, texts, config.seq_len, control=control), strict=True

@@ -67,8 +67,9 @@ class JointText:
             return before, 0
         end = int(self.ends[before])
         rest = self.data[end:]
-        own = self.pieces[self.ids[before]].strip()
-        if own and crossing.strip().encode("utf-8").endswith(own):  # of the target it has what a normaliser dropped
+        # the token may hold of the target only what a normaliser dropped
+        ending = self.pieces[self.ids[before]].strip()
+        if ending and crossing.strip().encode("utf-8").endswith(ending):
             return before + 1, 0
         if movable and not crossing.isspace() and rest and rest[0] & 0xC0 != 0x80:
             counts["border_in_context"] += 1
@@ -95,8 +96,8 @@ class TextTokens:
     def framed(self, text: str) -> bool:
         """Whether a text, white space aside, begins or ends with a control token."""
         text = text.strip()
-        found = self.spelled(text)
-        return bool(found) and (text.startswith(found[0]) or text.endswith(found[-1]))
+        spelled = self.spelled(text)
+        return bool(spelled) and (text.startswith(spelled[0]) or text.endswith(spelled[-1]))
 
     def ends_with_eos(self, text: str) -> bool:
         """Whether a text, white space aside, ends with the end token, and control tokens in texts are read as such."""
@@ -151,16 +152,16 @@ class TextTokens:
         """
         if not prompt:
             return ""
-        found = self.spelled(prompt) if self.policy != "text" else []
-        written = bool(found) and (prompt[-1].isspace() or prompt.endswith(found[-1]))
+        spelled = self.spelled(prompt) if self.policy != "text" else []
+        written = bool(spelled) and (prompt[-1].isspace() or prompt.endswith(spelled[-1]))
         return "" if written else separator
 
     def _read(self, text: str, control: bool, counts: Counter[str]) -> bool:
         """Whether to read the text's control tokens as such, which is so where it has none; those it has are counted."""
-        found = len(self.spelled(text))
-        if found:
-            counts["control_tokens_kept" if control else "control_tokens_as_text"] += found
-        return control or not found
+        count = len(self.spelled(text))
+        if count:
+            counts["control_tokens_kept" if control else "control_tokens_as_text"] += count
+        return control or not count
 
     def _mixed(self, prompt: str, target: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids and ends where the prompt's control tokens are read as such and the target's are text.
@@ -176,10 +177,10 @@ class TextTokens:
         tail, tail_ends = self.encode((prompt + target)[len(head) :], control=False)
         tail_ends = tail_ends + start
         assert self._pattern is not None
-        found = self._pattern.search(target)
-        stop = len((prompt + target[: found.start() if found else None]).encode("utf-8"))
-        for place in [start, *np.intersect1d(ends[(start < ends) & (ends < stop)], tail_ends).tolist()]:
-            a, b = (int(np.searchsorted(e, place, side="right")) for e in (ends, tail_ends))
+        match = self._pattern.search(target)
+        stop = len((prompt + target[: match.start() if match else None]).encode("utf-8"))
+        for border in [start, *np.intersect1d(ends[(start < ends) & (ends < stop)], tail_ends).tolist()]:
+            a, b = (int(np.searchsorted(e, border, side="right")) for e in (ends, tail_ends))
             if a < len(ids) and b < len(tail) and (ids[a], ends[a]) == (tail[b], tail_ends[b]):
                 return np.concatenate([ids[:a], tail[b:]]), np.concatenate([ends[:a], tail_ends[b:]])
         first = int(np.searchsorted(ends, start, side="right"))

@@ -36,8 +36,8 @@ def text_config(config: Any) -> Any:
         if hasattr(config, name):
             setattr(text, name, getattr(config, name))
     text.dtype = config.dtype if getattr(config, "dtype", None) is not None else text.dtype
-    own = text_class(text)
-    text.architectures = list(config.architectures or ()) if own is None else [own.__name__]
+    model_class = text_class(text)
+    text.architectures = list(config.architectures or ()) if model_class is None else [model_class.__name__]
     return text
 
 
@@ -62,13 +62,13 @@ def loader_of(config: Any) -> tuple[Any, dict[str, Any]]:
     return transformers.AutoModelForCausalLM, {"config": text, "key_mapping": TEXT_KEYS}
 
 
-def refuse_missing_weights(name: str, model: Any, found: Mapping[str, Any]) -> None:
+def refuse_missing_weights(name: str, model: Any, loading_info: Mapping[str, Any]) -> None:
     """Raise TeacherError where a checkpoint lacks weights: transformers would only warn, and fill them with random numbers.
 
-    found  what `from_pretrained(output_loading_info=True)` says beside the model
+    loading_info  what `from_pretrained(output_loading_info=True)` says beside the model
     """
     parameters = {parameter for parameter, _ in model.named_parameters()}
-    missing = sorted(parameters & set(found["missing_keys"]))
+    missing = sorted(parameters & set(loading_info["missing_keys"]))
     if missing:
         raise TeacherError(
             "the checkpoint lacks weights of the model",

@@ -47,8 +47,8 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints of a run, whole or not, the newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    folders = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def seal_checkpoint(checkpoint: Path, records: Iterable[str]) -> None:

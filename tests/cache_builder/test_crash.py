@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -129,29 +128,9 @@ def test_an_input_output_error_everywhere(tmp_path, build_request, resumes):
     fail_at_operations(tmp_path, build_request, resumes, few=None)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """`small_disk(kilobytes)` mounts a tmpfs of that size."""
-    mounted: list[Path] = []
-
-    def mount(kilobytes: int) -> Path:
-        place = tmp_path / f"disk{kilobytes}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"tmpfs cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("kilobytes", [16, 60, 100, 140])
-def test_a_full_disk_is_a_clear_error_and_loses_nothing(small_disk, tmp_path, build_request, resumes, kilobytes: int):
-    out = small_disk(kilobytes) / "c"
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(mounted, tmp_path, build_request, resumes, kilobytes: int):
+    out = mounted(f"size={kilobytes}k") / "c"
     code, text = child(lambda: run(build_request(out)))
     assert code == 1, text
     assert "the disk is full" in text

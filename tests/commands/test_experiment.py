@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from terminal import kd
 
 from kd.cli import cli
 from kd.commands import experiment as module
@@ -35,12 +35,6 @@ arms: {{plain: {{loss: ce}}, taught: {{loss: kl}}}}
 evaluate: {{tasks: "perplexity", data: "{folder}/text.txt", seq-len: 32, device: cpu, allow-contaminated: true}}
 """)
     return folder / "small.yaml"
-
-
-def kd(*words: object) -> str:
-    result = CliRunner().invoke(cli, [str(w) for w in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_it_runs_continues_and_takes_more_seeds(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,42 +6,27 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
-
-from kd.cli import cli
-from kd.student_trainer.merging.pool import ModelPool
-
-
-def kd(*arguments: str, code: int = 0) -> Any:
-    outcome = CliRunner().invoke(cli, list(arguments), catch_exceptions=False)
-    assert outcome.exit_code == code, outcome.stderr
-    return outcome
-
-
-@pytest.fixture
-def common(gpt2_pool: ModelPool, glue_root: Path) -> list[str]:
-    return ["--pool", str(gpt2_pool.file), "--task-root", str(glue_root), "--max-length", "64", "--device", "cpu"]
+from terminal import run_kd
 
 
 def test_a_sweep_prints_a_table_and_a_warning(common: list[str], tmp_path: Path) -> None:
-    outcome = kd("merge", *common, "--method", "ties", "--sweep", "0:1:0.5", "--out", str(tmp_path / "m"))
+    outcome = run_kd("merge", *common, "--method", "ties", "--sweep", "0:1:0.5", "--out", str(tmp_path / "m"))
     assert "| scaling | cola | mrpc | mnli | average |" in outcome.stdout
     assert "warning: scaling" in outcome.stderr
 
 
 def test_a_merge_prints_json(common: list[str], tmp_path: Path) -> None:
     options = ["--method", "fisher", "--examples", "8", "--per-example", "--out", str(tmp_path / "f"), "--json"]
-    document = json.loads(kd("merge", *common, *options).stdout)
+    document = json.loads(run_kd("merge", *common, *options).stdout)
     assert document["table"]["rows"]["fisher"]["average"]["accuracy"] > 0
 
 
 def test_a_file_of_settings_gives_what_the_options_give(common: list[str], tmp_path: Path) -> None:
     options = ["--method", "ties", "--elect", "mean", "--threshold", "50", "--exclude", "wte", "--no-score"]
-    kd("merge", *common, *options, "--out", str(tmp_path / "a"))
+    run_kd("merge", *common, *options, "--out", str(tmp_path / "a"))
     settings = {
         "pool": common[1],
         "method": "ties",
@@ -51,7 +36,7 @@ def test_a_file_of_settings_gives_what_the_options_give(common: list[str], tmp_p
         "device": "cpu",
     }
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    kd("merge", "--config", str(tmp_path / "merge.yaml"), "--out", str(tmp_path / "b"))
+    run_kd("merge", "--config", str(tmp_path / "merge.yaml"), "--out", str(tmp_path / "b"))
     names = ("a", "b")
     assert len({(tmp_path / n / "model.safetensors").read_bytes() for n in names}) == 1
     saved = [json.loads((tmp_path / n / "merge.json").read_text(encoding="utf-8"))["settings"] for n in names]
@@ -62,7 +47,7 @@ def test_a_file_of_settings_gives_what_the_options_give(common: list[str], tmp_p
     ("option", "value"), [("--method", "tise"), ("--sweep", "0:1"), ("--limit", "0"), ("--select-on", "test")]
 )
 def test_a_value_that_cannot_be_is_wrong_usage(option: str, value: str) -> None:
-    kd("merge", "--method", "ties", "--pool", "x", "--out", "y", option, value, code=2)
+    run_kd("merge", "--method", "ties", "--pool", "x", "--out", "y", option, value, code=2)
 
 
 @pytest.mark.parametrize("command", ["merge", "classify train", "classify eval", "classify matrix"])

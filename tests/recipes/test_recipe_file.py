@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 from teacher_server import TeacherServer
+from terminal import kd
 
 from kd.cli import cli
 from kd.common.errors import DataError
@@ -124,12 +124,6 @@ def test_a_recipe_writes_below_its_folder_alone(tmp_path: Path, place: str):
         with pytest.raises(DataError, match="outside of the recipe's folder"):
             check_steps(load_recipe(str(tmp_path / "r.yaml")).fill(out, {}))
     check_steps(load_recipe("oscarnav-four").fill(out, {}))
-
-
-def kd(*words: str | Path) -> str:
-    result = CliRunner().invoke(cli, [str(w) for w in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_show_prints_what_run_would_do(tmp_path: Path):

@@ -6,15 +6,10 @@ import dataclasses
 import shutil
 
 import pytest
-from click.testing import CliRunner
+from terminal import kd
 
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
-from kd.cli import cli
 from kd.common.errors import CacheMismatchError
-
-
-def kd(*arguments: object) -> str:
-    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False).output
 
 
 def test_more_text_after_the_same_beginning_is_built_without_computing_it_again(

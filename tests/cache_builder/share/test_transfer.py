@@ -16,20 +16,6 @@ pytestmark = pytest.mark.usefixtures("hasty")
 Tree = Callable[[Path], dict[str, bytes]]
 
 
-@pytest.fixture(params=["folder", "file://", "s3", "hub"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An address to push to and pull from, of each kind."""
-    if request.param == "s3":
-        request.getfixturevalue("s3")
-        return "s3://shared/some/cache"
-    if request.param == "hub":
-        request.getfixturevalue("hub")
-        return "hf://datasets/us/cache"
-    return f"{'file://' if request.param == 'file://' else ''}{tmp_path / 'a place'}".replace(
-        " ", "%20" if request.param == "file://" else " "
-    )
-
-
 def test_what_is_pushed_is_what_is_pulled(small: Path, place: str, tmp_path: Path, tree: Tree):
     *_, sent = push(small, place)
     *_, got = pull(place, tmp_path / "copy")

@@ -6,15 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from terminal import kd
 
 from kd.cache_builder.opening import open_cache
-from kd.cli import cli
 from kd.common.errors import CacheError
-
-
-def kd(*arguments: object) -> str:
-    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False).output
 
 
 def test_ls_finds_caches_by_folder_and_by_fingerprint(tmp_path, model_dir, text_file):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from terminal import kd
 
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.plan import plan_build
@@ -241,10 +242,6 @@ def test_a_cache_that_was_not_built_by_the_command_says_what_to_run(damaged):
     done = CliRunner().invoke(cli, ["cache", "repair", str(damaged)])
     assert isinstance(done.exception, CacheDamageError)
     assert "kd cache build" in str(done.exception)
-
-
-def kd(*arguments: object) -> str:
-    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False).output
 
 
 def test_repair_takes_a_second_copy_from_an_address(tmp_path, kl, tree):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from terminal import kd
 
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
 from kd.cache_builder.store.readers.reader import CacheReader
@@ -15,7 +15,6 @@ from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.soft_targets import concatenate
 from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.verify import verify
-from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.progress import final
 
@@ -32,10 +31,6 @@ def sound(root: Path) -> bool:
 def run(steps) -> None:
     for _ in steps:
         pass
-
-
-def kd(*arguments: object) -> str:
-    return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False).output
 
 
 def test_a_slice_of_k_is_the_build_of_k_but_for_what_the_tail_was_rounded_to(tmp_path, kl, build_request, run_build):
