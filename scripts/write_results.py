@@ -29,9 +29,9 @@ READING = {
     "teacher or without. The teacher is nearly certain of every answer (last table), so its sorted probabilities are those of a "
     "one-hot vector, whatever the answer is. ULD then asks the student to be certain, but not of what.",
     "kl-wikitext": "The teacher was trained on more of the same text than the students see. The students gain what it learned from "
-    "the rest. `kl-t2` is the setting that loses, and the agreement with the teacher shows why. It follows the softened teacher "
-    "(T = 2) more closely than `kl` does, and the teacher itself less closely. After so few steps, the student learns the shape of "
-    "the tail at the expense of the head. Perplexity is measured at T = 1.",
+    "the rest. `kl-t2` is the setting that leans to worse, and the agreement with the teacher shows why. It follows the softened "
+    "teacher (T = 2) more closely than `kl` does, and the teacher itself less closely. After so few steps, the student learns the "
+    "shape of the tail at the expense of the head. Perplexity is measured at T = 1.",
     "uld-tasks": "A teacher of this size does not know the answers. It guesses on the held-out rows, and so do its students: they "
     "give one answer to all of BoolQ and one to all of PAWS, in every seed. What is not there cannot be distilled.",
 }
@@ -47,8 +47,9 @@ reports](experiments.md) explains how to write another.
 All students of an experiment read one cache, begin alike seed by seed, and take the same number of steps. The
 teachers are tiny and were made on a CPU, so the page shows the method and not the state of the art. ± beside a
 difference is one standard error of the paired difference, over seeds and documents together. `p` is that of the
-paired t test over seeds, then of the exact permutation test, which cannot fall below 2/2^seeds. A figure is bold when
-the difference exceeds its error.
+paired t test over seeds, then of the exact permutation test, which cannot fall below 2/2^seeds. A student is `better`
+or `worse` where the 95 % interval of the difference leaves zero after Holm's correction over all differences of its
+experiment; only then is a figure bold. A difference that only exceeds its standard error `leans` to one side.
 
 [Seven small classifiers, merged](results-merging.md) has classifiers on GLUE, merged seven ways with both sweeps, and
 distilled through a cache.

@@ -1,8 +1,8 @@
 """Compare models: which figures may be compared, and which differences are larger than their errors.
 
-There is one table per task and text (or cache). A figure is marked as best only when it beats every other one by more
-than the standard error of the difference. Usually both evaluations have the same documents, and the error is paired over
-them. Otherwise the two errors are added in squares, which is several times wider and overstates the error.
+There is one table per task and text (or cache). A figure is marked as best only when it is better than every other one, by a
+test of each difference with Holm's correction over the differences that the table looks at. Usually both evaluations have the
+same documents, and the error is paired over them. Otherwise the two errors are added in squares, which overstates the error.
 
 Nothing is marked where the settings differ (window, stride, limit, temperature). Nothing is marked where a figure is per
 token and the tokenizers differ; a share of examples may still be compared. A text of a single document has no error, so
@@ -21,7 +21,8 @@ import numpy as np
 
 from kd.evaluation.report.page import Table
 from kd.evaluation.results import EvalReport
-from kd.evaluation.statistics.estimates import difference_stderr
+from kd.evaluation.statistics.estimates import difference_stderr, documents_behind
+from kd.evaluation.statistics.significance import LEVEL, difference_p, holm
 from kd.evaluation.tasks.task_registry import TASKS
 
 ARROWS = {"lower": " ↓", "higher": " ↑"}
@@ -78,37 +79,60 @@ class Comparison:
         """value, stderr, n, over, unit, better, title; empty where the entry lacks the metric."""
         return dict(entry.report.tasks[self.task].get(metric, {}))
 
-    def best(self, metric: str, among: Sequence[int] | None = None) -> int | None:
-        """Number of the entry that is better than every other by more than the error of the difference, or None.
+    def best(self, metric: str) -> int | None:
+        """Number of the entry that is better than every other, or None."""
+        return next(iter(self.winners().get(metric, ())), None)
 
-        among   numbers of the entries that compete; None = all
+    def winners(self, pairs: Sequence[tuple[str, str]] = ()) -> dict[str, set[int]]:
+        """Metric -> numbers of the entries that are better: than the other of a pair of names, or without pairs than all others.
+
+        The p-values of all differences that are looked at here are corrected together.
         """
-        among = range(len(self.entries)) if among is None else among
+        places = {e.name: number for number, e in enumerate(self.entries)}
+        groups = [[places[a], places[b]] for a, b in pairs if a in places and b in places]
+        contests = [
+            (metric, leader, others)
+            for metric in self.shown
+            for group in (groups if pairs else [list(places.values())])
+            if (leader := self._leader(metric, group)) is not None and (others := [i for i in group if i != leader])
+        ]
+        p_values = iter(holm([self.p_value(leader, i, metric) for metric, leader, others in contests for i in others]))
+        winners: dict[str, set[int]] = {metric: set() for metric in self.shown}
+        for metric, leader, others in contests:
+            corrected = [next(p_values) for _ in others]
+            if all(p is not None and p <= LEVEL for p in corrected):
+                winners[metric].add(leader)
+        return winners
+
+    def _leader(self, metric: str, among: Sequence[int]) -> int | None:
+        """The entry with the best figure; None where they were not measured alike, or one has none."""
         figures = {i: self.figure(self.entries[i], metric) for i in among}
         values = {i: float(f["value"]) for i, f in figures.items() if f.get("value") is not None}
-        if (
-            len(figures) < 2
-            or len(values) < len(figures)
-            or not self._comparable([self.entries[i] for i in among], metric)
-        ):
+        if len(values) < max(2, len(figures)) or not self._comparable([self.entries[i] for i in among], metric):
             return None
         sign = 1.0 if figures[among[0]]["better"] == "lower" else -1.0
-        winner = min(values, key=lambda i: sign * values[i])
-        for other in values:
-            if other == winner:
-                continue
-            error = self.difference_error(winner, other, metric)
-            if error is None or abs(values[winner] - values[other]) <= error:
-                return None
-        return winner
+        return min(values, key=lambda i: sign * values[i])
+
+    def p_value(self, left: int, right: int, metric: str) -> float | None:
+        """Two-sided p of the difference of two entries over documents; None where its error is unknown."""
+        error = self.difference_error(left, right, metric)
+        if error is None:
+            return None
+        values = [float(self.figure(self.entries[i], metric)["value"]) for i in (left, right)]
+        influences = [self._influence(i, metric) for i in (left, right)]
+        counts = [documents_behind([np.array(u)]) for u in influences if u is not None]
+        return difference_p(values[0] - values[1], error, min(counts) - 1.0 if len(counts) == 2 else math.inf)
+
+    def _influence(self, number: int, metric: str) -> list[float] | None:
+        influences = self.entries[number].report.documents.get(self.task, {}).get("influence", {})
+        return None if influences.get(metric) is None else list(influences[metric])
 
     def difference_error(self, left: int, right: int, metric: str) -> float | None:
         """Standard error of the difference of two entries, in the metric's unit; None where it is unknown."""
         kept = [self.entries[i].report.documents.get(self.task, {}) for i in (left, right)]
-        influences = [k.get("influence", {}).get(metric) for k in kept]
-        same = kept[0].get("digest") == kept[1].get("digest") and all(i is not None for i in influences)
-        if same and len(influences[0]) == len(influences[1]):
-            return difference_stderr(np.array(influences[0]), np.array(influences[1]))
+        a, b = (self._influence(i, metric) for i in (left, right))
+        if a is not None and b is not None and kept[0].get("digest") == kept[1].get("digest") and len(a) == len(b):
+            return difference_stderr(np.array(a), np.array(b))
         errors = [e for i in (left, right) if (e := self.figure(self.entries[i], metric).get("stderr")) is not None]
         return math.hypot(*errors) if len(errors) == 2 else None
 
@@ -130,15 +154,9 @@ class Comparison:
             [e.name, f"{e.report.parameters:,}", *(with_error(self.figure(e, m)) for m in self.shown)]
             for e in self.entries
         ]
-        marks = {(row, column) for column, m in enumerate(self.shown, 2) for row in self._marked(m, pairs)}
+        winners = self.winners(pairs)
+        marks = {(row, column) for column, m in enumerate(self.shown, 2) for row in winners[m]}
         return Table(headers, rows, frozenset(marks))
-
-    def _marked(self, metric: str, pairs: Sequence[tuple[str, str]]) -> set[int]:
-        if not pairs:
-            return {winner for winner in [self.best(metric)] if winner is not None}
-        places = {e.name: number for number, e in enumerate(self.entries)}
-        winners = [self.best(metric, [places[a], places[b]]) for a, b in pairs if a in places and b in places]
-        return {winner for winner in winners if winner is not None}
 
     def note(self) -> str:
         """What was averaged over, in which units, under which settings; parts (`METRIC/TASK`) are left to the table."""

@@ -1,85 +1,27 @@
 """The reference table: a row per model, a column per task, and what the teacher gained in each.
 
-`columns` defines a column. A figure of an arm is the mean over its seeds. Its error has two parts. More seeds shrink the
-first, and more text shrinks the second, so they are kept apart:
+`columns` defines a column, `differences` a figure, its error and a difference.
 
-    seeds      sd over seeds / √seeds                          another run would have given other weights
-    documents  clustered by document, of the mean over seeds   another text would have been easier or harder
-
-± is both together (root of the sum of squares). Differences are paired in both parts: within seeds, where the two students
-began with the same weights, and over documents, where both saw the same ones. The mean over columns adds the influences
-of documents, so that two metrics of the same examples do not count as independent. Where influences are missing, the
-errors of columns and seeds are added up, which can only overstate; those of the two sides of a pair are added in squares.
-
-A student is marked in a column only when the difference of its pair exceeds its error.
+A difference is called better or worse where its 95 % interval leaves zero after Holm's correction over all cells of the table:
+all pairs and all columns. One that only exceeds its standard error leans to one side. Only the first kind is marked.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from kd.evaluation.report.columns import Column, columns_of
 from kd.evaluation.report.comparison import ARROWS, Comparison, value_with_error
+from kd.evaluation.report.differences import VERDICTS, Difference, Figure, documents_error
 from kd.evaluation.report.page import Table
 from kd.evaluation.report.pairs import Arm, Pair
-from kd.evaluation.statistics.estimates import standard_error
-from kd.evaluation.statistics.significance import PairedTest, paired_test
-
-
-@dataclass(frozen=True)
-class Figure:
-    """The figure of an arm in one column."""
-
-    value: float
-    seeds: int
-    seed_error: float | None
-    """Standard error over seeds; None for one seed."""
-    document_error: float | None
-    """Standard error over documents; None where a text is a single document."""
-
-    @property
-    def error(self) -> float | None:
-        """The standard error over seeds and documents; None where the latter is unknown."""
-        return None if self.document_error is None else math.hypot(self.document_error, self.seed_error or 0.0)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The distilled figure minus the fine-tuned one in one column, in the metric's unit."""
-
-    column: Column
-    pair: Pair
-    test: PairedTest
-    """Significance test over seeds; None where there are too few."""
-    by_seed: tuple[float, ...]
-    document_error: float | None
-
-    @property
-    def error(self) -> float | None:
-        """The standard error of the mean difference, over seeds and documents; None where the latter is unknown."""
-        return None if self.document_error is None else math.hypot(self.document_error, self.test.stderr or 0.0)
-
-    @property
-    def gain(self) -> float:
-        """The mean difference, positive where the distilled students are better."""
-        return self.column.sign * self.test.mean
-
-    @property
-    def verdict(self) -> str:
-        """`better`, `worse`, or `within error`."""
-        if self.error is None or abs(self.gain) <= self.error:
-            return "within error" if self.error is not None else "no error known"
-        return "better" if self.gain > 0 else "worse"
-
-    @property
-    def seeds_better(self) -> int:
-        """The number of seeds in which the distilled student is better."""
-        return sum(self.column.sign * d > 0 for d in self.by_seed)
+from kd.evaluation.statistics.significance import (
+    holm,
+    paired_test,
+)
 
 
 @dataclass(frozen=True)
@@ -111,11 +53,23 @@ class Reference:
             return None
         test = paired_test(values)
         return Figure(
-            test.mean, len(values), test.stderr, _documents_error(column, [(m, 1 / len(models)) for m in models])
+            test.mean, len(values), test.stderr, documents_error(column, [(m, 1 / len(models)) for m in models])[0]
         )
 
     def difference(self, pair: Pair, column: Column) -> Difference | None:
         """The difference of a pair in one column; None where one side was not measured, or the two not alike."""
+        return self._cells.get((id(pair), id(column)))
+
+    @cached_property
+    def _cells(self) -> dict[tuple[int, int], Difference]:
+        """The differences by pair and column, their p-values corrected over all of them."""
+        cells = [
+            d for pair in self.pairs for column in self.columns if (d := self._difference(pair, column)) is not None
+        ]
+        corrected = holm([d.p for d in cells])
+        return {(id(d.pair), id(d.column)): replace(d, corrected_p=p) for d, p in zip(cells, corrected, strict=True)}
+
+    def _difference(self, pair: Pair, column: Column) -> Difference | None:
         values = [(column.value(a), column.value(b)) for a, b in pair.models]
         if any(a is None or b is None for a, b in values) or not column.comparable([m for p in pair.models for m in p]):
             return None
@@ -123,21 +77,21 @@ class Reference:
         weights = [
             (model, sign / len(each)) for pair_ in pair.models for model, sign in zip(pair_, (-1, 1), strict=True)
         ]
-        return Difference(column, pair, paired_test(each), each, _documents_error(column, weights))
+        return Difference(column, pair, paired_test(each), each, *documents_error(column, weights))
 
     def differences(self, pair: Pair) -> list[Difference]:
         """The differences of a pair in the order of the columns; columns that cannot be compared are left out."""
         return [d for c in self.columns if (d := self.difference(pair, c)) is not None]
 
     def wins(self, pair: Pair) -> dict[str, int]:
-        """In how many tasks the distilled arm is better, worse, within the error; each counts once, and the mean is none."""
+        """Verdict -> the number of tasks in which the distilled arm has it; each task counts once, and the mean is none."""
         verdicts = [d.verdict for d in self.differences(pair) if len(d.column.parts) == 1 and d.column.counts]
-        return {name: verdicts.count(name) for name in ("better", "worse", "within error", "no error known")}
+        return {name: verdicts.count(name) for name in VERDICTS}
 
     def best(self, column: Column) -> set[str]:
         """Names of arms to mark: the better of each pair; a baseline only when it beats all it is compared with.
 
-        Without pairs, the one that beats every other model by more than the error of their difference.
+        Without pairs, the one that is better than every other model; see `Comparison.best`.
         """
         if not self.pairs:
             return self._best_of_all(column)
@@ -179,7 +133,8 @@ class Reference:
         several = len(pair.seeds) > 1
         spread = f" ± sd of {len(pair.seeds)} seeds" if several else ""
         headers = ["", f"{pair.baseline.name}{spread}", f"{pair.other.name}{spread}", "difference", "verdict"]
-        headers += ["95 % over seeds", "seeds better", "p (t / permutation)"] if several else []
+        headers += ["95 % interval", "p (corrected)"]
+        headers += ["seeds better", "p over seeds (t / permutation)"] if several else []
         rows, best = [], set()
         for number, d in enumerate(self.differences(pair)):
             figures = [self._side(pair, side, d.column) for side in (0, 1)]
@@ -189,13 +144,9 @@ class Reference:
                 value_with_error(d.test.mean, d.error, signed=True),
                 d.verdict,
             ]
+            row += [_interval(d.interval), _p(d.corrected_p)]
             if several:
-                low, high = d.test.interval or (math.nan, math.nan)
-                row += [
-                    f"{low:+.3g} to {high:+.3g}",
-                    f"{d.seeds_better} of {d.test.n}",
-                    f"{_p(d.test.p_t)} / {_p(d.test.p_permutation)}",
-                ]
+                row += [f"{d.seeds_better} of {d.test.n}", f"{_p(d.test.p_t)} / {_p(d.test.p_permutation)}"]
             rows.append(row)
             best |= {(number, 2 if d.verdict == "better" else 1)} if d.verdict in ("better", "worse") else set()
         return Table(headers, rows, frozenset(best))
@@ -205,23 +156,35 @@ class Reference:
         values = [v for models in pair.models if (v := column.value(models[side])) is not None]
         if len(values) == 1:
             models = [models[side] for models in pair.models]
-            return value_with_error(values[0], _documents_error(column, [(models[0], 1.0)]))
+            return value_with_error(values[0], documents_error(column, [(models[0], 1.0)])[0])
         test = paired_test(values)
         return value_with_error(test.mean, test.sd)
 
     def pair_note(self, pair: Pair) -> str:
-        """How often each side won, and in which settings they differ."""
+        """One line on the pair: the mean over tasks with its interval, and how often each side won; then how they differ."""
         wins = self.wins(pair)
         total = sum(wins.values())
-        counted = (
+        counted = self._mean_line(pair)
+        counted += (
             f"Of {total} task{'' if total == 1 else 's'}, {pair.other.name} is better than {pair.baseline.name} in "
         )
-        counted += f"{wins['better']}, worse in {wins['worse']}, within the error in {wins['within error']}"
-        counted += f"; {wins['no error known']} of a single document have no error." if wins["no error known"] else "."
+        counted += (
+            f"{wins['better']} and worse in {wins['worse']}. It leans to better in {wins['leans better']}, to worse in "
+        )
+        counted += f"{wins['leans worse']}, and is within the error in {wins['within error']}."
+        counted += f" {wins['no error known']} of a single document have no error." if wins["no error known"] else ""
         if pair.differs:
             differing = "; ".join(f"{k.replace('_', ' ')} {a} and {b}" for k, (a, b) in pair.differs.items())
             counted += f" The loss is not all that differs: {differing}."
         return counted
+
+    def _mean_line(self, pair: Pair) -> str:
+        """The mean over tasks in a sentence; empty where the table has none."""
+        mean = next((d for d in self.differences(pair) if len(d.column.parts) > 1), None)
+        if mean is None or mean.error is None:
+            return ""
+        difference = value_with_error(mean.test.mean, mean.error, signed=True)
+        return f"The {mean.column.title} differs by {difference} (95 %: {_interval(mean.interval)}): {mean.verdict}. "
 
     def document(self) -> dict[str, Any]:
         """The table as JSON, for a program."""
@@ -241,7 +204,7 @@ class Reference:
                     "parameters": a.parameters,
                     "loss": a.loss,
                     "seeds": [s for s in a.models if s is not None],
-                    "figures": [_as_dict(self.figure(a, c)) for c in self.columns],
+                    "figures": [None if (f := self.figure(a, c)) is None else f.document() for c in self.columns],
                 }
                 for a in self.rows
             ],
@@ -252,7 +215,7 @@ class Reference:
                     "seeds": p.seeds,
                     "wins": self.wins(p),
                     "differs": {k: list(v) for k, v in p.differs.items()},
-                    "differences": [_difference_dict(d) for d in self.differences(p)],
+                    "differences": [d.document() for d in self.differences(p)],
                 }
                 for p in self.pairs
             ],
@@ -276,22 +239,6 @@ def reference_of(comparisons: Sequence[Comparison], arms: Sequence[Arm], pairs: 
     return Reference(tuple(arms), tuple(pairs), columns_of(comparisons))
 
 
-def _documents_error(column: Column, weights: Sequence[tuple[str, float]]) -> float | None:
-    """Standard error over documents of a weighted sum of models' figures; paired where they saw the same documents."""
-    influences = [(column.influence(model), weight) for model, weight in weights]
-    first = influences[0][0]
-    shapes = [None if u is None else {k: len(v) for k, v in u.items()} for u, _ in influences]
-    if first is not None and all(s == shapes[0] for s in shapes):
-        total = {k: sum(w * u[k] for u, w in influences if u is not None) for k in first}
-        errors = [standard_error(np.asarray(u)) for u in total.values()]
-        return None if any(e is None for e in errors) else math.hypot(*(e for e in errors if e is not None))
-    each = [(column.stderr(model), weight) for model, weight in weights]
-    if any(e is None for e, _ in each):
-        return None
-    sides = [sum(abs(w) * e for e, w in each if e is not None and (w > 0) == positive) for positive in (True, False)]
-    return math.hypot(*sides)  # seeds of one side saw the same documents: their errors add up
-
-
 def _cell(figure: Figure | None) -> str:
     return "–" if figure is None else value_with_error(figure.value, figure.error)
 
@@ -300,30 +247,5 @@ def _p(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _as_dict(figure: Figure | None) -> dict[str, Any] | None:
-    if figure is None:
-        return None
-    return {
-        "value": figure.value,
-        "error": figure.error,
-        "seed_error": figure.seed_error,
-        "document_error": figure.document_error,
-    }
-
-
-def _difference_dict(d: Difference) -> dict[str, Any]:
-    keys: Mapping[str, Any] = {
-        "column": d.column.title,
-        "difference": d.test.mean,
-        "by_seed": list(d.by_seed),
-        "error": d.error,
-        "seed_error": d.test.stderr,
-        "document_error": d.document_error,
-        "interval": d.test.interval,
-        "t": d.test.t,
-        "p_t": d.test.p_t,
-        "p_permutation": d.test.p_permutation,
-        "verdict": d.verdict,
-        "seeds_better": d.seeds_better,
-    }
-    return {**keys, "interval": None if d.test.interval is None else list(d.test.interval)}
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:+.3g} to {interval[1]:+.3g}"

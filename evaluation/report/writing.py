@@ -33,13 +33,15 @@ SIDE_BY_SIDE = ("samples", "generation")
 """Tasks whose answers are shown side by side, at most MOST_SAMPLES of each."""
 MOST_SAMPLES = 12
 MARK = (
-    "A figure is marked best only when it beats every other by more than the standard error of the difference, "
-    "paired over documents where both models saw the same; ± is one standard error, clustered by document."
+    "A figure is marked best only when it is better than every other: the 95 % interval of each difference leaves zero after "
+    "Holm's correction over the table. Differences are paired over documents where both models saw the same; ± is one "
+    "standard error, clustered by document."
 )
 MARK_PAIRS = (
-    "A student is marked only when it differs from the one it is paired with by more than the standard error of the "
-    "difference, paired over documents and seeds where both saw the same; ± is one standard error, clustered by document, "
-    "and over seeds where there are several."
+    "A student is called better or worse than the one it is paired with only where the 95 % interval of the difference leaves "
+    "zero after Holm's correction over all cells of the table; only then is it marked. A difference that only exceeds its "
+    "standard error leans to one side. Differences are paired over documents and seeds where both saw the same; ± is one "
+    "standard error, clustered by document, and over seeds where there are several."
 )
 
 

@@ -126,6 +126,12 @@ def standard_error(influence: np.ndarray) -> float | None:
     return math.sqrt(size / (size - 1) * float(np.square(influence).sum()))
 
 
+def documents_behind(influences: Sequence[np.ndarray]) -> int:
+    """Number of documents that move any of these figures: one task's, where a text has several. At least 2."""
+    moved = np.any([np.asarray(u) != 0 for u in influences], axis=0)
+    return max(int(np.count_nonzero(moved)) or len(moved), 2)
+
+
 def difference_stderr(left: np.ndarray, right: np.ndarray) -> float | None:
     """Standard error of the difference of two estimates over the same documents, `[G]` and `[G]`; None as above."""
     return standard_error(np.asarray(left) - np.asarray(right))

@@ -21,14 +21,16 @@ def best_of(*reports: EvalReport) -> str | None:
 
 
 def test_a_small_difference_is_marked_when_documents_are_hard_for_both():
-    easier = [h + e for h, e in zip(HARD, [0.01, -0.02, 0.02, -0.01], strict=True)]
+    easier = [h + e for h, e in zip(HARD, [0.005, -0.01, 0.01, -0.005] * 4, strict=True)]
     assert best_of(evaluation("a", HARD, 8.0), evaluation("b", easier, 7.9)) == "b"
 
 
 def test_the_same_difference_is_not_marked_without_pairing():
     unpaired = evaluation("b", HARD, 7.9, documents={})
     assert best_of(evaluation("a", HARD, 8.0), unpaired) is None
-    far = evaluation("b", HARD, 6.0, documents={})  # 2.0 against an error of 0.78 * sqrt(2)
+    near = evaluation("b", HARD, 6.5, documents={})  # 1.5 against an error of 0.78 * sqrt(2)
+    assert best_of(evaluation("a", HARD, 8.0), near) is None
+    far = evaluation("b", HARD, 5.0, documents={})
     assert best_of(evaluation("a", HARD, 8.0), far) == "b"
 
 
@@ -71,20 +73,20 @@ def test_a_value_that_is_not_finite_marks_nothing():
 
 
 def chooser(model: str, accuracy: float, influences: list[float], tokenizer: str = "t1") -> EvalReport:
-    """A report of `choices` over six examples of two tasks."""
+    """A report of `choices` over 24 examples of two tasks."""
     figure = {
         "value": accuracy,
         "stderr": standard_error(np.array(influences)),
-        "n": 6,
+        "n": 24,
         "over": "example",
         "unit": "share of examples",
         "better": "higher",
         "title": "accuracy",
     }
     part = {**figure, "n": 1, "stderr": None, "title": "accuracy: nli"}
-    rest = {**figure, "n": 5, "title": "accuracy: qa"}
+    rest = {**figure, "n": 23, "title": "accuracy: qa"}
     settings = {"text_digest": "d1", "choices_digest": "c1", "separator": "\n", "prompts_cut": 0}
-    kept = {"digest": "same", "count": 6, "influence": {"accuracy": influences}, "samples": [{"prompt": "<b>"}]}
+    kept = {"digest": "same", "count": 24, "influence": {"accuracy": influences}, "samples": [{"prompt": "<b>"}]}
     return evaluation(
         model,
         [0.0],
@@ -96,8 +98,8 @@ def chooser(model: str, accuracy: float, influences: list[float], tokenizer: str
     )
 
 
-RIGHT, LESS = [1 / 36] * 5 + [-5 / 36], [1 / 12] * 3 + [-1 / 12] * 3
-"""Influences of five right of six, and of three."""
+RIGHT, LESS = ([1 / 144] * 5 + [-5 / 144]) * 4, ([1 / 48] * 3 + [-1 / 48] * 3) * 4
+"""Influences of five right of six, and of three, four times over."""
 
 
 def test_the_higher_accuracy_is_best_whatever_the_tokenizer():
@@ -114,7 +116,7 @@ def test_parts_stand_in_the_table_and_not_in_the_note(tmp_path):
     (comparison,) = compare([Entry("a", chooser("a", 5 / 6, RIGHT)), Entry("b", chooser("b", 1 / 2, LESS))])
     assert comparison.table().headers[2:] == ["accuracy ↑", "accuracy: nli ↑", "accuracy: qa ↑"]
     assert comparison.note() == (
-        'Over 6 examples, 6 documents, separator "\\n", prompts cut 0. Units: accuracy [share of examples].'
+        'Over 24 examples, 24 documents, separator "\\n", prompts cut 0. Units: accuracy [share of examples].'
     )
     for name, report in (("a", chooser("a", 5 / 6, RIGHT)), ("b", chooser("b", 1 / 2, LESS))):
         report.save(tmp_path / name)

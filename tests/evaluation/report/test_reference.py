@@ -180,17 +180,48 @@ def test_without_influences_an_arms_error_is_never_smaller_than_with_them():
         assert unknown.figure(unknown.arms[0], b).document_error > known.figure(known.arms[0], a).document_error
 
 
-def test_a_student_is_marked_only_beyond_the_error_and_a_baseline_only_when_it_beats_all():
-    ce = seeds_of("ce", {"a": HALF, "b": RIGHT, "c": FEW})
-    kl = seeds_of("kl", {"a": RIGHT, "b": FEW, "c": [0, 1, 0, 0, 0, 0, 0, 0]})
+def test_a_student_is_marked_only_beyond_the_corrected_interval_and_a_baseline_only_when_it_beats_all():
+    other = [0, 1, 0, 0, 0, 0, 0, 0]  # one right of eight, as FEW, on other questions
+    answers = {"ce": {"a": HALF, "b": RIGHT, "c": FEW}, "kl": {"a": RIGHT, "b": FEW, "c": other}}
+    many = {loss: {task: right * 6 for task, right in tasks.items()} for loss, tasks in answers.items()}
+    ce, kl = (seeds_of(loss, many[loss]) for loss in ("ce", "kl"))
     found = reference(*ce, *kl)
     marked = {c.title: found.best(c) for c in found.columns}
     assert marked["accuracy: a"] == {"kl"}
     assert marked["accuracy: b"] == {"ce"}
-    assert marked["accuracy: c"] == set()  # one right of eight each, on other questions
-    assert found.wins(found.pairs[0]) == {"better": 1, "worse": 1, "within error": 1, "no error known": 0}
-    third = seeds_of("uld", {"a": FEW, "b": RIGHT, "c": FEW})
+    assert marked["accuracy: c"] == set()
+    assert {k: n for k, n in found.wins(found.pairs[0]).items() if n} == {"better": 1, "worse": 1, "within error": 1}
+    third = seeds_of("uld", {"a": FEW * 6, "b": RIGHT * 6, "c": FEW * 6})
     assert reference(*ce, *kl, *third).best(found.columns[1]) == set()  # it does not beat uld
+    few = reference(
+        *seeds_of("ce", answers["ce"]), *seeds_of("kl", answers["kl"])
+    )  # the same shares of eight questions
+    leaning = {k: n for k, n in few.wins(few.pairs[0]).items() if n}
+    assert leaning == {"leans better": 1, "worse": 1, "within error": 1}
+    assert few.best(few.columns[0]) == set()
+
+
+def test_verdicts_are_corrected_over_every_cell_of_the_table():
+    """A difference of two errors is real alone, and only leans among twenty that are nothing."""
+    rng = np.random.default_rng(0)
+    answers = {f"t{n}": rng.integers(0, 2, 40).tolist() for n in range(20)}
+    better = {**answers, "t0": [1] * 6 + answers["t0"][6:]}
+    alone = reference(*seeds_of("ce", {"t0": answers["t0"]}), *seeds_of("kl", {"t0": better["t0"]}))
+    among = reference(*seeds_of("ce", answers), *seeds_of("kl", better))
+    one, same = (next(d for d in r.differences(r.pairs[0]) if len(d.column.parts) == 1) for r in (alone, among))
+    assert one.p == pytest.approx(same.p)
+    cells = sum(d.p is not None for d in among.differences(among.pairs[0]))
+    assert same.corrected_p == pytest.approx(min(1.0, cells * same.p))
+
+
+def test_the_interval_and_p_say_the_same_of_a_cell():
+    found = reference(
+        *seeds_of("ce", {"a": HALF * 3}, {"a": FEW * 3}), *seeds_of("kl", {"a": RIGHT * 3}, {"a": HALF * 3})
+    )
+    for d in found.differences(found.pairs[0]):
+        assert d.test.n - 1 <= d.freedom <= d.test.n - 1 + 23
+        low, high = d.interval
+        assert (low > 0 or high < 0) == (d.p < 0.05)
 
 
 def test_one_document_marks_nothing_and_is_counted_apart():
@@ -277,7 +308,9 @@ def test_the_report_holds_reference_pairs_and_gains(tmp_path):
     assert files.deltas_png is not None
     markdown = files.markdown.read_text("utf-8")
     assert "| ce (3 seeds) | 7 |" in markdown
-    assert "Of 2 tasks, kl is better than ce in 1, worse in 0, within the error in 1." in markdown
+    assert "Of 2 tasks, kl is better than ce in 0 and worse in 0." in markdown
+    assert "It leans to better in 1, to worse in 0, and is within the error in 1." in markdown
+    assert "The mean of 2 differs by +0.19 ± 0.13 (95 %: " in markdown
     page = files.page.read_text("utf-8")
     assert page.count("<h2>kl against ce</h2>") == 1
     (pair,) = json.loads(files.json.read_text("utf-8"))["reference"]["pairs"]

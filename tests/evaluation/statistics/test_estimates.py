@@ -12,6 +12,7 @@ from kd.data.rows.example import Example
 from kd.evaluation.statistics.estimates import (
     Documents,
     difference_stderr,
+    documents_behind,
     figures_by_task,
     from_statistics,
     per_example,
@@ -171,3 +172,10 @@ def test_a_part_spread_over_all_documents_keeps_its_error(measured):
     spread = documents.spread(estimate, part)
     assert len(spread.influence) == 40
     assert spread.stderr == pytest.approx(estimate.stderr, rel=1e-12)
+
+
+def test_documents_of_other_tasks_do_not_count_for_a_task():
+    a, b = np.array([0.1, -0.1, 0.0, 0.0, 0.0]), np.array([0.0, 0.2, -0.2, 0.0, 0.0])
+    assert documents_behind([a, b]) == 3
+    assert documents_behind([np.zeros(7)]) == 7  # every document alike: all of them count
+    assert documents_behind([np.array([0.3, 0.0])]) == 2
