@@ -210,6 +210,7 @@ def test_verdicts_are_corrected_over_every_cell_of_the_table():
     among = reference(*seeds_of("ce", answers), *seeds_of("kl", better))
     one, same = (next(d for d in r.differences(r.pairs[0]) if len(d.column.parts) == 1) for r in (alone, among))
     assert one.p == pytest.approx(same.p)
+    assert same.p is not None
     cells = sum(d.p is not None for d in among.differences(among.pairs[0]))
     assert same.corrected_p == pytest.approx(min(1.0, cells * same.p))
 
@@ -220,6 +221,8 @@ def test_the_interval_and_p_say_the_same_of_a_cell():
     )
     for d in found.differences(found.pairs[0]):
         assert d.test.n - 1 <= d.freedom <= d.test.n - 1 + 23
+        assert d.interval is not None
+        assert d.p is not None
         low, high = d.interval
         assert (low > 0 or high < 0) == (d.p < 0.05)
 
