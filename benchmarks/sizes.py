@@ -32,7 +32,7 @@ from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.shard_writing import write_shard
 from kd.cache_builder.store.readers.reader import CacheReader, quality_means
-from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.records.manifest import load_manifest, version_for
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.claims import Claims
@@ -71,6 +71,12 @@ def score(plan: BuildPlan) -> list[RawTargets]:
         assert raw is not None
         shards.append(raw)
     return shards
+
+
+def plan_with(plan: BuildPlan, config: TargetConfig) -> BuildPlan:
+    """The same plan of a cache with other settings."""
+    identity = plan.manifest.identity | {"targets": config.identity}
+    return replace(plan, manifest=replace(plan.manifest, identity=identity, format_version=version_for(identity)))
 
 
 def kept_by(raw: RawTargets, config: TargetConfig) -> RawTargets:
@@ -185,10 +191,7 @@ def main() -> None:
         for profile, codec in CACHES:
             config = TargetConfig.of_profile(profile, logprob_codec=codec or None).normalised()
             plan, shards = scored["uld" if profile == "uld" else "kl"]
-            identity = plan.manifest.identity | {
-                "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items()}
-            }
-            one = replace(plan, manifest=replace(plan.manifest, identity=identity))
+            one = plan_with(plan, config)
             root = Path(folder) / "cache"
             seconds = write(one, [kept_by(raw, config) for raw in shards], root)
             print(line(f"{profile}, {codec}" if codec else profile, root, seconds), flush=True)

@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 @click.option(
     "--profile",
     type=click.Choice(tuple(PROFILES)),
-    help="A profile that keeps less: compact out of kl; kl, uld or sampled out of full.",
+    help="A profile that keeps less: compact or adaptive out of kl; kl, uld or sampled out of full.",
 )
+@click.option(
+    "--min-probability",
+    type=float,
+    help="Least probability of a kept token, with the profile adaptive; the mass of dropped tokens goes into the tail.",
+)
+@click.option("--min-k", type=int, help="Tokens that every row keeps, however improbable, with the profile adaptive.")
 @click.option("--logprob-codec", type=click.Choice(CODEC_NAMES), help="Store log-probabilities with another codec.")
 @click.option(
     "--examples",

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from kd.cache_builder.build.builder import build
@@ -31,6 +32,8 @@ from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.loading import ModelRequest
 
 torch.set_num_threads(1)
+settings.register_profile("kd", deadline=None)  # no test fails because a machine is busy
+settings.load_profile("kd")
 
 END = "<|endoftext|>"
 SMALL = Layout(shard_rows=128, chunk_rows=32)

@@ -115,10 +115,14 @@ class TargetSettings:
     """What is kept of the teacher's distribution for each row."""
 
     profile: str = setting("kl", choices=PROFILES)
-    """What is kept of each row: kl (top-k), compact (top-k, coarser), uld (probabilities without ids, and rank bands),
-    sampled (seeded draws), or full (all of these)."""
+    """What is kept of each row: kl (top-k), compact (top-k, coarser), adaptive (the tokens above a probability), uld
+    (probabilities without ids, and rank bands), sampled (seeded draws), or full (all but adaptive)."""
     top_k: int | None = setting(None, shown="the profile's own number")
-    """Tokens kept per row, the most probable first."""
+    """Tokens kept per row, the most probable first; with the profile adaptive, the most that a row keeps."""
+    min_probability: float | None = setting(None, shown="the profile's own number")
+    """Least probability of a kept token (profile adaptive). Rows where the teacher is sure are then short."""
+    min_k: int | None = setting(None, shown="1")
+    """Tokens that every row keeps, however improbable (profile adaptive)."""
     samples: int | None = setting(None, shown="the profile's own number")
     """Draws from the distribution kept per row (profiles sampled and full)."""
     tail_bands: int | None = setting(None, shown="the profile's own number")

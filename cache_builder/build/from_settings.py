@@ -131,6 +131,8 @@ def target_config(settings: BuildSettings, config: Any) -> TargetConfig:
         top_k=int(config.num_labels) if classes and kept.top_k is None else kept.top_k,
         samples=kept.samples,
         tail_bands=kept.tail_bands,
+        min_probability=kept.min_probability,
+        min_k=kept.min_k,
         temperatures=kept.temperatures or ((1.0,) if settings.served.served else (1.0, 2.0, 4.0)),
         band_temperatures=kept.band_temperatures or (1.0,),
         logprob_codec=kept.logprob_codec or ("float32" if classes else None),

@@ -9,7 +9,7 @@ write, rows and shards are an upper bound.
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int, notes: Tok
         "tokenizer": words,
         "corpus": corpus,
         "blocks": request.blocks.identity(),
-        "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(request.targets).items()},
+        "targets": request.targets.identity,
     }
 
 
@@ -227,7 +227,7 @@ def _manifest(
         shards=tuple(shards),
         files={},
         provenance=provenance,
-        format_version=version_for(request.corpus.kind),
+        format_version=version_for(identity),
     )
 
 

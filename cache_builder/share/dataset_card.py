@@ -57,7 +57,7 @@ def dataset_card(root: Path, url: str, license: str | None = None) -> str:
         ("target tokens", f"{summary['rows']:,}"),
         ("tokens per block", summary["seq_len"]),
         ("profile", summary["profile"]),
-        ("top-k", summary["top_k"]),
+        ("top-k", _top_k(summary)),
         ("draws per token", summary["samples"]),
         ("rank bands", summary["tail_bands"]),
         ("temperatures", ", ".join(f"{t:g}" for t in summary["temperatures"]) + _only_one(summary)),
@@ -110,6 +110,13 @@ def _unknown_weights(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _only_one(summary: dict[str, Any]) -> str:
     return " only (the teacher gave log-probabilities, and no logits)" if summary["logprobs_only"] else ""
+
+
+def _top_k(summary: dict[str, Any]) -> str:
+    if not summary["min_probability"]:
+        return str(summary["top_k"])
+    mean = _figure(summary["tokens_kept_mean"])
+    return f"tokens of at least {summary['min_probability']:g}, at most {summary['top_k']}; {mean} per row on average"
 
 
 def _figure(value: float | None) -> str:

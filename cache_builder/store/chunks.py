@@ -11,11 +11,14 @@ compare every array with what zarr-python reads.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
 from kd.cache_builder.store.encoding.arrays import ArraySpec
+from kd.cache_builder.store.ragged import gathered
 from kd.cache_builder.store.records.manifest import Layout
 from kd.common.errors import CacheError
 
@@ -77,6 +80,21 @@ def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.
     if spec.columns is None:
         return out.reshape(rows)
     return out.T if spec.by_column else out
+
+
+def decode_entries(data: bytes, spec: ArraySpec, layout: Layout, kept: np.ndarray) -> np.ndarray:
+    """The entries of a shard's rows, of which row i has `kept[i]`: `[E]`, from the file of an array whose rows differ in length.
+
+    Raises CacheError where the bytes are not such a shard, or a row is longer than the array allows.
+    """
+    columns = spec.columns or 1
+    if len(kept) and not 1 <= kept.min() <= kept.max() <= columns:
+        found = f"{int(kept.min())}..{int(kept.max())} entries"
+        raise CacheError("a row's length is out of bounds", found=found, expected=f"1..{columns}")
+    room = Layout(layout.shard_rows * columns, layout.chunk_rows * columns)
+    chunks = -(-len(kept) // layout.chunk_rows)
+    flat = decode_shard(data, replace(spec, columns=None, ragged=False), room, chunks * room.chunk_rows)
+    return gathered(flat.reshape(chunks, room.chunk_rows), kept, layout.chunk_rows)
 
 
 def _decompress(chunk: memoryview, into: np.ndarray) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.models.batching.gaps import NO_GAPS, Gaps
 
 EXAMPLE_SCHEMA = pa.schema(
@@ -34,7 +35,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("tokens_digest", pa.binary(16)),
     ]
 )
-"""Columns of documents and pairs, in format versions 1 and 2."""
+"""Columns of documents, pairs and classes."""
 GAP_COLUMNS = {"gap_rows": "rows", "gap_lengths": "lengths", "gap_ids": "ids"}
 """Column -> the field of `Gaps` that it holds."""
 CONVERSATION_SCHEMA = pa.schema(
@@ -54,9 +55,9 @@ Columns = dict[str, list[Any]]
 """Column -> its values, one for each example; lists of numbers are arrays."""
 
 
-def example_schema(format_version: int) -> pa.Schema:
-    """The columns of a cache of this format version."""
-    return EXAMPLE_SCHEMA if format_version < 3 else CONVERSATION_SCHEMA
+def example_schema(kind: str) -> pa.Schema:
+    """The columns of a cache of this kind of corpus."""
+    return CONVERSATION_SCHEMA if kind == CONVERSATIONS else EXAMPLE_SCHEMA
 
 
 def example_columns(table: pa.Table) -> Columns:

@@ -25,11 +25,14 @@ class Profile:
     logprob_codec: str = "graded"
     """One of `logprob_codecs.CODECS`. ULD needs a fine one: its gradient is a sign, and rounding can flip the sign where the
     student is close to the teacher (benchmarks/uld.py)."""
+    min_probability: float = 0.0
+    """Least probability of a kept token; 0 means that every row keeps `top_k` tokens. With one, rows differ in length."""
 
 
 PROFILES: dict[str, Profile] = {
     "kl": Profile(top_k=64, ids=True, samples=0, tail_bands=0, boundary=False),
     "compact": Profile(top_k=64, ids=True, samples=0, tail_bands=0, boundary=False, logprob_codec="graded-coarse"),
+    "adaptive": Profile(top_k=128, ids=True, samples=0, tail_bands=0, boundary=False, min_probability=0.002),
     "uld": Profile(top_k=16, ids=False, samples=0, tail_bands=16, boundary=False, logprob_codec="graded-fine"),
     "sampled": Profile(top_k=0, ids=True, samples=12, tail_bands=0, boundary=False),
     "full": Profile(top_k=64, ids=True, samples=12, tail_bands=16, boundary=True, logprob_codec="graded-fine"),

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from kd.cache_builder.store.cache_files import CacheFiles
-from kd.cache_builder.store.chunks import decode_shard
+from kd.cache_builder.store.chunks import decode_entries, decode_shard
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.parquet import read_parquet
 from kd.cache_builder.store.example_table import example_columns, example_schema
+from kd.cache_builder.store.ragged import KEPT, is_flat, offsets_of
 from kd.cache_builder.store.records.commits import shard_files
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import load_part
@@ -33,6 +35,16 @@ class Shard:
     arrays: Arrays
     examples: dict[str, list[Any]]
     """Columns of `example_table`; `row_start`/`row_end` are made relative to the shard."""
+
+    def part(self, name: str, rows: slice) -> np.ndarray:
+        """A range of rows of an array: a view."""
+        if is_flat(self.arrays, name):
+            rows = slice(self._offsets[rows.start], self._offsets[rows.stop])
+        return self.arrays[name][rows]
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        return offsets_of(self.arrays[KEPT])
 
 
 def read_shard(files: CacheFiles, manifest: CacheManifest, index: int, names: Sequence[str] | None = None) -> Shard:
@@ -58,10 +70,12 @@ def decode_files(files: CacheFiles, manifest: CacheManifest, record: ShardRecord
     specs = [a for a in manifest.arrays if a.name in data]
     ids = code_table(files, manifest)[1] if any(spec.ids for spec in specs) else None
     try:
-        schema = example_schema(manifest.format_version)
+        schema = example_schema(manifest.kind)
         examples = example_columns(read_parquet(data["examples"], schema, rows=_examples(record)))
         starts = np.array(examples["row_start"], dtype=np.int64) - record.row_start
-        stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in specs}
+        even, uneven = ([a for a in specs if a.ragged == ragged] for ragged in (False, True))
+        stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in even}
+        stored |= {a.name: decode_entries(data[a.name], a, manifest.layout, stored[KEPT]) for a in uneven}
         arrays = unpack_rows(stored, specs, starts, ids)
     except Exception as error:  # the bytes are as committed, so this library version cannot read them
         raise CacheDamageError(
@@ -80,7 +94,7 @@ def read_example_table(
     name = shard_files(manifest.arrays, index)["examples"]
     data = files.verified_bytes(name, record.files[name], shard=index, array="examples")
     try:
-        table = read_parquet(data, example_schema(manifest.format_version), rows=_examples(record), columns=columns)
+        table = read_parquet(data, example_schema(manifest.kind), rows=_examples(record), columns=columns)
     except Exception as error:  # as in read_shard
         raise CacheDamageError(
             "a shard cannot be decoded", where=files.root, shard=index, found=f"{type(error).__name__}: {error}"

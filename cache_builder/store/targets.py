@@ -7,7 +7,8 @@ All log-probabilities are natural (nats).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,11 @@ class TargetConfig:
     """How log-probabilities are stored, one of `logprob_codecs.CODECS`."""
     seed: int = 0
     """Seed of the drawn tokens."""
+    min_probability: float = 0.0
+    """Least probability, at temperature 1, of a kept token; 0 where every row keeps `top_k` tokens. With one, a row keeps the
+    tokens that have it, at least `min_k` and at most `top_k`."""
+    min_k: int = 1
+    """Tokens that every row keeps, however improbable; 1 where all rows keep `top_k`."""
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -61,12 +67,65 @@ class TargetConfig:
                 expected="ascending positive numbers that include 1",
                 try_="--temperatures 1,2,4",
             )
+        self._check_lengths()
         if not set(self.band_temperatures) <= set(grid):
             raise DataError(
                 "rank bands can only be stored at temperatures of the grid",
                 found=self.band_temperatures,
                 expected=f"some of {grid}",
             )
+
+    def _check_lengths(self) -> None:
+        """Raise DataError where the settings of rows that differ in length contradict the others."""
+        if not 0.0 <= self.min_probability < 1.0:
+            raise DataError(
+                "the least probability of a kept token is not usable",
+                found=f"--min-probability {self.min_probability:g}",
+                expected="from 0 to below 1",
+                try_="--min-probability 0.002",
+            )
+        if self.ragged != bool(PROFILES[self.profile].min_probability):
+            raise DataError(
+                "a least probability belongs to the profile adaptive",
+                found=f"--profile {self.profile} --min-probability {self.min_probability:g}",
+                try_="--profile adaptive, with a probability above 0",
+            )
+        if not 1 <= self.min_k <= max(self.top_k, 1):
+            raise DataError(
+                "the least number of kept tokens is not usable",
+                found=f"--min-k {self.min_k}",
+                expected=f"1..{self.top_k}",
+            )
+        if self.ragged and self.logprob_codec == "linear8":
+            raise DataError(
+                "linear8 needs rows of one length", found="--profile adaptive --logprob-codec linear8", try_="graded"
+            )
+        if self.ragged and self.tail_bands:
+            raise DataError(
+                "rank bands begin at one rank in all rows",
+                found=f"--profile adaptive --tail-bands {self.tail_bands}",
+                try_="--profile full or uld",
+            )
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows differ in length."""
+        return self.min_probability > 0.0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """These settings as a cache's identity holds them: those that came with version 3 are named where they count."""
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        if not self.ragged:
+            del values["min_probability"], values["min_k"]
+        return values
+
+    def lengths(self, probabilities: np.ndarray) -> np.ndarray:
+        """`[N]` how many tokens each row keeps, from the `[N, K]` probabilities of the most probable ones, descending."""
+        if not self.ragged:
+            return np.full(len(probabilities), probabilities.shape[1], dtype=np.int64)
+        probable = (probabilities >= self.min_probability).sum(axis=1)
+        return np.asarray(np.maximum(probable, min(self.min_k, probabilities.shape[1])), dtype=np.int64)
 
     @classmethod
     def of_profile(
@@ -77,6 +136,8 @@ class TargetConfig:
         samples: int | None = None,
         tail_bands: int | None = None,
         logprob_codec: str | None = None,
+        min_probability: float | None = None,
+        min_k: int | None = None,
         **rest: object,
     ) -> TargetConfig:
         """The settings of a profile, with the values given in place of its own. Raises DataError."""
@@ -95,6 +156,8 @@ class TargetConfig:
             samples=kept.samples if samples is None else samples,
             tail_bands=kept.tail_bands if tail_bands is None else tail_bands,
             logprob_codec=logprob_codec or kept.logprob_codec,
+            min_probability=kept.min_probability if min_probability is None else min_probability,
+            min_k=1 if min_k is None else min_k,
             **rest,  # type: ignore[arg-type]
         )
 

@@ -1,7 +1,7 @@
 """Convert stored rows to other settings: fewer tokens, another codec, another profile. No teacher is needed.
 
 For fewer tokens or another codec, the rows are decoded and encoded again: the mass of dropped tokens goes into the tail, at
-every temperature.
+every temperature. Rows of one length can become rows that differ in length, but not the other way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN
 from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.ragged import KEPT, columns_of_entries, entry_sums
 from kd.cache_builder.store.targets import TargetConfig
 
 
@@ -25,12 +26,15 @@ def converted(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:
         ("sample_ids", new.samples),
         ("sample_counts", new.samples),
         ("boundary_logprob", PROFILES[new.profile].boundary),
-        ("token_ids", new.top_k and PROFILES[new.profile].ids),
     ):
         if wanted:
-            kept[name] = stored[name][:, : new.top_k] if name == "token_ids" else stored[name]
+            kept[name] = stored[name]
     if not new.top_k:
         return kept | {"log_z": codecs.decode(stored, old).log_z}
+    if new.ragged:
+        return kept | _shorter_rows(stored, old, new)
+    if PROFILES[new.profile].ids:
+        kept["token_ids"] = stored["token_ids"][:, : new.top_k]
     relative = CODECS[old.logprob_codec].decode(stored)
     codec = CODECS[new.logprob_codec]
     head = codec.encode(np.ascontiguousarray(relative[:, : new.top_k]))
@@ -48,6 +52,36 @@ def converted(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:
     return kept | head | {"tail_odds": odds.astype(codec.tail)}
 
 
+def _shorter_rows(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:
+    """The head of rows that differ in length afterwards, and may have done so before."""
+    have = stored[KEPT].astype(np.int64) if old.ragged else np.full(len(stored["gold_ids"]), old.top_k)
+    targets = codecs.decode(stored, old)
+    relative = CODECS[old.logprob_codec].decode(stored).reshape(-1)
+    probable = np.exp(targets.logprobs_at(1.0)).reshape(-1) >= new.min_probability
+    want = np.maximum(entry_sums(probable.astype(np.int64), have), np.minimum(new.min_k, have))
+    want = np.minimum(want, new.top_k)
+    chosen = columns_of_entries(have) < np.repeat(want, have)
+    codec = CODECS[new.logprob_codec]
+    before = relative.astype(np.float64)
+    head = stored["logprobs"].reshape(-1)[chosen]
+    if new.logprob_codec != old.logprob_codec:
+        head = codec.encode(relative[chosen][:, None])["logprobs"][:, 0]
+    after = codec.decode({"logprobs": head}).astype(np.float64)
+    odds = np.empty((len(have), len(new.temperatures)))
+    for t, temperature in enumerate(new.temperatures):
+        mass = np.exp(before / temperature)
+        whole = entry_sums(mass, have)
+        if "tail_odds" in stored:
+            tail = np.exp(stored["tail_odds"][:, t].astype(np.float64)) * whole
+        else:
+            tail = np.maximum(np.exp(stored["log_z"][:, t].astype(np.float64)) - whole, 0.0)
+        tail += entry_sums(np.where(chosen, 0.0, mass), have)
+        with np.errstate(divide="ignore"):
+            odds[:, t] = np.maximum(np.log(tail / entry_sums(np.exp(after / temperature), want)), FLOAT16_MIN)
+    ids = stored["token_ids"].reshape(-1)[chosen]
+    return {KEPT: want, "token_ids": ids, "logprobs": head, "tail_odds": odds.astype(codec.tail)}
+
+
 def measured(stored: Arrays, config: TargetConfig) -> dict[str, float]:
     """The quality figures that follow from stored rows: all but `head_kl`, the error against the teacher."""
     targets = codecs.decode(stored, config)
@@ -58,4 +92,6 @@ def measured(stored: Arrays, config: TargetConfig) -> dict[str, float]:
     }
     if config.top_k:
         quality["mass_kept"] = float(np.exp(targets.logprobs_at(1.0)).sum())
+    if targets.kept is not None:
+        quality["tokens_kept"] = float(targets.kept.sum())
     return quality

@@ -86,7 +86,7 @@ def write_derived(
         shards=tuple(sizes),
         files={},
         provenance=provenance,
-        format_version=version_for(identity["corpus"]["kind"]),
+        format_version=version_for(identity),
     )
     writer = ShardWriter(out, manifest)
     try:
@@ -145,7 +145,7 @@ def _taken(reader: CacheReader, piece: Piece, config: TargetConfig) -> Shard:
     shard = reader.shard(piece.shard)
     table = {name: column[piece.first : piece.stop] for name, column in shard.examples.items()}
     rows = slice(table["row_start"][0], table["row_end"][-1])
-    arrays = {name: values[rows] for name, values in shard.arrays.items()}
+    arrays = {name: shard.part(name, rows) for name in shard.arrays}
     return replace(shard, arrays=converted(arrays, reader.config, config), examples=table)
 
 
@@ -155,7 +155,7 @@ def _write(
     names = parts[0].arrays
     stored = {name: np.concatenate([p.arrays[name] for p in parts]) for name in names}
     position = index * writer.manifest.layout.shard_rows
-    schema = example_schema(writer.manifest.format_version)
+    schema = example_schema(writer.manifest.kind)
     examples = []
     for part in parts:
         for i, start in enumerate(part.examples["row_start"]):

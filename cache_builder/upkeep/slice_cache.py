@@ -8,11 +8,11 @@ The fingerprint of a slice names the cache it was cut from.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from kd.cache_builder.store.cache_files import CacheFiles
-from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.profiles import PROFILES, Profile
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.derived_cache import Piece, write_derived
@@ -27,6 +27,8 @@ def slice_cache(
     profile: str | None = None,
     top_k: int | None = None,
     logprob_codec: str | None = None,
+    min_probability: float | None = None,
+    min_k: int | None = None,
     examples: tuple[int, int] | None = None,
 ) -> Generator[Progress[Path], None, None]:
     """Write a smaller cache to `out`; the same call continues where an earlier one stopped.
@@ -34,12 +36,20 @@ def slice_cache(
     profile         keep only what this profile keeps; None keeps the profile
     top_k           tokens per row; None keeps all
     logprob_codec   one of `CODECS`; None keeps the codec, or takes that of a new profile
+    min_probability, min_k   see `TargetConfig`, for the profile adaptive; None keeps them, or takes those of a new profile
     examples        first example and one past the last; None keeps all
 
     Raises DataError for what the cache does not hold, CacheMismatchError where `out` holds another cache.
     """
     reader = CacheReader(cache)
-    config = sliced_config(reader.config, profile=profile, top_k=top_k, logprob_codec=logprob_codec)
+    config = sliced_config(
+        reader.config,
+        profile=profile,
+        top_k=top_k,
+        logprob_codec=logprob_codec,
+        min_probability=min_probability,
+        min_k=min_k,
+    )
     first, stop = examples or (0, len(reader))
     if not 0 <= first < stop <= len(reader):
         raise DataError("no such examples", found=f"--examples {first}:{stop}", expected=f"within 0:{len(reader)}")
@@ -50,14 +60,20 @@ def slice_cache(
             try_="--top-k, --profile, --logprob-codec or --examples",
         )
     identity = reader.manifest.identity | {
-        "targets": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()},
+        "targets": config.identity,
         "slice": {"of": reader.manifest.fingerprint, "examples": [first, stop]},
     }
     yield from write_derived([reader], out, identity, config, list(_cut(reader, first, stop)), str(reader.root))
 
 
 def sliced_config(
-    config: TargetConfig, *, profile: str | None, top_k: int | None, logprob_codec: str | None
+    config: TargetConfig,
+    *,
+    profile: str | None,
+    top_k: int | None,
+    logprob_codec: str | None,
+    min_probability: float | None = None,
+    min_k: int | None = None,
 ) -> TargetConfig:
     """The settings of a slice. Raises DataError for what the cache does not hold."""
     have = PROFILES[config.profile]
@@ -99,14 +115,37 @@ def sliced_config(
             try_="--profile kl or compact, which keep no bands",
         )
     codec = logprob_codec or (config.logprob_codec if profile in (None, config.profile) else want.logprob_codec)
+    least = _least_probability(config, want, min_probability)
     return replace(
         config,
+        min_probability=least,
+        min_k=1 if not least else config.min_k if min_k is None else min_k,
         profile=profile or config.profile,
         top_k=k if want.top_k else 0,
         logprob_codec=codec,
         tail_bands=config.tail_bands if want.tail_bands else 0,
         samples=config.samples if want.samples else 0,
     ).normalised()
+
+
+def _least_probability(config: TargetConfig, want: Profile, asked: float | None) -> float:
+    """Least probability of a kept token in a slice; 0 for rows of one length. Raises DataError where the cache keeps fewer."""
+    if config.ragged and want.top_k and not want.min_probability:
+        raise DataError(
+            "rows that differ in length cannot be made equal",
+            found=f"the profile {config.profile}, which keeps tokens above {config.min_probability:g}",
+            try_="--profile adaptive, or a cache with a fixed top-k",
+        )
+    if not want.min_probability:
+        return asked or 0.0
+    least = config.min_probability or want.min_probability if asked is None else asked
+    if least < config.min_probability:
+        raise DataError(
+            "a slice holds no less probable tokens than the cache",
+            found=f"--min-probability {least:g}",
+            expected=f"at least {config.min_probability:g}",
+        )
+    return least
 
 
 def _cut(reader: CacheReader, first: int, stop: int) -> Iterator[list[Piece]]:

@@ -219,20 +219,43 @@ def broken_promises(
     yield "a normaliser that is not finite", "log_z", ~np.isfinite(targets.log_z).all(axis=1)
     yield "a log-probability that is not finite", "gold_logprob", ~np.isfinite(targets.gold_logprob)
     if targets.token_ids is not None:
-        ids = np.sort(targets.token_ids, axis=1)
-        yield "an id beyond the vocabulary", "token_ids", np.asarray((ids[:, 0] < 0) | (ids[:, -1] >= vocabulary_size))
-        yield "an id that occurs twice", "token_ids", np.asarray((ids[:, 1:] == ids[:, :-1]).any(axis=1))
+        beyond = (targets.token_ids < 0) | (targets.token_ids >= vocabulary_size)
+        yield "an id beyond the vocabulary", "token_ids", _rows_with(targets, beyond)
+        yield "an id that occurs twice", "token_ids", _repeated(targets)
     if targets.logprobs is not None:
-        yield (
-            "log-probabilities out of order",
-            "logprobs",
-            np.asarray((np.diff(targets.logprobs, axis=1) > 0).any(axis=1)),
-        )
+        yield "log-probabilities out of order", "logprobs", _ascending(targets, targets.logprobs)
         if normalisers_stored:  # otherwise they follow from the head and the odds of the tail
             for temperature in targets.temperatures:
-                kept = np.exp(targets.logprobs_at(temperature)).sum(axis=1)
+                kept = targets.row_sums(np.exp(targets.logprobs_at(temperature)))
                 # float32 log_z of up to 16 nats carries about 1e-6; sums over 64 values a little more
                 yield f"kept mass above 1 at temperature {temperature:g}", "log_z", ~(kept <= 1 + 1e-4)
     if targets.sample_counts is not None:
         drawn = targets.sample_counts.sum(axis=1)
         yield "a number of draws that differs between rows", "sample_counts", drawn != targets.sample_counts.shape[1]
+
+
+def _rows_with(targets: SoftTargets, marks: np.ndarray) -> np.ndarray:
+    """`[N]` whether a row has a marked entry."""
+    return np.asarray(targets.row_sums(marks.astype(np.int64)) > 0)
+
+
+def _repeated(targets: SoftTargets) -> np.ndarray:
+    """`[N]` whether an id occurs twice in a row."""
+    assert targets.token_ids is not None
+    if targets.kept is None:
+        ids = np.sort(targets.token_ids, axis=1)
+        return np.asarray((ids[:, 1:] == ids[:, :-1]).any(axis=1))
+    rows = np.repeat(np.arange(len(targets)), targets.kept)
+    order = np.lexsort((targets.token_ids, rows))
+    rows, ids = rows[order], targets.token_ids[order]
+    again = (rows[1:] == rows[:-1]) & (ids[1:] == ids[:-1])
+    return np.asarray(np.bincount(rows[1:][again], minlength=len(targets)) > 0)
+
+
+def _ascending(targets: SoftTargets, values: np.ndarray) -> np.ndarray:
+    """`[N]` whether a value of a row is larger than the one before it."""
+    if targets.kept is None:
+        return np.asarray((np.diff(values, axis=1) > 0).any(axis=1))
+    larger = np.diff(values, prepend=np.inf) > 0
+    larger[targets.offsets[:-1]] = False
+    return _rows_with(targets, larger)

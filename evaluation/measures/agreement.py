@@ -120,11 +120,11 @@ def evaluate_agreement(
         targets = concatenate([e.targets for e in examples])
         before = done
         log_p, rest = teacher_outcomes(targets, temperature, size)
+        kept_ids = targets.padded(targets.token_ids)  # type: ignore[arg-type]
         figures[6:, before : before + len(targets)] = _teacher_scores(targets)
         for chunk in logit_chunks(head, texts, vocabulary_size=size, tokens_per_batch=tokens_per_batch):
-            token_ids = targets.token_ids[chunk.rows]  # type: ignore[index]
             figures[:6, before + chunk.rows] = _compare(
-                chunk, token_ids, log_p[chunk.rows], rest[chunk.rows], temperature
+                chunk, kept_ids[chunk.rows], log_p[chunk.rows], rest[chunk.rows], temperature
             )
             done += len(chunk.rows)
             yield Progress(done, total)
@@ -159,10 +159,12 @@ def agreement_of(
 def teacher_outcomes(targets: SoftTargets, temperature: float, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of the kept tokens `[N, K]` and mass of the rest `[N]` at a temperature, float64.
 
-    The rest is exactly 0 where every id is kept; otherwise rounding of the normaliser would pass for mass.
+    The rest is exactly 0 where every id is kept; otherwise rounding of the normaliser would pass for mass. Rows that keep
+    fewer tokens than the longest have -inf behind them.
     """
-    log_p = targets.logprobs_at(temperature)
-    rest = targets.tail_mass_at(temperature) if log_p.shape[1] < vocabulary_size else np.zeros(len(log_p))
+    log_p = targets.padded(targets.logprobs_at(temperature), -np.inf)
+    kept = np.full(len(log_p), log_p.shape[1]) if targets.kept is None else targets.kept
+    rest = np.where(kept < vocabulary_size, targets.tail_mass_at(temperature), 0.0)
     return log_p, rest
 
 
@@ -171,7 +173,8 @@ def rest_bucket_kl(log_p: np.ndarray, rest: np.ndarray, log_q: np.ndarray, log_q
 
     A rest of mass 0 adds nothing, whatever the model puts there. Hinton et al. 2015, arXiv:1503.02531.
     """
-    head = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    held = log_p > -np.inf  # a row that keeps fewer tokens than the longest has -inf behind them
+    head = (np.exp(log_p) * np.where(held, log_p - log_q, 0.0)).sum(axis=1)
     tail = np.zeros_like(rest)
     held = rest > 0
     tail[held] = rest[held] * (np.log(rest[held]) - log_q_rest[held])
@@ -201,10 +204,10 @@ def _teacher_scores(targets: SoftTargets) -> np.ndarray:
     """`[3, m]` float64: NLL of the gold token in nats, the largest probability, 1 where that is the gold token."""
     assert targets.token_ids is not None
     assert targets.logprobs is not None
-    first = targets.token_ids[:, 0] == targets.gold_ids
-    return np.stack(
-        [-targets.gold_logprob.astype(np.float64), np.exp(targets.logprobs[:, 0].astype(np.float64)), first]
-    )
+    top = targets.most_probable
+    largest = np.exp(targets.logprobs.reshape(-1)[top].astype(np.float64))
+    first = targets.token_ids.reshape(-1)[top] == targets.gold_ids
+    return np.stack([-targets.gold_logprob.astype(np.float64), largest, first])
 
 
 def _compare(
@@ -217,6 +220,7 @@ def _compare(
     soft = chunk.logits / temperature
     log_z = soft.logsumexp(dim=1, keepdim=True)
     log_q = (soft.gather(1, ids) - log_z).cpu().double().numpy()
+    log_q[np.isneginf(log_p)] = -np.inf
     log_q_rest = (soft.scatter(1, ids, -torch.inf).logsumexp(dim=1) - log_z.squeeze(1)).cpu().double().numpy()
     same = (chunk.logits.argmax(dim=1) == ids[:, 0]).cpu().numpy()
     outcomes = (log_p, rest, log_q, log_q_rest)

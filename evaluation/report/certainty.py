@@ -59,13 +59,14 @@ def certainty(reader: Reader) -> Certainty | None:
 
 def _sums(targets: SoftTargets) -> np.ndarray:
     assert targets.logprobs is not None
-    logprobs_NK = targets.logprobs.astype(np.float64)
-    p_NK, rest_N = np.exp(logprobs_NK), np.maximum(targets.tail_mass_at(1.0).astype(np.float64), 0.0)
+    logprobs = targets.logprobs.astype(np.float64)
+    p, rest_N = np.exp(logprobs), np.maximum(targets.tail_mass_at(1.0).astype(np.float64), 0.0)
     tail_N = np.where(rest_N > 0, -rest_N * np.log(np.where(rest_N > 0, rest_N, 1.0)), 0.0)
-    entropy_N = -(p_NK * logprobs_NK).sum(1) + tail_N
+    entropy_N = -targets.row_sums(p * logprobs) + tail_N
+    largest_N = p.reshape(-1)[targets.most_probable]
     hit_N = targets.gold_rank == 0  # caches for ULD keep no ids
     return np.array(
-        [entropy_N.sum(), (p_NK[:, 0] > CERTAIN).sum(), hit_N.sum(), -targets.gold_logprob.sum(), p_NK.sum()],
+        [entropy_N.sum(), (largest_N > CERTAIN).sum(), hit_N.sum(), -targets.gold_logprob.sum(), p.sum()],
         dtype=np.float64,
     )
 

@@ -113,6 +113,8 @@ class Collator:
             assert logprobs is not None
             batch["logprobs"] = logprobs.astype(np.float32, copy=False)
             batch["tail_mass"] = rows.tail_mass_at(temperature).astype(np.float32)
+            if rows.kept is not None:
+                batch["kept"] = rows.kept
         if kind == "sampled":
             assert rows.sample_ids is not None
             assert rows.sample_counts is not None
@@ -196,7 +198,7 @@ def _bands(targets: SoftTargets, temperature: float) -> np.ndarray:
 
 EMPTY_BAND = 1e-26
 """Mass of a band that has none: e^-60, as it is in stored bands."""
-ROW_FIELDS = ("gold_ids", "token_ids", "logprobs", "tail_mass", "sample_ids", "sample_counts")
+ROW_FIELDS = ("gold_ids", "token_ids", "logprobs", "kept", "tail_mass", "sample_ids", "sample_counts")
 GROUP_FIELDS = ("first", "stop", "log_scale", "chunk_logprob", "weight", "logprobs", "bands", "student_ids")
 
 

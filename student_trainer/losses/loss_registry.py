@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,8 +191,18 @@ class Objective:
             scaled = weights.kd * kd if targets.kd_scale is None else weights.kd * targets.kd_scale * kd
             return torch.cat([scaled, self.ce * ce]), kd, ce
         options = {name: getattr(self.settings, name) for name in loss.options}
-        kd = function(logits, targets, temperature=self.temperature, **options)
+        kd = _every_row(function, logits, targets, temperature=self.temperature, **options)
         total = weights.kd * kd
         if self.ce > 0.0:
             total = total + self.ce * ce
         return total, kd, ce
+
+
+def _every_row(function: LossFunction, logits: Tensor, targets: LossTargets, **options: Any) -> Tensor:
+    """A row loss `[N]`, also of rows that differ in length: those of one length at a time."""
+    if targets.kept is None or targets.token_ids is None:
+        return function(logits, targets, **options)
+    losses = logits.new_zeros(len(logits))
+    for rows, part in targets.by_length():
+        losses = losses.index_put((rows,), function(logits[rows], part, **options))
+    return losses

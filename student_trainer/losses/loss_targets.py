@@ -1,10 +1,12 @@
 """What a loss compares the student with: the teacher's side, by row or over groups of tokens.
 
-Shapes: N positions, K kept tokens, R draws; n student positions (rows of logits), G groups, B rank bands.
+Shapes: N positions, K kept tokens (E in all, where rows differ in length), R draws; n student positions (rows of logits), G
+groups, B rank bands.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TypeVar
@@ -14,6 +16,9 @@ import torch
 from torch import Tensor
 
 Field = TypeVar("Field")
+
+ENTRIES = ("token_ids", "logprobs")
+"""Fields of `LossTargets` that hold entries of one row after another, where rows differ in length."""
 
 TAIL_FLOOR = 1e-7
 """Probability given to a teacher's tail that rounding left with none (float32 sums to 1 no better than this)."""
@@ -79,9 +84,9 @@ class LossTargets:
     gold_ids: Tensor
     """[N] int64"""
     token_ids: Tensor | None = None
-    """[N, K] int64, unique within a row"""
+    """[N, K] int64, unique within a row; or [E], one row after another"""
     logprobs: Tensor | None = None
-    """[N, K] teacher log-probabilities at the loss's temperature, nats"""
+    """[N, K] or [E] teacher log-probabilities at the loss's temperature, nats"""
     tail_mass: Tensor | None = None
     """[N] teacher probability outside the kept ids, at the loss's temperature"""
     sample_ids: Tensor | None = None
@@ -92,17 +97,40 @@ class LossTargets:
     """Groups of aligned text, for losses over text; their rows count from 0 here"""
     kd_scale: Tensor | None = None
     """[] rows of the step / examples of the step: group losses are means over examples, and the sum is divided by rows"""
+    kept: Tensor | None = None
+    """[N] int64: tokens that each row keeps; None where all rows keep K"""
 
     def __getitem__(self, rows: slice) -> LossTargets:
         """A range of rows of every field; only groups that lie in it as a whole stay (see `pieces`)."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("groups", "kd_scale")}
-        cut = {name: v[rows] for name, v in values.items() if v is not None}
+        rows = slice(*rows.indices(len(self.gold_ids))[:2])
+        entries = rows if self.kept is None else slice(self.offsets[rows.start], self.offsets[rows.stop])
+        cut = {name: v[entries if name in ENTRIES else rows] for name, v in values.items() if v is not None}
         if self.groups is not None:
-            rows = slice(rows.start or 0, len(self.gold_ids) if rows.stop is None else rows.stop)
             first, stop = self.groups.bounds
             chosen, last = int(first.searchsorted(rows.start)), int(stop.searchsorted(rows.stop, side="right"))
             cut["groups"] = self.groups.within(rows, slice(chosen, max(last, chosen)))
-        return replace(self, **cut)
+        part = replace(self, **cut)
+        if self.kept is not None:
+            vars(part)["offsets"] = self.offsets[rows.start : rows.stop + 1] - self.offsets[rows.start]
+        return part
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """`[N + 1]` where each row's entries begin, on the host: one wait for a GPU, then none for all ranges of rows."""
+        return np.pad(need(self.kept).cpu().numpy().cumsum(), (1, 0))
+
+    def by_length(self) -> Iterator[tuple[Tensor, LossTargets]]:
+        """Rows of one length after another, where they differ: their numbers `[n]`, and their targets `[n, K]`."""
+        kept, starts = need(self.kept), torch.from_numpy(self.offsets[:-1]).to(self.gold_ids.device)
+        for length in np.unique(np.diff(self.offsets)).tolist():
+            rows = (kept == length).nonzero().squeeze(1)
+            places = starts[rows].unsqueeze(1) + torch.arange(length, device=rows.device)
+            values = {
+                f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("groups", "kd_scale", "kept")
+            }
+            taken = {name: v[places if name in ENTRIES else rows] for name, v in values.items() if v is not None}
+            yield rows, replace(self, kept=None, **taken)
 
     def pieces(self, size: int) -> list[slice]:
         """Row ranges of about `size` rows that cut no group in two; a longer group stays whole."""

@@ -13,7 +13,8 @@ softmax's chain rule gives, for the student's tempered logits u,
     kept id k          dD / du_k = g_k - q_k G
     any other id v     dD / du_v = (q_v / q_rest) (g_rest - q_rest G)
 
-so each divergence only has to give its value and its g over K + 1 outcomes.
+so each divergence only has to give its value and its g over K + 1 outcomes. Where rows differ in length, `ragged_kernel`
+does the same over the entries of each row.
 
 Add one: a `DivergenceKernel` of a function like `kl_outcomes`, or a kernel of its own, in
 `kd.student_trainer.losses.loss_registry.LOSSES`.
@@ -30,13 +31,14 @@ from torch import Tensor
 
 from kd.student_trainer.losses.loss_settings import LossWeights
 from kd.student_trainer.losses.loss_targets import TAIL_FLOOR, LossTargets, need
+from kd.student_trainer.losses.ragged_kernel import entries_of, ragged_outcomes_
 
 Kernel = Callable[[Tensor, LossTargets, LossWeights], Tensor]
 """Logits [n, V], targets, weights -> sums [3] of (total, kd, ce)."""
 Divergence = Callable[[Tensor, Tensor, LossWeights], tuple[Tensor, Tensor]]
-"""p [n, C], log q [n, C], weights -> value [n], g [n, C]."""
-TeacherOutcomes = Callable[[LossTargets], Tensor]
-"""Targets -> the teacher's probabilities [n, K + 1]: kept ids, then everything else."""
+"""p and log q of the same outcomes, weights -> each outcome's part of the value, and its g."""
+TeacherOutcomes = Callable[[LossTargets], tuple[Tensor, Tensor]]
+"""Targets -> the teacher's probabilities of the kept ids, [n, K] or [E], and of everything else, [n]."""
 
 TILE_BYTES = 4 << 20
 """Bytes of logits that a CPU processes at once: with scratch of the same size they stay in a shared cache."""
@@ -77,18 +79,18 @@ def cross_entropy_(logits: Tensor, gold_ids: Tensor, weight: float) -> Tensor:
     return log_z - chosen
 
 
-# divergences over outcomes: value [n] and g [n, C] = d value / d log q, of p [n, C] and log q [n, C]
+# divergences over outcomes: each outcome's part of the value, and g = d value / d log q
 
 
 def kl_outcomes(p: Tensor, log_q: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
     """KL(p || q)."""
-    return (torch.xlogy(p, p) - p * log_q).sum(dim=1), -p
+    return torch.xlogy(p, p) - p * log_q, -p
 
 
 def reverse_kl_outcomes(p: Tensor, log_q: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
     """KL(q || p)."""
     q, ratio = log_q.exp(), log_q - p.log()
-    return (q * ratio).sum(dim=1), q * (ratio + 1)
+    return q * ratio, q * (ratio + 1)
 
 
 def jsd_outcomes(p: Tensor, log_q: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
@@ -97,7 +99,7 @@ def jsd_outcomes(p: Tensor, log_q: Tensor, weights: LossWeights) -> tuple[Tensor
     log_m = (beta * p + (1 - beta) * q).clamp(min=1e-30).log()
     against = log_q.clamp(min=math.log(torch.finfo(q.dtype).tiny)) - log_m
     value = beta * (torch.xlogy(p, p) - p * log_m) + (1 - beta) * q * against
-    return value.sum(dim=1), (1 - beta) * q * against
+    return value, (1 - beta) * q * against
 
 
 def outcomes_(
@@ -136,20 +138,24 @@ def outcomes_(
     return value, log_z - chosen
 
 
-def outcomes_with_tail(targets: LossTargets) -> Tensor:
+def outcomes_with_tail(targets: LossTargets) -> tuple[Tensor, Tensor]:
     """The teacher's kept probabilities and the mass of its tail, as stored."""
-    return torch.cat([need(targets.logprobs).exp(), need(targets.tail_mass).unsqueeze(1)], dim=1)
+    return need(targets.logprobs).exp(), need(targets.tail_mass)
 
 
-def outcomes_with_floored_tail(targets: LossTargets) -> Tensor:
+def outcomes_with_floored_tail(targets: LossTargets) -> tuple[Tensor, Tensor]:
     """The teacher's kept probabilities and at least TAIL_FLOOR in the tail, for divergences that take its logarithm."""
-    mass = need(targets.tail_mass).unsqueeze(1).clamp(min=TAIL_FLOOR)
-    return torch.cat([need(targets.logprobs).exp(), mass], dim=1)
+    return need(targets.logprobs).exp(), need(targets.tail_mass).clamp(min=TAIL_FLOOR)
 
 
-def renormalised_outcomes(targets: LossTargets) -> Tensor:
+def renormalised_outcomes(targets: LossTargets) -> tuple[Tensor, Tensor]:
     """The teacher's kept probabilities divided by their sum, and a tail of zero."""
-    return torch.nn.functional.pad(need(targets.logprobs).softmax(dim=1), (0, 1))
+    logprobs = need(targets.logprobs)
+    rest = logprobs.new_zeros(len(targets.gold_ids))
+    if targets.kept is None:
+        return logprobs.softmax(dim=1), rest
+    entries = entries_of(need(targets.token_ids), targets.kept)
+    return (logprobs - entries.logsumexp(logprobs)[entries.rows]).exp(), rest
 
 
 @dataclass(frozen=True)
@@ -165,28 +171,41 @@ class DivergenceKernel:
         """A `Kernel`."""
         sums = logits.new_zeros(3)
         for rows in tiles(logits):
-            z, part = logits[rows], targets[rows]
-            p = self.teacher(part)
-            kd, ce = self._tile_(z, p, need(part.token_ids), part.gold_ids, weights)
+            kd, ce = self._tile_(logits[rows], targets[rows], weights)
             sums += sums_of(weights.kd * kd.sum(), weights.ce, kd.sum(), ce.sum())
         return sums
 
-    def _tile_(
-        self, logits: Tensor, p: Tensor, ids: Tensor, gold_ids: Tensor, weights: LossWeights
-    ) -> tuple[Tensor, Tensor]:
+    def _tile_(self, logits: Tensor, targets: LossTargets, weights: LossWeights) -> tuple[Tensor, Tensor]:
         """Value of the divergence and cross-entropy `[n]`; `logits [n, V]` become the gradient of the total."""
-
-        def compare(log_q: Tensor) -> tuple[Tensor, Tensor]:
-            return self.divergence(p[:, : log_q.shape[1]], log_q, weights)
-
         if weights.temperature == 1.0:
-            return outcomes_(logits, ids, gold_ids, compare, weights.kd, weights.ce)
-        ce, plain = cross_entropy_apart(logits, gold_ids, weights.ce)
+            return self._outcomes_(logits, targets, weights, weights.kd, weights.ce)
+        ce, plain = cross_entropy_apart(logits, targets.gold_ids, weights.ce)
         logits.div_(weights.temperature)
-        kd, _ = outcomes_(logits, ids, gold_ids, compare, weights.kd / weights.temperature, 0.0)
+        kd, _ = self._outcomes_(logits, targets, weights, weights.kd / weights.temperature, 0.0)
         if plain is not None:
             logits.add_(plain)
         return kd, ce
+
+    def _outcomes_(
+        self, logits: Tensor, targets: LossTargets, weights: LossWeights, weight: float, ce_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `outcomes_`, for rows of one length or of many."""
+        p, rest = self.teacher(targets)
+        ids, gold_ids = need(targets.token_ids), targets.gold_ids
+        if targets.kept is not None:
+            entries = entries_of(ids, targets.kept)
+
+            def pairwise(p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+                return self.divergence(p, log_q, weights)
+
+            return ragged_outcomes_(logits, entries, gold_ids, p, rest, pairwise, weight, ce_weight)
+        outcomes = torch.cat([p, rest.unsqueeze(1)], dim=1)
+
+        def compare(log_q: Tensor) -> tuple[Tensor, Tensor]:
+            value, g = self.divergence(outcomes[:, : log_q.shape[1]], log_q, weights)
+            return value.sum(dim=1), g
+
+        return outcomes_(logits, ids, gold_ids, compare, weight, ce_weight)
 
 
 def cross_entropy_apart(logits: Tensor, gold_ids: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:

@@ -411,7 +411,7 @@ def fuzzed(copy: Path, examples: int) -> None:
     files = [GOLD, "targets.zarr/logprobs/c/0/0", EXAMPLES, "targets.zarr/zarr.json", "targets.zarr/log_z/zarr.json"]
     whole = {name: (copy / name).read_bytes() for name in [*files, "vocabulary.parquet"] if (copy / name).exists()}
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.data())
     def attempt(data: st.DataObject) -> None:
         what = data.draw(st.sampled_from(["manifest", "commit", *whole]))

@@ -40,7 +40,7 @@ def spelled(pieces: list[bytes], ids) -> bytes:
     return b"".join(pieces[i] for i in ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=60))
 def test_the_pieces_of_a_byte_level_tokenizer_spell_any_text(tokenizer, text: str):
     pieces = token_bytes(tokenizer)

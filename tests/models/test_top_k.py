@@ -29,7 +29,7 @@ def rows_and_k(draw_from) -> tuple[np.ndarray, int]:
 
 
 @pytest.mark.parametrize("top_k", [top_k_by_threshold, top_k_by_topk])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=rows_and_k())
 def test_the_top_k_are_those_of_a_full_sort_and_ties_go_to_the_lowest_id(top_k, case):
     logits, k = case
@@ -40,7 +40,7 @@ def test_the_top_k_are_those_of_a_full_sort_and_ties_go_to_the_lowest_id(top_k, 
     np.testing.assert_array_equal(values.numpy(), torch.from_numpy(logits).topk(k, dim=1).values.numpy())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=rows_and_k())
 def test_without_a_wait_the_top_k_are_the_same_but_where_many_equal_the_k_th(case):
     logits, k = case

@@ -112,7 +112,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], list[Any]]] = {
 def strange(kind: str, examples: int, folder: Path) -> None:
     read, documents = KINDS[kind]
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.data())
     def attempt(data: st.DataObject) -> None:
         document = changed(data.draw, data.draw(st.sampled_from(documents)))

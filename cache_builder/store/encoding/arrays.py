@@ -29,10 +29,19 @@ class ArraySpec:
     """True if a chunk holds one column after another (the `transpose` codec), because values of equal rank are similar."""
     shuffle: Literal["shuffle", "bitshuffle"] = "bitshuffle"
     """What blosc reorders before zstd: single bits (`bitshuffle`) or whole bytes (`shuffle`)."""
+    ragged: bool = False
+    """True if rows differ in length: `columns` is then the most entries of a row. In the file, the array has one dimension, and
+    each chunk of rows holds their entries one after another, with zeros behind. See `ragged`."""
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """How the manifest lists the array."""
+        listed = {"name": self.name, "dtype": self.dtype, "columns": self.columns}
+        return listed | {"ragged": True} if self.ragged else listed
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row before compression."""
+        """Bytes of one row before compression; the most there may be, where rows differ."""
         return int(np.dtype(self.dtype).itemsize) * (1 if self.columns is None else self.columns)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
 from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.ragged import ENTRY_ARRAYS, KEPT, columns_of_entries
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import RawTargets, TargetConfig, band_edges
 
@@ -72,6 +73,9 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) ->
         if kept.ids:
             specs.append(of_ids("token_ids", config.top_k, "ids, most probable first"))
         specs += CODECS[config.logprob_codec].arrays(config.top_k)
+    if config.ragged:
+        count = "uint8" if config.top_k < 256 else "uint16"
+        specs.append(ArraySpec(KEPT, count, None, {"quantity": "number of tokens that the row keeps"}))
     if config.tail_bands:
         specs.append(
             ArraySpec(
@@ -102,7 +106,15 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) ->
         return specs
     # Measured (docs/log.md): small numbers want their bits by column; in rows of ids zstd finds what occurred before
     by_column = ("logprobs", "tail_odds", "sample_counts")
-    return [replace(s, by_column=True) if s.name in by_column else replace(s, shuffle="shuffle") for s in specs]
+    specs = [replace(s, by_column=True) if s.name in by_column else replace(s, shuffle="shuffle") for s in specs]
+    return [_of_entries(s) if config.ragged and s.name in ENTRY_ARRAYS else s for s in specs]
+
+
+def _of_entries(spec: ArraySpec) -> ArraySpec:
+    """The same array with rows that differ in length."""
+    rule = "chunk c holds the tokens of its rows, row after row, `kept` of each, and then zeros; where `decode` speaks of a row, "
+    rule += "its tokens alone are meant"
+    return replace(spec, ragged=True, by_column=False, attributes={**spec.attributes, "rows": rule})
 
 
 def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
@@ -111,7 +123,8 @@ def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, flo
     Few rows are encoded at a time: in float64, the head of a shard would be larger than everything else a build holds.
 
     Quality: `mass_kept` = Σ p over the kept tokens at T=1; `head_kl` = KL(teacher || decoded) in nats over the
-    kept tokens and the rest as one outcome; `gold_nll` in nats; `top1` = how often the gold token ranks first.
+    kept tokens and the rest as one outcome; `gold_nll` in nats; `top1` = how often the gold token ranks first;
+    `tokens_kept` = how many each row keeps, where rows differ in length.
     """
     parts = [
         _encode(_rows(raw, slice(first, first + ENCODED_ROWS)), config)
@@ -148,6 +161,10 @@ def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, fl
         codec = CODECS[config.logprob_codec]
         exact, head = raw.relative.astype(np.float64), codec.encode(raw.relative)
         decoded = codec.decode(head).astype(np.float64)
+        if config.ragged:
+            lengths = config.lengths(np.exp(exact - log_z[:, [one]]))
+            beyond = np.arange(exact.shape[1]) >= lengths[:, None]
+            exact[beyond] = decoded[beyond] = -np.inf  # of no mass: what is cut belongs to the tail
         odds, adjusted = np.empty_like(log_z), np.empty_like(log_z)
         for t, temperature in enumerate(config.temperatures):
             tail = np.maximum(np.exp(log_z[:, t]) - np.exp(exact / temperature).sum(1), 0.0)
@@ -158,11 +175,15 @@ def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, fl
         p, log_p, log_q = np.exp(exact - log_z[:, [one]]), exact - log_z[:, [one]], decoded - adjusted[:, [one]]
         tail = np.maximum(1 - p.sum(1), 1e-12)
         tail_decoded = np.maximum(1 - np.exp(log_q).sum(1), 1e-12)
-        kl = (p * (log_p - log_q)).sum(1) + tail * np.log(tail / tail_decoded)
+        with np.errstate(invalid="ignore"):  # -inf - -inf
+            kl = np.where(p > 0, p * (log_p - log_q), 0.0).sum(1) + tail * np.log(tail / tail_decoded)
         quality |= {"mass_kept": float(p.sum()), "head_kl": float(np.maximum(kl, 0.0).sum())}
         stored |= head | {"tail_odds": odds}
         if PROFILES[config.profile].ids and raw.token_ids is not None:
             stored["token_ids"] = raw.token_ids
+        if config.ragged:
+            stored |= {name: stored[name][~beyond] for name in ENTRY_ARRAYS} | {KEPT: lengths}
+            quality["tokens_kept"] = float(lengths.sum())
     else:
         stored["log_z"] = log_z
     for name in ("tail_bands", "sample_ids", "sample_counts", "boundary_logprob"):
@@ -174,6 +195,7 @@ def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, fl
 
 def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | None = None) -> SoftTargets:
     """Stored arrays of N rows -> `SoftTargets`; with `top_k`, fewer tokens than stored, and the tail that follows from them.
+    Where rows differ in length, those are cut that are longer.
 
     Arrays that were not read are None. Without those of the head, there is no normaliser at any temperature.
     """
@@ -181,10 +203,13 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
     temperatures = config.temperatures
     if config.top_k and "logprobs" in stored:
         k = config.top_k if top_k is None else top_k
-        log_z, optional["logprobs"], mass = _decode_head(stored, config, k)
+        decode_rows = _decode_entries if config.ragged else _decode_head
+        log_z, optional["logprobs"], mass = decode_rows(stored, config, k)
         if k == config.top_k:
             optional["tail_mass"] = mass
-        if "token_ids" in stored:
+        if config.ragged:
+            optional |= _first_entries(stored, k)
+        elif "token_ids" in stored:
             optional["token_ids"] = stored["token_ids"][:, :k].astype(np.int32, order="C", copy=False)
     elif "log_z" in stored:
         log_z = stored["log_z"]
@@ -238,3 +263,30 @@ def _decode_head(
                 np.divide(odds, whole, out=mass[rows])
         np.subtract(relative[:, :k], log_z[rows, one : one + 1], out=logprobs[rows])
     return log_z, logprobs, mass
+
+
+def _decode_entries(
+    stored: Mapping[str, np.ndarray], config: TargetConfig, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_decode_head`, of rows that differ in length: the log-probabilities are `[E]`."""
+    codec, one = CODECS[config.logprob_codec], config.temperatures.index(1.0)
+    kept = stored[KEPT]
+    relative = codec.decode(stored)
+    sums = power_sums(codec, stored, relative, config.temperatures, kept)
+    odds = np.exp(stored["tail_odds"].astype(np.float32))
+    whole = 1 + odds
+    log_z = np.log(sums * whole)
+    with np.errstate(invalid="ignore"):  # odds of infinity, which the normaliser then shows
+        mass = odds / whole
+    logprobs = relative - np.repeat(log_z[:, one], kept)
+    return log_z, logprobs if k >= config.top_k else logprobs[columns_of_entries(kept) < k], mass
+
+
+def _first_entries(stored: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
+    """Lengths of rows, and the ids where they are stored, of the first `k` tokens of each row."""
+    kept = stored[KEPT].astype(np.int64)
+    taken = {"kept": np.minimum(kept, k)}
+    if "token_ids" in stored:
+        ids = stored["token_ids"].astype(np.int32, copy=False)
+        taken["token_ids"] = ids if (kept <= k).all() else ids[columns_of_entries(kept) < k]
+    return taken

@@ -59,7 +59,7 @@ class Decoder:
         """The rows of the examples, one after another. Raises CacheDamageError."""
         spans = [(s, slice(s.examples["row_start"][i], s.examples["row_end"][i])) for s, i in located]
         stored = {
-            name: np.concatenate([s.arrays[name][rows] for s, rows in spans], dtype=DTYPES.get(name))
+            name: np.concatenate([s.part(name, rows) for s, rows in spans], dtype=DTYPES.get(name))
             for name in located[0][0].arrays
         }
         decoded = codecs.decode(stored, self.manifest.targets, self.top_k)

@@ -17,7 +17,8 @@ def facts(manifest: CacheManifest, size: int, top_k: int | None = None) -> Facts
     `top_k` is what a reader hands out per row, where that is fewer than the stored tokens.
     """
     targets, provenance = manifest.targets, manifest.provenance
-    kept = f", top-k {top_k or targets.top_k}" if targets.top_k else ""
+    at_most = " at most" if targets.ragged else ""
+    kept = f", top-k{at_most} {top_k or targets.top_k}" if targets.top_k else ""
     of = f" of {targets.top_k}" if top_k is not None and top_k < targets.top_k else ""
     return {
         "teacher": str(provenance.get("teacher")),

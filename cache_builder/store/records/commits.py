@@ -40,7 +40,7 @@ def commit_path(root: Path, index: int) -> Path:
 
 def shard_files(arrays: Sequence[ArraySpec], index: int) -> dict[str, str]:
     """Array name (or `examples`) -> path in the cache of shard `index`'s file."""
-    files = {a.name: f"{TARGETS}/{a.name}/c/{index}" + ("" if a.columns is None else "/0") for a in arrays}
+    files = {a.name: f"{TARGETS}/{a.name}/c/{index}" + ("" if a.columns is None or a.ragged else "/0") for a in arrays}
     return files | {"examples": f"examples/{index:05d}.parquet"}
 
 

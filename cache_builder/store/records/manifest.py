@@ -36,11 +36,12 @@ from kd.data.tokenizing.text_tokens import CONTROL_TOKENS
 
 FORMAT = "kd-cache"
 FORMAT_VERSION = 2
-CONVERSATION_VERSION = 3
-"""Format version of caches of conversations, which have several runs of scored tokens per example."""
+NEXT_VERSION = 3
+"""Format version, a draft, of caches that version 2 cannot hold: conversations, with several runs of scored tokens per example,
+and rows that differ in length."""
 RELEASED_VERSIONS = (1, 2)
 """Versions whose caches every later release reads; tests/golden has a store of each."""
-READABLE_VERSIONS = (*RELEASED_VERSIONS, CONVERSATION_VERSION)
+READABLE_VERSIONS = (*RELEASED_VERSIONS, NEXT_VERSION)
 """Version 1 stored raw ids, normalisers and byte ends row by row; see docs/cache-format.md."""
 MANIFEST, BUILDING = "manifest.json", "building.json"
 TARGETS, VOCABULARY = "targets.zarr", "vocabulary.parquet"
@@ -114,6 +115,11 @@ class CacheManifest:
         return BlockConfig.from_identity({**self.identity["blocks"], "control_tokens": control})
 
     @property
+    def kind(self) -> str:
+        """Kind of the corpus: documents, pairs, conversations or classes."""
+        return str(self.identity["corpus"]["kind"])
+
+    @property
     def vocabulary_size(self) -> int:
         """Number of ids in the teacher's distribution."""
         return int(self.identity["teacher"]["vocabulary_size"])
@@ -140,14 +146,13 @@ class CacheManifest:
 
     def to_json(self) -> str:
         """Canonical JSON text."""
-        arrays = [{"name": a.name, "dtype": a.dtype, "columns": a.columns} for a in self.arrays]
         document = {
             "format": FORMAT,
             "format_version": self.format_version,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
             "layout": asdict(self.layout),
-            "arrays": arrays,
+            "arrays": [a.document for a in self.arrays],
             "examples": self.examples,
             "rows": self.rows,
             "shards": [list(s) for s in self.shards],
@@ -163,9 +168,10 @@ class CacheManifest:
         write_atomic(root / name, self.to_json())
 
 
-def version_for(kind: str) -> int:
-    """The format version in which a new cache of this kind of corpus is written."""
-    return CONVERSATION_VERSION if kind == CONVERSATIONS else FORMAT_VERSION
+def version_for(identity: dict[str, Any]) -> int:
+    """The format version in which a new cache of this identity is written."""
+    needed = identity["corpus"]["kind"] == CONVERSATIONS or "min_probability" in identity["targets"]
+    return NEXT_VERSION if needed else FORMAT_VERSION
 
 
 def fingerprint_of(identity: dict[str, Any], version: int = FORMAT_VERSION) -> str:
@@ -267,8 +273,8 @@ def _check(manifest: CacheManifest, document: dict[str, Any], checksum: str | No
         raise CacheError(
             "fingerprint does not match the identity", found=document["fingerprint"], expected=manifest.fingerprint
         )
-    if (manifest.format_version == CONVERSATION_VERSION) != (manifest.identity["corpus"]["kind"] == CONVERSATIONS):
-        raise CacheError("format version 3 is that of conversations", found=manifest.identity["corpus"]["kind"])
+    if (manifest.format_version == NEXT_VERSION) != (version_for(manifest.identity) == NEXT_VERSION):
+        raise CacheError("format version 3 is that of conversations and of rows that differ in length")
     if not 1 <= manifest.vocabulary_size <= 2**31:
         raise CacheError("vocabulary size out of bounds", found=manifest.vocabulary_size)
     if manifest.targets.logprob_codec not in CODECS:
@@ -277,8 +283,7 @@ def _check(manifest: CacheManifest, document: dict[str, Any], checksum: str | No
     if manifest.logprobs_only:
         refuse_beyond_logprobs(manifest.targets, None)
     check_bounds(manifest.arrays, manifest.layout.shard_rows)
-    expected = [{"name": a.name, "dtype": a.dtype, "columns": a.columns} for a in manifest.arrays]
-    if document["arrays"] != expected:
+    if document["arrays"] != [a.document for a in manifest.arrays]:
         raise CacheError("array table does not match the target settings")
     check_shard_table(manifest.shards, manifest.layout.shard_rows, manifest.examples, manifest.rows)
     if manifest.commits and not manifest.complete:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
+from kd.cache_builder.store.ragged import KEPT
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.common.errors import CacheDamageError, CacheError, unknown_name
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 
 PARTIAL = "partial.json"
 FORMAT = "kd-cache-part"
-ALWAYS = {"gold_ids", "log_z", "gold_logprob", "gold_rank", "byte_end", "byte_length"}
+ALWAYS = {"gold_ids", "log_z", "gold_logprob", "gold_rank", "byte_end", "byte_length", KEPT}
 """Arrays that every part holds, if the cache has them: a few bytes per row."""
 
 

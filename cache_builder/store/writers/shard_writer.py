@@ -29,6 +29,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec
 from kd.cache_builder.store.example_table import example_schema
+from kd.cache_builder.store.ragged import KEPT, spread
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
 from kd.cache_builder.store.records.commits import commit_path, file_entry, read_commit, shard_files
 from kd.cache_builder.store.records.manifest import (
@@ -196,12 +197,17 @@ class ShardWriter:
         stored = pack_rows(stored, self.arrays, starts, code_table(LocalFiles(self.root), self.manifest)[0])
         for spec in self.arrays:
             values = stored[spec.name]
-            if values.shape != ((rows,) if spec.columns is None else (rows, spec.columns)):
+            first = start
+            shape: tuple[int, ...] = (rows,) if spec.columns is None else (rows, spec.columns)
+            if spec.ragged and spec.columns:
+                kept, first = stored[KEPT], start * spec.columns
+                values, shape = spread(values, kept, self.manifest.layout.chunk_rows, spec.columns), (-1,)
+            if shape not in ((-1,), values.shape):
                 raise AssertionError(f"{spec.name}: {values.shape} for {rows} rows")
-            arrays[spec.name][start : start + rows] = values.astype(spec.dtype)
+            arrays[spec.name][first : first + len(values)] = values.astype(spec.dtype)
         parquet = self.staging / shard_files(self.arrays, index)["examples"]
         parquet.parent.mkdir(exist_ok=True)
-        schema = example_schema(self.manifest.format_version)
+        schema = example_schema(self.manifest.kind)
         columns = {name: [e[name] for e in examples] for name in schema.names}
         pq.write_table(
             pa.table(columns, schema),
@@ -252,21 +258,28 @@ def create_group(
     with zarr.config.set({"json_indent": None}):
         group = zarr.create_group(path, zarr_format=3, attributes=dict(attributes), overwrite=True)
         for spec in arrays:
-            columns = () if spec.columns is None else (spec.columns,)
+            wide = spec.columns if spec.ragged and spec.columns else 1
+            columns = () if spec.columns is None or spec.ragged else (spec.columns,)
             order = [TransposeCodec(order=(1, 0))] if spec.by_column else []
             level = (
                 5 if spec.ids else 8
             )  # 8 takes 1 % off ids for four times the time, 4 % off rank bands for 3 us a row
             group.create_array(
                 spec.name,
-                shape=(shards * layout.shard_rows, *columns),
+                shape=(shards * layout.shard_rows * wide, *columns),
                 dtype=spec.dtype,
-                chunks=(layout.chunk_rows, *columns),
-                shards=(layout.shard_rows, *columns),
+                chunks=(layout.chunk_rows * wide, *columns),
+                shards=(layout.shard_rows * wide, *columns),
                 filters=order,
                 serializer=BytesCodec(),
                 compressors=[BloscCodec(cname="zstd", clevel=level, shuffle=spec.shuffle), Crc32cCodec()],
                 fill_value=0,
                 attributes=dict(spec.attributes),
-                dimension_names=("row",) if spec.columns is None else ("row", "column"),
+                dimension_names=_dimensions(spec),
             )
+
+
+def _dimensions(spec: ArraySpec) -> tuple[str, ...]:
+    if spec.ragged:
+        return ("entry",)
+    return ("row",) if spec.columns is None else ("row", "column")

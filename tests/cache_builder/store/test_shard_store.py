@@ -143,7 +143,7 @@ def test_a_chunk_that_was_never_written_is_zeros_and_one_of_another_size_an_erro
 
 
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 300), examples=st.integers(1, 9))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_packing_loses_nothing_for_any_permutation_and_any_examples(seed: int, size: int, examples: int):
     rng = np.random.default_rng(seed)
     specs = array_specs(TargetConfig.of_profile("full", samples=2), size)

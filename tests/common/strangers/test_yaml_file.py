@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hostile import NOT_PLAIN
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.common.errors import DataError
@@ -37,7 +37,6 @@ def refused(text: str) -> str:
     return str(caught.value.details["found"])
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text("xyz", min_size=1), TREES))
 def test_what_was_written_is_read(document: dict[str, object]) -> None:
     assert parse_mapping(yaml.safe_dump(document), "recipe", "r.yaml") == document

@@ -19,7 +19,7 @@ from kd.models.tokenizer import encode_with_ends, token_bytes
 texts = st.text(alphabet=st.sampled_from("ab the.\n é€😀日\u200d"), min_size=2, max_size=80).filter(lambda t: t.strip())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=texts, seq_len=st.integers(9, 24), stride=st.integers(1, 23), bos=st.booleans(), eos=st.booleans())
 def test_every_token_but_the_first_is_scored_exactly_once(tokenizer, text, seq_len, stride, bos, eos):
     stride = min(stride, seq_len - 1)
@@ -59,7 +59,7 @@ def _is_text(pieces: list[bytes], ids) -> bool:
         return False
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=texts, seq_len=st.integers(9, 20), stride=st.integers(1, 19))
 def test_targets_one_after_another_are_the_document(tokenizer, text, seq_len, stride):
     config = BlockConfig(seq_len=seq_len, stride=min(stride, seq_len - 1))

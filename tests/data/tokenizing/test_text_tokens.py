@@ -120,7 +120,7 @@ def test_byte_ends_cover_the_target(words, name: str, separator: str):
             assert pieces[0].endswith(spelled[0])  # it may begin with white space of the prompt
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     prompt=st.text(min_size=1, max_size=20),
     target=st.text(min_size=1, max_size=20),

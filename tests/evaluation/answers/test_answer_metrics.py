@@ -122,7 +122,7 @@ WORDS = st.lists(
 
 
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_squad_scores_equal_the_official_scripts(got, golds):
     answer, accepted = " ".join(got), [" ".join(gold) for gold in golds]
     expected_em = max(float(official_normalise(answer) == official_normalise(gold)) for gold in accepted)

@@ -139,6 +139,7 @@ def test_plain_fine_tuning_runs_on_any_cache(profile: str) -> None:
 SERVED = {
     "kl": {"ghost", "renorm"},
     "compact": {"ghost", "renorm"},
+    "adaptive": {"ghost", "renorm"},
     "full": {"ghost", "renorm", "sampled"},
     "sampled": {"sampled"},
     "uld": set(),

@@ -44,7 +44,7 @@ def everything(count: int) -> torch.Tensor:
 
 
 @given(st.integers(1, 9), st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equal_models_average_to_themselves_exactly(count: int, seed: int) -> None:
     one = float32_values(seed, 7)
     assert torch.equal(average(one.expand(count, 7)), one)
@@ -182,7 +182,7 @@ def test_dare_draws_by_seed_and_leaves_the_global_state_alone(values: torch.Tens
 
 
 @given(st.permutations(range(5)), st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_order_of_models_does_not_matter(order: list[int], seed: int) -> None:
     values, base, information = (
         float32_values(seed, 5, 4, 3),

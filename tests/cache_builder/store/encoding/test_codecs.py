@@ -78,7 +78,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(case=cases())
 def test_kept_plus_tail_is_one_at_every_temperature(codec: str, case):
     logits, k = case
@@ -112,7 +112,7 @@ def store_head(raw: RawTargets, codec: str) -> dict:
 
 @pytest.mark.parametrize("temperatures", [(1.0, 2.0, 4.0), (0.5, 1.0, 3.0)])
 @pytest.mark.parametrize("codec", CODECS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases())
 def test_sums_of_powers_are_those_of_the_decoded_values(codec: str, temperatures, case):
     logits, k = case
@@ -135,7 +135,7 @@ def test_the_tail_s_mass_is_the_stored_odds_and_keeps_its_digits_where_kept_mass
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(case=cases())
 def test_decoded_rows_are_sorted_from_zero_and_close(codec: str, case):
     logits, k = case

@@ -1,0 +1,161 @@
+"""What a row of adaptive length costs and is worth beside a fixed top-k: bytes per token, and the error of a student's gradient.
+
+    python benchmarks/train_teacher.py --tokenizer PATH/gpt2 --data wiki.train.tokens --steps 4110 --out teacher
+    python benchmarks/train_teacher.py --tokenizer PATH/gpt2 --data wiki.train.tokens --steps 866 --out student
+    python benchmarks/adaptive.py --teacher teacher --student student --data wiki.valid.tokens --limit 16
+
+Every cache is written from the same scored rows, as `sizes.py` does, with every file counted; what a cache has once is spread over
+a million rows. The error is the definition used everywhere here: for the first `--positions` rows, the gradient of the loss with
+respect to the student's logits from the *decoded* cache is compared with that of the dense KL, in float64, as
+RMS(difference) / RMS(dense), at temperatures 1 and 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sizes import kept_by, plan_of, plan_with, read_rate, score, write
+from torch import Tensor
+
+from kd.cache_builder.build.plan import BuildPlan
+from kd.cache_builder.store.readers.reader import CacheReader, quality_means
+from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.targets import RawTargets, TargetConfig
+from kd.models.loading import ModelRequest, load_model
+from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_targets import LossTargets
+
+WIDEST = 256
+"""Tokens per row that are scored, the most that an adaptive row may keep."""
+ROWS = 1_000_000
+"""Rows over which the files are spread that a cache has once."""
+FIXED = (8, 16, 32, 64, 128)
+LEAST = (0.01, 0.005, 0.003, 0.002, 0.0015, 0.001)
+
+
+def configs(codecs: tuple[str, ...]) -> Iterator[tuple[str, TargetConfig]]:
+    for k in FIXED:
+        yield f"k = {k}", TargetConfig(top_k=k)
+    for codec in codecs:
+        for least in LEAST:
+            config = TargetConfig.of_profile("adaptive", top_k=WIDEST, min_probability=least, logprob_codec=codec)
+            yield f"p >= {least:g}, {codec}", config
+
+
+def first_tokens(raw: RawTargets, k: int) -> RawTargets:
+    assert raw.token_ids is not None
+    assert raw.relative is not None
+    return replace(raw, token_ids=raw.token_ids[:, :k], relative=raw.relative[:, :k])
+
+
+@torch.no_grad()
+def dense_logits(name: str, plan: BuildPlan, positions: int) -> Tensor:
+    """`[positions, V]` float64 logits of the first rows of the plan."""
+    model, size = load_model(ModelRequest(name, device="cpu")), plan.manifest.vocabulary_size
+    parts, count = list[Tensor](), 0
+    for row in plan.rows:
+        if count >= positions:
+            break
+        ids = torch.from_numpy(np.concatenate([row.context_ids, row.target_ids])).long()
+        logits = model(ids[None]).logits[0, len(row.context_ids) - 1 : -1, :size]
+        parts.append(logits)
+        count += len(logits)
+    return torch.cat(parts)[:positions].double()
+
+
+def gradient(objective: Objective, student: Tensor, targets: LossTargets) -> Tensor:
+    logits = student.clone()
+    objective.gradient_(logits, targets)
+    return logits
+
+
+def error(reader: CacheReader, teacher: Tensor, student: Tensor, temperature: float) -> float:
+    """RMS of the gradient's difference over that of the dense gradient."""
+    positions, blocks = len(teacher), []
+    targets = reader.read_rows(range(min(len(reader), positions)))
+    for rows in (slice(start, min(start + 64, positions)) for start in range(0, positions, 64)):
+        part = take(targets_of(targets, temperature), rows)
+        found = gradient(Objective("kl", temperature=temperature), student[rows], part)
+        p, q = ((logits[rows] / temperature).softmax(1) for logits in (teacher, student))
+        dense = temperature * (q - p)
+        blocks.append((float((found - dense).square().sum()), float(dense.square().sum())))
+    wrong, whole = np.sum(blocks, axis=0)
+    return float(np.sqrt(wrong / whole))
+
+
+def targets_of(targets: object, temperature: float) -> LossTargets:
+    from kd.cache_builder.store.soft_targets import SoftTargets
+
+    assert isinstance(targets, SoftTargets)
+    assert targets.token_ids is not None
+    return LossTargets(
+        torch.from_numpy(targets.gold_ids),
+        torch.from_numpy(targets.token_ids.astype(np.int64)),
+        torch.from_numpy(targets.logprobs_at(temperature)),
+        torch.from_numpy(targets.tail_mass_at(temperature)),
+        kept=None if targets.kept is None else torch.from_numpy(targets.kept),
+    )
+
+
+def take(targets: LossTargets, rows: slice) -> LossTargets:
+    return targets[rows]
+
+
+def weights(root: Path) -> dict[str, float]:
+    """Bytes per token by part."""
+    rows = load_manifest(root).rows
+    parts = {"ids": 0.0, "values": 0.0, "rest": 0.0, "text": 0.0}
+    for path in (p for p in root.rglob("*") if p.is_file()):
+        name, size = path.relative_to(root).parts, path.stat().st_size
+        if name[0] == "targets.zarr" and path.name != "zarr.json":
+            kind = {"token_ids": "ids", "logprobs": "values"}.get(name[1], "rest")
+            parts[kind] += size / rows
+        elif name[0] in ("examples", "commits"):
+            parts["text" if name[0] == "examples" else "rest"] += size / rows
+        else:
+            parts["once"] = parts.get("once", 0.0) + size / ROWS
+    return parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--limit", type=int, help="documents; all by default")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--codecs", default="graded,graded-coarse", help="of the adaptive rows")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        args.work = folder
+        plan = plan_of(args, TargetConfig(top_k=WIDEST))
+        shards = score(plan)
+        teacher, student = (dense_logits(name, plan, args.positions) for name in (args.teacher, args.student))
+        print(f"{plan.manifest.rows:,} rows; errors over {len(teacher):,}\n")
+        print("| rule | tokens | ids | values | rest | text | all, B/token | error, T = 1 | T = 2 | read, k/s |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        for name, config in configs(tuple(args.codecs.split(","))):
+            root = Path(folder) / "cache"
+            write(plan_with(plan, config), [kept_by(first_tokens(raw, config.top_k), config) for raw in shards], root)
+            reader, sizes = CacheReader(root), weights(root)
+            tokens = quality_means(reader.manifest).get("tokens_kept", config.top_k)
+            errors = " | ".join(f"{error(reader, teacher, student, t):.4f}" for t in (1.0, 2.0))
+            columns = " | ".join(f"{sizes[part]:.1f}" for part in ("ids", "values", "rest", "text"))
+            rate = max(read_rate(root) for _ in range(2)) / 1000
+            print(
+                f"| {name} | {tokens:.1f} | {columns} | **{sum(sizes.values()):.1f}** | {errors} | {rate:,.0f} |",
+                flush=True,
+            )
+            shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Rows of different lengths: entries of one row after another in flat arrays, and how many each row has.
+
+In memory, the arrays named in `ENTRY_ARRAYS` hold the E entries of N rows, and `kept [N]` says how many belong to each row. In
+a file, an array has room for `columns` entries per row: a chunk of R rows is a chunk of R * columns entries, which holds the
+entries of its rows one after another and then zeros. So a reader finds a chunk without an index, and zeros weigh nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import numpy as np
+
+KEPT = "kept"
+"""Name of the array with the number of entries of each row."""
+ENTRY_ARRAYS = ("token_ids", "logprobs")
+"""Arrays of entries, where a cache has `kept`; all others have one value or one row of values for each row."""
+
+
+def offsets_of(kept: np.ndarray) -> np.ndarray:
+    """`[N + 1]` int64: where the entries of each row begin, and how many there are in all."""
+    offsets = np.zeros(len(kept) + 1, dtype=np.int64)
+    np.cumsum(kept, out=offsets[1:])
+    return offsets
+
+
+def entry_sums(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """`[E] -> [N]` sums of the entries of each row; every row has at least one entry."""
+    return np.add.reduceat(values, offsets_of(kept)[:-1]) if len(kept) else values[:0]
+
+
+def columns_of_entries(kept: np.ndarray) -> np.ndarray:
+    """`[E]` int64: the place of each entry in its row, from 0."""
+    offsets = offsets_of(kept)
+    return np.asarray(np.arange(offsets[-1]) - np.repeat(offsets[:-1], kept))
+
+
+def is_flat(arrays: Container[str], name: str) -> bool:
+    """Whether this one of some arrays holds entries one after another."""
+    return KEPT in arrays and name in ENTRY_ARRAYS
+
+
+def spread(values: np.ndarray, kept: np.ndarray, chunk_rows: int, columns: int) -> np.ndarray:
+    """Flat entries `[E]` as a file holds them: `[chunks * chunk_rows * columns]`, each chunk with zeros behind its entries."""
+    offsets = offsets_of(kept)
+    chunks = -(-len(kept) // chunk_rows)
+    filled = np.zeros((chunks, chunk_rows * columns), dtype=values.dtype)
+    for chunk, first in enumerate(range(0, len(kept), chunk_rows)):
+        entries = values[offsets[first] : offsets[min(first + chunk_rows, len(kept))]]
+        filled[chunk, : len(entries)] = entries
+    return filled.reshape(-1)
+
+
+def gathered(filled: np.ndarray, kept: np.ndarray, chunk_rows: int) -> np.ndarray:
+    """The inverse of `spread`, of `filled [chunks, chunk_rows * columns]`. Raises ValueError where a chunk has no such room."""
+    counts = np.add.reduceat(kept.astype(np.int64), np.arange(0, len(kept), chunk_rows)) if len(kept) else kept[:0]
+    if (counts > filled.shape[1]).any():
+        raise ValueError("rows are longer than their chunk")
+    return np.concatenate([chunk[:count] for chunk, count in zip(filled, counts, strict=True)])
+
+
+def row_totals(steps: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """`[E]` the sum of each entry and those before it in its row, in the dtype of `steps`, which wraps around."""
+    totals = np.cumsum(steps, dtype=steps.dtype)
+    starts = offsets_of(kept)[:-1]
+    before = totals[starts - 1]
+    before[starts == 0] = 0
+    return np.asarray(totals - np.repeat(before, kept))
+
+
+def row_steps(totals: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The inverse of `row_totals`."""
+    steps = totals.copy()
+    steps[1:] -= totals[:-1]
+    starts = offsets_of(kept)[:-1]
+    steps[starts] = totals[starts]
+    return steps
