@@ -182,7 +182,7 @@ def test_a_reader_without_our_code_agrees(adaptive: Path):
 
 def test_it_is_sound_and_its_damage_is_found(adaptive: Path, tmp_path: Path):
     *_, last = verify(adaptive)
-    assert last.findings == ()
+    assert last.result == ()
     copy = shutil.copytree(adaptive, tmp_path / "copy")
     for name in ("kept", "token_ids", "logprobs"):
         path = copy / "targets.zarr" / name / "c" / "0"
@@ -190,7 +190,7 @@ def test_it_is_sound_and_its_damage_is_found(adaptive: Path, tmp_path: Path):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     *_, last = verify(copy)
-    assert {finding.array for finding in last.findings} == {"kept", "token_ids", "logprobs"}
+    assert {finding.array for finding in last.result} == {"kept", "token_ids", "logprobs"}
 
 
 def test_slices_of_it_and_into_it(adaptive: Path, fixed: Path, tmp_path: Path):
@@ -211,7 +211,7 @@ def test_slices_of_it_and_into_it(adaptive: Path, fixed: Path, tmp_path: Path):
     np.testing.assert_allclose(kept + higher.tail_mass_at(1.0), 1.0, rtol=0, atol=1e-5)
     for folder in ("slice", "higher"):
         *_, last = verify(tmp_path / folder)
-        assert last.findings == ()
+        assert last.result == ()
     for options in ({"profile": "kl"}, {"min_probability": 0.001}):
         with pytest.raises(DataError):
             list(slice_cache(adaptive, tmp_path / "never", **options))

@@ -47,6 +47,6 @@ def refuse_beyond_logprobs(config: TargetConfig, where: object) -> None:
             "the teacher gives log-probabilities at temperature 1, and no logits",
             where=where,
             found=", ".join(option for option, beyond in found.items() if beyond),
-            expected="profile kl, compact, or uld with --tail-bands 0; temperature 1",
+            expected="profile kl, compact, adaptive, or uld with --tail-bands 0; temperature 1",
             try_="leave these options out; or a teacher that is loaded here, which gives its logits",
         )
