@@ -218,7 +218,7 @@ def test_a_loop_of_one_s_own_gives_the_model_and_gets_its_logits(name: str) -> N
     assert float(chunked.detach()) == pytest.approx(float(whole.detach()), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite"])
+@pytest.mark.parametrize("name", ["gemma2", "granite", "modernbert-decoder"])
 def test_scores_are_those_of_the_model_s_own_logits(name: str) -> None:
     model = ROWS[name].model().double()
     pairs = [(IDS[:4], IDS[4:]), (IDS[:4], IDS[5:7]), (IDS[:6], IDS[1:3])]
