@@ -61,7 +61,7 @@ def cache_push(path: Path, url: str, license: str | None, private: bool, workers
     "losses",
     multiple=True,
     metavar="LOSS",
-    help="Copy only the arrays that kd train --loss LOSS reads. Repeatable.",
+    help="Copy only the arrays that kd train --loss LOSS reads. Repeatable. Needs the extra train.",
 )
 @click.option(
     "--top-k",

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 HIDDEN = "***"
-"""Stands in the place of a secret."""
+"""What is printed in place of a secret."""
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 """Control characters but for line feed and tab, marks that turn the direction of text, and halves of characters."""
 _USER = re.compile(r"(?<=://)[^/\s?#'\"<>]*@")

@@ -24,9 +24,9 @@ class TokenRows:
     gaps: Gaps = NO_GAPS
     """Tokens between target tokens, which are read and not scored."""
     ended: tuple[bool, ...] = ()
-    """Of a conversation, for each turn: whether its last token is the control token that ends it."""
+    """Whether the last token of each turn of a conversation is the control token that ends it."""
     messages: tuple[int, ...] = ()
-    """Of a conversation, for each turn: the number of its message."""
+    """The number of the message that each turn of a conversation comes from."""
 
     @property
     def input_ids(self) -> np.ndarray:

@@ -62,9 +62,9 @@ class MergeResult:
     table: GlueTable | None
     """A row per scaling, on all dev rows as in the reference; None where nothing was scored."""
     even: GlueTable | None
-    """With dev-half: a row per scaling, on the rows that choose."""
+    """With --select-on dev-half, the table of the rows that choose: one row per scaling."""
     odd: GlueTable | None
-    """With dev-half: the chosen scaling, on the other rows."""
+    """With --select-on dev-half, the table of the other rows: the chosen scaling alone."""
     warning: str | None
 
     def to_dict(self) -> dict[str, Any]:

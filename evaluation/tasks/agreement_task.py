@@ -56,7 +56,7 @@ class LiveTeacher:
     """A teacher that is loaded beside the model."""
 
     request: ModelRequest
-    """Pinned to the revision that is loaded."""
+    """The teacher that is loaded, with its revision pinned."""
     corpus: Corpus
     """Text on which the two are compared."""
     model: Model | None = None

@@ -27,7 +27,7 @@ from kd.models.tokenizer import Tokenizer
 Messages = Sequence[Mapping[str, Any]]
 """Messages as templates read them: mappings with `role` and `content`."""
 NO_DATE = ""
-"""In place of transformers' function for the date of the day; a template that calls it fails."""
+"""It takes the place of transformers' function for the date of the day; a template that calls it fails."""
 MASK_START = 0xF0000
 """First character that stands for the beginning of a control token in a message (supplementary private use area A)."""
 

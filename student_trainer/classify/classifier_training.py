@@ -61,7 +61,7 @@ class ClassifyResult:
     classes: int
     parameters: int
     trained_parameters: int
-    """With LoRA only the adapters and the head."""
+    """Number of parameters that were trained; with LoRA, those of the adapters and the head."""
     steps: int
     seconds: float
     rows_per_second: float
