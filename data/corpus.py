@@ -54,6 +54,7 @@ def corpus_of_rows(
     columns: Columns | None = None,
     form: str = AUTO,
     bad_rows: str = "error",
+    prompts: bool = False,
     limit: int | None = None,
 ) -> Corpus:
     """Rows in memory as a corpus: `text` makes documents, `prompt` and `target` pairs, `messages` conversations. Raises DataError.
@@ -63,9 +64,10 @@ def corpus_of_rows(
     columns   columns that are not called as their field is
     form      what the rows are, one of `row_reading.FORMATS`; `auto` is seen by the columns
     bad_rows  `skip` leaves out and counts rows that cannot be read; `error` raises the first of them
+    prompts   whether a teacher is going to answer, so that conversations need no turn of the assistant
     limit     number of examples to keep, from the first
     """
-    left_out, reading = LeftOut(), RowReading(columns or {}, form, bad_rows == "skip")
+    left_out, reading = LeftOut(), RowReading(columns or {}, form, bad_rows == "skip", prompts)
     kind, examples = rows_to_examples(
         rows,
         names,

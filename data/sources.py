@@ -53,6 +53,7 @@ def load_corpus(
     columns: Columns | None = None,
     form: str = AUTO,
     bad_rows: str = "error",
+    prompts: bool = False,
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
 ) -> Corpus:
@@ -62,11 +63,12 @@ def load_corpus(
     columns        columns of a table that are not called as their field is
     form           what the rows of a table are, one of `row_reading.FORMATS`; `auto` is seen by the columns
     bad_rows       `skip` leaves out and counts rows that cannot be read; `error` raises the first of them
+    prompts        whether a teacher is going to answer, so that conversations need no turn of the assistant
     limit          number of examples to keep, from the first; drawn where they are in the order of their labels
     instructions   how tasks become text; for other sources only the defaults are accepted
     """
     instructions = instructions or InstructionConfig()
-    reading = RowReading(columns or {}, form, bad_rows == "skip")
+    reading = RowReading(columns or {}, form, bad_rows == "skip", prompts)
     _refuse_useless(spec, reading, instructions)
     corpus = _corpus_of(spec, split, reading, instructions)
     return usable_corpus(replace(corpus, skip_bad=reading.skip), limit)

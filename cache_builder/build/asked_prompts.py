@@ -80,10 +80,13 @@ def _conversation_prompts(
     room = _room(request, most + MARGIN)
     refused: list[str] = []
     for example in request.corpus.examples:
-        question = question_of(example, request.chat.system)
         try:
+            question = question_of(example, request.chat.system)
             asked = chat_prompt(template, pieces, question.for_template(), tools=question.tools)
         except DataError as error:
+            if request.corpus.skip_bad:
+                left_out.add("bad_rows", f"{example.id}, {error.headline}")
+                continue
             error.details["where"] = f"conversation {example.id}"
             raise
         if len(asked.ids) <= room:

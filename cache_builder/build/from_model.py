@@ -132,13 +132,21 @@ def without_wrapper(model: Any) -> Model:
 def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:
     """The texts as a corpus. Raises DataError naming the one that cannot be used."""
     fields, rows = fields_and_rows(texts)
-    columns = dict(settings.data.columns or {})
-    if settings.answers.target_source == "teacher":  # prompts are enough: the answers replace these targets
-        prompt = columns.get("prompt", "prompt")
+    columns, data = dict(settings.data.columns or {}), settings.data
+    answered, prompt = settings.answers.target_source == "teacher", columns.get("prompt", "prompt")
+    if (
+        answered and prompt in fields and "completion" not in fields
+    ):  # prompts are enough: the answers replace these targets
         columns = {"prompt": prompt, "target": prompt} | columns
-    data = settings.data
     return corpus_of_rows(
-        SOURCE, rows, fields, columns=columns, form=data.format, bad_rows=data.bad_rows, limit=data.limit
+        SOURCE,
+        rows,
+        fields,
+        columns=columns,
+        form=data.format,
+        bad_rows=data.bad_rows,
+        prompts=answered,
+        limit=data.limit,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
@@ -27,6 +28,7 @@ from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.common.progress import AnyStep
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.corpus import Corpus
+from kd.data.rows.row_reading import AUTO
 from kd.data.sources import load_classes, load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.positions import max_positions
@@ -161,11 +163,11 @@ def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
 
 def corpus_of(settings: BuildSettings, *, classes: bool) -> Corpus:
     """The text, or the labelled rows for a classifier."""
-    data = settings.data
+    data, answered = settings.data, settings.answers.target_source == "teacher"
     columns = dict(data.columns or {})
-    if settings.answers.target_source == "teacher" and "prompt" in columns:
+    if answered and "prompt" in columns and data.format in (AUTO, "pairs"):
         columns = {"target": columns["prompt"], **columns}  # the teacher's answers replace these targets
-    load = load_classes if classes else load_corpus
+    load = load_classes if classes else partial(load_corpus, prompts=answered)
     return load(
         data.spec,
         split=data.split,

@@ -34,7 +34,7 @@ class ChatLayout:
 
 
 def conversation_of(
-    row: Row, layout: str, *, where: str, name: str, task: str, split: str, unread: set[str]
+    row: Row, layout: str, *, where: str, name: str, task: str, split: str, unread: set[str], prompts: bool = False
 ) -> Conversation:
     """A row as a conversation. Raises BadRow naming row and field.
 
@@ -43,11 +43,14 @@ def conversation_of(
     where    the row, for errors
     name     the conversation's id
     unread   receives the names of keys in messages that are not read
+    prompts  whether the conversation needs no turn of the assistant
     """
     messages = LAYOUTS[layout].read(row, where, unread)
     messages = _with_system_text(messages, text_of(row.get("system"), f"{where} field system"), where)
     tools = tuple(mappings_in(row.get("tools"), f"{where} field tools"))
     answers = [message for message in messages if message.role == ASSISTANT]
+    if prompts:
+        return Conversation(name, messages, tools, task, split)
     if not answers:
         found = ", ".join(message.role for message in messages)
         raise BadRow("a conversation has no turn of the assistant", where=where, found=found)

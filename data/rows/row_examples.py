@@ -134,6 +134,7 @@ def _conversations(
             task=task,
             split=split,
             unread=keys,
+            prompts=reading.prompts,
         )
         unread.add(keys | {column for column, value in row.items() if column not in known and not is_nothing(value)})
         return conversation_example(conversation)

@@ -172,3 +172,52 @@ def test_a_stored_conversation_keeps_what_was_cut_short() -> None:
     assert not talk.messages[1].complete
     assert "complete" not in talk.for_template()[1]
     assert talk.to_json() == text
+
+
+def test_prompts_without_answers_are_answered_as_those_with(chats, tmp_path: Path) -> None:
+    """From a file and from memory: the same answers as where the data has an answer that is replaced."""
+    asked = [row[:-1] for row in ROWS]
+    build_of(chats())
+    build_of(chats(asked, "prompts"))
+    expected = [talk for _, talk, _ in talks(tmp_path / "cache")]
+    assert [talk for _, talk, _ in talks(tmp_path / "prompts")] == expected
+    model, tokenizer = kd.load_teacher("demo")
+    options = {
+        "target_source": "teacher",
+        "target_len": 9,
+        "seq_len": 160,
+        "chat_template": str(tmp_path / "plain.jinja"),
+    }
+    kd.build_cache(model, tokenizer, [{"messages": row} for row in asked], out=tmp_path / "memory", **options)
+    assert [talk for _, talk, _ in talks(tmp_path / "memory")] == expected
+    with pytest.raises(DataError, match="no turn of the assistant"):
+        build_of(chats(asked[-1:], "none", target_source="data"))
+
+
+def test_conversations_that_cannot_be_asked_are_skipped_and_counted(chats, tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + PLAIN
+    rows = [*ROWS, [{"role": "tool", "content": "x"}], [{"role": "system", "content": "Be brief."}]]
+    settings = chats(rows, bad_rows="skip")
+    (tmp_path / "plain.jinja").write_text(refusing)
+    build_of(settings)
+    cache = kd.open_cache(tmp_path / "cache")
+    assert len(cache) == len(ROWS)
+    assert cache.manifest.provenance["left_out"]["bad_rows"] == {
+        "count": 2,
+        "first": f"chat.jsonl:{len(ROWS)}, the chat template refuses the conversation",
+    }
+    with pytest.raises(DataError, match=f"conversation chat.jsonl:{len(ROWS)}"):
+        build_of(
+            make(
+                BuildSettings,
+                {
+                    "teacher": "demo",
+                    "spec": str(tmp_path / "chat.jsonl"),
+                    "out": tmp_path / "other",
+                    "target_source": "teacher",
+                    "target_len": 9,
+                    "seq_len": 160,
+                    "chat_template": str(tmp_path / "plain.jinja"),
+                },
+            )
+        )
