@@ -182,7 +182,7 @@ def test_prompts_without_answers_are_answered_as_those_with(chats, tmp_path: Pat
     expected = [talk for _, talk, _ in talks(tmp_path / "cache")]
     assert [talk for _, talk, _ in talks(tmp_path / "prompts")] == expected
     model, tokenizer = kd.load_teacher("demo")
-    options = {
+    options: dict[str, Any] = {
         "target_source": "teacher",
         "target_len": 9,
         "seq_len": 160,
