@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Protocol
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.build.reuse import Earlier
 from kd.cache_builder.build.shard_writing import WriterThread
+from kd.cache_builder.served.same_teacher import refuse_other_teacher
 from kd.cache_builder.served.served_pass import ServedPass
 from kd.cache_builder.served.served_teacher import ServedTeacher
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.targets import RawTargets
 from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
@@ -338,7 +340,12 @@ def served_pass_of(plan: BuildPlan) -> ServedPass:
     if engine is None:
         longest = max(row.read_only + len(row.target_ids) for row in plan.rows)
         engine = source.engine(config.top_k, plan.manifest.vocabulary_size, longest=longest)
-    return ServedPass(engine, config)
+    served = ServedPass(engine, config)
+    done = sorted(commits.committed(plan.request.out, len(plan.manifest.shards)))
+    if done and plan.manifest.weights_unknown:
+        first = plan.rows[plan.manifest.shards[done[0]][0]]
+        refuse_other_teacher(plan.request.out, load_manifest(plan.request.out), done[0], first, served)
+    return served
 
 
 BACKENDS: dict[str, Callable[[BuildPlan], Scorer]] = {

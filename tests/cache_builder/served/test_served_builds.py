@@ -27,6 +27,7 @@ from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherError
 from kd.common.progress import final
 from kd.common.settings import make
+from kd.models.loading import ModelRequest, load_model
 
 SMALL: dict[str, Any] = {"seq_len": 32, "top_k": 8, "shard_rows": 128, "reuse": False, "device": "cpu"}
 
@@ -257,6 +258,19 @@ def test_another_server_cannot_continue_a_cache(serve, settings) -> None:
     with pytest.raises(CacheMismatchError) as error:
         build_of(settings(server, teacher_id="v1"))
     assert "teacher.server.root" in str(error.value)
+
+
+def test_a_server_with_other_weights_under_the_same_name_is_noticed(serve, settings, save_model, tmp_path) -> None:
+    server = serve()
+    server.fault = completions(lambda before, answer: setattr(answer, "status", 503) if before > 10 else None)
+    with pytest.raises(TeacherError, match="does not answer"):
+        build_of(settings(server, patience=0.2, tokens_in_flight=32))
+    server.fault = None
+    save_model(tmp_path / "other", seed=7)
+    server.model = load_model(ModelRequest(str(tmp_path / "other"), device="cpu"))
+    with pytest.raises(CacheMismatchError, match="runs another teacher") as error:
+        build_of(settings(server))
+    assert "nats apart" in str(error.value)
 
 
 def test_a_cache_of_unknown_weights_is_not_copied_without_a_name_for_them(serve, settings) -> None:
