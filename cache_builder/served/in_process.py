@@ -80,7 +80,7 @@ class InProcessEngine:
             self._vllm.SamplingParams(
                 max_tokens=one.most,
                 temperature=one.temperature,
-                seed=one.seed,
+                seed=one.seed if one.temperature else None,
                 ignore_eos=True,
                 stop_token_ids=list(one.ends),
                 detokenize=False,

@@ -79,7 +79,6 @@ class Vllm:
             "temperature": temperature,
             "prompt_logprobs": k,
             "return_token_ids": True,
-            "seed": 0,
         }
 
     def entries(self, document: Any, ids: list[int], positions: np.ndarray) -> list[RankedEntry]:
@@ -101,15 +100,17 @@ class Vllm:
 
     def writing(self, model: str, ids: list[int], how: Writing) -> dict[str, Any]:
         stop = {"stop_token_ids": list(how.ends)} if how.ends else {}
+        # a seed where nothing is drawn has ended vLLM 0.32 on a CPU, when a prompt was read in parts
+        seed = {"seed": how.seed} if how.temperature else {}
         return (
             PLAIN
             | stop
+            | seed
             | {
                 "model": model,
                 "prompt": ids,
                 "max_tokens": how.most,
                 "temperature": how.temperature,
-                "seed": how.seed,
                 "top_k": 0,
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,

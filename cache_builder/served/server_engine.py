@@ -31,6 +31,8 @@ MOST_QUESTIONS = 64
 """Most questions at once, each of which has a thread."""
 LOOK_SECONDS = 1.0
 """Time between two records while nothing has come."""
+PROBED_TOKENS = 5
+"""Tokens that are looked at where one is generated."""
 SAME = 1e-3
 """Nats by which log-probabilities of one token may differ between two batches of a server in float32 or rounded further."""
 
@@ -143,7 +145,7 @@ class ServerEngine:
         sent = [int(i) for i in ids]
         told, after = zip(*(self._probed(sent, temperature) for temperature in (1.0, 2.0)), strict=True)
         same = np.abs(told[0].logprobs - told[1].logprobs).max() < SAME
-        shared = min(len(one) for one in after)
+        shared = min(PROBED_TOKENS, *(len(one) for one in after))  # a drawn token may come on top of them
         same &= bool(np.abs(np.subtract(after[0][:shared], after[1][:shared])).max(initial=0.0) < SAME)
         if not same:
             raise TeacherError(
@@ -157,7 +159,8 @@ class ServerEngine:
     def _probed(self, ids: list[int], temperature: float) -> tuple[TokenLogprobs, list[float]]:
         body = self._dialect.scoring(self.report.model, ids, self._k, temperature)
         if self.report.api == "vllm":
-            body["logprobs"] = min(self._k, 5)  # of the generated token, which sampling changes first
+            # of the generated token, which sampling changes first
+            body |= {"logprobs": min(self._k, PROBED_TOKENS), "return_tokens_as_token_ids": True}
         sequence = ScoredSequence(ids, np.arange(1, len(ids)), "a few tokens, to see what it can do")
 
         def read(document: Any) -> tuple[TokenLogprobs, list[float]]:
@@ -209,7 +212,7 @@ class ServerEngine:
         yield from self._together(work, [len(ids) + one.most for ids, one in zip(prompts, how, strict=True)])
 
     def _score(self, sequence: ScoredSequence) -> TokenLogprobs:
-        body = self._dialect.scoring(self.report.model, sequence.ids, self._k, 1.0)
+        body = self._dialect.scoring(self.report.model, sequence.ids, self._k, 0.0)
         try:
             return self._ask(body, partial(self._read, sequence=sequence), sequence.name)
         except Refused as error:
