@@ -274,7 +274,8 @@ def _check_holdings(config: TargetConfig, loss: str, temperature: float, logprob
     """Raise DataError when an aligned loss needs what the cache's profile left out."""
     if not LOSSES[loss].groups:
         return
-    bands = bool(config.tail_bands) or logprobs_only
+    # the tail is one band where all rows end at one rank
+    bands = bool(config.tail_bands) or (logprobs_only and not config.min_probability)
     held = {"ids": _has_ids(config), "logprobs": bool(config.top_k), "bands": bands}
     missing = [need for need in LOSSES[loss].needs if not held[need]]
     if missing:

@@ -112,6 +112,15 @@ def test_a_cache_through_a_server_holds_the_rows_of_the_model_itself(api, serve,
     assert "/somewhere" not in json.dumps(teacher)
 
 
+def test_adaptive_rows_through_a_server_are_those_of_the_model_itself(serve, settings) -> None:
+    build_of(settings(serve(), profile="adaptive", top_k=16, logprob_codec="float32"))
+    build_of(settings(out="loaded", profile="adaptive", top_k=16, logprob_codec="float32", temperatures=(1.0,)))
+    ours, theirs = (every(CacheReader(settings(out=name).out)) for name in ("cache", "loaded"))
+    np.testing.assert_array_equal(ours["token_ids"], theirs["token_ids"])
+    np.testing.assert_allclose(np.exp(ours["logprobs"]), np.exp(theirs["logprobs"]), atol=2e-5)
+    np.testing.assert_allclose(ours["tail_mass"], theirs["tail_mass"], atol=2e-5)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_faults_are_asked_again_and_change_no_byte(workers, serve, settings, tree) -> None:
     build_of(settings(serve(), out="undisturbed", teacher_id="v1"))
