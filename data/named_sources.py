@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from kd.common.errors import unknown_name
+from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.corpus import Corpus
 from kd.data.data_settings import InstructionConfig
-from kd.data.demo import mini_mixture, stdlib_text
+from kd.data.demo import mini_chat, mini_mixture, stdlib_text
 from kd.data.instruction_tasks.mixing.mixture_names import select
 from kd.data.instruction_tasks.mixing.mixtures import Mixed, load_mixture, mix
 from kd.data.instruction_tasks.task import SPLITS, TaskFile
@@ -20,10 +21,11 @@ from kd.data.instruction_tasks.task_files import load_task
 from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.rows.example import Example
 from kd.data.rows.hub import load_hub
+from kd.data.rows.row_examples import conversation_example
 from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION, wikitext_articles
 
 HELD_OUT = {"test": "heldout", "validation": "heldout", "dev": "heldout"}
-"""Other names of the held-out split of `demo` and `mini`."""
+"""Other names of the held-out split of `demo`, `mini` and `mini-chat`."""
 
 
 @lru_cache(maxsize=4)
@@ -40,6 +42,13 @@ def _demo(spec: str, split: str) -> Corpus:
 def _mini(spec: str, split: str) -> Corpus:
     split = HELD_OUT.get(split, split)
     return Corpus(spec, split, "pairs", tuple(mini_mixture.examples(split)), {"source": "mini"})
+
+
+@lru_cache(maxsize=4)
+def _mini_chat(spec: str, split: str) -> Corpus:
+    split = HELD_OUT.get(split, split)
+    examples = tuple(map(conversation_example, mini_chat.mini_conversations(split)))
+    return Corpus(spec, split, CONVERSATIONS, examples, {"source": "mini-chat"})
 
 
 def _wikitext(spec: str, split: str) -> Corpus:
@@ -76,6 +85,7 @@ def _task_split(split: str) -> str:
 SOURCES: dict[str, Callable[[str, str], Corpus]] = {
     "demo": _demo,
     "mini": _mini,
+    "mini-chat": _mini_chat,
     "wikitext-2": _wikitext,
 }
 """Name -> source."""

@@ -148,7 +148,7 @@ class TextSettings:
     seq_len: int | None = setting(None, minimum=1, shown="the student's positions")
     """Most tokens of an example in the student's own tokens (for an encoder: of the prompt), and of a packed sequence."""
     chat_template: str | None = setting(None, metavar="FILE")
-    """File with the student's chat template in Jinja, for conversations and losses over its own tokens. By default its
+    """File with the student's chat template in Jinja, or plain, for conversations and losses over its own tokens. By default its
     tokenizer's own template; a student with the teacher's tokenizer reads the cached tokens."""
     template_kwargs: Mapping[str, Any] | None = setting(None, metavar="KEY=VALUE,…", parse=variables_from)
     """Further variables of the student's chat template, e.g. enable_thinking=false."""

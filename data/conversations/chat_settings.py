@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from kd.common.errors import DataError
 from kd.common.paths import as_path
 from kd.common.settings import check, setting
+
+PLAIN = "plain"
+"""Name of the embedded chat template."""
+PLAIN_TEMPLATE = Path(__file__).parents[2] / "models" / "embedded" / "plain_chat.jinja"
 
 
 def variables_from(text: str) -> dict[str, Any]:
@@ -35,7 +40,8 @@ class ChatSettings:
     """How conversations become text."""
 
     chat_template: str | None = setting(None, metavar="FILE")
-    """File with a chat template in Jinja. By default conversations are rendered with the tokenizer's own template."""
+    """File with a chat template in Jinja, or plain: one that needs no control token but the end of text. By default
+    conversations are rendered with the tokenizer's own template."""
     template_kwargs: Mapping[str, Any] | None = setting(None, metavar="KEY=VALUE,…", parse=variables_from)
     """Further variables of the chat template, e.g. enable_thinking=false."""
     system: str | None = None
@@ -50,7 +56,8 @@ class ChatSettings:
         """The text of the template's file; None where there is none. Raises DataError."""
         if self.chat_template is None:
             return None
+        path = PLAIN_TEMPLATE if self.chat_template == PLAIN else as_path(self.chat_template)
         try:
-            return as_path(self.chat_template).read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError("cannot read the chat template", where=self.chat_template, found=str(error)) from error

@@ -32,7 +32,8 @@ class ReadingOptions:
     """Ask prompts as the turn of a user, through the chat template; targets, choices and endings are answers of the
     assistant. Conversations are always read so."""
     chat_template: str | None = setting(None, metavar="FILE")
-    """File with a chat template in Jinja, for conversations. By default they are rendered with the tokenizer's own."""
+    """File with a chat template in Jinja, or plain, for conversations. By default they are rendered with the tokenizer's
+    own."""
     template_kwargs: Mapping[str, Any] | None = setting(
         None, metavar="KEY=VALUE,…", parse=variables_from, shown="as a run was trained, else none"
     )

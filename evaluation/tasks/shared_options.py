@@ -22,7 +22,7 @@ class EvalDataSettings(DataSettings):
 
     spec: str | None = setting(None, flag="--data", metavar="SPEC", multiple=True)
     """Text for perplexity, choices (examples with choices), generation (prompts and targets), and agreement with
-    --teacher: demo, mini, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these between
+    --teacher: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these between
     commas, or hub-id[:config][@revision]. May be repeated for several files."""
 
 

@@ -60,7 +60,9 @@ class StudentChat:
         self._sides: dict[int, list[tuple[Side, Side]]] = {}
         for number, cached, conversation in _conversations(reader):
             row = cached if template is None else self._rendered(cached, conversation)
-            fitted = row if len(row.input_ids) <= self._window else first_turns(row, self._window)
+            fitted = row
+            if row is not None and len(row.input_ids) > self._window:
+                fitted = first_turns(row, self._window)
             self.truncated += fitted is not row
             self._add(number, cached, fitted)
 
@@ -87,8 +89,12 @@ class StudentChat:
             teacher_row, student_row = teacher_row + len(teacher.byte_end), student_row + len(student.byte_end)
         return one_alignment(parts)
 
-    def _rendered(self, cached: TokenRows, conversation: Conversation) -> TokenRows:
-        """The turns of a cached example in the student's rendering that shows most of them."""
+    def _rendered(self, cached: TokenRows, conversation: Conversation) -> TokenRows | None:
+        """The turns of a cached example in the student's rendering that shows most of them; None where it shows none.
+
+        A turn of which the student's template writes no text (it knows no calls of tools) is not shown: its end token would
+        teach the student to answer nothing.
+        """
         assert self.template is not None
         try:
             renderings = render_conversation(
@@ -104,7 +110,9 @@ class StudentChat:
         controls = self.template.control_ids
         renderings = tuple(as_far_as_written(rendering, conversation, controls) for rendering in renderings)
         best = max(reversed(renderings), key=lambda rendering: len(_shown(rendering, cached.messages)))
-        return rows_of_turns(cached.example, best, _shown(best, cached.messages))
+        written = {message for message, text, _ in _turns(cached) if text.strip()}
+        shown = [turn for turn in _shown(best, cached.messages) if turn.text.strip() or turn.message not in written]
+        return rows_of_turns(cached.example, best, shown) if shown else None
 
     def _add(self, number: int, cached: TokenRows, student: TokenRows | None) -> None:
         """Note an example, and the two sides of each of its turns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from kd.cli import cli
 from kd.commands import experiment as module
 from kd.commands import recipe as recipe_module
 from kd.common.errors import DataError
-from kd.recipes.experiment_file import experiment_names, load_experiment
+from kd.evaluation.results import load_report
+from kd.recipes.experiment_file import FOLDER, experiment_names, load_experiment
 from kd.recipes.steps import Step
 
 TEXT = "The fox went down to the river to look at the fish, and came home with a story. There were {} ships.\n"
@@ -128,3 +130,21 @@ def test_a_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
         kd("experiment", file, "--out", tmp_path)
+
+
+def test_the_chat_experiment_runs_offline(tmp_path: Path) -> None:
+    """At a hundredth of its size: teacher, cache, two students, and held-out figures with their errors."""
+    text = (FOLDER / "demo-chat.yaml").read_text(encoding="utf-8")
+    for pattern, short in (
+        (r"max-steps: \d+", "max-steps: 2"),
+        (r"limit: \d+", "limit: 3"),
+        (r"-batch: \d+", "-batch: 512"),
+    ):
+        text = re.sub(pattern, short, text)
+    (tmp_path / "demo-chat.yaml").write_text(text, encoding="utf-8")
+    kd("experiment", tmp_path / "demo-chat.yaml", "--out", tmp_path / "run")
+    for name in ("teacher", "finetuned-seed0", "distilled-seed0"):
+        report = load_report(tmp_path / "run" / name / "eval")
+        assert report.tasks["perplexity"]["perplexity"]["stderr"] > 0
+        assert report.tasks["generation"]["exact_match"]["n"] == 12  # four turns of three conversations
+        assert report.documents["generation"]["count"] == 3

@@ -63,7 +63,7 @@ def test_folders_may_have_other_names(tmp_path: Path):
 def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: str, tmp_path: Path):
     chosen = load_experiment(name)
     assert chosen.about
-    assert len(chosen.seeds) >= (1 if name in NAMES else 3)  # the demo shows one run of each student
+    assert len(chosen.seeds) >= (1 if name in (*NAMES, "demo-chat") else 3)  # demos show one run of each student
     assert chosen.arms[chosen.baseline] == {"loss": "ce"}
     for arm, options in chosen.arms.items():  # equal steps: arms differ in what they learn from alone
         assert set(options) <= {"loss", "alpha", "temperature"}, arm

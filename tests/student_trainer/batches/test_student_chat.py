@@ -17,6 +17,7 @@ from kd.cache_builder.build.from_settings import build_of
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import DataError
 from kd.common.settings import make
+from kd.data.demo.mini_chat import mini_conversations
 from kd.models.chat.chat_template import ChatTemplate
 from kd.models.tokenizer import load_tokenizer, token_bytes
 from kd.student_trainer.batches.alignment import Side
@@ -189,6 +190,18 @@ def test_losses_of_another_template_train(shared, chat_cache: Path) -> None:
             with_prompts = prompts.loss(model(**prompts.inputs(more)), more)
             assert float(with_prompts.kd) == pytest.approx(float(parts.kd), rel=1e-5)
         assert len(more["gold_ids"]) == int(prompts.inputs(more)["attention_mask"].sum()) - 3
+
+
+def test_a_call_that_the_students_template_does_not_write_is_no_empty_answer(shared, tmp_path: Path) -> None:
+    """ChatML without tools renders such a turn as its end token alone, which is neither compared nor learned."""
+    settings = {"teacher": "demo", "spec": "mini-chat", "limit": 2, "chat_template": "plain", "profile": "uld"}
+    build_of(make(BuildSettings, {**settings, "out": tmp_path / "cache"}))
+    reader, tokenizer = kd.open_cache(tmp_path / "cache"), student_tokenizer(shared, CHATML)
+    chat = StudentChat(reader, tokenizer, window=None, template=ChatTemplate.of(tokenizer))
+    assert (chat.turns, chat.unmatched) == (8, 2)
+    for number, talk in enumerate(mini_conversations("train", 2)):
+        said = [message.content for message in talk.messages if message.role == "assistant" and message.content]
+        assert tokenizer.decode(chat[number].target_ids) == "".join(f"{text}<|im_end|>" for text in said)
 
 
 def test_a_student_without_a_template_is_refused(shared, chat_cache: Path) -> None:
