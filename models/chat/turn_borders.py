@@ -135,11 +135,6 @@ def _refuse_header(template: ChatTemplate, text: str, start: int, number: int) -
     if any(span[0] == start for span in _closing_tokens(template, text, start)):
         return  # a turn without text, which only calls a tool that the template does not write
     opening = next((text[a:b] for a, b in template.control_spans(text) if a == start), None)
-    closing = _closing_tokens(template, text, start)
-    if (
-        closing and closing[0][0] == start
-    ):  # a turn without text, which only calls a tool that the template does not write
-        return
     if opening is not None and opening in template.render([{"role": "user", "content": "."}]).text:
         raise DataError(
             "the chat template has no generation prompt, so the beginning of a turn cannot be found",
