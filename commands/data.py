@@ -163,6 +163,7 @@ def data_show(
         form=settings.format,
         bad_rows=settings.bad_rows,
         instructions=settings.instructions,
+        rows=settings.rows,
     )
     shown = corpus.examples[: settings.limit or SHOWN_EXAMPLES]
     size = sum(len(e.target.encode()) + len(e.prompt.encode()) for e in corpus.examples)

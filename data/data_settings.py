@@ -101,6 +101,23 @@ class InstructionConfig:
 
 
 @dataclass(frozen=True)
+class RowSettings:
+    """Which rows of a file or hub data set are used, where their prompts are written already and a column names their task."""
+
+    only: Mapping[str, str] | None = setting(None, metavar="COLUMN=VALUE,…", parse=columns_from)
+    """Use only the rows of a file or hub data set that hold this value in this column; several values have | between them."""
+    held_out: str | None = setting(None, metavar="CLUSTER,…")
+    """Clusters of FLAN whose rows are left out, with those that are excluded together with them. For --columns with task=COLUMN; in
+    flan:… the mixture's name says it (flan:all-but=CLUSTER)."""
+    task_map: Path | None = setting(None, metavar="FILE")
+    """YAML file that tells what the names in the column of tasks are: name: task, data set of FLAN or cluster (none: of no
+    cluster). FLAN's own names are known."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """A text, where a command can do without one; `RequiredDataSettings` where it cannot."""
 
@@ -112,7 +129,8 @@ class DataSettings:
     tell."""
     columns: Mapping[str, str] | None = setting(None, metavar="FIELD=COLUMN,…", parse=columns_from)
     """Columns of a file or hub data set, where they are not called as their field is: text=COLUMN, or
-    prompt=COLUMN,target=COLUMN, or messages=COLUMN, and id=COLUMN."""
+    prompt=COLUMN,target=COLUMN, or messages=COLUMN, and id=COLUMN. With task=COLUMN, pairs belong to the task that the column
+    names: --max-per-task, --mix-maximum and --held-out then work as for flan:…."""
     format: str = setting(AUTO, choices=(AUTO, *FORMATS))
     """What the rows of a file or hub data set are. auto sees it by the columns; text and pairs come before conversations."""
     bad_rows: Literal["error", "skip"] = "error"
@@ -123,6 +141,8 @@ class DataSettings:
     than the whole text, because it is in the order of its labels. By default all."""
     instructions: InstructionConfig = field(default_factory=InstructionConfig)
     """How instruction tasks become text."""
+    rows: RowSettings = field(default_factory=RowSettings)
+    """Which rows of a file or hub data set are used."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -26,6 +26,7 @@ Reason = Literal[
     "without_prompt",
     "unlabelled",
     "filtered",
+    "held_out",
     "null_value",
     "over_max_chars",
     "beyond_limit",
@@ -47,7 +48,8 @@ Reason = Literal[
     without_text      examples that are empty or only white space
     without_prompt    pairs whose prompt is empty; they stay, and their targets are scored without one
     unlabelled        rows of a task that have no answer
-    filtered          rows of a task that its file leaves out: by `where`, `where_not`, `differs`, `skip` or `count`
+    filtered          rows of a task that its file leaves out: by `where`, `where_not`, `differs`, `skip` or `count`; or by --only
+    held_out          rows of tasks of held-out clusters
     null_value        rows of a task that hold nothing in a column that their text needs
     over_max_chars    rows of a task that are longer than its `max_chars`
     beyond_limit      rows beyond the number that is kept of a task or of the text

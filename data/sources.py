@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,20 @@ from typing import Any
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
 from kd.data.corpus import Corpus, usable_corpus
-from kd.data.data_settings import InstructionConfig
+from kd.data.data_settings import InstructionConfig, RowSettings
 from kd.data.instruction_tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
+from kd.data.instruction_tasks.mixing.rendered_mixture import USED, columns_read, rendered_mixture
 from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.left_out import LeftOut
 from kd.data.named_sources import SOURCES, TASK_SOURCES, own_task
 from kd.data.rows.compressed import COMPRESSIONS
 from kd.data.rows.file_list import FileList, list_files, refuse_address, refuse_split
-from kd.data.rows.hub import is_saved, load_hub, load_saved
+from kd.data.rows.hub import is_saved, load_hub, load_saved, stream_hub
 from kd.data.rows.local_files import FILE_READERS, read_local
 from kd.data.rows.row_examples import rows_to_examples
 from kd.data.rows.row_reading import AUTO, Columns, RowReading
-from kd.data.rows.tables import rows_in
+from kd.data.rows.row_streams import StreamedRow, numbered_rows, stream_rows
+from kd.data.rows.tables import TABLE_READERS, rows_in
 
 TASK_SUFFIXES = (".yaml", ".yml")
 """Suffixes of task files."""
@@ -57,6 +60,7 @@ def load_corpus(
     prompts: bool = False,
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
+    rows: RowSettings | None = None,
 ) -> Corpus:
     """Load `spec` (see the module's head). Raises DataError.
 
@@ -66,9 +70,14 @@ def load_corpus(
     bad_rows       `skip` leaves out and counts rows that cannot be read; `error` raises the first of them
     prompts        whether a teacher is going to answer, so that conversations need no turn of the assistant
     limit          number of examples to keep, from the first; drawn where they are in the order of their labels
-    instructions   how tasks become text; for other sources only the defaults are accepted
+    instructions   how tasks become text; for other sources only the defaults are accepted, and what limits a task where a
+                   column names it
+    rows           which rows of a file or hub data set are used
     """
-    instructions = instructions or InstructionConfig()
+    instructions, rows = instructions or InstructionConfig(), rows or RowSettings()
+    if rows != RowSettings() or "task" in (columns or {}):
+        useless = RowReading({}, form, bad_rows == "skip")
+        return usable_corpus(_rendered(spec, split or "train", columns or {}, useless, instructions, rows), limit)
     reading = RowReading(columns or {}, form, bad_rows == "skip", prompts)
     _refuse_useless(spec, reading, instructions)
     corpus = _corpus_of(spec, split, reading, instructions)
@@ -84,12 +93,15 @@ def load_classes(
     bad_rows: str = "error",
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
+    rows: RowSettings | None = None,
 ) -> Corpus:
     """A GLUE task as texts to classify: from the hub, a folder, or the settings' `task_root`. Raises DataError."""
     instructions = instructions or InstructionConfig()
     refuse_address(spec)
     unused = [name for name in _changed(instructions) if name != "task_root"]
     unused += _of_rows(RowReading(columns or {}, form, bad_rows == "skip"))
+    if rows not in (None, RowSettings()):
+        unused.append("rows of a file")
     if unused:
         raise DataError(
             "a classification data set takes no templates and no --columns",
@@ -103,8 +115,8 @@ def load_classes(
             expected="glue/TASK: " + ", ".join(glue_tasks()),
             try_="--data glue/sst2, with --task-root DIR for local rows",
         )
-    rows = load_glue(spec, split=split or "train", task_root=instructions.task_root)
-    return usable_corpus(Corpus(spec, rows.split, CLASSES, rows.labelled, dict(rows.source)), limit)
+    labelled = load_glue(spec, split=split or "train", task_root=instructions.task_root)
+    return usable_corpus(Corpus(spec, labelled.split, CLASSES, labelled.labelled, dict(labelled.source)), limit)
 
 
 def takes_instructions(spec: str) -> bool:
@@ -203,6 +215,58 @@ def _rows_of(spec: str, rows: Any, prefix: str, split: str, source: dict[str, st
         rows, names, reading, where=spec, place=place, prefix=prefix, split=split, left_out=left_out
     )
     return Corpus(spec, split, kind, tuple(examples), source, left_out=left_out)
+
+
+def _rendered(
+    spec: str,
+    split: str,
+    columns: Columns,
+    reading: RowReading,
+    instructions: InstructionConfig,
+    rows: RowSettings,
+) -> Corpus:
+    """Rows of a file or hub data set whose prompts are written already; read one after the other."""
+    refuse_address(spec)
+    if useless := _of_rows(reading):
+        raise DataError("rows of tasks are pairs, and each is read", where=spec, found=", ".join(useless) + " given")
+    if takes_instructions(spec) or spec.partition(":")[0] in SOURCES or (is_glue(spec) and not os.path.isfile(spec)):
+        raise DataError(
+            "this source has no column of tasks and no rows to choose",
+            where=spec,
+            found="--columns task=, --only, --held-out or --task-map",
+            expected="a file, a folder or a hub data set",
+            try_="flan:all-but=CLUSTER" if takes_instructions(spec) else None,
+        )
+    unused = [name for name in _changed(instructions) if name not in USED]
+    if "task" not in columns:
+        unused = [*_changed(instructions), *(["held_out"] if rows.held_out else [])]
+    if unused:
+        raise DataError(
+            "the rows have no templates" if "task" in columns else "no column names the tasks of the rows",
+            where=spec,
+            found=", ".join(unused) + " given",
+            expected=", ".join(USED) if "task" in columns else "--columns …,task=COLUMN",
+        )
+    left_out = LeftOut()
+    streams, source = _streams(spec, split, columns_read(columns, rows), left_out)
+    mixed = rendered_mixture(streams, columns, rows, instructions, split, left_out)
+    return Corpus(spec, split, "pairs", mixed.examples, source | mixed.source, left_out=mixed.left_out)
+
+
+def _streams(
+    spec: str, split: str, columns: Collection[str], left_out: LeftOut
+) -> tuple[dict[str, Iterator[StreamedRow]], dict[str, str]]:
+    """Beginning of the ids -> rows, and what identifies the source."""
+    files = list_files(spec, TABLE_READERS, left_out)
+    if files is not None:
+        refuse_split(files, split, SAME if split in SAME else (split,))
+        return {files.name(file): stream_rows(file, columns) for file in files.files}, {"source": "local"}
+    if not _is_hub_id(spec):
+        raise DataError("no such file or folder", where=spec, expected="a path, or a hub id")
+    name, _, revision = spec.partition("@")
+    name, _, config = name.partition(":")
+    found, commit = stream_hub(name, config or None, revision or None, split)
+    return {name: numbered_rows(found, spec)}, {"source": name, "config": config or "default", "revision": commit}
 
 
 def _local(files: FileList, split: str, reading: RowReading, left_out: LeftOut) -> Corpus:

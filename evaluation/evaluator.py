@@ -173,6 +173,7 @@ def load_text(data: EvalDataSettings, *, for_text: bool = True) -> Corpus:
         bad_rows=data.bad_rows,
         limit=data.limit,
         instructions=instructions,
+        rows=data.rows,
     )
 
 

@@ -29,7 +29,7 @@ from kd.common.setting_fields import settings_of
 from kd.common.settings import flattened, make
 from kd.data.conversations.conversation_rows import LAYOUTS
 from kd.data.corpus import Corpus, corpus_of_rows
-from kd.data.data_settings import InstructionConfig
+from kd.data.data_settings import InstructionConfig, RowSettings
 from kd.models.families.text_model import text_config
 from kd.models.identity import parameters_digest
 from kd.models.loading import Model, ModelRequest
@@ -41,6 +41,7 @@ OF_NAMED_TEACHERS = {
     *(settings_of(TeacherSettings).keys() - {"tokens_per_batch"}),
     *settings_of(ServedSettings),
     *settings_of(InstructionConfig),
+    *settings_of(RowSettings),
     *settings_of(PlacementSettings),
     "tokens_in_flight",
     "patience",

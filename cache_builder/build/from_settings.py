@@ -176,6 +176,7 @@ def corpus_of(settings: BuildSettings, *, classes: bool) -> Corpus:
         bad_rows=data.bad_rows,
         limit=data.limit,
         instructions=data.instructions,
+        rows=data.rows,
     )
 
 

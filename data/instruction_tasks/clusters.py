@@ -27,6 +27,8 @@ class ClusterRegistry:
     """Pairs of clusters; holding out one excludes the other."""
     other_names: Mapping[str, str] = field(default_factory=dict)
     """Another name of a cluster -> the cluster."""
+    written_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Data set -> its names in FLAN's code, without versions."""
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -73,4 +75,5 @@ def flan_clusters() -> ClusterRegistry:
         {name: tuple(members) for name, members in data["clusters"].items()},
         tuple((a, b) for a, b in data["excluded_together"]),
         data["other_names"],
+        {name: tuple(others) for name, others in data["written_as"].items()},
     )

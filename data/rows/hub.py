@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -59,6 +59,24 @@ def load_hub(
             error,
             "check the id, the split and the network, or give a local file (.jsonl, .parquet, …)",
         ) from error
+
+
+def stream_hub(name: str, config: str | None, revision: str | None, split: str) -> tuple[Iterator[dict[str, Any]], str]:
+    """The rows of one split of a data set on the hub, one after the other, and its commit; nothing is kept. Raises DataError."""
+    with needed("datasets", "reading a data set of the hub"):
+        import datasets
+
+    commit = commit_of(name, revision)
+    where = f"{name} config {config or 'default'} revision {revision or 'main'} split {split}"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            yield from datasets.load_dataset(name, config, revision=commit, split=split, streaming=True)
+        except Exception as error:  # as in load_hub
+            advice = "check the id, the split and the network, or give a local file (.jsonl, .parquet, …)"
+            raise _unreachable("cannot load the data set from the hub", where, error, advice) from error
+
+    return rows(), commit or "main"
 
 
 def commit_of(name: str, revision: str | None) -> str | None:

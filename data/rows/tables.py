@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,12 +134,16 @@ def _jsonl(file: Path) -> RowTable:
 
 def _objects(file: Path, lines: Iterable[str]) -> RowTable:
     """A table of one JSON object per line."""
-    rows, numbers = [], []
+    numbered = list(json_lines(file, lines))
+    rows = [row for _, row in numbered]
+    return RowTable(str(file), _keys(file, rows), rows, [number for number, _ in numbered])
+
+
+def json_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
+    """Number of the line, from 1, and its object, for each line that is not empty; an `UnreadRow` for what is none."""
     for number, line in enumerate(lines, 1):
         if line.strip():
-            rows.append(_row_or_error(_line, line, f"{file} line {number}"))
-            numbers.append(number)
-    return RowTable(str(file), _keys(file, rows), rows, numbers)
+            yield number, _row_or_error(_line, line, f"{file} line {number}")
 
 
 def _line(line: str, where: str) -> Row:
