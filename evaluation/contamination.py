@@ -59,8 +59,11 @@ class TrainingText:
     """Examples of the cache in order; blocks of a document. Empty where the cache is no longer there."""
 
 
-def trained_on(model: str) -> list[TrainingText]:
-    """The texts a model was trained on, as the runs say that made it; empty for a model that no run made here."""
+def trained_on(model: str, *, whole: bool = True) -> list[TrainingText]:
+    """The texts a model was trained on, as the runs say that made it; empty for a model that no run made here.
+
+    whole   whether the examples of the caches are read, besides what their manifests say
+    """
     texts: list[TrainingText] = []
     seen: set[Path] = set()
     folder = as_path(model)
@@ -73,16 +76,16 @@ def trained_on(model: str) -> list[TrainingText]:
         settings = run.get("settings")
         if not isinstance(settings, dict) or not isinstance(settings.get("cache"), str):
             break
-        texts += _training_texts(folder, run, settings["cache"])
+        texts += _training_texts(folder, run, settings["cache"], whole)
         folder = as_path(str(settings.get("student")))
     return texts
 
 
-def _training_texts(folder: Path, run: Mapping[str, Any], cache: str) -> list[TrainingText]:
+def _training_texts(folder: Path, run: Mapping[str, Any], cache: str, whole: bool) -> list[TrainingText]:
     corpus = run.get("corpus") or {}
     try:
         if "://" not in cache:  # what lies elsewhere is not fetched to score a model
-            return cache_texts(cache, run=str(folder))
+            return cache_texts(cache, run=str(folder), whole=whole)
     except (KdError, OSError):
         pass
     return [TrainingText(str(folder), str(corpus.get("corpus")), str(corpus.get("split")), "", None, ())]

@@ -26,6 +26,7 @@ from kd.evaluation.results import EvalReport
 from kd.evaluation.tasks.eval_task import TaskResult
 from kd.evaluation.tasks.shared_options import EvalDataSettings
 from kd.evaluation.tasks.task_registry import TASKS, figures_of
+from kd.evaluation.unseen_tasks import marked, seen_or_unseen
 from kd.models.identity import model_identity, pinned
 from kd.models.loading import Model, load_model, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint
@@ -92,12 +93,17 @@ def report_of(
 ) -> EvalReport:
     """The report of a model's results; `identity` as `kd.models.identity` gives it, `contaminated` as `contaminated_tasks`."""
     caches = [result.cache for result in results.values() if result.cache is not None]
+    corpus = loaded.corpus
+    marks = {} if corpus is None else seen_or_unseen(trained_on(model_name, whole=False), corpus)
+    reads = {name for name in results if TASKS[name].reads_text(loaded.settings.options_of(name))}
     return EvalReport(
         model=model_name,
         parameters=int(model.num_parameters()),
         identity=identity | _chat_template(loaded.settings, tokenizer, results),
         tokenizer=tokenizer_fingerprint(tokenizer),
-        tasks={name: figures_of(name, result) for name, result in results.items()},
+        tasks={
+            name: marked(figures_of(name, result), marks if name in reads else {}) for name, result in results.items()
+        },
         settings={
             name: dict(result.settings) | ({"contaminated": contaminated[name]} if name in contaminated else {})
             for name, result in results.items()

@@ -54,7 +54,8 @@ class EvalReport:
     tasks: dict[str, dict[str, dict[str, Any]]]
     """task -> metric -> value, stderr (None for one document), n, over, unit, better, title.
 
-    A metric `METRIC/TASK` is that of the examples of one task of the text."""
+    A metric `METRIC/TASK` is that of the examples of one task of the text. `trained_cluster` is `seen` or `unseen` where it
+    is known whether the model was trained on tasks of its FLAN clusters."""
     settings: dict[str, dict[str, Any]]
     """task -> settings that must be equal for two results to be comparable, text or cache included."""
     data: dict[str, Any] | None

@@ -62,8 +62,12 @@ class ClusterRegistry:
 
     def unseen(self, dataset: str, trained: Iterable[str]) -> bool:
         """Whether `dataset` is unseen after training on the data sets `trained`."""
-        excluded = self.excluded(self.clusters_of(dataset))
-        return all(dataset != other and not self.clusters_of(other) & excluded for other in trained)
+        return self.are_unseen(self.clusters_of(dataset), map(self.clusters_of, trained))
+
+    def are_unseen(self, clusters: Iterable[str], trained: Iterable[frozenset[str]]) -> bool:
+        """Whether a task of these clusters is unseen after training on tasks of the clusters `trained`."""
+        excluded = self.excluded(clusters)
+        return not any(other & excluded for other in trained)
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kd.evaluation.report.comparison import ARROWS, Comparison
+from kd.evaluation.unseen_tasks import MARK
 
 CHIEF = {
     "perplexity": ("perplexity", "bits_per_byte"),
@@ -71,6 +72,11 @@ class Column:
         figures = [_figure(c, m, model) for c, m in self.parts]
         values = [f.get("value") for f in figures]
         return None if any(v is None for v in values) else float(np.mean(np.array(values, dtype=np.float64)))
+
+    def mark(self, model: str) -> str | None:
+        """`seen` or `unseen`, where it is known and the same for every part; see `kd.evaluation.unseen_tasks`."""
+        marks = {_figure(c, m, model).get(MARK) for c, m in self.parts}
+        return marks.pop() if len(marks) == 1 else None
 
     def stderr(self, model: str) -> float | None:
         """An upper bound of the standard error over documents, from the errors of the parts; None where one is unknown."""

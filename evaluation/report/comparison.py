@@ -24,6 +24,7 @@ from kd.evaluation.results import EvalReport
 from kd.evaluation.statistics.estimates import difference_stderr, documents_behind
 from kd.evaluation.statistics.significance import LEVEL, difference_p, holm
 from kd.evaluation.tasks.task_registry import TASKS
+from kd.evaluation.unseen_tasks import MARK, SEEN, UNSEEN
 
 ARROWS = {"lower": " ↓", "higher": " ↑"}
 
@@ -205,10 +206,16 @@ def compare(entries: Sequence[Entry]) -> list[Comparison]:
 
 
 def with_error(figure: dict[str, Any]) -> str:
-    """`5.271 ± 0.083`: the error with two significant digits, the value with as many places."""
+    """`5.271 ± 0.083`: the error with two significant digits, the value with as many places; and whether the task is unseen."""
     if not figure:
         return "–"
-    return "not finite" if figure["value"] is None else value_with_error(figure["value"], figure["stderr"])
+    shown = "not finite" if figure["value"] is None else value_with_error(figure["value"], figure["stderr"])
+    return with_mark(shown, figure.get(MARK))
+
+
+def with_mark(shown: str, mark: object) -> str:
+    """A figure in words with `seen` or `unseen` after it, where that is known."""
+    return f"{shown} ({mark})" if mark in (SEEN, UNSEEN) else shown
 
 
 def value_with_error(value: float, error: float | None, *, signed: bool = False) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from kd.evaluation.report.columns import Column, columns_of
-from kd.evaluation.report.comparison import ARROWS, Comparison, value_with_error
+from kd.evaluation.report.comparison import ARROWS, Comparison, value_with_error, with_mark
 from kd.evaluation.report.differences import VERDICTS, Difference, Figure, documents_error
 from kd.evaluation.report.page import Table
 from kd.evaluation.report.pairs import Arm, Pair
@@ -120,13 +120,18 @@ class Reference:
         rows = []
         for arm in self.rows:
             seeds = f" ({len(arm.models)} seeds)" if len(arm.models) > 1 else ""
-            rows.append(
-                [f"{arm.name}{seeds}", f"{arm.parameters:,}", *(_cell(self.figure(arm, c)) for c in self.columns)]
-            )
+            rows.append([f"{arm.name}{seeds}", f"{arm.parameters:,}", *(self._cell(arm, c) for c in self.columns)])
         best = {
             (r, i) for i, c in enumerate(self.columns, 2) for r, a in enumerate(self.rows) if a.name in self.best(c)
         }
         return Table(headers, rows, frozenset(best))
+
+    def _cell(self, arm: Arm, column: Column) -> str:
+        """The figure in words, and whether the task is one that none of the arm's students were trained on."""
+        figure, marks = self.figure(arm, column), {column.mark(model) for model in arm.models.values()}
+        if figure is None:
+            return "–"
+        return with_mark(value_with_error(figure.value, figure.error), marks.pop() if len(marks) == 1 else None)
 
     def pair_table(self, pair: Pair) -> Table:
         """One line per column: both figures, their difference, and over several seeds the tests."""
@@ -237,10 +242,6 @@ class Reference:
 def reference_of(comparisons: Sequence[Comparison], arms: Sequence[Arm], pairs: Sequence[Pair]) -> Reference:
     """The columns of all comparisons, and their mean where at least two are shares."""
     return Reference(tuple(arms), tuple(pairs), columns_of(comparisons))
-
-
-def _cell(figure: Figure | None) -> str:
-    return "–" if figure is None else value_with_error(figure.value, figure.error)
 
 
 def _p(value: float | None) -> str:

@@ -13,6 +13,7 @@ relative order of the others.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -23,6 +24,7 @@ from kd.data.instruction_tasks.draws import keyed
 from kd.data.instruction_tasks.mixing.mixture_names import Selection
 from kd.data.instruction_tasks.rendering import Rendered, check_template_index, render_rows
 from kd.data.instruction_tasks.task import TaskFile
+from kd.data.instruction_tasks.task_files import task_names
 from kd.data.instruction_tasks.task_rows import LoadHub, MissingRowsError, TaskRows, load_task_rows
 from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
@@ -63,6 +65,9 @@ def mix(
     sources = _loaded(tasks, split, config, load_hub)
     parts: dict[str, Rendered] = {}
     provenance = {"source": "tasks", "tasks": ", ".join(sources)} | config.provenance()
+    own = {task.name: list(task.clusters) for task in tasks if task.clusters and task.name not in task_names()}
+    if own:
+        provenance["clusters"] = json.dumps(own)
     if missing := [task.name for task in tasks if task.name not in sources]:
         provenance["missing tasks"] = ", ".join(missing)
     for task in (task for task in tasks if task.name in sources):
