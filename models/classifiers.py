@@ -52,9 +52,12 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
     refuse_damaged_model(request)
     config = load_config(request)
     trained = is_classifier(config)
-    if request.load_in_4bit:
+    if request.bits is not None:
         raise DataError(
-            "classifiers cannot be loaded in 4 bits", where=request.name, found="4 bits", try_="--dtype bfloat16"
+            f"classifiers cannot be loaded in {request.bits} bits",
+            where=request.name,
+            found=f"{request.bits} bits",
+            try_="--dtype bfloat16",
         )
     if labels is None and not trained:
         raise DataError(

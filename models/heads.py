@@ -25,6 +25,7 @@ from kd.models.families.output_columns import counted_columns, with_final_bias
 from kd.models.families.own_logits import require_own_logits
 from kd.models.loading import Model, decoder_start, is_encoder_decoder
 from kd.models.placement.spread_models import spread_body, whole_weight
+from kd.models.weights.quantised_checkpoints import unpack
 
 if TYPE_CHECKING:
     import torch
@@ -291,6 +292,7 @@ def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
             found=f"{model.config.encoder.model_type} and {model.config.decoder.model_type}",
             expected="an encoder-decoder of one family, such as T5 or BART",
         )
+    unpack(model)
     head, backbone = model.get_output_embeddings(), _backbone(model)
     if not isinstance(head, torch.nn.Linear) or backbone is model:
         raise TeacherError(

@@ -22,7 +22,10 @@ from kd.common.strangers.plain_files import read_plain
 from kd.models.families.logit_transform import changed_numbers
 from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
 from kd.models.placement.spread_models import offloaded
+from kd.models.weights.quantised_checkpoints import computed_as
 
+BITSANDBYTES = {4: "bitsandbytes-nf4-double", 8: "bitsandbytes-int8"}
+"""Bits -> what the identity of a model calls them that bitsandbytes quantises while it loads it."""
 IN_MEMORY = "in memory"
 """What the identity of a model calls it that was never loaded by name."""
 CHANGES_NO_NUMBER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -44,6 +47,8 @@ WITH_FINAL_BIAS = (
 
 def pinned(request: ModelRequest) -> ModelRequest:
     """The request with a hub id's branch or tag replaced by its commit, so that everything is loaded from one commit."""
+    if request.adapter is not None:
+        request = replace(request, adapter=request.adapter.pinned())
     if request.local or request.random_shape is not None:
         return request
     from huggingface_hub import HfApi
@@ -77,12 +82,14 @@ def model_identity(request: ModelRequest) -> dict[str, Any]:
         "model": "local" if request.local else request.name,
         "model_class": (config.architectures or [type(config).__name__])[0],
         "dtype": str(resolve_dtype(request)).removeprefix("torch."),
-        "quantization": "bitsandbytes-nf4-double" if request.load_in_4bit else "none",
+        "quantization": BITSANDBYTES[request.bits] if request.bits else computed_as(config) or "none",
         "config": config_digest(config),
         **_final_bias(config),
     }
+    if request.adapter is not None:
+        identity["adapter"] = request.adapter.identity()
     if request.random_shape is not None:  # random numbers depend on torch's version and on the kind of device
-        device = "cpu" if request.load_in_4bit else resolve_device(request.device).partition(":")[0]
+        device = "cpu" if request.bits is not None else resolve_device(request.device).partition(":")[0]
         return identity | {"seed": request.seed, "torch": torch.__version__.partition("+")[0], "device": device}
     return identity | weight_digests(request)
 

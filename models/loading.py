@@ -6,7 +6,7 @@
     a folder         anything that `save_pretrained` wrote
     a hub id         loaded through transformers, never with remote code
 
-Language models are loaded here and nowhere else; loading in 4 bits is in `kd.models.quantised`.
+Language models are loaded here and nowhere else; loading in 4 or 8 bits is in `kd.models.quantised`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ from kd.models.placement.device_maps import Placement, refuse_missing_gpus, refu
 from kd.models.quantised import QuantisedShare, load_quantised, planned_share, refuse_mostly_unquantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
+from kd.models.weights.adapters import Adapter, merged
+from kd.models.weights.quantised_checkpoints import (
+    cannot_run,
+    make_plain,
+    refuse_quantising_again,
+    stored_method,
+    unpack,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +75,14 @@ class ModelRequest:
     """Language code of the texts that a decoder writes."""
     placement: Placement = field(default_factory=Placement)
     """Where the weights are put, for a model that is larger than one device."""
+    load_in_8bit: bool = False
+    """Load the weights in 8 bits, LLM.int8 (bitsandbytes)."""
+    adapter: Adapter | None = None
+    """An adapter that is merged into the weights."""
 
     def __post_init__(self) -> None:
         self._check_placement()
+        self._check_weights()
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if self.random_shape is not None and self.random_shape not in SHAPES:
@@ -92,6 +105,23 @@ class ModelRequest:
                 found="random weights",
                 expected="a folder or a hub id",
             )
+
+    def _check_weights(self) -> None:
+        """Raise DataError where ways to load weights exclude each other."""
+        if self.load_in_4bit and self.load_in_8bit:
+            raise DataError("a model is loaded in 4 bits or in 8", found="--load-in-4bit with --load-in-8bit")
+        if self.adapter is not None and self.bits is not None:
+            raise DataError(
+                "an adapter is merged into plain weights alone",
+                where=self.adapter.name,
+                found=f"--teacher-adapter with --load-in-{self.bits}bit",
+                try_=f"without --load-in-{self.bits}bit; or merge with peft, save, and load the merged model in {self.bits} bits",
+            )
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the weights that bitsandbytes quantises while it loads them; None for weights as they are stored."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     @property
     def random_shape(self) -> str | None:
@@ -189,14 +219,17 @@ def load_model(request: ModelRequest) -> Model:
     refuse_damaged_model(request)
     config = load_config(request)
     refuse_classifier(request, config)
-    if request.load_in_4bit:
-        model = _load_4bit(request, device, dtype)
+    refuse_quantising_again(config, request.name, request.bits)
+    if request.bits is not None:
+        model = _load_quantised(request, request.bits, device, dtype)
     elif request.random_shape is not None:
         with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.device(device):
             torch.manual_seed(request.seed)
             model = random_model(config, dtype)
     else:
         model = _load_files(request, device, dtype)
+    if request.adapter is not None:
+        model = merged(model, request.adapter)
     if request.target_lang is not None:
         model.config.decoder_start_token_id = config.decoder_start_token_id
     return model.eval()
@@ -204,10 +237,21 @@ def load_model(request: ModelRequest) -> Model:
 
 def _load_files(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
     """A model from its files, on one device or as its device map says."""
-    auto_class, options = loader_of(_stored_config(request))
+    stored = _stored_config(request)
+    auto_class, options = loader_of(stored)
+    quantised = stored_method(stored) is not None
+    if request.adapter is not None and quantised:
+        raise DataError(
+            "an adapter is merged into plain weights alone",
+            where=request.adapter.name,
+            found=f"a teacher whose weights are stored as {stored_method(stored)}",
+            try_="the adapter on the plain weights of this teacher",
+        )
     if request.placement.spread:
         refuse_unusable_map(request)
         options = {**options, **request.placement.arguments()}
+    elif quantised:  # such a model is not moved once it is loaded
+        options = {**options, "device_map": {"": device}}
     try:
         model, loading_info = auto_class.from_pretrained(
             request.path,
@@ -225,10 +269,14 @@ def _load_files(request: ModelRequest, device: str, dtype: torch.dtype) -> Model
                 found="a checkpoint that is not in safetensors, or whose weights are converted while they are read",
                 try_="--offload-folder FOLDER",
             ) from error
-        raise cannot_load(request, error) from error
+        raise (cannot_run(stored, request.name, device, error) if quantised else cannot_load(request, error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, which was not seen before
         raise adapter_error(request, None)
     refuse_missing_weights(request.name, model, loading_info)
+    if quantised:
+        unpack(model)
+        make_plain(model, stored, dtype)
+        return model
     return model if request.placement.spread else model.to(device)
 
 
@@ -256,7 +304,8 @@ def adapter_error(request: ModelRequest, base: str | None) -> DataError:
         where=request.name,
         found=f"{ADAPTER}, an adapter of {base}" if base else ADAPTER,
         expected="a model with all its weights",
-        try_=f"peft's merge_and_unload, then save_pretrained; or train a new one: --student {base or 'BASE'} --lora 16",
+        try_=f"--teacher {base or 'BASE'} --teacher-adapter {request.name}, or peft's merge_and_unload, then save_pretrained; "
+        f"to train a new one: --student {base or 'BASE'} --lora 16",
     )
 
 
@@ -320,17 +369,18 @@ def random_model(config: Any, dtype: torch.dtype) -> Model:
     return model
 
 
-def _load_4bit(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
-    """A model in 4 bits. bitsandbytes quantises while it loads files, so random weights are saved to a temporary folder."""
+def _load_quantised(request: ModelRequest, bits: int, device: str, dtype: torch.dtype) -> Model:
+    """A model in 4 or 8 bits. bitsandbytes quantises while it loads files, so random weights are saved to a temporary folder."""
     auto_class, options = loader_of(_stored_config(request))
+    whole = {"device_map": {"": device}}
     if request.random_shape is None:
-        placed = request.placement.arguments() if request.placement.spread else {"device_map": {"": device}}
-        return load_quantised(
-            auto_class, request.path, request.revision, dtype, device, name=request.name, **placed, **options
-        )
+        options = {**options, **(request.placement.arguments() if request.placement.spread else whole)}
+        path, revision, name = request.path, request.revision, request.name
+        return load_quantised(auto_class, path, revision, dtype, device, bits=bits, name=name, **options)
     with tempfile.TemporaryDirectory() as folder:
-        load_model(replace(request, load_in_4bit=False, device="cpu")).save_pretrained(folder)
-        return load_quantised(auto_class, folder, None, dtype, device, name=request.name, device_map={"": device})
+        plain = replace(request, load_in_4bit=False, load_in_8bit=False, device="cpu")
+        load_model(plain).save_pretrained(folder)
+        return load_quantised(auto_class, folder, None, dtype, device, bits=bits, name=request.name, **whole)
 
 
 def parameter_count(request: ModelRequest) -> int:
@@ -339,9 +389,9 @@ def parameter_count(request: ModelRequest) -> int:
 
 
 def quantised_share(request: ModelRequest) -> QuantisedShare:
-    """What 4-bit loading will quantise of a model, found on the meta device. Raises TeacherError where it is too little."""
+    """What bitsandbytes will quantise of a model, found on the meta device. Raises TeacherError where it is too little."""
     share = planned_share(_on_meta(request))
-    refuse_mostly_unquantised(share, request.name)
+    refuse_mostly_unquantised(share, request.name, request.bits or 4)
     return share
 
 

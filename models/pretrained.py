@@ -9,6 +9,7 @@ from typing import Any
 from kd.models.loading import Model, ModelRequest, load_model, load_request_tokenizer
 from kd.models.placement.device_maps import Placement
 from kd.models.tokenizer import Tokenizer
+from kd.models.weights.adapters import Adapter
 
 
 def load_teacher(
@@ -21,6 +22,10 @@ def load_teacher(
     device_map: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     max_memory: Mapping[Any, Any] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
 ) -> tuple[Model, Tokenizer]:
     """The model that `kd cache build --teacher NAME` would run, and its tokenizer.
 
@@ -31,6 +36,10 @@ def load_teacher(
     device      auto, cpu or cuda
     device_map, max_memory, offload_folder
                 for a model larger than one device, as in transformers: auto, balanced or sequential, a file, or a mapping
+    load_in_4bit, load_in_8bit
+                quantise the weights while they are loaded (bitsandbytes)
+    adapter, adapter_revision
+                folder or hub id of an adapter that is merged into the weights, and its branch, tag or commit
 
     Raises TeacherError for a model that cannot be loaded.
 
@@ -46,5 +55,8 @@ def load_teacher(
         device=device,
         tokenizer=tokenizer,
         placement=Placement.of(device_map, max_memory, offload_folder),
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        adapter=None if adapter is None else Adapter(adapter, adapter_revision),
     )
     return load_model(request), load_request_tokenizer(request)

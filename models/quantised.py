@@ -1,6 +1,6 @@
-"""Load a model in 4 bits: nf4 with double quantisation, by bitsandbytes.
+"""Load a model in 4 bits (nf4 with double quantisation) or 8 bits (LLM.int8) by bitsandbytes.
 
-Weights take about a quarter of their memory in bfloat16. bitsandbytes quantises while it loads files, so the model must
+Weights take about a quarter, or half, of their memory in bfloat16. bitsandbytes quantises while it loads files, so the model must
 be a folder or a hub id. It is imported here and nowhere else.
 """
 
@@ -27,12 +27,12 @@ NAMED = 8
 
 @dataclass(frozen=True)
 class QuantisedShare:
-    """Which weights of a model are in 4 bits. Embeddings and the output layer never are, and are not counted."""
+    """Which weights of a model are in 4 or 8 bits. Embeddings and the output layer never are, and are not counted."""
 
     layers: int
-    """Number of layers in 4 bits."""
+    """Number of quantised layers."""
     weights: int
-    """Number of weights in 4 bits."""
+    """Number of quantised weights."""
     of: int
     """Number of weights in all."""
     left: tuple[str, ...]
@@ -44,21 +44,34 @@ class QuantisedShare:
 
 
 def load_quantised(
-    auto_class: Any, path: str, revision: str | None, dtype: torch.dtype, device: str, *, name: str, **options: Any
+    auto_class: Any,
+    path: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    bits: int,
+    name: str,
+    **options: Any,
 ) -> Any:
-    """The model at `path` in 4 bits, computing in `dtype`. Raises TeacherError where bitsandbytes cannot load or run it.
+    """The model at `path` in 4 or 8 bits, computing in `dtype`. Raises TeacherError where bitsandbytes cannot load or run it.
 
     auto_class   class of transformers whose `from_pretrained` loads the model
     name         what errors call the model
     options      further arguments of `from_pretrained`, `device_map` among them
     """
-    with needed("bitsandbytes", "4-bit loading", where=name, instead="--dtype bfloat16"):
+    with needed("bitsandbytes", f"{bits}-bit loading", where=name, instead="--dtype bfloat16"):
         import bitsandbytes
     from transformers import BitsAndBytesConfig
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    quantization = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if bits == 8
+        else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     )
+    kind = bitsandbytes.nn.Linear8bitLt if bits == 8 else bitsandbytes.nn.Linear4bit
     try:
         model, loading_info = auto_class.from_pretrained(
             path,
@@ -72,21 +85,21 @@ def load_quantised(
     except Exception as error:
         supported = f"a model and a device that bitsandbytes {bitsandbytes.__version__} supports (device {device})"
         raise TeacherError(
-            "bitsandbytes cannot load this model in 4 bits here",
+            f"bitsandbytes cannot load this model in {bits} bits here",
             where=name,
             found=f"{type(error).__name__}: {error}",
             expected=supported,
             try_="--dtype bfloat16",
         ) from error
     refuse_missing_weights(name, model, loading_info)
-    refuse_mostly_unquantised(share_of(model, lambda _, module: isinstance(module, bitsandbytes.nn.Linear4bit)), name)
-    if device == "cpu":
-        _require_whole_blocks(model, bitsandbytes.nn.Linear4bit, name)
+    refuse_mostly_unquantised(share_of(model, lambda _, module: isinstance(module, kind)), name, bits)
+    if device == "cpu" and bits == 4:
+        _require_whole_blocks(model, kind, name)
     return model
 
 
 def planned_share(model: Any) -> QuantisedShare:
-    """What would be in 4 bits of a model that is not quantised (on the meta device, say): the layers transformers replaces."""
+    """What bitsandbytes would quantise of a model (on the meta device, say): the layers that transformers replaces."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -102,7 +115,7 @@ def planned_share(model: Any) -> QuantisedShare:
 
 
 def share_of(model: Any, quantised: Callable[[str, Any], bool]) -> QuantisedShare:
-    """Count the weights of a model; `quantised` says of a module by its name whether its weight is in 4 bits."""
+    """Count the weights of a model; `quantised` says of a module by its name whether its weight is."""
     from torch import nn
 
     output = model.get_output_embeddings()
@@ -129,13 +142,13 @@ def _entries(layer: Any) -> int:
     return int(layer.weight.numel())
 
 
-def refuse_mostly_unquantised(share: QuantisedShare, name: str) -> None:
-    """Raise TeacherError where less than half of the weights are in 4 bits: such a model takes much more memory than it seems."""
+def refuse_mostly_unquantised(share: QuantisedShare, name: str, bits: int) -> None:
+    """Raise TeacherError where less than half of the weights would be quantised: it would take more memory than it seems."""
     if 2 * share.weights < share.of:
         raise TeacherError(
-            "4-bit loading would leave most of this model in 16 bits",
+            f"{bits}-bit loading would leave most of this model in 16 bits",
             where=name,
-            found=f"{share.weights:,} of {share.of:,} weights in 4 bits; left are {', '.join(share.left[:3])}",
+            found=f"{share.weights:,} of {share.of:,} weights in {bits} bits; left are {', '.join(share.left[:3])}",
             expected="at least half, embeddings and output layer not counted",
             try_="--dtype bfloat16, or a checkpoint that is quantised already",
         )

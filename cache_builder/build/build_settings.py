@@ -50,6 +50,12 @@ class TeacherSettings:
     """Device of the teacher: auto, cpu, cuda or cuda:N; auto is cuda where there is a GPU."""
     load_in_4bit: bool = False
     """Load the teacher in nf4 with double quantisation (bitsandbytes)."""
+    load_in_8bit: bool = False
+    """Load the teacher in 8 bits, LLM.int8 (bitsandbytes)."""
+    teacher_adapter: str | None = setting(None, metavar="FOLDER|HUB_ID")
+    """Adapter (LoRA) to merge into the teacher's weights: a folder that peft wrote, or a hub id."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of an adapter on the hub. By default its main branch."""
     source_lang: str | None = setting(None, metavar="CODE", shown="the tokenizer's own")
     """Language code of the prompts, for an encoder-decoder whose tokenizer writes one (mBART: fr_XX, NLLB: fra_Latn)."""
     target_lang: str | None = setting(None, metavar="CODE", shown="the tokenizer's own")
@@ -61,6 +67,10 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.adapter_revision is not None and self.teacher_adapter is None:
+            raise DataError(
+                "there is no adapter", found=f"--adapter-revision {self.adapter_revision}", try_="--teacher-adapter"
+            )
 
 
 @dataclass(frozen=True)

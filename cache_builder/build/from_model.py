@@ -34,6 +34,7 @@ from kd.models.families.text_model import text_config
 from kd.models.identity import parameters_digest
 from kd.models.loading import Model, ModelRequest
 from kd.models.tokenizer import Tokenizer
+from kd.models.weights.quantised_checkpoints import unpack
 
 SOURCE = "texts"
 """What errors, and the ids of examples, call the texts."""
@@ -100,6 +101,7 @@ def build_cache(
     chosen = make(BuildSettings, {**given, "teacher": name, "spec": SOURCE, "out": as_path(out)})
     request = assembled(chosen, ModelRequest(name), text_config(model.config), lambda: corpus_of_texts(chosen, texts))
     with evaluating(model):
+        unpack(model)
         teacher = GivenTeacher(model, tokenizer, parameters_digest(model))
         last = build_request(replace(request, given=teacher), chosen.running, watch=_watching(on_progress))
     require_finished(last, chosen.out)

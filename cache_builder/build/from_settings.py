@@ -34,6 +34,7 @@ from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.positions import max_positions
 from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config, refuse_unusable_map
 from kd.models.placement.device_maps import Placement
+from kd.models.weights.adapters import Adapter
 
 SEQ_LEN, ENCODER_SEQ_LEN = 512, 1024
 """Default sequence lengths, where the teacher's positions allow them."""
@@ -119,6 +120,8 @@ def model_request(settings: BuildSettings) -> ModelRequest:
         model.source_lang,
         model.target_lang,
         Placement.of(placed.device_map, placed.max_memory, placed.offload_folder),
+        model.load_in_8bit,
+        None if model.teacher_adapter is None else Adapter(model.teacher_adapter, model.adapter_revision),
     )
 
 

@@ -55,6 +55,7 @@ from kd.models.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
+from kd.models.weights.quantised_checkpoints import stored_quantisation
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,7 @@ def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> 
     packages = ("torch", "transformers", "tokenizers", "zarr", "numcodecs", "pyarrow", "numpy")
     return (
         _quantised(request)
+        | _adapter(request)
         | chat
         | ({"served": request.source.provenance()} if isinstance(request.source, ServedTeacher) else {})
         | {
@@ -257,11 +259,26 @@ def _provenance(request: BuildRequest, left_out: LeftOut, notes: TokenNotes) -> 
 
 
 def _quantised(request: BuildRequest) -> dict[str, Any]:
-    """Which weights of the teacher are in 4 bits; nothing where none are. Raises TeacherError where most are not."""
+    """Which weights of the teacher bitsandbytes quantises, or how they are stored quantised; nothing where they are plain.
+
+    Raises TeacherError where bitsandbytes would quantise too few.
+    """
     if request.given is not None:
-        share = share_of(request.given.model, lambda _, module: type(module).__name__ == "Linear4bit")
+        share = share_of(request.given.model, lambda _, module: type(module).__name__ in ("Linear4bit", "Linear8bitLt"))
         return {"quantised": share.record()} if share.layers else {}
-    return {"quantised": quantised_share(request.teacher).record()} if request.teacher.load_in_4bit else {}
+    if request.teacher.bits is not None:
+        return {"quantised": quantised_share(request.teacher).record()}
+    stored = stored_quantisation(request.source.config())
+    return {} if stored is None else {"quantised": {"stored_as": stored.get("quant_method", "unknown")}}
+
+
+def _adapter(request: BuildRequest) -> dict[str, Any]:
+    """Which adapter is merged into the teacher, and the model that it was trained on by its own word."""
+    adapter = request.teacher.adapter
+    if adapter is None:
+        return {}
+    base = adapter.base()
+    return {"adapter": {"name": public_place(adapter.name), "trained_on": None if base is None else public_place(base)}}
 
 
 def _source(corpus: Corpus) -> dict[str, Any]:

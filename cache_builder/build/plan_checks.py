@@ -89,13 +89,19 @@ def class_count(request: BuildRequest, labels: Sequence[str], config: Any) -> in
     """The classes of a teacher, all of which are kept. Raises DataError where they are not those of the text."""
     refuse_other_classes(request.teacher, config, labels)
     classes = len(labels)
-    if request.teacher.load_in_4bit:
+    if request.teacher.bits is not None:
         raise DataError(
-            "classifiers are not loaded in 4 bits",
+            f"classifiers are not loaded in {request.teacher.bits} bits",
             where=request.teacher.name,
-            found="--load-in-4bit",
+            found=f"--load-in-{request.teacher.bits}bit",
             try_="--dtype bfloat16",
         )
+    for option, given in (
+        ("--teacher-adapter", request.teacher.adapter is not None),
+        ("--device-map", request.teacher.placement.spread),
+    ):
+        if given:
+            raise DataError("this setting is for language models", where=request.teacher.name, found=option)
     if request.generation is not None:
         raise DataError("a classifier writes no text", where=request.teacher.name, found="--targets teacher")
     targets = request.targets

@@ -26,7 +26,7 @@ PREFIX = re.compile(r"[0-9a-f]{8,64}")
 """The beginning of a fingerprint, which may stand for a cache in place of its path."""
 
 
-PLACES = ("teacher", "tokenizer", "spec", "task_root", "extend")
+PLACES = ("teacher", "teacher_adapter", "tokenizer", "spec", "task_root", "extend")
 """Options of a build that say where something lies."""
 
 

@@ -55,6 +55,7 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "dtype": manifest.identity["teacher"].get("dtype"),
         "quantization": manifest.identity["teacher"].get("quantization"),
         "quantised": manifest.provenance.get("quantised"),
+        "adapter": manifest.provenance.get("adapter"),
         "logprobs_only": manifest.logprobs_only,
         "weights_unknown": manifest.weights_unknown,
         "teacher_id": manifest.identity["teacher"].get("id"),

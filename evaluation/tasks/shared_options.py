@@ -36,6 +36,8 @@ class LoadingOptions:
     """Device of the models; auto is cuda where there is one."""
     load_in_4bit: bool = False
     """Load the models in nf4 with double quantisation (bitsandbytes)."""
+    load_in_8bit: bool = False
+    """Load the models in 8 bits, LLM.int8 (bitsandbytes)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer: str | None = None
@@ -64,6 +66,7 @@ class LoadingOptions:
             self.seed,
             self.source_lang,
             self.target_lang,
+            load_in_8bit=self.load_in_8bit,
         )
 
     def teacher_request(self, name: str) -> ModelRequest:
@@ -75,6 +78,7 @@ class LoadingOptions:
             dtype=self.dtype,
             device=self.device,
             load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
             seed=self.seed,
             source_lang=self.source_lang,
             target_lang=self.target_lang,

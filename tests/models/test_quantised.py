@@ -13,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cli import cli
 from kd.common.errors import TeacherError
+from kd.models.heads import split_head
+from kd.models.identity import model_identity
 from kd.models.loading import ModelRequest, load_model, quantised_share
 from kd.models.quantised import planned_share, share_of
 
@@ -45,6 +47,23 @@ def test_what_was_planned_is_what_is_in_4_bits(make, tmp_path: Path) -> None:
     assert stored == planned.weights  # two weights to a byte
     assert planned.weights > 0.95 * planned.of
     assert planned.layers == (14 if make is llama else 8)
+
+
+def test_8_bits_are_counted_in_the_same_way(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    request = ModelRequest(str(tmp_path), device="cpu", load_in_8bit=True)
+    loaded = load_model(request)
+    share = share_of(loaded, lambda _, module: isinstance(module, bitsandbytes.nn.Linear8bitLt))
+    assert share == quantised_share(request)
+    ids = torch.arange(1, 9)[None]
+    head = split_head(loaded)
+    with torch.no_grad():
+        ours, plain = head.logits(head.hidden(ids, None)[0]).log_softmax(-1), model(ids).logits[0].log_softmax(-1)
+    assert 0 < float((ours - plain).abs().max()) < 0.05  # 8 bits of weights and inputs, in two layers of width 64
+    assert model_identity(request)["quantization"] == "bitsandbytes-int8"
+    random = ModelRequest("random:demo-student", device="cpu", load_in_8bit=True)
+    assert type(load_model(random).transformer.h[0].mlp.c_fc).__name__ == "Linear8bitLt"
 
 
 def test_experts_that_stay_in_16_bits_are_named_and_refused(tmp_path: Path) -> None:
