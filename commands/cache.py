@@ -69,7 +69,31 @@ def cache_build(settings: BuildSettings, profile_build: bool, as_json: bool) -> 
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
     given = click.get_current_context().meta[GIVEN]
-    build_and_show(settings, given, profile_build=profile_build, as_json=as_json)
+    if settings.placement.tensor_parallel > 1:
+        build_in_groups(settings, given, profile_build=profile_build, as_json=as_json)
+    else:
+        build_and_show(settings, given, profile_build=profile_build, as_json=as_json)
+
+
+def build_in_groups(
+    settings: BuildSettings, given: Mapping[str, str | bool], *, profile_build: bool, as_json: bool
+) -> None:
+    """One of torchrun's processes of a build: the leader of the first group shows it, other leaders build in silence."""
+    quiet_libraries()
+    from kd.cache_builder.build.from_settings import build_of
+    from kd.common.settings import changed
+    from kd.models.loading import load_model
+    from kd.models.placement.tensor_parallel import follow_leader, tensor_parallel_group
+
+    groups = settings.running.workers
+    with tensor_parallel_group(settings.placement.tensor_parallel, groups) as group:
+        own = changed(settings, workers=1, wait=settings.running.wait or groups > 1)
+        if not group.leads:
+            follow_leader(group, load_model)
+        elif group.number == 0:
+            build_and_show(own, given, profile_build=profile_build, as_json=as_json)
+        else:
+            build_of(own, recorded={name: value for name, value in given.items() if name in RECORDED})
 
 
 def build_and_show(

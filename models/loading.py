@@ -26,6 +26,7 @@ from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.families.encoder_layout import set_languages, start_language
 from kd.models.families.text_model import loader_of, refuse_missing_weights, text_config
 from kd.models.placement.device_maps import Placement, refuse_missing_gpus, refuse_other_modules
+from kd.models.placement.tensor_parallel import all_at_once, group_for, lead, sharding
 from kd.models.quantised import QuantisedShare, load_quantised, planned_share, refuse_mostly_unquantised
 from kd.models.shapes import SHAPES
 from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
@@ -90,6 +91,8 @@ class ModelRequest:
 
     def _check_placement(self) -> None:
         """Raise DataError where a device map cannot be used."""
+        if self.placement.tensor_parallel > 1:
+            self._check_tensor_parallel()
         if not self.placement.spread:
             return
         if self.device != "auto":
@@ -105,6 +108,22 @@ class ModelRequest:
                 found="random weights",
                 expected="a folder or a hub id",
             )
+
+    def _check_tensor_parallel(self) -> None:
+        """Raise DataError for what a group of processes cannot load."""
+        for option, given in (
+            (f"--device {self.device}", self.device != "auto"),
+            ("random weights", self.random_shape is not None),
+            (f"--load-in-{self.bits}bit", self.bits is not None),
+            ("--teacher-adapter", self.adapter is not None),
+        ):
+            if given:
+                raise DataError(
+                    "tensor parallelism takes plain weights in files, on the GPUs of torchrun's processes",
+                    where=self.name,
+                    found=f"--tensor-parallel {self.placement.tensor_parallel} with {option}",
+                    try_="--device-map auto",
+                )
 
     def _check_weights(self) -> None:
         """Raise DataError where ways to load weights exclude each other."""
@@ -219,6 +238,8 @@ def load_model(request: ModelRequest) -> Model:
     refuse_damaged_model(request)
     config = load_config(request)
     refuse_classifier(request, config)
+    if request.placement.tensor_parallel > 1:
+        return _load_share(request, device, dtype)
     refuse_quantising_again(config, request.name, request.bits)
     if request.bits is not None:
         model = _load_quantised(request, request.bits, device, dtype)
@@ -235,10 +256,24 @@ def load_model(request: ModelRequest) -> Model:
     return model.eval()
 
 
-def _load_files(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
-    """A model from its files, on one device or as its device map says."""
+def _load_share(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:
+    """This process's share of a model. Its group's leader has the others load theirs, and tells them of every call."""
+    group = group_for(request.placement.tensor_parallel)
+    options = sharding(group.size, _on_meta(request))
+    if group.leads:
+        group.tell("load", request)
+    with all_at_once(group):
+        model = _load_files(request, device, dtype, **options)
+    if group.leads:
+        lead(model, group)
+    return model.eval()
+
+
+def _load_files(request: ModelRequest, device: str, dtype: torch.dtype, **sharded: Any) -> Model:
+    """A model from its files, on one device, or as its device map or its group of processes has it."""
     stored = _stored_config(request)
     auto_class, options = loader_of(stored)
+    options = {**options, **sharded}
     quantised = stored_method(stored) is not None
     if request.adapter is not None and quantised:
         raise DataError(
@@ -277,11 +312,16 @@ def _load_files(request: ModelRequest, device: str, dtype: torch.dtype) -> Model
         unpack(model)
         make_plain(model, stored, dtype)
         return model
-    return model if request.placement.spread else model.to(device)
+    return model if request.placement.spread or sharded else model.to(device)
 
 
 def refuse_unusable_map(request: ModelRequest) -> None:
-    """Raise DataError for a map of GPUs that are not here, or of modules that the model does not have. Reads no weights."""
+    """Raise DataError for a map of GPUs that are not here, or of modules that the model does not have. Reads no weights.
+
+    Raises TeacherError for a model that cannot be shared out among processes.
+    """
+    if request.placement.tensor_parallel > 1:
+        sharding(request.placement.tensor_parallel, _on_meta(request))
     refuse_missing_gpus(request.placement)
     placed = request.placement.device_map
     if isinstance(placed, Mapping):

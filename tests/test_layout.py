@@ -40,7 +40,7 @@ DOORS = {
     "rich": {"commands/terminal/console.py"},
     "ray": {"cache_builder/build/engines.py"},
     "vllm": {"cache_builder/served/in_process.py"},
-    "peft": {"student_trainer/lora.py", "student_trainer/merging/merge_methods.py"},
+    "peft": {"models/weights/adapters.py", "student_trainer/lora.py", "student_trainer/merging/merge_methods.py"},
 }
 """Heavy library -> the modules, or folders of modules, that may import it."""
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
+from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.cache_builder.teacher.teacher_pass import Teacher, collect
 from kd.data.rows.example import Example
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import LanguageModelHead, split_head
-from kd.models.loading import ModelRequest, load_model
+from kd.models.identity import model_identity, parameters_digest
+from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.models.placement.device_maps import Placement
+from kd.models.weights.adapters import Adapter
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
@@ -148,3 +157,122 @@ def test_a_step_of_a_loss_over_rows_waits_for_nothing() -> None:
         chunked_head_loss(hidden, weight, None, Objective(), replace(data, groups=None), vocabulary_size=V, chunk=10)[
             0
         ].backward()
+
+
+SEVERAL = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")
+
+
+def llama_folder(folder: Path, **settings: Any) -> Path:
+    """A tiny Llama in bfloat16, in several files."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=V, num_key_value_heads=2, max_position_embeddings=64, **sizes, **settings)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+def layers_on(first: int | str, second: int | str, head: int | str) -> dict[str, int | str]:
+    """A map of the tiny Llama: two layers here, two there."""
+    placed: dict[str, int | str] = {"model.embed_tokens": first, "model.rotary_emb": first}
+    placed |= {f"model.layers.{n}": first if n < 2 else second for n in range(4)}
+    return {**placed, "model.norm": second, "lm_head": head}
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [
+        layers_on(0, "cpu", "cpu"),
+        layers_on(0, "disk", "disk"),
+        layers_on("cpu", 0, 0),
+        pytest.param(layers_on(0, 1, 1), marks=SEVERAL),
+        pytest.param(layers_on(0, 1, 0), marks=SEVERAL),
+    ],
+    ids=["gpu-cpu", "gpu-disk", "cpu-gpu", "two-gpus", "head-on-the-first"],
+)
+def test_a_device_map_gives_the_targets_of_one_gpu(placed: dict[str, int | str], tmp_path: Path) -> None:
+    """What is offloaded is computed on the GPU, so that the kernels are the same, and the bits."""
+    folder, config = llama_folder(tmp_path), TargetConfig.of_profile("kl")
+    whole = load_model(ModelRequest(str(folder), device="cuda", dtype="bfloat16"))
+    spread = load_model(ModelRequest(str(folder), dtype="bfloat16", placement=Placement.of(placed)))
+    one, several = scored(split_head(whole), config), scored(split_head(spread), config)
+    for name, value in one.items():
+        np.testing.assert_array_equal(several[name], value, err_msg=name)
+    assert parameters_digest(spread) == parameters_digest(whole)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_in_few_bits_is_near_its_plain_weights(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder, ids = llama_folder(tmp_path), torch.arange(1, 17, device=DEVICE)[None]
+    options: Any = {f"load_in_{bits}bit": True}
+    logits = []
+    for given in ({}, options):
+        head = split_head(load_model(ModelRequest(str(folder), device="cuda", dtype="bfloat16", **given)))
+        with torch.no_grad():
+            logits.append(head.logits(head.hidden(ids, None)[0]).log_softmax(-1))
+    # random weights, four layers: 4 bits are off by some hundredths, 8 bits and bfloat16 by thousandths of a nat
+    assert 0 < float((logits[0] - logits[1]).abs().max()) < (0.5 if bits == 4 else 0.1)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="a GPU without 8-bit floats"
+)
+def test_an_fp8_checkpoint_computes_in_fp8_and_says_so(tmp_path: Path) -> None:
+    """Its inputs are rounded to 8 bits: near its plain weights, and not equal to them."""
+    plain, stored = llama_folder(tmp_path / "plain"), tmp_path / "fp8"
+    model = LlamaForCausalLM.from_pretrained(
+        plain, dtype=torch.bfloat16, device_map="cuda", quantization_config=FineGrainedFP8Config()
+    )
+    model.save_pretrained(stored)
+    request, ids = ModelRequest(str(stored), device="cuda", dtype="bfloat16"), torch.arange(1, 17, device=DEVICE)[None]
+    assert model_identity(request)["quantization"] == "fp8"
+    logits = []
+    for one in (request, ModelRequest(str(plain), device="cuda", dtype="bfloat16")):
+        head = split_head(load_model(one))
+        with torch.no_grad():
+            logits.append(head.logits(head.hidden(ids, None)[0]).log_softmax(-1))
+    assert 0 < float((logits[0] - logits[1]).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_checkpoints_of_gptq_and_awq_give_their_own_logits(method: str) -> None:
+    """KD_GPTQ and KD_AWQ name checkpoints: calibrating one takes longer than a test may. `split_head` compares the logits."""
+    pytest.importorskip("gptqmodel")
+    name = os.environ.get(f"KD_{method.upper()}")
+    if name is None:
+        pytest.skip(f"KD_{method.upper()} names no checkpoint")
+    request = ModelRequest(name, device="cuda", dtype="float16")
+    assert model_identity(request)["quantization"] == method
+    split_head(load_model(request))
+
+
+@SEVERAL
+def test_an_adapter_is_merged_into_layers_on_two_gpus(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder = llama_folder(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path / "adapter")
+    adapter, targets = Adapter(str(tmp_path / "adapter")), TargetConfig.of_profile("kl")
+    spread = ModelRequest(str(folder), dtype="bfloat16", placement=Placement.of(layers_on(0, 1, 1)), adapter=adapter)
+    whole = ModelRequest(str(folder), device="cuda", dtype="bfloat16", adapter=adapter)
+    one, several = (scored(split_head(load_model(request)), targets) for request in (whole, spread))
+    for name, value in one.items():
+        np.testing.assert_array_equal(several[name], value, err_msg=name)
+
+
+@SEVERAL
+def test_two_gpus_that_hold_one_model_build_the_cache_of_one(tmp_path: Path) -> None:
+    """NCCL sums in another order: in float32 as near as two processes on a CPU, see test_tensor_parallel.py."""
+    folder = llama_folder(tmp_path / "model")
+    load_request_tokenizer(ModelRequest("demo")).save_pretrained(folder)
+    common = ["cache", "build", "--teacher", str(folder), "--data", "demo", "--limit", "4", "--seq-len", "32"]
+    common += ["--top-k", "8", "--dtype", "float32", "--logprob-codec", "float32", "--no-reuse"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kd.cli"]
+    subprocess.run([sys.executable, "-m", "kd.cli", *common, "--out", str(tmp_path / "one")], check=True, timeout=300)
+    together = [*torchrun, *common, "--out", str(tmp_path / "two"), "--tensor-parallel", "2"]
+    subprocess.run(together, check=True, timeout=300)
+    one, two = CacheReader(tmp_path / "one"), CacheReader(tmp_path / "two")
+    assert one.manifest.fingerprint == two.manifest.fingerprint
+    for number in range(len(one)):
+        a, b = one[number].targets, two[number].targets
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)

@@ -36,6 +36,8 @@ class Placement:
     """Device -> the most bytes of weights that a strategy puts there; devices that are not named hold none. None: what is free."""
     offload_folder: Path | None = None
     """Folder for weights on the disk that cannot be read from the checkpoint itself."""
+    tensor_parallel: int = 1
+    """Number of processes that hold the model together, see `kd.models.placement.tensor_parallel`."""
 
     @classmethod
     def of(
@@ -43,13 +45,19 @@ class Placement:
         device_map: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, Any] | None = None,
         offload_folder: str | os.PathLike[str] | None = None,
+        tensor_parallel: int = 1,
     ) -> Placement:
         """What people write, checked: a strategy, a file or a mapping; sizes such as `20GiB`. Raises DataError."""
+        if device_map is not None and tensor_parallel > 1:
+            raise DataError(
+                "a device map and tensor parallelism exclude each other",
+                found=f"--device-map {device_map} with --tensor-parallel {tensor_parallel}",
+            )
         if device_map is None:
             for name, value in (("--max-memory", max_memory), ("--offload-folder", offload_folder)):
                 if value is not None:
                     raise DataError(f"{name} does nothing without a device map", found=name, try_="--device-map auto")
-            return cls()
+            return cls(tensor_parallel=tensor_parallel)
         folder = None if offload_folder is None else as_path(offload_folder)
         memory = None if max_memory is None else memory_of(max_memory)
         if isinstance(device_map, str) and device_map in STRATEGIES:
