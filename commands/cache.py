@@ -69,7 +69,7 @@ def cache_build(settings: BuildSettings, profile_build: bool, as_json: bool) -> 
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
     given = click.get_current_context().meta[GIVEN]
-    if settings.placement.tensor_parallel > 1:
+    if settings.served.processes > 1:
         build_in_groups(settings, given, profile_build=profile_build, as_json=as_json)
     else:
         build_and_show(settings, given, profile_build=profile_build, as_json=as_json)
@@ -86,7 +86,10 @@ def build_in_groups(
     from kd.models.placement.tensor_parallel import follow_leader, tensor_parallel_group
 
     groups = settings.running.workers
-    with tensor_parallel_group(settings.placement.tensor_parallel, groups) as group:
+    given = {
+        name: value for name, value in given.items() if name != "tensor_parallel"
+    }  # which a repair need not repeat
+    with tensor_parallel_group(settings.served.processes, groups) as group:
         own = changed(settings, workers=1, wait=settings.running.wait or groups > 1)
         if not group.leads:
             follow_leader(group, load_model)

@@ -275,4 +275,6 @@ def test_two_gpus_that_hold_one_model_build_the_cache_of_one(tmp_path: Path) -> 
     assert one.manifest.fingerprint == two.manifest.fingerprint
     for number in range(len(one)):
         a, b = one[number].targets, two[number].targets
+        assert a.logprobs is not None
+        assert b.logprobs is not None
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)

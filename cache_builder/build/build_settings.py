@@ -88,8 +88,6 @@ class PlacementSettings:
     """Most memory for weights on each device, e.g. 0=20GiB,1=20GiB,cpu=60GiB. What these do not hold lies on the disk."""
     offload_folder: Path | None = setting(None, metavar="FOLDER", folder=True, shown="the checkpoint itself")
     """Folder for weights on the disk, needed where they cannot be read from the checkpoint itself."""
-    tensor_parallel: int = setting(1, minimum=1, metavar="N")
-    """Number of processes that hold the teacher together, under torchrun, which starts N of them for each of --workers."""
 
     def __post_init__(self) -> None:
         check(self)

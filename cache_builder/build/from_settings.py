@@ -119,7 +119,7 @@ def model_request(settings: BuildSettings) -> ModelRequest:
         settings.seed,
         model.source_lang,
         model.target_lang,
-        Placement.of(placed.device_map, placed.max_memory, placed.offload_folder, placed.tensor_parallel),
+        Placement.of(placed.device_map, placed.max_memory, placed.offload_folder, settings.served.processes),
         model.load_in_8bit,
         None if model.teacher_adapter is None else Adapter(model.teacher_adapter, model.adapter_revision),
     )

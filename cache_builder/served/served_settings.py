@@ -31,7 +31,8 @@ class ServedSettings:
     server_api: str = setting("auto", choices=SERVER_APIS)
     """How the server is asked. vllm: prompt_logprobs; sglang: /generate; echo: completions with echo and logprobs."""
     tensor_parallel: int = setting(1, minimum=1)
-    """With --backend vllm: GPUs that share each layer."""
+    """GPUs, or processes, that share each layer. vllm starts its own; transformers needs torchrun, which starts so many for
+    each of --workers."""
     pipeline_parallel: int = setting(1, minimum=1)
     """With --backend vllm: GPUs that share the layers among them."""
 
@@ -52,12 +53,23 @@ class ServedSettings:
             given = [option for option, value in of_servers.items() if value is not None]
             if given:
                 raise DataError("there is no server", found=", ".join(given), try_="--teacher-url URL")
-        if self.backend != "vllm" and (self.tensor_parallel, self.pipeline_parallel) != (1, 1):
+        if self.teacher_url is not None and (self.tensor_parallel, self.pipeline_parallel) != (1, 1):
             raise DataError(
-                "only vLLM in this process is told how many GPUs to use",
-                found="--tensor-parallel or --pipeline-parallel",
-                try_="--backend vllm",
+                "a server is not told how many GPUs to use",
+                found="--tensor-parallel or --pipeline-parallel with --teacher-url",
+                try_="the options of the server",
             )
+        if self.backend != "vllm" and self.pipeline_parallel != 1:
+            raise DataError(
+                "only vLLM in this process shares the layers among GPUs",
+                found=f"--pipeline-parallel {self.pipeline_parallel}",
+                try_="--backend vllm, or --device-map auto",
+            )
+
+    @property
+    def processes(self) -> int:
+        """Processes of torchrun that hold one teacher together, where transformers runs it."""
+        return 1 if self.served else self.tensor_parallel
 
     @property
     def served(self) -> bool:

@@ -109,7 +109,8 @@ class ServedTeacher:
 
     def _refuse_other_kinds(self, config: Any) -> None:
         refused = {
-            "--load-in-4bit": self.request.load_in_4bit,
+            f"--load-in-{self.request.bits}bit": self.request.bits is not None,
+            "--teacher-adapter": self.request.adapter is not None,
             "--device-map": self.request.placement.spread,
             "random weights": self.request.random_shape is not None,
         }

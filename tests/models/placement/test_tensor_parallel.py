@@ -71,6 +71,8 @@ def require_equal(ours: Path, theirs: Path) -> None:
     for number in range(len(one)):
         a, b = one[number].targets, two[number].targets
         np.testing.assert_array_equal(a.gold_ids, b.gold_ids)
+        assert a.logprobs is not None
+        assert b.logprobs is not None
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=TP_ERROR)
         np.testing.assert_allclose(a.log_z, b.log_z, rtol=0, atol=TP_ERROR)
         assert (a.token_ids != b.token_ids).mean() < 0.01  # neighbours closer than the error may change places
