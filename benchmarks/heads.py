@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/heads.py              # kernels, and the definitions by autograd on each chunk
     OMP_NUM_THREADS=1 python benchmarks/heads.py --compile    # kernels through torch.compile instead of autograd
 
-`plain` is `F.cross_entropy(F.linear(h, w), gold)` and its backward pass; the others are `chunked_head_loss` on the same
-hidden states. Targets are made up: k=64 values and 64 draws for losses by row, 16 values and 16 bands for losses over groups,
-every group one token. All cases take turns; a line shows the least time of the loss with its kernel and its ratio to `plain`,
-then the same without the kernel, then what the kernel saves of that. The first turn of compiled kernels compiles them (a minute
-or two each).
+`plain` is `F.cross_entropy(F.linear(h, w), gold)` and its backward pass; the others are `chunked_head_loss` on the same hidden
+states. Targets are made up: k=64 values and 64 draws for losses by row, 16 values and 16 bands for losses over groups, every
+group one token. `kl ragged` has rows of 1 to 64 values, 32.5 on average, and `kl k=32` has 32 in every row. All cases take turns;
+a line shows the least time of the loss with its kernel and its ratio to `plain`, then the same without the kernel, then what the
+kernel saves of that. The first turn of compiled kernels compiles them (a minute or two each).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -26,7 +27,7 @@ from kd.student_trainer.head import ChunkLoss, chunked_head_loss
 from kd.student_trainer.losses import row_kernels
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
-from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets, need
 
 
 class Autograd:
@@ -73,12 +74,26 @@ def made_up(rows: int, vocabulary: int, edges: tuple[int, ...]) -> tuple[LossTar
     return by_row, LossTargets(gold, groups=groups)
 
 
+def shorter(targets: LossTargets) -> dict[str, LossTargets]:
+    """The same rows with 32 tokens each, and with 1 to 64."""
+    ids, values, rows = need(targets.token_ids), need(targets.logprobs), len(targets.gold_ids)
+    kept = torch.randint(1, 65, (rows,))
+    inside = torch.arange(64) < kept[:, None]
+    masses = [1 - torch.where(part, values.exp(), 0.0).sum(1) for part in (torch.arange(64) < 32, inside)]
+    return {
+        "kl k=32": replace(targets, token_ids=ids[:, :32], logprobs=values[:, :32], tail_mass=masses[0]),
+        "kl ragged": replace(targets, token_ids=ids[inside], logprobs=values[inside], tail_mass=masses[1], kept=kept),
+    }
+
+
 def objectives(edges: tuple[int, ...]) -> dict[str, Objective]:
     """The cases by name."""
     fast, exact = (GroupSettings(edges=edges, ranking=ranking, overlap=0.5) for ranking in ("fast", "exact"))
     return {
         "ce": Objective("ce", "none", 0.0),
         "kl": Objective(),
+        "kl k=32": Objective(),
+        "kl ragged": Objective(),
         "kl T=2 + CE": Objective(alpha=0.5, temperature=2.0),
         "kl renorm": Objective(tail="renorm"),
         "kl sampled": Objective(tail="sampled"),
@@ -108,14 +123,14 @@ def main() -> None:
     weight = (0.05 * torch.randn(args.vocabulary, args.width)).requires_grad_()
     edges = tuple(band_edges(16, args.vocabulary, 16))
     by_row, over_groups = made_up(args.rows, args.vocabulary, edges)
+    few = shorter(by_row)
     cases_by_name = objectives(edges)
     names = [name.strip() for name in args.losses.split(",")] if args.losses else list(cases_by_name)
 
     def plain() -> None:
         F.cross_entropy(F.linear(hidden, weight), by_row.gold_ids).backward()  # type: ignore[no-untyped-call]
 
-    def head(objective: Objective, loss: ChunkLoss) -> Callable[[], None]:
-        targets = over_groups if objective.groups else by_row
+    def head(loss: ChunkLoss, targets: LossTargets) -> Callable[[], None]:
 
         def step() -> None:
             total, _, _ = chunked_head_loss(
@@ -129,7 +144,9 @@ def main() -> None:
     cases = {("plain", False): plain}
     for name in names:
         objective = cases_by_name[name]
-        cases |= {(name, True): head(objective, objective), (name, False): head(objective, other(objective))}
+        targets = few.get(name, over_groups if objective.groups else by_row)
+        for kernel, loss in ((True, objective), (False, other(objective))):
+            cases[name, kernel] = head(loss, targets)
     seconds: dict[tuple[str, bool], float] = dict.fromkeys(cases, float("inf"))
     for _ in range(args.repeats):
         for key, case in cases.items():
