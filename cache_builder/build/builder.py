@@ -29,7 +29,7 @@ from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.targets import RawTargets
 from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
-from kd.common.errors import DataError, UnfinishedBuildError
+from kd.common.errors import DataError, KdError, UnfinishedBuildError
 from kd.common.files import write_error
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.tokenizing.token_rows import TokenRows
@@ -152,6 +152,9 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
         yield running.last()
     except OSError as error:
         raise write_error(request.out, error) from error
+    except KdError:  # such as a teacher that is refused
+        writer.withdraw()
+        raise
     finally:
         pool.shutdown()
         writer.close()

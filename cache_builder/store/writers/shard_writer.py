@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,31 @@ class ShardWriter:
         self.manifest = manifest
         self.arrays = manifest.arrays
         self.staging = root / f".staging-{process_tag()}.{next(_WRITERS)}"
+        self._began = False
+        """Whether this writer has laid out the directory."""
         self._lock: int | None = None
         """Descriptor that keeps the staging folder locked; None before there is one, or where there are no locks."""
+
+    def withdraw(self) -> None:
+        """Remove the layout that `create` has made, if nothing came of it: the corrected command may use the folder.
+
+        Where a shard was committed, or where another builder is at work, everything stays.
+        """
+        building = self.root / BUILDING
+        held = any(claim.void is None for claim in all_claims(self.root))
+        if not self._began or held or any((self.root / "commits").glob("*.json")) or not building.exists():
+            return
+        self.close()
+        building.unlink()  # first: without it this is no cache, and a build begins anew
+        for name in (*group_files(self.arrays), VOCABULARY):
+            (self.root / name).unlink(missing_ok=True)
+        for folder in [
+            *(self.root / TARGETS / a.name for a in self.arrays),
+            self.root / TARGETS,
+            self.root / "commits",
+        ]:
+            with suppress(OSError):  # it is not there, or holds what others put there
+                folder.rmdir()
 
     def sweep(self) -> None:
         """Remove what killed builds have left behind on this host."""
@@ -133,7 +157,7 @@ class ShardWriter:
         mine = CacheManifest(**{**_shallow(self.manifest), "files": files})
         if not self.manifest.files and not (self.root / MANIFEST).exists():
             (self.staging / BUILDING).write_text(mine.to_json(), encoding="utf-8")
-            publish_first(self.staging / BUILDING, self.root / BUILDING)
+            self._began = publish_first(self.staging / BUILDING, self.root / BUILDING)
         theirs = load_manifest(self.root)
         refuse_mismatch(self.root, mine.identity, theirs)
         if (theirs.layout, theirs.files) != (mine.layout, files):

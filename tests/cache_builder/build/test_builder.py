@@ -691,3 +691,52 @@ def test_what_was_dropped_as_too_long_is_on_record(pairs_request):
     assert plan.manifest.provenance["left_out"] == plan.left_out.document()
     with pytest.raises(DataError, match="no example is left"):
         plan_build(dataclasses.replace(request, blocks=dataclasses.replace(blocks, target_len=1)))
+
+
+# a teacher that is refused
+
+
+def refuse(plan: object) -> None:
+    raise TeacherError("this teacher is refused")
+
+
+def test_a_refused_teacher_leaves_the_folder_free_for_the_corrected_command(
+    tmp_path: Path, build_request, run_build, monkeypatch: pytest.MonkeyPatch
+):
+    request = build_request(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.cache_builder.build.builder.teacher_of_plan", refuse)
+        with pytest.raises(TeacherError):
+            run_build(request)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    run_build(build_request(tmp_path / "c", profile="uld", tail_bands=4))  # another cache
+    assert load_manifest(tmp_path / "c").complete
+
+
+def test_a_refused_teacher_takes_nothing_from_a_build_under_way(
+    tmp_path: Path, build_request, tree, monkeypatch: pytest.MonkeyPatch
+):
+    """Where a shard was committed, or another builder has one in hand, everything stays."""
+    from kd.cache_builder.store.writers.claims import Claims
+
+    out = tmp_path / "c"
+    steps = build(plan_build(build_request(out)))
+    while next(steps).shards_done < 1:
+        pass
+    steps.close()
+    before = tree(out)
+    monkeypatch.setattr("kd.cache_builder.build.builder.teacher_of_plan", refuse)
+    with pytest.raises(TeacherError):
+        list(build(plan_build(build_request(out))))
+    assert tree(out) == before
+    held = tmp_path / "held"
+    plan = plan_build(build_request(held))
+    writer = shard_writer.ShardWriter(held, plan.manifest)
+    writer.create(plan.vocabulary, plan.codes)
+    claims = Claims(held)
+    assert claims.take(1) is None
+    writer.withdraw()
+    assert (held / "building.json").exists()
+    claims.release_all()
+    writer.withdraw()
+    assert not (held / "building.json").exists()
