@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.from_model import build_cache
+    from kd.cache_builder.exchange.export_cache import export_cache
+    from kd.cache_builder.exchange.import_cache import import_cache
     from kd.cache_builder.opening import open_cache
     from kd.cache_builder.store.readers.reading import Reader
     from kd.common.errors import (
@@ -62,6 +64,8 @@ __all__ = [
     "chunked_distillation_loss",
     "distillation_loss",
     "evaluate",
+    "export_cache",
+    "import_cache",
     "load_student",
     "load_teacher",
     "open_cache",
@@ -70,6 +74,8 @@ __all__ = [
 
 _HOMES = {
     "kd.cache_builder.build.from_model": ["build_cache"],
+    "kd.cache_builder.exchange.export_cache": ["export_cache"],
+    "kd.cache_builder.exchange.import_cache": ["import_cache"],
     "kd.cache_builder.opening": ["open_cache"],
     "kd.cache_builder.store.readers.reading": ["Reader"],
     "kd.common.errors": [

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress
 
 ELSEWHERE = {
+    "export": "kd.commands.cache_copies:cache_export",
+    "import": "kd.commands.cache_copies:cache_import",
     "ls": "kd.commands.cache_copies:cache_ls",
     "merge": "kd.commands.cache_copies:cache_merge",
     "pull": "kd.commands.cache_share:cache_pull",

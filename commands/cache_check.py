@@ -181,6 +181,7 @@ def build_again(path: Path, before: CacheManifest, broken: Sequence[Finding], mo
 
 def cannot_rebuild(manifest: CacheManifest, path: Path, shards: Sequence[int]) -> CacheDamageError:
     """The error for a cache whose build this command cannot repeat."""
+    from kd.cache_builder.store.records.teacher_record import IMPORTED
     from kd.common.errors import CacheDamageError
     from kd.models.identity import IN_MEMORY
 
@@ -192,6 +193,13 @@ def cannot_rebuild(manifest: CacheManifest, path: Path, shards: Sequence[int]) -
             found=numbers,
             expected="the same model, tokenizer and texts, in Python",
             try_=f"kd.build_cache(model, tokenizer, texts, out={str(path)!r}, …): it builds only these shards",
+        )
+    if IMPORTED in manifest.identity["teacher"]:
+        return CacheDamageError(
+            "the damaged shards were removed, and this cache was imported",
+            where=path,
+            found=numbers,
+            try_="its kd cache import command, with the same source: it writes only these shards",
         )
     return CacheDamageError(
         "the damaged shards were removed, but the options they were built with are not recorded",

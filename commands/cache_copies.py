@@ -1,4 +1,4 @@
-"""kd cache slice, merge and ls: make caches out of caches, and list them."""
+"""kd cache slice, merge, import, export and ls: make caches out of caches and of the files of others, and list them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kd.cache_builder.exchange.import_settings import FORMAT_NAMES, ImportSettings
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
-from kd.commands.terminal.console import emit, emit_json, outcome, say
+from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
+from kd.commands.terminal.settings_options import settings_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,6 +75,45 @@ def _derived(steps: Iterator[Progress[Path]], out: Path, as_json: bool, label: s
     outcome(label, steps)
     remember(out)
     emit(cache_summary(out), as_json, f"{out}: complete")
+
+
+@click.command("import")
+@click.argument("format", type=click.Choice(FORMAT_NAMES))
+@click.argument("source", type=PATH)
+@settings_options(ImportSettings)
+@json_option
+def cache_import(format: str, source: Path, settings: ImportSettings, as_json: bool) -> None:
+    """Write a cache from log-probabilities that others have computed. The same command again continues.
+
+    Every row is read and checked before the first one is written. docs/how-to/caches-from-elsewhere.md describes the formats.
+
+    Example: kd cache import npz rows.npz --tokenizer demo --out runs/imported
+    """
+    quiet_libraries()
+    from kd.cache_builder.exchange.import_cache import import_steps
+    from kd.cache_builder.upkeep.summary import cache_summary
+
+    outcome("importing", import_steps(format, source, settings))
+    emit(cache_summary(settings.out), as_json, f"{settings.out}: complete")
+
+
+@click.command("export")
+@click.argument("format", type=click.Choice(("npz", "parquet")))
+@click.argument("path", metavar="PATH_OR_URL")
+@click.option("--out", required=True, type=FOLDER, help="New folder for the files, one for each shard.")
+@json_option
+def cache_export(format: str, path: str, out: Path, as_json: bool) -> None:
+    """Write a cache's ids and log-probabilities as files that other programs read.
+
+    Example: kd cache export parquet runs/cache --out runs/rows
+    """
+    from kd.cache_builder.exchange.export_cache import export_steps
+
+    names = outcome("exporting", export_steps(format, path, out))
+    if as_json:
+        emit_json({"out": str(out), "files": names})
+    else:
+        say(f"{out}: {len(names)} files")
 
 
 @click.command("ls")

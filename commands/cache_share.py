@@ -127,12 +127,14 @@ def _choice(arrays: str | None, losses: tuple[str, ...]) -> Callable[[CacheManif
         wanted = [name.strip() for name in arrays.split(",")] if arrays else []
         if losses:
             from kd.common.settings import make
-            from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
+            from kd.student_trainer.batches.compatibility import needed_arrays, refuse_unknown_parts, resolve_objective
             from kd.student_trainer.config import LossSettings
 
             for loss in losses:
                 settings = make(LossSettings, {"loss": loss})
                 objective = resolve_objective(manifest.targets, settings, logprobs_only=manifest.logprobs_only)
+                if not manifest.tail_unknown:  # then nothing but --tail renorm will do, which reads the same arrays
+                    refuse_unknown_parts(manifest, objective)
                 wanted += needed_arrays(objective, manifest)
         return wanted
 

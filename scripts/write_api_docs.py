@@ -15,6 +15,7 @@ from typing import Any
 import kd
 from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS
+from kd.cache_builder.exchange.import_settings import ImportSettings
 from kd.common.setting_fields import field_docs, settings_of
 from kd.evaluation.eval_settings import EvalSettings
 from kd.student_trainer.config import TrainConfig
@@ -31,6 +32,7 @@ WIDTH = 100
 SETTINGS: dict[str, tuple[Any, Collection[str]]] = {
     "build_cache": (BuildSettings, {*OF_NAMED_TEACHERS, "out"}),
     "evaluate": (EvalSettings, {"tasks"}),
+    "import_cache": (ImportSettings, ()),
     "train": (TrainConfig, ()),
 }
 """Function -> the class of the settings it takes by name, and those of them that it does not take."""

@@ -27,6 +27,7 @@ from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.collators import packed_capacity, reads_own_text, row_collator, text_collator
 from kd.student_trainer.batches.compatibility import (
     needed_arrays,
+    refuse_unknown_parts,
     resolve_objective,
 )
 from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, touch_shards
@@ -116,6 +117,7 @@ def prepare(config: TrainConfig, *, touch: bool = False, student: tuple[Any, Tok
     objective = resolve_objective(
         reader.config, config.objective, edges=rank_edges(reader), logprobs_only=manifest.logprobs_only
     )
+    refuse_unknown_parts(manifest, objective)
     reader.keep(needed_arrays(objective, manifest))
     if touch:
         touch_shards(reader, reader.epoch_order(config.seed, 0)[:TOUCHED_EXAMPLES].tolist())

@@ -29,6 +29,7 @@ CACHE_ROOMS = {
     "teacher": {"store"},
     "served": {"store"},
     "build": {"store", "upkeep", "teacher", "served"},
+    "exchange": {"store", "upkeep", "served", "build", "opening"},
 }
 """Room of cache_builder -> the rooms it may import."""
 DOORS = {

@@ -130,7 +130,7 @@ def extended(plan: BuildPlan, cache: Path) -> BuildPlan:
     request = replace(plan.request, extend=cache)
     layout = request.layout or load_manifest(cache).layout
     check_bounds(plan.manifest.arrays, layout.shard_rows)
-    manifest = replace(plan.manifest, layout=layout, shards=tuple(_cut(plan.rows, layout)))
+    manifest = replace(plan.manifest, layout=layout, shards=tuple(cut_into_shards(plan.rows, layout)))
     return replace(plan, request=request, manifest=manifest)
 
 
@@ -219,7 +219,7 @@ def _manifest(
     layout = existing.layout if existing is not None else request.layout
     if layout is None:
         layout = Layout() if request.extend is None else load_manifest(request.extend).layout
-    shards = _cut(rows, layout)
+    shards = cut_into_shards(rows, layout)
     return existing or CacheManifest(
         identity=identity,
         layout=layout,
@@ -288,7 +288,7 @@ def _source(corpus: Corpus) -> dict[str, Any]:
     return source if benchmark is None else source | {"benchmark": benchmark[0]}
 
 
-def _cut(rows: list[TokenRows], layout: Layout) -> list[tuple[int, int, int]]:
+def cut_into_shards(rows: list[TokenRows], layout: Layout) -> list[tuple[int, int, int]]:
     """(first example, one past the last, rows) per shard: consecutive whole examples, as many as fit."""
     shards: list[tuple[int, int, int]] = []
     first = count = 0

@@ -63,7 +63,7 @@ def token_logprobs(entries: Sequence[RankedEntry], k: int, vocabulary_size: int)
         inside = entry.gold_id in token_ids[row]
         above = int((logprobs[row] > entry.gold_logprob).sum())
         ranks[row] = above if inside else max(k, k if entry.rank is None else entry.rank)
-    _refuse_no_distribution(token_ids, logprobs, gold, ranks, vocabulary_size)
+    refuse_no_distribution(token_ids, logprobs, gold, ranks, vocabulary_size)
     return TokenLogprobs(token_ids.astype(np.int32), logprobs, gold, ranks)
 
 
@@ -77,7 +77,7 @@ def _kept(entry: RankedEntry, k: int) -> list[tuple[int, float]]:
     return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
 
 
-def _refuse_no_distribution(
+def refuse_no_distribution(
     token_ids: np.ndarray, logprobs: np.ndarray, gold: np.ndarray, ranks: np.ndarray, vocabulary_size: int
 ) -> None:
     """Raise WrongAnswer for what cannot be the k largest log-probabilities over `vocabulary_size` ids."""

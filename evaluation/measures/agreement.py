@@ -238,6 +238,18 @@ def _require_head(reader: Reader, temperature: float) -> None:
             expected="ids and log-probabilities of the top k",
             try_="a cache built with --profile kl or full",
         )
+    unknown = {
+        "the probability beyond the kept tokens": reader.manifest.tail_unknown,
+        "the log-probability of tokens of the text that are not among the kept ones": reader.manifest.gold_in_top_k,
+    }
+    if any(unknown.values()):
+        raise CacheError(
+            "this cache cannot be compared with token by token",
+            cache=reader.root,
+            found="an imported cache whose source did not say "
+            + ", ".join(what for what, is_so in unknown.items() if is_so),
+            try_="perplexity and tasks, which need no cache; or a cache whose source says it",
+        )
     grid = reader.config.temperatures
     if temperature not in grid:
         raise CacheError(

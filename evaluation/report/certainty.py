@@ -44,7 +44,9 @@ class Certainty:
 
 
 def certainty(reader: Reader) -> Certainty | None:
-    """The means over every row of a cache; None for a cache that keeps draws alone."""
+    """The means over every row of a cache; None for a cache that keeps draws alone, or does not say all of it."""
+    if reader.manifest.gold_in_top_k or reader.manifest.tail_unknown:
+        return None
     sums = np.zeros(5)
     rows = 0
     for start in range(0, len(reader), EXAMPLES):

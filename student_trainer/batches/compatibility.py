@@ -191,6 +191,30 @@ def resolve_objective(
     return Objective(settings.loss, tail, alpha, settings.temperature, settings.ce_weight, groups)
 
 
+def refuse_unknown_parts(manifest: CacheManifest, objective: Objective) -> None:
+    """Raise DataError where a loss needs what the source of an imported cache did not say."""
+    if objective.loss == "ce":
+        return
+    if manifest.tail_unknown and objective.tail != "renorm":
+        raise DataError(
+            f"this cache cannot serve --loss {objective.loss}" + _tail_mode(objective),
+            found="kept probabilities that sum to 1: what lies beyond them is unknown",
+            expected="--loss kl --tail renorm, which compares the kept tokens among themselves",
+            try_="--tail renorm; or a cache whose teacher gave raw log-probabilities",
+        )
+    if manifest.gold_in_top_k and LOSSES[objective.loss].groups:
+        raise DataError(
+            f"this cache cannot serve --loss {objective.loss}",
+            found="a source without the log-probability of tokens of the text that are not among the kept ones",
+            expected="the log-probability of every token of the text, which chains of tokens are scored with",
+            try_="--loss kl, reverse-kl or jsd; or an import with gold_logprobs",
+        )
+
+
+def _tail_mode(objective: Objective) -> str:
+    return "" if objective.tail == "none" else f" --tail {objective.tail}"
+
+
 def refuse_teacher_settings(settings: LossSettings) -> None:
     """Raise DataError for settings of a distillation loss beside plain cross-entropy."""
     given = {

@@ -166,6 +166,7 @@ def refuse_unlike(readers: Sequence[CacheReader], names: Sequence[str], headline
     def compared(reader: CacheReader) -> dict[str, Any]:
         identity = without_text_rules(reader.manifest.identity)
         shared = {"corpus": {"kind": identity["corpus"]["kind"]}, "chat": identity.get("chat")}
+        shared["unknown"] = {"tail": reader.manifest.tail_unknown, "gold": reader.manifest.gold_in_top_k}
         return {name: identity[name] for name in names} | shared
 
     for other in readers[1:]:

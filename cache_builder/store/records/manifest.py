@@ -25,7 +25,13 @@ from kd.cache_builder.store.records.manifest_checks import (
     check_shard_table,
     file_table,
 )
-from kd.cache_builder.store.records.teacher_record import logprobs_only, refuse_beyond_logprobs, weights_unknown
+from kd.cache_builder.store.records.teacher_record import (
+    gold_in_top_k,
+    logprobs_only,
+    refuse_beyond_logprobs,
+    tail_unknown,
+    weights_unknown,
+)
 from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
@@ -138,6 +144,16 @@ class CacheManifest:
     def weights_unknown(self) -> bool:
         """True where the teacher's weights could not be digested, so that the fingerprint does not cover them."""
         return weights_unknown(self.identity["teacher"])
+
+    @property
+    def gold_in_top_k(self) -> bool:
+        """True where the log-probability of a token of the text is known only if it is among the kept ones."""
+        return gold_in_top_k(self.identity["teacher"])
+
+    @property
+    def tail_unknown(self) -> bool:
+        """True where nobody knows the probability beyond the kept tokens; theirs sum to 1."""
+        return tail_unknown(self.identity["teacher"])
 
     @property
     def arrays(self) -> list[ArraySpec]:

@@ -2,10 +2,13 @@
 
     identity["teacher"]["given"]     "log-probabilities": the k largest at temperature 1, and no logits
     identity["teacher"]["weights"]   "unknown": the weights could not be digested
+    identity["teacher"]["gold"]      "top-k": of a token of the text that is not among the kept ones, only a bound is known
+    identity["teacher"]["tail"]      "unknown": the kept probabilities are those of a row without its tail, and sum to 1
+    identity["teacher"]["imported"]  the format and the digests of the files that others have made the rows in
 
 A served teacher gives log-probabilities of its k most probable tokens. What they leave of 1 is the exact mass of the tail at
 temperature 1. At any other temperature the normaliser is a sum over all logits, which such a teacher does not give, so the
-cache holds temperature 1 alone. It holds neither rank bands, nor draws, nor boundaries. Caches of other teachers lack both
+cache holds temperature 1 alone. It holds neither rank bands, nor draws, nor boundaries. Caches of other teachers lack these
 entries, so their fingerprints are what they were.
 """
 
@@ -20,6 +23,8 @@ from kd.common.errors import DataError
 
 GIVEN, LOGPROBS = "given", "log-probabilities"
 WEIGHTS, UNKNOWN = "weights", "unknown"
+GOLD, TOP_K = "gold", "top-k"
+TAIL, IMPORTED = "tail", "imported"
 WHY_ONE = "the teacher gave log-probabilities at temperature 1; another temperature needs all of its logits"
 """The reason for which such a cache serves no other temperature."""
 
@@ -32,6 +37,16 @@ def logprobs_only(teacher: Mapping[str, Any]) -> bool:
 def weights_unknown(teacher: Mapping[str, Any]) -> bool:
     """Whether the weights could not be digested, so that the fingerprint does not cover them."""
     return teacher.get(WEIGHTS) == UNKNOWN
+
+
+def gold_in_top_k(teacher: Mapping[str, Any]) -> bool:
+    """Whether the log-probability of a token of the text is known only where it is among the kept ones."""
+    return teacher.get(GOLD) == TOP_K
+
+
+def tail_unknown(teacher: Mapping[str, Any]) -> bool:
+    """Whether nobody knows what lies beyond the kept tokens."""
+    return teacher.get(TAIL) == UNKNOWN
 
 
 def refuse_beyond_logprobs(config: TargetConfig, where: object) -> None:

@@ -1,0 +1,52 @@
+"""The formats of sources by name: which files each reads, and how a file becomes sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.cache_builder.exchange.npz_source import npz_sequences
+from kd.cache_builder.exchange.source_sequences import SourceSequence, checked_sequences, source_files
+from kd.common.disk.digests import file_sha256
+from kd.common.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """How a format is read."""
+
+    suffixes: tuple[str, ...]
+    """Ends of the names of its files."""
+    read: Callable[[Path, int], Iterator[SourceSequence]]
+    """(file, its number) -> its sequences"""
+
+
+FORMATS = {
+    "npz": SourceFormat((".npz",), npz_sequences),
+}
+
+
+@dataclass(frozen=True)
+class CacheSource:
+    """Files of one format. They can be read again and again."""
+
+    format: str
+    place: Path
+    files: tuple[Path, ...]
+
+    @classmethod
+    def at(cls, name: str, place: Path) -> CacheSource:
+        """The source at a path. Raises DataError."""
+        if name not in FORMATS:
+            raise unknown_name("format of a source", name, FORMATS)
+        return cls(name, place, tuple(source_files(place, FORMATS[name].suffixes)))
+
+    def sequences(self) -> Iterator[SourceSequence]:
+        """All sequences in order. Raises DataError."""
+        read = FORMATS[self.format].read
+        yield from checked_sequences(s for number, path in enumerate(self.files) for s in read(path, number))
+
+    def digests(self) -> list[str]:
+        """SHA-256 of each file: the part of a cache's identity that says which values it holds."""
+        return [file_sha256(path) for path in self.files]
