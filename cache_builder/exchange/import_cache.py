@@ -46,7 +46,8 @@ def import_cache(
 ) -> CacheReader:
     """Write a cache from log-probabilities that others have computed, and open it.
 
-    format       npz: plain arrays, the general way in
+    format       npz: plain arrays, the general way in; jsonl or parquet: a row for each sequence, as vLLM's and axolotl's users
+                 have them
     source       a file of that format, or a folder of them
     on_progress  called with every progress record, which has `done`, `total` and `note`
     settings     settings of `kd cache import` by their names in Python: out, tokenizer, teacher, top_k, tail, …

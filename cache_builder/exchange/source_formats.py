@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.cache_builder.exchange.column_source import jsonl_sequences, parquet_sequences
 from kd.cache_builder.exchange.npz_source import npz_sequences
 from kd.cache_builder.exchange.source_sequences import SourceSequence, checked_sequences, source_files
 from kd.common.disk.digests import file_sha256
@@ -23,6 +24,8 @@ class SourceFormat:
 
 
 FORMATS = {
+    "jsonl": SourceFormat((".jsonl",), jsonl_sequences),
+    "parquet": SourceFormat((".parquet",), parquet_sequences),
     "npz": SourceFormat((".npz",), npz_sequences),
 }
 
