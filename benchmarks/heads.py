@@ -145,8 +145,8 @@ def main() -> None:
     for name in names:
         objective = cases_by_name[name]
         targets = few.get(name, over_groups if objective.groups else by_row)
-        for kernel, loss in ((True, objective), (False, other(objective))):
-            cases[name, kernel] = head(loss, targets)
+        for with_kernel, loss in ((True, objective), (False, other(objective))):
+            cases[name, with_kernel] = head(loss, targets)
     seconds: dict[tuple[str, bool], float] = dict.fromkeys(cases, float("inf"))
     for _ in range(args.repeats):
         for key, case in cases.items():
