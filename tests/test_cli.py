@@ -492,6 +492,7 @@ def test_held_out_scores_before_and_after_are_of_one_model_and_one_precision(mon
     # that the text is none of the cache's was checked before the first step
     alike = {"data": "demo", "split": "heldout", "device": "cpu", "dtype": "float32", "allow_contaminated": True}
     alike |= {"bos": False, "separator": " => ", "control_tokens": "auto"}  # as in training
+    alike |= {"chat_template": None, "template_kwargs": None, "system": None}
     assert asked == [("owner/s", alike | {"revision": "v1", "tokenizer": None, "seed": 3}), ("o", alike)]
 
 

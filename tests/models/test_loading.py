@@ -237,13 +237,6 @@ def test_a_decoder_s_hidden_states_times_the_head_are_the_model_s_logits(family:
     torch.testing.assert_close(got, torch.cat(alone), rtol=1e-4, atol=1e-4)  # padded and alone: float32 sums reordered
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite"])
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(family: str):
-    # random weights give logits far below the cap of 30, where it hardly bends them: they must be amplified to show
-    with pytest.raises(TeacherError, match="changes its logits"):
-        split_head(tiny(family))
-
-
 def test_splitting_leaves_the_model_as_it_was():
     model = tiny("gpt2").train()
     ids = torch.arange(5)[None]
