@@ -90,6 +90,12 @@ class TargetConfig:
                 found=f"--profile {self.profile} --min-probability {self.min_probability:g}",
                 try_="--profile adaptive, with a probability above 0",
             )
+        if not self.ragged and self.min_k != 1:
+            raise DataError(
+                "a least number of kept tokens belongs to the profile adaptive",
+                found=f"--profile {self.profile} --min-k {self.min_k}",
+                try_="--profile adaptive, or --min-k left out",
+            )
         if not 1 <= self.min_k <= max(self.top_k, 1):
             raise DataError(
                 "the least number of kept tokens is not usable",

@@ -57,8 +57,10 @@ def _shorter_rows(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Array
     have = stored[KEPT].astype(np.int64) if old.ragged else np.full(len(stored["gold_ids"]), old.top_k)
     targets = codecs.decode(stored, old)
     relative = CODECS[old.logprob_codec].decode(stored).reshape(-1)
-    probable = np.exp(targets.logprobs_at(1.0)).reshape(-1) >= new.min_probability
-    want = np.maximum(entry_sums(probable.astype(np.int64), have), np.minimum(new.min_k, have))
+    want = have
+    if (new.min_probability, new.min_k) != (old.min_probability, old.min_k):  # else rounding would move tokens out
+        probable = np.exp(targets.logprobs_at(1.0)).reshape(-1) >= new.min_probability
+        want = np.maximum(entry_sums(probable.astype(np.int64), have), np.minimum(new.min_k, have))
     want = np.minimum(want, new.top_k)
     chosen = columns_of_entries(have) < np.repeat(want, have)
     codec = CODECS[new.logprob_codec]

@@ -119,7 +119,7 @@ def sliced_config(
     return replace(
         config,
         min_probability=least,
-        min_k=1 if not least else config.min_k if min_k is None else min_k,
+        min_k=_least_kept(config, k if least else 1, min_k),
         profile=profile or config.profile,
         top_k=k if want.top_k else 0,
         logprob_codec=codec,
@@ -146,6 +146,20 @@ def _least_probability(config: TargetConfig, want: Profile, asked: float | None)
             expected=f"at least {config.min_probability:g}",
         )
     return least
+
+
+def _least_kept(config: TargetConfig, top_k: int, asked: int | None) -> int:
+    """Tokens that every row of a slice keeps. Raises DataError where rows of the cache may hold fewer."""
+    if asked is None:
+        return min(config.min_k, top_k)
+    if config.ragged and asked > config.min_k:
+        raise DataError(
+            "rows of this cache may hold fewer tokens",
+            found=f"--min-k {asked}",
+            expected=f"at most {config.min_k}",
+            try_="kd cache build --min-k, or a slice of a cache with a fixed top-k",
+        )
+    return asked
 
 
 def _cut(reader: CacheReader, first: int, stop: int) -> Iterator[list[Piece]]:

@@ -46,6 +46,7 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "profile": targets.profile,
         "top_k": targets.top_k,
         "min_probability": targets.min_probability,
+        "min_k": targets.min_k,
         "samples": targets.samples,
         "tail_bands": targets.tail_bands,
         "temperatures": list(targets.temperatures),

@@ -32,6 +32,7 @@ def read_classes(
     Raises CacheMismatchError for a cache of tokens, of several tasks, or of another task than `task`.
     """
     glue = _task_of(reader, task)
+    _refuse_missing_classes(reader)
     numbers = [i for shard in reader.shards for i in range(*reader.manifest.shards[shard][:2])][:limit]
     rows: list[LabelledRow] = []
     log_probs = np.empty((len(numbers), len(glue.labels)), dtype=np.float32)
@@ -46,6 +47,20 @@ def read_classes(
         "teacher": str(reader.manifest.provenance.get("teacher")),
     }
     return LabelledRows(glue, str(reader.manifest.provenance.get("split")), tuple(rows), source), log_probs
+
+
+def _refuse_missing_classes(reader: Reader) -> None:
+    """Raise CacheMismatchError where rows do not hold every class: what is missing would be read as anything."""
+    classes, stored = len(reader.manifest.labels or ()), reader.config.top_k
+    held = stored if reader.top_k is None else reader.top_k
+    if reader.config.ragged or held != classes:
+        raise CacheMismatchError(
+            "rows of this cache do not hold every class",
+            cache=reader.root,
+            found=f"profile {reader.config.profile}, top-k {held}",
+            expected=f"all {classes} classes",
+            try_="the cache from which this one was sliced",
+        )
 
 
 def _task_of(reader: Reader, task: str | None) -> GlueTask:

@@ -212,9 +212,23 @@ def test_slices_of_it_and_into_it(adaptive: Path, fixed: Path, tmp_path: Path):
     for folder in ("slice", "higher"):
         *_, last = verify(tmp_path / folder)
         assert last.result == ()
-    for options in ({"profile": "kl"}, {"min_probability": 0.001}):
+    for options in ({"profile": "kl"}, {"min_probability": 0.001}, {"min_k": 3}):
         with pytest.raises(DataError):
             list(slice_cache(adaptive, tmp_path / "never", **options))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 20}, {"top_k": 1}, {"logprob_codec": "float32"}])
+def test_a_slice_with_its_threshold_keeps_every_token_that_fits(
+    adaptive: Path, tmp_path: Path, options: dict[str, Any]
+):
+    """Decoded probabilities lie on both sides of the threshold of the exact ones; that must not move tokens out."""
+    whole = all_rows(adaptive)
+    assert whole.kept is not None
+    assert whole.row_sums(np.exp(whole.logprobs_at(1.0)) < LEAST).sum() > len(whole) / 20  # there are such tokens
+    list(slice_cache(adaptive, tmp_path / "slice", **options))
+    found = all_rows(tmp_path / "slice")
+    assert found.kept is not None
+    assert np.array_equal(found.kept, np.minimum(whole.kept, options.get("top_k", 40)))
 
 
 def test_two_of_them_are_merged(adaptive: Path, tmp_path: Path):
@@ -268,6 +282,7 @@ def test_lengths_that_no_row_can_have_are_refused(adaptive: Path, tmp_path: Path
     ("profile", "settings"),
     [
         ("kl", {"min_probability": 0.1}),
+        ("kl", {"min_k": 3}),
         ("adaptive", {"min_probability": 0.0}),
         ("adaptive", {"min_probability": 1.0}),
         ("adaptive", {"min_k": 0}),

@@ -23,6 +23,7 @@ from kd.cache_builder.share.dataset_card import dataset_card
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.merge_caches import merge_caches
+from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
 from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherError
@@ -133,6 +134,18 @@ def test_the_rows_come_back_as_they_were(teacher: Path, glue_root: Path, tmp_pat
     assert rows.digest == original.digest
     assert rows.task == original.task
     assert np.allclose(np.exp(log_probs.astype(np.float64)).sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"profile": "adaptive"}])
+def test_rows_without_every_class_are_refused(
+    teacher: Path, glue_root: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Three classes: the probability of a dropped one would be whatever lay in memory."""
+    whole = built(classes_request(teacher, glue_root, tmp_path / "c")).root
+    list(slice_cache(whole, tmp_path / "slice", **settings))
+    for reader in (CacheReader(tmp_path / "slice"), CacheReader(whole, top_k=2)):
+        with pytest.raises(CacheMismatchError, match="do not hold every class"):
+            read_classes(reader)
 
 
 def test_a_text_of_several_lines_stays_one_text(sst2_teacher: Path, tmp_path: Path) -> None:
