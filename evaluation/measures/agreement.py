@@ -236,7 +236,7 @@ def _require_head(reader: Reader, temperature: float) -> None:
             cache=reader.root,
             found=f"profile {reader.config.profile}",
             expected="ids and log-probabilities of the top k",
-            try_="a cache built with --profile kl or full",
+            try_="a cache built with --profile kl, compact, adaptive or full",
         )
     unknown = {
         "the probability beyond the kept tokens": reader.manifest.tail_unknown,

@@ -284,7 +284,7 @@ def _tail(config: TargetConfig, loss: str, tail: str) -> str:
         raise DataError(
             f"this cache cannot serve --loss {loss} --tail {tail}",
             found=f"profile {config.profile}",
-            expected="profile kl or full for ghost and renorm; sampled or full for sampled",
+            expected="profile kl, compact, adaptive or full for ghost and renorm; sampled or full for sampled",
             try_="kd cache build --profile kl",
         )
     return tail
