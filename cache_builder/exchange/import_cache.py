@@ -47,7 +47,7 @@ def import_cache(
     """Write a cache from log-probabilities that others have computed, and open it.
 
     format       npz: plain arrays, the general way in; jsonl or parquet: a row for each sequence, as vLLM's and axolotl's users
-                 have them
+                 have them; distillkit: a folder that DistillKit's capture script has written
     source       a file of that format, or a folder of them
     on_progress  called with every progress record, which has `done`, `total` and `note`
     settings     settings of `kd cache import` by their names in Python: out, tokenizer, teacher, top_k, tail, …

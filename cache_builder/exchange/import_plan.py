@@ -57,6 +57,7 @@ class Survey:
     ranks_known: bool = True
     with_text: bool = True
     bytes_left_out: int = 0
+    rescaled: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ class ImportPlan:
 
 def plan_import(format: str, source: str, settings: ImportSettings, place: Any) -> ImportPlan:
     """Read and check the whole source. Raises DataError, and CacheMismatchError where the folder holds another cache."""
-    found = CacheSource.at(format, place)
+    CacheSource.at(format, place)  # before a tokenizer is loaded for nothing
     tokenizer = load_tokenizer(settings.tokenizer, settings.revision)
+    pad = tokenizer.pad_token_id
+    found = CacheSource.at(format, place, None if pad == tokenizer.eos_token_id else pad)
     speller = Speller(tokenizer)
     size = vocabulary_size(tokenizer)
     survey = surveyed(found, settings, speller, size)
@@ -119,6 +122,7 @@ def surveyed(source: CacheSource, settings: ImportSettings, speller: Speller, si
         survey.shortest = min(survey.shortest, int(rows.kept.min()))
         survey.longest = max(survey.longest, int(rows.kept.max()))
         survey.listed += int(rows.kept.sum())
+        survey.rescaled += sequence.rescaled
         survey.gold_known &= rows.gold_known
         survey.ranks_known &= rows.ranks_known
     survey.bytes_left_out = 0 if survey.with_text else speller.bytes_left_out
@@ -247,6 +251,7 @@ def _provenance(
             "unknown": unknown,
             "tokens_in_the_tail": kept,
             "bytes_of_no_character": survey.bytes_left_out,
+            "rows_rescaled": survey.rescaled,
         },
         "options": None,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},

@@ -9,7 +9,7 @@ from typing import Literal
 from kd.cache_builder.store.profiles import CODEC_NAMES
 from kd.common.settings import check, setting
 
-FORMAT_NAMES = ("npz", "jsonl", "parquet")
+FORMAT_NAMES = ("npz", "jsonl", "parquet", "distillkit")
 """Formats that can be imported: the keys of `source_formats.FORMATS`."""
 
 

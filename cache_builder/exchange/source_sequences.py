@@ -7,7 +7,7 @@ that the longest row lists. A row that lists fewer has id -1 and log-probability
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +49,25 @@ class SourceSequence:
     """[n] int64 tokens more probable than that one; None where the source does not say it"""
     text: SourceText | None = None
     """None where the source holds token ids alone"""
+    rescaled: int = 0
+    """Rows whose probabilities summed to a little more than 1, because they were rounded, and were divided by their sum"""
 
     @property
     def gold_ids(self) -> np.ndarray:
         """`[n]` the predicted tokens."""
         return self.input_ids[self.context :]
+
+
+def without_padding(sequence: SourceSequence, pad_id: int) -> SourceSequence:
+    """The sequence without the token `pad_id` that some captures add at its end, and without the row that predicts it."""
+    if sequence.input_ids[-1] != pad_id or len(sequence.gold_ids) < 2:
+        return sequence
+    return replace(
+        sequence,
+        input_ids=sequence.input_ids[:-1],
+        token_ids=sequence.token_ids[:-1],
+        logprobs=sequence.logprobs[:-1],
+    )
 
 
 def source_files(source: Path, suffixes: Iterable[str]) -> list[Path]:
