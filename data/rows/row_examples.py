@@ -112,7 +112,10 @@ def _texts(
         _check_columns(row, expected, TEXTS if by_name else (), number, place)
         texts = {field: _text(row[column], column, number, place) for field, column in fields.items()}
         identity = _identity(reading, row, name, place(number))
-        return Example(identity, texts["target"], texts.get("prompt", ""), task=task, split=split)
+        prompt, target = texts.get("prompt", ""), texts["target"]
+        if reading.prompts and not target.strip():
+            target = prompt  # the teacher's answer replaces it
+        return Example(identity, target, prompt, task=task, split=split)
 
     return read
 

@@ -67,7 +67,7 @@ class RowReading:
     skip: bool = False
     """Whether a row that cannot be read is left out and counted, and is no error."""
     prompts: bool = False
-    """Whether the teacher is going to answer, so that a conversation needs no turn of the assistant."""
+    """Whether the teacher is going to answer, so that a conversation needs no turn of the assistant, and a pair no target."""
 
     def __post_init__(self) -> None:
         known = (*FORMATS[self.form].fields, ID) if self.chosen else FIELDS

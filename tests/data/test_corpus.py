@@ -19,6 +19,15 @@ def test_empty_examples_are_left_out_and_nothing_else(tmp_path: Path):
     assert load_corpus(str(path), limit=1).left_out.counts == {"without_text": 3, "beyond_limit": 1}
 
 
+def test_a_pair_needs_no_target_where_the_teacher_answers(tmp_path: Path):
+    rows = [{"prompt": "p", "target": ""}, {"prompt": "q", "target": "answer"}, {"prompt": "r", "target": None}]
+    path = str(write(tmp_path / "t.jsonl", [*rows, {"prompt": " ", "target": ""}]))
+    asked = load_corpus(path, prompts=True)
+    assert [e.prompt for e in asked.examples] == ["p", "q", "r"]
+    assert asked.left_out.counts == {"without_text": 1}
+    assert [e.prompt for e in load_corpus(path).examples] == ["q"]
+
+
 def test_no_text_at_all_is_refused(tmp_path: Path):
     (tmp_path / "t.txt").write_text(" \n\n")
     with pytest.raises(DataError, match="no text found"):
