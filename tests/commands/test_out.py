@@ -22,7 +22,13 @@ def leaves(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def arguments(command: click.Command) -> list[str]:
-    return ["1" for p in command.params if isinstance(p, click.Argument) for _ in range(max(1, p.nargs)) if p.required]
+    """A value for each argument that must be given."""
+    return [
+        str(p.type.choices[0]) if isinstance(p.type, click.Choice) else "1"
+        for p in command.params
+        if isinstance(p, click.Argument) and p.required
+        for _ in range(max(1, p.nargs))
+    ]
 
 
 WRITING = {

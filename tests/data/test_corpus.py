@@ -20,7 +20,11 @@ def test_empty_examples_are_left_out_and_nothing_else(tmp_path: Path):
 
 
 def test_a_pair_needs_no_target_where_the_teacher_answers(tmp_path: Path):
-    rows = [{"prompt": "p", "target": ""}, {"prompt": "q", "target": "answer"}, {"prompt": "r", "target": None}]
+    rows: list[dict[str, str | None]] = [
+        {"prompt": "p", "target": ""},
+        {"prompt": "q", "target": "answer"},
+        {"prompt": "r", "target": None},
+    ]
     path = str(write(tmp_path / "t.jsonl", [*rows, {"prompt": " ", "target": ""}]))
     asked = load_corpus(path, prompts=True)
     assert [e.prompt for e in asked.examples] == ["p", "q", "r"]
