@@ -24,7 +24,7 @@ TP_ERROR = 1e-5
 """Nats between one process and two in float32: partial sums of 64 and 128 numbers, added in another order (1.4e-6 measured)."""
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def llama(request, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
