@@ -338,11 +338,12 @@ def test_a_failing_writer_is_noticed_before_the_next_shard_is_scored(tmp_path, b
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(shard_writer.ShardWriter, "write", fail)
-    running = build(plan_build(build_request(tmp_path / "c")))
+    plan = plan_build(build_request(tmp_path / "c"))
+    running = build(plan)
     steps = []
     with pytest.raises(CacheError, match="cannot write"):
         steps.extend(running)
-    first_two = sum(rows for _, _, rows in load_manifest(tmp_path / "c").shards[:2])
+    first_two = sum(rows for _, _, rows in plan.manifest.shards[:2])
     assert steps[-1].rows_done <= first_two
     assert steps[-1].shards_done == 0
 

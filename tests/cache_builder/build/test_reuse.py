@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 
 import pytest
-from terminal import kd
+from terminal import kd, run_kd
 
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.common.errors import CacheMismatchError
@@ -62,7 +62,7 @@ def test_a_build_of_a_known_fingerprint_is_copied_and_says_so(tmp_path, model_di
     monkeypatch.setattr(
         "kd.cache_builder.build.builder.teacher_of_plan", lambda plan: pytest.fail("loaded the teacher")
     )
-    text = kd(*build, "--out", tmp_path / "two")
-    assert f"built at {tmp_path / 'one'}" in text
+    done = run_kd(*build, "--out", tmp_path / "two")
+    assert f"built at {tmp_path / 'one'}" in done.stderr
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     monkeypatch.undo()
