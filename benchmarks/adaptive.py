@@ -1,8 +1,8 @@
 """What a row of adaptive length costs and is worth beside a fixed top-k: bytes per token, and the error of a student's gradient.
 
     python benchmarks/train_teacher.py --tokenizer PATH/gpt2 --data wiki.train.tokens --steps 4110 --out teacher
-    python benchmarks/train_teacher.py --tokenizer PATH/gpt2 --data wiki.train.tokens --steps 866 --out student
-    python benchmarks/adaptive.py --teacher teacher --student student --data wiki.valid.tokens --limit 16
+    python benchmarks/train_teacher.py --tokenizer PATH/gpt2 --data wiki.train.tokens --steps 200 --out student
+    python benchmarks/adaptive.py --teacher teacher --student student --data wiki.valid.tokens --limit 8
 
 Every cache is written from the same scored rows, as `sizes.py` does, with every file counted; what a cache has once is spread over
 a million rows. The error is the definition used everywhere here: for the first `--positions` rows, the gradient of the loss with
@@ -27,6 +27,7 @@ from torch import Tensor
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.store.readers.reader import CacheReader, quality_means
 from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
 from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.losses.loss_registry import Objective
@@ -79,21 +80,18 @@ def gradient(objective: Objective, student: Tensor, targets: LossTargets) -> Ten
 def error(reader: CacheReader, teacher: Tensor, student: Tensor, temperature: float) -> float:
     """RMS of the gradient's difference over that of the dense gradient."""
     positions, blocks = len(teacher), []
-    targets = reader.read_rows(range(min(len(reader), positions)))
+    whole = targets_of(reader.read_rows(range(min(len(reader), positions))), temperature)
     for rows in (slice(start, min(start + 64, positions)) for start in range(0, positions, 64)):
-        part = take(targets_of(targets, temperature), rows)
+        part = whole[rows]
         found = gradient(Objective("kl", temperature=temperature), student[rows], part)
         p, q = ((logits[rows] / temperature).softmax(1) for logits in (teacher, student))
         dense = temperature * (q - p)
         blocks.append((float((found - dense).square().sum()), float(dense.square().sum())))
-    wrong, whole = np.sum(blocks, axis=0)
-    return float(np.sqrt(wrong / whole))
+    wrong, dense_square = np.sum(blocks, axis=0)
+    return float(np.sqrt(wrong / dense_square))
 
 
-def targets_of(targets: object, temperature: float) -> LossTargets:
-    from kd.cache_builder.store.soft_targets import SoftTargets
-
-    assert isinstance(targets, SoftTargets)
+def targets_of(targets: SoftTargets, temperature: float) -> LossTargets:
     assert targets.token_ids is not None
     return LossTargets(
         torch.from_numpy(targets.gold_ids),
@@ -102,10 +100,6 @@ def targets_of(targets: object, temperature: float) -> LossTargets:
         torch.from_numpy(targets.tail_mass_at(temperature)),
         kept=None if targets.kept is None else torch.from_numpy(targets.kept),
     )
-
-
-def take(targets: LossTargets, rows: slice) -> LossTargets:
-    return targets[rows]
 
 
 def weights(root: Path) -> dict[str, float]:
