@@ -49,7 +49,7 @@ LOOSER = --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls --al
   --disable-error-code index --disable-error-code var-annotated --disable-error-code func-returns-value
 typecheck: $(STAMP)
 	$(BIN)/mypy
-	$(BIN)/mypy $(LOOSER) tests
+	$(BIN)/mypy --cache-dir .mypy_cache/tests $(LOOSER) tests
 
 docs: $(STAMP)
 	$(BIN)/python scripts/write_cli_docs.py
