@@ -246,7 +246,7 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
     from kd.common.settings import make
     from kd.student_trainer.batches.batch_plan import plan_batches
     from kd.student_trainer.batches.read_ahead import CachedExamples
-    from kd.student_trainer.config import TrainConfig
+    from kd.student_trainer.configuration.train_config import TrainConfig
     from kd.student_trainer.head import attach_loss
     from kd.student_trainer.prepare import prepare
 
@@ -289,7 +289,7 @@ def case_student_uld(work: Path, tokens: int) -> dict[str, float]:
 def case_loop(work: Path, tokens: int) -> dict[str, float]:
     """The whole of `kd train` over the batches of `kl`, from the end of its first step to that of its last."""
     from kd.common.settings import make
-    from kd.student_trainer.config import TrainConfig
+    from kd.student_trainer.configuration.train_config import TrainConfig
     from kd.student_trainer.training import train
 
     marks: list[tuple[Clock, int]] = []

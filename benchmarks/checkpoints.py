@@ -19,7 +19,7 @@ from typing import Any
 
 from kd.common.settings import make
 from kd.student_trainer import trainer
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.training import train
 
 

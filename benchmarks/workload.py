@@ -213,7 +213,7 @@ class CachedStudent:
         from kd.student_trainer.batches.collate import Collator
         from kd.student_trainer.batches.compatibility import resolve_objective
         from kd.student_trainer.batches.student_text import StudentText
-        from kd.student_trainer.config import LossSettings
+        from kd.student_trainer.configuration.learning_settings import LossSettings
         from kd.student_trainer.head import attach_loss
 
         self.cache = cache

@@ -128,7 +128,7 @@ def _choice(arrays: str | None, losses: tuple[str, ...]) -> Callable[[CacheManif
         if losses:
             from kd.common.settings import make
             from kd.student_trainer.batches.compatibility import needed_arrays, refuse_unknown_parts, resolve_objective
-            from kd.student_trainer.config import LossSettings
+            from kd.student_trainer.configuration.learning_settings import LossSettings
 
             for loss in losses:
                 settings = make(LossSettings, {"loss": loss})

@@ -126,7 +126,8 @@ def _build(step: Step) -> BuildProgress:
 def _train(step: Step) -> None:
     from kd.commands.train import train_student
     from kd.recipes.run_steps import is_begun
-    from kd.student_trainer.config import ScoreSettings, TrainConfig
+    from kd.student_trainer.configuration.score_settings import ScoreSettings
+    from kd.student_trainer.configuration.train_config import TrainConfig
 
     resume = is_begun(step) or step.options.get("resume") is True
     train_student(step.setting(TrainConfig), step.setting(ScoreSettings), resume=resume)

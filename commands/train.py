@@ -21,7 +21,8 @@ from kd.commands.terminal.console import emit, progress_bar, quiet_libraries, sa
 from kd.commands.terminal.options import json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.disk.disk_errors import clear_write_errors
-from kd.student_trainer.config import ScoreSettings, TrainConfig
+from kd.student_trainer.configuration.score_settings import ScoreSettings
+from kd.student_trainer.configuration.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from kd.evaluation.midway_scores import ScorePlan

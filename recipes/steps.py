@@ -152,7 +152,8 @@ def _build() -> Sequence[type]:
 
 
 def _train() -> Sequence[type]:
-    from kd.student_trainer.config import ScoreSettings, TrainConfig
+    from kd.student_trainer.configuration.score_settings import ScoreSettings
+    from kd.student_trainer.configuration.train_config import TrainConfig
 
     return TrainConfig, ScoreSettings
 

@@ -42,7 +42,7 @@ from kd.common.errors import KdError  # noqa: E402
 from kd.common.settings import make  # noqa: E402
 from kd.evaluation.results import load_report  # noqa: E402
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer  # noqa: E402
-from kd.student_trainer.config import TrainConfig  # noqa: E402
+from kd.student_trainer.configuration.train_config import TrainConfig  # noqa: E402
 from kd.student_trainer.run_folder import read_evaluations, read_log, read_run  # noqa: E402
 from kd.student_trainer.training import train  # noqa: E402
 

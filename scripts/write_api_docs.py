@@ -18,7 +18,7 @@ from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS
 from kd.cache_builder.exchange.import_settings import ImportSettings
 from kd.common.setting_fields import field_docs, settings_of
 from kd.evaluation.eval_settings import EvalSettings
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 
 HEAD = """# Python
 

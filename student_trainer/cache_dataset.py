@@ -30,7 +30,8 @@ from kd.models.tokenizer import Tokenizer, load_tokenizer
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.compatibility import needed_arrays
 from kd.student_trainer.batches.read_ahead import Prefetcher
-from kd.student_trainer.config import StudentSettings, TrainConfig, config_from
+from kd.student_trainer.configuration.model_settings import StudentSettings
+from kd.student_trainer.configuration.train_config import TrainConfig, config_from
 from kd.student_trainer.loss_functions import LossParts, chunked_distillation_loss, distillation_loss
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.prepare import prepare, student_request

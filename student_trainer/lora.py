@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
-from kd.student_trainer.config import LORA_TARGETS
+from kd.student_trainer.configuration.model_settings import LORA_TARGETS
 
 STATE_SPACE = "A_log"
 """A parameter by which a state space block (Mamba and its like) is known."""

@@ -33,7 +33,8 @@ from kd.student_trainer.batches.compatibility import (
 from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, touch_shards
 from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.trained_reading import TrainedReading, trained_reading
-from kd.student_trainer.config import StudentSettings, TrainConfig
+from kd.student_trainer.configuration.model_settings import StudentSettings
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.losses.loss_registry import Objective
 
 

@@ -15,7 +15,7 @@ from kd.models.finite_weights import refuse_weights_without_value
 from kd.models.loading import Model, load_model, load_request_tokenizer
 from kd.models.packable import require_packable
 from kd.models.tokenizer import Tokenizer
-from kd.student_trainer.config import StudentSettings
+from kd.student_trainer.configuration.model_settings import StudentSettings
 from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.prepare import Prepared, student_request

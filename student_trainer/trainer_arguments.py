@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from kd.common.errors import DataError
 from kd.common.extras import EXTRAS, MissingPackageError, require_package
 from kd.models.loading import resolve_device
-from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, OptimizerSettings, TrainConfig
+from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES, OptimizerSettings
+from kd.student_trainer.configuration.train_config import TrainConfig
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:

@@ -33,7 +33,7 @@ from kd.common.settings import flat
 from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.read_ahead import CachedExamples
 from kd.student_trainer.batches.trained_reading import READING
-from kd.student_trainer.config import TrainConfig, config_from
+from kd.student_trainer.configuration.train_config import TrainConfig, config_from
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.model_card import CARD, render_card
 from kd.student_trainer.prepare import Prepared, prepare

@@ -43,7 +43,7 @@ with atheris.instrument_imports(include=["kd"]):
     from kd.recipes.experiment_file import load_experiment
     from kd.recipes.recipe_file import load_recipe
     from kd.recipes.run_steps import check_steps
-    from kd.student_trainer.config import TrainConfig
+    from kd.student_trainer.configuration.train_config import TrainConfig
     from kd.student_trainer.merging.pool import read_pool
 
 text_rules.SECONDS = 0.2  # so that libFuzzer does not take a slow expression, which ends, for a hang

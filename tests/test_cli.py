@@ -59,8 +59,8 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
     [
         ("kd.student_trainer.losses.loss_registry", "LOSSES", "train", "loss"),
         ("kd.student_trainer.losses.loss_registry", "TAILS", "train", "tail"),
-        ("kd.student_trainer.config", "OPTIMIZERS", "train", "optimizer"),
-        ("kd.student_trainer.config", "SCHEDULES", "train", "schedule"),
+        ("kd.student_trainer.configuration.step_settings", "OPTIMIZERS", "train", "optimizer"),
+        ("kd.student_trainer.configuration.step_settings", "SCHEDULES", "train", "schedule"),
         ("kd.cache_builder.store.targets", "PROFILES", "cache build", "profile"),
         ("kd.cache_builder.store.encoding.codecs", "CODECS", "cache build", "logprob_codec"),
         ("kd.models.loading", "DTYPES", "cache build", "dtype"),

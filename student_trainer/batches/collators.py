@@ -32,7 +32,8 @@ from kd.student_trainer.batches.compatibility import (
 )
 from kd.student_trainer.batches.own_text import own_text
 from kd.student_trainer.batches.pieces import shared_pieces
-from kd.student_trainer.config import TextSettings, TrainConfig
+from kd.student_trainer.configuration.learning_settings import TextSettings
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.losses.loss_registry import Objective
 
 PACKED_TOKENS = 1024

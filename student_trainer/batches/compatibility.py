@@ -22,7 +22,7 @@ from kd.data.conversations.conversation import CONVERSATIONS
 from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.families.positions import max_positions
 from kd.models.tokenizer import Tokenizer, token_bytes
-from kd.student_trainer.config import LossSettings
+from kd.student_trainer.configuration.learning_settings import LossSettings
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
 

@@ -17,7 +17,8 @@ from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.compatibility import same_tokenizer
 from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.student_text import StudentText
-from kd.student_trainer.config import TextSettings, TrainConfig
+from kd.student_trainer.configuration.learning_settings import TextSettings
+from kd.student_trainer.configuration.train_config import TrainConfig
 
 
 def own_text(

@@ -43,7 +43,7 @@ from kd.student_trainer.classify.classify_settings import ClassifyConfig
 from kd.student_trainer.classify.encoding import EncodedRows, PadBatch, encode_rows
 from kd.student_trainer.classify.pooling import merged_adapters
 from kd.student_trainer.classify.soft_labels import SoftLabelTrainer, read_classes
-from kd.student_trainer.config import OPTIMIZERS, SCHEDULES
+from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.run_folder import METRICS, ClassifyRecord, append_step, write_classifier_run

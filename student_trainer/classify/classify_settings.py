@@ -1,6 +1,7 @@
 """Settings of `kd classify train`. Nothing here imports torch, so that the command line answers at once.
 
-Optimizers, schedules, precisions and adapters are those of `kd train` (`student_trainer.config`); the losses are its row losses.
+Optimizers, schedules, precisions and adapters are those of `kd train` (`student_trainer.configuration`); the losses are its row
+losses.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any, Literal
 
 from kd.common.errors import DataError
 from kd.common.settings import check, setting
-from kd.student_trainer.config import LoraSettings, LossSettings, OptimizerName, PrecisionName, ScheduleName
+from kd.student_trainer.configuration.learning_settings import LossSettings
+from kd.student_trainer.configuration.model_settings import LoraSettings, PrecisionName
+from kd.student_trainer.configuration.step_settings import OptimizerName, ScheduleName
 
 ClassLoss = Literal["kl", "reverse-kl", "jsd", "ce"]
 MAX_LENGTH = 512

@@ -19,7 +19,7 @@ from kd.common.settings import make
 from kd.data.data_settings import InstructionConfig
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.training import train
 
 

@@ -13,7 +13,7 @@ from kd.cache_builder.weighted_caches import WeightedCache, as_caches, parse_cac
 from kd.common.errors import DataError
 from kd.common.setting_values import as_text
 from kd.common.settings import make
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 
 places = st.text("abc/._-", min_size=1).filter(lambda text: not Path(text).exists())
 weights = st.floats(min_value=1e-6, max_value=1e6) | st.integers(1, 9).map(float)

@@ -16,7 +16,7 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.settings import make
 from kd.models.tokenizer import load_tokenizer, usable_ids, vocabulary_size
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.training import train
 
 EXTRA = "<|extra|>"

@@ -16,7 +16,8 @@ from kd.cli import cli
 from kd.common.errors import DataError
 from kd.recipes import demo_outcome
 from kd.recipes.experiment_file import Experiment, load_experiment
-from kd.student_trainer.config import ScoreSettings, TrainConfig
+from kd.student_trainer.configuration.score_settings import ScoreSettings
+from kd.student_trainer.configuration.train_config import TrainConfig
 
 
 def small(name: str) -> Experiment:

@@ -12,7 +12,8 @@ from kd.cli import cli
 from kd.common.errors import DataError
 from kd.common.setting_fields import settings_of
 from kd.recipes.steps import STEP_KINDS, Step
-from kd.student_trainer.config import ScoreSettings, TrainConfig
+from kd.student_trainer.configuration.score_settings import ScoreSettings
+from kd.student_trainer.configuration.train_config import TrainConfig
 
 BUILD: dict[str, str | bool] = {
     "teacher": "demo",

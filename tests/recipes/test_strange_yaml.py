@@ -22,7 +22,7 @@ from kd.data.instruction_tasks.task_files import task_of
 from kd.recipes.experiment_file import load_experiment
 from kd.recipes.recipe_file import load_recipe
 from kd.recipes.run_steps import check_steps
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.merging.pool import read_pool
 
 ROOT = Path(__file__).parents[2]

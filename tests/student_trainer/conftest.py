@@ -17,7 +17,7 @@ import torch
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.settings import make
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.midway import Midway
 from kd.student_trainer.run_folder import StepRecord
 from kd.student_trainer.training import TrainResult, train

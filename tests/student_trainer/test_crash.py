@@ -11,7 +11,7 @@ from crashing import child, dies_at, operations, some_of, watch
 from safetensors.torch import load_file
 
 from kd.common.settings import make
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.training import train
 
 

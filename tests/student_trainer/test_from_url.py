@@ -16,7 +16,7 @@ from kd.cache_builder.store.records import commits
 from kd.common.errors import CacheError, CacheMismatchError
 from kd.common.settings import make
 from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
-from kd.student_trainer.config import LossSettings
+from kd.student_trainer.configuration.learning_settings import LossSettings
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_families import CAUSAL, causal_model, encoder_decoder, wrapped_model
 
-from kd.student_trainer.config import LORA_TARGETS
+from kd.student_trainer.configuration.model_settings import LORA_TARGETS
 from kd.student_trainer.lora import default_targets, with_adapters
 
 pytest.importorskip("peft")

@@ -515,7 +515,7 @@ def test_a_student_that_does_not_fit_is_refused_and_leaves_no_folder(run, make_s
 ALONE = """
 import sys
 from kd.common.settings import make
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.training import train
 
 cache, student, out = sys.argv[1:4]
@@ -538,7 +538,7 @@ MANY = """
 import sys
 import torch
 from kd.common.settings import make
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.training import train
 
 torch.set_num_threads(1)

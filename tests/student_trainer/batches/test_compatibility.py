@@ -20,7 +20,7 @@ from kd.student_trainer.batches.compatibility import (
     refuse_other_tokenizer,
     resolve_objective,
 )
-from kd.student_trainer.config import LossSettings
+from kd.student_trainer.configuration.learning_settings import LossSettings
 from kd.student_trainer.losses.loss_registry import LOSSES, TAILS, Objective
 
 

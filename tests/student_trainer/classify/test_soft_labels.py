@@ -412,7 +412,7 @@ def test_a_refused_teacher_leaves_no_folder(
 
 def test_a_language_students_training_refuses_classes(soft: Path, tmp_path: Path) -> None:
     from kd.common.settings import make
-    from kd.student_trainer.config import TrainConfig
+    from kd.student_trainer.configuration.train_config import TrainConfig
     from kd.student_trainer.training import train
 
     for loss in ("kl", "ce"):

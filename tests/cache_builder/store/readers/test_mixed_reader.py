@@ -13,7 +13,7 @@ from kd.cache_builder.store.readers.mixed_reader import MixedReader
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import CacheMismatchError
 from kd.common.settings import changed, make
-from kd.student_trainer.config import TrainConfig
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.training import train
 
 

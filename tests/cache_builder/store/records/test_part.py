@@ -25,7 +25,7 @@ from kd.common.errors import CacheDamageError, CacheError, DataError
 from kd.common.progress import final
 from kd.common.settings import make
 from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
-from kd.student_trainer.config import LossSettings
+from kd.student_trainer.configuration.learning_settings import LossSettings
 
 Tree = Callable[[Path], dict[str, bytes]]
 

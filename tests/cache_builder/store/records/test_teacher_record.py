@@ -23,7 +23,8 @@ from kd.common.settings import make
 from kd.models.loading import load_model, load_request_tokenizer
 from kd.student_trainer.batches.collate import teacher_groups
 from kd.student_trainer.batches.compatibility import resolve_objective
-from kd.student_trainer.config import LossSettings, TrainConfig
+from kd.student_trainer.configuration.learning_settings import LossSettings
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.prepare import prepare
 
 ALONE = TargetConfig(top_k=8, temperatures=(1.0,))

@@ -10,19 +10,20 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from kd.cache_builder.weighted_caches import WeightedCache
 from kd.common.errors import DataError
 from kd.common.setting_fields import settings_of
 from kd.common.settings import flat, make
 from kd.common.strangers.yaml_file import read_settings
 from kd.models.loading import resolve_device
-from kd.student_trainer import config as module
-from kd.student_trainer.config import OPTIMIZERS, SCHEDULES, TrainConfig
+from kd.student_trainer.configuration import train_config as module
+from kd.student_trainer.configuration.learning_settings import LossName, TailName
+from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.losses.group_kernels import GroupKernel
 from kd.student_trainer.losses.loss_registry import LOSSES, TAILS
 
 NEEDED = {"cache": "c", "student": "s", "out": "o"}
-GROUPS = [kind for kind in vars(module).values() if dataclasses.is_dataclass(kind) and kind is not WeightedCache]
+GROUPS = [kind for kind in vars(module).values() if dataclasses.is_dataclass(kind)]
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -257,7 +258,7 @@ def test_every_setting_has_a_help_text(group: type) -> None:
         assert one.doc.endswith("."), f"{group.__name__}.{name}"
 
 
-@pytest.mark.parametrize("names", [module.LossName, module.TailName])
+@pytest.mark.parametrize("names", [LossName, TailName])
 def test_names_that_the_help_explains_are_in_it(names: Any) -> None:
     text = " ".join(one.doc for one in settings_of(TrainConfig).values())
     assert all(name in text for name in get_args(names))
