@@ -9,6 +9,7 @@ write, rows and shards are an upper bound.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from kd.cache_builder.store.records.cache_identity import TEXT_RULES_NAMES, refu
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest, version_for
 from kd.cache_builder.store.records.manifest_checks import check_bounds
+from kd.cache_builder.store.records.shard_table import ShardTable, cut_into_shards
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.upkeep.cache_registry import public_options
 from kd.common.errors import CacheMismatchError, DataError
@@ -130,7 +132,7 @@ def extended(plan: BuildPlan, cache: Path) -> BuildPlan:
     request = replace(plan.request, extend=cache)
     layout = request.layout or load_manifest(cache).layout
     check_bounds(plan.manifest.arrays, layout.shard_rows)
-    manifest = replace(plan.manifest, layout=layout, shards=tuple(cut_into_shards(plan.rows, layout)))
+    manifest = replace(plan.manifest, layout=layout, shards=shards_of_rows(plan.rows, layout))
     return replace(plan, request=request, manifest=manifest)
 
 
@@ -219,13 +221,13 @@ def _manifest(
     layout = existing.layout if existing is not None else request.layout
     if layout is None:
         layout = Layout() if request.extend is None else load_manifest(request.extend).layout
-    shards = cut_into_shards(rows, layout)
+    shards = shards_of_rows(rows, layout)
     return existing or CacheManifest(
         identity=identity,
         layout=layout,
         examples=len(rows),
         rows=sum(len(r.target_ids) for r in rows),
-        shards=tuple(shards),
+        shards=shards,
         files={},
         provenance=provenance,
         format_version=version_for(identity),
@@ -288,22 +290,16 @@ def _source(corpus: Corpus) -> dict[str, Any]:
     return source if benchmark is None else source | {"benchmark": benchmark[0]}
 
 
-def cut_into_shards(rows: list[TokenRows], layout: Layout) -> list[tuple[int, int, int]]:
-    """(first example, one past the last, rows) per shard: consecutive whole examples, as many as fit."""
-    shards: list[tuple[int, int, int]] = []
-    first = count = 0
-    for number, row in enumerate(rows):
-        n = len(row.target_ids)
-        if n > layout.shard_rows:
-            raise DataError(
-                "an example has more rows than a shard holds",
-                where=f"example {row.example.id}",
-                found=f"{n} rows",
-                expected=f"at most {layout.shard_rows}",
-                try_="--shard-rows",
-            )
-        if count + n > layout.shard_rows:
-            shards.append((first, number, count))
-            first, count = number, 0
-        count += n
-    return [*shards, (first, len(rows), count)]
+def shards_of_rows(rows: Sequence[TokenRows], layout: Layout) -> ShardTable:
+    """The shards of a build. Raises DataError for an example that no shard can hold."""
+    counts = np.array([len(row.target_ids) for row in rows])
+    longest = int(counts.argmax())
+    if counts[longest] > layout.shard_rows:
+        raise DataError(
+            "an example has more rows than a shard holds",
+            where=f"example {rows[longest].example.id}",
+            found=f"{counts[longest]} rows",
+            expected=f"at most {layout.shard_rows}",
+            try_="--shard-rows",
+        )
+    return cut_into_shards([counts], layout.shard_rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.build.plan import cut_into_shards
+from kd.cache_builder.build.plan import shards_of_rows
 from kd.cache_builder.exchange.checked_rows import sorted_rows
 from kd.cache_builder.exchange.import_settings import ImportSettings
 from kd.cache_builder.exchange.source_checks import SourceChecks
@@ -94,7 +94,7 @@ def plan_import(format: str, source: str, settings: ImportSettings, place: Any) 
         layout=layout,
         examples=len(survey.rows),
         rows=sum(len(row.target_ids) for row in survey.rows),
-        shards=tuple(cut_into_shards(survey.rows, layout)),
+        shards=shards_of_rows(survey.rows, layout),
         files={},
         provenance=_provenance(format, source, settings, survey, config),
         format_version=version_for(identity),

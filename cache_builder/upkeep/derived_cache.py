@@ -17,6 +17,7 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
 from kd.cache_builder.store.records.manifest import CacheManifest, version_for
+from kd.cache_builder.store.records.shard_table import ShardTable
 from kd.cache_builder.store.shard_store import Shard
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.store.vocabulary import codes_by_count
@@ -60,16 +61,7 @@ def write_derived(
     Raises CacheMismatchError where `out` holds another cache, CacheError where it cannot be written.
     """
     layout = max((r.manifest.layout for r in readers), key=lambda layout: layout.shard_rows)
-    sizes, position = [], 0
-    lengths = [r.lengths()[1] for r in readers]
-    for pieces in shards:
-        rows = count = 0
-        for p in pieces:
-            start = readers[p.source].manifest.shards[p.shard][0]
-            rows += int(lengths[p.source][start + p.first : start + p.stop].sum())
-            count += p.stop - p.first
-        sizes.append((position, position + count, rows))
-        position += count
+    table = _shard_table(readers, shards)
     left_out = joined(filter(None, (recorded(reader.manifest.provenance) for reader in readers)))
     provenance = {**readers[0].manifest.provenance, "derived_from": public_place(made_from), "options": None}
     provenance |= {"left_out": left_out.document(), "token_notes": joined_notes(r.manifest.provenance for r in readers)}
@@ -81,9 +73,9 @@ def write_derived(
     manifest = existing or CacheManifest(
         identity=identity,
         layout=layout,
-        examples=position,
-        rows=sum(r for _, _, r in sizes),
-        shards=tuple(sizes),
+        examples=table.example_count,
+        rows=table.row_count,
+        shards=table,
         files={},
         provenance=provenance,
         format_version=version_for(identity),
@@ -112,6 +104,18 @@ def write_derived(
     finally:
         writer.close()
     yield Progress(len(shards), len(shards), out, "complete")
+
+
+def _shard_table(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> ShardTable:
+    """Examples and rows of the new shards."""
+    lengths = [r.lengths()[1] for r in readers]
+    examples, rows = np.zeros(len(shards), dtype=np.int64), np.zeros(len(shards), dtype=np.int64)
+    for number, pieces in enumerate(shards):
+        for p in pieces:
+            start = readers[p.source].manifest.shards[p.shard][0]
+            examples[number] += p.stop - p.first
+            rows[number] += int(lengths[p.source][start + p.first : start + p.stop].sum())
+    return ShardTable(examples, rows)
 
 
 def _sequences(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> Iterator[np.ndarray]:

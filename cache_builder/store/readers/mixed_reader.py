@@ -23,6 +23,7 @@ from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.records.cache_identity import identity_difference, without_text_rules
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import Part
+from kd.cache_builder.store.records.shard_table import ShardTable
 from kd.cache_builder.store.shard_store import Shard
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.common.errors import CacheError, CacheMismatchError
@@ -50,7 +51,6 @@ class MixedReader:
         self.part: Part | None = None
         self.shards: Sequence[int] = [n for n, (part, i) in enumerate(self._numbers) if i in self.parts[part].shards]
         self._decoder = Decoder(self.root, self.manifest, top_k)
-        self._starts = np.array([first for first, _, _ in self.manifest.shards])
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -78,9 +78,17 @@ class MixedReader:
     def announce(self, batches: Sequence[Sequence[int]]) -> None:
         """Nothing: caches of a mixture fetch files from URLs when they are touched."""
 
-    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+    def lengths(self, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `Reader.lengths`."""
-        tokens, rows = zip(*(r.lengths() for r in self.parts), strict=True)
+        stop = len(self) if stop is None else stop
+        if not 0 <= first < stop <= len(self):
+            raise IndexError(f"examples {first}:{stop} of a cache of {len(self)}")
+        found = []
+        for reader, start in zip(self.parts, self._first_examples.tolist(), strict=False):
+            begin, end = max(first - start, 0), min(stop - start, len(reader))
+            if begin < end:
+                found.append(reader.lengths(begin, end))
+        tokens, rows = zip(*found, strict=True)
         return np.concatenate(tokens), np.concatenate(rows)
 
     def shard(self, index: int) -> Shard:
@@ -93,7 +101,7 @@ class MixedReader:
         """As `Reader.locate`."""
         if not 0 <= example < len(self):
             raise IndexError(f"example {example} of a cache of {len(self)}")
-        shard = self.shard(int(np.searchsorted(self._starts, example, side="right")) - 1)
+        shard = self.shard(int(self.manifest.shards.shard_of(example)))
         return shard, example - shard.first_example
 
     def example_table(self, shard: int, columns: Sequence[str]) -> dict[str, list[Any]]:
@@ -140,18 +148,15 @@ class MixedReader:
 
 def _joined_manifest(readers: Sequence[CacheReader], weights: np.ndarray) -> CacheManifest:
     """The manifest of a mixture: the shards of all caches; its fingerprint covers theirs and the weights."""
-    first, position, shards = readers[0].manifest, 0, list[tuple[int, int, int]]()
-    for reader in readers:
-        shards += [(a + position, b + position, rows) for a, b, rows in reader.manifest.shards]
-        position += len(reader)
+    first, shards = readers[0].manifest, ShardTable.joined([r.manifest.shards for r in readers])
     mixture = [[r.manifest.fingerprint, float(w)] for r, w in zip(readers, weights, strict=True)]
     teachers = dict.fromkeys(str(r.manifest.provenance.get("teacher")) for r in readers)
     return replace(
         first,
         identity=first.identity | {"mixture": mixture},
-        examples=position,
+        examples=shards.example_count,
         rows=sum(r.manifest.rows for r in readers),
-        shards=tuple(shards),
+        shards=shards,
         commits=tuple(c for r in readers for c in r.manifest.commits),
         provenance=first.provenance | {"teacher": ", ".join(teachers)},
     )

@@ -77,7 +77,6 @@ class CacheReader:
         """(batch, shard) of every shard that will be loaded, in order."""
         self._announced = -1
         """Place in `_loads` from which files were last announced."""
-        self._starts = np.array([first for first, _, _ in self.manifest.shards])
         self._shards: OrderedDict[int, shard_store.Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._loading: Mapping[int, threading.Lock] = defaultdict(threading.Lock)
@@ -105,16 +104,24 @@ class CacheReader:
         with self._lock:
             self._shards.clear()
 
-    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+    def lengths(self, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `Reader.lengths`."""
-        tokens, rows = np.zeros(len(self), dtype=np.int64), np.zeros(len(self), dtype=np.int64)
-        for number, index in enumerate(self.shards):
+        stop = len(self) if stop is None else stop
+        if not 0 <= first < stop <= len(self):
+            raise IndexError(f"examples {first}:{stop} of a cache of {len(self)}")
+        table = self.manifest.shards
+        tokens, rows = np.zeros(stop - first, dtype=np.int64), np.zeros(stop - first, dtype=np.int64)
+        touched = range(int(table.shard_of(first)), int(table.shard_of(stop - 1)) + 1)
+        here = touched if self.part is None else [i for i in self.part.shards if i in touched]
+        for number, index in enumerate(here):
             if number % self.window == 0:
-                self.files.expect(self.shards[number : number + 4 * self.window], ["examples"])
-            table = self.example_table(index, ["n_tokens", "row_start", "row_end"])
-            of_shard = slice(*self.manifest.shards[index][:2])
-            tokens[of_shard] = table["n_tokens"]
-            rows[of_shard] = np.array(table["row_end"]) - np.array(table["row_start"])
+                self.files.expect(here[number : number + 4 * self.window], ["examples"])
+            columns = self.example_table(index, ["n_tokens", "row_start", "row_end"])
+            start, end, _ = table[index]
+            into = slice(max(start, first) - first, min(end, stop) - first)
+            taken = slice(max(start, first) - start, min(end, stop) - start)
+            tokens[into] = columns["n_tokens"][taken]
+            rows[into] = (np.array(columns["row_end"]) - np.array(columns["row_start"]))[taken]
         return tokens, rows
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
@@ -158,7 +165,7 @@ class CacheReader:
         memory: OrderedDict[int, None] = OrderedDict()  # the shards that `shard` will hold: what is not here is loaded
         for number, batch in enumerate(batches):
             self._position[tuple(batch)] = number
-            for index in np.unique(np.searchsorted(self._starts, batch, side="right") - 1).tolist():
+            for index in np.unique(self.manifest.shards.shard_of(batch)).tolist():
                 if index not in memory:
                     self._loads.append((number, index))
                 memory[index] = None
@@ -183,7 +190,7 @@ class CacheReader:
         """As `Reader.locate`."""
         if not 0 <= example < len(self):
             raise IndexError(f"example {example} of a cache of {len(self)}")
-        shard = self.shard(int(np.searchsorted(self._starts, example, side="right")) - 1)
+        shard = self.shard(int(self.manifest.shards.shard_of(example)))
         return shard, example - shard.first_example
 
     def example_table(self, shard: int, columns: Sequence[str]) -> dict[str, list[Any]]:

@@ -89,8 +89,12 @@ class Reader(Protocol):
     def keep(self, arrays: Sequence[str]) -> None:
         """Read no other stored arrays than these from now on. Raises CacheError where this copy does not hold them."""
 
-    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """`(tokens [E], rows [E])` of every example: context + target tokens, and target tokens alone; 0 if not here."""
+    def lengths(self, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """`(tokens [E], rows [E])` of the examples `[first, stop)`, or of all; 0 for those that are not here.
+
+        `tokens` counts all tokens that a model reads (context, targets and gaps), `rows` the target tokens alone. Raises
+        IndexError for a range that is empty or not in the cache.
+        """
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """`[E]` example numbers in the order of one epoch."""

@@ -8,6 +8,7 @@ nor a folder's listing is trusted to tell what is there. These functions take th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -29,6 +30,7 @@ from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import read_json, sha256_of, unfinished
 from kd.common.strangers.plain_files import NotPlainError, is_inside, open_plain
 
+COMMIT_NAME = re.compile(r"[0-9]{5}\.json|[1-9][0-9]{5,9}\.json")
 CACHE_NAMES = {MANIFEST, BUILDING, VOCABULARY, "examples", TARGETS, "commits", ANSWERS}
 """Names of the files and folders of a cache."""
 
@@ -51,7 +53,12 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 def committed(root: Path, shards: int) -> list[int]:
     """Indices of the committed shards among the first `shards`, ascending."""
-    return [i for i in range(shards) if os.path.lexists(commit_path(root, i))]
+    try:
+        names = os.listdir(root / "commits")  # once, however many shards there are
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    numbers = sorted(int(name.removesuffix(".json")) for name in names if COMMIT_NAME.fullmatch(name))
+    return [i for i in numbers if i < shards]
 
 
 def read_commit(root: Path, manifest: CacheManifest, index: int) -> ShardRecord:

@@ -25,6 +25,7 @@ from kd.cache_builder.store.records.manifest_checks import (
     check_shard_table,
     file_table,
 )
+from kd.cache_builder.store.records.shard_table import ShardTable
 from kd.cache_builder.store.records.teacher_record import (
     gold_in_top_k,
     logprobs_only,
@@ -82,7 +83,7 @@ class CacheManifest:
     layout: Layout
     examples: int
     rows: int
-    shards: tuple[tuple[int, int, int], ...]
+    shards: ShardTable
     """Per shard: first example, one past the last, rows."""
     files: dict[str, dict[str, Any]]
     """Files outside shards (Zarr metadata, vocabulary) with bytes and SHA-256."""
@@ -272,7 +273,9 @@ def _parse(document: dict[str, Any]) -> CacheManifest:
         layout=Layout(**{k: bounded_count(v) for k, v in document["layout"].items()}),
         examples=bounded_count(document["examples"]),
         rows=bounded_count(document["rows"]),
-        shards=tuple((bounded_count(a), bounded_count(b), bounded_count(r)) for a, b, r in document["shards"]),
+        shards=ShardTable.from_triples(
+            (bounded_count(a), bounded_count(b), bounded_count(r)) for a, b, r in document["shards"]
+        ),
         files=file_table(document["files"]),
         provenance=dict(document["provenance"]),
         quality={str(k): float(v) for k, v in document["quality"].items()},

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kd.cache_builder.store.encoding.arrays import ArraySpec
+from kd.cache_builder.store.records.shard_table import ShardTable
 from kd.common.errors import CacheError
 
 MAX_ROWS = 2**40
@@ -58,17 +61,16 @@ def check_bounds(arrays: Sequence[ArraySpec], shard_rows: int) -> None:
         )
 
 
-def check_shard_table(shards: Sequence[tuple[int, int, int]], shard_rows: int, examples: int, rows: int) -> None:
-    """Raise CacheError unless the shards follow one another and add up to `examples` and `rows`."""
-    position = row_count = 0
-    for first, stop, count in shards:
-        if first != position or stop <= first or not 1 <= count <= shard_rows:
-            raise CacheError("shard table is not contiguous", found=f"examples {first}:{stop}, {count} rows")
-        position, row_count = stop, row_count + count
-    if (position, row_count) != (examples, rows):
+def check_shard_table(shards: ShardTable, shard_rows: int, examples: int, rows: int) -> None:
+    """Raise CacheError unless every shard holds examples and fits, and the shards add up to `examples` and `rows`."""
+    wrong = np.flatnonzero((shards.examples < 1) | (shards.rows < 1) | (shards.rows > shard_rows))
+    if len(wrong):
+        first, stop, count = shards[int(wrong[0])]
+        raise CacheError("shard table is not contiguous", found=f"examples {first}:{stop}, {count} rows")
+    if (shards.example_count, shards.row_count) != (examples, rows):
         raise CacheError(
             "shard table does not add up",
-            found=f"{position} examples, {row_count} rows",
+            found=f"{shards.example_count} examples, {shards.row_count} rows",
             expected=f"{examples} examples, {rows} rows",
         )
 

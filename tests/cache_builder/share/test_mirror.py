@@ -114,7 +114,7 @@ def test_what_comes_next_is_fetched_before_it_is_asked_for(cache: Path, serve):
 def shards_of(reader: CacheReader, batches: list[list[int]]) -> list[int]:
     """The shards that hold the examples of batches, in the order in which they are first needed."""
     examples = [example for batch in batches for example in batch]
-    return list(dict.fromkeys(int(np.searchsorted(reader._starts, e, side="right")) - 1 for e in examples))
+    return list(dict.fromkeys(reader.manifest.shards.shard_of(examples).tolist()))
 
 
 def arrive(reader: CacheReader, shards: list[int]) -> bool:
