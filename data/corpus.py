@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,11 @@ class Corpus:
     def digest(self) -> str:
         """Digest of the ordered text."""
         return text_digest(self.examples)
+
+    def reading(self, left_out: LeftOut) -> Iterator[Example]:
+        """The examples in their order. `left_out` receives what of the source is none."""
+        left_out.include(self.left_out)
+        yield from self.examples
 
 
 def corpus_of_rows(
@@ -96,11 +101,12 @@ def usable_corpus(corpus: Corpus, limit: int | None) -> Corpus:
         left_out.add("beyond_limit", first, len(examples) - limit)
         examples = tuple(examples[number] for number in kept)
     if not examples:
-        raise DataError(
-            "no text found",
-            where=f"{corpus.spec} (split {corpus.split})",
-            found=f"0 examples; left out: {left_out}",
-            try_="kd data show SPEC",
-        )
+        raise no_text(corpus.spec, corpus.split, left_out)
     check_examples(corpus.spec, examples)
     return replace(corpus, examples=examples, left_out=left_out)
+
+
+def no_text(spec: str, split: str, left_out: LeftOut) -> DataError:
+    """The error for a source without any text."""
+    found = f"0 examples; left out: {left_out}"
+    return DataError("no text found", where=f"{spec} (split {split})", found=found, try_="kd data show SPEC")

@@ -75,6 +75,11 @@ class LeftOut:
             self.counts[reason] = self.counts.get(reason, 0) + number
             self.first.setdefault(reason, name)
 
+    def include(self, other: LeftOut) -> None:
+        """Count what another record holds as well."""
+        for reason, count in other.counts.items():
+            self.add(reason, other.first[reason], count)
+
     def count(self, reason: Reason) -> int:
         """How many things were left out for this reason."""
         return self.counts.get(reason, 0)
@@ -91,8 +96,7 @@ def joined(records: Iterable[LeftOut]) -> LeftOut:
     """One record of several, in their order."""
     together = LeftOut()
     for record in records:
-        for reason, count in record.counts.items():
-            together.add(reason, record.first[reason], count)
+        together.include(record)
     return together
 
 

@@ -26,7 +26,6 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
@@ -40,11 +39,12 @@ from kd.data.named_sources import SOURCES, TASK_SOURCES, own_task
 from kd.data.rows.compressed import COMPRESSIONS
 from kd.data.rows.file_list import FileList, list_files, refuse_address, refuse_split
 from kd.data.rows.hub import is_saved, load_hub, load_saved, stream_hub
-from kd.data.rows.local_files import FILE_READERS, read_local
-from kd.data.rows.row_examples import rows_to_examples
-from kd.data.rows.row_reading import AUTO, Columns, RowReading
+from kd.data.rows.local_files import FILE_READERS, LocalTexts
+from kd.data.rows.row_examples import DatasetTexts
+from kd.data.rows.row_reading import AUTO, ID, Columns, RowReading
 from kd.data.rows.row_streams import StreamedRow, numbered_rows, stream_rows
-from kd.data.rows.tables import TABLE_READERS, rows_in
+from kd.data.rows.tables import TABLE_READERS
+from kd.data.text_stream import Text, TextStream, in_memory
 
 TASK_SUFFIXES = (".yaml", ".yml")
 """Suffixes of task files."""
@@ -62,7 +62,36 @@ def load_corpus(
     instructions: InstructionConfig | None = None,
     rows: RowSettings | None = None,
 ) -> Corpus:
-    """Load `spec` (see the module's head). Raises DataError.
+    """Load `spec` (see the module's head) into memory. Raises DataError. The parameters are those of `stream_text`."""
+    return in_memory(
+        stream_text(
+            spec,
+            split=split,
+            columns=columns,
+            form=form,
+            bad_rows=bad_rows,
+            prompts=prompts,
+            limit=limit,
+            instructions=instructions,
+            rows=rows,
+        )
+    )
+
+
+def stream_text(
+    spec: str,
+    *,
+    split: str | None = None,
+    columns: Columns | None = None,
+    form: str = AUTO,
+    bad_rows: str = "error",
+    prompts: bool = False,
+    limit: int | None = None,
+    instructions: InstructionConfig | None = None,
+    rows: RowSettings | None = None,
+    streaming: bool = False,
+) -> Text:
+    """The text that `spec` names (see the module's head): a stream, or in memory where it is shuffled whole. Raises DataError.
 
     split          None is the one in the spec, else `train`
     columns        columns of a table that are not called as their field is
@@ -73,6 +102,7 @@ def load_corpus(
     instructions   how tasks become text; for other sources only the defaults are accepted, and what limits a task where a
                    column names it
     rows           which rows of a file or hub data set are used
+    streaming      whether a data set of the hub is read over the network, and not stored on this disk first
     """
     instructions, rows = instructions or InstructionConfig(), rows or RowSettings()
     if rows != RowSettings() or "task" in (columns or {}):
@@ -80,8 +110,8 @@ def load_corpus(
         return usable_corpus(_rendered(spec, split or "train", columns or {}, useless, instructions, rows), limit)
     reading = RowReading(columns or {}, form, bad_rows == "skip", prompts)
     _refuse_useless(spec, reading, instructions)
-    corpus = _corpus_of(spec, split, reading, instructions)
-    return usable_corpus(replace(corpus, skip_bad=reading.skip), limit)
+    text = replace(_text_of(spec, split, reading, instructions, streaming), skip_bad=reading.skip)
+    return replace(text, limit=limit) if isinstance(text, TextStream) else usable_corpus(text, limit)
 
 
 def load_classes(
@@ -157,8 +187,10 @@ def _changed(instructions: InstructionConfig) -> list[str]:
     return [f.name for f in fields(instructions) if getattr(instructions, f.name) != f.default]
 
 
-def _corpus_of(spec: str, split: str | None, reading: RowReading, instructions: InstructionConfig) -> Corpus:
-    """The corpus as its source gives it: with examples that have no text, and ids unchecked."""
+def _text_of(
+    spec: str, split: str | None, reading: RowReading, instructions: InstructionConfig, streaming: bool
+) -> Text:
+    """The text as its source gives it: with examples that have no text, and ids unchecked."""
     refuse_address(spec)
     name, _, suffix = spec.partition(":")
     path = as_path(spec)
@@ -171,13 +203,14 @@ def _corpus_of(spec: str, split: str | None, reading: RowReading, instructions: 
     if is_glue(spec) and not os.path.isfile(path):
         return _glue(spec, split or "train")
     if is_saved(path):
-        return _rows_of(spec, load_saved(path, split), path.name, split or "train", {"source": "local"}, reading)
+        saved = DatasetTexts(spec, load_saved(path, split), path.name, split or "train", reading)
+        return _stream(spec, saved, split or "train", {"source": "local"}, reading)
     left_out = LeftOut()
     files = list_files(spec, FILE_READERS, left_out)
     if files is not None:
         return _local(files, split or "train", reading, left_out)
     if _is_hub_id(spec):
-        return _hub(spec, split or "train", reading)
+        return _hub(spec, split or "train", reading, streaming)
     names = (*SOURCES, *TASK_SOURCES)
     if "/" in spec or path.suffix:
         raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(names)}, or a hub id")
@@ -200,21 +233,19 @@ def _glue(spec: str, split: str) -> Corpus:
     return Corpus(spec, rows.split, "pairs", rows.examples, dict(rows.source))
 
 
-def _hub(spec: str, split: str, reading: RowReading) -> Corpus:
+def _hub(spec: str, split: str, reading: RowReading, streaming: bool) -> TextStream:
     name, _, revision = spec.partition("@")
     name, _, config = name.partition(":")
-    rows = load_hub(name, config or None, revision or None, split)
+    rows = load_hub(name, config or None, revision or None, split, streaming=streaming)
     source = {"source": name, "config": config or "default", "revision": rows.revision}
-    return _rows_of(spec, rows.data, name, split, source, reading)
+    text = _stream(spec, DatasetTexts(spec, rows.data, name, split, reading), split, source, reading)
+    return replace(text, endless=streaming)
 
 
-def _rows_of(spec: str, rows: Any, prefix: str, split: str, source: dict[str, str], reading: RowReading) -> Corpus:
-    """A `datasets.Dataset` as a corpus."""
-    left_out, names, place = LeftOut(), list(rows.column_names), rows_in(spec)
-    kind, examples = rows_to_examples(
-        rows, names, reading, where=spec, place=place, prefix=prefix, split=split, left_out=left_out
-    )
-    return Corpus(spec, split, kind, tuple(examples), source, left_out=left_out)
+def _stream(
+    spec: str, texts: LocalTexts | DatasetTexts, split: str, source: dict[str, str], reading: RowReading
+) -> TextStream:
+    return TextStream(spec, split, texts.kind(), source, texts, ids_given=ID in reading.columns)
 
 
 def _rendered(
@@ -269,7 +300,6 @@ def _streams(
     return {name: numbered_rows(found, spec)}, {"source": name, "config": config or "default", "revision": commit}
 
 
-def _local(files: FileList, split: str, reading: RowReading, left_out: LeftOut) -> Corpus:
+def _local(files: FileList, split: str, reading: RowReading, left_out: LeftOut) -> TextStream:
     refuse_split(files, split, SAME if split in SAME else (split,))
-    kind, examples = read_local(files, reading, split, left_out)
-    return Corpus(files.spec, split, kind, tuple(examples), {"source": "local"}, left_out=left_out)
+    return _stream(files.spec, LocalTexts(files, reading, split, left_out), split, {"source": "local"}, reading)

@@ -45,13 +45,28 @@ def text_digest(examples: Iterable[Example]) -> str:
 
     A target that was cut short adds a fourth field. Of a conversation, id and messages count.
     """
-    digest = hashlib.blake2b(digest_size=32)
+    digest = TextDigest()
     for example in examples:
+        digest.add(example)
+    return digest.hexdigest()
+
+
+class TextDigest:
+    """The digest of `text_digest`, of examples that come one after another."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=32)
+
+    def add(self, example: Example) -> None:
+        """Go on with the next example."""
         for field in _digested(example):
             data = field.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-    return digest.hexdigest()
+            self._digest.update(len(data).to_bytes(8, "little"))
+            self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        """The digest of the examples so far."""
+        return self._digest.hexdigest()
 
 
 def _digested(example: Example) -> tuple[str, ...]:
@@ -67,13 +82,14 @@ def check_examples(spec: str, examples: Iterable[Example]) -> None:
     for example in examples:
         check_unicode(spec, example)
         if example.id in seen:
-            raise DataError(
-                "two examples have the same id",
-                where=spec,
-                found=example.id,
-                try_="another column for --columns id=…, or none",
-            )
+            raise repeated_id(spec, example.id)
         seen.add(example.id)
+
+
+def repeated_id(spec: str, name: str) -> DataError:
+    """The error for two examples with the same id."""
+    advice = "another column for --columns id=…, or none"
+    return DataError("two examples have the same id", where=spec, found=name, try_=advice)
 
 
 def check_unicode(spec: str, example: Example) -> None:

@@ -29,7 +29,7 @@ class HubRows:
     """Rows of one split."""
 
     data: Any
-    """The rows, a `datasets.Dataset`."""
+    """The rows, a `datasets.Dataset`, or a `datasets.IterableDataset`."""
     revision: str
     """Commit of the data set on the hub; `main` where it is unknown."""
 
@@ -40,17 +40,22 @@ def load_hub(
     revision: str | None,
     split: str,
     files: Mapping[str, Sequence[str]] | None = None,
+    *,
+    streaming: bool = False,
 ) -> HubRows:
     """One split of a data set on the hub; scripts are never run. Raises DataError.
 
-    files   split -> paths or globs in the repository, where its own settings do not say which files are which
+    files       split -> paths or globs in the repository, where its own settings do not say which files are which
+    streaming   whether rows are fetched when they are read; else the data set is stored on this disk and read from there
     """
     with needed("datasets", "reading a data set of the hub"):
         import datasets
 
     commit = commit_of(name, revision)
     try:
-        given = {"data_files": {key: list(paths) for key, paths in files.items()}} if files else {}
+        given: dict[str, Any] = {"data_files": {key: list(paths) for key, paths in files.items()}} if files else {}
+        if streaming:
+            given["streaming"] = True
         return HubRows(datasets.load_dataset(name, config, revision=commit, split=split, **given), commit or "main")
     except Exception as error:  # datasets raises a dozen unrelated types; its message is what the user needs
         raise _unreachable(

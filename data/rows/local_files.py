@@ -1,26 +1,31 @@
 """Examples from local files: `.txt`, `.tokens`, and the tables of `kd.data.rows.tables`, also compressed.
 
 A `.txt` file is one document, or several separated by `<|endoftext|>`; a `.tokens` file holds WikiText's articles. Which files a
-spec names, and in which order they are read, is in `kd.data.rows.file_list`.
+spec names, and in which order they are read, is in `kd.data.rows.file_list`. Examples are read one after another: of a text
+file, one document is in memory, and of a table some rows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from kd.common.errors import DataError, unknown_name
-from kd.data.left_out import LeftOut
+from kd.data.left_out import LeftOut, joined
 from kd.data.rows.compressed import UNREADABLE, file_type, open_text
 from kd.data.rows.example import Example
 from kd.data.rows.file_list import FileList
 from kd.data.rows.row_examples import rows_to_examples
 from kd.data.rows.row_reading import MissingColumnsError, RowReading
-from kd.data.rows.tables import TABLE_READERS, EmptyFileError, empty, read_table, unreadable
+from kd.data.rows.table_streams import open_table
+from kd.data.rows.tables import TABLE_READERS, EmptyFileError, empty, unreadable
 from kd.data.rows.wikitext import wikitext_articles
 
-FileExamples = tuple[str, list[Example]]
+MARK = "<|endoftext|>"
+"""What stands between two documents of a text file."""
+FileExamples = tuple[str, Iterator[Example]]
 """Kind of the examples (`documents`, `pairs` or `conversations`), and the examples in the file's order."""
 FileReader = Callable[[Path, str, RowReading, str, LeftOut], FileExamples]
 """(file, prefix of ids, how rows are read, split, record of what was left out) -> its examples."""
@@ -30,30 +35,53 @@ class NoRowsError(DataError):
     """A JSON file that is one object, which is not a row: settings, or facts about the other files."""
 
 
-def read_local(files: FileList, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
-    """The examples of all files, in their order; `left_out` receives what is not read. Raises DataError."""
-    kinds: dict[str, Path] = {}
-    examples: list[Example] = []
-    for file in files.files:
+@dataclass(frozen=True)
+class LocalTexts:
+    """The examples of local files, which are read from the beginning each time."""
+
+    files: FileList
+    reading: RowReading
+    split: str
+    listed: LeftOut
+    """What lies beside the files and is not read."""
+
+    def __call__(self, left_out: LeftOut) -> Iterator[Example]:
+        """All examples of all files, in their order; `left_out` receives what is not read. Raises DataError."""
+        left_out.include(self.listed)
+        for file in self.files.files:
+            found = self._of_file(file, left_out)
+            if found is not None:
+                yield from found[1]
+
+    def kind(self) -> str:
+        """The kind of all the files, of which the beginning is read. Raises DataError where they mix several, or hold nothing."""
+        left_out = joined([self.listed])
+        kinds: dict[str, Path] = {}
+        for file in self.files.files:
+            found = self._of_file(file, left_out)
+            if found is not None:
+                kinds.setdefault(found[0], file)
+        if len(kinds) > 1:
+            raise DataError(
+                "the files mix texts of several kinds",
+                where=self.files.spec,
+                found="; ".join(f"{kind} in {self.files.name(file)}" for kind, file in kinds.items()),
+                try_="one folder for each, a glob like 'texts/*.txt', or --columns",
+            )
+        if not kinds:
+            raise DataError("no file holds any text", where=self.files.spec, found=f"left out: {left_out}")
+        return next(iter(kinds))
+
+    def _of_file(self, file: Path, left_out: LeftOut) -> FileExamples | None:
+        """Kind and examples of one file; None where it holds nothing and nobody asked for it by its name."""
+        name = self.files.name(file)
         try:
-            kind, of_file = read_examples(file, files.name(file), reading, split, left_out)
+            return read_examples(file, name, self.reading, self.split, left_out)
         except (EmptyFileError, NoRowsError) as error:
-            if file in files.asked_for:
+            if file in self.files.asked_for:
                 raise
-            left_out.add("empty_files" if isinstance(error, EmptyFileError) else "other_files", files.name(file))
-            continue
-        kinds.setdefault(kind, file)
-        examples += of_file
-    if len(kinds) > 1:
-        raise DataError(
-            "the files mix texts of several kinds",
-            where=files.spec,
-            found="; ".join(f"{kind} in {files.name(file)}" for kind, file in kinds.items()),
-            try_="one folder for each, a glob like 'texts/*.txt', or --columns",
-        )
-    if not kinds:
-        raise DataError("no file holds any text", where=files.spec, found=f"left out: {left_out}")
-    return next(iter(kinds)), examples
+            left_out.add("empty_files" if isinstance(error, EmptyFileError) else "other_files", name)
+            return None
 
 
 def read_examples(file: Path, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
@@ -61,10 +89,20 @@ def read_examples(file: Path, prefix: str, reading: RowReading, split: str, left
     if file_type(file) not in FILE_READERS:
         raise unknown_name("file type", file_type(file) or file.name, FILE_READERS, where=str(file))
     try:
-        return FILE_READERS[file_type(file)](file, prefix, reading, split, left_out)
+        kind, examples = FILE_READERS[file_type(file)](file, prefix, reading, split, left_out)
     except DataError:
         raise
     except UNREADABLE as error:  # bad UTF-8 is a ValueError
+        raise unreadable(file, error) from error
+    return kind, _readable(file, examples)
+
+
+def _readable(file: Path, examples: Iterator[Example]) -> Iterator[Example]:
+    try:
+        yield from examples
+    except DataError:
+        raise
+    except UNREADABLE as error:
         raise unreadable(file, error) from error
 
 
@@ -82,34 +120,65 @@ def _refuse_format(file: Path, reading: RowReading) -> None:
 def _read_text(file: Path, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
     _refuse_format(file, reading)
     with open_text(file) as opened:
-        text = opened.read()
-    if not text:
-        raise empty(file)
-    documents = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$\n?|<\|endoftext\|>", text)
-    texts = [d.strip("\n") for d in documents if d.strip()]
-    if not texts:
+        if not opened.read(1):
+            raise empty(file)
+    return "documents", _documents(file, prefix, split, left_out)
+
+
+def _documents(file: Path, prefix: str, split: str, left_out: LeftOut) -> Iterator[Example]:
+    """The documents of a text file. The one that is held back is named after the file alone where no other follows."""
+    number, held = 0, ""
+    with open_text(file) as lines:
+        for document in _between_marks(lines):
+            if not document.strip():
+                continue
+            if held:
+                yield Example(f"{prefix}:{number}", held, split=split)
+                number += 1
+            held = document.strip("\n")
+    if not held:
         left_out.add("without_text", prefix)
-    ids = [prefix] if len(texts) == 1 else [f"{prefix}:{i}" for i in range(len(texts))]
-    return "documents", [Example(i, t, split=split) for i, t in zip(ids, texts, strict=True)]
+    else:
+        yield Example(f"{prefix}:{number}" if number else prefix, held, split=split)
+
+
+def _between_marks(lines: Iterable[str]) -> Iterator[str]:
+    """The texts between marks `<|endoftext|>`. A line that holds nothing but the mark belongs to no text."""
+    parts: list[str] = []
+    for line in lines:
+        if MARK not in line:
+            parts.append(line)
+            continue
+        first, *others = re.split(rf"^[ \t]*{re.escape(MARK)}[ \t]*$\n?|{re.escape(MARK)}", line)
+        for other in others:
+            yield "".join([*parts, first])
+            parts, first = [], other
+        parts.append(first)
+    yield "".join(parts)
 
 
 def _read_tokens(file: Path, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
     _refuse_format(file, reading)
+    with open_text(file) as opened:
+        if not opened.read(1):
+            raise empty(file)
+    return "documents", _articles(file, prefix, split)
+
+
+def _articles(file: Path, prefix: str, split: str) -> Iterator[Example]:
     with open_text(file) as lines:
-        articles = list(wikitext_articles(lines, "wikitext", split))
-    if not articles:
-        raise empty(file)
-    return "documents", [Example(f"{prefix}:{i}", a.target, task=a.task, split=split) for i, a in enumerate(articles)]
+        for number, article in enumerate(wikitext_articles(lines, "wikitext", split)):
+            yield Example(f"{prefix}:{number}", article.target, task=article.task, split=split)
 
 
 def _read_rows(file: Path, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
-    table = read_table(file, keep_unread=reading.skip)
+    table = open_table(file)
     try:
-        kind, examples = rows_to_examples(
+        return rows_to_examples(
             table.rows,
             table.names,
             reading,
-            where=table.file,
+            where=str(file),
             place=table.place,
             prefix=prefix,
             split=split,
@@ -119,7 +188,6 @@ def _read_rows(file: Path, prefix: str, reading: RowReading, split: str, left_ou
         if table.whole_file:
             raise NoRowsError(error.headline, **error.details) from error
         raise
-    return kind, list(examples)
 
 
 FILE_READERS: dict[str, FileReader] = {

@@ -7,6 +7,7 @@ read: an empty value is a value, a missing one is an error. A row that cannot be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kd.common.errors import DataError
@@ -15,7 +16,7 @@ from kd.data.conversations.conversation_rows import LAYOUTS, conversation_of
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example, check_unicode
 from kd.data.rows.row_reading import ID, RowReading
-from kd.data.rows.tables import Place, UnreadRow, is_nothing
+from kd.data.rows.tables import Place, UnreadRow, is_nothing, rows_in
 
 TEXTS = ("text", "prompt", "target")
 """Fields that make documents and pairs."""
@@ -68,6 +69,43 @@ def rows_to_examples(
 
     kind = CONVERSATIONS if form in LAYOUTS else "documents" if form == "text" else form
     return kind, examples()
+
+
+@dataclass(frozen=True)
+class DatasetTexts:
+    """The examples of a data set of the library `datasets`, in memory, on this disk or streamed, or of rows that look like one."""
+
+    where: str
+    """What errors call it."""
+    rows: Any
+    """Rows that can be read again, with `column_names`."""
+    prefix: str
+    """As for `rows_to_examples`."""
+    split: str
+    reading: RowReading
+
+    def __call__(self, left_out: LeftOut) -> Iterator[Example]:
+        """The examples in their order; `left_out` receives what is not read. Raises DataError."""
+        yield from self._opened(left_out)[1]
+
+    def kind(self) -> str:
+        """`documents`, `pairs` or `conversations`. Raises DataError for columns that are none of them."""
+        return self._opened(LeftOut())[0]
+
+    def _opened(self, left_out: LeftOut) -> tuple[str, Iterator[Example]]:
+        place, names = rows_in(self.where), self.rows.column_names
+        if names is None:  # a stream whose features are not known before its first row
+            names = list(next(iter(self.rows), {}))
+        return rows_to_examples(
+            self.rows,
+            list(names),
+            self.reading,
+            where=self.where,
+            place=place,
+            prefix=self.prefix,
+            split=self.split,
+            left_out=left_out,
+        )
 
 
 def conversation_example(conversation: Conversation) -> Example:

@@ -1,7 +1,8 @@
 """Read table files: `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet`, also compressed, give the same table of rows.
 
-Files are read whole, because the corpora of this project have at most a few hundred MB. CSV and TSV values are always
-strings; the other formats keep the types they were written with. A `.json` file is a list of objects, or an object per line.
+Files are read whole here, which is for tables of tasks; texts are read row by row (`kd.data.rows.table_streams`). CSV and TSV
+values are always strings; the other formats keep the types they were written with. A `.json` file is a list of objects, or an
+object per line.
 
 A row with more or fewer fields than the header has columns, a column or key that occurs twice, and an empty file are errors:
 each of them would otherwise cut a value or lose a row. A line that cannot be read is an error too, or, with `keep_unread`, a row
@@ -83,7 +84,13 @@ def read_table(file: Path, *, keep_unread: bool = False) -> RowTable:
     unread = [row for row in table.rows if isinstance(row, UnreadRow)]
     if unread and not keep_unread:
         raise unread[0].error
-    repeated = _first_repeated(table.names)
+    refuse_repeated(table.names, file)
+    return table
+
+
+def refuse_repeated(names: Sequence[str], file: Path) -> None:
+    """Raise DataError where two columns of a table have the same name."""
+    repeated = _first_repeated(names)
     if repeated is not None:
         raise DataError(
             "two columns have the same name",
@@ -91,7 +98,6 @@ def read_table(file: Path, *, keep_unread: bool = False) -> RowTable:
             found=repeated,
             expected="a name of its own for each column",
         )
-    return table
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -136,7 +142,7 @@ def _objects(file: Path, lines: Iterable[str]) -> RowTable:
     """A table of one JSON object per line."""
     numbered = list(json_lines(file, lines))
     rows = [row for _, row in numbered]
-    return RowTable(str(file), _keys(file, rows), rows, [number for number, _ in numbered])
+    return RowTable(str(file), first_keys(file, rows), rows, [number for number, _ in numbered])
 
 
 def json_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
@@ -157,14 +163,14 @@ def _row_or_error(read: Callable[[Any, str], Row], value: Any, where: str) -> Ro
         return UnreadRow(error)
 
 
-def _keys(file: Path, rows: Sequence[Row]) -> list[str]:
+def first_keys(file: Path, rows: Iterable[Row]) -> list[str]:
     """The keys of the first row that could be read. Raises the first row's error where there is none."""
-    if not rows:
-        raise empty(file)
-    first = next((row for row in rows if not isinstance(row, UnreadRow)), rows[0])
-    if isinstance(first, UnreadRow):
-        raise first.error
-    return list(first)
+    unread: UnreadRow | None = None
+    for row in rows:
+        if not isinstance(row, UnreadRow):
+            return list(row)
+        unread = row if unread is None else unread  # which is empty, and so false
+    raise empty(file) if unread is None else unread.error
 
 
 def _json(file: Path) -> RowTable:
@@ -175,7 +181,7 @@ def _json(file: Path) -> RowTable:
     if text.lstrip().startswith("["):
         items = _parsed(text, str(file))
         rows = [_row_or_error(_object, item, f"{file} row {number}") for number, item in enumerate(items, 1)]
-        return RowTable(str(file), _keys(file, rows), rows)
+        return RowTable(str(file), first_keys(file, rows), rows)
     try:
         row = _object(_parsed(text, str(file)), str(file))
     except DataError:  # an object per line, or not JSON: then the error names the line
@@ -204,26 +210,34 @@ def _object(value: Any, where: str) -> Row:
 
 
 def _csv(file: Path) -> RowTable:
-    csv.field_size_limit(2**31 - 1)  # some articles are longer than the default, 128 KiB
-    names: list[str] | None = None
-    rows: list[Row] = []
-    numbers: list[int] = []
     with open_text(file, newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t" if file_type(file) == ".tsv" else ",", strict=True)
-        line = 1
-        try:
-            for fields in reader:
-                if names is None:
-                    names = fields or None
-                elif fields:  # not an empty line
-                    rows.append(_row_or_error(partial(_fields, names), fields, f"{file} line {line}"))
-                    numbers.append(line)
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError("not CSV", where=f"{file} line {line}", found=str(error)) from error
-    if names is None:
+        names, numbered = csv_rows(file, lines)
+        found = list(numbered)
+    return RowTable(str(file), names, [row for _, row in found], [line for line, _ in found])
+
+
+def csv_rows(file: Path, lines: Iterable[str]) -> tuple[list[str], Iterator[tuple[int, Row]]]:
+    """The header, and the line in which each row begins with the row; an `UnreadRow` for one of another number of fields."""
+    csv.field_size_limit(2**31 - 1)  # some articles are longer than the default, 128 KiB
+    records = _csv_records(file, lines)
+    header = next(records, None)
+    if header is None:
         raise empty(file)
-    return RowTable(str(file), names, rows, numbers)
+    read = partial(_fields, header[1])
+    return header[1], ((line, _row_or_error(read, fields, f"{file} line {line}")) for line, fields in records)
+
+
+def _csv_records(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The line in which each record begins, and its fields, for each that is not empty."""
+    reader = csv.reader(lines, delimiter="\t" if file_type(file) == ".tsv" else ",", strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError("not CSV", where=f"{file} line {line}", found=str(error)) from error
 
 
 def _fields(names: Sequence[str], fields: Sequence[str], where: str) -> Row:
