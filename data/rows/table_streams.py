@@ -22,7 +22,7 @@ BATCH_ROWS = 256
 """Rows of a Parquet file in memory at once."""
 
 
-class Table(Protocol):
+class OpenedTable(Protocol):
     """What a table of either kind gives."""
 
     @property
@@ -75,7 +75,7 @@ class TableStream:
         return f"{self.file} {self.counted_in} {self.rows.at}"
 
 
-def open_table(file: Path) -> Table:
+def open_table(file: Path) -> OpenedTable:
     """The table in a file. Raises DataError for content that cannot be read, and for a file that is empty."""
     kind, compressed = file_type(file), file.suffix.lower() in COMPRESSIONS
     if kind == ".json" or (kind == ".parquet" and compressed):
