@@ -83,10 +83,10 @@ def error(reader: CacheReader, teacher: Tensor, student: Tensor, temperature: fl
     whole = targets_of(reader.read_rows(range(min(len(reader), positions))), temperature)
     for rows in (slice(start, min(start + 64, positions)) for start in range(0, positions, 64)):
         part = whole[rows]
-        found = gradient(Objective("kl", temperature=temperature), student[rows], part)
+        estimate = gradient(Objective("kl", temperature=temperature), student[rows], part)
         p, q = ((logits[rows] / temperature).softmax(1) for logits in (teacher, student))
         dense = temperature * (q - p)
-        blocks.append((float((found - dense).square().sum()), float(dense.square().sum())))
+        blocks.append((float((estimate - dense).square().sum()), float(dense.square().sum())))
     wrong, dense_square = np.sum(blocks, axis=0)
     return float(np.sqrt(wrong / dense_square))
 

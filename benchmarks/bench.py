@@ -293,13 +293,13 @@ def case_loop(work: Path, tokens: int) -> dict[str, float]:
     from kd.student_trainer.training import train
 
     marks: list[tuple[Clock, int]] = []
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
 
     def on_step(record: Any) -> None:
         marks.append((Clock(), record.tokens))
         if len(marks) > 1:
-            found.update(marks[0][0].rates(record.tokens - marks[0][1]))
-            found["wait_share"] = record.wait_share
+            rates.update(marks[0][0].rates(record.tokens - marks[0][1]))
+            rates["wait_share"] = record.wait_share
 
     steps = 1 + max(1, tokens // (BATCH * SEQ_LEN))
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -322,7 +322,7 @@ def case_loop(work: Path, tokens: int) -> dict[str, float]:
             on_step=on_step,
         )
         size = (work / "model" / "model.safetensors").stat().st_size / 2**20
-        return found | {"peak_mb": memory.stop() - size}
+        return rates | {"peak_mb": memory.stop() - size}
 
 
 def make_read_cache(work: Path) -> None:

@@ -120,10 +120,10 @@ def scored_here(tokenizer: Any, file: Path) -> Iterator[Scored | str]:
             yield error.headline
             continue
         yield [
-            (tuple(ids[: place + 1]), ids[place + 1])
+            (tuple(ids[: position + 1]), ids[position + 1])
             for row in rows
             for ids in [row.input_ids.tolist()]
-            for place in row.gaps.positions(len(row.context_ids), len(row.target_ids)).tolist()
+            for position in row.gaps.positions(len(row.context_ids), len(row.target_ids)).tolist()
         ]
 
 
@@ -140,9 +140,9 @@ def end_token(tokenizer: Any) -> str:
     """The first token of the template after what an assistant says."""
     talk = said("a", "zq", "b")
     text = tokenizer.apply_chat_template(talk, tokenize=False)
-    found = re.match(rf"\s*({SPELLED}|{re.escape(tokenizer.eos_token)})", text.partition("zq")[2])
-    assert found is not None, text
-    return found[1]
+    match = re.match(rf"\s*({SPELLED}|{re.escape(tokenizer.eos_token)})", text.partition("zq")[2])
+    assert match is not None, text
+    return match[1]
 
 
 def counted(tokenizer: Any, talk: list[dict[str, str]], scored: Scored) -> Counts:

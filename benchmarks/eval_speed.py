@@ -92,8 +92,8 @@ def boolq(shared: Path, limit: int) -> Corpus:
 
 def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
     started = time.process_time()
-    found = run()
-    return time.process_time() - started, found
+    result = run()
+    return time.process_time() - started, result
 
 
 def contenders(
@@ -140,13 +140,13 @@ def compare(name: str, task: str, shared: Path, rows: int, repeats: int) -> str:
 
     runs = {"ours": ours, "separate": separate, "lm-eval": theirs(size)}
     seconds: dict[str, list[float]] = {key: [] for key in runs}
-    found: dict[str, np.ndarray] = {}
+    scores_of: dict[str, np.ndarray] = {}
     for _ in range(repeats):
         for key, run in runs.items():
-            taken, found[key] = timed(run)
+            taken, scores_of[key] = timed(run)
             seconds[key].append(taken)
     middle = {key: statistics.median(values) for key, values in seconds.items()}
-    difference = np.abs(found["ours"] - found["lm-eval"]).max()
+    difference = np.abs(scores_of["ours"] - scores_of["lm-eval"]).max()
     return (
         f"{name:<13}{task:<11}{middle['ours']:>8.2f}{middle['separate']:>10.2f}{middle['lm-eval']:>9.2f} ({size:>2})"
         f"{middle['lm-eval'] / middle['ours']:>8.2f}{middle['separate'] / middle['ours']:>10.2f}{difference:>12.1e}"

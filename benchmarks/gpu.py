@@ -212,7 +212,7 @@ def teacher_case(case: TeacherCase, args: argparse.Namespace) -> Result:
     codecs.encode(raw, config)
     encode = time.perf_counter() - started
     times = [statistics.median(t for t, _ in runs) for runs in (bare, built)]
-    found: Result = {
+    figures: Result = {
         "tokens": tokens,
         "load_seconds": loading,
         "bare_tokens_per_second": tokens / times[0],
@@ -235,8 +235,8 @@ def teacher_case(case: TeacherCase, args: argparse.Namespace) -> Result:
             pass
 
     if not args.device.startswith("cuda"):
-        return found | {"idle_share left out": "no GPU", "waits_per_batch left out": "no GPU"}
-    return found | {
+        return figures | {"idle_share left out": "no GPU", "waits_per_batch left out": "no GPU"}
+    return figures | {
         "idle_share": idle_share(once),
         "waits_per_batch": waits(once) / batches,
         "bare_waits_per_batch": waits(bare_once) / batches,
@@ -303,12 +303,12 @@ def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: i
         pieces["ids"].append(order[:, :k])
         pieces["logprobs"].append(values[:, :k])
         pieces["bands"].append(torch.stack([values[:, a:b].logsumexp(dim=1) for a, b in pairwise(edges)], dim=1))
-    found = {name: torch.cat(parts) for name, parts in pieces.items()}
+    targets_of = {name: torch.cat(parts) for name, parts in pieces.items()}
     if loss == "kl":
         return batch | {
-            "token_ids": found["ids"],
-            "logprobs": found["logprobs"],
-            "tail_mass": 1 - found["logprobs"].exp().sum(dim=1),
+            "token_ids": targets_of["ids"],
+            "logprobs": targets_of["logprobs"],
+            "tail_mass": 1 - targets_of["logprobs"].exp().sum(dim=1),
         }
     first = torch.arange(rows, device=device)
     zeros = torch.zeros(rows, device=device)
@@ -318,31 +318,31 @@ def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: i
         "group_log_scale": zeros,
         "group_chunk_logprob": zeros - 1,
         "group_weight": zeros + 1 / seq_len,
-        "group_logprobs": found["logprobs"],
-        "group_bands": found["bands"],
+        "group_logprobs": targets_of["logprobs"],
+        "group_bands": targets_of["bands"],
     }
 
 
 def student_case(shape: str, positions: int, args: argparse.Namespace) -> Result:
     """Seconds per step and memory of every method; plain first, those with a teacher in memory last."""
-    found: Result = {}
+    figures: Result = {}
     for name in args.methods:
         try:
             if time.perf_counter() > args.deadline:
                 raise TimeoutError(f"more than {args.minutes:g} minutes")
             seconds, memory = student_steps(METHODS[name], shape, positions, args)
         except Exception as error:
-            found[f"{name} left out"] = reason(error)
+            figures[f"{name} left out"] = reason(error)
         else:
-            found |= {f"{name}_seconds": seconds, f"{name}_peak_mb": memory}
+            figures |= {f"{name}_seconds": seconds, f"{name}_peak_mb": memory}
         tidy(args.device)
     for figure, ratio in (("seconds", "ratio"), ("peak_mb", "peak_ratio")):
-        base = found.get(f"plain_{figure}")
+        base = figures.get(f"plain_{figure}")
         for name in args.methods:
-            own = found.get(f"{name}_{figure}")
-            if name != "plain" and isinstance(own, float) and isinstance(base, float) and base > 0:
-                found[f"{name}_{ratio}"] = own / base
-    return found
+            value = figures.get(f"{name}_{figure}")
+            if name != "plain" and isinstance(value, float) and isinstance(base, float) and base > 0:
+                figures[f"{name}_{ratio}"] = value / base
+    return figures
 
 
 def reason(error: Exception) -> str:
@@ -398,28 +398,28 @@ def head_case(args: argparse.Namespace) -> Result:
         "weight_gradient_rounded": lambda: total.add_(narrow.t() @ hidden),
         "weight_gradient_float32": lambda: torch.addmm(total, narrow.t(), hidden, out_dtype=torch.float32, out=total),
     }
-    found: Result = {"rows": count}
+    figures: Result = {"rows": count}
     for name, objective in {"ce": Objective("ce", "none", 0.0), "kl": Objective(), "uld": uld}.items():
-        own = targets[1] if objective.groups else targets[0]
-        parts[f"{name}_kernel"] = partial(objective.gradient_, torch.empty_like(logits), own)
+        own_targets = targets[1] if objective.groups else targets[0]
+        parts[f"{name}_kernel"] = partial(objective.gradient_, torch.empty_like(logits), own_targets)
         if not args.compile:
-            found[f"{name}_compiled left out"] = "--no-compile"
+            figures[f"{name}_compiled left out"] = "--no-compile"
             continue
         compiled = Compiled(objective)
-        parts[f"{name}_compiled"] = partial(compiled.gradient_, torch.empty_like(logits), own)
+        parts[f"{name}_compiled"] = partial(compiled.gradient_, torch.empty_like(logits), own_targets)
         try:
             eager, other = logits.clone(), logits.clone()
-            objective.gradient_(eager, own)
-            compiled.gradient_(other, own)
-            found[f"{name}_compiled_difference"] = float((eager - other).abs().max() / eager.abs().max())
+            objective.gradient_(eager, own_targets)
+            compiled.gradient_(other, own_targets)
+            figures[f"{name}_compiled_difference"] = float((eager - other).abs().max() / eager.abs().max())
         except Exception as error:
-            found[f"{name}_compiled_difference left out"] = reason(error)
+            figures[f"{name}_compiled_difference left out"] = reason(error)
     for name, part in parts.items():
         try:
-            found[f"{name}_seconds"] = seconds_of(part, logits, args)
+            figures[f"{name}_seconds"] = seconds_of(part, logits, args)
         except Exception as error:
-            found[f"{name} left out"] = reason(error)
-    return found
+            figures[f"{name} left out"] = reason(error)
+    return figures
 
 
 def moved(targets: Any, device: torch.device) -> Any:

@@ -84,8 +84,8 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def states_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """`[N, d]` hidden states that predict the tokens of the batch."""
-    found = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return found.last_hidden_state[:, :-1].flatten(0, 1)  # type: ignore[no-any-return]
+    output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return output.last_hidden_state[:, :-1].flatten(0, 1)  # type: ignore[no-any-return]
 
 
 def sparse_kl(case: Case) -> Step:

@@ -84,17 +84,17 @@ def measure(point: Point, work: Path) -> dict[str, float]:
     scored = count * len(batches[0]) * point.length
     plan, steps = build_cache(model, texts, out, batch_tokens=point.batch, top_k=point.top_k, model=teacher)
     rows = plan.manifest.rows
-    found = {"build": cpu(list, steps) / rows, "read": cpu(read_all, out) / rows}
-    found["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / rows
+    costs = {"build": cpu(list, steps) / rows, "read": cpu(read_all, out) / rows}
+    costs["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / rows
     student = CachedStudent(model, out, "kl")
     student.train(1, point.batch)  # allocates the optimizer's state
-    found["kl"] = cpu(student.train, count, point.batch) / scored
+    costs["kl"] = cpu(student.train, count, point.batch) / scored
     plain = load_model(model).train()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5)
     train_plain(plain, optimizer, batches[:1])
-    found["plain"] = cpu(train_plain, plain, optimizer, batches[:count]) / scored
+    costs["plain"] = cpu(train_plain, plain, optimizer, batches[:count]) / scored
     shutil.rmtree(out)
-    return found
+    return costs
 
 
 def read_all(cache: Path) -> None:
@@ -162,8 +162,10 @@ def grow(axis: str, work: Path, *, values: tuple[int, ...] | None = None, turns:
     function = measure_workers if axis == "workers" else measure
     if axis != "workers":
         measure(points[0], work)  # what is done once in a process, such as imports
-    found = [[function(point, work) for point in points] for _ in range(turns)]
-    lines = {name: [statistics.median(turn[i][name] for turn in found) for i in range(len(x))] for name in found[0][0]}
+    measured = [[function(point, work) for point in points] for _ in range(turns)]
+    lines = {
+        name: [statistics.median(turn[i][name] for turn in measured) for i in range(len(x))] for name in measured[0][0]
+    }
     return {"x": list(x), "lines": lines}
 
 

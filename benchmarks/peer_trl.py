@@ -90,8 +90,8 @@ def case(name: str, work: Path, batch: int, steps: int) -> dict[str, Any]:
         callbacks=[Timer()],
     )
     trainer.train()
-    found = meter.result(steps * batch * length)
-    return found | {"versions": {"trl": trl.__version__, "transformers": transformers.__version__}}
+    result = meter.result(steps * batch * length)
+    return result | {"versions": {"trl": trl.__version__, "transformers": transformers.__version__}}
 
 
 def main() -> None:

@@ -124,8 +124,8 @@ def score(model: Any, batch: list[list[int]], top_k: int) -> tuple[Any, Any]:
 
     with torch.inference_mode():
         logits = model(torch.tensor(batch), use_cache=False).logits[:, :-1]
-        found = logits.float().log_softmax(-1).topk(top_k)
-        return found.indices.flatten(0, 1).numpy(), found.values.flatten(0, 1).numpy()
+        top = logits.float().log_softmax(-1).topk(top_k)
+        return top.indices.flatten(0, 1).numpy(), top.values.flatten(0, 1).numpy()
 
 
 def teacher_case(name: str, work: Path, sizes: Sizes) -> dict[str, float]:
@@ -198,7 +198,7 @@ def stored_case(work: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     readers["kd"] = read_ours
     whole = torch.cat(true)
     spent: dict[str, list[float]] = {name: [] for name in readers}
-    found: dict[str, dict[str, float]] = {}
+    figures_of: dict[str, dict[str, float]] = {}
     for turn in range(4):
         for name, read in readers.items():
             started = time.process_time()
@@ -209,8 +209,11 @@ def stored_case(work: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
             ids, logprobs = (np.concatenate(p) for p in zip(*parts, strict=True))
             exact = whole.gather(1, torch.from_numpy(ids)).numpy()
             files = [p for p in (work / f"stored-{name}").rglob("*") if p.is_file()]
-            found[name] = {"bytes": sum(p.stat().st_size for p in files) / count, "head_kl": head_kl(exact, logprobs)}
-    return {name: figures | {"read_us": statistics.median(spent[name])} for name, figures in found.items()}
+            figures_of[name] = {
+                "bytes": sum(p.stat().st_size for p in files) / count,
+                "head_kl": head_kl(exact, logprobs),
+            }
+    return {name: figures | {"read_us": statistics.median(spent[name])} for name, figures in figures_of.items()}
 
 
 def student_case(name: str, work: Path, sizes: Sizes) -> dict[str, float]:
@@ -379,12 +382,12 @@ def main() -> None:
     if args.case:
         sizes = Sizes(**json.loads((args.work / "sizes.json").read_text()))
         run = {"teacher": teacher_case, "student": student_case}
-        found = (
+        result = (
             stored_case(args.work, sizes)
             if args.case == "stored"
             else next(run[stage](args.case, args.work, sizes) for stage, names in STAGES.items() if args.case in names)
         )
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
     known = {name for names in STAGES.values() for name in names} | {"stored", "growth"}
     cases = set(args.cases.split(",")) if args.cases else None

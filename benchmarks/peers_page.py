@@ -158,9 +158,9 @@ def _student(results: Mapping[str, Any], figures: Path) -> str:
 def _growth(growth: Mapping[str, Any], figures: Path) -> str:
     _draw_growth(figures / "growth.png", growth)
     tables = []
-    for axis, found in growth.items():
-        names = list(found["lines"])
-        rows = [(f"{x:,}", *(f"{found['lines'][n][i]:,.1f}" for n in names)) for i, x in enumerate(found["x"])]
+    for axis, series in growth.items():
+        names = list(series["lines"])
+        rows = [(f"{x:,}", *(f"{series['lines'][n][i]:,.1f}" for n in names)) for i, x in enumerate(series["x"])]
         heads = [n if n == "bytes" else LINES.get(n, n) for n in names]
         tables.append(_table((AXES[axis], *heads), rows))
     text = _text(
@@ -226,7 +226,7 @@ def _draw_bars(path: Path, panels: Mapping[str, Sequence[tuple[str, float]]], lo
     def short(label: str) -> str:  # the table has all of it
         return label.partition(" (")[0].partition(", ")[0]
 
-    bars = {title: [Bar(short(label), value, None) for label, value in found] for title, found in panels.items()}
+    bars = {title: [Bar(short(label), value, None) for label, value in values] for title, values in panels.items()}
     draw_bars(path, bars, longest=longest)
 
 
@@ -242,18 +242,18 @@ def _draw_growth(path: Path, growth: Mapping[str, Any]) -> None:
     height = 3.0 * ((len(growth) + 1) // 2)
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    for number, (axis, found) in enumerate(growth.items()):
+    for number, (axis, series) in enumerate(growth.items()):
         axes = figure.add_subplot((len(growth) + 1) // 2, 2, number + 1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e3e6ea")
-        lines = {name: values for name, values in found["lines"].items() if name != "bytes"}
+        lines = {name: values for name, values in series["lines"].items() if name != "bytes"}
         for (name, values), colour, mark in zip(lines.items(), COLOURS, "os^D", strict=False):
-            axes.plot(found["x"], values, color=colour, marker=mark, markersize=4, label=LINES.get(name, name))
+            axes.plot(series["x"], values, color=colour, marker=mark, markersize=4, label=LINES.get(name, name))
         axes.set_xscale("log")
         axes.set_yscale("log")
         low, high = min(map(min, lines.values())), max(map(max, lines.values()))
         axes.set_ylim(low / 1.5, high * 1.5)  # a flat line is to look flat
-        axes.xaxis.set_major_locator(FixedLocator(found["x"]))
+        axes.xaxis.set_major_locator(FixedLocator(series["x"]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 2048 else f"{x:g}"))
         axes.set_xlabel(AXES[axis])

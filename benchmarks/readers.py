@@ -34,32 +34,32 @@ Read = dict[str, list[np.ndarray]]
 
 
 def by_kd(root: Path, manifest: CacheManifest) -> Read:
-    found: Read = {a.name: [] for a in manifest.arrays}
+    arrays: Read = {a.name: [] for a in manifest.arrays}
     for index, (_, _, rows) in enumerate(manifest.shards):
         record, paths = read_commit(root, manifest, index), shard_files(manifest.arrays, index)
         for spec in manifest.arrays:
             data = LocalFiles(root).verified_bytes(paths[spec.name], record.files[paths[spec.name]])
-            found[spec.name].append(decode_shard(data, spec, manifest.layout, rows))
-    return found
+            arrays[spec.name].append(decode_shard(data, spec, manifest.layout, rows))
+    return arrays
 
 
 def by_tensorstore(root: Path, manifest: CacheManifest) -> Read:
     one = tensorstore.Context({"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}})
-    found: Read = {}
+    arrays: Read = {}
     for spec in manifest.arrays:
         store = {"driver": "file", "path": str(root / "targets.zarr" / spec.name)}
         array = tensorstore.open({"driver": "zarr3", "kvstore": store}, open=True, context=one).result()
-        found[spec.name] = [np.asarray(array[part].read().result()) for part in parts(manifest)]
-    return found
+        arrays[spec.name] = [np.asarray(array[part].read().result()) for part in parts(manifest)]
+    return arrays
 
 
 def by_zarr(root: Path, manifest: CacheManifest) -> Read:
     group = zarr.open_group(root / "targets.zarr", mode="r")
-    found: Read = {}
+    arrays: Read = {}
     for spec in manifest.arrays:
         array: Any = group[spec.name]
-        found[spec.name] = [np.asarray(array[part]) for part in parts(manifest)]
-    return found
+        arrays[spec.name] = [np.asarray(array[part]) for part in parts(manifest)]
+    return arrays
 
 
 def by_zarrs(root: Path, manifest: CacheManifest) -> Read:
@@ -95,10 +95,10 @@ def main() -> None:
     for turn in range(args.repeats + 1):
         for reader, read in readers.items():
             started = time.process_time()
-            found = read(args.cache, manifest)
+            arrays = read(args.cache, manifest)
             if turn:  # the first brings the files into memory
                 seconds[reader].append(time.process_time() - started)
-            elif not all(np.array_equal(a, b) for n in first for a, b in zip(first[n], found[n], strict=True)):
+            elif not all(np.array_equal(a, b) for n in first for a, b in zip(first[n], arrays[n], strict=True)):
                 raise SystemExit(f"{reader} reads other values")
     print(f"{'':<14}{'rows/CPU-s, median':>20}{'best':>12}")
     for reader, spent in seconds.items():

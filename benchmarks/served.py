@@ -57,8 +57,10 @@ def main() -> None:
                 if number:
                     rates[name].append(rate)
             apart = float(np.abs(values["server"] - values["transformers"]).max())
-    for name, found in rates.items():
-        print(f"{name:<13}{statistics.median(found):8,.0f} rows/s   of {', '.join(f'{rate:,.0f}' for rate in found)}")
+    for name, measured in rates.items():
+        print(
+            f"{name:<13}{statistics.median(measured):8,.0f} rows/s   of {', '.join(f'{rate:,.0f}' for rate in measured)}"
+        )
     ratio = statistics.median(a / b for a, b in zip(rates["server"], rates["transformers"], strict=True))
     print(f"server / transformers {ratio:.2f}, {len(values['server']):,} rows, largest difference {apart:.1e} nats")
 

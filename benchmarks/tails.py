@@ -36,9 +36,9 @@ def gradient(loss: Tensor, logits: Tensor) -> Tensor:
     return torch.autograd.grad(loss.sum(), logits)[0]
 
 
-def errors(found: Tensor, dense: Tensor) -> str:
-    rms = (found - dense).norm() / dense.norm()
-    batch = (found - dense).sum(0).norm() / dense.sum(0).norm()
+def errors(estimate: Tensor, dense: Tensor) -> str:
+    rms = (estimate - dense).norm() / dense.norm()
+    batch = (estimate - dense).sum(0).norm() / dense.sum(0).norm()
     return f"{float(rms):.3f} | {float(batch):.3f}"
 
 

@@ -50,9 +50,9 @@ def step_loss(model: GPT2LMHeadModel, batch: torch.Tensor, frequent: torch.Tenso
     rows_of = weight[torch.cat([frequent, rare, gold])]
     with torch.autocast("cpu", torch.bfloat16):
         logits = functional.linear(hidden, rows_of[: len(share)]).float()
-    own = (hidden * rows_of[len(share) :]).sum(1).float()
-    rest = torch.where(torch.isin(gold, frequent), -torch.inf, own)
-    loss = (torch.logaddexp((logits + share).logsumexp(1), rest) - own).mean()
+    gold_logits = (hidden * rows_of[len(share) :]).sum(1).float()
+    rest = torch.where(torch.isin(gold, frequent), -torch.inf, gold_logits)
+    loss = (torch.logaddexp((logits + share).logsumexp(1), rest) - gold_logits).mean()
     loss.backward()
     return float(loss.item())
 

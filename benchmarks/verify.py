@@ -33,15 +33,15 @@ def main() -> None:
         "verify --checksums": lambda: drain(False),
         "verify": lambda: drain(True),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    times_of: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for turn in range(args.repeats + 1):
         for name, case in cases.items():
             wall, cpu = time.perf_counter(), time.process_time()
             case()
             if turn:  # the first brings the files into memory
-                found[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+                times_of[name].append((time.process_time() - cpu, time.perf_counter() - wall))
     print(f"{size / 1e6:.1f} MB in {len(files)} files")
-    for name, times in found.items():
+    for name, times in times_of.items():
         cpu, wall = (min(column) for column in zip(*times, strict=True))
         print(f"{name:<20}{size / 1e6 / cpu:10,.0f} MB per CPU-second{size / 1e6 / wall:10,.0f} MB/s")
 

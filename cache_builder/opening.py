@@ -36,7 +36,7 @@ def open_cache(spec: CacheSpec, *, top_k: int | None = None, cache_bytes: int | 
     72
     """
     caches = as_caches(spec)
-    readers = [CacheReader(open_files(one.place, cache_bytes), top_k=top_k) for one in caches]
+    readers = [CacheReader(open_files(one.location, cache_bytes), top_k=top_k) for one in caches]
     if len(readers) == 1:
         return readers[0]
     return MixedReader(list(zip(readers, shares_of(caches), strict=True)), top_k=top_k)

@@ -26,13 +26,13 @@ NAMES_OF_CACHES = "a path, a URL, the beginning of a fingerprint, or a mapping o
 class WeightedCache:
     """One cache of a mixture, or the only one."""
 
-    place: str
+    location: str
     """Path, URL, or the beginning of a fingerprint."""
     weight: float | None = None
     """Weight among the caches of a mixture, relative to the others; None for a cache that is read alone."""
 
     def __str__(self) -> str:
-        return self.place if self.weight is None else f"{self.place}={str(self.weight).removesuffix('.0')}"
+        return self.location if self.weight is None else f"{self.location}={str(self.weight).removesuffix('.0')}"
 
 
 CacheSpec: TypeAlias = str | os.PathLike[str] | Mapping[str, float] | Sequence[WeightedCache | tuple[str, float]]
@@ -54,16 +54,16 @@ def parse_caches(text: str) -> tuple[WeightedCache, ...]:
 
 
 def _weighted(item: str) -> WeightedCache:
-    place, _, weight = item.rpartition("=")
+    location, _, weight = item.rpartition("=")
     try:
         number = float(weight)
     except ValueError:
         number = 0.0
-    if not place or not 0 < number < float("inf"):
+    if not location or not 0 < number < float("inf"):
         raise DataError(
             "not a mixture of caches", found=item, expected="PATH=WEIGHT with a positive weight", try_=MIXED
         )
-    return WeightedCache(place, number)
+    return WeightedCache(location, number)
 
 
 def require_weights(caches: Sequence[WeightedCache]) -> None:
@@ -84,7 +84,7 @@ def as_caches(spec: CacheSpec) -> tuple[WeightedCache, ...]:
     if isinstance(spec, str | os.PathLike):
         caches = parse_caches(os.fspath(spec))
     elif isinstance(spec, Mapping):
-        caches = tuple(_weighted(f"{place}={weight}") for place, weight in spec.items())
+        caches = tuple(_weighted(f"{location}={weight}") for location, weight in spec.items())
     elif isinstance(spec, list | tuple):
         caches = tuple(_as_cache(one) for one in spec)
     else:

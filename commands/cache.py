@@ -92,13 +92,13 @@ def build_in_groups(
         name: value for name, value in given.items() if name != "tensor_parallel"
     }  # which a repair need not repeat
     with tensor_parallel_group(settings.served.processes, groups) as group:
-        own = changed(settings, workers=1, wait=settings.running.wait or groups > 1)
+        build_settings = changed(settings, workers=1, wait=settings.running.wait or groups > 1)
         if not group.leads:
             follow_leader(group, load_model)
         elif group.number == 0:
-            build_and_show(own, given, profile_build=profile_build, as_json=as_json)
+            build_and_show(build_settings, given, profile_build=profile_build, as_json=as_json)
         else:
-            build_of(own, recorded={name: value for name, value in given.items() if name in RECORDED})
+            build_of(build_settings, recorded={name: value for name, value in given.items() if name in RECORDED})
 
 
 def build_and_show(

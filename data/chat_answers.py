@@ -90,13 +90,13 @@ def reasoning_place(template: ChatTemplate) -> str:
     """Where the template shows the reasoning of the last turn: in the `field` reasoning_content, in `content`, or `nowhere`."""
     asked, thought, answer = {"role": "user", "content": "."}, "thoughtqx", "answerqx"
     inside = f"{OPENING}\n{thought}\n{CLOSING}\n\n{answer}"
-    for place, fields in (
+    for where_shown, fields in (
         ("field", {"content": answer, "reasoning_content": thought}),
         ("content", {"content": inside}),
     ):
         try:
             if thought in template.render([asked, {"role": ASSISTANT, **fields}]).text:
-                return place
+                return where_shown
         except DataError:
             continue
     return "nowhere"

@@ -92,12 +92,12 @@ class InstructionConfig:
 
     def _newer(self) -> dict[str, object]:
         """Settings that older caches do not name: they are named where they are not what they always were."""
-        found: dict[str, object] = {}
+        set_values: dict[str, object] = {}
         if self.first_templates is not None:
-            found["first_templates"] = self.first_templates
+            set_values["first_templates"] = self.first_templates
         if self.task_prompt != "template":
-            found["task_prompt"] = self.task_prompt
-        return found
+            set_values["task_prompt"] = self.task_prompt
+        return set_values
 
 
 @dataclass(frozen=True)

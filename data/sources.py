@@ -296,8 +296,8 @@ def _streams(
         raise DataError("no such file or folder", where=spec, expected="a path, or a hub id")
     name, _, revision = spec.partition("@")
     name, _, config = name.partition(":")
-    found, commit = stream_hub(name, config or None, revision or None, split)
-    return {name: numbered_rows(found, spec)}, {"source": name, "config": config or "default", "revision": commit}
+    streams, commit = stream_hub(name, config or None, revision or None, split)
+    return {name: numbered_rows(streams, spec)}, {"source": name, "config": config or "default", "revision": commit}
 
 
 def _local(files: FileList, split: str, reading: RowReading, left_out: LeftOut) -> TextStream:

@@ -103,7 +103,7 @@ def cache_texts(cache: CacheSpec, *, run: str = "", whole: bool = True) -> list[
 
     texts = []
     for one in as_caches(cache):
-        files = open_files(one.place)
+        files = open_files(one.location)
         manifest = load_manifest(files.root)
         provenance, part = manifest.provenance, load_part(files.root, manifest)
         shards = range(len(manifest.shards)) if part is None else part.shards

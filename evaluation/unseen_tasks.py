@@ -28,10 +28,10 @@ def seen_or_unseen(texts: Sequence[TrainingText], corpus: Corpus) -> dict[str, s
     trained, all_known = _trained_clusters(texts)
     if not trained:
         return {}
-    own = _own_clusters(corpus.source)
+    clusters_of_files = _own_clusters(corpus.source)
     marks: dict[str, str] = {}
     for task in dict.fromkeys(example.task for example in corpus.examples):
-        clusters = own.get(task, clusters_of_name(task))
+        clusters = clusters_of_files.get(task, clusters_of_name(task))
         if not clusters:
             continue
         if not flan_clusters().are_unseen(clusters, trained):
@@ -47,11 +47,11 @@ def marked(figures: Mapping[str, Mapping[str, Any]], marks: Mapping[str, str]) -
     tasks = {name.partition("/")[2] for name in figures if "/" in name}
     if tasks - set(marks):
         of_all = None
-    found = {}
+    marked_figures = {}
     for name, figure in figures.items():
         mark = marks.get(name.partition("/")[2]) if "/" in name else of_all
-        found[name] = dict(figure) | ({MARK: mark} if mark is not None else {})
-    return found
+        marked_figures[name] = dict(figure) | ({MARK: mark} if mark is not None else {})
+    return marked_figures
 
 
 def _trained_clusters(texts: Sequence[TrainingText]) -> tuple[list[frozenset[str]], bool]:
@@ -62,11 +62,11 @@ def _trained_clusters(texts: Sequence[TrainingText]) -> tuple[list[frozenset[str
         source = _parsed(text.source)
         if text.spec.partition(":")[0] in SOURCES:  # prose and made-up tasks, which are none of FLAN's
             continue
-        own = _own_clusters(source)
+        clusters_of_files = _own_clusters(source)
         names = [name for name in str(source.get("tasks", "")).split(", ") if name]
-        found = [own.get(name, clusters_of_name(name)) for name in names]
-        trained += [clusters for clusters in found if clusters is not None]
-        all_known = all_known and bool(names) and None not in found
+        clusters_by_task = [clusters_of_files.get(name, clusters_of_name(name)) for name in names]
+        trained += [clusters for clusters in clusters_by_task if clusters is not None]
+        all_known = all_known and bool(names) and None not in clusters_by_task
     return trained, all_known
 
 

@@ -102,7 +102,7 @@ def encode_texts(
     spelled = [pattern is not None and any(map(pattern.search, row)) for row in rows]
     ids: list[list[int]] = [[] for _ in rows]
     for split in sorted(set(spelled)):
-        numbers = [n for n, found in enumerate(spelled) if found == split]
+        numbers = [n for n, spelled_split in enumerate(spelled) if spelled_split == split]
         columns = [list(column) for column in zip(*(rows[n] for n in numbers), strict=True)]
         more = {"split_special_tokens": True} if split else {}
         for number, row in zip(
@@ -298,8 +298,8 @@ def _shared_cut(ids: np.ndarray, ends: np.ndarray, later: np.ndarray, later_ends
 
     middle = (later_ends[0] + ends[-1]) / 2
     shared = np.intersect1d(ends, later_ends)
-    for place in shared[np.argsort(np.abs(shared - middle), kind="stable")]:
-        a, b = (int(np.searchsorted(e, place, side="right")) for e in (ends, later_ends))
+    for byte in shared[np.argsort(np.abs(shared - middle), kind="stable")]:
+        a, b = (int(np.searchsorted(e, byte, side="right")) for e in (ends, later_ends))
         around = [
             (i[n - AGREEING : n + AGREEING], e[n - AGREEING : n + AGREEING])
             for i, e, n in ((ids, ends, a), (later, later_ends, b))

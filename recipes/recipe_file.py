@@ -132,9 +132,9 @@ def check_step(step: Any, kind: str, where: Path) -> None:
         raise unknown_name(f"command in {article} {kind}", str(command), STEP_KINDS, where=where)
     for key, type_, expected in (("options", dict, "a mapping"), ("arguments", list, "a list")):
         if not isinstance(step.get(key, type_()), type_):
-            found = f"{key}: {type(step[key]).__name__}"
+            given = f"{key}: {type(step[key]).__name__}"
             raise DataError(
-                f"a step of the {kind} cannot be read", where=where, found=found, expected=f"{key}: {expected}"
+                f"a step of the {kind} cannot be read", where=where, found=given, expected=f"{key}: {expected}"
             )
     for name in step:
         if name not in ("command", "options", "arguments"):

@@ -119,15 +119,15 @@ def prepare(work: Path) -> None:
 
 def problems(out: Path, action: Callable[[Path], object], unbroken: dict[str, bytes], *, sound: bool) -> list[str]:
     """What is wrong with what a killed run left, and after the same call again. A cache in repair need not be `sound` before."""
-    found: list[str] = []
+    lost: list[str] = []
     if sound and any((out / name).exists() for name in ("manifest.json", "building.json")):
-        found += [f"damage: {f.where} {f.problem}" for f in final(verify(out))]
+        lost += [f"damage: {f.where} {f.problem}" for f in final(verify(out))]
     code, text = child(lambda: action(out))
     if (code, text) != (0, ""):
-        return [*found, f"the same call again: exit code {code}: {text[:200]}"]
+        return [*lost, f"the same call again: exit code {code}: {text[:200]}"]
     after = tree(out)
     different = sorted(n for n in after.keys() | unbroken.keys() if after.get(n) != unbroken.get(n))
-    return found + [f"other bytes, or left behind: {name}" for name in different]
+    return lost + [f"other bytes, or left behind: {name}" for name in different]
 
 
 def run_way(name: str, action: Callable[[Path], object], work: Path, kills: int, dice: random.Random) -> Tally:
@@ -158,8 +158,8 @@ def run_way(name: str, action: Callable[[Path], object], work: Path, kills: int,
             tally.kills += 1
             if name == "workers" and (left := workers_left()):
                 tally.lost.append(f"{left} workers outlived their parent")
-            found = problems(out, action, unbroken, sound=name != "repair")
-            tally.lost += [f"{out.name}: {problem}" for problem in found]
+            lost = problems(out, action, unbroken, sound=name != "repair")
+            tally.lost += [f"{out.name}: {problem}" for problem in lost]
         shutil.rmtree(out, ignore_errors=True)
     tally.seconds = time.monotonic() - started
     return tally
@@ -175,7 +175,7 @@ def workers_left() -> int:
 
 def builders_of_nobody() -> list[int]:
     """Processes that `multiprocessing` has spawned in this session, and whose parent is gone."""
-    found = []
+    orphans = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -188,8 +188,8 @@ def builders_of_nobody() -> list[int]:
             and b"multiprocessing.spawn" in words
             and fields[0] != "Z"
         ):
-            found.append(int(folder.name))
-    return found
+            orphans.append(int(folder.name))
+    return orphans
 
 
 def build_alone(out: Path, text: Path) -> None:

@@ -124,21 +124,21 @@ def ways(work: Path) -> dict[str, Callable[[Path], object]]:
 
 def contents(root: Path) -> dict[str, Any]:
     """What must be equal below a folder: every file's bytes; records and documents without their times and folders."""
-    found: dict[str, Any] = {}
+    content_of: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if not path.is_file() or "checkpoint-" in name or name.startswith("report") or path.name == "README.md":
             continue
         if path.name == "metrics.jsonl":
-            found[name] = timeless(read_log(path.parent))
+            content_of[name] = timeless(read_log(path.parent))
         elif path.name == "run.json":
             document = read_run(path.parent)
-            found[name] = (document["identity"], document["complete"])
+            content_of[name] = (document["identity"], document["complete"])
         elif path.name == "eval.json":
-            found[name] = load_report(path.parent).tasks
+            content_of[name] = load_report(path.parent).tasks
         elif path.name not in ("digests.json", "experiment.json"):
-            found[name] = path.read_bytes()
-    return found
+            content_of[name] = path.read_bytes()
+    return content_of
 
 
 def timeless(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -178,18 +178,20 @@ def kill_way(action: Callable[[Path], object], out: Path, kills: int, dice: rand
     total = operations(lambda: action(out / "counted"), out / "counted")
     hits, lost = 0, []
     while hits < kills:
-        place = out / f"k{hits}-{dice.randrange(10**9)}"
+        folder = out / f"k{hits}-{dice.randrange(10**9)}"
         for _ in range(2 if dice.random() < 1 / 3 else 1):
-            hits += killed(action, place, total, length, dice)
-        code, text = child(lambda place=place: action(place))  # type: ignore[misc]
+            hits += killed(action, folder, total, length, dice)
+        code, text = child(lambda folder=folder: action(folder))  # type: ignore[misc]
         if (code, text) != (0, ""):
-            lost.append(f"{place.name}: the same command again: exit code {code}: {text[:300]}")
+            lost.append(f"{folder.name}: the same command again: exit code {code}: {text[:300]}")
             continue
-        found = contents(place)
+        content_of = contents(folder)
         lost += [
-            f"{place.name}: {name}" for name in sorted(found.keys() | expected) if found.get(name) != expected.get(name)
+            f"{folder.name}: {name}"
+            for name in sorted(content_of.keys() | expected)
+            if content_of.get(name) != expected.get(name)
         ]
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
     return hits, lost
 
 

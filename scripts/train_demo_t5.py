@@ -211,8 +211,8 @@ def accuracy(model: T5ForConditionalGeneration, tokenizer: Tokenizer, held_out: 
             inputs = padded(encoded(tokenizer, [prompt for prompt, _ in pairs]), PAD_ID)
             rest = losses(model, inputs, padded(encoded(tokenizer, [text for _, text in pairs]), NO_LABEL)).tolist()
             for e in chosen:
-                own, rest = rest[: len(e.choices)], rest[len(e.choices) :]
-                right[e.task].append(own.index(min(own)) == e.answer)
+                of_example, rest = rest[: len(e.choices)], rest[len(e.choices) :]
+                right[e.task].append(of_example.index(min(of_example)) == e.answer)
         written = [e for e in batch if not e.choices]
         if written:
             answers = greedy(model, encoded(tokenizer, [e.prompt for e in written]))

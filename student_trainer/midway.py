@@ -99,7 +99,7 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
             plan = self.trainer.plan.batches[: step * self.multiple]
             epoch = sum(map(len, plan)) / len(self.trainer.example_rows)
             record = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - started, **scores}
-            self.trainer.place.write(partial(append_evaluation, record=record))
+            self.trainer.run_place.write(partial(append_evaluation, record=record))
             if self.midway.on_record is not None:
                 self.midway.on_record(record)
         PartialState().wait_for_everyone()

@@ -250,8 +250,8 @@ def resume_point(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> 
     complete = bool(before.get("complete"))
     if not resume:
         advice = "another --out" if complete else "--resume to continue it, or another --out"
-        found = "a finished run" if complete else "a run that was stopped"
-        raise DataError("the output folder holds a run already", where=folder, found=found, try_=advice)
+        state = "a finished run" if complete else "a run that was stopped"
+        raise DataError("the output folder holds a run already", where=folder, found=state, try_=advice)
     refuse_other_settings(folder, before.get("identity") or {}, redacted(identity))
     if complete:
         raise DataError("the run to continue is finished", where=folder, try_="another --out")

@@ -105,7 +105,7 @@ def save_student(student: Student, trainer: Any, tokenizer: Tokenizer, finish: C
         write_model(folder, model, tokenizer)
         finish(folder)
 
-    trainer.place.write(write)
+    trainer.run_place.write(write)
 
 
 @contextmanager

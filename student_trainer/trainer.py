@@ -53,7 +53,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         plan: BatchPlan,
         example_rows: np.ndarray,
         has_kd: bool,
-        place: RunPlace,
+        run_place: RunPlace,
         say: Callable[[str], object],
         on_step: Callable[[StepRecord], None] | None,
         **rest: Any,
@@ -65,7 +65,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.example_rows = example_rows
         """[E] scored positions of each example"""
         self.has_kd = has_kd
-        self.place = place
+        self.run_place = run_place
         """Where the run writes."""
         self.say = say
         self.on_step = on_step
@@ -152,7 +152,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.last_record = record
             logs |= {"loss": record.loss, "ce": record.ce} | ({"kd": record.kd} if record.kd is not None else {})
             if self.is_world_process_zero():
-                self.place.write(partial(append_step, record=record))
+                self.run_place.write(partial(append_step, record=record))
                 if self.on_step is not None:
                     self.on_step(record)
         super().log(logs, start_time)
@@ -203,18 +203,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     @property
     def folder(self) -> Path:
         """Folder that the run writes into now."""
-        return self.place.folder
+        return self.run_place.folder
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint; one for which there is no room anywhere is left out, unless the run ends with it."""
         ends = self.control.should_training_stop and self.state.global_step < self.state.max_steps
         try:
-            self.place.write(lambda folder: self._checkpoint_in(folder, model, trial), patient=ends)
+            self.run_place.write(lambda folder: self._checkpoint_in(folder, model, trial), patient=ends)
         except WriteError as error:
             if ends or self.args.world_size > 1:
                 raise
-            found = error.details["found"]
-            self.say(f"no checkpoint after step {self.state.global_step} ({found}): training goes on")
+            reason = error.details["found"]
+            self.say(f"no checkpoint after step {self.state.global_step} ({reason}): training goes on")
 
     def _checkpoint_in(self, folder: Path, model: Any, trial: Any) -> None:
         """Write a checkpoint, seal it when every process has written its part, and remove the one before the last.

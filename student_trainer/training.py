@@ -143,7 +143,7 @@ def train(
     prepared.reader.announce(plan.batches)
     steps = len(plan) // multiple
     set_steps(arguments, config.optimization, steps)
-    place = RunPlace(
+    run_place = RunPlace(
         config.folder, config.logging.rescue_folder, say=say, records=RECORDS, moves=arguments.world_size == 1
     )
     trainer = DistillationTrainer(
@@ -154,7 +154,7 @@ def train(
         plan=plan,
         example_rows=prepared.rows,
         has_kd=config.objective.loss != "ce",
-        place=place,
+        run_place=run_place,
         say=say,
         on_step=on_step,
     )
@@ -176,7 +176,7 @@ def train(
         write_run(folder, document)
 
     save_student(student, trainer, prepared.tokenizer, finish)
-    return replace(result, out=str(place.folder))
+    return replace(result, out=str(run_place.folder))
 
 
 def run_identity(prepared: Prepared, world_size: int) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def make_steps(trainer: DistillationTrainer, checkpoint: Path | None, steps: int
     done = trainer.state.global_step
     if stop.is_set() and done < steps:
         said = f"stopped after step {done} of {steps}, with a checkpoint"
-        if trainer.place.moved:
+        if trainer.run_place.moved:
             raise KeyboardInterrupt(
                 f"{said} in {trainer.folder}", f"the same command with --out {trainer.folder} --resume continues"
             )

@@ -208,9 +208,9 @@ def _served_block(
     stop, texts = end_ids(ends or tokenizer.eos_token_id), [("", True)] * len(prompts)
     seeds = [np.random.SeedSequence([config.seed, number, i]).generate_state(1)[0] >> 1 for i in range(len(prompts))]
     how = [Writing(config.max_new_tokens, config.temperature, tuple(stop), int(seed)) for seed in seeds]
-    for told in engine.answers([prompt.ids.tolist() for prompt in prompts], how):
-        if told is not None:
-            i, ids = told
+    for answer in engine.answers([prompt.ids.tolist() for prompt in prompts], how):
+        if answer is not None:
+            i, ids = answer
             written = until_eos(np.array(ids, dtype=np.int64), stop)
             texts[i] = answer_text(tokenizer, written.ids, prompts[i].ids, prompts[i].lead), written.ended
     return texts

@@ -65,8 +65,8 @@ def sorted_rows(sequence: SourceSequence, vocabulary_size: int, tail: Literal["r
     listed = np.where(hit, values, 0.0).sum(axis=1)
     least = values[np.arange(len(kept)), np.maximum(kept, 1) - 1]
     known = np.zeros(len(kept), dtype=bool) if gold is None else ~np.isnan(gold)
-    told = np.zeros(len(kept)) if gold is None else np.where(known, gold, 0.0)
-    _check_gold(sequence, known, told, np.where(inside, listed, least), inside)
+    gold_logprobs = np.zeros(len(kept)) if gold is None else np.where(known, gold, 0.0)
+    _check_gold(sequence, known, gold_logprobs, np.where(inside, listed, least), inside)
     above = (values > listed[:, None]).sum(axis=1)
     beyond = kept if ranks is None else np.maximum(kept, ranks)
     inner = above if ranks is None else np.where(ranks < kept, ranks, above)
@@ -74,7 +74,7 @@ def sorted_rows(sequence: SourceSequence, vocabulary_size: int, tail: Literal["r
         ids,
         values,
         kept,
-        np.where(known, told, np.where(inside, listed, np.minimum(least, _log_rest(values)))),
+        np.where(known, gold_logprobs, np.where(inside, listed, np.minimum(least, _log_rest(values)))),
         np.where(inside, inner, beyond),
         bool((known | inside).all()),
         bool(inside.all()) or ranks is not None,
@@ -108,20 +108,20 @@ def _check_ids(sequence: SourceSequence, ids: np.ndarray, used: np.ndarray, voca
 
 
 def _check_gold(
-    sequence: SourceSequence, known: np.ndarray, told: np.ndarray, listed: np.ndarray, inside: np.ndarray
+    sequence: SourceSequence, known: np.ndarray, gold_logprobs: np.ndarray, listed: np.ndarray, inside: np.ndarray
 ) -> None:
     """Raise DataError where the source says two things of one token: its rows then belong to other tokens.
 
     listed  what the row says of the token where it is `inside`; otherwise the least probable of the row, which is no less
     """
-    apart = np.where(inside, np.abs(told - listed), told - listed)
-    wrong = np.flatnonzero(known & ((apart > ROUNDING) | ~np.isfinite(told)))
+    apart = np.where(inside, np.abs(gold_logprobs - listed), gold_logprobs - listed)
+    wrong = np.flatnonzero(known & ((apart > ROUNDING) | ~np.isfinite(gold_logprobs)))
     if len(wrong):
         row = int(wrong[0])
         raise DataError(
             "the log-probability of the token that is there contradicts its row",
             where=f"sequence {sequence.name}, row {row}",
-            found=f"{told[row]:.4f}",
+            found=f"{gold_logprobs[row]:.4f}",
             expected=("" if inside[row] else "at most ") + f"{listed[row]:.4f} nats",
             try_="rows that predict the tokens they stand for",
         )

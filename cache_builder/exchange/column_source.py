@@ -94,13 +94,13 @@ def _read(row: Any, name: str) -> SourceSequence:
     if not entries or not all(entries):
         raise _WrongRow("no entry" if not entries else "an empty entry between others")
     gold_ids = input_ids[context:]
-    told = _beside(entries, gold_ids)
+    gold_logprobs = _beside(entries, gold_ids)
     given = {column: row.get(column) for column in ("gold_logprobs", "gold_ranks", "byte_ends")}
-    for column, found in given.items():
-        if found is not None and len(found) != len(values):
-            raise _WrongRow(f"{len(found)} {column} for {len(values)} entries")
+    for column, values_of_column in given.items():
+        if values_of_column is not None and len(values_of_column) != len(values):
+            raise _WrongRow(f"{len(values_of_column)} {column} for {len(values)} entries")
     if given["gold_logprobs"] is not None:
-        told = np.array(given["gold_logprobs"][first:], dtype=np.float64)
+        gold_logprobs = np.array(given["gold_logprobs"][first:], dtype=np.float64)
     text = None
     if row.get("target") is not None and given["byte_ends"] is not None:
         ends = np.array(given["byte_ends"][first:], dtype=np.int64)
@@ -113,17 +113,17 @@ def _read(row: Any, name: str) -> SourceSequence:
         context,
         ids,
         logprobs,
-        None if told is None or np.isnan(told).all() else told,
+        None if gold_logprobs is None or np.isnan(gold_logprobs).all() else gold_logprobs,
         ranks,
         text,
     )
 
 
 def _column(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    found = next((row[name] for name in names if row.get(name) is not None), None)
-    if found is None:
+    value = next((row[name] for name in names if row.get(name) is not None), None)
+    if value is None:
         raise _WrongRow(f"no column {' or '.join(names)}; there are {', '.join(map(str, row))}")
-    return found
+    return value
 
 
 def _pairs(entry: Any, ids: Any) -> list[tuple[int, float]]:
@@ -159,13 +159,13 @@ def _beside(entries: list[list[tuple[int, float]]], gold_ids: np.ndarray) -> np.
     no entry has one.
     """
     k = min(map(len, entries))
-    told = np.full(len(entries), np.nan)
+    gold_logprobs = np.full(len(entries), np.nan)
     for r, pairs in enumerate(entries):
         least = min(pairs, key=lambda pair: pair[1])
         if len(pairs) == k + 1 and least[0] == gold_ids[r]:
-            told[r] = least[1]
+            gold_logprobs[r] = least[1]
             pairs.remove(least)
-    return None if np.isnan(told).all() else told
+    return None if np.isnan(gold_logprobs).all() else gold_logprobs
 
 
 def _arrays(entries: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray]:

@@ -98,12 +98,12 @@ def _refuse_unlike(reader: CacheReader) -> None:
         "a teacher with an encoder": manifest.blocks.encoder,
         "kept tokens that were renormalised, without a tail": manifest.tail_unknown,
     }
-    found = [reason for reason, is_so in reasons.items() if is_so]
-    if found:
+    reasons_found = [reason for reason, is_so in reasons.items() if is_so]
+    if reasons_found:
         raise CacheError(
             "this cache cannot be exported",
             cache=reader.root,
-            found="; ".join(found),
+            found="; ".join(reasons_found),
             expected="a cache of documents or pairs of profile kl, compact, adaptive or full",
         )
 

@@ -120,7 +120,7 @@ def _write(plan: ImportPlan, writer: ShardWriter, index: int, sequences: Sequenc
     if len(sequences) != len(rows) or not all(
         np.array_equal(one.input_ids, row.input_ids) for one, row in zip(sequences, rows, strict=True)
     ):
-        raise DataError("the source was changed while it was imported", where=plan.source.place)
+        raise DataError("the source was changed while it was imported", where=plan.source.path)
     checked = [sorted_rows(one, plan.manifest.vocabulary_size, plan.settings.tail) for one in sequences]
     gold = np.concatenate([row.target_ids for row in rows]).astype(np.int64)
     ends = np.concatenate([row.byte_end for row in rows])

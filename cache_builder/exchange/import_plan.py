@@ -73,17 +73,17 @@ class ImportPlan:
     vocabulary: list[bytes]
 
 
-def plan_import(format: str, source: str, settings: ImportSettings, place: Any) -> ImportPlan:
+def plan_import(format: str, source: str, settings: ImportSettings, path: Any) -> ImportPlan:
     """Read and check the whole source. Raises DataError, and CacheMismatchError where the folder holds another cache."""
-    CacheSource.at(format, place)  # before a tokenizer is loaded for nothing
+    CacheSource.at(format, path)  # before a tokenizer is loaded for nothing
     tokenizer = load_tokenizer(settings.tokenizer, settings.revision)
     pad = tokenizer.pad_token_id
-    found = CacheSource.at(format, place, None if pad == tokenizer.eos_token_id else pad)
+    cache_source = CacheSource.at(format, path, None if pad == tokenizer.eos_token_id else pad)
     speller = Speller(tokenizer)
     size = vocabulary_size(tokenizer)
-    survey = surveyed(found, settings, speller, size)
+    survey = surveyed(cache_source, settings, speller, size)
     config = _targets(settings, survey, size)
-    identity = _identity(found, settings, tokenizer, survey, config, size)
+    identity = _identity(cache_source, settings, tokenizer, survey, config, size)
     existing = existing_cache(settings.out)
     if existing is not None:
         refuse_mismatch(settings.out, identity, existing)
@@ -100,7 +100,7 @@ def plan_import(format: str, source: str, settings: ImportSettings, place: Any) 
         format_version=version_for(identity),
     )
     check_bounds(manifest.arrays, layout.shard_rows)
-    return ImportPlan(settings, found, tokenizer, survey, manifest, speller.pieces[:size])
+    return ImportPlan(settings, cache_source, tokenizer, survey, manifest, speller.pieces[:size])
 
 
 def _layout(shard_rows: int) -> Layout:
@@ -127,10 +127,10 @@ def surveyed(source: CacheSource, settings: ImportSettings, speller: Speller, si
         survey.ranks_known &= rows.ranks_known
     survey.bytes_left_out = 0 if survey.with_text else speller.bytes_left_out
     if not survey.rows:
-        raise DataError("there is nothing to import", where=source.place, found="no sequence")
-    checks.refuse(source.place)
+        raise DataError("there is nothing to import", where=source.path, found="no sequence")
+    checks.refuse(source.path)
     if settings.tail == "rest":
-        checks.refuse_renormalised(source.place)
+        checks.refuse_renormalised(source.path)
     return survey
 
 

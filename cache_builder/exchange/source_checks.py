@@ -53,12 +53,12 @@ class SourceChecks:
         self.whole_rows += int(((np.abs(masses - 1) < 2e-3) & (rows.kept < vocabulary_size)).sum())
         before = len(text.prompt.encode("utf-8"))
         again = encode_with_ends(self.speller.tokenizer, self.speller.pieces, text.prompt + text.target)
-        found = set(zip(*(values.tolist() for values in again), strict=True))
+        tokens_again = set(zip(*(values.tolist() for values in again), strict=True))
         listed = list(zip(sequence.gold_ids.tolist(), (text.byte_end + before).tolist(), strict=True))
         if sequence.gold_ids[-1] == self.speller.eos:  # it stands for no text
             listed.pop()
         self.tokens += len(listed)
-        self.same_tokens += sum(token in found for token in listed)
+        self.same_tokens += sum(token in tokens_again for token in listed)
 
     def _look_for_a_shift(self, sequence: SourceSequence, rows: SortedRows) -> None:
         for shift, (better, worse) in self.better.items():

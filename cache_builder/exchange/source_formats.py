@@ -41,23 +41,23 @@ class CacheSource:
     """Files of one format. They can be read again and again."""
 
     format: str
-    place: Path
+    path: Path
     files: tuple[Path, ...]
     pad_id: int | None = None
     """The tokenizer's padding token, where it is not the end token too."""
 
     @classmethod
-    def at(cls, name: str, place: Path, pad_id: int | None = None) -> CacheSource:
+    def at(cls, name: str, path: Path, pad_id: int | None = None) -> CacheSource:
         """The source at a path. Raises DataError."""
         if name not in FORMATS:
             raise unknown_name("format of a source", name, FORMATS)
-        return cls(name, place, tuple(source_files(place, FORMATS[name].suffixes)), pad_id)
+        return cls(name, path, tuple(source_files(path, FORMATS[name].suffixes)), pad_id)
 
     def sequences(self) -> Iterator[SourceSequence]:
         """All sequences in order. Raises DataError."""
         known = FORMATS[self.format]
-        found = (s for number, path in enumerate(self.files) for s in known.read(path, number))
-        for sequence in checked_sequences(found):
+        read = (s for number, path in enumerate(self.files) for s in known.read(path, number))
+        for sequence in checked_sequences(read):
             padded = known.padded and self.pad_id is not None
             yield without_padding(sequence, int(self.pad_id or 0)) if padded else sequence
 

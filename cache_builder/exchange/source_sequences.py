@@ -73,24 +73,24 @@ def without_padding(sequence: SourceSequence, pad_id: int) -> SourceSequence:
 def source_files(source: Path, suffixes: Iterable[str]) -> list[Path]:
     """The file `source`, or the files with one of these suffixes in the folder `source`, by name. Raises DataError."""
     wanted = tuple(suffixes)
-    found = [source]
+    files = [source]
     if source.is_dir():
-        found = sorted(p for p in source.iterdir() if p.suffix in wanted and not p.name.startswith("."))
-    if not found or not source.exists():
+        files = sorted(p for p in source.iterdir() if p.suffix in wanted and not p.name.startswith("."))
+    if not files or not source.exists():
         raise DataError(
             "there is nothing to import",
             where=source,
             found="no such file or folder" if not source.exists() else "a folder without such files",
             expected=f"a file, or a folder of files *{', *'.join(wanted)}",
         )
-    for path in found:
+    for path in files:
         try:
             open_plain(path).close()
         except NotPlainError as error:
             raise DataError("a file of the source cannot be read", where=path, found=error.strerror) from error
         except OSError as error:
             raise DataError("a file of the source cannot be read", where=path, found=error.strerror) from error
-    return found
+    return files
 
 
 def checked_sequences(sequences: Iterable[SourceSequence]) -> Iterator[SourceSequence]:

@@ -48,14 +48,14 @@ def _whole_characters(pieces: Sequence[bytes]) -> tuple[bytes, np.ndarray]:
     """The bytes of whole characters among the pieces, and where each piece ends in them `[n]`."""
     data = b"".join(pieces)
     whole = np.ones(len(data), dtype=bool)
-    place = 0
-    while place < len(data):
+    start = 0
+    while start < len(data):
         try:
-            data[place:].decode("utf-8")
+            data[start:].decode("utf-8")
             break
         except UnicodeDecodeError as error:
-            whole[place + error.start : place + error.end] = False
-            place += error.end
+            whole[start + error.start : start + error.end] = False
+            start += error.end
     before = np.concatenate([[0], np.cumsum(whole)])
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     return bytes(np.frombuffer(data, dtype=np.uint8)[whole]), before[ends].astype(np.int64)

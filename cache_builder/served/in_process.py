@@ -68,10 +68,10 @@ class InProcessEngine:
     def _read(self, sequence: ScoredSequence, output: Any) -> TokenLogprobs:
         if list(output.prompt_token_ids) != sequence.ids:
             raise WrongAnswer("other token ids than were sent")
-        told = output.prompt_logprobs
-        if len(told) != len(sequence.ids):
-            raise WrongAnswer(f"{len(told)} positions, {len(sequence.ids)} were to come")
-        entries = [_entry(told, int(p), sequence.ids[p]) for p in sequence.positions]
+        prompt_logprobs = output.prompt_logprobs
+        if len(prompt_logprobs) != len(sequence.ids):
+            raise WrongAnswer(f"{len(prompt_logprobs)} positions, {len(sequence.ids)} were to come")
+        entries = [_entry(prompt_logprobs, int(p), sequence.ids[p]) for p in sequence.positions]
         return token_logprobs(entries, self._k, self._size)
 
     def answers(self, prompts: Sequence[list[int]], how: Sequence[Writing]) -> Iterator[tuple[int, list[int]] | None]:
@@ -99,14 +99,18 @@ def _prompt(ids: list[int]) -> dict[str, Any]:
     return {"prompt_token_ids": ids}
 
 
-def _entry(told: Any, position: int, gold: int) -> RankedEntry:
-    """One position: from vLLM's flat arrays, or from a mapping of ids where `told` is a list."""
-    if hasattr(told, "start_indices"):
-        span = slice(told.start_indices[position], told.end_indices[position])
-        ids, logprobs, ranks = told.token_ids[span], told.logprobs[span], told.ranks[span]
+def _entry(prompt_logprobs: Any, position: int, gold: int) -> RankedEntry:
+    """One position: from vLLM's flat arrays, or from a mapping of ids where `prompt_logprobs` is a list."""
+    if hasattr(prompt_logprobs, "start_indices"):
+        span = slice(prompt_logprobs.start_indices[position], prompt_logprobs.end_indices[position])
+        ids, logprobs, ranks = (
+            prompt_logprobs.token_ids[span],
+            prompt_logprobs.logprobs[span],
+            prompt_logprobs.ranks[span],
+        )
         every = {int(i): (float(lp), rank) for i, lp, rank in zip(ids, logprobs, ranks, strict=True)}
     else:
-        every = {int(i): (float(one.logprob), one.rank) for i, one in (told[position] or {}).items()}
+        every = {int(i): (float(one.logprob), one.rank) for i, one in (prompt_logprobs[position] or {}).items()}
     if gold not in every:
         raise WrongAnswer(f"no log-probability of token {gold}, which was sent")
     logprob, rank = every[gold]

@@ -32,18 +32,18 @@ class ServedPass:
     def shard(self, rows: Sequence[TokenRows], first_example: int) -> Iterator[tuple[int, RawTargets | None]]:
         """Score `rows`: yields `(rows done so far, None)`, at last `(all, RawTargets)`; nothing is drawn by number."""
         sequences = [scored_sequence(row) for row in rows]
-        found: list[TokenLogprobs | None] = [None] * len(rows)
+        scored_rows: list[TokenLogprobs | None] = [None] * len(rows)
         done, began = 0, time.perf_counter()
         for answer in self.engine.scores(sequences):
             if answer is not None:
-                number, told = answer
-                found[number] = told
-                done += len(told.gold_logprob)
+                number, logprobs = answer
+                scored_rows[number] = logprobs
+                done += len(logprobs.gold_logprob)
             yield done, None
         self.seconds["forward"] += time.perf_counter() - began
         gold = np.concatenate([row.target_ids for row in rows]).astype(np.int64)
         ends = np.concatenate([row.byte_end for row in rows])
-        yield done, raw_targets([one for one in found if one is not None], gold, ends, self.config)
+        yield done, raw_targets([one for one in scored_rows if one is not None], gold, ends, self.config)
 
 
 def scored_sequence(row: TokenRows) -> ScoredSequence:

@@ -83,20 +83,20 @@ class Vllm:
 
     def entries(self, document: Any, ids: list[int], positions: np.ndarray) -> list[RankedEntry]:
         choice = _choice(document)
-        _same_ids(choice.get("prompt_token_ids"), ids, told=choice.get("prompt_token_ids") is not None)
+        _same_ids(choice.get("prompt_token_ids"), ids, were_returned=choice.get("prompt_token_ids") is not None)
         every = _list(choice.get("prompt_logprobs"), len(ids), "prompt_logprobs")
         return [self._entry(every[position], ids[position]) for position in positions]
 
     def _entry(self, entry: Any, gold: int) -> RankedEntry:
-        own = entry.get(str(gold)) if isinstance(entry, dict) else None
-        if own is None:
+        gold_entry = entry.get(str(gold)) if isinstance(entry, dict) else None
+        if gold_entry is None:
             raise WrongAnswer(f"no log-probability of token {gold}, which was sent")
         pairs = [(int(token), float(one["logprob"])) for token, one in entry.items()]
-        return RankedEntry(pairs, gold, float(own["logprob"]), int(own["rank"]) - 1)
+        return RankedEntry(pairs, gold, float(gold_entry["logprob"]), int(gold_entry["rank"]) - 1)
 
     def generated(self, document: Any) -> list[float]:
-        told = (_choice(document).get("logprobs") or {}).get("top_logprobs") or [{}]
-        return sorted((float(value) for value in told[0].values()), reverse=True)
+        tops = (_choice(document).get("logprobs") or {}).get("top_logprobs") or [{}]
+        return sorted((float(value) for value in tops[0].values()), reverse=True)
 
     def writing(self, model: str, ids: list[int], how: Writing) -> dict[str, Any]:
         stop = {"stop_token_ids": list(how.ends)} if how.ends else {}
@@ -142,19 +142,19 @@ class Echo:
         }
 
     def entries(self, document: Any, ids: list[int], positions: np.ndarray) -> list[RankedEntry]:
-        told = _choice(document).get("logprobs")
-        if not isinstance(told, dict):
+        logprobs = _choice(document).get("logprobs")
+        if not isinstance(logprobs, dict):
             raise WrongAnswer("no logprobs")
-        tokens = [_named(token) for token in _list(told.get("tokens"), None, "tokens")]
+        tokens = [_named(token) for token in _list(logprobs.get("tokens"), None, "tokens")]
         _same_ids(tokens[: len(ids)], ids)
-        own = _list(told.get("token_logprobs"), len(tokens), "token_logprobs")
-        tops = _list(told.get("top_logprobs"), len(tokens), "top_logprobs")
-        return [self._entry(tops[position], ids[position], own[position]) for position in positions]
+        of_tokens = _list(logprobs.get("token_logprobs"), len(tokens), "token_logprobs")
+        tops = _list(logprobs.get("top_logprobs"), len(tokens), "top_logprobs")
+        return [self._entry(tops[position], ids[position], of_tokens[position]) for position in positions]
 
-    def _entry(self, top: Any, gold: int, own: Any) -> RankedEntry:
-        if not isinstance(top, dict) or own is None:
+    def _entry(self, top: Any, gold: int, logprob: Any) -> RankedEntry:
+        if not isinstance(top, dict) or logprob is None:
             raise WrongAnswer(f"no log-probability of token {gold}, which was sent")
-        return RankedEntry([(_named(token), float(value)) for token, value in top.items()], gold, float(own))
+        return RankedEntry([(_named(token), float(value)) for token, value in top.items()], gold, float(logprob))
 
     def generated(self, document: Any) -> list[float]:
         return []
@@ -171,8 +171,8 @@ class Echo:
         }
 
     def written(self, document: Any, ids: list[int]) -> list[int]:
-        told = _choice(document).get("logprobs")
-        names = _list(told.get("tokens") if isinstance(told, dict) else None, None, "tokens")
+        logprobs = _choice(document).get("logprobs")
+        names = _list(logprobs.get("tokens") if isinstance(logprobs, dict) else None, None, "tokens")
         tokens = [_named(token) for token in names]
         _same_ids(tokens[: len(ids)], ids)
         return tokens[len(ids) :]
@@ -193,18 +193,18 @@ class Sglang:
         }
 
     def entries(self, document: Any, ids: list[int], positions: np.ndarray) -> list[RankedEntry]:
-        told = document.get("meta_info") if isinstance(document, dict) else None
-        if not isinstance(told, dict):
+        meta = document.get("meta_info") if isinstance(document, dict) else None
+        if not isinstance(meta, dict):
             raise WrongAnswer("no meta_info")
-        own = _list(told.get("input_token_logprobs"), len(ids), "input_token_logprobs")
-        tops = _list(told.get("input_top_logprobs"), len(ids), "input_top_logprobs")
-        _same_ids([triple[1] for triple in own], ids)
-        return [self._entry(tops[position], ids[position], own[position][0]) for position in positions]
+        of_tokens = _list(meta.get("input_token_logprobs"), len(ids), "input_token_logprobs")
+        tops = _list(meta.get("input_top_logprobs"), len(ids), "input_top_logprobs")
+        _same_ids([triple[1] for triple in of_tokens], ids)
+        return [self._entry(tops[position], ids[position], of_tokens[position][0]) for position in positions]
 
-    def _entry(self, top: Any, gold: int, own: Any) -> RankedEntry:
-        if not isinstance(top, list) or own is None:
+    def _entry(self, top: Any, gold: int, logprob: Any) -> RankedEntry:
+        if not isinstance(top, list) or logprob is None:
             raise WrongAnswer(f"no log-probability of token {gold}, which was sent")
-        return RankedEntry([(int(token), float(value)) for value, token, *_ in top], gold, float(own))
+        return RankedEntry([(int(token), float(value)) for value, token, *_ in top], gold, float(logprob))
 
     def generated(self, document: Any) -> list[float]:
         tops = document["meta_info"].get("output_top_logprobs") or [[]]
@@ -217,8 +217,8 @@ class Sglang:
         return {"input_ids": ids, "sampling_params": plain | stop | limits, "return_logprob": True}
 
     def written(self, document: Any, ids: list[int]) -> list[int]:
-        told = document.get("meta_info") if isinstance(document, dict) else None
-        tokens = _list(told.get("output_token_logprobs") if isinstance(told, dict) else None, None, "output tokens")
+        meta = document.get("meta_info") if isinstance(document, dict) else None
+        tokens = _list(meta.get("output_token_logprobs") if isinstance(meta, dict) else None, None, "output tokens")
         return _ids([triple[1] for triple in tokens], "output tokens")
 
 
@@ -247,8 +247,8 @@ def _ids(value: Any, name: str) -> list[int]:
     return ids
 
 
-def _same_ids(found: Any, sent: list[int], *, told: bool = True) -> None:
-    if told and found != sent:
+def _same_ids(returned: Any, sent: list[int], *, were_returned: bool = True) -> None:
+    if were_returned and returned != sent:
         raise WrongAnswer("other token ids than were sent")
 
 

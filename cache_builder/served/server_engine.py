@@ -119,8 +119,8 @@ def _api(client: ServerClient, serving: Serving) -> tuple[str, str | None]:
 
 
 def _version(document: Any) -> str | None:
-    found = document.get("version") if isinstance(document, dict) else None
-    return None if found is None else str(found)
+    version = document.get("version") if isinstance(document, dict) else None
+    return None if version is None else str(version)
 
 
 class ServerEngine:
@@ -143,8 +143,8 @@ class ServerEngine:
         Raw log-probabilities do not depend on the temperature of a question. Logits are found by `logprob_rows`.
         """
         sent = [int(i) for i in ids]
-        told, after = zip(*(self._probed(sent, temperature) for temperature in (1.0, 2.0)), strict=True)
-        same = np.abs(told[0].logprobs - told[1].logprobs).max() < SAME
+        by_temperature, after = zip(*(self._probed(sent, temperature) for temperature in (1.0, 2.0)), strict=True)
+        same = np.abs(by_temperature[0].logprobs - by_temperature[1].logprobs).max() < SAME
         shared = min(PROBED_TOKENS, *(len(one) for one in after))  # a drawn token may come on top of them
         same &= bool(np.abs(np.subtract(after[0][:shared], after[1][:shared])).max(initial=0.0) < SAME)
         if not same:

@@ -152,12 +152,12 @@ def declaration(one: Setting) -> tuple[str, ...]:
 
 def attributes(one: Setting) -> dict[str, Any]:
     """What click is told about the option; without a default, so that what was given is known."""
-    told: dict[str, Any] = {"default": None, "help": help_text(one), "metavar": one.metavar}
+    option_attributes: dict[str, Any] = {"default": None, "help": help_text(one), "metavar": one.metavar}
     if bool in one.kinds:
-        return told
+        return option_attributes
     if one.multiple:
-        return told | {"multiple": True, "default": ()}
-    return told | {"type": option_type(one)}
+        return option_attributes | {"multiple": True, "default": ()}
+    return option_attributes | {"type": option_type(one)}
 
 
 def option_type(one: Setting) -> click.ParamType[Any]:

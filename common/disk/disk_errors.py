@@ -34,18 +34,18 @@ class WriteError(KdError):
 
 
 @contextmanager
-def clear_write_errors(place: Path, try_: str) -> Iterator[None]:
-    """A context for writing under `place`: raises WriteError where the disk refuses. `try_` is the advice."""
+def clear_write_errors(path: Path, try_: str) -> Iterator[None]:
+    """A context for writing under `path`: raises WriteError where the disk refuses. `try_` is the advice."""
     try:
         yield
     except Exception as error:
-        if write_failure(error, place) is None:
+        if write_failure(error, path) is None:
             raise
-        raise write_error_of(error, place, try_) from error
+        raise write_error_of(error, path, try_) from error
 
 
-def write_error_of(error: Exception, place: Path, try_: str) -> WriteError:
-    """The error for the user after writing under `place` failed."""
+def write_error_of(error: Exception, path: Path, try_: str) -> WriteError:
+    """The error for the user after writing under `path` failed."""
     number = _number(error)
     full = number in FULL
     limit = number == errno.EFBIG
@@ -54,16 +54,16 @@ def write_error_of(error: Exception, place: Path, try_: str) -> WriteError:
     advice = (
         {"expected": "a larger ulimit -f"} if limit else {} if full else {"expected": "a folder that can be written"}
     )
-    return WriteError(headline, where=named or place, found=write_failure(error, place), **advice, try_=try_)
+    return WriteError(headline, where=named or path, found=write_failure(error, path), **advice, try_=try_)
 
 
-def write_failure(error: BaseException, place: Path) -> str | None:
+def write_failure(error: BaseException, path: Path) -> str | None:
     """Why the disk refused a write, in words; None for an error that is about something else."""
     number = _number(error)
     if number in NUMBERS:
         return os.strerror(number)
     if isinstance(error, RuntimeError) and re.search(r"inline_container|PytorchStreamWriter|write failed", str(error)):
-        return os.strerror(errno.ENOSPC) if _is_full(place) else "the file could not be written whole"
+        return os.strerror(errno.ENOSPC) if _is_full(path) else "the file could not be written whole"
     return None
 
 
@@ -81,6 +81,6 @@ def _number(error: BaseException) -> int | None:
     return None
 
 
-def _is_full(place: Path) -> bool:
-    existing = next((path for path in (place, *place.parents) if path.exists()), Path("/"))
+def _is_full(path: Path) -> bool:
+    existing = next((path for path in (path, *path.parents) if path.exists()), Path("/"))
     return shutil.disk_usage(existing).free < 2**20

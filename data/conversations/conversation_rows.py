@@ -52,8 +52,8 @@ def conversation_of(
     if prompts:
         return Conversation(name, messages, tools, task, split)
     if not answers:
-        found = ", ".join(message.role for message in messages)
-        raise BadRow("a conversation has no turn of the assistant", where=where, found=found)
+        roles = ", ".join(message.role for message in messages)
+        raise BadRow("a conversation has no turn of the assistant", where=where, found=roles)
     if not any(message.scored for message in answers):
         raise BadRow(
             "no turn of the assistant is to be learned",
@@ -105,8 +105,8 @@ def _read_instruction(row: Row, where: str, unread: set[str]) -> tuple[Message, 
     texts = {name: text_of(row.get(name), f"{where} field {name}") for name in ("instruction", "input", "output")}
     for name in ("instruction", "output"):
         if not texts[name]:
-            found = "null" if texts[name] is None else "an empty text"
-            raise BadRow("a text is missing", where=f"{where} field {name}", found=found, expected="a text")
+            problem = "null" if texts[name] is None else "an empty text"
+            raise BadRow("a text is missing", where=f"{where} field {name}", found=problem, expected="a text")
     asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
     earlier = _history(row.get("history"), f"{where} field history")
     return (*earlier, Message("user", asked), Message(ASSISTANT, texts["output"] or ""))

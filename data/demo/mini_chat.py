@@ -56,17 +56,19 @@ def mini_conversations(split: str, count: int | None = None, seed: int = 0) -> I
 def _messages(draw: Draw, number: int) -> Iterator[Message]:
     """The messages; the system texts take turns, and so do yes and no."""
     in_a_word, so = number % 2 == 0, number // 2 % 2 == 0
-    told, looked_up, doubted = draw.facts(3, RELATIONS)
+    stated, looked_up, doubted = draw.facts(3, RELATIONS)
     yield Message("system", IN_A_WORD if in_a_word else IN_A_SENTENCE)
-    yield Message("user", f"{draw.passage([told, doubted])} {_ask(told)}")
-    yield Message(ASSISTANT, _answer(told, in_a_word))
+    yield Message("user", f"{draw.passage([stated, doubted])} {_ask(stated)}")
+    yield Message(ASSISTANT, _answer(stated, in_a_word))
     yield Message("user", _ask(looked_up))
     arguments = {"person": looked_up.person, "thing": looked_up.thing}
     call = {"type": "function", "function": {"name": "look_up", "arguments": arguments}}
     yield Message(ASSISTANT, tool_calls=(call,))
     yield Message("tool", looked_up.say(draw.pick(looked_up.relation.wordings)), name="look_up")
     yield Message(ASSISTANT, _answer(looked_up, in_a_word))
-    asked = doubted if so else Fact(doubted.relation, doubted.person, doubted.thing, draw.other_value(doubted, [told]))
+    asked = (
+        doubted if so else Fact(doubted.relation, doubted.person, doubted.thing, draw.other_value(doubted, [stated]))
+    )
     yield Message("user", asked.say(doubted.relation.check))
     yield Message(ASSISTANT, "Yes." if so else "No.")
 

@@ -44,10 +44,10 @@ class ClusterRegistry:
 
     def cluster(self, name: str) -> str:
         """The cluster of a name, which may be one of its other names. Raises DataError for an unknown one."""
-        found = self.other_names.get(name, name)
-        if found not in self.clusters:
+        cluster_name = self.other_names.get(name, name)
+        if cluster_name not in self.clusters:
             raise unknown_name("cluster", name, (*self.clusters, *self.other_names))
-        return found
+        return cluster_name
 
     def excluded(self, held_out: Iterable[str]) -> frozenset[str]:
         """The held-out clusters and those excluded together with one of them. Raises DataError for an unknown cluster."""

@@ -200,18 +200,18 @@ def row_choices(read: TypedMapping) -> Choices | None:
 
 def patterns(read: TypedMapping, key: str) -> dict[str, str]:
     """Column -> regular expression, checked."""
-    found = read.mapping_of_texts(key)
-    for column, pattern in found.items():
+    pattern_of = read.mapping_of_texts(key)
+    for column, pattern in pattern_of.items():
         check_pattern(pattern, f"{read.where} {key}.{column}")
-    return found
+    return pattern_of
 
 
 def sizes(read: TypedMapping, key: str, what: str) -> dict[str, int]:
     """Name -> whole number of at least 1."""
-    found = read.mapping(key)
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in found.values()):
+    size_of = read.mapping(key)
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in size_of.values()):
         raise read.wrong(key, what)
-    return found
+    return size_of
 
 
 def templates_of(read: TypedMapping) -> Iterator[Template]:

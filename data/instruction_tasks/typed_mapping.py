@@ -104,13 +104,13 @@ class TypedMapping:
 
     def mapping_of_lists(self, key: str) -> dict[str, tuple[str, ...]]:
         """A mapping of texts to a text or a list of texts; empty where the key is absent."""
-        found = {}
+        lists = {}
         for name, value in self.mapping(key).items():
             items = [value] if isinstance(value, str) else value
             if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
                 raise self.wrong(key, "a mapping of strings, or of lists of strings")
-            found[name] = tuple(items)
-        return found
+            lists[name] = tuple(items)
+        return lists
 
 
 def _kind(value: Any) -> str:

@@ -89,8 +89,8 @@ def refuse_split(files: FileList, split: str, names: Collection[str]) -> None:
 
     names   names of the split
     """
-    told = {f: re.findall(r"[a-z]+", f"{files.spec} {files.name(f)}".lower()) for f in files.files}
-    of_others = [f for f in files.files if not {*names} & {*told[f]}]
+    words_of = {f: re.findall(r"[a-z]+", f"{files.spec} {files.name(f)}".lower()) for f in files.files}
+    of_others = [f for f in files.files if not {*names} & {*words_of[f]}]
     if split != "train" and of_others:
         raise DataError(
             "files have no splits",

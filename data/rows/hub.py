@@ -109,20 +109,20 @@ def load_saved(folder: Path, split: str | None) -> Any:
         import datasets
 
     try:
-        found = datasets.load_from_disk(str(folder))
+        data_set = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets raises a dozen unrelated types
         raise _unreachable(
             "cannot read the saved data set", str(folder), error, "save it again, or as .parquet files"
         ) from error
-    if isinstance(found, datasets.DatasetDict):
-        if (split or "train") not in found:
-            raise unknown_name("split", split or "train", list(found), where=str(folder))
-        return found[split or "train"]
-    if split not in (None, "train", str(found.split)):
+    if isinstance(data_set, datasets.DatasetDict):
+        if (split or "train") not in data_set:
+            raise unknown_name("split", split or "train", list(data_set), where=str(folder))
+        return data_set[split or "train"]
+    if split not in (None, "train", str(data_set.split)):
         raise DataError(
             "the saved data set has no splits", where=str(folder), found=f"--split {split}", try_="leave --split out"
         )
-    return found
+    return data_set
 
 
 def is_url(text: str) -> bool:

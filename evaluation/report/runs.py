@@ -72,11 +72,11 @@ def collect_runs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
         trained = _is_training(folder)
         reports = [load_report(f) for f in _evaluations(folder)]
         if not trained and not reports:
-            found = "no such directory" if not folder.is_dir() else f"no {EVAL}, no {RUN} with {METRICS}"
+            reason = "no such directory" if not folder.is_dir() else f"no {EVAL}, no {RUN} with {METRICS}"
             raise DataError(
                 "neither an evaluation nor a training run",
                 where=folder,
-                found=found,
+                found=reason,
                 expected="a directory written by kd eval --out or kd train --out",
             )
         facts = read_run(folder) if trained else _training_of(reports[0])

@@ -168,8 +168,8 @@ def _turn_asked(example: Example, whole: Conversation, number: int, chat: ChatAs
 
 def chat_conditions(reading: ReadingOptions, tokenizer: Tokenizer) -> Mapping[str, Any]:
     """What of a chat template two results must share to be compared. Each model's own template belongs to the model."""
-    own = reading.chat_template is None
-    template = "the model's own" if own else chat_template(tokenizer, chat_settings(reading)).digest
+    has_own_template = reading.chat_template is None
+    template = "the model's own" if has_own_template else chat_template(tokenizer, chat_settings(reading)).digest
     return {"template": template, "kwargs": dict(reading.template_kwargs or {}), "system": reading.system}
 
 

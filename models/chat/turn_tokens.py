@@ -47,9 +47,9 @@ def token_roles(source: str, added: Sequence[str], render: Render) -> TokenRoles
     after = turn.rpartition(PROBE)[2] + "".join(_rendered(render, [user, answer, user]).split(PROBE)[-2:])
     opened = prompt[_common(prompt, turn) :]
     looked_for = [opened, *_looked_for(source)]
-    own = _with_pairs({text for text in added if any(text in place for place in looked_for)}) & {*added}
-    around = {text for text in added if text in asked or text in after or (text in prompt and text not in own)}
-    return TokenRoles(frozenset(around), frozenset(own - around))
+    spoken = _with_pairs({text for text in added if any(text in compared for compared in looked_for)}) & {*added}
+    around = {text for text in added if text in asked or text in after or (text in prompt and text not in spoken)}
+    return TokenRoles(frozenset(around), frozenset(spoken - around))
 
 
 def _rendered(render: Render, messages: Sequence[Mapping[str, Any]], *, prompt: bool = False) -> str:
@@ -80,10 +80,10 @@ def _looked_for(source: str) -> Iterator[str]:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except (TemplateError, RecursionError):
         return
-    places: list[nodes.Node] = list(tree.find_all(nodes.Compare))
-    places += [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) in READING]
-    places += [filtered for filtered in tree.find_all(nodes.Filter) if filtered.name in READING]
-    for place in places:
-        for constant in place.find_all(nodes.Const):
+    readers: list[nodes.Node] = list(tree.find_all(nodes.Compare))
+    readers += [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) in READING]
+    readers += [filtered for filtered in tree.find_all(nodes.Filter) if filtered.name in READING]
+    for reader in readers:
+        for constant in reader.find_all(nodes.Const):
             if isinstance(constant.value, str):
                 yield constant.value

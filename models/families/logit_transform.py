@@ -87,8 +87,8 @@ def named_transforms(model: Any) -> tuple[LogitTransform, ...]:
 def changed_numbers(model: Any) -> dict[str, float]:
     """Scales and caps that a model holds beside its configuration, and that differ from it: its digest does not show them."""
     config = model.config.get_text_config(decoder=True)
-    found = {name: _number(model, name) for name in (*SCALES, *CAPS)}
-    return {n: value for n, value in found.items() if value is not None and value != _positive(config, n)}
+    numbers = {name: _number(model, name) for name in (*SCALES, *CAPS)}
+    return {n: value for n, value in numbers.items() if value is not None and value != _positive(config, n)}
 
 
 def _number(model: Any, name: str) -> float | None:

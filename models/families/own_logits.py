@@ -66,7 +66,7 @@ def require_own_logits(
         )
         for gain, tolerance in _gains(product, readings, weight.dtype).items()
     ]
-    if any(not bool(torch.isfinite(c.own.logits).all()) for c in compared):
+    if any(not bool(torch.isfinite(c.models_own.logits).all()) for c in compared):
         raise TeacherError(
             "the model's logits are not finite",
             where=type(model).__name__,
@@ -76,11 +76,11 @@ def require_own_logits(
     bias, faults = final_bias(model), []
     bias = None if bias is None else bias.to(weight.device)
     for reading in readings:
-        fault = next((found for c in compared if (found := c.fault(reading, bias))), None)
+        fault = next((reason for c in compared if (reason := c.fault(reading, bias))), None)
         if fault is None:
             return reading
         faults.append(fault)
-    raise _refusal(model, states, compared[0].own.states, faults[0])
+    raise _refusal(model, states, compared[0].models_own.states, faults[0])
 
 
 def require_causal(model: Any, hidden: Rows, ids: torch.Tensor) -> None:
@@ -120,13 +120,13 @@ class _Compared:
 
     product: torch.Tensor
     """[1, T, V]"""
-    own: _Own
+    models_own: _Own
     absolute: float
     relative: float
 
     def fault(self, reading: LogitTransform, bias: torch.Tensor | None) -> str | None:
         """What is wrong with a reading of the transform, or None."""
-        expected = self.own.logits
+        expected = self.models_own.logits
         ours = reading(self.product if bias is None else self.product + bias.float())[..., : expected.shape[-1]]
         if ours.shape != expected.shape:
             return f"logits of shape {tuple(expected.shape)}"
@@ -167,14 +167,14 @@ def _own_logits(
 
     hook = model.get_output_embeddings().register_forward_hook(replaced)
     try:
-        own = model(input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if decoder else {})).logits
+        answered = model(input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if decoder else {})).logits
     except RuntimeError as error:
         if "dtype" not in str(error):
             raise
         raise _other_logits(model, "more layers after the output layer") from error
     finally:
         hook.remove()
-    return _Own(own.to(device).float(), entered[-1] if entered else None)
+    return _Own(answered.to(device).float(), entered[-1] if entered else None)
 
 
 def _refusal(model: Any, states: torch.Tensor, entered: torch.Tensor | None, fault: str) -> TeacherError:
@@ -189,19 +189,19 @@ def _refusal(model: Any, states: torch.Tensor, entered: torch.Tensor | None, fau
     return _other_logits(model, fault)
 
 
-def _other_states(model: Any, found: str) -> TeacherError:
+def _other_states(model: Any, description: str) -> TeacherError:
     return TeacherError(
         "the model's output layer is given something else than the last hidden states",
         where=type(model).__name__,
-        found=found,
+        found=description,
         expected="logits = lm_head(last hidden state)",
     )
 
 
-def _other_logits(model: Any, found: str) -> TeacherError:
+def _other_logits(model: Any, description: str) -> TeacherError:
     return TeacherError(
         "the model changes its logits after the output layer in a way that is not known",
         where=type(model).__name__,
-        found=found,
+        found=description,
         expected="logits = lm_head(last hidden state), or these scaled, soft-capped or with a bias",
     )

@@ -98,10 +98,10 @@ def train_classifier(
     refuse_weights_without_value(model, config.model)
     set_seed(config.seed)
     trained = _with_adapters(model, config)
-    place = RunPlace(out, kd_home() / "rescue", say=warnings.warn, records=(METRICS,))
+    run_place = RunPlace(out, kd_home() / "rescue", say=warnings.warn, records=(METRICS,))
     with clear_write_errors(out, "another --out"):
         out.mkdir(parents=True, exist_ok=True)
-    records = RecordWriter(place, on_step)
+    records = RecordWriter(run_place, on_step)
     trainer = _trainer(config, trained, replace(encoded, teacher=source.teacher), source.objective, records)
     counts = _parameter_counts(trained)
     started = time.perf_counter()
@@ -131,7 +131,7 @@ def train_classifier(
         _write_run(config, labelled, folder, written)
         return written
 
-    return place.write(write) if trainer.is_world_process_zero() else result
+    return run_place.write(write) if trainer.is_world_process_zero() else result
 
 
 def load_source(config: ClassifyConfig) -> ClassifierSource:
@@ -243,8 +243,8 @@ def _arguments(config: ClassifyConfig) -> TrainingArguments:
 class RecordWriter(TrainerCallback):  # type: ignore[misc]
     """Turns the Trainer's log into `ClassifyRecord`s, a line of `metrics.jsonl` each."""
 
-    def __init__(self, place: RunPlace, on_step: Callable[[ClassifyRecord], None] | None) -> None:
-        self.place, self.on_step = place, on_step
+    def __init__(self, run_place: RunPlace, on_step: Callable[[ClassifyRecord], None] | None) -> None:
+        self.run_place, self.on_step = run_place, on_step
         self.last: ClassifyRecord | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -273,7 +273,7 @@ class RecordWriter(TrainerCallback):  # type: ignore[misc]
                 try_="a smaller --lr, or --warmup",
             )
         self.last = record
-        self.place.write(partial(append_step, record=record))
+        self.run_place.write(partial(append_step, record=record))
         if self.on_step is not None:
             self.on_step(record)
 

@@ -62,10 +62,10 @@ def ragged_outcomes_(
     A row may keep all V ids: there is then nothing else, whatever rounding leaves in `p_rest`.
     """
     lowest = torch.finfo(logits.dtype).min
-    place = (entries.rows, entries.ids)
+    kept = (entries.rows, entries.ids)
     chosen = logits.gather(1, gold_ids.unsqueeze(1)).squeeze(1)
-    head = logits[place]
-    logits.index_put_(place, logits.new_tensor(-torch.inf))
+    head = logits[kept]
+    logits.index_put_(kept, logits.new_tensor(-torch.inf))
     top = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
     total = logits.sub_(top).exp_().sum(dim=1)
     rest = top.squeeze(1) + total.log()
@@ -78,7 +78,7 @@ def ragged_outcomes_(
     slope = ce_weight - weight * (entries.sums(g) + g_rest)
     grad_rest = weight * g_rest + log_q_rest.exp() * slope
     logits.mul_((grad_rest / total.clamp(min=torch.finfo(logits.dtype).tiny)).unsqueeze(1))
-    logits.index_put_(place, weight * g + log_q.exp_() * slope[entries.rows])
+    logits.index_put_(kept, weight * g + log_q.exp_() * slope[entries.rows])
     gold = gold_ids.unsqueeze(1)
     logits.scatter_add_(1, gold, torch.full_like(gold, -ce_weight, dtype=logits.dtype))
     return entries.sums(value) + value_rest, log_z - chosen

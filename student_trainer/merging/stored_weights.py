@@ -209,11 +209,11 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(start + step, shape[0]))
 
 
-def _reader(stack: ExitStack, place: TensorPlace) -> Callable[[slice], Tensor]:
+def _reader(stack: ExitStack, stored: TensorPlace) -> Callable[[slice], Tensor]:
     """A function from rows to that block in float64; a scalar is read whole."""
     from safetensors import safe_open
 
-    file, key = place
+    file, key = stored
     handle = stack.enter_context(safe_open(file, framework="pt"))
     view = handle.get_slice(key)
     if not view.get_shape():
@@ -221,15 +221,15 @@ def _reader(stack: ExitStack, place: TensorPlace) -> Callable[[slice], Tensor]:
     return lambda rows: view[rows].double()
 
 
-def read_rows(place: TensorPlace, rows: slice) -> Tensor:
+def read_rows(stored: TensorPlace, rows: slice) -> Tensor:
     """A block of one tensor, in float64."""
     with ExitStack() as stack:
-        return _reader(stack, place)(rows)
+        return _reader(stack, stored)(rows)
 
 
-def read_whole(place: TensorPlace) -> Tensor:
+def read_whole(stored: TensorPlace) -> Tensor:
     """One tensor, in the dtype it is stored in."""
     from safetensors import safe_open
 
-    with safe_open(place[0], framework="pt") as handle:
-        return handle.get_tensor(place[1])  # type: ignore[no-any-return]
+    with safe_open(stored[0], framework="pt") as handle:
+        return handle.get_tensor(stored[1])  # type: ignore[no-any-return]

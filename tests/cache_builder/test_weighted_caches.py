@@ -30,7 +30,7 @@ weights = st.floats(min_value=1e-6, max_value=1e6) | st.integers(1, 9).map(float
 )
 def test_weights_are_read_and_normalised(text: str, shares: list[tuple[str, float]]) -> None:
     caches = parse_caches(text)
-    assert [one.place for one in caches] == [place for place, _ in shares]
+    assert [one.location for one in caches] == [place for place, _ in shares]
     assert shares_of(caches) == pytest.approx([share for _, share in shares])
 
 

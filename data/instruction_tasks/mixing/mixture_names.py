@@ -56,11 +56,11 @@ def select(name: str) -> Selection:
         return PRESETS[name]
     for prefix, chosen in ((CLUSTERS, _of_clusters), (ALL_BUT, _outside_clusters), (TASKS, _of_tasks)):
         if name.startswith(prefix):
-            names, own = _split_names(name.removeprefix(prefix))
-            return Selection((*chosen(name, names), *_joining(prefix, names, own)), FLAN_CAP, flan=True)
-    names, own = _split_names(name)
+            names, files = _split_names(name.removeprefix(prefix))
+            return Selection((*chosen(name, names), *_joining(prefix, names, files)), FLAN_CAP, flan=True)
+    names, files = _split_names(name)
     if names == ["all"]:
-        return Selection((*flan_tasks(), *own), FLAN_CAP, flan=True)
+        return Selection((*flan_tasks(), *files), FLAN_CAP, flan=True)
     every_name = (*PRESETS, "all", *task_names())
     for one in names:
         if one in (*PRESETS, "all"):
@@ -76,7 +76,7 @@ def select(name: str) -> Selection:
 
 def flan_tasks() -> tuple[str, ...]:
     """The package's tasks that are data sets of FLAN, in the order of its clusters."""
-    order = {dataset: place for place, dataset in enumerate(flan_clusters().datasets)}
+    order = {dataset: number for number, dataset in enumerate(flan_clusters().datasets)}
     places = {name: order[flan] for name in task_names() if (flan := load_task(name).flan) is not None}
     return tuple(sorted(places, key=lambda name: (places[name], name)))
 
@@ -107,8 +107,8 @@ def known_rows(task: TaskFile, split: str, cap: int | None = None) -> int | None
 def _split_names(text: str) -> tuple[list[str], list[str]]:
     """The names between commas, each once: first those of the package, then paths of task files."""
     names = list(dict.fromkeys(n.strip() for n in text.split(",") if n.strip()))
-    own = [name for name in names if name.endswith((".yaml", ".yml"))]
-    return [name for name in names if name not in own], own
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    return [name for name in names if name not in files], files
 
 
 def _of_clusters(name: str, clusters: Sequence[str]) -> tuple[str, ...]:
@@ -131,10 +131,10 @@ def _of_tasks(name: str, tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(tasks)
 
 
-def _joining(prefix: str, clusters: Sequence[str], own: Sequence[str]) -> Iterator[str]:
+def _joining(prefix: str, clusters: Sequence[str], files: Sequence[str]) -> Iterator[str]:
     """The user's own files, if their clusters are those of the mixture. Raises DataError for one that is of another."""
     registry = flan_clusters()
-    for path in own:
+    for path in files:
         of_task = set(load_task(path).clusters)
         if prefix == CLUSTERS and not of_task & {registry.cluster(cluster) for cluster in clusters}:
             raise DataError(

@@ -65,9 +65,11 @@ def mix(
     sources = _loaded(tasks, split, config, load_hub)
     parts: dict[str, Rendered] = {}
     provenance = {"source": "tasks", "tasks": ", ".join(sources)} | config.provenance()
-    own = {task.name: list(task.clusters) for task in tasks if task.clusters and task.name not in task_names()}
-    if own:
-        provenance["clusters"] = json.dumps(own)
+    clusters_of_files = {
+        task.name: list(task.clusters) for task in tasks if task.clusters and task.name not in task_names()
+    }
+    if clusters_of_files:
+        provenance["clusters"] = json.dumps(clusters_of_files)
     if missing := [task.name for task in tasks if task.name not in sources]:
         provenance["missing tasks"] = ", ".join(missing)
     for task in (task for task in tasks if task.name in sources):

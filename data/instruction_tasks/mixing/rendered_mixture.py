@@ -174,27 +174,27 @@ def clusters_of_name(name: str) -> frozenset[str] | None:
 @cache
 def _clusters_by_name() -> Mapping[str, frozenset[str]]:
     registry = flan_clusters()
-    found = {dataset: registry.clusters_of(dataset) for dataset in registry.datasets}
-    found |= {name: frozenset(load_task(name).clusters) for name in task_names()}
-    found |= {other.lower(): found[name] for name, others in registry.written_as.items() for other in others}
-    return found
+    clusters = {dataset: registry.clusters_of(dataset) for dataset in registry.datasets}
+    clusters |= {name: frozenset(load_task(name).clusters) for name in task_names()}
+    clusters |= {other.lower(): clusters[name] for name, others in registry.written_as.items() for other in others}
+    return clusters
 
 
 def _read_map(path: Path) -> dict[str, frozenset[str]]:
     """Name -> clusters, from a YAML file. Raises DataError for a value that is nothing known."""
-    registry, found = flan_clusters(), {}
+    registry, clusters = flan_clusters(), {}
     for name, value in read_mapping(path, "map of tasks").items():
         text = str(value).strip()
         by_name = clusters_of_name(text)
         if text.lower() in ("none", ""):
-            found[str(name)] = frozenset[str]()
+            clusters[str(name)] = frozenset[str]()
         elif text in registry.clusters or text in registry.other_names:
-            found[str(name)] = frozenset({registry.cluster(text)})
+            clusters[str(name)] = frozenset({registry.cluster(text)})
         elif by_name is not None:
-            found[str(name)] = by_name
+            clusters[str(name)] = by_name
         else:
             raise unknown_name("task, data set or cluster", text, (*registry.clusters, "none"), where=f"{path} {name}")
-    return found
+    return clusters
 
 
 def _provenance(pools: Mapping[str, list[Example]], rows: RowSettings, config: InstructionConfig) -> dict[str, str]:

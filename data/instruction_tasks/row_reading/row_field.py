@@ -124,8 +124,8 @@ class Field:
         mark = self.before if self.before is not None else self.after
         if mark is None:
             return text
-        start, found, end = text.partition(mark)
-        if not found:
+        start, mark_there, end = text.partition(mark)
+        if not mark_there:
             raise DataError(
                 "a text lacks the mark at which it is cut",
                 where=f"{where} column {', '.join(self.columns)}",

@@ -169,7 +169,7 @@ def test_one_cache_and_a_mixture_are_typed_and_saved_as_they_were_spelled() -> N
     assert [str(one) for one in config(cache="runs/a").data.cache] == ["runs/a"]
     for spelling in ("a=0.7,b=0.3", ["a=0.7", "b=0.3"]):
         mixed = config(cache=spelling)
-        assert [(one.place, one.weight) for one in mixed.data.cache] == [("a", 0.7), ("b", 0.3)]
+        assert [(one.location, one.weight) for one in mixed.data.cache] == [("a", 0.7), ("b", 0.3)]
         assert mixed.saved()["cache"] == "a=0.7,b=0.3"
         assert make(TrainConfig, mixed.saved()) == mixed
 
