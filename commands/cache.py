@@ -25,7 +25,8 @@ ELSEWHERE = {
     "push": "kd.commands.cache_share:cache_push",
     "repair": "kd.commands.cache_check:cache_repair",
     "slice": "kd.commands.cache_copies:cache_slice",
-    "unlock": "kd.commands.cache_unlock:cache_unlock",
+    "status": "kd.commands.cache_builders:cache_status",
+    "unlock": "kd.commands.cache_builders:cache_unlock",
     "verify": "kd.commands.cache_check:cache_verify",
 }
 """The group's commands in other modules."""
@@ -123,6 +124,8 @@ def build_and_show(
         say(f"{settings.out}: {state} ({f'{last.left} shards left' if last.left else heading})")
     if last.copied:
         result["shards_copied"] = last.copied
+    if last.restarted:
+        result["builders_restarted"] = last.restarted
     if last.placed:
         result["weights_on"] = last.placed
     if as_json and last.elsewhere:

@@ -184,12 +184,18 @@ def resolve_dtype(request: ModelRequest) -> torch.dtype:
 
     if request.dtype != "auto":
         return getattr(torch, request.dtype)  # type: ignore[no-any-return]
-    if resolve_device(request.device) == "cpu":
-        return torch.float32
+    on_cpu = resolve_device(request.device) == "cpu"
+    return torch.float32 if on_cpu else getattr(torch, stored_dtype(request))
+
+
+def stored_dtype(request: ModelRequest) -> str:
+    """The name of the dtype that the weights are stored in, which `auto` is on a GPU."""
+    import torch
+
     if request.random_shape is not None or request.name in EMBEDDED:
-        return torch.bfloat16
+        return "bfloat16"
     stored = getattr(load_config(request), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
+    return str(stored).removeprefix("torch.") if isinstance(stored, torch.dtype) else "float32"
 
 
 def load_config(request: ModelRequest) -> Any:

@@ -36,9 +36,9 @@ from crashing import child, dies_at, killed_at_moment, operations, sleeper, watc
 
 from kd.cache_builder.build.build_settings import BuildSettings  # noqa: E402
 from kd.cache_builder.build.builder import build  # noqa: E402
-from kd.cache_builder.build.engines import build_together  # noqa: E402
 from kd.cache_builder.build.from_settings import request_of  # noqa: E402
 from kd.cache_builder.build.plan import BuildPlan, plan_build  # noqa: E402
+from kd.cache_builder.build.together.engines import build_together  # noqa: E402
 from kd.cache_builder.share.pull import pull  # noqa: E402
 from kd.cache_builder.share.push import push  # noqa: E402
 from kd.cache_builder.store.cache_files import LocalFiles  # noqa: E402

@@ -39,7 +39,7 @@ DOORS = {
     "bitsandbytes": {"models/quantised.py"},
     "click": {"cli.py", "commands/"},
     "rich": {"commands/terminal/console.py"},
-    "ray": {"cache_builder/build/engines.py"},
+    "ray": {"cache_builder/build/together/ray_cluster.py", "cache_builder/build/together/ray_engine.py"},
     "vllm": {"cache_builder/served/in_process.py"},
     "peft": {"models/weights/adapters.py", "student_trainer/lora.py", "student_trainer/merging/merge_methods.py"},
 }

@@ -25,6 +25,9 @@ from kd.data.data_settings import RequiredDataSettings
 from kd.models.loading import DTYPES
 from kd.models.placement.device_maps import memory_from
 
+RESTARTS = 3
+"""Times that each of several builders is started again when it is lost."""
+
 
 def part_from(text: str) -> tuple[int, int]:
     """`2/8` as (2, 8). Raises ValueError."""
@@ -192,6 +195,9 @@ class RunningSettings:
     """Build every N-th shard, starting with the I-th. All parts go into one --out folder that all machines see."""
     workers: int = setting(1, minimum=1)
     """Number of builders that run at once. Each takes a GPU, or a share of the processors."""
+    restarts: int = setting(RESTARTS, minimum=0)
+    """Number of times that each of several builders is started again when it is lost: killed, out of memory, or with its
+    machine. After that the others do its work."""
     wait: bool = False
     """Wait for shards that other builders hold, and build those that they leave. Without it the command ends with exit
     code 4 where other builders hold shards."""

@@ -98,6 +98,8 @@ class BuildProgress:
     """Share of the computed positions that was padding. Set on the last record; None where nothing was scored."""
     placed: dict[str, int] = field(default_factory=dict)
     """Device -> bytes of weights there, of a teacher that lies on several. Set on the last record."""
+    restarted: int = 0
+    """Builders that were started in the place of lost ones. Set on the last record."""
 
     @property
     def done(self) -> int:
@@ -173,7 +175,7 @@ class _Running:
         self.rows_done = sum(self.manifest.shards[i][2] for i in present)
         self.shards_done = len(present)
         self.copied = 0
-        self.claims = Claims(writer.root)
+        self.claims = Claims(writer.root, plan.request.builder)
         self.elsewhere: dict[int, str] = {}
         self.thread = WriterThread(plan, writer, pool, self.claims)
         self.teacher: Scorer | None = None  # torch is imported only where there is something to score
@@ -249,7 +251,7 @@ class _Running:
         raw, before = None, self.rows_done
         for scored, targets in self.teacher.shard(rows, first_example):
             raw = targets
-            self.claims.touch()
+            self.claims.touch(index, scored)
             self.thread.check()  # a failed writer stops the build here, with its own message
             self.rows_done = before + scored
             yield self._progress((self.tokens + scored) / (time.perf_counter() - self.started))

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
 from kd.cache_builder.build.builder import BuildProgress, build
-from kd.cache_builder.build.engines import build_together
 from kd.cache_builder.build.generate import answered, generate
 from kd.cache_builder.build.plan import BuildPlan, extended, plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
+from kd.cache_builder.build.together.engines import build_together
+from kd.cache_builder.build.together.ray_cluster import for_cluster
 from kd.cache_builder.served.serving import Serving
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
@@ -244,12 +245,14 @@ def build_request(
     say: Callable[[str], object] = lambda message: None,
 ) -> BuildProgress:
     """`build_of` for a request that is made already."""
+    if running.engine == "ray":
+        request = for_cluster(request)
     if request.generation is not None:
         request = with_answers(request, watch)
     plan = plan_build(request)
     if running.reuse and request.extend is None and existing_cache(request.out) is None:
         plan = with_shards_of_an_equal_cache(plan, say)
-    last = watch("building", builders(plan, running))
+    last = watch("building", builders(plan, running, say))
     if last.complete:
         remember(request.out, request.options)
     return last
@@ -274,8 +277,8 @@ def with_shards_of_an_equal_cache(plan: BuildPlan, say: Callable[[str], object])
     return plan
 
 
-def builders(plan: BuildPlan, running: RunningSettings) -> Iterator[BuildProgress]:
+def builders(plan: BuildPlan, running: RunningSettings, say: Callable[[str], object]) -> Iterator[BuildProgress]:
     """Build here, or with several builders at once."""
     if running.workers == 1 and running.engine == "local":
         return build(plan)
-    return build_together(plan, workers=running.workers, engine=running.engine)
+    return build_together(plan, workers=running.workers, engine=running.engine, restarts=running.restarts, say=say)

@@ -1,7 +1,7 @@
 """Claims: which builder works on which shard. Any number of builders share one directory; a dead one's claim is taken over.
 
-A builder claims a shard with the file `commits/.00003.claim`, created once (hard link), which names host and process. It
-touches the file while it works, and keeps it locked. A claim is void
+A builder claims a shard with the file `commits/.00003.claim`, created once (hard link), which names host and process. It keeps the
+file locked, and while it works it writes there how many rows it has scored. A claim is void
 
 - when nobody holds its lock, on the machine it was made on: its builder has ended, be it in another container;
 - when its process is dead, on this host, where the file system has no locks;
@@ -29,8 +29,10 @@ STALE_SECONDS = 15 * 60
 """A builder touches its claims with every batch. After this time without a touch it counts as dead."""
 TOUCH_SECONDS = 5.0
 """Least time between two touches."""
-LOCKED = "locked"
-"""Second line of a claim whose builder keeps it locked."""
+LOCKED, UNLOCKED = "locked", "unlocked"
+"""Second line of a claim: whether its builder keeps it locked. The lines after it are `builder NAME`, `since SECONDS`, `rows N`."""
+ROWS_DIGITS = 12
+"""The number of rows has a fixed width: it is written over in place, so that no reader finds an empty claim."""
 MAX_CLAIM_BYTES = 4096
 """Most bytes of a claim; a larger file is void."""
 _BUILDERS = count()
@@ -47,16 +49,23 @@ class Claim:
     """Time since the claim was touched; negative where its time lies in the future."""
     void: str | None
     """Why the claim is void, in words; None where a builder holds it."""
+    rows: int = 0
+    """Rows of the shard that the builder had scored when it touched the claim."""
+    since: float | None = None
+    """When the claim was made, in seconds since 1970 by the builder's clock; None where the claim does not say."""
+    name: str = ""
+    """The builder's name among several that were started together; empty for one that was started alone."""
 
 
 class Claims:
     """The claims of one builder on the shards of one cache."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, name: str = "") -> None:
         self.folder = root / "commits"
+        self.name = name
         self.tag = f"{process_tag()}.{next(_BUILDERS)}"
-        self._held: dict[int, int | None] = {}
-        """Shard -> descriptor that keeps the claim locked; None where the file system has no locks."""
+        self._held: dict[int, int] = {}
+        """Shard -> descriptor of the claim, which keeps it locked where the file system has locks."""
         self._touched = 0.0
 
     def take(self, index: int) -> str | None:
@@ -80,27 +89,40 @@ class Claims:
     def _published(self, staged: Path, path: Path, index: int) -> bool:
         staged.write_text(self.tag, encoding="utf-8")
         lock = lock_of(staged)  # before the claim can be seen
-        if lock is not None:
-            staged.write_text(f"{self.tag}\n{LOCKED}\n", encoding="utf-8")
+        staged.write_text(self._text(locked=lock is not None), encoding="utf-8")
+        handle = os.open(staged, os.O_RDWR | os.O_CLOEXEC) if lock is None else lock
         if publish_first(staged, path):
-            self._held[index] = lock
+            self._held[index] = handle
             return True
-        if lock is not None:
-            os.close(lock)
+        os.close(handle)
         return False
+
+    def _text(self, *, locked: bool) -> str:
+        head = (self.tag, LOCKED if locked else UNLOCKED, f"builder {self.name}", f"since {time.time():.0f}")
+        return "\n".join([*head, _rows_line(0)])
 
     def holds(self, index: int) -> bool:
         """Whether the claim on shard `index` is still ours; another builder may have taken it over."""
         return index in self._held and _first_line(claim_path(self.folder, index)) == self.tag
 
-    def touch(self) -> None:
-        """Show that this builder is alive: touch its claims, at most every `TOUCH_SECONDS`."""
+    def touch(self, index: int | None = None, rows: int = 0) -> None:
+        """Show that this builder is alive: touch its claims, at most every `TOUCH_SECONDS`.
+
+        index, rows   the shard that is being scored, and how many of its rows are
+        """
         if time.monotonic() - self._touched > TOUCH_SECONDS:
             self._touched = time.monotonic()
-            for index in list(self._held):
-                if self.holds(index):
+            for held in list(self._held):
+                if self.holds(held):
                     with suppress(FileNotFoundError):  # another builder took it over just now
-                        os.utime(claim_path(self.folder, index))
+                        os.utime(claim_path(self.folder, held))
+                        if held == index:
+                            self._write_rows(held, rows)
+
+    def _write_rows(self, index: int, rows: int) -> None:
+        """Write the number of rows over the one that our claim has, even where its name is another builder's claim by now."""
+        line = _rows_line(rows).encode()
+        os.pwrite(self._held[index], line, os.fstat(self._held[index]).st_size - len(line))
 
     def release(self, index: int) -> None:
         """Give up the claim on a shard, committed or not."""
@@ -108,9 +130,7 @@ class Claims:
             return
         if self.holds(index):
             claim_path(self.folder, index).unlink(missing_ok=True)
-        lock = self._held.pop(index)
-        if lock is not None:
-            os.close(lock)
+        os.close(self._held.pop(index))
 
     def release_all(self) -> None:
         """Give up all claims."""
@@ -148,7 +168,7 @@ def read_claim(path: Path, now: float) -> Claim | None:
         lines, found = [], str(error.strerror)
     else:
         found = "empty"
-    tag = lines[0] if lines else ""
+    tag, details = lines[0] if lines else "", dict(line.partition(" ")[::2] for line in lines[2:])
     shard = int(path.name.strip(".").partition(".")[0])
     alive, builder = holder(tag.rpartition(".")[0])
     void = None
@@ -160,7 +180,16 @@ def read_claim(path: Path, now: float) -> Claim | None:
         void = f"its time is {-idle:,.0f} seconds in the future"
     elif alive is False or (LOCKED in lines and made_here(tag.rpartition(".")[0]) and is_free(path)):
         void = "its builder has ended"
-    return Claim(shard, builder, idle, void)
+    rows, since = details.get("rows", ""), details.get("since", "")
+    return Claim(
+        shard,
+        builder,
+        idle,
+        void,
+        int(rows) if rows.isdecimal() else 0,
+        float(since) if since.isdecimal() else None,
+        details.get("builder", ""),
+    )
 
 
 def all_claims(root: Path) -> list[Claim]:
@@ -175,6 +204,18 @@ def void_claims(root: Path) -> None:
     for claim in all_claims(root):
         if claim.void is not None:
             claim_path(root / "commits", claim.shard).unlink(missing_ok=True)
+
+
+def release_claims_of(root: Path, name: str) -> list[int]:
+    """Remove the claims of the builder of this name, which is known to have ended. Returns their shards."""
+    shards = [claim.shard for claim in all_claims(root) if name and claim.name == name]
+    for shard in shards:
+        claim_path(root / "commits", shard).unlink(missing_ok=True)
+    return shards
+
+
+def _rows_line(rows: int) -> str:
+    return f"rows {rows:0{ROWS_DIGITS}}\n"
 
 
 def _first_line(path: Path) -> str | None:

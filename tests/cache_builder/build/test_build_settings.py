@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from kd.cache_builder.build.build_settings import AnswerSettings, BlockSettings, BuildSettings, RunningSettings
-from kd.cache_builder.build.engines import ENGINES
+from kd.cache_builder.build.together.engines import ENGINES
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records.manifest import load_manifest

@@ -1,0 +1,1 @@
+"""Several builders of one cache at once, on this machine or on a Ray cluster."""
