@@ -141,5 +141,5 @@ def _check_laws(sequence: SourceSequence, rows: SortedRows, inside: np.ndarray, 
                 where=f"sequence {sequence.name}",
                 found=error,
                 expected="natural logarithms of probabilities at temperature 1, each row the largest of its distribution",
-                try_="--tail unknown for values without their normaliser, such as logits",
+                try_="--tail unknown, for values without their normaliser: logits, or what a lossy layout has left",
             ) from error
