@@ -73,33 +73,26 @@ def cache_build(settings: BuildSettings, profile_build: bool, as_json: bool) -> 
     """
     given = click.get_current_context().meta[GIVEN]
     if settings.served.processes > 1:
-        build_in_groups(settings, given, profile_build=profile_build, as_json=as_json)
+        build_in_a_group(settings, given, profile_build=profile_build, as_json=as_json)
     else:
         build_and_show(settings, given, profile_build=profile_build, as_json=as_json)
 
 
-def build_in_groups(
+def build_in_a_group(
     settings: BuildSettings, given: Mapping[str, str | bool], *, profile_build: bool, as_json: bool
 ) -> None:
     """One of torchrun's processes of a build: the leader of the first group shows it, other leaders build in silence."""
     quiet_libraries()
-    from kd.cache_builder.build.from_settings import build_of
-    from kd.common.settings import changed
-    from kd.models.loading import load_model
-    from kd.models.placement.tensor_parallel import follow_leader, tensor_parallel_group
+    from kd.cache_builder.build.from_settings import build_in_groups, build_of
 
-    groups = settings.running.workers
-    given = {
-        name: value for name, value in given.items() if name != "tensor_parallel"
-    }  # which a repair need not repeat
-    with tensor_parallel_group(settings.served.processes, groups) as group:
-        build_settings = changed(settings, workers=1, wait=settings.running.wait or groups > 1)
-        if not group.leads:
-            follow_leader(group, load_model)
-        elif group.number == 0:
-            build_and_show(build_settings, given, profile_build=profile_build, as_json=as_json)
-        else:
-            build_of(build_settings, recorded={name: value for name, value in given.items() if name in RECORDED})
+    kept = {name: value for name, value in given.items() if name != "tensor_parallel"}  # which a repair need not repeat
+
+    def lead(build_settings: BuildSettings, first: bool) -> BuildProgress:
+        if first:
+            return build_and_show(build_settings, kept, profile_build=profile_build, as_json=as_json)
+        return build_of(build_settings, recorded={name: value for name, value in kept.items() if name in RECORDED})
+
+    build_in_groups(settings, lead)
 
 
 def build_and_show(

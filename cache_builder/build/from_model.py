@@ -1,80 +1,93 @@
-"""A cache from a model object: the teacher is in memory, and the texts are too.
+"""`build_cache`: a cache in one call, of a model and texts in memory, or of a teacher by name.
 
     reader = build_cache(model, tokenizer, ["Once upon a time …", …], out="runs/cache", top_k=16)
+    reader = build_cache("Qwen/Qwen3-8B", data="wikitext-2", out="runs/qwen", device_map="auto")
 
 The cache is like any other: it can be verified, sliced, shared and trained from. Its fingerprint covers a digest of the
-model's parameters, so a model that was trained further, even in place, makes another cache. The digest reads all
-weights once per call (docs/log.md has the speed). `kd cache repair` cannot load such a teacher by name: after damage,
-call `build_cache` again with the same model, tokenizer and texts, and the missing shards are built.
+parameters of a model in memory, so a model that was trained further, even in place, makes another cache. The digest reads all
+weights once per call (docs/log.md has the speed). `kd cache repair` cannot load such a teacher by name, nor texts in memory:
+after damage, call `build_cache` again in the same way, and the missing shards are built.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.build.build_settings import BuildSettings, PlacementSettings, TeacherSettings
+from kd.cache_builder.build.build_settings import RECORDED, BuildSettings, PlacementSettings, TeacherSettings
 from kd.cache_builder.build.builder import require_finished
-from kd.cache_builder.build.from_settings import assembled, build_request
-from kd.cache_builder.build.request import GivenTeacher
+from kd.cache_builder.build.from_settings import (
+    assembled,
+    build_in_groups,
+    build_request,
+    model_request,
+    request_of,
+)
+from kd.cache_builder.build.request import BuildRequest, GivenTeacher
 from kd.cache_builder.served.served_settings import ServedSettings
 from kd.cache_builder.store.readers.reader import CacheReader
-from kd.common.errors import DataError
+from kd.common.errors import DataError, KdError
 from kd.common.paths import as_path
 from kd.common.progress import AnyStep, ProgressRecord
 from kd.common.setting_fields import settings_of
-from kd.common.settings import flattened, make
+from kd.common.setting_values import as_text
+from kd.common.settings import flat, flattened, make
 from kd.data.conversations.conversation_rows import LAYOUTS
 from kd.data.corpus import Corpus, corpus_of_rows
 from kd.data.data_settings import InstructionConfig, RowSettings
 from kd.models.families.text_model import text_config
 from kd.models.identity import parameters_digest
-from kd.models.loading import Model, ModelRequest
+from kd.models.loading import Model, ModelRequest, is_classifier, load_config
 from kd.models.tokenizer import Tokenizer
 from kd.models.weights.quantised_checkpoints import unpack
 
 SOURCE = "texts"
 """What errors, and the ids of examples, call the texts."""
+OF_OTHER_TEXTS = {*settings_of(InstructionConfig), *settings_of(RowSettings), "spec", "split"}
+"""Settings of `kd cache build` that say nothing about texts in memory."""
 OF_NAMED_TEACHERS = {
     *(settings_of(TeacherSettings).keys() - {"tokens_per_batch"}),
     *settings_of(ServedSettings),
-    *settings_of(InstructionConfig),
-    *settings_of(RowSettings),
     *settings_of(PlacementSettings),
     "tokens_in_flight",
     "patience",
-    "spec",
-    "split",
     "workers",
     "engine",
-}
+} | OF_OTHER_TEXTS
 """Settings of `kd cache build` that say nothing about a model and texts in memory."""
+SECONDS_FOR_THE_LEADER = 3
+"""How long a process of a tensor-parallel group waits before it fails too, so that its leader can say why."""
 Text = str | tuple[str, str] | Mapping[str, Any]
 """A document, a (prompt, target) pair, or a mapping with the fields `text`, `prompt` and `target`, or `messages`."""
 
 
 def build_cache(
-    model: Model,
-    tokenizer: Tokenizer,
-    texts: Iterable[Text],
+    model: str | os.PathLike[str] | Model,
+    tokenizer: Tokenizer | str | None = None,
+    texts: Iterable[Text] | None = None,
     *,
     out: str | os.PathLike[str],
     on_progress: Callable[[ProgressRecord], object] | None = None,
     **settings: Any,
 ) -> CacheReader:
-    """Score `texts` with a model in memory, write the soft targets to the folder `out`, and open the cache.
+    """Score texts with a teacher, write the soft targets to the folder `out`, and open the cache.
 
-    model        a transformers model, causal or encoder-decoder, with or without adapters; it is scored in evaluation mode and
-                 left as it was
-    tokenizer    its fast tokenizer
+    model        a transformers model, causal or encoder-decoder, with or without adapters, which is scored in evaluation mode and
+                 left as it was; or the name of a teacher, as `kd cache build --teacher` takes it
+    tokenizer    the model's fast tokenizer; beside a name, the name of another one than the teacher's own
     texts        documents, (prompt, target) pairs, mappings with `text`, `prompt` and `target`, or `messages`, or a
-                 `datasets.Dataset`
+                 `datasets.Dataset`; beside the name of a teacher, `data="wikitext-2"` or the like may stand in their place
     out          folder of the cache; the same call again continues, or finds that the cache is complete
     on_progress  called with every progress record, which has `done`, `total` and `note`
-    settings     settings of `kd cache build` by their names in Python: top_k, profile, seq_len, columns, limit, …
+    settings     settings of `kd cache build` by their names in Python: top_k, profile, seq_len, columns, limit, …; beside a
+                 name all of them, among them device_map, load_in_8bit, teacher_adapter, teacher_url and tensor_parallel
+
+    With `tensor_parallel`, torchrun starts the script that makes this call, and the call returns in every process.
 
     Raises DataError for texts or settings that cannot be used, TeacherError for a model that cannot be scored, and
     CacheMismatchError, with the difference, where `out` holds a cache of another model or other texts, and UnfinishedBuildError
@@ -86,8 +99,17 @@ def build_cache(
     >>> cache = kd.build_cache(model, tokenizer, texts, out="own-cache", top_k=16)
     >>> len(cache), cache[1].target
     (2, 'The keeper counted seven ships.')
+    >>> by_name = kd.build_cache("demo", texts=texts, out="by-name", top_k=16)
+    >>> bool((by_name[1].targets.token_ids == cache[1].targets.token_ids).all())
+    True
     """
+    if isinstance(model, str | os.PathLike):
+        return _of_named_teacher(os.fspath(model), tokenizer, texts, as_path(out), on_progress, settings)
     require_objects(model, tokenizer)
+    if texts is None:
+        raise DataError("a model in memory needs texts", expected="build_cache(model, tokenizer, texts, out=…)")
+    assert tokenizer is not None
+    assert not isinstance(tokenizer, str)
     model = without_wrapper(model)
     given = flattened(BuildSettings, settings)
     refused = sorted(given.keys() & OF_NAMED_TEACHERS)
@@ -95,7 +117,7 @@ def build_cache(
         raise DataError(
             "these settings do not apply to a model in memory",
             found=", ".join(refused),
-            try_="kd cache build, which loads the teacher by name",
+            try_="build_cache(NAME, …), which loads the teacher by name",
         )
     name = type(model).__name__
     chosen = make(BuildSettings, {**given, "teacher": name, "spec": SOURCE, "out": as_path(out)})
@@ -106,6 +128,76 @@ def build_cache(
         last = build_request(replace(request, given=teacher), chosen.running, watch=_watching(on_progress))
     require_finished(last, chosen.out)
     return CacheReader(chosen.out)
+
+
+def _of_named_teacher(
+    name: str,
+    tokenizer: Tokenizer | str | None,
+    texts: Iterable[Text] | None,
+    out: Path,
+    on_progress: Callable[[ProgressRecord], object] | None,
+    settings: Mapping[str, Any],
+) -> CacheReader:
+    """`build_cache` for a teacher that is loaded by its name; one of torchrun's processes where several hold it together."""
+    chosen = _named_settings(name, tokenizer, texts, out, settings)
+    typed = {*flattened(BuildSettings, settings), "teacher", "tokenizer"} & RECORDED - {"tensor_parallel"}
+    recorded = {key: as_text(value) for key, value in flat(chosen).items() if key in typed and value is not None}
+
+    def build(own: BuildSettings, first: bool) -> CacheReader:
+        request = request_of(own) if texts is None else request_of_texts(own, texts)
+        request = replace(request, options=recorded if texts is None else None)
+        last = build_request(request, own.running, watch=_watching(on_progress if first else None))
+        require_finished(last, own.out)
+        return CacheReader(own.out)
+
+    if chosen.served.processes == 1:
+        return build(chosen, True)
+    led = build_in_groups(chosen, build)
+    return _after_the_leader(chosen.out) if led is None else led
+
+
+def _named_settings(
+    name: str, tokenizer: Tokenizer | str | None, texts: Iterable[Text] | None, out: Path, settings: Mapping[str, Any]
+) -> BuildSettings:
+    """The settings of a build with a teacher by name. Raises DataError."""
+    given = flattened(BuildSettings, settings)
+    if tokenizer is not None:
+        if not isinstance(tokenizer, str | os.PathLike):
+            raise DataError(
+                "a teacher by name takes a tokenizer by name",
+                found=type(tokenizer).__name__,
+                expected="none, which is the teacher's own, or a folder or hub id",
+                try_="texts=[…] for texts",
+            )
+        given = {"tokenizer": os.fspath(tokenizer), **given}
+    if texts is None and "spec" not in given:
+        raise DataError("there is no text", expected='texts=[…], or data="wikitext-2" or the like')
+    refused = sorted(given.keys() & OF_OTHER_TEXTS) if texts is not None else []
+    if refused:
+        raise DataError(
+            "these settings do not apply to texts in memory", found=", ".join(refused), try_="data=… in place of texts"
+        )
+    return make(BuildSettings, {"spec": SOURCE, **given, "teacher": name, "out": out})
+
+
+def request_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> BuildRequest:
+    """The request for texts in memory and a teacher by name. Raises KdError."""
+    teacher = model_request(settings)
+    config = load_config(teacher)
+    if is_classifier(config):
+        raise DataError(
+            "texts in memory have no labels for a classifier", where=settings.model.teacher, try_='data="glue/rte"'
+        )
+    return assembled(settings, teacher, config, lambda: corpus_of_texts(settings, texts))
+
+
+def _after_the_leader(out: Path) -> CacheReader:
+    """The cache that this process's leader has built. Raises CacheError where it has stopped before the end."""
+    try:
+        return CacheReader(out)
+    except KdError:
+        time.sleep(SECONDS_FOR_THE_LEADER)
+        raise
 
 
 def require_objects(model: Any, tokenizer: Any) -> None:

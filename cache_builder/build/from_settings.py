@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
 from kd.cache_builder.build.builder import BuildProgress, build
@@ -27,16 +27,26 @@ from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.common.progress import AnyStep
+from kd.common.settings import changed
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.corpus import Corpus
 from kd.data.rows.row_reading import AUTO
 from kd.data.sources import load_classes, load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.positions import max_positions
-from kd.models.loading import ModelRequest, is_classifier, is_encoder_decoder, load_config, refuse_unusable_map
+from kd.models.loading import (
+    ModelRequest,
+    is_classifier,
+    is_encoder_decoder,
+    load_config,
+    load_model,
+    refuse_unusable_map,
+)
 from kd.models.placement.device_maps import Placement
+from kd.models.placement.tensor_parallel import run_in_group
 from kd.models.weights.adapters import Adapter
 
+Built = TypeVar("Built")
 SEQ_LEN, ENCODER_SEQ_LEN = 512, 1024
 """Default sequence lengths, where the teacher's positions allow them."""
 ENCODER_TARGET_LEN = 256
@@ -232,8 +242,6 @@ def build_of(
     say       is told in a sentence when the shards of another cache are copied
     """
     request = replace(request_of(settings), options=recorded)
-    if settings.running.engine == "local":  # the machines of a cluster may have other GPUs
-        refuse_unusable_map(request.teacher)
     return build_request(request, settings.running, watch=watch, say=say)
 
 
@@ -245,6 +253,8 @@ def build_request(
     say: Callable[[str], object] = lambda message: None,
 ) -> BuildProgress:
     """`build_of` for a request that is made already."""
+    if running.engine == "local":  # the machines of a cluster may have other GPUs
+        refuse_unusable_map(request.teacher)
     if running.engine == "ray":
         request = for_cluster(request)
     if request.generation is not None:
@@ -256,6 +266,17 @@ def build_request(
     if last.complete:
         remember(request.out, request.options)
     return last
+
+
+def build_in_groups(settings: BuildSettings, build: Callable[[BuildSettings, bool], Built]) -> Built | None:
+    """One of torchrun's processes of a build with a tensor-parallel teacher.
+
+    `build(settings, first)` runs in the process that leads its group, with the settings of one builder; `first` says whether
+    the group is the first. The others follow, and their answer is None.
+    """
+    groups = settings.running.workers
+    own = changed(settings, workers=1, wait=settings.running.wait or groups > 1)
+    return run_in_group(settings.served.processes, groups, load_model, lambda group: build(own, group.number == 0))
 
 
 def with_answers(request: BuildRequest, watch: Watch = in_silence) -> BuildRequest:

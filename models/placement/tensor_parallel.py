@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kd.common.errors import DataError, TeacherError
 
 if TYPE_CHECKING:
     import torch
 
+Answer = TypeVar("Answer")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
 PATIENCE = timedelta(days=7)
@@ -164,7 +165,7 @@ def _started(size: int, groups: int) -> tuple[int, int]:
         raise DataError(
             "tensor parallelism needs processes that torchrun starts",
             found=f"--tensor-parallel {size}, and no {', '.join(missing)}",
-            try_=command,
+            try_=f"{command}, or a script that calls kd.build_cache(NAME, …, tensor_parallel={size})",
         )
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     if world != size * groups:
@@ -255,6 +256,18 @@ def _told(group: Group, path: str, forward: Callable[..., Any]) -> Callable[...,
             group.calling = False
 
     return call
+
+
+def run_in_group(size: int, groups: int, load: Callable[[Any], Any], work: Callable[[Group], Answer]) -> Answer | None:
+    """Do `work` in the process that leads its group, and follow it in the others, where the answer is None.
+
+    load   loads this process's share of a model, see `follow_leader`
+    """
+    with tensor_parallel_group(size, groups) as group:
+        if group.leads:
+            return work(group)
+        follow_leader(group, load)
+        return None
 
 
 def follow_leader(group: Group, load: Callable[[Any], Any]) -> None:

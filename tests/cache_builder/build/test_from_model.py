@@ -19,7 +19,7 @@ from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS, build_cache
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
 from kd.cli import cli
-from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
+from kd.common.errors import CacheDamageError, CacheMismatchError, DataError, KdError
 from kd.common.progress import final
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
@@ -228,6 +228,55 @@ def test_texts_that_cannot_be_used_are_refused(model, tokenizer, tmp_path: Path,
     assert not (tmp_path / "c").exists()
 
 
+def test_a_teacher_by_name_builds_what_the_command_builds(model_dir: Path, text_file: Path, tmp_path: Path, tree):
+    given: dict[str, Any] = {"seq_len": 32, "top_k": 8, "shard_rows": 128, "device": "cpu"}
+    words = [w for name, value in given.items() for w in (f"--{name.replace('_', '-')}", value)]
+    kd("cache", "build", "--teacher", model_dir, "--data", text_file, *words, "--out", tmp_path / "typed", "--no-reuse")
+    reader = build_cache(model_dir, data=str(text_file), out=tmp_path / "called", reuse=False, **given)
+    assert tree(reader.root) == tree(tmp_path / "typed")
+    next((reader.root / "examples").iterdir()).unlink()
+    kd("cache", "repair", reader.root, "--device", "cpu")
+    assert tree(reader.root) == tree(tmp_path / "typed")
+
+
+def test_a_teacher_by_name_scores_texts_in_memory(model, tokenizer, texts, model_dir: Path, tmp_path: Path):
+    expected = arrays(build_cache(model, tokenizer, texts, out=tmp_path / "given", **SMALL))
+    reader = build_cache(str(model_dir), texts=iter(texts), out=tmp_path / "named", device="cpu", **SMALL)
+    for name, value in arrays(reader).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert set(reader.manifest.identity["teacher"]["weights"]) == {"model.safetensors"}
+    assert reader.manifest.provenance["options"] is None, "nothing that a repair could read the texts from"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        ((), {}, "there is no text"),
+        ((["a text"],), {}, "takes a tokenizer by name"),
+        ((None, ["a text"]), {"data": "demo"}, "do not apply to texts"),
+        ((None, ["a text"]), {"split": "dev"}, "do not apply to texts"),
+        ((None, ["a text"]), {"tensor_parallel": 2}, "torchrun"),
+        ((None, ["a text"]), {"device_map": "no-such-file.yaml"}, "device map"),
+        ((None, ["a text"]), {"teacher_adapter": "no/such/adapter"}, "adapter cannot be found"),
+        ((None, ["a text"]), {"served_model": "x"}, "there is no server"),
+    ],
+)
+def test_what_a_teacher_by_name_is_not_told(model_dir, tmp_path: Path, arguments, settings: dict[str, Any], words: str):
+    with pytest.raises(KdError, match=words):
+        build_cache(model_dir, *arguments, out=tmp_path / "c", **settings)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_classifier_by_name_has_no_labels_for_texts(model_dir: Path, tmp_path: Path):
+    shutil.copytree(model_dir, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["GPT2ForSequenceClassification"]})
+    )
+    with pytest.raises(DataError, match="no labels"):
+        build_cache(tmp_path / "m", texts=["a text"], out=tmp_path / "c")
+
+
 @pytest.mark.parametrize("name", sorted(OF_NAMED_TEACHERS - {"tokenizer"}))
 def test_settings_of_named_teachers_are_refused(model, tokenizer, texts, tmp_path: Path, name: str):
     settings: dict[str, Any] = {name: "x"}
@@ -278,10 +327,10 @@ def test_a_cache_of_this_machine_is_copied_for_an_equal_model(model, tokenizer, 
     shutil.rmtree(tmp_path / "c")
 
 
-@pytest.mark.parametrize("wrong", ["a name for a model", "the tokenizer for the model", "no tokenizer"])
+@pytest.mark.parametrize("wrong", ["a tokenizer for a name", "the tokenizer for the model", "no tokenizer"])
 def test_what_is_no_model_or_no_tokenizer_is_refused_by_name(model, tokenizer, texts, tmp_path: Path, wrong: str):
     given: dict[str, tuple[Any, Any, str]] = {
-        "a name for a model": ("demo", tokenizer, "the model cannot"),
+        "a tokenizer for a name": ("demo", tokenizer, "takes a tokenizer by name"),
         "the tokenizer for the model": (tokenizer, model, "the model cannot"),
         "no tokenizer": (model, None, "the tokenizer cannot"),
     }

@@ -106,6 +106,31 @@ def test_two_groups_share_the_shards_and_answers_are_those_of_one_process(
     require_equal(tmp_path / "alone", tmp_path / "both")
 
 
+SCRIPT = """
+import sys
+import kd
+model, data, out = sys.argv[1:]
+given = {"seq_len": 32, "top_k": 8, "shard_rows": 128, "logprob_codec": "float32", "reuse": False}
+cache = kd.build_cache(model, data=data, out=out, tensor_parallel=2, workers=2, **given)
+print(len(cache))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun_builds_the_same_and_goes_on_in_every_process(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    build(tmp_path / "one", llama, text_file)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command += [str(path) for path in (tmp_path / "script.py", llama, text_file, tmp_path / "four")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    require_equal(tmp_path / "one", tmp_path / "four")
+    assert done.stdout.split() == [str(len(CacheReader(tmp_path / "four")))] * 4
+
+
 def test_without_torchrun_the_error_holds_the_command(
     monkeypatch, model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
