@@ -18,7 +18,7 @@ from kd.common.errors import KdError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "transformers", "accelerate", "safetensors", "datasets", "regex"),
     "eval": ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "bert_score", "simplemma", "nltk"),
-    "quantization": ("bitsandbytes",),
+    "quantization": ("bitsandbytes", "compressed_tensors"),
     "lora": ("peft",),
     "s3": ("s3fs", "aiohttp", "botocore"),
     "ray": ("ray",),
