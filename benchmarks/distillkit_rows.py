@@ -58,7 +58,7 @@ def decode_capture(folder: Path) -> dict[str, np.ndarray]:
             parts["token_ids"].append(ids[0].numpy())
             parts["logprobs"].append(values[0].float().numpy())
             parts["logprobs_float32"].append(exact[0].numpy())
-    return {name: np.concatenate(found) for name, found in parts.items()}
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def main() -> None:

@@ -143,12 +143,12 @@ def _of_named_teacher(
     typed = {*flattened(BuildSettings, settings), "teacher", "tokenizer"} & RECORDED - {"tensor_parallel"}
     recorded = {key: as_text(value) for key, value in flat(chosen).items() if key in typed and value is not None}
 
-    def build(own: BuildSettings, first: bool) -> CacheReader:
-        request = request_of(own) if texts is None else request_of_texts(own, texts)
+    def build(builder_settings: BuildSettings, first: bool) -> CacheReader:
+        request = request_of(builder_settings) if texts is None else request_of_texts(builder_settings, texts)
         request = replace(request, options=recorded if texts is None else None)
-        last = build_request(request, own.running, watch=_watching(on_progress if first else None))
-        require_finished(last, own.out)
-        return CacheReader(own.out)
+        last = build_request(request, builder_settings.running, watch=_watching(on_progress if first else None))
+        require_finished(last, builder_settings.out)
+        return CacheReader(builder_settings.out)
 
     if chosen.served.processes == 1:
         return build(chosen, True)

@@ -275,8 +275,10 @@ def build_in_groups(settings: BuildSettings, build: Callable[[BuildSettings, boo
     the group is the first. The others follow, and their answer is None.
     """
     groups = settings.running.workers
-    own = changed(settings, workers=1, wait=settings.running.wait or groups > 1)
-    return run_in_group(settings.served.processes, groups, load_model, lambda group: build(own, group.number == 0))
+    one_builder = changed(settings, workers=1, wait=settings.running.wait or groups > 1)
+    return run_in_group(
+        settings.served.processes, groups, load_model, lambda group: build(one_builder, group.number == 0)
+    )
 
 
 def with_answers(request: BuildRequest, watch: Watch = in_silence) -> BuildRequest:
