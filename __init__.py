@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kd.cache_builder.exchange.export_cache import export_cache
     from kd.cache_builder.exchange.import_cache import import_cache
     from kd.cache_builder.opening import open_cache
+    from kd.cache_builder.showing import show_cache
     from kd.cache_builder.store.readers.reading import Reader
     from kd.common.errors import (
         CacheDamageError,
@@ -69,6 +70,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "open_cache",
+    "show_cache",
     "train",
 ]
 
@@ -77,6 +79,7 @@ _HOMES = {
     "kd.cache_builder.exchange.export_cache": ["export_cache"],
     "kd.cache_builder.exchange.import_cache": ["import_cache"],
     "kd.cache_builder.opening": ["open_cache"],
+    "kd.cache_builder.showing": ["show_cache"],
     "kd.cache_builder.store.readers.reading": ["Reader"],
     "kd.common.errors": [
         *("CacheDamageError", "CacheError", "CacheMismatchError", "DamagedFilesError", "DataError", "KdError"),

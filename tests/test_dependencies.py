@@ -99,8 +99,8 @@ def loaded_with(module: str) -> set[str]:
 
 def format_half() -> list[str]:
     """Modules that read, check and copy caches, and the doors of all commands."""
-    rooms = ("common", "commands", "cache_builder.store", "cache_builder.share", "cache_builder.upkeep")
-    return [m for m in PATHS if m in ("cli", "cache_builder.opening") or m.startswith(rooms)]
+    rooms = ("common", "commands", "cache_builder.store", "cache_builder.share", "cache_builder.upkeep", "cache_builder.look")
+    return [m for m in PATHS if m in ("cli", "cache_builder.opening", "cache_builder.showing") or m.startswith(rooms)]
 
 
 def test_every_import_is_declared() -> None:
@@ -165,6 +165,8 @@ def kd(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("cache", "--help"),
         ("cache", "info", str(GOLDEN)),
         ("cache", "verify", str(GOLDEN)),
+        ("cache", "show", str(GOLDEN), "0", "--html", "OUT"),
+        ("cache", "show", str(GOLDEN), "--uncertain", "2", "--json"),
         ("cache", "pull", GOLDEN.as_uri(), "OUT"),
         ("cache", "slice", str(GOLDEN), "--profile", "kl", "--top-k", "2", "--out", "OUT"),
         ("cache", "ls", str(GOLDEN.parent)),

@@ -25,6 +25,7 @@ ORDER = (
 CACHE_ROOMS = {
     "store": set(),
     "upkeep": {"store"},
+    "look": {"store"},
     "share": {"store", "upkeep"},
     "teacher": {"store"},
     "served": {"store"},
@@ -150,7 +151,7 @@ def test_every_data_file_of_the_package_is_in_the_wheel() -> None:
     files = {
         p
         for package in PACKAGES
-        for suffix in (".yaml", ".json", ".safetensors", ".j2", ".jinja")
+        for suffix in (".yaml", ".json", ".safetensors", ".j2", ".jinja", ".html", ".js")
         for p in (ROOT / package).rglob(f"*{suffix}")
     }
     assert files | {ROOT / "py.typed"} == shipped
@@ -214,7 +215,8 @@ def test_a_training_machine_imports_nothing_that_builds() -> None:
 
 def test_reading_and_sharing_a_cache_imports_neither_torch_nor_transformers() -> None:
     for path in modules():
-        if {"common", "store", "share", "upkeep"} & set(path.relative_to(ROOT).parts) or path.name == "opening.py":
+        rooms = {"common", "store", "share", "upkeep", "look"}
+        if rooms & set(path.relative_to(ROOT).parts) or path.name in ("opening.py", "showing.py"):
             assert not {n.partition(".")[0] for n in imports(path)} & {"torch", "transformers"}, path
 
 

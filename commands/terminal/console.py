@@ -27,6 +27,42 @@ def say(text: object = "", *, err: bool = False) -> None:
     click.echo(for_terminal(without_secrets(str(text))), err=err)
 
 
+SHADES = (
+    "",
+    "black on color(230)",
+    "black on color(229)",
+    "black on color(222)",
+    "black on color(215)",
+    "black on color(208)",
+    "bold white on color(130)",
+)
+"""Style of each shade: ever darker orange, with letters that can be read on a light and on a dark terminal."""
+
+
+def shades_are_seen() -> bool:
+    """Whether stdout is a terminal with colours."""
+    from rich.console import Console
+
+    console = Console()
+    return console.is_terminal and console.color_system is not None
+
+
+def say_shaded(pieces: Iterable[tuple[str, int]]) -> None:
+    """Print pieces of text, each on the ground of its shade where stdout is a terminal; elsewhere as plain text."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    shown = [(for_terminal(text), shade) for text, shade in pieces]
+    if not console.is_terminal:
+        say("".join(text for text, _ in shown).rstrip("\n"))
+        return
+    whole = Text()
+    for text, shade in shown:
+        whole.append(text, style=SHADES[shade])
+    console.print(whole, end="")
+
+
 def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     """Print one result: a JSON document, or aligned lines. The records of what was left out and found are lines of words."""
     if as_json:

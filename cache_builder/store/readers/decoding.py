@@ -50,6 +50,7 @@ class Decoder:
                     table["context_ids"][i],
                     take_rows(rows, slice(start, stop)),
                     gaps_at(table, i),
+                    not self.manifest.gold_in_top_k,
                 )
             )
             start = stop

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kd.cache_builder.store.readers.shaded_text import example_html
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import Part
 from kd.cache_builder.store.shard_store import Shard
@@ -35,6 +36,8 @@ class CachedExample:
     """n rows; row t predicts target token t."""
     gaps: Gaps = NO_GAPS
     """Tokens between target tokens, which are read and not scored: what others say between an assistant's turns."""
+    gold_known: bool = True
+    """False where the log-probability of a token of the text that is not among the kept ones is an upper bound."""
 
     @property
     def input_ids(self) -> np.ndarray:
@@ -45,6 +48,11 @@ class CachedExample:
         texts = f"prompt={len(self.prompt)} characters, target={len(self.target)} characters"
         shapes = f"context_ids={list(self.context_ids.shape)}, targets={len(self.targets)} rows"
         return f"CachedExample(index={self.index}, id={self.id!r}, {texts}, {shapes})"
+
+    def _repr_html_(self) -> str:
+        turns = self.gaps.turns(len(self.targets))
+        name, known = f"example {self.index}: {self.id}", self.gold_known
+        return example_html(name, self.prompt, self.target, self.targets, turns, gold_known=known)
 
 
 class CachedBatch(list[CachedExample]):
