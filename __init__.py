@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UnfinishedBuildError,
     )
     from kd.common.extras import MissingPackageError
+    from kd.evaluation.cache_figures import plot_cache
     from kd.evaluation.evaluate import evaluate
     from kd.evaluation.results import EvalReport
     from kd.models.pretrained import load_teacher
@@ -70,6 +71,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "open_cache",
+    "plot_cache",
     "show_cache",
     "train",
 ]
@@ -86,6 +88,7 @@ _HOMES = {
         *("TeacherError", "UnfinishedBuildError"),
     ],
     "kd.common.extras": ["MissingPackageError"],
+    "kd.evaluation.cache_figures": ["plot_cache"],
     "kd.evaluation.evaluate": ["evaluate"],
     "kd.evaluation.results": ["EvalReport"],
     "kd.models.pretrained": ["load_teacher"],

@@ -29,9 +29,10 @@ def show_cache(cache: str | os.PathLike[str] | CacheReader, example: int | None 
     >>> view = kd.show_cache("cache", 0, top=3)
     >>> token = view.example.tokens[4]
     >>> token.text, len(token.top), token.entropy_at_least <= token.entropy_at_most
-    (' there', 3, True)
-    >>> [found.token.rank for found in kd.show_cache("cache", surprising=2).found]
-    [1, 1]
+    (' a', 3, True)
+    >>> least = kd.show_cache("cache", surprising=2).found
+    >>> [found.token.rank > 100 for found in least]
+    [True, True]
     """
     return final(show_steps(cache, example, make(ShowSettings, settings)))
 

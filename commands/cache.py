@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from kd.cache_builder.build.build_settings import RECORDED, BuildSettings
-from kd.commands.terminal.console import emit, follow, quiet_libraries, say
+from kd.commands.terminal.console import emit, follow, outcome, quiet_libraries, say
 from kd.commands.terminal.lazy import LazyCommands
-from kd.commands.terminal.options import json_option
+from kd.commands.terminal.options import FOLDER, json_option
 from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, settings_options
 
 if TYPE_CHECKING:
@@ -139,8 +140,15 @@ def build_behind_a_bar(settings: BuildSettings, recorded: Mapping[str, str | boo
 
 @cache.command("info")
 @click.argument("path", metavar="PATH_OR_URL")
+@click.option(
+    "--plots",
+    type=FOLDER,
+    metavar="DIR",
+    help="Also read all rows, and draw their entropy, kept mass, ranks, probabilities and calibration as PNG files. Needs "
+    "the extra eval.",
+)
 @json_option
-def cache_info(path: str, as_json: bool) -> None:
+def cache_info(path: str, plots: Path | None, as_json: bool) -> None:
     """Show a cache's identity, bytes per token, mass kept and decoding error, as measured during the build.
 
     Example: kd cache info runs/cache
@@ -148,4 +156,15 @@ def cache_info(path: str, as_json: bool) -> None:
     from kd.cache_builder.opening import open_files
     from kd.cache_builder.upkeep.summary import cache_summary
 
-    emit(cache_summary(open_files(path)), as_json, path)
+    drawn = None
+    if plots is not None:
+        from kd.common.extras import require_package
+
+        require_package("matplotlib", "--plots")
+        from kd.evaluation.cache_figures import plot_steps
+
+        drawn = outcome("reading", plot_steps(path, plots))
+    summary = cache_summary(open_files(path))
+    emit(summary | (drawn.document if drawn is not None and as_json else {}), as_json, path)
+    if drawn is not None and not as_json:
+        say(f"drawn: {', '.join(str(file) for file in drawn.files.values())}")

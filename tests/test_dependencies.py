@@ -99,7 +99,14 @@ def loaded_with(module: str) -> set[str]:
 
 def format_half() -> list[str]:
     """Modules that read, check and copy caches, and the doors of all commands."""
-    rooms = ("common", "commands", "cache_builder.store", "cache_builder.share", "cache_builder.upkeep", "cache_builder.look")
+    rooms = (
+        "common",
+        "commands",
+        "cache_builder.store",
+        "cache_builder.share",
+        "cache_builder.upkeep",
+        "cache_builder.look",
+    )
     return [m for m in PATHS if m in ("cli", "cache_builder.opening", "cache_builder.showing") or m.startswith(rooms)]
 
 

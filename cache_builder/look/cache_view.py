@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kd.cache_builder.look.example_view import ExampleView, view_example
 from kd.cache_builder.look.find_rows import FoundRow, FoundText, examples_with, surprising_rows, uncertain_rows
 from kd.cache_builder.look.show_settings import ShowSettings
+from kd.cache_builder.look.shown_lines import plain_text
 from kd.cache_builder.look.token_views import TokenView, token_views
+from kd.cache_builder.look.viewed import FoundView, ViewedCache
 from kd.cache_builder.store.cache_files import bytes_below
 from kd.cache_builder.store.profiles import PROFILES
-from kd.cache_builder.store.readers.description import Facts, facts
+from kd.cache_builder.store.readers.description import facts
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 from kd.common.progress import Progress
@@ -26,65 +27,11 @@ CHARACTERS = 60
 """Characters before and after a searched text that are shown with it."""
 
 
-@dataclass(frozen=True)
-class FoundView:
-    """One answer to a question: a token with what stands around it, or a place of a text."""
-
-    example: int
-    id: str
-    before: str
-    text: str
-    """The token's own characters, or the text that was searched for, as it is written there."""
-    after: str
-    token: TokenView | None = None
-    """None for a text that was searched for."""
-    around: Sequence[TokenView] = ()
-    """The token among those around it."""
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """As `kd cache show --json` prints it."""
-        own = {name: getattr(self, name) for name in ("example", "id", "before", "text", "after")}
-        return own | ({} if self.token is None else {"token": self.token.document})
-
-
-@dataclass(frozen=True, repr=False)
-class CacheView:
+class CacheView(ViewedCache):
     """What was found in a cache. It prints as text; `document` holds the same for programs."""
 
-    place: str
-    facts: Facts
-    notes: Sequence[str]
-    """What this cache cannot say, in sentences."""
-    example: ExampleView | None = None
-    """The example that is shown; None where a question was asked of the whole cache."""
-    picked: Sequence[TokenView] = ()
-    """The tokens of the example that are shown in detail."""
-    question: str | None = None
-    """`uncertain`, `surprising` or `search`; None where an example is shown."""
-    found: Sequence[FoundView] = ()
-    total: int = 0
-    """How much was looked through: rows, or examples that hold the text."""
-    first_view: bool = False
-    """Whether neither an example nor a question was named."""
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """The whole as a JSON object; docs/how-to/look-into-a-cache.md describes its keys, which stay as they are."""
-        return {
-            "cache": {"path": self.place, **self.facts},
-            "notes": list(self.notes),
-            "example": None if self.example is None else self.example.document,
-            "picked": [token.number for token in self.picked],
-            "question": self.question,
-            "found": [one.document for one in self.found],
-            "total": self.total,
-        }
-
     def __repr__(self) -> str:
-        from kd.cache_builder.look.shown_lines import text_of
-
-        return text_of(self)
+        return plain_text(self)
 
 
 def view_cache(reader: CacheReader, number: int | None, settings: ShowSettings) -> Iterator[Progress[CacheView]]:

@@ -25,7 +25,7 @@ ROLES = {"documents": ("text before", "text"), CLASSES: ("text", "label")}
 
 
 @dataclass(frozen=True)
-class Part:
+class ExamplePart:
     """A piece of what the teacher read."""
 
     role: str
@@ -47,7 +47,7 @@ class ExampleView:
 
     number: int
     id: str
-    parts: Sequence[Part]
+    parts: Sequence[ExamplePart]
 
     @property
     def tokens(self) -> list[TokenView]:
@@ -99,11 +99,11 @@ def view_example(reader: CacheReader, number: int, vocabulary: Sequence[bytes], 
         return ExampleView(number, example.id, _turns(reader, example, tokens))
     before, scored = ROLES.get(reader.manifest.kind, ("prompt", "target"))
     prompt = example.prompt.replace("\x1f", "\n") if reader.manifest.kind == CLASSES else example.prompt
-    parts = [Part(before, masked(prompt))] if prompt else []
-    return ExampleView(number, example.id, [*parts, Part(scored, masked(example.target), tokens)])
+    parts = [ExamplePart(before, masked(prompt))] if prompt else []
+    return ExampleView(number, example.id, [*parts, ExamplePart(scored, masked(example.target), tokens)])
 
 
-def _turns(reader: CacheReader, example: CachedExample, tokens: Sequence[TokenView]) -> list[Part]:
+def _turns(reader: CacheReader, example: CachedExample, tokens: Sequence[TokenView]) -> list[ExamplePart]:
     """A part for the tools and for each message; the messages that are runs of scored tokens have theirs."""
     shard, place = reader.locate(example.index)
     conversation = conversation_from_json(example.id, shard.examples["conversation"][place])
@@ -114,13 +114,15 @@ def _turns(reader: CacheReader, example: CachedExample, tokens: Sequence[TokenVi
         shard.examples["messages"][place], example.gaps.turns(len(example.targets)).tolist(), strict=True
     ):
         runs.setdefault(message, []).append((start, stop))
-    parts = [Part("tools", json.dumps(list(conversation.tools), ensure_ascii=False))] if conversation.tools else []
+    parts = (
+        [ExamplePart("tools", json.dumps(list(conversation.tools), ensure_ascii=False))] if conversation.tools else []
+    )
     for number, message in enumerate(conversation.messages):
         if number not in runs:
-            parts.append(Part(message.role, masked(_said(message))))
+            parts.append(ExamplePart(message.role, masked(_said(message))))
         for start, stop in runs.get(number, ()):
             text = hidden[ends[start - 1] if start else 0 : ends[stop - 1]]
-            parts.append(Part(message.role, text, tokens[start:stop]))
+            parts.append(ExamplePart(message.role, text, tokens[start:stop]))
     return parts
 
 

@@ -71,7 +71,7 @@ class RowBlock:
     targets: SoftTargets
 
 
-def row_blocks(reader: CacheReader, arrays: Collection[str]) -> Iterator[RowBlock]:
+def blocks_of_rows(reader: CacheReader, arrays: Collection[str]) -> Iterator[RowBlock]:
     """All rows that are here, in order, with these arrays and those that every reader needs."""
     own = CacheReader(reader.files, top_k=reader.top_k, window=1)
     own.keep(part_of(reader.manifest, arrays=arrays).arrays)
@@ -92,7 +92,7 @@ def _largest(
     total = sum(reader.manifest.shards[shard][2] for shard in reader.shards)
     best, done = list[FoundRow](), 0
     yield Progress(0, total)
-    for block in row_blocks(reader, arrays):
+    for block in blocks_of_rows(reader, arrays):
         values = figure(block.targets)
         rows = np.argsort(-values, kind="stable")[:count]
         places = np.searchsorted(block.starts, rows, side="right") - 1

@@ -8,9 +8,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
-from kd.cache_builder.look.cache_view import CacheView, FoundView
 from kd.cache_builder.look.example_view import ExampleView
 from kd.cache_builder.look.token_views import Candidate, TokenView
+from kd.cache_builder.look.viewed import FoundView, ViewedCache
 from kd.cache_builder.store.row_figures import LEVEL_EDGES, shade_levels
 
 Piece = tuple[str, int]
@@ -23,12 +23,12 @@ QUESTIONS = {"uncertain": "most uncertain", "surprising": "least expected"}
 """Question -> what the tokens that answer it are."""
 
 
-def text_of(view: CacheView) -> str:
+def plain_text(view: ViewedCache) -> str:
     """The whole as plain text."""
     return "".join(text for text, _ in pieces_of(view, shaded=False)).rstrip("\n")
 
 
-def pieces_of(view: CacheView, *, shaded: bool) -> Iterator[Piece]:
+def pieces_of(view: ViewedCache, *, shaded: bool) -> Iterator[Piece]:
     """The whole, piece by piece; `shaded`: shades can be seen, so they are explained."""
     named = view.facts
     yield f"{view.place}: {named['teacher']} over {named['text']}\n", 0
@@ -137,7 +137,7 @@ def quoted(text: str) -> str:
     return "'" + text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") + "'"
 
 
-def _found(view: CacheView) -> Iterator[Piece]:
+def _found(view: ViewedCache) -> Iterator[Piece]:
     title = QUESTIONS.get(view.question or "", "")
     yield f"\nThe {len(view.found)} {title} of {view.total:,} tokens:\n", 0
     for found in view.found:

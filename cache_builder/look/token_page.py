@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Side:
+class PageSide:
     """What one model says in place of a token."""
 
     name: str
@@ -46,7 +46,7 @@ class PageToken:
     level: int
     """Its shade, from 0 to `len(LEVEL_EDGES)`."""
     heading: str
-    sides: Sequence[Side]
+    sides: Sequence[PageSide]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Seque
     order = list(dict.fromkeys([*order, *(s.label for series in panels.values() for s in series)]))
 
     def draw(figure: Any) -> None:
-        drawn = zip(_panels(figure, len(panels)), panels.items(), strict=True)
+        drawn = zip(panels_of(figure, len(panels)), panels.items(), strict=True)
         for number, (axes, (title, series)) in enumerate(drawn):
             for one in series:
                 index = order.index(one.label)
@@ -96,7 +96,7 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Seque
             if number == 0 or {s.label for s in series} != {s.label for s in next(iter(panels.values()))}:
                 axes.legend(loc="upper right", frameon=False)
 
-    return _save(path, draw, 3.2 * len(panels))
+    return save_figure(path, draw, 3.2 * len(panels))
 
 
 def draw_bars(
@@ -110,7 +110,7 @@ def draw_bars(
     heights = [0.9 + 0.4 * len(bars) for bars in panels.values()]
 
     def draw(figure: Any) -> None:
-        for axes, (title, bars) in zip(_panels(figure, len(panels), heights), panels.items(), strict=True):
+        for axes, (title, bars) in zip(panels_of(figure, len(panels), heights), panels.items(), strict=True):
             places = np.arange(len(bars))
             values = np.array([b.value for b in bars])
             errors = np.array([b.stderr or 0.0 for b in bars])
@@ -129,7 +129,7 @@ def draw_bars(
             axes.set_xlim(0, 1.15 * reach)
             axes.set_title(for_figure(title), loc="left", fontsize="medium")
 
-    return _save(path, draw, sum(heights))
+    return save_figure(path, draw, sum(heights))
 
 
 def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequence[str] = ()) -> Path:
@@ -144,7 +144,7 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequen
     heights = [1.0 + space * len(labels) for labels in rows]
 
     def draw(figure: Any) -> None:
-        drawn = zip(_panels(figure, len(panels), heights), panels.items(), strict=True)
+        drawn = zip(panels_of(figure, len(panels), heights), panels.items(), strict=True)
         for number, (axes, (title, deltas)) in enumerate(drawn):
             axes.axvline(0, color="#5b6472", linewidth=1)
             for d in deltas:
@@ -174,7 +174,7 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequen
                 ]
                 figure.legend(handles=marks, loc="outside upper left", frameon=False)
 
-    return _save(path, draw, sum(heights) + 0.3 * len(pairs))
+    return save_figure(path, draw, sum(heights) + 0.3 * len(pairs))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -207,7 +207,7 @@ def _short(label: str) -> str:
     return label if len(label) <= 24 else f"{label[:11]}…{label[-12:]}"
 
 
-def _panels(figure: Any, count: int, heights: Sequence[float] | None = None) -> list[Any]:
+def panels_of(figure: Any, count: int, heights: Sequence[float] | None = None) -> list[Any]:
     """The axes of panels one above the other, as high as their share of `heights`: no box, a light grid behind the data."""
     panels = list(figure.subplots(count, 1, squeeze=False, height_ratios=heights)[:, 0])
     for axes in panels:
@@ -217,14 +217,14 @@ def _panels(figure: Any, count: int, heights: Sequence[float] | None = None) -> 
     return panels
 
 
-def _save(path: Path, draw: Any, height: float) -> Path:
-    """Draw on a fresh Agg figure of WIDTH by `height` inches and write it, whole or absent."""
+def save_figure(path: Path, draw: Any, height: float, *, width: float = WIDTH) -> Path:
+    """Draw on a fresh Agg figure of `width` by `height` inches and write it, whole or absent."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     draw(figure)
     figure.savefig(temporary, dpi=DPI, format="png")
@@ -281,4 +281,4 @@ def draw_progress(path: Path, panels: Mapping[str, Sequence[Curve]]) -> Path:
             if number == 0 or {c.label for c in curves} != {c.label for c in next(iter(panels.values()))}:
                 axes.legend(loc="best", frameon=False)
 
-    return _save(path, draw, 3.0 * len(panels))
+    return save_figure(path, draw, 3.0 * len(panels))

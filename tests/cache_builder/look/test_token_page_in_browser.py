@@ -13,7 +13,7 @@ import pytest
 from chromium import BINARY, Browser, contrast
 
 from kd.cache_builder.look.cache_view import CacheView
-from kd.cache_builder.look.example_view import Part
+from kd.cache_builder.look.example_view import ExamplePart
 from kd.cache_builder.look.view_page import view_page, write_view_page
 from kd.cache_builder.showing import show_cache
 
@@ -45,8 +45,8 @@ def view(cache: Path) -> CacheView:
     tokens[0] = replace(tokens[0], text=HOSTILE, piece=HOSTILE, top=top, entropy_at_least=9.0)
     tokens[1] = replace(tokens[1], text="\n")
     tokens[2] = replace(tokens[2], text="")
-    scored = Part("text", "".join(t.text for t in tokens), tokens)
-    long = Part("prompt", HOSTILE + "x" * 300 + CONTROL)
+    scored = ExamplePart("text", "".join(t.text for t in tokens), tokens)
+    long = ExamplePart("prompt", HOSTILE + "x" * 300 + CONTROL)
     example = replace(shown.example, parts=[long, scored], id="a-long-name-" * 20)
     return replace(shown, example=example, picked=tokens[:1], notes=["A note. " * 20, HOSTILE])
 
