@@ -172,17 +172,11 @@ def _calibration(axes: Any, figures: RowStatistics) -> None:
     places = [one["confidence"] for one in bins], [one["accuracy"] for one in bins]
     axes.plot(*places, color=COLOURS[0], linewidth=1.2)
     axes.scatter(*places, s=sizes, color=COLOURS[0], zorder=3)
-    for one in bins:
-        below = one["accuracy"] > 0.5
+    for one in bins:  # beside the line, and inside the picture
+        offset, side = ((6, -10), "left") if one["confidence"] < 0.85 else ((-8, 1), "right")
         spot = (one["confidence"], one["accuracy"])
         axes.annotate(
-            f"{one['rows']:,}",
-            spot,
-            (0, -11 if below else 7),
-            textcoords="offset points",
-            fontsize=6,
-            ha="center",
-            color="#5b6472",
+            f"{one['rows']:,}", spot, offset, textcoords="offset points", fontsize=6, ha=side, color="#5b6472"
         )
     axes.set_xlabel("largest probability (numbers: rows)")
     axes.set_ylabel("share in which it was there")

@@ -26,7 +26,9 @@ def main() -> None:
         settings = {"teacher": "demo", "spec": "demo", "limit": 20, "device": "cpu", "out": cache}
         build_of(make(BuildSettings, settings))
         with Image.open(kd.plot_cache(cache, out=Path(folder) / "plots")["overview"]) as drawn:
-            small = drawn.convert("RGB").resize((WIDTH, round(WIDTH * drawn.height / drawn.width)), Image.Resampling.LANCZOS)
+            small = drawn.convert("RGB").resize(
+                (WIDTH, round(WIDTH * drawn.height / drawn.width)), Image.Resampling.LANCZOS
+            )
         small.quantize(32).save(PICTURE, optimize=True)
     with Image.open(PICTURE) as written:
         print(f"{PICTURE}: {PICTURE.stat().st_size:,} bytes, {np.asarray(written).shape}")
