@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from kd.student_trainer.losses.loss_registry import Objective
     from kd.student_trainer.student_model import load_student
     from kd.student_trainer.training import TrainResult, train
+    from kd.student_trainer.training_estimate import TrainEstimate, estimate_training
 
     __version__: str
 
@@ -59,12 +60,14 @@ __all__ = [
     "Objective",
     "Reader",
     "TeacherError",
+    "TrainEstimate",
     "TrainResult",
     "UnfinishedBuildError",
     "__version__",
     "build_cache",
     "chunked_distillation_loss",
     "distillation_loss",
+    "estimate_training",
     "evaluate",
     "export_cache",
     "import_cache",
@@ -97,6 +100,7 @@ _HOMES = {
     "kd.student_trainer.losses.loss_registry": ["Objective"],
     "kd.student_trainer.student_model": ["load_student"],
     "kd.student_trainer.training": ["TrainResult", "train"],
+    "kd.student_trainer.training_estimate": ["TrainEstimate", "estimate_training"],
 }
 """Module -> the public names that are defined there. A type checker reads the imports above instead; a test compares both."""
 

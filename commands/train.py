@@ -44,13 +44,26 @@ class TrainCommand:
 @click.command()
 @settings_options(TrainCommand)
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --out.")
+@click.option("--estimate", is_flag=True, help="Make ten steps, print what the run will take, and keep nothing.")
 @json_option
-def train(settings: TrainCommand, resume: bool, as_json: bool) -> None:
+def train(settings: TrainCommand, resume: bool, estimate: bool, as_json: bool) -> None:
     """Train a student from a cache; the teacher is never loaded. Runs as is under accelerate launch or torchrun.
 
     Example: kd train --cache runs/cache --student demo --out runs/student --max-steps 20
     """
+    if estimate:
+        print_estimate(settings.training, as_json=as_json)
+        return
     train_student(settings.training, settings.scores, resume=resume, as_json=as_json)
+
+
+def print_estimate(config: TrainConfig, *, as_json: bool) -> None:
+    """Make the first steps of a run, and print what all of it will take."""
+    quiet_libraries()
+    from kd.student_trainer.training_estimate import estimate_training
+
+    found = estimate_training(config, say=lambda sentence: say(sentence, err=True))
+    emit(asdict(found), as_json, f"{config.model.student}: estimated from {found.measured_steps} steps")
 
 
 def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, as_json: bool = False) -> None:
@@ -63,21 +76,24 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
     if reason is not None:
         result["contaminated"] = reason
     plan = checked_plan(config, scores) if scores.tasks else None
+    repository, main = config.weights.push_to_hub, int(os.environ.get("RANK", "0")) == 0
     alone = scores.eval_data is not None and not scores.eval_tasks
     if alone:
         result["perplexity_before"] = perplexity_before(config, scores)
     midway = None
     if scores.eval_tasks and plan is not None:
-        midway = partial(with_scores, plan, scores.steps_between)
+        midway = partial(with_scores, plan, scores)
     try:
         trained = asdict(run_training(config, resume, midway))
-        result = {name: value for name, value in trained.items() if value is not None or "turns" not in name} | result
+        result = {
+            name: value for name, value in trained.items() if value is not None or name in ("kd", "aligned_share")
+        } | result
     except KeyboardInterrupt as error:
         said = (*error.args, RESUME) if error.args else ("interrupted", RESUME)
         raise KeyboardInterrupt(*said[:2]) from None
     if "RANK" in os.environ:
         atexit.register(leave_group)
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not main:
         return
     folder = Path(result["out"])
     card: list[tuple[str, str]] = []
@@ -98,6 +114,10 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
 
     with clear_write_errors(folder, "make room; the weights are complete, the model card alone is missing"):
         write_card(folder, card)
+    if repository is not None:
+        from kd.student_trainer.saving.hub_upload import upload_student
+
+        result["pushed_to"] = upload_student(folder, repository)
     emit(result, as_json, f"{folder}: trained")
     refuse_moved_run(config.folder, folder)
 
@@ -173,6 +193,7 @@ def run_training(config: TrainConfig, resume: bool = False, midway: Callable[[],
             config,
             resume=resume,
             midway=None if midway is None else midway(),
+            upload=False,
             stoppable=stop_on_signals(),
             say=lambda sentence: say(sentence, err=True),
             on_step=lambda s: advance(s.step, s.steps_total, f"loss {s.loss:.4f}, {s.tokens_per_second:,.0f} tokens/s"),
@@ -201,12 +222,19 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def with_scores(plan: ScorePlan, every: int | None) -> Midway:
+def with_scores(plan: ScorePlan, scores: ScoreSettings) -> Midway:
     """Scores of `plan`, a line on stderr for each time."""
     from kd.evaluation.midway_scores import headline
     from kd.student_trainer.midway import Midway
+    from kd.student_trainer.saving.best_weights import ChosenFigure
 
-    return Midway(plan.score, every, on_record=lambda record: say(headline(record), err=True))
+    return Midway(
+        plan.score,
+        scores.steps_between,
+        on_record=lambda record: say(headline(record), err=True),
+        best=None if scores.best_task is None else ChosenFigure(scores.best_task, scores.best_metric),
+        patience=scores.early_stop,
+    )
 
 
 def final_scores(records: list[dict[str, Any]], data: str | None) -> list[tuple[str, str]]:

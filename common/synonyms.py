@@ -89,6 +89,12 @@ SYNONYMS: dict[str, str] = {
     "quantize": "load_in_4bit",
     "lora_r": "lora",
     "lora_rank": "lora",
+    "attn_impl": "attn_implementation",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "hub_private",
+    "early_stopping_patience": "early_stop",
+    "metric_for_best_model": "keep_best",
+    "load_best_model_at_end": "keep_best",
     "lora_target_modules": "lora_targets",
     "target_modules": "lora_targets",
     # distillation

@@ -80,6 +80,8 @@ class ModelRequest:
     """Load the weights in 8 bits, LLM.int8 (bitsandbytes)."""
     adapter: Adapter | None = None
     """An adapter that is merged into the weights."""
+    attention: str | None = None
+    """Attention as transformers names it, such as sdpa or flash_attention_2; None is the model's own."""
 
     def __post_init__(self) -> None:
         self._check_placement()
@@ -253,6 +255,8 @@ def load_model(request: ModelRequest) -> Model:
         with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.device(device):
             torch.manual_seed(request.seed)
             model = random_model(config, dtype)
+            if request.attention is not None:
+                _set_attention(model, request)
     else:
         model = _load_files(request, device, dtype)
     if request.adapter is not None:
@@ -279,7 +283,7 @@ def _load_files(request: ModelRequest, device: str, dtype: torch.dtype, **sharde
     """A model from its files, on one device, or as its device map or its group of processes has it."""
     stored = _stored_config(request)
     auto_class, options = loader_of(stored)
-    options = {**options, **sharded}
+    options = {**options, **sharded, **_attention(request)}
     quantised = stored_method(stored) is not None
     if request.adapter is not None and quantised:
         raise DataError(
@@ -319,6 +323,17 @@ def _load_files(request: ModelRequest, device: str, dtype: torch.dtype, **sharde
         make_plain(model, stored, dtype)
         return model
     return model if request.placement.spread or sharded else model.to(device)
+
+
+def _attention(request: ModelRequest) -> dict[str, Any]:
+    return {} if request.attention is None else {"attn_implementation": request.attention}
+
+
+def _set_attention(model: Model, request: ModelRequest) -> None:
+    try:
+        model.set_attn_implementation(request.attention)
+    except (ValueError, ImportError, OSError) as error:
+        raise cannot_load(request, error) from error
 
 
 def refuse_unusable_map(request: ModelRequest) -> None:
@@ -418,6 +433,7 @@ def random_model(config: Any, dtype: torch.dtype) -> Model:
 def _load_quantised(request: ModelRequest, bits: int, device: str, dtype: torch.dtype) -> Model:
     """A model in 4 or 8 bits. bitsandbytes quantises while it loads files, so random weights are saved to a temporary folder."""
     auto_class, options = loader_of(_stored_config(request))
+    options = {**options, **_attention(request)}
     whole = {"device_map": {"": device}}
     if request.random_shape is None:
         options = {**options, **(request.placement.arguments() if request.placement.spread else whole)}
@@ -453,6 +469,13 @@ def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
     """The TeacherError for a model that transformers could not load because of `error`."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     here = {} if request.local else {"here": f"no folder of this name in {Path.cwd()}"}
+    if request.attention is not None and isinstance(error, ValueError | ImportError):
+        return TeacherError(
+            "the model cannot be loaded with this attention",
+            where=request.name,
+            found=f"--attn-implementation {request.attention}: {reason}",
+            expected="sdpa or eager, or kernels whose package is installed and that this model supports",
+        )
     return TeacherError(
         "cannot load the model",
         where=request.name,

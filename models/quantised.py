@@ -98,6 +98,17 @@ def load_quantised(
     return model
 
 
+def keep_trainable(model: Any) -> None:
+    """Keep a model in 4 bits as its backward pass reads it.
+
+    On a CPU with AVX-512, bitsandbytes lays the weights out for inference in the first pass in evaluation mode; it has no gradient
+    for that layout (0.49, `Linear4bit.forward`).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def planned_share(model: Any) -> QuantisedShare:
     """What bitsandbytes would quantise of a model (on the meta device, say): the layers that transformers replaces."""
     from torch import nn

@@ -8,14 +8,16 @@ the weights of the others past the adapters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kd.common.errors import DataError
 from kd.common.extras import needed
-from kd.student_trainer.configuration.model_settings import LORA_TARGETS
+from kd.student_trainer.configuration.model_settings import LORA_TARGETS, LoraSettings
 
 STATE_SPACE = "A_log"
 """A parameter by which a state space block (Mamba and its like) is known."""
@@ -25,24 +27,23 @@ BEFORE_KERNELS = ("in_proj",)
 """Layers of such a block that are called as layers, whatever kernels there are."""
 
 
-def with_adapters(
-    model: Any, rank: int, targets: str | None, *, task_type: str, saved: Sequence[str] | None = None
-) -> Any:
-    """The model with adapters of `rank` (alpha = 2 x rank); modules in `saved` are trained whole.
+def with_adapters(model: Any, settings: LoraSettings, *, task_type: str, saved: Sequence[str] | None = None) -> Any:
+    """The model with the adapters that `settings` ask for; modules in `saved` are trained whole.
 
-    targets     names of linear layers, separated by commas; None = see above
     task_type   as peft calls it: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS
     Raises MissingPackageError without peft. Raises DataError where peft cannot adapt the model, or where an adapted output
     layer is the embedding too.
     """
     with needed("peft", "LoRA"):
         from peft import LoraConfig, get_peft_model
+    assert settings.lora is not None
+    targets = settings.lora_targets
     _refuse_tied_head(model, targets)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps its weights as [in, out]
     adapters = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
+        r=settings.lora,
+        lora_alpha=settings.scale,
+        lora_dropout=settings.lora_dropout or 0.0,
         fan_in_fan_out=transposed,
         task_type=task_type,
         modules_to_save=None if saved is None else list(saved),
@@ -104,3 +105,32 @@ def _refuse_tied_head(model: Any, targets: str | None) -> None:
             found=f"--lora-targets {targets}",
             try_=f"leave {name} out",
         )
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """The adapters of a model, taken out of it: it may be written more than once, and after they were merged."""
+
+    config: Any
+    """peft's configuration."""
+    tensors: dict[str, Tensor]
+    """The trained weights by the names that peft gives them in files."""
+
+    @classmethod
+    def of(cls, model: Any, base: str | None) -> TrainedAdapter:
+        """The adapters in a PeftModel; `base` is the name of the model that they belong to, None where it has random weights."""
+        from peft import get_peft_model_state_dict
+
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = base
+        config.inference_mode = True
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return cls(config, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write the two files by which peft knows an adapter."""
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(str(folder))
+        save_file(self.tensors, str(Path(folder) / "adapter_model.safetensors"), metadata={"format": "pt"})

@@ -23,14 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from kd.common.errors import DataError
 from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.batch_plan import BatchPlan
-from kd.student_trainer.run_folder import append_evaluation
-from kd.student_trainer.student_model import merged_without_warning
+from kd.student_trainer.run_folder import append_evaluation, read_evaluations
+from kd.student_trainer.saving.best_weights import BestSoFar, ChosenFigure, drop_weights_after, keep_weights, take_back
+from kd.student_trainer.saving.trained_weights import merged_without_warning
 from kd.student_trainer.trainer import DistillationTrainer
 
 
@@ -44,8 +46,14 @@ class Midway:
     """Optimizer steps; None = after every pass over the cache."""
     on_record: Callable[[Mapping[str, Any]], None] | None = None
     """Called with every line, on the main process."""
+    best: ChosenFigure | None = None
+    """The figure by which the run chooses the weights that it ends with; None = the last ones."""
+    patience: int | None = None
+    """Number of scorings in a row without a better figure after which the run ends; None = never. It needs `best`."""
 
     def __post_init__(self) -> None:
+        if self.patience is not None and self.best is None:
+            raise DataError("nothing says which figure must get better", found="patience", expected="best as well")
         if self.every is not None and self.every < 1:
             raise DataError(
                 "--eval-every must be at least 1 step",
@@ -81,14 +89,42 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
         multiple = trainer.args.gradient_accumulation_steps * trainer.args.world_size
         self.steps = evaluation_steps(trainer.plan, multiple, midway.every)
         self.multiple = multiple
+        self.best = None if midway.best is None else BestSoFar(midway.best)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == 0:
             self.score(0)
+        elif self.midway.best is not None and self.trainer.is_world_process_zero():
+            drop_weights_after(self.trainer.folder, state.global_step)
+            self.best = BestSoFar.after(self.midway.best, read_evaluations(self.trainer.folder))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step in self.steps:
             self.score(state.global_step)
+            if state.global_step < state.max_steps and self._has_stopped_learning():
+                control.should_training_stop = control.should_log = True
+
+    def _has_stopped_learning(self) -> bool:
+        """Whether the run ends here because no scoring of late was better; all processes agree."""
+        if self.midway.patience is None or self.best is None:
+            return False
+        said = [self.best.since >= self.midway.patience]
+        broadcast_object_list(said)
+        return said[0]
+
+    def take_best(self) -> int | None:
+        """Give the student the weights of the best scoring, on the main process; returns its step.
+
+        None where the last weights stay: no figure chooses, none was finite, or the weights are not there any more.
+        """
+        if self.best is None or not self.trainer.is_world_process_zero():
+            return None
+        step = self.best.step
+        if take_back(self.trainer.folder, self.trainer.model, step):
+            return step
+        if step is not None:
+            self.trainer.say(f"the weights of step {step:,} are not there any more: the last ones are kept")
+        return None
 
     def score(self, step: int) -> None:
         """Score the student as it is now and write the line of `step`."""
@@ -100,15 +136,18 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
             epoch = sum(map(len, plan)) / len(self.trainer.example_rows)
             record = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - started, **scores}
             self.trainer.run_place.write(partial(append_evaluation, record=record))
+            if self.best is not None and self.best.add(record):
+                document = {"step": step, "value": self.best.value}
+                self.trainer.run_place.write(partial(keep_weights, model=self.trainer.model, document=document))
             if self.midway.on_record is not None:
                 self.midway.on_record(record)
         PartialState().wait_for_everyone()
         self.trainer.stand_still(time.perf_counter() - started)
 
     def _whole(self) -> Model:
-        """The student, adapters merged into a copy."""
+        """The student, adapters merged into a copy; one in 4 bits as it is, because its weights cannot take the sum."""
         adapted = self.trainer.model
-        if adapted is self.model:
+        if adapted is self.model or getattr(self.model, "is_quantized", False):
             return self.model
         with merged_without_warning():
             return copy.deepcopy(adapted).merge_and_unload().eval()

@@ -153,6 +153,7 @@ def student_request(model: StudentSettings, seed: int) -> ModelRequest:
         seed=seed,
         source_lang=model.source_lang,
         target_lang=model.target_lang,
+        attention=model.attn_implementation,
     )
 
 

@@ -34,6 +34,7 @@ from kd.student_trainer.saving.checkpoints import (
     remove_checkpoint,
     step_of,
 )
+from kd.student_trainer.saving.whole_models import ADAPTER_FOLDER
 
 RUN, METRICS, EVALUATIONS = "run.json", "metrics.jsonl", "evaluations.jsonl"
 CLASSIFIER_RUN = "classify.json"
@@ -128,9 +129,9 @@ def write_run(folder: Path, document: Mapping[str, Any]) -> None:
 
 def seal_run(folder: Path) -> None:
     """Force the files of a finished run to disk and list them with their digests. Raises OSError."""
-    write_digests(
-        folder, [p.name for p in folder.iterdir() if p.is_file() and p.name not in UNLISTED and not unfinished(p.name)]
-    )
+    files = [path for path in folder.iterdir() if path.name not in UNLISTED]
+    files += (folder / ADAPTER_FOLDER).glob("*")
+    write_digests(folder, [str(p.relative_to(folder)) for p in files if p.is_file() and not unfinished(p.name)])
 
 
 def write_classifier_run(folder: Path, document: Mapping[str, Any]) -> None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import set_seed
 
 from kd.models.finite_weights import refuse_weights_without_value
-from kd.models.loading import Model, load_model, load_request_tokenizer
+from kd.models.loading import Model, ModelRequest, load_model, load_request_tokenizer, resolve_device
 from kd.models.packable import require_packable
+from kd.models.quantised import keep_trainable
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.configuration.model_settings import StudentSettings
 from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.prepare import Prepared, student_request
-from kd.student_trainer.saving.whole_models import write_model
+from kd.student_trainer.saving.trained_weights import output_dtype, store_as, trained_weights
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def student_with_loss(prepared: Prepared) -> Student:
     """Load the student with its loss, adapters and checkpointing, as the run's settings say. Raises KdError."""
     config = prepared.config
     set_seed(config.seed)
-    model = load_model(prepared.request)
+    model = load_model(_as_trained(prepared))
+    if config.model.load_in_4bit:
+        keep_trainable(model)
     refuse_weights_without_value(model, config.model.student)
     parameters = sum(p.numel() for p in model.parameters())
     if config.batches.packing:
@@ -76,41 +78,60 @@ def student_with_loss(prepared: Prepared) -> Student:
     trained = model
     if config.adapters.lora:
         kind = "SEQ_2_SEQ_LM" if prepared.encoder_decoder else "CAUSAL_LM"
-        trained = with_adapters(model, config.adapters.lora, config.adapters.lora_targets, task_type=kind)
+        trained = with_adapters(model, config.adapters, task_type=kind)
     return Student(model, trained, parameters)
 
 
-def save_student(student: Student, trainer: Any, tokenizer: Tokenizer, finish: Callable[[Path], None]) -> None:
+def _as_trained(prepared: Prepared) -> ModelRequest:
+    """The student as it is loaded for training: as it is before, or in 4 bits, on the device of this process."""
+    model = prepared.config.model
+    if not model.load_in_4bit:
+        return prepared.request
+    device = resolve_device(model.device)
+    if device == "cuda":  # quantised weights are not moved once they are loaded
+        device = f"cuda:{PartialState().local_process_index}"
+    return replace(prepared.request, load_in_4bit=True, device=device)
+
+
+def save_student(
+    student: Student,
+    trainer: Any,
+    prepared: Prepared,
+    finish: Callable[[Path], None],
+    say: Callable[[str], object],
+) -> None:
     """Write weights and tokenizer into the run's folder, then call `finish` with it.
 
-    Every process must call this: FSDP gathers its shards here. Raises WriteError where no place can be written.
+    Every process must call this: FSDP gathers its shards here. `say` receives a sentence where the weights do not fit the type
+    that they were to be written in. Raises WriteError where no place can be written.
     """
     detach_loss(student.model)
     student.model.config.use_cache = True
-    model = student.model
+    config, tokenizer = prepared.config, prepared.tokenizer
+    dtype = output_dtype(config.weights.save_dtype, prepared.request)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # all processes take part, so it cannot be tried again
         trainer.save_model(str(trainer.folder))
         if trainer.is_world_process_zero():
             (trainer.folder / "training_args.bin").unlink(missing_ok=True)  # run.json says the same
+            store_as(trainer.folder, dtype, say)
             tokenizer.save_pretrained(trainer.folder)
             finish(trainer.folder)
         return
     if not trainer.is_world_process_zero():
         return
-    if student.trained is not model:
-        with merged_without_warning():
-            model = student.trained.merge_and_unload()
+    weights = trained_weights(
+        student.model,
+        student.trained,
+        tokenizer,
+        config.adapters,
+        base=None if prepared.request.random_shape is not None else prepared.request.path,
+        request=prepared.request,
+        dtype=dtype,
+        say=say,
+    )
 
     def write(folder: Path) -> None:
-        write_model(folder, model, tokenizer)
+        weights.write(folder)
         finish(folder)
 
     trainer.run_place.write(write)
-
-
-@contextmanager
-def merged_without_warning() -> Iterator[None]:
-    """Silence a wrong warning of peft 0.21, which takes every head of T5 for tied because its configuration says so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-        yield

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from transformers import TrainingArguments
 
 from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.files import write_atomic
 from kd.common.settings import flat
-from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.batches.read_ahead import CachedExamples
 from kd.student_trainer.batches.trained_reading import READING
 from kd.student_trainer.configuration.train_config import TrainConfig, config_from
@@ -47,6 +47,7 @@ from kd.student_trainer.run_folder import (
     start_run,
     write_run,
 )
+from kd.student_trainer.saving.hub_upload import prepare_repository, upload_student
 from kd.student_trainer.saving.rescue import RunPlace
 from kd.student_trainer.student_model import Student, save_student, student_with_loss
 from kd.student_trainer.trainer import DistillationTrainer, StopWithCheckpoint
@@ -89,6 +90,8 @@ class TrainResult:
     """Fingerprint of the cache."""
     aligned_share: float | None = None
     """Share of the targets' bytes that aligned groups covered; None for losses by row."""
+    best_step: int | None = None
+    """Step whose weights the run ends with, where a figure chose them; None = the last."""
     truncated: int = 0
     """Number of examples that did not fit the student's window."""
     padding_share: float = 0.0
@@ -108,6 +111,7 @@ def train(
     midway: Midway | None = None,
     stoppable: Stoppable | None = None,
     say: Callable[[str], object] = warnings.warn,
+    upload: bool = True,
     **settings: Any,
 ) -> TrainResult:
     """Train a student from a cache, or continue an interrupted training. The teacher is never loaded.
@@ -120,6 +124,7 @@ def train(
                 and KeyboardInterrupt is raised. Only with one process: several would have to agree on the step
     say         receives a sentence for what happened to the run beside its steps: a checkpoint that was left out because it
                 is damaged, or another folder that the run went on in. By default a warning
+    upload      whether `push_to_hub` is done here; False where the caller adds to the model card first
     settings    the options of `kd train`, spelled with underscores; `cache`, `student` and `out` have no default
 
     Several caches are mixed by weights: `cache={"runs/a": 0.7, "runs/b": 0.3}`. Raises KdError before the first step where
@@ -137,15 +142,54 @@ def train(
     identity = run_identity(prepared, arguments.world_size)
     start = resume_point(config.folder, identity, resume=resume)
     checkpoint = start.checkpoint
+    repository = config.weights.push_to_hub if PartialState().is_main_process else None
+    if repository is not None:
+        prepare_repository(repository, private=config.weights.hub_private)
+    run_place = RunPlace(
+        config.folder, config.logging.rescue_folder, say=say, records=RECORDS, moves=arguments.world_size == 1
+    )
+    student, trainer = student_and_trainer(prepared, arguments, run_place=run_place, say=say, on_step=on_step)
+    steps = arguments.max_steps
+    scorings = None if midway is None else MidwayEvaluations(trainer, midway, student.model, prepared.tokenizer)
+    if scorings is not None:
+        trainer.add_callback(scorings)
+    PartialState().wait_for_everyone()  # each process has looked at the folder before one of them writes
+    if PartialState().is_main_process:
+        for sentence in start.sentences:
+            say(sentence)
+        with clear_write_errors(config.folder, "another --out"):
+            start_run(config.folder, identity, prepared.reader.manifest.fingerprint, checkpoint)
+    seconds = make_steps(trainer, checkpoint, steps, stoppable)
+    best = None if scorings is None else scorings.take_best()
+    result = replace(result_of(prepared, trainer, student, seconds), best_step=best)
+
+    def finish(folder: Path) -> None:
+        seal_run(folder)
+        document = run_document(prepared, identity, replace(result, out=str(folder)))
+        write_atomic(folder / CARD, render_card(document, ()))  # the command line adds scores
+        write_run(folder, document)
+
+    save_student(student, trainer, prepared, finish, say)
+    if repository is not None and upload:
+        upload_student(run_place.folder, repository)
+    return replace(result, out=str(run_place.folder))
+
+
+def student_and_trainer(
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    *,
+    run_place: RunPlace,
+    say: Callable[[str], object],
+    on_step: Callable[[StepRecord], None] | None,
+) -> tuple[Student, DistillationTrainer]:
+    """The student with its loss, and the Trainer that will make `arguments.max_steps` steps of it."""
+    config = prepared.config
     student = student_with_loss(prepared)
     multiple = config.batches.accumulate * arguments.world_size
     plan = prepared.plan(multiple)
     prepared.reader.announce(plan.batches)
-    steps = len(plan) // multiple
-    set_steps(arguments, config.optimization, steps)
-    run_place = RunPlace(
-        config.folder, config.logging.rescue_folder, say=say, records=RECORDS, moves=arguments.world_size == 1
-    )
+    set_steps(arguments, config.optimization, len(plan) // multiple)
     trainer = DistillationTrainer(
         model=student.trained,
         args=arguments,
@@ -158,25 +202,7 @@ def train(
         say=say,
         on_step=on_step,
     )
-    if midway is not None:
-        trainer.add_callback(MidwayEvaluations(trainer, midway, student.model, prepared.tokenizer))
-    PartialState().wait_for_everyone()  # each process has looked at the folder before one of them writes
-    if PartialState().is_main_process:
-        for sentence in start.sentences:
-            say(sentence)
-        with clear_write_errors(config.folder, "another --out"):
-            start_run(config.folder, identity, prepared.reader.manifest.fingerprint, checkpoint)
-    seconds = make_steps(trainer, checkpoint, steps, stoppable)
-    result = result_of(prepared, trainer, plan, student, steps, seconds)
-
-    def finish(folder: Path) -> None:
-        seal_run(folder)
-        document = run_document(prepared, identity, replace(result, out=str(folder)))
-        write_atomic(folder / CARD, render_card(document, ()))  # the command line adds scores
-        write_run(folder, document)
-
-    save_student(student, trainer, prepared.tokenizer, finish)
-    return replace(result, out=str(run_place.folder))
+    return student, trainer
 
 
 def run_identity(prepared: Prepared, world_size: int) -> dict[str, Any]:
@@ -219,16 +245,14 @@ def make_steps(trainer: DistillationTrainer, checkpoint: Path | None, steps: int
     return time.perf_counter() - started - trainer.paused
 
 
-def result_of(
-    prepared: Prepared, trainer: DistillationTrainer, plan: BatchPlan, student: Student, steps: int, seconds: float
-) -> TrainResult:
+def result_of(prepared: Prepared, trainer: DistillationTrainer, student: Student, seconds: float) -> TrainResult:
     """What the run reports, from its last line of the log."""
     # no line was logged where only the last checkpoint was left to write out
     last = trainer.last_record or read_steps(trainer.folder)[-1]
     turns, not_learned = prepared.turns or (None, None)
     return TrainResult(
         out=str(prepared.config.folder),
-        steps=steps,
+        steps=trainer.state.global_step,
         tokens=last.tokens,
         seconds=seconds,
         tokens_per_second=trainer.tokens_this_run / seconds,
@@ -240,7 +264,7 @@ def result_of(
         cache_fingerprint=prepared.reader.manifest.fingerprint,
         aligned_share=trainer.aligned_share,
         truncated=prepared.truncated,
-        padding_share=plan.padding_share,
+        padding_share=trainer.plan.padding_share,
         turns=turns,
         turns_not_learned=not_learned,
     )

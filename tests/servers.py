@@ -216,7 +216,7 @@ class Repository:
 
 
 class HubServer(Server):
-    """As much of the hub's interface as its client uses to make, fill, list and read a data set repository."""
+    """As much of the hub's interface as its client uses to make, fill, list and read a repository of data or of a model."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -237,7 +237,9 @@ class HubServer(Server):
             case "POST", ["api", "validate-yaml"]:
                 front = yaml.safe_load(json.loads(body)["content"].split("---")[1])
                 return reply(
-                    {"errors": [], "warnings": []} if "license" in front else {"errors": [{"message": "license"}]}
+                    {"errors": [], "warnings": []}
+                    if "license" in front or "library_name" in front
+                    else {"errors": [{"message": "license"}]}
                 )
             case "PUT", ["lfs", oid]:
                 if hashlib.sha256(body).hexdigest() != oid:
@@ -246,14 +248,14 @@ class HubServer(Server):
                 return Answer(200, {}, b"")
             case "GET" | "HEAD", ["blob", oid]:
                 return of_range(self.blobs[oid], headers.get("Range"))
-            case "POST", ["datasets", owner, name, "info", "lfs", "objects", "batch"]:
+            case "POST", [*_, owner, name, "info", "lfs", "objects", "batch"]:
                 upload = [
                     {"oid": o["oid"], "size": o["size"]}
                     | ({} if o["oid"] in self.blobs else {"actions": {"upload": {"href": f"{own}/lfs/{o['oid']}"}}})
                     for o in json.loads(body)["objects"]
                 ]
                 return reply({"transfer": "basic", "objects": upload})
-            case _, ["api", "datasets", owner, name, *rest]:
+            case _, ["api", "datasets" | "models", owner, name, *rest]:
                 repository = self.repositories.get(f"{owner}/{name}")
                 if repository is None:
                     return reply({"error": "no such repository"}, 404, {"X-Error-Code": "RepoNotFound"})

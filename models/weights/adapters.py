@@ -93,6 +93,8 @@ def merged(model: Any, adapter: Adapter) -> Any:
     """The model with the adapter merged into its weights; `model` itself is changed. Raises TeacherError."""
     with needed("peft", "an adapter", where=adapter.name, instead="a merged model"):
         import peft
+    from transformers.pytorch_utils import Conv1D
+
     folder = adapter.folder()
     _settings(folder, adapter.name), _weights(folder, adapter.name)
     _refuse_offloaded(model, adapter)
@@ -100,6 +102,8 @@ def merged(model: Any, adapter: Adapter) -> Any:
         config = peft.PeftConfig.from_pretrained(folder)
         _refuse_soft_prompts(config, adapter)
         config.base_model_name_or_path = None  # peft would warn that a copy of it has another name
+        if hasattr(config, "fan_in_fan_out"):  # GPT-2's layers; an adapter trained on quantised ones says otherwise
+            config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
         wrapped = peft.get_peft_model(model, config)
         stored = peft.load_peft_weights(str(folder), device="cpu")
         _refuse_other_weights(

@@ -41,14 +41,13 @@ from kd.models.tokenizer import Tokenizer, pad_token_id, refuse_unknown_ids, usa
 from kd.student_trainer.batches.compatibility import resolve_objective
 from kd.student_trainer.classify.classify_settings import ClassifyConfig
 from kd.student_trainer.classify.encoding import EncodedRows, PadBatch, encode_rows
-from kd.student_trainer.classify.pooling import merged_adapters
 from kd.student_trainer.classify.soft_labels import SoftLabelTrainer, read_classes
 from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.run_folder import METRICS, ClassifyRecord, append_step, write_classifier_run
 from kd.student_trainer.saving.rescue import RunPlace
-from kd.student_trainer.saving.whole_models import write_model
+from kd.student_trainer.saving.trained_weights import trained_weights
 
 
 @dataclass(frozen=True)
@@ -121,13 +120,22 @@ def train_classifier(
         rows_seen / seconds,
         records.last.loss,
     )
-    plain = merged_adapters(trained) if config.adapters.lora else model
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     tokenizer.model_max_length = config.inputs.max_length
+    weights = trained_weights(
+        model,
+        trained,
+        tokenizer,
+        config.adapters,
+        base=None if request.random_shape is not None else request.path,
+        request=request,
+        dtype=torch.float32,
+        say=warnings.warn,
+    )
 
     def write(folder: Path) -> ClassifyResult:
         written = replace(result, out=str(folder))
-        write_model(folder, plain, tokenizer)
+        weights.write(folder)
         _write_run(config, labelled, folder, written)
         return written
 
@@ -162,10 +170,9 @@ def _request(config: ClassifyConfig) -> ModelRequest:
 
 
 def _with_adapters(model: Any, config: ClassifyConfig) -> Any:
-    lora = config.adapters.lora
-    if not lora:
+    if not config.adapters.lora:
         return model
-    return with_adapters(model, lora, config.adapters.lora_targets, task_type="SEQ_CLS", saved=[HEAD])
+    return with_adapters(model, config.adapters, task_type="SEQ_CLS", saved=[HEAD])
 
 
 def _parameter_counts(model: Any) -> tuple[int, int]:

@@ -1,8 +1,7 @@
-"""The states that classification heads read, and classifiers with their adapters merged in."""
+"""The states that classification heads read, row by row."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -21,10 +20,3 @@ def pooled_states(backbone: Any, rows: EncodedRows, *, tokens_per_batch: int) ->
         last = last_states(backbone, {k: v.to(device) for k, v in batch.items()}, rows.pad_id)
         states[numbers] = last.float().cpu()
     return states
-
-
-def merged_adapters(model: Any) -> Any:
-    """The plain model with its adapters merged into its weights."""
-    with warnings.catch_warnings():  # peft warns of tied weights in configurations that have none
-        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-        return model.merge_and_unload()

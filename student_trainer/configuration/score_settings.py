@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kd.common.errors import DataError
 from kd.common.settings import check, setting
 
 
@@ -33,6 +34,12 @@ class ScoreSettings:
     """Number of examples of each of --eval-tasks to use: the first N."""
     eval_task_root: Path | None = setting(None, metavar="DIR")
     """Folder with DIR/TASK/SPLIT.jsonl for --eval-tasks, instead of the hub."""
+    keep_best: str | None = setting(None, metavar="TASK[.METRIC]")
+    """Figure of --eval-tasks by which the weights are chosen that the run ends with, e.g. perplexity or choices.accuracy. By
+    default the last weights."""
+    early_stop: int | None = setting(None, metavar="N", minimum=1)
+    """End the training after N scorings in a row without a better figure of --keep-best, by default that of the first task. The
+    run ends with the weights of the best scoring."""
     eval_protocol: Literal["nanogpt", "harness"] = "nanogpt"
     """Protocol of hellaswag."""
     allow_contaminated: bool = False
@@ -40,6 +47,26 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        chosen = self.best_task
+        if chosen is not None and chosen not in self.eval_tasks:
+            raise DataError(
+                "the weights are chosen by a task that is scored while the student learns",
+                found=f"--keep-best {self.keep_best}" if self.keep_best else f"--early-stop {self.early_stop}",
+                expected=f"one of {', '.join(self.eval_tasks)}" if self.eval_tasks else "--eval-tasks",
+                try_="--eval-tasks perplexity --eval-data …, and --keep-best perplexity",
+            )
+
+    @property
+    def best_task(self) -> str | None:
+        """Task whose figure chooses the weights or ends the training; None where the last weights of all steps are wanted."""
+        if self.keep_best is not None:
+            return self.keep_best.partition(".")[0]
+        return None if self.early_stop is None else next(iter(self.eval_tasks), "")
+
+    @property
+    def best_metric(self) -> str | None:
+        """Metric of that task; None is its first."""
+        return (self.keep_best or "").partition(".")[2] or None
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.weighted_caches import as_caches
+from kd.common.errors import DataError
 from kd.common.paths import as_path
 from kd.common.setting_values import as_text
 from kd.common.settings import check, flat, make, setting
 from kd.student_trainer.configuration.learning_settings import CacheSettings, LossSettings, TextSettings
-from kd.student_trainer.configuration.model_settings import LoraSettings, StudentSettings
+from kd.student_trainer.configuration.model_settings import LoraSettings, OutputSettings, StudentSettings
 from kd.student_trainer.configuration.step_settings import BatchSettings, LogSettings, OptimizerSettings
 
 
@@ -36,12 +37,19 @@ class TrainConfig:
     batches: BatchSettings = field(default_factory=BatchSettings)
     optimization: OptimizerSettings = field(default_factory=OptimizerSettings)
     adapters: LoraSettings = field(default_factory=LoraSettings)
+    weights: OutputSettings = field(default_factory=OutputSettings)
     logging: LogSettings = field(default_factory=LogSettings)
     seed: int = setting(0, minimum=0)
     """Seed of the order of examples, of dropout, and of random weights."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.model.load_in_4bit and self.adapters.lora is None:
+            raise DataError(
+                "weights in 4 bits cannot be trained themselves",
+                found="--load-in-4bit without --lora",
+                try_="--lora R, such as --lora 16: adapters on the quantised weights",
+            )
 
     @property
     def folder(self) -> Path:
@@ -54,7 +62,9 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued: everything but where and how often to write."""
-        return {name: value for name, value in self.saved().items() if name not in FREE}
+        return {
+            name: value for name, value in self.saved().items() if name not in FREE and ADDED.get(name, ...) != value
+        }
 
 
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:
@@ -65,5 +75,21 @@ def config_from(settings: Mapping[str, Any]) -> TrainConfig:
     return make(TrainConfig, given)
 
 
-FREE = ("out", "cache", "cache_bytes", "save_every", "log_every", "rescue_dir", "report_to", "device")
+FREE = (
+    "out",
+    "cache",
+    "cache_bytes",
+    "save_every",
+    "log_every",
+    "rescue_dir",
+    "report_to",
+    "device",
+    "lora_save",
+    "save_dtype",
+    "push_to_hub",
+    "hub_private",
+)
 """Settings that a resumed run may change; of the cache, the fingerprint must be equal instead."""
+ADDED = {"load_in_4bit": False}
+"""Settings that earlier releases did not have -> the value that means what those did. At it they are not named in the identity,
+so that runs which an earlier release began are continued. A setting whose default is None needs no entry."""

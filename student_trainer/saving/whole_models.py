@@ -10,6 +10,8 @@ from typing import Any
 from kd.common.disk.disk_errors import is_size_limit
 from kd.common.files import process_tag, sync_file
 
+ADAPTER_FOLDER = "adapter"
+"""Folder of the adapters of a run that keeps them beside the merged model."""
 PART_OF_LIMIT = 0.9
 """Largest file of weights as a share of the size that files may have: the header needs room too."""
 

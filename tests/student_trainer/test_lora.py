@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_families import CAUSAL, causal_model, encoder_decoder, wrapped_model
 
-from kd.student_trainer.configuration.model_settings import LORA_TARGETS
+from kd.student_trainer.configuration.model_settings import LORA_TARGETS, LoraSettings
 from kd.student_trainer.lora import default_targets, with_adapters
 
 pytest.importorskip("peft")
@@ -19,7 +19,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 def adapted(model: Any, task_type: str) -> Any:
     """The model with adapters that change something from the start."""
-    peft = with_adapters(model, 4, None, task_type=task_type)
+    peft = with_adapters(model, LoraSettings(lora=4), task_type=task_type)
     torch.manual_seed(1)
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:

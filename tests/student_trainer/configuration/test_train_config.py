@@ -180,11 +180,24 @@ def test_saved_settings_make_the_same_configuration() -> None:
     assert made.saved().keys() == flat(made).keys()
 
 
+ADAPTED: dict[str, Any] = {"lora": 2}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "lora_alpha": ADAPTED,
+    "lora_dropout": ADAPTED,
+    "lora_targets": ADAPTED,
+    "lora_save": ADAPTED,
+    "load_in_4bit": ADAPTED,
+    "hub_private": {"push_to_hub": "a/b"},
+}
+"""Settings that are refused alone -> what they go with."""
+
+
 @pytest.mark.parametrize("name", module.FREE)
 def test_where_and_how_often_to_write_is_no_part_of_a_run_s_identity(name: str) -> None:
-    other = {"save_every": 3, "log_every": 3, "cache_bytes": 9}.get(name, "cpu")
-    assert config(**{name: other}).saved() != config().saved()
-    assert config(**{name: other}).identity() == config().identity()
+    together = TOGETHER.get(name, {})
+    other = {"device": "cpu", "cache": "other"}.get(name) or another(name)
+    assert config(**together, **{name: other}).saved() != config(**together).saved()
+    assert config(**together, **{name: other}).identity() == config(**together).identity()
 
 
 def another(name: str) -> Any:
@@ -203,7 +216,8 @@ def another(name: str) -> Any:
 
 @pytest.mark.parametrize("name", sorted(settings_of(TrainConfig).keys() - {*module.FREE}))
 def test_every_other_setting_is_part_of_a_run_s_identity(name: str) -> None:
-    assert config(**{name: another(name)}).identity() != config().identity()
+    together = TOGETHER.get(name, {})
+    assert config(**together, **{name: another(name)}).identity() != config(**together).identity()
 
 
 def test_a_run_of_the_first_release_has_the_identity_it_had() -> None:
