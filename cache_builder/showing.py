@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kd.cache_builder.look.cache_view import CacheView, view_cache
+from kd.cache_builder.look.compared_view import compare_caches
 from kd.cache_builder.look.show_settings import ShowSettings
 from kd.cache_builder.look.view_page import write_view_page
 from kd.cache_builder.opening import open_cache
@@ -41,10 +42,19 @@ def show_steps(
     cache: str | os.PathLike[str] | CacheReader, example: int | None, settings: ShowSettings
 ) -> Iterator[Progress[CacheView]]:
     """Look into a cache and write the page that the settings ask for; the last record carries what was found."""
-    reader = cache if isinstance(cache, CacheReader) else open_cache(cache)
-    if not isinstance(reader, CacheReader):
-        raise DataError("several caches are read as one here", where=reader.root, try_="one of them")
-    for step in view_cache(reader, example, settings):
+    reader = _one_cache(cache)
+    if settings.compare is None:
+        steps = view_cache(reader, example, settings)
+    else:
+        steps = compare_caches(reader, _one_cache(settings.compare), example, settings)
+    for step in steps:
         if step.result is not None and settings.html is not None:
             write_view_page(step.result, settings.html)
         yield step
+
+
+def _one_cache(cache: str | os.PathLike[str] | CacheReader) -> CacheReader:
+    reader = cache if isinstance(cache, CacheReader) else open_cache(cache)
+    if not isinstance(reader, CacheReader):
+        raise DataError("several caches are read as one here", where=reader.root, try_="one of them")
+    return reader

@@ -8,6 +8,9 @@ from pathlib import Path
 from kd.common.errors import DataError
 from kd.common.settings import check, setting
 
+QUESTION_NAMES = ("uncertain", "surprising", "search", "compare")
+"""Settings that ask for something; one of them at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShowSettings:
@@ -24,13 +27,15 @@ class ShowSettings:
     search: str | None = setting(None, metavar="TEXT")
     """Find the examples whose text holds TEXT, upper and lower case alike."""
     limit: int = setting(20, minimum=1, metavar="N")
-    """Most examples that --search lists. All are counted."""
+    """Most examples that --search lists, and most tokens that --compare does."""
+    compare: str | None = setting(None, metavar="CACHE")
+    """Find the tokens at which the teacher of another cache of the same text disagrees most, as many as --limit says."""
     html: Path | None = setting(None, metavar="FILE")
     """Write what is shown as one HTML page, which needs no network."""
 
     def __post_init__(self) -> None:
         check(self)
-        asked = [name for name in ("uncertain", "surprising", "search") if getattr(self, name) is not None]
+        asked = [name for name in QUESTION_NAMES if getattr(self, name) is not None]
         if len(asked) > 1:
             raise DataError(
                 "one question at a time",
@@ -49,4 +54,4 @@ class ShowSettings:
     @property
     def question(self) -> str | None:
         """What is looked for; None where an example is shown."""
-        return next((n for n in ("uncertain", "surprising", "search") if getattr(self, n) is not None), None)
+        return next((name for name in QUESTION_NAMES if getattr(self, name) is not None), None)

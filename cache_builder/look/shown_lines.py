@@ -6,7 +6,8 @@ Shade 0 is plain. In a pipe the pieces are printed one after another, and the te
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from kd.cache_builder.look.example_view import ExampleView
 from kd.cache_builder.look.token_views import Candidate, TokenView
@@ -19,7 +20,7 @@ FIRST_VIEW_TOKENS = 150
 """Tokens that the first view of a cache shows."""
 BAR = 20
 """Characters of the bar of a probability of 1."""
-QUESTIONS = {"uncertain": "most uncertain", "surprising": "least expected"}
+QUESTIONS = {"uncertain": "most uncertain", "surprising": "least expected", "compare": "where they differ"}
 """Question -> what the tokens that answer it are."""
 
 
@@ -43,6 +44,8 @@ def pieces_of(view: ViewedCache, *, shaded: bool) -> Iterator[Piece]:
     elif view.question == "search":
         yield f"\n{view.total:,} examples hold the text; {len(view.found)} of them:\n", 0
         yield from ((f"  {found.example:>8,}  {_around(found)}\n", 0) for found in view.found)
+    elif view.compared is not None:
+        yield from ((line, 0) for line in _compared_lines(view, view.compared))
     else:
         yield from _found(view)
     if view.first_view:
@@ -146,6 +149,23 @@ def _found(view: ViewedCache) -> Iterator[Piece]:
         yield f"\n  example {found.example:,}, token {token.number:,}: {_around(found)}\n", 0
         yield f"    entropy {entropy_words(token)}; {said_of(token)[1][1]}\n", 0
         yield f"    {_likely(token.top)}\n", 0
+
+
+def _compared_lines(view: ViewedCache, other: Mapping[str, Any]) -> Iterator[str]:
+    names = str(view.facts["teacher"]), str(other["teacher"])
+    yield f"\ncompared with {other['path']}: {names[1]}\n"
+    yield f"{other['rows']:,} rows are in both, with a divergence (JSD, at least) of {other['mean']:.4f} nats on average\n"
+    if other["left_out"]:
+        yield f"{other['left_out']:,} rows are left out: the other cache does not have their examples\n"
+    yield f"\nThe {len(view.found)} tokens where they differ most:\n"
+    wide = max(map(len, names))
+    for found in view.found:
+        assert found.token is not None
+        assert found.other is not None
+        yield f"\n  example {found.example:,}, token {found.token.number:,}: {_around(found)}\n"
+        yield f"    {found.divergence:.4f} nats\n"
+        for name, token in zip(names, (found.token, found.other), strict=True):
+            yield f"    {name:<{wide}}  rank {token.rank:,}; {_likely(token.top)}\n"
 
 
 def _likely(candidates: Sequence[Candidate]) -> str:

@@ -61,10 +61,18 @@ class Passage:
     """Numbers of the tokens, counted through all parts, that are marked."""
 
 
-def render_token_page(title: str, intro_lines: Sequence[str], passages: Sequence[Passage], *, legend: str) -> str:
+def render_token_page(
+    title: str,
+    intro_lines: Sequence[str],
+    passages: Sequence[Passage],
+    *,
+    legend: str,
+    edges: Sequence[float] = LEVEL_EDGES,
+) -> str:
     """The whole document.
 
     legend   what the shades mean, before the list of their edges
+    edges    where each shade begins
     """
     numbered: list[PageToken] = []
     bodies = [_passage(one, numbered) for one in passages]
@@ -74,7 +82,7 @@ def render_token_page(title: str, intro_lines: Sequence[str], passages: Sequence
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     values = {
         "title": _text(title),
-        "intro": "\n".join([*intro, _legend(legend)]),
+        "intro": "\n".join([*intro, _legend(legend, edges)]),
         "passages": "\n".join(bodies),
         "data": _json([_document(token) for token in numbered]),
         "script": script,
@@ -84,10 +92,10 @@ def render_token_page(title: str, intro_lines: Sequence[str], passages: Sequence
     return re.sub("%%([a-z_]+)%%", lambda match: values[match[1]], page)
 
 
-def _legend(words: str) -> str:
-    edges = "".join(f' <span class="l{level}">{edge:g}+</span>' for level, edge in enumerate(LEVEL_EDGES, 1))
+def _legend(words: str, edges: Sequence[float]) -> str:
+    shades = "".join(f' <span class="l{level}">{edge:g}+</span>' for level, edge in enumerate(edges, 1))
     keys = "Hover or touch a token; with a keyboard, Tab to the text and then the arrow keys."
-    return f'<p class="soft legend">{_text(words)}{edges}. {keys}</p>'
+    return f'<p class="soft legend">{_text(words)}{shades}. {keys}</p>'
 
 
 def _passage(passage: Passage, numbered: list[PageToken]) -> str:

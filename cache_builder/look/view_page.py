@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from pathlib import Path
 
 from kd.cache_builder.look.shown_lines import QUESTIONS, level_of, quoted, said_of
@@ -12,6 +13,11 @@ from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.files import write_atomic
 from kd.common.shown_text import public_place
 
+DIVERGENCE_EDGES = (0.01, 0.03, 0.08, 0.15, 0.3, 0.5)
+"""Nats of a divergence at which a token gets the next darker shade; the largest possible one is ln 2 = 0.693."""
+COMPARED_LEGEND = (
+    "Each token is shaded by the divergence of the two teachers (Jensen and Shannon's), at least, in nats:"
+)
 LEGEND = "Each token is shaded by the entropy of the teacher's distribution, at least, in nats:"
 
 
@@ -28,6 +34,16 @@ def view_page(view: ViewedCache) -> str:
         f"{named['examples']:,} examples, {named['rows']:,} rows, profile {named['profile']}, from {public_place(view.place)}."
     ]
     title = f"{named['teacher']} over {named['text']}"
+    if view.compared is not None:
+        other = view.compared
+        intro.append(
+            f"{other['rows']:,} rows are in both caches; their divergence is {other['mean']:.4f} nats on average."
+        )
+        if other["left_out"]:
+            intro.append(f"{other['left_out']:,} rows are left out: the other cache does not have their examples.")
+        title = f"{named['teacher']} and {other['teacher']} over {named['text']}"
+        lines = [*intro, *view.notes]
+        return render_token_page(title, lines, _passages(view), legend=COMPARED_LEGEND, edges=DIVERGENCE_EDGES)
     return render_token_page(title, [*intro, *view.notes], _passages(view), legend=LEGEND)
 
 
@@ -58,7 +74,19 @@ def _found(view: ViewedCache, found: FoundView) -> Passage:
     if found.token is None:
         return Passage(heading, [("", f"…{found.before}{found.text}{found.after}…", ())])
     title = f"{heading}, token {found.token.number}: {QUESTIONS.get(view.question or '', '')}"
-    tokens = [page_token(token) for token in found.around]
+    tokens = _compared(view, found) if view.compared else [page_token(token) for token in found.around]
     place = found.token.number - found.around[0].number
     before = [("", found.before, ())] if place == 0 and found.before else []
     return Passage(title, [*before, ("", "".join(t.text for t in tokens), tokens)], {place})
+
+
+def _compared(view: ViewedCache, found: FoundView) -> list[PageToken]:
+    """The tokens around a found one with what both teachers say."""
+    assert view.compared is not None
+    names = str(view.facts["teacher"]), str(view.compared["teacher"])
+    tokens = []
+    for mine, other, nats in zip(found.around, found.around_other, found.divergences, strict=True):
+        sides = [side_of(token, name) for token, name in zip((mine, other), names, strict=True)]
+        heading = f"token {mine.number}: {quoted(mine.piece)}, {nats:.4f} nats apart"
+        tokens.append(PageToken(mine.text, bisect_right(DIVERGENCE_EDGES, nats), heading, sides))
+    return tokens

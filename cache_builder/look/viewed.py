@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,25 @@ class FoundView:
     """None for a text that was searched for."""
     around: Sequence[TokenView] = ()
     """The token among those around it."""
+    other: TokenView | None = None
+    """The same token in the cache that is compared with; None where there is none."""
+    around_other: Sequence[TokenView] = ()
+    divergences: Sequence[float] = ()
+    """Of the tokens around it, in nats, see `two_teachers`."""
+
+    @property
+    def divergence(self) -> float | None:
+        """Of the token itself; None where nothing is compared."""
+        if self.token is None or not self.divergences:
+            return None
+        return self.divergences[self.token.number - self.around[0].number]
 
     @property
     def document(self) -> dict[str, Any]:
         """As `kd cache show --json` prints it."""
         own = {name: getattr(self, name) for name in ("example", "id", "before", "text", "after")}
-        return own | ({} if self.token is None else {"token": self.token.document})
+        compared = {} if self.other is None else {"other": self.other.document, "divergence": self.divergence}
+        return own | ({} if self.token is None else {"token": self.token.document}) | compared
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,15 @@ class ViewedCache:
     picked: Sequence[TokenView] = ()
     """The tokens of the example that are shown in detail."""
     question: str | None = None
-    """`uncertain`, `surprising` or `search`; None where an example is shown."""
+    """`uncertain`, `surprising`, `search` or `compare`; None where an example is shown."""
     found: Sequence[FoundView] = ()
     total: int = 0
     """How much was looked through: rows, or examples that hold the text."""
     first_view: bool = False
     """Whether neither an example nor a question was named."""
+    compared: Mapping[str, Any] | None = None
+    """The cache that was compared with: its path and teacher, and of the rows that both have their number (`rows`) and mean
+    divergence in nats (`mean`); `left_out`: rows whose example it does not have."""
 
     @property
     def document(self) -> dict[str, Any]:
@@ -64,4 +80,5 @@ class ViewedCache:
             "question": self.question,
             "found": [one.document for one in self.found],
             "total": self.total,
+            "compared": None if self.compared is None else dict(self.compared),
         }

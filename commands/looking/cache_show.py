@@ -20,7 +20,7 @@ def cache_show(path: str, example: int | None, settings: ShowSettings, as_json: 
     """Show a cached text with every token shaded by the teacher's entropy, and what the teacher said of some tokens.
 
     CACHE is a path, a URL or the beginning of a fingerprint, EXAMPLE a number from 0. Without EXAMPLE the first one is
-    shown, or the whole cache is asked: --uncertain, --surprising, --search.
+    shown, or the whole cache is asked: --uncertain, --surprising, --search, --compare.
 
     Example: kd cache show runs/cache 0 --token 5
     """
@@ -28,7 +28,7 @@ def cache_show(path: str, example: int | None, settings: ShowSettings, as_json: 
     from kd.cache_builder.showing import show_steps
 
     steps = show_steps(path, example, settings)
-    view = outcome("reading", steps) if example is None and settings.question else final(steps)
+    view = outcome("reading", steps) if settings.compare or (example is None and settings.question) else final(steps)
     if as_json:
         emit_json(view.document)
         return

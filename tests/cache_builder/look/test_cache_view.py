@@ -12,7 +12,7 @@ from kd.cache_builder.showing import show_cache
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError
 
-KEYS = {"cache", "notes", "example", "picked", "question", "found", "total"}
+KEYS = {"cache", "notes", "example", "picked", "question", "found", "total", "compared"}
 TOKEN_KEYS = (
     *("token", "text", "id", "piece", "entropy_at_least", "entropy_at_most", "logprob", "probability", "rank"),
     *("is_bound", "kept", "tail_mass", "top", "draws"),
