@@ -263,10 +263,10 @@ def case_student(work: Path, tokens: int, loss: str = "kl") -> dict[str, float]:
     )
     data = CachedExamples(reader)
     memory, clock, count = Memory(), None, 0
-    for number, examples in enumerate(plan.batches):
+    for number, planned in enumerate(plan):
         if number == 1:
             clock = Clock()
-        batch = collate(data.__getitems__(list(examples)))
+        batch = collate(data.__getitems__(list(planned.examples)))
         for name in ("units", "aligned_bytes"):
             batch.pop(name, None)
         outputs = model(**batch)

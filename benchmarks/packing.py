@@ -52,8 +52,8 @@ class Contender:
         self.reader, self.seconds, self.rows = reader, 0.0, 0
 
     def steps(self, model: Any) -> Iterator[None]:
-        for batch in self.plan.batches:
-            tensors = self.collator(self.reader.read(batch))
+        for batch in self.plan:
+            tensors = self.collator(self.reader.read(batch.examples))
             started = time.process_time()
             model(**tensors)["loss"].backward()
             self.seconds += time.process_time() - started
@@ -87,7 +87,7 @@ def main() -> None:
         for c in contenders:
             speed = c.rows / c.seconds
             ratio = speed / (contenders[0].rows / contenders[0].seconds)
-            per_batch = sum(map(len, c.plan.batches)) / len(c.plan)
+            per_batch = sum(len(batch.examples) for batch in c.plan) / len(c.plan)
             print(f"{name:<24}{c.name:<14}{per_batch:>9.1f}{c.plan.padding_share:>9.3f}{speed:>10,.0f}{ratio:>7.2f}")
 
 

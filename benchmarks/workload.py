@@ -239,8 +239,8 @@ class CachedStudent:
         reader = CacheReader(self.cache)
         data = CachedExamples(reader)
         lengths, _ = reader.lengths()
-        for examples in plan_batches(reader, lengths, seed=0, count=count, tokens_per_batch=batch_tokens).batches:
-            batch = self.collate(data.__getitems__(list(examples)))
+        for planned in plan_batches(reader, lengths, seed=0, count=count, tokens_per_batch=batch_tokens):
+            batch = self.collate(data.__getitems__(list(planned.examples)))
             units, _ = batch.pop("units", None), batch.pop("aligned_bytes", None)
             if units is not None:
                 batch["kd_scale"] = len(batch["gold_ids"]) / units

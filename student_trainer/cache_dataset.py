@@ -11,8 +11,9 @@ The batches are those of `kd.train` with the same settings, in the same order; o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from kd.common.setting_fields import settings_of
 from kd.models.families.text_model import text_config
 from kd.models.loading import load_config, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer, load_tokenizer
-from kd.student_trainer.batches.batch_plan import BatchPlan
+from kd.student_trainer.batches.batch_plan import FORWARD, BatchPlan
 from kd.student_trainer.batches.compatibility import needed_arrays
 from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.configuration.model_settings import StudentSettings
@@ -36,6 +37,8 @@ from kd.student_trainer.loss_functions import LossParts, chunked_distillation_lo
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.prepare import prepare, student_request
 
+NOT_READ = -FORWARD
+"""In place of the number of a batch: nothing was read."""
 MODEL_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 """Tensors of a batch that the student reads; all others are targets."""
 SETTINGS = tuple(
@@ -102,12 +105,16 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         """Number of the student's logits that count."""
         self.fingerprint = self._prepared.reader.manifest.fingerprint
         """Fingerprint of the cache."""
+        self._step = world_size
+        """Micro-batches of which a step of all processes is made; after `load_state_dict`, as many as when the state was taken."""
         self.position = 0
         """Batches of this pass that are done: that the loop over the dataset handed out, or that a loaded state names."""
         self._first = 0
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._pass: _Pass | None = None
+        self._next = NOT_READ
+        """Number of the batch after the one that was read last."""
 
     def __repr__(self) -> str:
         loss = self._prepared.config.objective.loss
@@ -140,8 +147,12 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         """The batch of this number in a pass."""
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of {len(self)}")
-        examples = self._planned.plan.batches[number * self.world_size + self.rank]
-        return self._prepared.collator(self._reader.read(examples))
+        plan = self._planned.plan
+        if not self._next <= number < self._next + FORWARD:
+            own = islice(plan.walk(number * self.world_size), self.rank, None, self.world_size)
+            self._reader.announce(batch.examples for batch in own)
+        self._next = number + 1
+        return self._prepared.collator(self._reader.read(plan[number * self.world_size + self.rank].examples))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The batches of a pass in order, read ahead on a thread; after `load_state_dict`, those that are left of it."""
@@ -191,28 +202,66 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         A `DataLoader` reads ahead, so the position of a loop over one is the loop's own count.
         """
         position = self.position if position is None else position
-        return {"epoch": self.epoch, "position": position, "batches": self._planned.digest}
+        planned = self._planned
+        return {"epoch": self.epoch, "position": position, "world_size": self.world_size} | {
+            "step": self._step,
+            "batches": planned.digest,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next pass continue where `state` was taken. Raises CacheMismatchError for a state of other batches."""
-        before = self.epoch
+        """Let the next pass continue where `state` was taken. Raises CacheMismatchError for a state of other batches.
+
+        Another number of processes may continue it, if it divides the number that the pass was begun with: loops that add up
+        the gradients of so many more batches make the same steps.
+        """
+        before = self.epoch, self._step
+        world, self._step = int(state.get("world_size", self.world_size)), int(state.get("step", self.world_size))
         self._epoch.fill_(int(state["epoch"]))
-        digest = self._planned.digest
-        if digest != state["batches"]:
-            self._epoch.fill_(before)
+        try:
+            done = int(state["position"]) * world
+            self._refuse_other_batches(state, done)
+        except CacheMismatchError:
+            self._epoch.fill_(before[0])
+            self._step = before[1]
+            raise
+        self.position = self._first = done // self.world_size
+
+    def _refuse_other_batches(self, state: Mapping[str, Any], done: int) -> None:
+        """Raise CacheMismatchError for a state that does not continue here, after `done` micro-batches of all processes."""
+        headline, where = "the state to continue belongs to other batches", self._reader.root
+        if self._step % self.world_size or done % self.world_size:
             raise CacheMismatchError(
-                "the state to continue belongs to other batches",
-                where=self._reader.root,
+                headline,
+                where=where,
+                found=f"steps of {self._step} batches, {done} of which are done",
+                expected=f"numbers that {self.world_size} processes can share",
+                try_=f"{self._step} processes, or a number that divides it",
+            )
+        planned = self._planned
+        if "step" not in state:  # of a release that laid out all batches
+            if planned.plan.layout != "window":
+                raise CacheMismatchError(
+                    headline,
+                    where=where,
+                    found="a state of an earlier release, in which larger caches had another order of examples",
+                    try_="a new pass",
+                )
+            expected = planned.old_digest(self.fingerprint, self.world_size, self.objective)
+        else:
+            expected = planned.digest
+        if expected != state["batches"]:
+            raise CacheMismatchError(
+                headline,
+                where=where,
                 found=state["batches"],
-                expected=digest,
+                expected=expected,
                 try_="the same cache, student, settings and number of processes as before",
             )
-        self.position = self._first = int(state["position"])
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs; it opens the cache by itself."""
         parts: dict[str, Any] = {"reader": None, "tokenizer": None, "model_config": None}
-        return vars(self) | {"_prepared": replace(self._prepared, **parts), "_open_reader": None}
+        return vars(self) | {"_prepared": replace(self._prepared, **parts), "_open_reader": None, "_next": NOT_READ}
 
     @property
     def _reader(self) -> Reader:
@@ -227,27 +276,23 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
                     expected=self.fingerprint,
                 )
             reader.keep(needed_arrays(self.objective, reader.manifest))
-            if self._pass is not None:
-                reader.announce(self._own_batches(self._pass.plan))
             self._open_reader = reader
+            if self._pass is not None:  # in a process that loads batches
+                self._pass = replace(self._pass, plan=self._pass.plan.of(reader))
         return self._open_reader
 
     @property
     def _planned(self) -> _Pass:
         """The pass that begins with the epoch that is set."""
-        if self._pass is None or self._pass.epoch != self.epoch:
-            epoch = self.epoch
-            plan = replace(self._prepared, reader=self._reader).plan(self.world_size, first_epoch=epoch)
-            if self._pass is None:
-                self._reader.announce(self._own_batches(plan))
-            else:  # a reader takes one order
-                self._open_reader = None
-            known = (self.fingerprint, self.world_size, self.objective, plan.batches)
-            self._pass = _Pass(epoch, plan, hashlib.sha256(repr(known).encode()).hexdigest()[:16])
+        reader = self._reader
+        if self._pass is None or (self._pass.epoch, self._pass.step) != (self.epoch, self._step):
+            plan = replace(self._prepared, reader=reader).plan(self._step, first_epoch=self.epoch)
+            own_text = None if self._prepared.collator.text is None else self._prepared.sizes.tobytes()
+            part = None if reader.part is None else tuple(reader.part.shards)
+            known = self.fingerprint, self.objective, self._prepared.collator.start_ids, plan.settings, part, own_text
+            self._next = NOT_READ
+            self._pass = _Pass(self.epoch, self._step, plan, hashlib.sha256(repr(known).encode()).hexdigest()[:16])
         return self._pass
-
-    def _own_batches(self, plan: BatchPlan) -> Sequence[Sequence[int]]:
-        return plan.batches[self.rank :: self.world_size]
 
 
 class PassSampler(Sampler[int]):
@@ -269,10 +314,17 @@ class _Pass:
 
     epoch: int
     """Its first epoch."""
+    step: int
+    """Micro-batches of a step of all processes."""
     plan: BatchPlan
     """Batches of all processes."""
     digest: str
     """Digest of everything that decides which batch comes when, and what is in it."""
+
+    def old_digest(self, fingerprint: str, world_size: int, objective: Objective) -> str:
+        """The digest of an earlier release, which lists all batches."""
+        known = fingerprint, world_size, objective, tuple(batch.examples for batch in self.plan)
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 def _only(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

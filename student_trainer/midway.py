@@ -70,8 +70,7 @@ def evaluation_steps(plan: BatchPlan, multiple: int, every: int | None) -> froze
     last = len(plan) // multiple
     if every is not None:
         return frozenset({0, *range(every, last, every), last})
-    ends = {-(-(i + 1) // multiple) for i in range(len(plan) - 1) if plan.epochs[i] != plan.epochs[i + 1]}
-    return frozenset({0, *ends, last})
+    return frozenset({0, *(-(-end // multiple) for end in plan.epoch_ends()), last})
 
 
 class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
@@ -132,8 +131,7 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
         if self.trainer.is_world_process_zero():
             with undisturbed(self.model):
                 scores = self.midway.score(self._whole(), self.tokenizer)
-            plan = self.trainer.plan.batches[: step * self.multiple]
-            epoch = sum(map(len, plan)) / len(self.trainer.example_rows)
+            epoch = self.trainer.plan.examples_before(step * self.multiple) / len(self.trainer.example_rows)
             record = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - started, **scores}
             self.trainer.run_place.write(partial(append_evaluation, record=record))
             if self.best is not None and self.best.add(record):

@@ -260,19 +260,48 @@ def resume_point(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> 
 
 
 def refuse_other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise CacheMismatchError where a run has other settings than when it was started."""
+    """Raise CacheMismatchError where a run has other settings than when it was started.
+
+    Processes and accumulation may change places: as many micro-batches make a step.
+    """
+    if "order" in now and "order" not in before and "cache" in before:
+        raise CacheMismatchError(
+            "the run to continue was begun by a release that read large caches in another order",
+            where=folder,
+            found="a checkpoint in the middle of that order",
+            try_="another --out, or the release that began it",
+        )
+    same_step = _step_batches(before) is not None and _step_batches(before) == _step_batches(now)
     differing = {
         f"differs {name}": f"now {now.get(name)}, before {before.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and not (same_step and name in STEP)
     }
     if differing:
         raise CacheMismatchError(
             "the run to continue has other settings",
             where=folder,
             **differing,
-            try_="the same options, or another --out",
+            try_=_same_step(before, now) or "the same options, or another --out",
         )
+
+
+STEP = ("accumulate", "world_size")
+"""Entries of a run's identity whose product is the number of micro-batches of a step."""
+
+
+def _step_batches(identity: Mapping[str, Any]) -> int | None:
+    """Micro-batches of a step over all processes; None for runs of another kind."""
+    accumulate, processes = (identity.get(name) for name in STEP)
+    return accumulate * processes if isinstance(accumulate, int) and isinstance(processes, int) else None
+
+
+def _same_step(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What makes the steps of a run with another number of processes, where that is possible."""
+    batches, processes = _step_batches(before), now.get("world_size")
+    if batches is None or not processes or processes == before.get("world_size") or batches % processes:
+        return None
+    return f"--accumulate {batches // processes}: as many micro-batches to a step as before"
 
 
 def start_run(folder: Path, identity: Mapping[str, Any], fingerprint: str, checkpoint: Path | None) -> None:

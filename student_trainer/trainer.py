@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from kd.models.batching.padded_batches import on_device
 from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches
 from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.head import forward_arguments
-from kd.student_trainer.run_folder import RECORDS, StepRecord, append_step
+from kd.student_trainer.run_folder import RECORDS, StepRecord, append_step, read_steps
 from kd.student_trainer.saving.checkpoints import (
     KEPT,
     checkpoints_of,
@@ -51,6 +52,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self,
         *,
         plan: BatchPlan,
+        done: int,
         example_rows: np.ndarray,
         has_kd: bool,
         run_place: RunPlace,
@@ -62,8 +64,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # losses come normalised by the whole step's positions
         self.loss_is_scaled_for_ga = True
         self.plan = plan
+        self.done = done
+        """Micro-batches before the checkpoint that the run continues from."""
         self.example_rows = example_rows
         """[E] scored positions of each example"""
+        self.rows = int(example_rows.sum())
+        """Scored positions of all examples."""
         self.has_kd = has_kd
         self.run_place = run_place
         """Where the run writes."""
@@ -89,7 +95,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """The plan's batches, each decoded as a whole."""
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=PlannedBatches(self.plan),
+            batch_sampler=PlannedBatches(self.plan, self.done),
             collate_fn=self._collated,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -178,7 +184,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return StepRecord(
             step=self.state.global_step,
             steps_total=self.state.max_steps,
-            epoch=self.tokens_seen / int(self.example_rows.sum()),
+            epoch=self.tokens_seen / self.rows,
             loss=loss,
             kd=kd / max(units, 1.0) if self.has_kd else None,
             ce=ce / count,
@@ -281,10 +287,19 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         done = state.global_step * args.gradient_accumulation_steps * args.world_size
-        plan = self.trainer.plan
-        rows = self.trainer.example_rows
-        self.trainer._tokens_before = int(sum(rows[list(batch)].sum() for batch in plan.batches[:done]))
+        assert done == self.trainer.done  # or the loader would hand out empty batches, or the same ones again
+        self.trainer._tokens_before = self._rows_of(done)
         self.trainer._mark = (state.global_step, time.perf_counter(), 0.0)
+
+    def _rows_of(self, done: int) -> int:
+        """Scored positions of the first `done` micro-batches: from the line of the log at the checkpoint, or else counted."""
+        if not done:
+            return 0
+        lines = read_steps(self.trainer.folder)
+        if lines and lines[-1].step == self.trainer.state.global_step:
+            return lines[-1].tokens
+        rows = self.trainer.example_rows
+        return int(sum(rows[list(batch.examples)].sum() for batch in islice(self.trainer.plan, done)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step >= state.max_steps or (control.should_save and args.save_strategy != "no"):

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from kd.student_trainer.run_folder import (
     start_run,
     write_run,
 )
+from kd.student_trainer.saving.checkpoints import step_of
 from kd.student_trainer.saving.hub_upload import prepare_repository, upload_student
 from kd.student_trainer.saving.rescue import RunPlace
 from kd.student_trainer.student_model import Student, save_student, student_with_loss
@@ -148,7 +150,9 @@ def train(
     run_place = RunPlace(
         config.folder, config.logging.rescue_folder, say=say, records=RECORDS, moves=arguments.world_size == 1
     )
-    student, trainer = student_and_trainer(prepared, arguments, run_place=run_place, say=say, on_step=on_step)
+    student, trainer = student_and_trainer(
+        prepared, arguments, checkpoint, run_place=run_place, say=say, on_step=on_step
+    )
     steps = arguments.max_steps
     scorings = None if midway is None else MidwayEvaluations(trainer, midway, student.model, prepared.tokenizer)
     if scorings is not None:
@@ -178,17 +182,20 @@ def train(
 def student_and_trainer(
     prepared: Prepared,
     arguments: TrainingArguments,
+    checkpoint: Path | None,
     *,
     run_place: RunPlace,
     say: Callable[[str], object],
     on_step: Callable[[StepRecord], None] | None,
 ) -> tuple[Student, DistillationTrainer]:
-    """The student with its loss, and the Trainer that will make `arguments.max_steps` steps of it."""
+    """The student with its loss, and the Trainer that will make `arguments.max_steps` steps of it, those after `checkpoint`."""
     config = prepared.config
     student = student_with_loss(prepared)
     multiple = config.batches.accumulate * arguments.world_size
     plan = prepared.plan(multiple)
-    prepared.reader.announce(plan.batches)
+    done = 0 if checkpoint is None else step_of(checkpoint) * multiple
+    read_here = islice(plan.walk(done), arguments.process_index, None, arguments.world_size)
+    prepared.reader.announce(batch.examples for batch in read_here)
     set_steps(arguments, config.optimization, len(plan) // multiple)
     trainer = DistillationTrainer(
         model=student.trained,
@@ -196,6 +203,7 @@ def student_and_trainer(
         train_dataset=CachedExamples(prepared.reader),
         data_collator=prepared.collator,
         plan=plan,
+        done=done,
         example_rows=prepared.rows,
         has_kd=config.objective.loss != "ce",
         run_place=run_place,
@@ -206,12 +214,17 @@ def student_and_trainer(
 
 
 def run_identity(prepared: Prepared, world_size: int) -> dict[str, Any]:
-    """What must be equal for a run to be continued: the order of examples also depends on shards and processes."""
+    """What must be equal for a run to be continued: the order of examples also depends on shards.
+
+    Of the number of processes, what it makes of the micro-batches of a step must be equal (`run_folder.refuse_other_settings`).
+    """
     reader = prepared.reader
+    order = reader.epoch_order(prepared.config.seed, 0)
     return prepared.config.identity() | {
         "cache": reader.manifest.fingerprint,
         "cache_shard_rows": reader.manifest.layout.shard_rows,
         "world_size": world_size,
+        **({} if order.layout == "window" else {"order": order.layout}),
         **({} if reader.part is None else {"cache_shards": list(reader.part.shards)}),
     }
 

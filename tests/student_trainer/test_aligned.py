@@ -172,7 +172,7 @@ def test_kd_is_the_mean_over_examples_of_the_mean_over_groups(run, t5_cache, stu
     reader = CacheReader(t5_cache)
     finished = run(cache=str(t5_cache), loss="alm", batch_size=5, max_steps=1)
     text = StudentText(reader, tokenizer, window=64)
-    chosen = plan_batches(reader, text.lengths()[0], seed=0, batch_size=5, count=1).batches[0]
+    chosen = plan_batches(reader, text.lengths()[0], seed=0, batch_size=5, count=1)[0].examples
     objective = Objective("alm", "none", 1.0)
     model, means = load_model(ModelRequest(str(student_dir), device="cpu")), []
     for example in chosen:

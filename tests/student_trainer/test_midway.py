@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd.common.errors import DataError
-from kd.student_trainer.batches.batch_plan import BatchPlan
+from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches
 from kd.student_trainer.midway import Midway, evaluation_steps
 from kd.student_trainer.run_folder import EVALUATIONS, keep_records, read_evaluations, read_steps
 
@@ -128,21 +128,31 @@ def test_lines_cut_short_are_passed_over_and_later_ones_dropped(tmp_path: Path) 
     assert (tmp_path / EVALUATIONS).read_text() == "".join(lines[:2])
 
 
-def plan_of(*epochs: int) -> BatchPlan:
-    count = len(epochs)
-    return BatchPlan(tuple((i,) for i in range(count)), epochs, (1,) * count, (1,) * count)
+class InOrder:
+    """As much of a reader as a plan needs."""
+
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        return np.arange(self.examples)
+
+
+def plan_of(epochs: int, batches: int) -> BatchPlan:
+    """So many epochs of so many micro-batches."""
+    return plan_batches(InOrder(batches), np.ones(batches, dtype=int), seed=0, epochs=epochs, batch_size=1)
 
 
 def test_the_start_and_the_end_are_always_scored() -> None:
-    assert evaluation_steps(plan_of(0, 0, 0, 0, 0), 1, 2) == {0, 2, 4, 5}
-    assert evaluation_steps(plan_of(0, 0, 0, 0), 1, 2) == {0, 2, 4}
-    assert evaluation_steps(plan_of(0, 0), 1, 100) == {0, 2}
+    assert evaluation_steps(plan_of(1, 5), 1, 2) == {0, 2, 4, 5}
+    assert evaluation_steps(plan_of(1, 4), 1, 2) == {0, 2, 4}
+    assert evaluation_steps(plan_of(1, 2), 1, 100) == {0, 2}
 
 
 def test_an_epoch_ends_with_the_step_that_holds_its_last_batch() -> None:
-    assert evaluation_steps(plan_of(0, 0, 1, 1, 2, 2), 1, None) == {0, 2, 4, 6}
-    assert evaluation_steps(plan_of(0, 0, 0, 1, 1, 1), 2, None) == {0, 2, 3}  # step 2 holds batches 3 and 4
-    assert evaluation_steps(plan_of(0, 0), 1, None) == {0, 2}
+    assert evaluation_steps(plan_of(3, 2), 1, None) == {0, 2, 4, 6}
+    assert evaluation_steps(plan_of(2, 3), 2, None) == {0, 2, 3}  # step 2 holds batches 3 and 4
+    assert evaluation_steps(plan_of(1, 2), 1, None) == {0, 2}
 
 
 def test_epochs_of_a_run_are_scored_at_their_ends(run, kl_reader) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_packing_changes_neither_the_order_nor_what_an_epoch_is(sizes, sides: in
     lengths, order = np.array(sizes)[:, :sides], Order(len(sizes))
     plan = plan_batches(order, lengths, seed=seed, epochs=2, capacity=(12, 5)[:sides], **cut)
     expected = [e for epoch in range(2) for e in order.epoch_order(seed, epoch).tolist()]
-    assert [e for batch in plan.batches for e in batch] == expected
+    assert [e for batch in plan for e in batch.examples] == expected
 
 
 @given(sizes=SIZES, sides=st.integers(1, 2), cut=CUTS)
@@ -168,18 +169,18 @@ def test_a_packed_batch_keeps_its_budget_and_could_not_take_one_more(sizes, side
         count, padded = measured(batch)
         return count <= cut["batch_size"] if "batch_size" in cut else padded <= cut["tokens_per_batch"]
 
-    for batch, padded, tokens in zip(plan.batches, plan.padded, plan.tokens, strict=True):
-        assert fits(batch) or len(batch) == 1  # an example larger than the budget goes alone
-        assert (padded, tokens) == (measured(batch)[1], lengths[list(batch)].sum())
-    for batch, following in zip(plan.batches, plan.batches[1:], strict=False):
-        assert not fits((*batch, following[0]))
-    assert plan.padding_share == pytest.approx(1 - sum(plan.tokens) / sum(plan.padded))
+    for batch in plan:
+        assert fits(batch.examples) or len(batch.examples) == 1  # an example larger than the budget goes alone
+        assert (batch.padded, batch.tokens) == (measured(batch.examples)[1], lengths[list(batch.examples)].sum())
+    for batch, following in pairwise(plan):
+        assert not fits((*batch.examples, following.examples[0]))
+    assert plan.padding_share == pytest.approx(1 - sum(b.tokens for b in plan) / sum(b.padded for b in plan))
 
 
 def test_examples_of_one_length_leave_no_padding() -> None:
     plan = plan_batches(Order(32), np.full(32, 8), seed=0, batch_size=2, capacity=(32,))
     assert plan.padding_share == 0.0
-    assert [len(b) for b in plan.batches] == [8] * 4
+    assert [len(b.examples) for b in plan] == [8] * 4
 
 
 # Whole runs

@@ -22,7 +22,7 @@ from kd.models.loading import ModelRequest, load_model
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.losses.loss_registry import Objective
-from kd.student_trainer.run_folder import METRICS, read_run, read_steps, write_run
+from kd.student_trainer.run_folder import METRICS, read_run, read_steps, refuse_other_settings, write_run
 
 TIMING = ("tokens_per_second", "wait_share")
 
@@ -88,7 +88,7 @@ def test_the_first_loss_of_plain_fine_tuning_is_transformers_own(run, student_di
     finished = run(cache=str(cache), loss="ce", batch_size=4, max_steps=1)
     reader = CacheReader(cache)
     tokens, _ = reader.lengths()
-    examples = reader.read(plan_batches(reader, tokens, seed=0, batch_size=4, count=1).batches[0])
+    examples = reader.read(plan_batches(reader, tokens, seed=0, batch_size=4, count=1)[0].examples)
     width = max(len(e.input_ids) for e in examples)
     ids = torch.zeros(4, width, dtype=torch.long)
     labels = torch.full((4, width), -100)
@@ -124,7 +124,7 @@ def test_lines_and_result_count_every_position_of_the_seed_s_own_order(run, kl_r
     finished = run(max_steps=5, log_every=4, seed=3)
     tokens, rows = kl_reader.lengths()
     plan = plan_batches(kl_reader, tokens, seed=3, batch_size=4, count=5)
-    seen = [int(sum(rows[list(batch)].sum() for batch in plan.batches[:n])) for n in (1, 4, 5)]
+    seen = [int(sum(rows[list(batch.examples)].sum() for batch in plan[:n])) for n in (1, 4, 5)]
     assert [r.tokens for r in finished.records] == seen
     assert [r.epoch for r in finished.records] == [n / rows.sum() for n in seen]
     assert finished.result.tokens == seen[-1]
@@ -594,6 +594,35 @@ def test_two_processes_resume_to_the_same_bytes(kl_cache, student_dir, tmp_path:
     refused = torchrun(tmp_path, *arguments, str(stopped), "whole")
     assert refused.returncode != 0
     assert "holds a run already" in refused.stderr
+
+
+@pytest.mark.slow
+def test_one_process_continues_a_run_of_two_over_many_shards(
+    run, build_request, run_build, student_dir, tmp_path: Path
+) -> None:
+    """As many micro-batches make a step: it holds the same examples, whoever reads which lane."""
+    cache = tmp_path / "cache"
+    run_build(build_request(cache, layout=Layout(32, 32)))
+    assert CacheReader(cache).epoch_order(0, 0).layout == "lanes"
+    settings = {"cache": str(cache), "batch_size": 2, "max_steps": 5, "head_chunk": None}
+    one = run("one", accumulate=2, **settings)
+    assert torchrun(tmp_path, str(cache), str(student_dir), str(tmp_path / "two"), "stop").returncode != 0
+    with pytest.raises(CacheMismatchError) as refusal:
+        run("two", resume=True, **settings)
+    assert refusal.value.details["try"] == "--accumulate 2: as many micro-batches to a step as before"
+    resumed = run("two", accumulate=2, save_every=2, resume=True, **settings)
+    assert [r.step for r in resumed.records] == [3, 4, 5]
+    for mine, there in zip(resumed.records, one.records[2:], strict=True):
+        assert (mine.tokens, mine.epoch, mine.lr) == (there.tokens, there.epoch, there.lr)
+        assert (mine.loss, mine.kd, mine.ce) == pytest.approx((there.loss, there.kd, there.ce), rel=1e-5)
+
+
+def test_a_run_that_read_large_caches_in_the_old_order_is_not_continued(tmp_path: Path) -> None:
+    before = {"cache": "1234", "lr": 0.1, "accumulate": 1, "world_size": 1}
+    with pytest.raises(CacheMismatchError, match="in another order") as refusal:
+        refuse_other_settings(tmp_path, before, before | {"order": "lanes"})
+    assert "another --out" in str(refusal.value)
+    refuse_other_settings(tmp_path, before, dict(before))  # a cache of one window is read as before
 
 
 def test_a_sequence_length_that_would_change_nothing_is_refused(run) -> None:

@@ -3,12 +3,12 @@
     MixedReader([(CacheReader(a), 0.7), (CacheReader(b), 0.3)])
 
 An epoch has as many examples as all caches together. The cache of each example is drawn with the weights, from (seed, epoch).
-Each cache goes through its own shuffled epochs, one after another, so none of its examples comes twice before all came once.
+Each cache goes through its own shuffled epochs, one after another (`mixed_order`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 from kd.cache_builder.store.cache_files import bytes_below
 from kd.cache_builder.store.readers.decoding import Decoder
 from kd.cache_builder.store.readers.description import Facts, facts, html_table, one_line
+from kd.cache_builder.store.readers.epoch_order import EpochOrder
+from kd.cache_builder.store.readers.mixed_order import mixed_order
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.records.cache_identity import identity_difference, without_text_rules
@@ -75,7 +77,7 @@ class MixedReader:
         for reader in self.parts:
             reader.keep(arrays)
 
-    def announce(self, batches: Sequence[Sequence[int]]) -> None:
+    def announce(self, batches: Iterable[Sequence[int]]) -> None:
         """Nothing: caches of a mixture fetch files from URLs when they are touched."""
 
     def lengths(self, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -120,26 +122,11 @@ class MixedReader:
     def _located(self, examples: Sequence[int]) -> list[tuple[Shard, int]]:
         return [self.locate(int(e)) for e in examples]
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
         """As `Reader.epoch_order`: a function of (seed, epoch), the caches and their weights."""
-        taken = sum((self._counts(seed, e) for e in range(epoch)), np.zeros(len(self.parts), dtype=np.int64))
-        drawn = self._drawn(seed, epoch)
-        order = np.empty(len(drawn), dtype=np.int64)
-        for part, reader in enumerate(self.parts):
-            places = np.flatnonzero(drawn == part)
-            size, start = len(reader), int(taken[part])
-            orders = [reader.epoch_order(seed, e) for e in range(start // size, -(-(start + len(places)) // size))]
-            stream = np.concatenate([*orders, np.empty(0, dtype=np.int64)])
-            first = start % size
-            order[places] = stream[first : first + len(places)] + self._first_examples[part]
-        return order
-
-    def _drawn(self, seed: int, epoch: int) -> np.ndarray:
-        rng = np.random.Generator(np.random.Philox(key=[seed, epoch + 2**32]))
-        return rng.choice(len(self.parts), size=len(self), p=self.weights / self.weights.sum())
-
-    def _counts(self, seed: int, epoch: int) -> np.ndarray:
-        return np.bincount(self._drawn(seed, epoch), minlength=len(self.parts))
+        return mixed_order(
+            seed, epoch, self.weights, self._first_examples, lambda part, own: self.parts[part].epoch_order(seed, own)
+        )
 
     def vocabulary(self) -> list[bytes]:
         """As `Reader.vocabulary`: the same in all caches."""

@@ -1,26 +1,26 @@
 """`CacheReader`: read a finished cache in any order; every shard is verified when it is first touched.
 
-The order of an epoch is a function of (seed, epoch) alone: shards are shuffled, taken `window` at a time, and the
-examples of a window are shuffled together. Random single examples would cost 2-6 ms each in Zarr; a window of
-whole shards costs one read per shard and keeps `window + 1` shards in memory (about 7 MB each at k=64).
-Batch size and world size do not enter, so a run may be resumed or re-split without changing the order.
+The order of an epoch (`epoch_order`) is a function of (seed, epoch) alone: examples of `window` shards at a time are mixed. Random
+single examples would cost 2-6 ms each in Zarr; whole shards cost one read each, and `window + 1` of them are kept in memory (about
+7 MB each at k=64). Batch size and world size do not enter, so a run may be resumed or re-split without changing the order.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from bisect import bisect_right
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
+from kd.cache_builder.store.readers.announced import Announced
 from kd.cache_builder.store.readers.decoding import Decoder
 from kd.cache_builder.store.readers.description import Facts, facts, html_table, one_line
+from kd.cache_builder.store.readers.epoch_order import EpochOrder, epoch_order
 from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
 from kd.cache_builder.store.records.part import Part, load_part
@@ -41,7 +41,7 @@ class CacheReader:
         `kd.cache_builder.opening.open_cache` takes URLs and fingerprints too.
 
         top_k    tokens per row to hand out; None means all that are stored
-        window   shards whose examples are shuffled together, and that are kept in memory
+        window   shards that are read at a time, whose examples are mixed and that are kept in memory
 
         Raises CacheError for an incomplete cache or an impossible `top_k`, CacheDamageError for damaged metadata.
         """
@@ -71,12 +71,7 @@ class CacheReader:
         self.shards: Sequence[int] = range(len(self.manifest.shards)) if self.part is None else self.part.shards
         self._decoder = Decoder(self.root, self.manifest, top_k)
         self._arrays: Sequence[str] | None = None
-        self._position: dict[tuple[int, ...], int] = {}
-        """Announced batch -> its number."""
-        self._loads: list[tuple[int, int]] = []
-        """(batch, shard) of every shard that will be loaded, in order."""
-        self._announced = -1
-        """Place in `_loads` from which files were last announced."""
+        self._announced: Announced | None = None
         self._shards: OrderedDict[int, shard_store.Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._loading: Mapping[int, threading.Lock] = defaultdict(threading.Lock)
@@ -124,15 +119,10 @@ class CacheReader:
             rows[into] = (np.array(columns["row_end"]) - np.array(columns["row_start"]))[taken]
         return tokens, rows
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
         """As `Reader.epoch_order`: a function of (seed, epoch) and the shards that are here."""
-        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        shards = rng.permutation(np.asarray(self.shards))
-        parts = []
-        for start in range(0, len(shards), self.window):
-            ranges = [np.arange(*self.manifest.shards[s][:2]) for s in shards[start : start + self.window]]
-            parts.append(rng.permutation(np.concatenate(ranges)))
-        return np.concatenate(parts)
+        table, here = self.manifest.shards, slice(None) if self.part is None else np.asarray(self.part.shards)
+        return epoch_order(seed, epoch, table.starts[here], table.examples[here], self.window)
 
     def shard(self, index: int) -> shard_store.Shard:
         """As `Reader.shard`; taken from memory where it was touched lately."""
@@ -143,8 +133,9 @@ class CacheReader:
             held = self._held(index)
             if held is not None:
                 return held
-            if not self._loads:
-                self.files.expect([index], self._names())
+            coming = [] if self._announced is None or self.files.on_disk else self._announced.coming()
+            if index not in coming:
+                self.files.expect([index, *coming], self._names())
             loaded = shard_store.read_shard(self.files, self.manifest, index, names=self._arrays)
             with self._lock:
                 self._shards[index] = loaded
@@ -158,30 +149,17 @@ class CacheReader:
                 self._shards.move_to_end(index)
             return self._shards.get(index)
 
-    def announce(self, batches: Sequence[Sequence[int]]) -> None:
+    def announce(self, batches: Iterable[Sequence[int]]) -> None:
         """As `Reader.announce`: a mirror fetches shards before they are needed."""
-        if self.files.on_disk:
-            return
-        memory: OrderedDict[int, None] = OrderedDict()  # the shards that `shard` will hold: what is not here is loaded
-        for number, batch in enumerate(batches):
-            self._position[tuple(batch)] = number
-            for index in np.unique(self.manifest.shards.shard_of(batch)).tolist():
-                if index not in memory:
-                    self._loads.append((number, index))
-                memory[index] = None
-                memory.move_to_end(index)
-                if len(memory) > self.window + 1:
-                    memory.popitem(last=False)
-        self._expect_after(-1)
+        if not self.files.on_disk:
+            self._announced = Announced(
+                batches, self.manifest.shards.shard_of, held=self.window + 1, ahead=2 * self.window
+            )
+            self._expect(self._announced)
 
-    def _expect_after(self, batch: int) -> None:
-        """Announce to the files which shards are loaded after a batch."""
-        after = bisect_right(self._loads, (batch, -1))
-        if after == self._announced:
-            return
-        self._announced = after
-        coming = dict.fromkeys(index for _, index in self._loads[after : after + 2 * self.window])
-        self.files.expect(list(coming), self._names())
+    def _expect(self, announced: Announced) -> None:
+        """Announce to the files which shards are loaded next."""
+        self.files.expect(announced.coming(), self._names())
 
     def _names(self) -> list[str] | None:
         return None if self._arrays is None else [*self._arrays, "examples"]
@@ -206,9 +184,8 @@ class CacheReader:
         return self._decoder.rows(self._located(examples))
 
     def _located(self, examples: Sequence[int]) -> list[tuple[shard_store.Shard, int]]:
-        batch = self._position.get(tuple(int(e) for e in examples)) if self._position else None
-        if batch is not None:
-            self._expect_after(batch)
+        if self._announced is not None and self._announced.read(examples):
+            self._expect(self._announced)
         return [self.locate(int(e)) for e in examples]
 
     def vocabulary(self) -> list[bytes]:

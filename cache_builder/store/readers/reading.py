@@ -5,13 +5,14 @@ Training and evaluation take a `Reader`. `CacheReader` is one over a single cach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from kd.cache_builder.store.readers.epoch_order import EpochOrder
 from kd.cache_builder.store.readers.shaded_text import example_html
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import Part
@@ -104,10 +105,10 @@ class Reader(Protocol):
         IndexError for a range that is empty or not in the cache.
         """
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """`[E]` example numbers in the order of one epoch."""
+    def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
+        """Example numbers in the order of one epoch; parts of it are worked out when they are asked for."""
 
-    def announce(self, batches: Sequence[Sequence[int]]) -> None:
+    def announce(self, batches: Iterable[Sequence[int]]) -> None:
         """Say in which order `read` will be called, so that files can be fetched before they are needed."""
 
     def shard(self, index: int) -> Shard:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.student_trainer.batches.batch_plan import PlannedBatches, plan_batches
+from kd.student_trainer.batches.epoch_cut import MicroBatch
 from kd.student_trainer.batches.read_ahead import CachedExamples
 
 
@@ -35,8 +39,8 @@ CUTS = st.one_of(
 )
 
 
-def flat(batches) -> list[int]:
-    return [example for batch in batches for example in batch]
+def flat(batches: Iterable[MicroBatch]) -> list[int]:
+    return [example for batch in batches for example in batch.examples]
 
 
 @given(lengths=corpora(), cut=CUTS, seed=st.integers(0, 9), epochs=st.integers(1, 3))
@@ -44,16 +48,17 @@ def test_an_epoch_holds_every_example_once_in_the_reader_s_order(lengths, cut, s
     order = Order(len(lengths))
     plan = plan_batches(order, lengths, seed=seed, epochs=epochs, **cut)
     for epoch in range(epochs):
-        mine = flat(batch for batch, e in zip(plan.batches, plan.epochs, strict=True) if e == epoch)
+        mine = flat(batch for batch in plan if batch.epoch == epoch)
         assert mine == order.epoch_order(seed, epoch).tolist()
-    assert list(plan.epochs) == sorted(plan.epochs)
-    assert set(plan.epochs) == set(range(epochs))
+    numbers = [batch.epoch for batch in plan]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(epochs))
 
 
 @given(lengths=corpora(), first=CUTS, second=CUTS)
 def test_neither_batch_size_nor_token_budget_changes_the_order(lengths, first, second) -> None:
     a, b = (plan_batches(Order(len(lengths)), lengths, seed=0, epochs=2, **cut) for cut in (first, second))
-    assert flat(a.batches) == flat(b.batches)
+    assert flat(a) == flat(b)
 
 
 @given(lengths=corpora(), budget=st.integers(1, 200))
@@ -63,17 +68,18 @@ def test_a_batch_with_its_padding_fits_the_token_budget_and_could_not_take_one_m
     def padded(batch: tuple[int, ...]) -> int:
         return len(batch) * int(lengths[list(batch)].max())
 
-    for batch in plan.batches:
-        assert padded(batch) <= budget or len(batch) == 1  # an example larger than the budget goes alone
-    for batch, following in zip(plan.batches, plan.batches[1:], strict=False):
-        assert padded((*batch, following[0])) > budget
+    for batch in plan:
+        assert batch.padded == padded(batch.examples)
+        assert batch.padded <= budget or len(batch.examples) == 1  # an example larger than the budget goes alone
+    for batch, following in pairwise(plan):
+        assert padded((*batch.examples, following.examples[0])) > budget
 
 
 @given(lengths=corpora(), size=st.integers(1, 12))
 def test_a_batch_holds_the_number_of_examples_asked_for_and_the_last_what_is_left(lengths, size) -> None:
     plan = plan_batches(Order(len(lengths)), lengths, seed=0, batch_size=size)
     whole, rest = divmod(len(lengths), size)
-    assert [len(batch) for batch in plan.batches] == [size] * whole + ([rest] if rest else [])
+    assert [len(batch.examples) for batch in plan] == [size] * whole + ([rest] if rest else [])
 
 
 @given(lengths=corpora(), cut=CUTS, multiple=st.integers(1, 8), epochs=st.floats(0.01, 3.0))
@@ -81,13 +87,13 @@ def test_every_step_is_whole(lengths, cut, multiple, epochs) -> None:
     free = plan_batches(Order(len(lengths)), lengths, seed=0, epochs=epochs, **cut)
     plan = plan_batches(Order(len(lengths)), lengths, seed=0, epochs=epochs, multiple_of=multiple, **cut)
     assert len(plan) % multiple == 0
-    assert len(plan) == len(plan.epochs) > 0
+    assert len(plan) == len(list(plan)) > 0
     shared = min(len(plan), len(free))
-    assert plan.batches[:shared] == free.batches[:shared]
+    assert plan[:shared] == free[:shared]
     if len(free) >= multiple:
         assert 0 <= len(free) - len(plan) < multiple  # rounded down
     else:
-        assert plan.batches == tuple(free.batches[i % len(free)] for i in range(multiple))  # repeated to fill one step
+        assert list(plan) == [free[i % len(free)] for i in range(multiple)]  # repeated to fill one step
 
 
 @given(lengths=corpora(), cut=CUTS, count=st.integers(1, 40))
@@ -95,8 +101,7 @@ def test_a_count_of_batches_is_met_exactly_and_continues_into_further_epochs(len
     plan = plan_batches(Order(len(lengths)), lengths, seed=3, count=count, **cut)
     assert len(plan) == count
     endless = plan_batches(Order(len(lengths)), lengths, seed=3, epochs=count, **cut)
-    assert plan.batches == endless.batches[:count]
-    assert plan.epochs == endless.epochs[:count]
+    assert list(plan) == endless[:count]
 
 
 @pytest.mark.parametrize(("epochs", "examples"), [(0.5, 5), (1.0, 10), (1.5, 15), (2.3, 23), (0.001, 1)])
@@ -104,14 +109,14 @@ def test_a_part_of_an_epoch_is_that_part_of_its_order(epochs: float, examples: i
     order = Order(10)
     plan = plan_batches(order, np.full(10, 4), seed=0, epochs=epochs, batch_size=1)
     whole = [e for epoch in range(3) for e in order.epoch_order(0, epoch).tolist()]
-    assert flat(plan.batches) == whole[:examples]
+    assert flat(plan) == whole[:examples]
 
 
 def test_a_plan_of_a_cache_follows_the_cache_s_own_order(kl_reader: CacheReader) -> None:
     tokens, _ = kl_reader.lengths()
     plan = plan_batches(kl_reader, tokens, seed=7, epochs=2, tokens_per_batch=100)
     expected = [*kl_reader.epoch_order(7, 0).tolist(), *kl_reader.epoch_order(7, 1).tolist()]
-    assert flat(plan.batches) == expected
+    assert flat(plan) == expected
     assert expected[: len(tokens)] != expected[len(tokens) :]  # epochs differ
     assert sorted(expected[: len(tokens)]) == list(range(len(tokens)))
 
@@ -122,5 +127,5 @@ def test_a_data_loader_hands_out_the_plan_as_it_stands(kl_reader: CacheReader) -
     loader = DataLoader(
         CachedExamples(kl_reader), batch_sampler=PlannedBatches(plan), collate_fn=lambda batch: [e.index for e in batch]
     )
-    assert [tuple(indices) for indices in loader] == list(plan.batches)
+    assert [tuple(indices) for indices in loader] == [batch.examples for batch in plan]
     assert len(loader) == len(plan)

@@ -154,7 +154,7 @@ def test_examples_of_a_window_are_shuffled_together(reader: CacheReader):
     starts = [first for first, _, _ in reader.manifest.shards]
     changes, falls = 0, 0
     for epoch in range(10):
-        order = reader.epoch_order(0, epoch)
+        order = np.asarray(reader.epoch_order(0, epoch))
         shards = np.searchsorted(starts, order, side="right") - 1
         changes = max(changes, int((np.diff(shards) != 0).sum()))
         falls += sum(int((np.diff(order[shards == s]) < 0).sum()) for s in range(len(starts)))
