@@ -95,7 +95,7 @@ class Mirror:
         self.part: Part = offered or whole(self.manifest)
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
-        self._space = BoundedFolder(self.root, limit)
+        self._space = BoundedFolder(self.root, limit, self.root / STAGING)
         self._early: dict[str, tuple[int, int]] = {}
         """Announced files that are here and were not read yet -> shard and size in bytes."""
         self._queue: deque[tuple[int, str | None]] = deque()
