@@ -48,7 +48,8 @@ class Lengths:
         return self.count
 
     def __getitem__(self, examples: np.ndarray) -> np.ndarray:
-        return self.table[examples * 40503 % 2**16]
+        lengths: np.ndarray = self.table[examples * 40503 % 2**16]
+        return lengths
 
 
 def windows(cache: Cache, seed: int) -> np.ndarray:
