@@ -151,7 +151,7 @@ def train(
         config.folder, config.logging.rescue_folder, say=say, records=RECORDS, moves=arguments.world_size == 1
     )
     student, trainer = student_and_trainer(
-        prepared, arguments, checkpoint, run_place=run_place, say=say, on_step=on_step
+        prepared, arguments, run_place=run_place, say=say, on_step=on_step, checkpoint=checkpoint
     )
     steps = arguments.max_steps
     scorings = None if midway is None else MidwayEvaluations(trainer, midway, student.model, prepared.tokenizer)
@@ -182,11 +182,11 @@ def train(
 def student_and_trainer(
     prepared: Prepared,
     arguments: TrainingArguments,
-    checkpoint: Path | None,
     *,
     run_place: RunPlace,
     say: Callable[[str], object],
     on_step: Callable[[StepRecord], None] | None,
+    checkpoint: Path | None = None,
 ) -> tuple[Student, DistillationTrainer]:
     """The student with its loss, and the Trainer that will make `arguments.max_steps` steps of it, those after `checkpoint`."""
     config = prepared.config
