@@ -58,6 +58,7 @@ def load_corpus(
     form: str = AUTO,
     bad_rows: str = "error",
     prompts: bool = False,
+    choices: bool = False,
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
     rows: RowSettings | None = None,
@@ -71,6 +72,7 @@ def load_corpus(
             form=form,
             bad_rows=bad_rows,
             prompts=prompts,
+            choices=choices,
             limit=limit,
             instructions=instructions,
             rows=rows,
@@ -86,6 +88,7 @@ def stream_text(
     form: str = AUTO,
     bad_rows: str = "error",
     prompts: bool = False,
+    choices: bool = False,
     limit: int | None = None,
     instructions: InstructionConfig | None = None,
     rows: RowSettings | None = None,
@@ -98,6 +101,7 @@ def stream_text(
     form           what the rows of a table are, one of `row_reading.FORMATS`; `auto` is seen by the columns
     bad_rows       `skip` leaves out and counts rows that cannot be read; `error` raises the first of them
     prompts        whether a teacher is going to answer, so that conversations need no turn of the assistant
+    choices        whether the columns `choices` and `answer` are read, for an evaluation
     limit          number of examples to keep, from the first; drawn where they are in the order of their labels
     instructions   how tasks become text; for other sources only the defaults are accepted, and what limits a task where a
                    column names it
@@ -108,7 +112,7 @@ def stream_text(
     if rows != RowSettings() or "task" in (columns or {}):
         useless = RowReading({}, form, bad_rows == "skip")
         return usable_corpus(_rendered(spec, split or "train", columns or {}, useless, instructions, rows), limit)
-    reading = RowReading(columns or {}, form, bad_rows == "skip", prompts)
+    reading = RowReading(columns or {}, form, bad_rows == "skip", prompts, choices)
     _refuse_useless(spec, reading, instructions)
     text = replace(_text_of(spec, split, reading, instructions, streaming), skip_bad=reading.skip)
     return replace(text, limit=limit) if isinstance(text, TextStream) else usable_corpus(text, limit)

@@ -8,13 +8,18 @@ from typing import Any
 
 from kd.common.errors import DataError
 from kd.common.progress import final
-from kd.common.settings import make
+from kd.common.setting_fields import settings_of
+from kd.common.settings import flattened, make
 from kd.evaluation.eval_settings import EvalSettings
 from kd.evaluation.evaluator import check_tasks, evaluate_model, load_tasks, report_of, score_model
 from kd.evaluation.results import EvalReport
+from kd.evaluation.tasks.shared_options import LoadingOptions
 from kd.models.identity import in_memory_identity, parameters_digest
 from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer
+
+OF_LOADING = settings_of(LoadingOptions).keys() - {"device", "seed", "source_lang", "target_lang"}
+"""Settings that say how a model is loaded, and nothing about one that is in memory."""
 
 
 def evaluate(
@@ -50,6 +55,13 @@ def evaluate(
         return final(evaluate_model(os.fspath(model), chosen))
     if tokenizer is None:
         raise DataError("a model in memory needs its tokenizer", expected="evaluate(model, tasks, tokenizer=tokenizer)")
+    useless = sorted(flattened(EvalSettings, settings).keys() & OF_LOADING)
+    if useless and chosen.agreement.teacher is None:
+        raise DataError(
+            "these settings do not apply to a model in memory",
+            found=", ".join(useless),
+            try_="evaluate(NAME, …), which loads the model by name",
+        )
     return _evaluate_in_memory(model, tokenizer, chosen)
 
 

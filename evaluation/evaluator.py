@@ -28,7 +28,7 @@ from kd.evaluation.tasks.shared_options import EvalDataSettings
 from kd.evaluation.tasks.task_registry import TASKS, figures_of
 from kd.evaluation.unseen_tasks import marked, seen_or_unseen
 from kd.models.identity import model_identity, pinned
-from kd.models.loading import Model, load_model, load_request_tokenizer
+from kd.models.loading import Model, load_model, load_request_tokenizer, refuse_adapter, refuse_unusable_map
 from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint
 
 
@@ -58,10 +58,13 @@ def evaluate_model(model_name: str, settings: EvalSettings) -> Iterator[Progress
     """
     check_tasks(settings)
     settings = as_trained(settings, model_name)
-    request = pinned(settings.shared.loading.model_request(model_name))
+    request = settings.shared.loading.model_request(model_name)
+    refuse_adapter(request)
+    request = pinned(request)
     tokenizer = load_request_tokenizer(request)
     loaded = load_tasks(settings, tokenizer)
     contaminated = contaminated_tasks(loaded, model_name)
+    refuse_unusable_map(request)
     model = load_model(request)
     results = yield from score_model(model, tokenizer, loaded.with_weights())
     report = report_of(model_name, model, tokenizer, model_identity(request), loaded, results, contaminated)
@@ -146,15 +149,17 @@ def load_tasks(settings: EvalSettings, tokenizer: Tokenizer) -> LoadedTasks:
     names, shared = list(dict.fromkeys(settings.tasks)), settings.shared
     corpus = None
     if any(TASKS[name].reads_text(settings.options_of(name)) for name in names):
-        corpus = load_text(shared.data, for_text=not any(TASKS[name].has_own_rows for name in names))
+        own_rows = any(TASKS[name].has_own_rows for name in names)
+        corpus = load_text(shared.data, for_text=not own_rows, choices="choices" in names)
         corpus = with_chat(corpus) if shared.reading.chat else corpus
     materials = {name: TASKS[name].load(settings.options_of(name), shared, tokenizer, corpus) for name in names}
     return LoadedTasks(settings, corpus, materials)
 
 
-def load_text(data: EvalDataSettings, *, for_text: bool = True) -> Corpus:
+def load_text(data: EvalDataSettings, *, for_text: bool = True, choices: bool = False) -> Corpus:
     """The text of `--data`; under `--labels both` in the original wording. Raises DataError.
 
+    choices    whether the columns `choices` and `answer` of a table are read
     for_text   whether `--task-root` is meant for this text, and not for a task that has rows of its own
     """
     assert data.spec is not None, "the text was checked to be given"
@@ -177,6 +182,7 @@ def load_text(data: EvalDataSettings, *, for_text: bool = True) -> Corpus:
         columns=data.columns,
         form=data.format,
         bad_rows=data.bad_rows,
+        choices=choices,
         limit=data.limit,
         instructions=instructions,
         rows=data.rows,

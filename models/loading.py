@@ -135,7 +135,7 @@ class ModelRequest:
             raise DataError(
                 "an adapter is merged into plain weights alone",
                 where=self.adapter.name,
-                found=f"--teacher-adapter with --load-in-{self.bits}bit",
+                found=f"an adapter with --load-in-{self.bits}bit",
                 try_=f"without --load-in-{self.bits}bit; or merge with peft, save, and load the merged model in {self.bits} bits",
             )
 
@@ -289,8 +289,8 @@ def _load_files(request: ModelRequest, device: str, dtype: torch.dtype, **sharde
         raise DataError(
             "an adapter is merged into plain weights alone",
             where=request.adapter.name,
-            found=f"a teacher whose weights are stored as {stored_method(stored)}",
-            try_="the adapter on the plain weights of this teacher",
+            found=f"a model whose weights are stored as {stored_method(stored)}",
+            try_="the adapter on the plain weights of this model",
         )
     if request.placement.spread:
         refuse_unusable_map(request)
@@ -365,8 +365,9 @@ def adapter_error(request: ModelRequest, base: str | None) -> DataError:
         where=request.name,
         found=f"{ADAPTER}, an adapter of {base}" if base else ADAPTER,
         expected="a model with all its weights",
-        try_=f"--teacher {base or 'BASE'} --teacher-adapter {request.name}, or peft's merge_and_unload, then save_pretrained; "
-        f"to train a new one: --student {base or 'BASE'} --lora 16",
+        try_=f"for a teacher: --teacher {base or 'BASE'} --teacher-adapter {request.name}; "
+        f"to score it: kd eval {base or 'BASE'} --adapter {request.name}; "
+        f"to train a new one: --student {base or 'BASE'} --lora 16; or peft's merge_and_unload, then save_pretrained",
     )
 
 

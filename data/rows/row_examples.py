@@ -7,10 +7,11 @@ read: an empty value is a value, a missing one is an error. A row that cannot be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kd.common.errors import DataError
+from kd.data.conversations.answer_choices import CHOICE_FIELDS, CHOICES, answered_rightly, choices_in, right_choice
 from kd.data.conversations.conversation import CONVERSATIONS, Conversation
 from kd.data.conversations.conversation_rows import LAYOUTS, conversation_of
 from kd.data.left_out import LeftOut
@@ -153,7 +154,13 @@ def _texts(
         prompt, target = texts.get("prompt", ""), texts["target"]
         if reading.prompts and not target.strip():
             target = prompt  # the teacher's answer replaces it
-        return Example(identity, target, prompt, task=task, split=split)
+        example = Example(identity, target, prompt, task=task, split=split)
+        asked = reading.choices_of(row) if form == "pairs" else None
+        if asked is None:
+            return example
+        choices = choices_in(asked[0], f"{place(number)} field {CHOICES}")
+        right = right_choice(choices, asked[1], target if target.strip() else None, place(number))
+        return replace(example, target=target if target.strip() else choices[right], choices=choices, answer=right)
 
     return read
 
@@ -164,9 +171,11 @@ def _conversations(
     """The reader of conversations."""
     columns = reading.used(form)
     known = {*columns.values(), reading.columns.get(ID)}
+    known |= {reading.column(name) for name in CHOICE_FIELDS} if reading.choices else set()
 
     def read(number: int, row: Mapping[str, Any], name: str) -> Example:
         keys: set[str] = set()
+        asked = reading.choices_of(row)
         conversation = conversation_of(
             {field: None if is_nothing(row.get(column)) else row.get(column) for field, column in columns.items()},
             form,
@@ -175,10 +184,14 @@ def _conversations(
             task=task,
             split=split,
             unread=keys,
-            prompts=reading.prompts,
+            prompts=reading.prompts or asked is not None,
         )
         unread.add(keys | {column for column, value in row.items() if column not in known and not is_nothing(value)})
-        return conversation_example(conversation)
+        if asked is None:
+            return conversation_example(conversation)
+        choices = choices_in(asked[0], f"{place(number)} field {CHOICES}")
+        conversation, right = answered_rightly(conversation, choices, asked[1], place(number))
+        return replace(conversation_example(conversation), choices=choices, answer=right)
 
     return read
 

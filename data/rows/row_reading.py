@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
+from kd.data.conversations.answer_choices import ANSWER, CHOICE_FIELDS, CHOICES
 from kd.data.conversations.conversation_rows import LAYOUTS, holds_messages
+from kd.data.rows.tables import is_nothing
 
 Columns = Mapping[str, str]
 """Field -> name of the column that holds it."""
@@ -48,7 +50,7 @@ FORMATS: dict[str, RowFormat] = {
     **{name: RowFormat(layout.needed, layout.beside) for name, layout in LAYOUTS.items()},
 }
 """Name -> format, in the order in which they are tried."""
-FIELDS = tuple(dict.fromkeys([*(name for form in FORMATS.values() for name in form.fields), ID]))
+FIELDS = tuple(dict.fromkeys([*(name for form in FORMATS.values() for name in form.fields), ID, *CHOICE_FIELDS]))
 """Every field that `--columns` may name."""
 
 
@@ -69,8 +71,18 @@ class RowReading:
     prompts: bool = False
     """Whether the teacher is going to answer, so that a conversation needs no turn of the assistant, and a pair no target."""
 
+    choices: bool = False
+    """Whether the columns `choices` and `answer` are read, for an evaluation that ranks choices."""
+
     def __post_init__(self) -> None:
-        known = (*FORMATS[self.form].fields, ID) if self.chosen else FIELDS
+        named = sorted(self.columns.keys() & {*CHOICE_FIELDS})
+        if named and not self.choices:
+            raise DataError(
+                "choices are read by an evaluation alone",
+                found=", ".join(f"--columns {name}={self.columns[name]}" for name in named),
+                try_="kd eval --tasks choices",
+            )
+        known = (*FORMATS[self.form].fields, ID, *CHOICE_FIELDS) if self.chosen else FIELDS
         for name in self.columns:
             if name not in known:
                 raise unknown_name("field in --columns", name, known)
@@ -88,12 +100,17 @@ class RowReading:
         """Field -> column, of a format."""
         return {name: self.column(name) for name in FORMATS[form].fields}
 
+    def choices_of(self, row: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        """The row's choices and which is right, as the table holds them; None where they are not read, or are null."""
+        value = row.get(self.column(CHOICES)) if self.choices else None
+        return None if is_nothing(value) else (value, row.get(self.column(ANSWER)))
+
     def format_of(self, names: Sequence[str], rows: Iterable[Mapping[str, Any]], where: str) -> str:
         """The format of a table with these columns. Raises MissingColumnsError, DataError for values of another kind.
 
         rows   read up to the first, and only where its values decide
         """
-        given = self.columns.keys() - {ID}
+        given = self.columns.keys() - {ID, *CHOICE_FIELDS}
         candidates = (self.form,) if self.chosen else tuple(FORMATS)
         fitting = [f for f in candidates if given <= {*FORMATS[f].fields} and self._has(f, names)]
         for form in fitting:
@@ -117,7 +134,7 @@ class RowReading:
         if (
             self.columns
             and not missing
-            and not any(self.columns.keys() - {ID} <= {*f.fields} for f in FORMATS.values())
+            and not any(self.columns.keys() - {ID, *CHOICE_FIELDS} <= {*f.fields} for f in FORMATS.values())
         ):
             raise DataError(
                 "the fields of --columns belong to several formats", where=where, found=", ".join(self.columns)

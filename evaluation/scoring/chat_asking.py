@@ -162,6 +162,8 @@ def _turn_asked(example: Example, whole: Conversation, number: int, chat: ChatAs
     talk = replace(whole, messages=whole.messages[: number + 1])
     asked = "\n".join(f"{message.role}: {message.content}" for message in talk.messages[:-1])
     turn = replace(example, id=f"{example.id}#{number}", prompt=asked, conversation=talk)
+    if len(talk.messages) < len(whole.messages):  # the choices are those of the last turn
+        turn = replace(turn, choices=(), answer=None)
     target = talk.messages[-1].content.strip()
     return replace(turn, target=target or chat.answered(turn, talk.messages[-1])[1].text.strip())
 

@@ -44,6 +44,8 @@ class AgreementOptions:
     """Cache whose teacher the model is compared with in agreement: KL, JSD, top-1 agreement and calibration."""
     teacher: str | None = None
     """Model to compare with in agreement on --data, instead of a cache: a hub id, a folder, demo, or random:NAME."""
+    teacher_adapter: str | None = setting(None, metavar="FOLDER|HUB_ID")
+    """Adapter (LoRA) to merge into the weights of --teacher."""
     temperature: float = 1.0
     """Temperature of the softmaxes that agreement's KL and JSD compare."""
 
@@ -85,6 +87,12 @@ class AgreementTask(Task[AgreementOptions, "Reader | LiveTeacher"]):
                 found="a live teacher without a text" if options.cache is None else "a cache and a live teacher",
                 try_="--cache DIR alone, or --teacher MODEL with --data SPEC",
             )
+        if options.teacher_adapter is not None and options.teacher is None:
+            raise DataError(
+                "there is no teacher for this adapter",
+                found=f"--teacher-adapter {options.teacher_adapter}",
+                try_="--teacher MODEL",
+            )
 
     def load(
         self, options: AgreementOptions, shared: SharedOptions, tokenizer: Tokenizer, corpus: Corpus | None
@@ -101,7 +109,7 @@ class AgreementTask(Task[AgreementOptions, "Reader | LiveTeacher"]):
         from kd.models.identity import pinned
 
         assert corpus is not None, "the text was checked to be given"
-        request = pinned(shared.loading.teacher_request(options.teacher))
+        request = pinned(shared.loading.teacher_request(options.teacher, options.teacher_adapter))
         refuse_teacher_of_other_tokenizer(request, tokenizer)
         return LiveTeacher(request, corpus)
 

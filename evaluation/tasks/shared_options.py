@@ -5,15 +5,20 @@ This module imports nothing heavy, because the command line reads it to print it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from kd.common.errors import DataError
 from kd.common.settings import check, setting
 from kd.data.data_settings import DataSettings
 from kd.evaluation.scoring.reading_options import ReadingOptions
+from kd.models.placement.device_maps import memory_from
 
 if TYPE_CHECKING:
     from kd.models.loading import ModelRequest
+    from kd.models.placement.device_maps import Placement
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,20 @@ class LoadingOptions:
     """Load the models in nf4 with double quantisation (bitsandbytes)."""
     load_in_8bit: bool = False
     """Load the models in 8 bits, LLM.int8 (bitsandbytes)."""
+    device_map: str | None = setting(None, metavar="auto|balanced|sequential|FILE", shown="each model on one device")
+    """Spread the layers of models over the GPUs, the processor's memory and the disk, as accelerate does. FILE is YAML or
+    JSON, with module: device in each line."""
+    max_memory: Mapping[str, str] | None = setting(
+        None, metavar="DEVICE=SIZE,…", parse=memory_from, shown="what is free"
+    )
+    """Most memory for the weights of a model on each device, e.g. 0=20GiB,1=20GiB,cpu=60GiB. What these do not hold lies on
+    the disk."""
+    offload_folder: Path | None = setting(None, metavar="FOLDER", folder=True, shown="the checkpoint itself")
+    """Folder for weights on the disk, needed where they cannot be read from the checkpoint itself."""
+    adapter: str | None = setting(None, metavar="FOLDER|HUB_ID")
+    """Adapter (LoRA) to merge into the weights of the models: a folder that peft wrote, or a hub id."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of an adapter on the hub."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer: str | None = None
@@ -51,10 +70,15 @@ class LoadingOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.adapter_revision is not None and self.adapter is None:
+            raise DataError(
+                "there is no adapter", found=f"--adapter-revision {self.adapter_revision}", try_="--adapter"
+            )
 
     def model_request(self, name: str) -> ModelRequest:
         """The request for the model that is evaluated."""
         from kd.models.loading import ModelRequest
+        from kd.models.weights.adapters import Adapter
 
         return ModelRequest(
             name,
@@ -66,12 +90,15 @@ class LoadingOptions:
             self.seed,
             self.source_lang,
             self.target_lang,
-            load_in_8bit=self.load_in_8bit,
+            self.placement(),
+            self.load_in_8bit,
+            None if self.adapter is None else Adapter(self.adapter, self.adapter_revision),
         )
 
-    def teacher_request(self, name: str) -> ModelRequest:
-        """The request for a teacher beside it; revision and tokenizer are the model's alone."""
+    def teacher_request(self, name: str, adapter: str | None = None) -> ModelRequest:
+        """The request for a teacher beside it; revision, tokenizer and adapter are the model's alone."""
         from kd.models.loading import ModelRequest
+        from kd.models.weights.adapters import Adapter
 
         return ModelRequest(
             name,
@@ -82,7 +109,15 @@ class LoadingOptions:
             seed=self.seed,
             source_lang=self.source_lang,
             target_lang=self.target_lang,
+            placement=self.placement(),
+            adapter=None if adapter is None else Adapter(adapter),
         )
+
+    def placement(self) -> Placement:
+        """Where the weights of a model lie. Raises DataError."""
+        from kd.models.placement.device_maps import Placement
+
+        return Placement.of(self.device_map, self.max_memory, self.offload_folder)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,11 @@ class SpreadBody:
         self.body, self.config = body, body.config
         self._first, self._last = first, last
 
+    @property
+    def forward(self) -> Any:
+        """The body's own forward pass, for those who ask what it takes."""
+        return self.body.forward
+
     def __call__(self, **inputs: Any) -> Any:
         """The body's last hidden states, as `last_hidden_state`."""
         moved = {name: _moved(value, self._first) for name, value in inputs.items()}

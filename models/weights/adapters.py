@@ -115,7 +115,7 @@ def merged(model: Any, adapter: Adapter) -> Any:
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, OSError) as error:
         reason = (str(error).strip() or "-").splitlines()
         raise TeacherError(
-            "the adapter does not fit the teacher",
+            "the adapter does not fit the model",
             where=adapter.name,
             found=f"{type(error).__name__}: {reason[0]}" + (f" {reason[1].strip()}" if len(reason) > 1 else ""),
             trained_on=adapter.base(),
@@ -149,7 +149,7 @@ def _refuse_offloaded(model: Any, adapter: Adapter) -> None:
             "an adapter cannot be merged into weights that are offloaded",
             where=adapter.name,
             found="a device map with weights on the CPU or the disk",
-            try_="a map of GPUs alone; or merge with peft (merge_and_unload, save_pretrained) and build from the merged model",
+            try_="a map of GPUs alone; or merge with peft (merge_and_unload, save_pretrained) and the merged model",
         )
 
 
@@ -166,8 +166,8 @@ def _refuse_soft_prompts(config: Any, adapter: Adapter) -> None:
 def _refuse_other_weights(expected: set[str], stored: set[str], adapter: Adapter) -> None:
     """peft would warn about weights that it does not find, and leave those parts of the adapter without effect."""
     for headline, names in (
-        ("the adapter lacks weights for this teacher", expected - stored),
-        ("the adapter holds weights that this teacher has no place for", stored - expected),
+        ("the adapter lacks weights for this model", expected - stored),
+        ("the adapter holds weights that this model has no place for", stored - expected),
     ):
         if names:
             raise TeacherError(

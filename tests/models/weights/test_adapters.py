@@ -147,7 +147,7 @@ def test_an_adapter_that_is_not_whole_or_of_another_model_is_refused(damage, fil
 
 def test_an_adapter_of_modules_that_the_teacher_lacks_is_refused(base: Path, model_dir: Path, tmp_path: Path):
     adapter_of(base, tmp_path / "a", r=4)
-    with pytest.raises(TeacherError, match="does not fit the teacher") as caught:
+    with pytest.raises(TeacherError, match="does not fit the model") as caught:
         load_model(ModelRequest(str(model_dir), device="cpu", adapter=Adapter(str(tmp_path / "a"))))
     assert caught.value.details["trained on"] == str(base)
 
