@@ -15,16 +15,18 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from terminal import run_main as kd
 
 from kd.cli import cli
 
 ROOT = Path(__file__).parents[1]
 PLAN = ("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", "1", "--out", "NOWHERE")
-KD = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from kd.cli import main; main()"]
 
 
-def kd(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*KD, *map(str, arguments)], capture_output=True, text=True, check=False)
+def kd_process(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `kd` in a process of its own: one build, and one of each exit code."""
+    command = [sys.executable, "-m", "kd.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -159,7 +161,7 @@ def test_task_options_reach_show_plan_and_eval(task_root: Path, tmp_path: Path) 
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A small cache of the embedded teacher, made by the command itself."""
     out = tmp_path_factory.mktemp("cli") / "cache"
-    done = kd(
+    done = kd_process(
         "cache", "build", "--teacher", "demo", "--data", "demo", "--limit", 2, "--seq-len", 64, "--out", out, "--json"
     )
     return out, json.loads(done.stdout)
@@ -290,12 +292,12 @@ def test_damage_is_exit_code_3_and_names_the_place(built: tuple[Path, dict[str, 
     data[len(data) // 3] ^= 4
     file.write_bytes(bytes(data))
     assert json.loads(kd("cache", "verify", built[0], "--json").stdout)["sound"] is True
-    findings = json.loads(kd("cache", "verify", copy, "--json", code=3).stdout)["findings"]
+    findings = json.loads(kd_process("cache", "verify", copy, "--json", code=3).stdout)["findings"]
     assert [(f["shard"], f["array"]) for f in findings] == [(0, "logprobs")]
 
 
 def test_a_second_copy_that_is_not_one_is_refused(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    assert "not a cache" in kd("cache", "repair", built[0], "--from", tmp_path / "nowhere", code=1).stderr
+    assert "not a cache" in kd_process("cache", "repair", built[0], "--from", tmp_path / "nowhere", code=1).stderr
     other = tmp_path / "other"
     kd("cache", "slice", built[0], "--top-k", 8, "--out", other)
     assert "another cache" in kd("cache", "repair", built[0], "--from", other, code=1).stderr
@@ -391,7 +393,7 @@ def test_wrong_input_is_one_clear_error(arguments: tuple[str, ...], words: str, 
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
-    assert "--shard" in kd("cache", "build", "--shard", "x", code=2).stderr
+    assert "--shard" in kd_process("cache", "build", "--shard", "x", code=2).stderr
     assert "did you mean 'graded'?" in kd(*PLAN, "--logprob-codec", "grad", code=2).stderr
     assert "did you mean 'round-robin'?" in kd("data", "show", "demo", "--template", "round", code=2).stderr
     train = ("train", "--cache", "NOWHERE", "--student", "demo", "--out", "RUN")

@@ -293,7 +293,7 @@ def test_a_stateful_data_loader_continues_in_mid_pass(cases, workers: int) -> No
     from torchdata import stateful_dataloader
 
     def loader() -> Any:
-        context = {"multiprocessing_context": "spawn"} if workers else {}
+        context = {"multiprocessing_context": "fork"} if workers else {}  # starts at once; spawned ones are above
         return stateful_dataloader.StatefulDataLoader(
             cases["kl"].dataset(), batch_size=None, num_workers=workers, **context
         )

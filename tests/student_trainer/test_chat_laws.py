@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from chat_templates import CHATS, examples_of
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 import kd
@@ -20,6 +19,7 @@ from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.batches.collate import loss_targets
 from kd.student_trainer.losses.by_row import kl_ghost
 from kd.student_trainer.run_folder import read_steps
+from kd.student_trainer.training import train
 
 LINES = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m.content }}"
@@ -169,27 +169,16 @@ def test_conversations_go_with_the_other_settings(more: dict[str, Any], run, cha
         assert plain.records[-1].tokens == 4 * tokens
 
 
-TWO = """
-import sys
-import torch
-from kd.student_trainer.training import train
-
-torch.set_num_threads(1)
-cache, student, out = sys.argv[1:4]
-try:
-    train(cache=cache, student=student, out=out, device="cpu", max_steps=2, batch_size=3, log_every=1, lr=1e-3, loss="uld")
-finally:
-    torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
 def test_two_processes_learn_what_one_does(run, chats: Path, pupil: Path, tmp_path: Path) -> None:
-    (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [str(tmp_path / "two.py"), str(chats), str(pupil), str(tmp_path / "two")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    settings: dict[str, Any] = {
+        "cache": str(chats),
+        "student": str(pupil),
+        "loss": "uld",
+        "max_steps": 2,
+        "batch_size": 3,
+        "lr": 1e-3,
+    }
+    run_ranks(lambda: train(**settings, out=str(tmp_path / "two"), device="cpu", log_every=1))
     one = run("one", cache=str(chats), student=str(pupil), loss="uld", batch_size=3, accumulate=2, max_steps=2)
     for a, b in zip(one.records, read_steps(tmp_path / "two"), strict=True):
         assert (a.loss, a.ce, a.grad_norm) == pytest.approx((b.loss, b.ce, b.grad_norm), rel=1e-5)

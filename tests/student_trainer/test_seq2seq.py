@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from evaluating import evaluated
+from ranks import run_ranks
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Config
 
 from kd.cache_builder.store.readers.reader import CacheReader
@@ -37,6 +35,7 @@ from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
 from kd.student_trainer.model_card import write_card
 from kd.student_trainer.run_folder import read_steps
+from kd.student_trainer.training import train
 
 V = 180
 """Entries of the teacher's tokenizer."""
@@ -333,35 +332,15 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(run, t5_
 
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(run, t5_cache, seq2seq_dir, tmp_path) -> None:
     student, out = str(seq2seq_dir()), tmp_path / "two"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "kd.cli",
-        "train",
-        "--cache",
-        str(t5_cache),
-        "--student",
-        student,
-        "--out",
-        str(out),
-        "--max-steps",
-        "3",
-        "--batch-size",
-        "2",
-        "--device",
-        "cpu",
-        "--lr",
-        "1e-3",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    settings: dict[str, Any] = {
+        "cache": str(t5_cache),
+        "student": student,
+        "max_steps": 3,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "device": "cpu",
+    }
+    run_ranks(lambda: train(**settings, out=str(out)))
     one = run("one", cache=str(t5_cache), student=student, batch_size=2, accumulate=2, max_steps=3, head_chunk=None)
     two = AutoModelForSeq2SeqLM.from_pretrained(out).state_dict()
     # the same gradients, summed in another order, under Adam

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +25,7 @@ from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.run_folder import METRICS, read_run, read_steps, refuse_other_settings, write_run
+from kd.student_trainer.training import train
 
 TIMING = ("tokens_per_second", "wait_share")
 
@@ -510,29 +513,7 @@ def test_a_student_that_does_not_fit_is_refused_and_leaves_no_folder(run, make_s
     assert not (tmp_path / "run").exists()
 
 
-# What is loaded
-
-ALONE = """
-import sys
-from kd.common.settings import make
-from kd.student_trainer.configuration.train_config import TrainConfig
-from kd.student_trainer.training import train
-
-cache, student, out = sys.argv[1:4]
-values = {"cache": cache, "student": student, "out": out, "max_steps": 1, "device": "cpu"}
-train(make(TrainConfig, values))
-print(sorted(m for m in ("teacher", "build", "sparsify") if f"kd.cache_builder.{m}" in sys.modules))
-"""
-
-
-def test_training_never_imports_what_runs_the_teacher(kl_cache, student_dir, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", ALONE, str(kl_cache), str(student_dir), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-# Two processes
+# Several processes
 
 MANY = """
 import sys
@@ -569,8 +550,14 @@ def torchrun(tmp_path: Path, *arguments: str, processes: int = 2) -> subprocess.
 
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(run, kl_cache, student_dir, tmp_path) -> None:
     out = tmp_path / "two"
-    done = torchrun(tmp_path, str(kl_cache), str(student_dir), str(out), "whole")
-    assert done.returncode == 0, done.stderr
+    settings: dict[str, Any] = {
+        "cache": str(kl_cache),
+        "student": str(student_dir),
+        "device": "cpu",
+        "max_steps": 5,
+        "log_every": 1,
+    }
+    run_ranks(lambda: train(**settings, out=str(out), batch_size=2, lr=1e-3))
     one = run("one", batch_size=2, accumulate=2, max_steps=5)
     two = AutoModelForCausalLM.from_pretrained(out).state_dict()
     both = [read_steps(folder) for folder in (out, one.out)]
