@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kd.cache_builder.exchange.export_cache import export_cache
     from kd.cache_builder.exchange.import_cache import import_cache
     from kd.cache_builder.opening import open_cache
+    from kd.cache_builder.share.hub_search import search_caches
     from kd.cache_builder.showing import show_cache
     from kd.cache_builder.store.readers.reading import Reader
     from kd.common.errors import (
@@ -75,6 +76,7 @@ __all__ = [
     "load_teacher",
     "open_cache",
     "plot_cache",
+    "search_caches",
     "show_cache",
     "train",
 ]
@@ -84,6 +86,7 @@ _HOMES = {
     "kd.cache_builder.exchange.export_cache": ["export_cache"],
     "kd.cache_builder.exchange.import_cache": ["import_cache"],
     "kd.cache_builder.opening": ["open_cache"],
+    "kd.cache_builder.share.hub_search": ["search_caches"],
     "kd.cache_builder.showing": ["show_cache"],
     "kd.cache_builder.store.readers.reading": ["Reader"],
     "kd.common.errors": [

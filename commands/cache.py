@@ -25,6 +25,7 @@ ELSEWHERE = {
     "pull": "kd.commands.cache_share:cache_pull",
     "push": "kd.commands.cache_share:cache_push",
     "repair": "kd.commands.cache_check:cache_repair",
+    "search": "kd.commands.looking.cache_search:cache_search",
     "show": "kd.commands.looking.cache_show:cache_show",
     "slice": "kd.commands.cache_copies:cache_slice",
     "status": "kd.commands.cache_builders:cache_status",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.terminal.console import emit, outcome
+from kd.commands.terminal.console import emit, outcome, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def cache_push(path: Path, url: str, license: str | None, private: bool, workers
     """
     from kd.cache_builder.share.push import push
 
-    done = outcome("pushing", push(path, url, license=license, private=private, workers=workers))
+    picture = _picture(path) if url.startswith("hf://") else None
+    done = outcome("pushing", push(path, url, license=license, private=private, workers=workers, picture=picture))
     emit(_result(done) | {"url": url}, as_json, f"{url}: complete")
 
 
@@ -103,6 +105,27 @@ def cache_pull(
     if not as_json and done.part is not None:
         result |= {"part": f"{len(done.part.shards)} shards of arrays {', '.join(done.part.arrays)}"}
     emit(result, as_json, f"{path}: {'complete' if done.part is None else 'a part of the cache'}")
+
+
+def _picture(path: Path) -> bytes | None:
+    """The card's picture as a PNG; None, with a word, where matplotlib is not installed or the cache is not one to draw."""
+    from kd.cache_builder.look.row_statistics import row_statistics
+    from kd.cache_builder.store.readers.reader import CacheReader
+    from kd.common.errors import CacheError
+    from kd.common.extras import MissingPackageError, require_package
+
+    try:
+        require_package("matplotlib", "the picture of the dataset card")
+        figures = outcome("drawing the card's picture", row_statistics(CacheReader(path)))
+    except MissingPackageError as error:
+        say(f"the dataset card gets no picture: {error.headline}", err=True)
+        return None
+    except CacheError:  # the push itself says what is wrong with the cache
+        return None
+    from kd.evaluation.cache_figures import draw_entropy
+
+    with tempfile.TemporaryDirectory() as folder:
+        return draw_entropy(Path(folder) / "entropy.png", figures).read_bytes()
 
 
 def _slice(url: str, path: Path, top_k: int, examples: tuple[int, int] | None, as_json: bool) -> None:

@@ -255,6 +255,8 @@ class HubServer(Server):
                     for o in json.loads(body)["objects"]
                 ]
                 return reply({"transfer": "basic", "objects": upload})
+            case "GET", ["api", "datasets"]:
+                return reply([self._listed(n) for n in self.repositories if set(query["filter"]) <= set(self._tags(n))])
             case _, ["api", "datasets" | "models", owner, name, *rest]:
                 repository = self.repositories.get(f"{owner}/{name}")
                 if repository is None:
@@ -263,6 +265,14 @@ class HubServer(Server):
             case _, ["datasets", owner, name, "resolve", revision, *inside]:
                 return self._file(self.repositories[f"{owner}/{name}"], revision, "/".join(inside), headers, own)
         return reply({"error": f"not here: {method} {path}"}, 404)
+
+    def _listed(self, name: str) -> dict[str, object]:
+        return {"id": name, "tags": self._tags(name), "downloads": 7}
+
+    def _tags(self, name: str) -> list[str]:
+        """Those of the card, as the hub has them."""
+        card = (self.repositories[name].files("main") or {}).get("README.md", (b"", False))[0].decode()
+        return list(yaml.safe_load(card.split("---")[1]).get("tags", ())) if card else []
 
     def _api(
         self,

@@ -11,10 +11,17 @@ from typing import Any
 
 import yaml
 
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.common.shown_text import for_markdown, public_place, without_secrets
 
 CARD = "README.md"
+PICTURE = "entropy.png"
+"""The card's picture, beside it."""
+CACHE_TAG, TEACHER_TAG, TOKENIZER_TAG = "kd-cache", "teacher:", "tokenizer:"
+"""Tags by which caches are found (`hub_search`); the latter two are followed by a name and by a fingerprint."""
+TOKENIZER_DIGITS = 16
+"""Digits of the fingerprint in its tag."""
 SIZES = (
     (10**3, "n<1K"),
     (10**4, "1K<n<10K"),
@@ -27,15 +34,23 @@ SIZES = (
 """Upper bound of the number of examples, and the hub's name for that size."""
 
 
-def dataset_card(root: Path, url: str, license: str | None = None) -> str:
-    """The card's text, for a cache at `root` that is shared at `url`."""
+def dataset_card(root: Path, url: str, license: str | None = None, *, picture: bool = False) -> str:
+    """The card's text, for a cache at `root` that is shared at `url`.
+
+    picture   whether PICTURE is sent with it
+    """
+    words = load_manifest(root).identity["tokenizer"]["fingerprint"][:TOKENIZER_DIGITS]
     summary = cache_summary(root)
     teacher, corpus = (public_place(str(summary[key])) for key in ("teacher", "corpus"))
     front: dict[str, Any] = {
         "pretty_name": " ".join(f"Soft targets of {teacher} on {corpus}".split()),
         "license": license or "other",
         **({} if license else {"license_name": "not-stated"}),
-        "tags": ["knowledge-distillation", "soft-targets", "teacher-logits", "kd-cache"],
+        "tags": [
+            *("knowledge-distillation", "soft-targets", "teacher-logits", CACHE_TAG),
+            f"{TEACHER_TAG}{' '.join(teacher.split())}",
+            f"{TOKENIZER_TAG}{words}",
+        ],
         "size_categories": [next((name for most, name in SIZES if summary["examples"] < most), "n>1T")],
         "configs": [{"config_name": "examples", "data_files": "examples/*.parquet"}],
     }
@@ -50,6 +65,7 @@ def dataset_card(root: Path, url: str, license: str | None = None) -> str:
         ("dtype", summary["dtype"]),
         ("quantisation", summary["quantization"] or "none"),
         *_unknown_weights(summary),
+        ("tokenizer", words),
         ("vocabulary", f"{summary['vocabulary_size']:,}"),
         ("text", corpus),
         ("split", summary["split"]),
@@ -86,7 +102,7 @@ without the teacher: a cache of `kd`, plain Zarr v3 and Parquet, every file with
 |---|---|
 {rows}
 
-## Licence
+{_shown(picture)}## Licence
 
 {stated[0].upper() + stated[1:]}. The predictions derive from the teacher and the text; the terms of both apply.
 
@@ -94,10 +110,20 @@ without the teacher: a cache of `kd`, plain Zarr v3 and Parquet, every file with
 
 ```
 pip install kd-logit-cache
+kd cache show {url}             # what the teacher said, token by token
 {train} --out runs/student      # streamed, files fetched as they are needed
-kd cache pull {url} cache                                         # or a copy: resumable, verified
-kd cache verify cache
+kd cache pull {url} cache       # or a copy: resumable, verified
 ```
+"""
+
+
+def _shown(picture: bool) -> str:
+    if not picture:
+        return ""
+    return f"""![How uncertain the teacher was: a histogram of its entropy over all rows]({PICTURE})
+
+The entropy of the teacher's distribution at each target token, as its lower bound from what the cache keeps.
+
 """
 
 

@@ -50,33 +50,8 @@ class HubRemote(Remote):
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Turn the client's errors into `CacheError` and `Transient`."""
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-        try:
+        with hub_errors(self.url):
             yield
-        except OfflineModeIsEnabled as error:
-            raise CacheError(
-                "the hub cannot be reached in offline mode", where=self.url, found="HF_HUB_OFFLINE is set"
-            ) from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (408, 429) or status >= 500:
-                raise Transient(f"HTTP {status} from the hub") from error
-            raise CacheError(
-                "the hub refused the request",
-                where=self.url,
-                found=str(error).splitlines()[0],
-                try_="the right OWNER/NAME and revision; hf auth login",
-            ) from error
-        except ValueError as error:
-            raise CacheError("the hub's client refused the request", where=self.url, found=error) from error
-        except (OSError, RuntimeError) as error:
-            raise Transient(f"{type(error).__name__}: {error} {error.__cause__ or ''}") from error
-        except Exception as error:  # the errors of the client's HTTP library, whichever it uses
-            if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
-                raise Transient(f"{type(error).__name__}: {error}") from error
-            raise
 
     def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """As `Remote.read`, from the commit that the revision stood for at the first read."""
@@ -130,6 +105,37 @@ class HubRemote(Remote):
             self._api.create_commit(
                 self.repo, adds, commit_message=message, repo_type="dataset", revision=self.revision
             )
+
+
+@contextmanager
+def hub_errors(place: str) -> Iterator[None]:
+    """A context for questions to the hub: the client's errors become `CacheError`, and `Transient` where asking again may help."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise CacheError(
+            "the hub cannot be reached in offline mode", where=place, found="HF_HUB_OFFLINE is set"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (408, 429) or status >= 500:
+            raise Transient(f"HTTP {status} from the hub") from error
+        raise CacheError(
+            "the hub refused the request",
+            where=place,
+            found=str(error).splitlines()[0],
+            try_="the right OWNER/NAME and revision; hf auth login",
+        ) from error
+    except ValueError as error:
+        raise CacheError("the hub's client refused the request", where=place, found=error) from error
+    except (OSError, RuntimeError) as error:
+        raise Transient(f"{type(error).__name__}: {error} {error.__cause__ or ''}") from error
+    except Exception as error:  # the errors of the client's HTTP library, whichever it uses
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+            raise Transient(f"{type(error).__name__}: {error}") from error
+        raise
 
 
 def _same(item: Any, root: Path, name: str, entry: Entry) -> bool:

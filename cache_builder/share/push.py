@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from kd.cache_builder.share.dataset_card import CARD, dataset_card
+from kd.cache_builder.share.dataset_card import CARD, PICTURE, dataset_card
 from kd.cache_builder.share.fetching import in_parallel, persist
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
@@ -31,9 +31,15 @@ from kd.common.strangers.plain_files import read_plain
 
 
 def push(
-    path: str | Path, url: str, *, license: str | None = None, private: bool = False, workers: int = 8
+    path: str | Path,
+    url: str,
+    *,
+    license: str | None = None,
+    private: bool = False,
+    workers: int = 8,
+    picture: bytes | None = None,
 ) -> Iterator[Progress[Transferred]]:
-    """Copy a complete cache to `url`; on the hub, with a dataset card that names the `license`.
+    """Copy a complete cache to `url`; on the hub, with a dataset card that names the `license` and shows the `picture`, a PNG.
 
     Raises CacheError for a cache that is not whole, CacheDamageError for one that is damaged, CacheMismatchError when
     another cache is there.
@@ -75,7 +81,7 @@ def push(
                 try_="the same command again; on the hub, no .gitignore that names it",
             )
         if remote.shows_card:
-            _send_card(remote, root, url, license, stop)
+            _send_card(remote, root, url, license, picture, stop)
         if not already_there:
             persist(lambda: remote.write(root, [MANIFEST]), remote, MANIFEST, stop)
             tally.add(files=1)
@@ -114,10 +120,17 @@ def _refuse_another(root: Path, manifest: CacheManifest, remote: Remote) -> bool
     return same
 
 
-def _send_card(remote: Remote, root: Path, url: str, license: str | None, stop: threading.Event) -> None:
+def _send_card(
+    remote: Remote, root: Path, url: str, license: str | None, picture: bytes | None, stop: threading.Event
+) -> None:
     """Send a dataset card unless there is one: somebody may have edited it."""
     if fetch_if_there(remote, CARD) is not None:
         return
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CARD).write_text(dataset_card(root, url, license), encoding="utf-8")
-        persist(lambda: remote.write(Path(folder), [CARD]), remote, CARD, stop)
+        card = dataset_card(root, url, license, picture=picture is not None)
+        (Path(folder) / CARD).write_text(card, encoding="utf-8")
+        names = [CARD]
+        if picture is not None:
+            (Path(folder) / PICTURE).write_bytes(picture)
+            names.append(PICTURE)
+        persist(lambda: remote.write(Path(folder), names), remote, CARD, stop)

@@ -33,7 +33,7 @@ from kd.common.errors import CacheDamageError, CacheError, KdError
 from kd.common.progress import Progress
 from kd.common.strangers.plain_files import read_plain
 
-BESIDE = {"README.md", ".gitattributes", ".git", ".cache"}
+BESIDE = {"README.md", "entropy.png", ".gitattributes", ".git", ".cache"}
 """Names of the dataset card and of files that git and the hub's client leave beside a cache; no reader uses them."""
 
 
