@@ -15,6 +15,7 @@ from kd.commands.terminal.console import emit, emit_json, outcome, quiet_librari
 from kd.commands.terminal.options import FOLDER, PATH, json_option
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.disk.disk_errors import WriteError
+from kd.common.errors import DataError
 from kd.common.extras import require
 from kd.common.settings import make, setting
 from kd.evaluation.eval_settings import EvalSettings
@@ -66,6 +67,10 @@ def score_and_show(models: Sequence[str], settings: EvalSettings, out: Path | No
     require("eval", "kd eval")
     from kd.evaluation.results import folders_of, refuse_other_scores
 
+    if settings.agreement.html is not None and len(models) > 1:
+        raise DataError(
+            "the page shows one model", found=f"--html with {len(models)} models", try_="one model at a time"
+        )
     if out is not None:
         refuse_other_scores(out, models, settings.tasks)
     reports: list[EvalReport] = []

@@ -35,7 +35,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_every_command_of_the_page_runs(outputs: dict[str, str]) -> None:
     assert len(COMMANDS) >= 10
-    assert outputs["pages"] == "compared.html page.html uncertain.html"
+    assert outputs["pages"] == "compared.html page.html student.html uncertain.html"
     assert "most probable" in outputs["kd cache show runs/cache 17 --token 5 --top 20"]
 
 

@@ -23,7 +23,7 @@ Top-1 agreement as in Stanton et al. 2021, arXiv:2106.05945.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,6 +67,8 @@ class AgreementResult:
     documents: Documents
     pairs_cut: int = 0
     """Number of examples that were longer than the window; 0 for a cache."""
+    row_kl: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
+    """`[rows]` float64 nats: KL of each row, in the order of the examples."""
 
 
 FIGURES = ("kl", "jsd", "same", "nll", "confidence", "right", "teacher_nll", "teacher_confidence", "teacher_right")
@@ -153,6 +155,7 @@ def agreement_of(
         temperature,
         documents,
         pairs_cut,
+        by_name["kl"],
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.cache_builder.weighted_caches import WeightedCache, parse_caches
@@ -48,6 +49,9 @@ class AgreementOptions:
     """Adapter (LoRA) to merge into the weights of --teacher."""
     temperature: float = 1.0
     """Temperature of the softmaxes that agreement's KL and JSD compare."""
+    html: Path | None = setting(None, metavar="FILE")
+    """Write the tokens at which the model differs most from the teacher of --cache as one HTML page, with both
+    distributions (agreement)."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -80,6 +84,12 @@ class AgreementTask(Task[AgreementOptions, "Reader | LiveTeacher"]):
             raise DataError(
                 f"the task {name} needs a teacher that was not given",
                 try_="--cache DIR, or --teacher MODEL with --data SPEC",
+            )
+        if options.html is not None and (options.cache is None or options.html.is_dir()):
+            raise DataError(
+                "the page of agreement is a file, from a cache",
+                found=f"--html {options.html}" + (" without --cache" if options.cache is None else ", a folder"),
+                try_="--cache DIR --html FILE.html",
             )
         if options.teacher is not None and (options.cache is not None or shared.data.spec is None):
             raise DataError(
@@ -151,6 +161,13 @@ class AgreementTask(Task[AgreementOptions, "Reader | LiveTeacher"]):
         cache = described_cache(reader)
 
         def task_result(scores: AgreementResult) -> TaskResult:
+            if options.html is not None:
+                from kd.evaluation.measures.agreement_page import write_agreement_page
+
+                tokens = shared.reading.tokens_per_batch
+                write_agreement_page(
+                    model, reader, scores.row_kl, options.html, temperature=options.temperature, tokens_per_batch=tokens
+                )
             return TaskResult(self._estimates(scores), scores.documents, settings, cache=cache)
 
         return task_progress(steps, task_result)
