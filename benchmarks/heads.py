@@ -86,6 +86,23 @@ def shorter(targets: LossTargets) -> dict[str, LossTargets]:
     }
 
 
+def outcomes(rows: int, vocabulary: int, count: int = 50) -> LossTargets:
+    """`count` sets of student tokens each, most of them single tokens, as `text-kl` compares them."""
+    bounds = torch.rand(rows, vocabulary).topk(count, dim=1).indices.sort(dim=1).values
+    size = torch.where(torch.rand(rows, count) < 0.8, 1, 2**30)
+    stops = torch.minimum(bounds + size, torch.cat([bounds[:, 1:], bounds[:, -1:] + 1], dim=1))
+    masses = torch.rand(rows, count + 1).softmax(dim=1)
+    return LossTargets(
+        torch.randint(vocabulary, (rows,)),
+        logprobs=masses[:, :count].log().flatten(),
+        tail_mass=masses[:, -1],
+        kept=torch.full((rows,), count),
+        range_starts=bounds.flatten().int(),
+        range_stops=stops.flatten().int(),
+        places=torch.randperm(vocabulary),
+    )
+
+
 def objectives(edges: tuple[int, ...]) -> dict[str, Objective]:
     """The cases by name."""
     fast, exact = (GroupSettings(edges=edges, ranking=ranking, overlap=0.5) for ranking in ("fast", "exact"))
@@ -99,6 +116,7 @@ def objectives(edges: tuple[int, ...]) -> dict[str, Objective]:
         "kl sampled": Objective(tail="sampled"),
         "reverse-kl": Objective("reverse-kl"),
         "jsd": Objective("jsd"),
+        "text-kl": Objective("text-kl", "none", 0.5),
         "alm": Objective("alm", "none", 0.5),
         "uld fast": Objective("uld", "bands", 0.5, settings=fast),
         "uld exact": Objective("uld", "bands", 0.5, settings=exact),
@@ -123,7 +141,7 @@ def main() -> None:
     weight = (0.05 * torch.randn(args.vocabulary, args.width)).requires_grad_()
     edges = tuple(band_edges(16, args.vocabulary, 16))
     by_row, over_groups = made_up(args.rows, args.vocabulary, edges)
-    few = shorter(by_row)
+    few = shorter(by_row) | {"text-kl": outcomes(args.rows, args.vocabulary)}
     cases_by_name = objectives(edges)
     names = [name.strip() for name in args.losses.split(",")] if args.losses else list(cases_by_name)
 

@@ -120,6 +120,18 @@ def training(objective: Objective, groups_of: int) -> Callable[[torch.device], N
             groups if objective.groups else None,
             number(),
         )
+        if LOSSES[objective.loss].text:
+            many = LossTargets(
+                gold,
+                logprobs=number(2 * N),
+                tail_mass=number(N),
+                kept=2 * integer(N),
+                range_starts=integer(2 * N),
+                range_stops=integer(2 * N),
+                places=integer(V),
+            )
+            vars(many)["offsets"] = np.arange(N + 1) * 2
+            targets = many
         for dtype in (torch.float32, *([torch.bfloat16] if objective.loss == "ce" else [])):
             hidden, weight, bias = (number(*s, dtype=dtype).requires_grad_() for s in ((N, D), (V + 4, D), (V + 4,)))
             total, kd, ce = chunked_head_loss(hidden, weight, bias, objective, targets, vocabulary_size=V, chunk=10)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from outcome_targets import outcome_targets
 from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 from kd.cache_builder.store.readers.reader import CacheReader
@@ -136,6 +137,8 @@ def test_every_loss_and_its_gradients_are_the_cpu_s(loss: str, tail: str, rankin
     temperature = 1.0 if tail == "sampled" or loss in ("ce", "alm") else temperature
     objective = Objective(loss, tail, 0.0 if loss == "ce" else 0.6, temperature, settings=settings)
     data, found = targets(23), []
+    if LOSSES[loss].text:
+        data = outcome_targets(data.gold_ids, V)
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((23, 16), (V + 4, 16), (V + 4,))]
     for device in ("cpu", DEVICE):

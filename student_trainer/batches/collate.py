@@ -16,6 +16,8 @@ from kd.models.batching.packing import Size, lay_out, pack_sequences
 from kd.student_trainer.batches.pieces import SharedPieces
 from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.student_text import StudentExample, StudentText
+from kd.student_trainer.expected.piece_paths import AS_IT_IS, PiecePaths
+from kd.student_trainer.expected.text_rows import Starts, joined_starts, text_rows
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
 
@@ -48,6 +50,8 @@ class Collator:
     """Ids that the student's decoder reads before the target: its start token, then what is forced; () = a causal student."""
     capacity: Size | None = None
     """Tokens of a packed sequence on each side; None = one example per sequence."""
+    paths: PiecePaths | None = None
+    """The student's tokens as the teacher's pieces, for `text-kl`."""
 
     def __call__(self, examples: Sequence[CachedExample]) -> dict[str, Tensor]:
         tokens: Sequence[CachedExample | StudentExample] = examples
@@ -56,6 +60,8 @@ class Collator:
         batch = self._tokens(tokens)
         if self.objective.groups:
             batch |= self._groups(examples)
+        elif self.paths is not None:
+            batch |= self._expected(examples, batch["gold_ids"], self.paths)
         else:
             batch |= self._rows(examples)
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
@@ -120,6 +126,46 @@ class Collator:
             assert rows.sample_counts is not None
             batch["sample_ids"], batch["sample_counts"] = rows.sample_ids, rows.sample_counts
         return batch
+
+    def _expected(
+        self, examples: Sequence[CachedExample], gold_ids: np.ndarray, paths: PiecePaths
+    ) -> dict[str, np.ndarray]:
+        """What the teacher expects of the text, at every scored position; `aligned_bytes` as `_groups` counts them."""
+        assert self.text is not None
+        parts: list[Starts] = []
+        position = row = 0
+        aligned = np.zeros(2, dtype=np.int64)
+        for example in examples:
+            student, targets = self.text[example.index], example.targets
+            places, scored = self._places(student)
+            pairs = self.text.aligned(example, mode="bytes", eos=self.align_eos)
+            aligned += pairs.bytes_aligned, len(example.target.encode("utf-8"))
+            (first, stop), (token, last) = pairs.teacher.T, pairs.student.T
+            goes_on = np.append((stop[:-1] == first[1:]) & (last[:-1] == token[1:]), False) & (last - token == 1)
+            follows = np.append(False, goes_on[:-1])[: len(first)]
+            reading = np.full(len(first), AS_IT_IS)
+            if len(first) and first[0] == 0:
+                reading[0] = paths.reading(
+                    int(targets.gold_ids[0]),
+                    int(targets.byte_end[0]),
+                    int(student.target_ids[token[0]]),
+                    int(student.side.byte_end[token[0]]),
+                )
+            parts.append(
+                Starts(
+                    places[token] + position,
+                    student.target_ids[token].astype(np.int64),
+                    first + row,
+                    stop + row,
+                    np.where(goes_on, stop + row, -1),
+                    reading,
+                    np.where(follows, student.target_ids[token - 1], -1),
+                )
+            )
+            position, row = position + scored, row + len(targets)
+        rows = examples.rows if isinstance(examples, CachedBatch) else concatenate([e.targets for e in examples])
+        expected = text_rows(paths, rows, joined_starts(parts), gold_ids, self.objective.temperature)
+        return expected | {"places": paths.place, "aligned_bytes": aligned}
 
     def _groups(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
         """Fields of `GroupTargets`, named `group_…`, whose rows count over the whole batch; `units` examples with groups;
@@ -198,7 +244,18 @@ def _bands(targets: SoftTargets, temperature: float) -> np.ndarray:
 
 EMPTY_BAND = 1e-26
 """Mass of a band that has none: e^-60, as it is in stored bands."""
-ROW_FIELDS = ("gold_ids", "token_ids", "logprobs", "kept", "tail_mass", "sample_ids", "sample_counts")
+ROW_FIELDS = (
+    "gold_ids",
+    "token_ids",
+    "logprobs",
+    "kept",
+    "tail_mass",
+    "sample_ids",
+    "sample_counts",
+    "range_starts",
+    "range_stops",
+    "places",
+)
 GROUP_FIELDS = ("first", "stop", "log_scale", "chunk_logprob", "weight", "logprobs", "bands", "student_ids")
 
 

@@ -19,7 +19,7 @@ from kd.models.loading import (
     decoder_start,
     is_encoder_decoder,
 )
-from kd.models.tokenizer import Tokenizer, refuse_unknown_ids, usable_ids
+from kd.models.tokenizer import Tokenizer, refuse_unknown_ids, token_bytes, usable_ids
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.compatibility import (
     refuse_classes,
@@ -32,10 +32,15 @@ from kd.student_trainer.batches.compatibility import (
 )
 from kd.student_trainer.batches.own_text import own_text
 from kd.student_trainer.batches.pieces import shared_pieces
+from kd.student_trainer.batches.student_chat import StudentChat
+from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.configuration.learning_settings import TextSettings
 from kd.student_trainer.configuration.train_config import TrainConfig
-from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.expected.piece_paths import PiecePaths, better_cut
+from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 
+SEEN_EXAMPLES = 64
+"""Examples whose rows show how the teacher cuts text."""
 PACKED_TOKENS = 1024
 """Tokens of a packed sequence, where neither --seq-len nor the student's positions limit it."""
 
@@ -60,7 +65,7 @@ def reads_own_text(
             found=", ".join(between),
             try_="leave them out, or a causal student",
         )
-    if objective.groups:
+    if LOSSES[loss].any_tokenizer:
         return True
     if loss == "ce":
         blocks = reader.manifest.blocks
@@ -70,7 +75,7 @@ def reads_own_text(
         raise DataError(
             f"--loss {loss} reads the cached tokens as they are",
             found=", ".join(given),
-            try_="--loss ce, uld, hybrid or alm",
+            try_="--loss ce, text-kl, alm, hybrid or uld",
         )
     return False
 
@@ -103,7 +108,7 @@ def row_collator(
         reader,
         tokenizer,
         purpose=f"--loss {loss}",
-        advice="--loss uld, hybrid or alm, for any tokenizer; or --tokenizer for a random student",
+        advice="--loss text-kl, alm, hybrid or uld, for any tokenizer; or --tokenizer for a random student",
     )
     layout = encoder_layout(model_config, tokenizer)
     refuse_other_template(reader, layout, tokenizer)
@@ -126,6 +131,12 @@ def text_collator(
             expected=f"all {reader.config.top_k}",
             try_="leave --top-k out",
         )
+    if LOSSES[objective.loss].text and settings.alignment != "bytes":
+        raise DataError(
+            f"--loss {objective.loss} compares text, which is aligned by bytes",
+            found=f"--alignment {settings.alignment}",
+            try_="--alignment bytes; or --loss uld",
+        )
     width = usable_ids(tokenizer, int(model_config.vocab_size), what="the student")
     limit = max_positions(model_config)
     refuse_too_long("--seq-len", settings.seq_len, limit)
@@ -139,7 +150,21 @@ def text_collator(
     if objective.loss == "hybrid":
         pieces = shared_pieces(reader, tokenizer, width)
         objective = replace(objective, settings=replace(objective.settings, overlap=pieces.overlap))
-    return Collator(objective, text, settings.alignment, settings.align_eos, settings.prompt_loss, pieces, start), width
+    paths = piece_paths(reader, text, tokenizer, width) if LOSSES[objective.loss].text else None
+    choices = (settings.alignment, settings.align_eos, settings.prompt_loss)
+    return Collator(objective, text, *choices, pieces, start, paths=paths), width
+
+
+def piece_paths(reader: Reader, text: StudentText | StudentChat, tokenizer: Tokenizer, width: int) -> PiecePaths:
+    """The student's tokens as paths of the teacher's pieces, cut as the teacher's rows of the first examples are."""
+    teacher, student = reader.vocabulary(), token_bytes(tokenizer)[:width]
+    seen: set[tuple[bytes, ...]] = set()
+    numbers = [number for number, rows in enumerate(reader.lengths()[1].tolist()) if rows][:SEEN_EXAMPLES]
+    for example in reader.read(numbers):
+        pairs = text.aligned(example, mode="bytes", eos=False)
+        seen |= {tuple(teacher[i] for i in example.targets.gold_ids[a:b].tolist()) for a, b in pairs.teacher.tolist()}
+    ends = reader.manifest.identity["tokenizer"].get("eos_token_id"), tokenizer.eos_token_id
+    return PiecePaths(teacher, student, better_cut(teacher, seen), special=tokenizer.all_special_ids, ends=ends)
 
 
 def start_tokens(model_config: Any, layout: EncoderLayout | None) -> tuple[int, ...]:

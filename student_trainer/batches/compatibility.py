@@ -72,7 +72,7 @@ def refuse_other_layout(reader: Reader, purpose: str, *, encoder: bool) -> None:
             teacher=reader.manifest.provenance.get("teacher"),
             found=f"a model that {model}",
             try_="a model laid out as the teacher; in training --loss "
-            "uld, hybrid or alm, or --loss ce for the baseline",
+            "text-kl, alm, hybrid or uld, or --loss ce for the baseline",
         )
 
 
@@ -86,7 +86,7 @@ def refuse_other_template(reader: Reader, layout: EncoderLayout | None, tokenize
             cache=reader.root,
             found=names[0],
             expected=names[1],
-            try_="the --source-lang and --target-lang of the cache; or --loss uld, hybrid or alm",
+            try_="the --source-lang and --target-lang of the cache; or --loss text-kl, alm, hybrid or uld",
         )
 
 
@@ -156,13 +156,12 @@ def resolve_objective(
     edges           ranks between the cache's bands, where it has any
     logprobs_only   whether the teacher gave log-probabilities at temperature 1 and no logits; the tail is then one band
 
-    Tail: ghost where top-k ids are stored, sampled where only draws are. Alpha: 1 for losses by row, 0.5 for losses
-    over aligned text (they say nothing about which token is right), 0 for ce. Raises DataError.
+    Tail: ghost where top-k ids are stored, sampled where only draws are. Weights: those of the loss. Raises DataError.
     """
     if settings.loss == "ce":
         refuse_teacher_settings(settings)
         return Objective("ce", "none", 0.0, 1.0)
-    alpha = _alpha(settings)
+    alpha, ce_weight = _weights(settings)
     tail = _tail(config, settings.loss, settings.tail)
     if logprobs_only and settings.temperature != 1.0:
         raise DataError(
@@ -188,7 +187,7 @@ def resolve_objective(
             try_="--tail ghost with a cache of profile kl",
         )
     groups = GroupSettings(edges=edges, ranking=settings.ranking, beta=settings.beta)
-    return Objective(settings.loss, tail, alpha, settings.temperature, settings.ce_weight, groups)
+    return Objective(settings.loss, tail, alpha, settings.temperature, ce_weight, groups)
 
 
 def refuse_unknown_parts(manifest: CacheManifest, objective: Objective) -> None:
@@ -202,7 +201,7 @@ def refuse_unknown_parts(manifest: CacheManifest, objective: Objective) -> None:
             expected="--loss kl --tail renorm, which compares the kept tokens among themselves",
             try_="--tail renorm; or a cache whose teacher gave raw log-probabilities",
         )
-    if manifest.gold_in_top_k and LOSSES[objective.loss].groups:
+    if manifest.gold_in_top_k and LOSSES[objective.loss].any_tokenizer:
         raise DataError(
             f"this cache cannot serve --loss {objective.loss}",
             found="a source without the log-probability of tokens of the text that are not among the kept ones",
@@ -231,29 +230,33 @@ def refuse_teacher_settings(settings: LossSettings) -> None:
         )
 
 
-def _alpha(settings: LossSettings) -> float:
-    """Weight of the distillation loss, the default filled in. Raises DataError for weights that cannot be used."""
+def _weights(settings: LossSettings) -> tuple[float, float | None]:
+    """Weights of the distillation loss and of the cross-entropy (None = what alpha leaves of 1), the defaults filled in.
+
+    Raises DataError for weights that cannot be used.
+    """
     for option, weight in (("--alpha", settings.alpha), ("--ce-weight", settings.ce_weight)):
         if weight is not None and not 0.0 <= weight < math.inf:
             raise DataError(
                 "a weight of the loss is not usable", found=f"{option} {weight:g}", expected="a number from 0"
             )
-    alpha = settings.alpha
+    alpha, ce_weight = settings.alpha, settings.ce_weight
     if alpha is None:
-        alpha = 0.5 if LOSSES[settings.loss].groups else 1.0
-    if alpha > 1.0 and settings.ce_weight is None:
+        alpha, beside = LOSSES[settings.loss].weights
+        ce_weight = beside if ce_weight is None and beside != 1 - alpha else ce_weight
+    if alpha > 1.0 and ce_weight is None:
         raise DataError(
             "alpha above 1 leaves no weight for the cross-entropy",
             found=f"--alpha {alpha:g}",
             expected="0..1, or --ce-weight beside it",
             try_="--ce-weight 1",
         )
-    return alpha
+    return alpha, ce_weight
 
 
 def _other_losses(held: Mapping[str, bool]) -> str:
     """Losses for any tokenizer that a cache with these holdings serves, as advice; empty where there is none."""
-    served = [name for name, loss in LOSSES.items() if loss.groups and all(held[need] for need in loss.needs)]
+    served = [name for name, loss in LOSSES.items() if loss.any_tokenizer and all(held[need] for need in loss.needs)]
     return f"--loss {' or '.join(served)}, for any tokenizer, from this cache; or " if served else ""
 
 
@@ -296,14 +299,15 @@ def _has_ids(config: TargetConfig) -> bool:
 
 def _check_holdings(config: TargetConfig, loss: str, temperature: float, logprobs_only: bool) -> None:
     """Raise DataError when an aligned loss needs what the cache's profile left out."""
-    if not LOSSES[loss].groups:
+    if not LOSSES[loss].any_tokenizer:
         return
     # the tail is one band where all rows end at one rank
     bands = bool(config.tail_bands) or (logprobs_only and not config.min_probability)
     held = {"ids": _has_ids(config), "logprobs": bool(config.top_k), "bands": bands}
     missing = [need for need in LOSSES[loss].needs if not held[need]]
     if missing:
-        serving = "full" if "ids" in LOSSES[loss].needs else "uld or full"
+        bands_and_ids = {"ids", "bands"} <= {*LOSSES[loss].needs}
+        serving = "full" if bands_and_ids else "kl or full" if "ids" in LOSSES[loss].needs else "uld or full"
         raise DataError(
             f"this cache cannot serve --loss {loss}",
             found=f"profile {config.profile} without {', '.join(missing)}",

@@ -13,7 +13,7 @@ from kd.common.setting_values import unescaped
 from kd.common.settings import check, setting
 from kd.data.conversations.chat_settings import variables_from
 
-LossName = Literal["kl", "reverse-kl", "jsd", "uld", "hybrid", "alm", "ce"]
+LossName = Literal["kl", "reverse-kl", "jsd", "text-kl", "uld", "hybrid", "alm", "ce"]
 TailName = Literal["auto", "ghost", "sampled", "renorm"]
 # tests compare both with their registries
 
@@ -42,14 +42,14 @@ class LossSettings:
     """What the student minimises."""
 
     loss: LossName = "kl"
-    """Loss to minimise. With the teacher's tokenizer: kl, reverse-kl, jsd. With any tokenizer: uld, hybrid, alm. ce
+    """Loss to minimise. With the teacher's tokenizer: kl, reverse-kl, jsd. With any tokenizer: text-kl, alm, hybrid, uld. ce
     fine-tunes on the same text, as the baseline."""
     tail: TailName = "auto"
     """How kl treats the probability outside the top-k: ghost (one extra outcome), sampled, or renorm. auto is ghost, or
     sampled where the cache holds draws alone."""
-    alpha: float | None = setting(None, shown="1; 0.5 for uld, hybrid and alm")
+    alpha: float | None = setting(None, shown="1; 0.5 for text-kl, uld and hybrid")
     """Weight of the distillation loss."""
-    ce_weight: float | None = setting(None, shown="1 - alpha")
+    ce_weight: float | None = setting(None, shown="1 - alpha; 1 beside alm without --alpha")
     """Weight of the cross-entropy."""
     temperature: float = setting(1.0, above=0)
     """Temperature of both softmaxes; it must be on the cache's grid. Divergences are multiplied by its square."""

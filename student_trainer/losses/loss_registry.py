@@ -16,6 +16,7 @@ from torch import Tensor
 from kd.common.errors import unknown_name
 from kd.student_trainer.losses.by_group import alm, hybrid, uld
 from kd.student_trainer.losses.by_row import cross_entropy, jsd, kl_ghost, kl_renorm, kl_reverse, kl_sampled
+from kd.student_trainer.losses.by_text import text_kernel, text_kl
 from kd.student_trainer.losses.group_kernels import GroupKernel, alm_kernel, exact_uld, fast_uld, hybrid_comparison
 from kd.student_trainer.losses.loss_settings import GroupSettings, LossWeights
 from kd.student_trainer.losses.loss_targets import LossTargets, need
@@ -44,6 +45,8 @@ class Loss:
     """Tail mode -> function."""
     groups: bool = False
     """Whether groups of aligned text are compared (any tokenizer), and not row by row (the teacher's tokenizer)."""
+    text: bool = False
+    """Whether the student's own tokens are compared row by row with what the teacher expects of the text (any tokenizer)."""
     squared: bool = False
     """Whether the loss is multiplied by T^2, so that gradients keep their size (Hinton et al. 2015)."""
     needs: tuple[str, ...] = ()
@@ -52,6 +55,14 @@ class Loss:
     """Fields of `GroupSettings` that a row loss takes as keywords."""
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     """Tail mode -> the same loss with its gradient worked out; without one, autograd runs on the chunk."""
+
+    weights: tuple[float, float] = (1.0, 0.0)
+    """Weights of the loss and of the cross-entropy, where the settings name none."""
+
+    @property
+    def any_tokenizer(self) -> bool:
+        """Whether the student reads the text in its own tokens."""
+        return self.groups or self.text
 
 
 TAILS: dict[str, LossFunction] = {"ghost": kl_ghost, "sampled": kl_sampled, "renorm": kl_renorm}
@@ -81,19 +92,29 @@ LOSSES: dict[str, Loss] = {
         options=("beta",),
         kernels={"ghost": DivergenceKernel(jsd_outcomes, outcomes_with_floored_tail)},
     ),
+    "text-kl": Loss(
+        {"none": text_kl},
+        text=True,
+        squared=True,
+        needs=("ids", "logprobs"),
+        kernels={"none": text_kernel},
+        weights=(0.5, 0.5),
+    ),
     "uld": Loss(
         {"bands": uld},
         groups=True,
         needs=("logprobs", "bands"),
         kernels={"bands": GroupKernel({"exact": exact_uld, "fast": fast_uld})},
+        weights=(0.5, 0.5),
     ),
     "hybrid": Loss(
         {"bands": hybrid},
         groups=True,
         needs=("ids", "logprobs", "bands"),
         kernels={"bands": GroupKernel({"exact": hybrid_comparison, "fast": hybrid_comparison})},
+        weights=(0.5, 0.5),
     ),
-    "alm": Loss({"none": alm}, groups=True, kernels={"none": alm_kernel}),
+    "alm": Loss({"none": alm}, groups=True, kernels={"none": alm_kernel}, weights=(1.0, 1.0)),
     "ce": Loss({"none": cross_entropy}, kernels={"none": cross_entropy_kernel}),
 }
 """Name -> loss. `ce` is plain fine-tuning on the same text, the baseline; `hybrid` always ranks exactly."""
@@ -113,7 +134,7 @@ class Objective:
     Traceback (most recent call last):
     kd.common.errors.DataError: unknown loss 'kll'
       did you mean  kl
-      known         alm, ce, hybrid, jsd, kl, reverse-kl, uld
+      known         alm, ce, hybrid, jsd, kl, reverse-kl, text-kl, uld
     """
 
     loss: str = "kl"

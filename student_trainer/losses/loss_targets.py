@@ -17,8 +17,10 @@ from torch import Tensor
 
 Field = TypeVar("Field")
 
-ENTRIES = ("token_ids", "logprobs")
+ENTRIES = ("token_ids", "logprobs", "range_starts", "range_stops")
 """Fields of `LossTargets` that hold entries of one row after another, where rows differ in length."""
+SHARED = ("groups", "kd_scale", "places")
+"""Fields of `LossTargets` that are not cut by rows."""
 
 TAIL_FLOOR = 1e-7
 """Probability given to a teacher's tail that rounding left with none (float32 sums to 1 no better than this)."""
@@ -98,11 +100,17 @@ class LossTargets:
     kd_scale: Tensor | None = None
     """[] rows of the step / examples of the step: group losses are means over examples, and the sum is divided by rows"""
     kept: Tensor | None = None
-    """[N] int64: tokens that each row keeps; None where all rows keep K"""
+    """[N] int64: tokens, or outcomes, that each row keeps; None where all rows keep K"""
+    range_starts: Tensor | None = None
+    """[E] where each outcome's student tokens begin in `places`; see `kd.student_trainer.expected.text_rows`"""
+    range_stops: Tensor | None = None
+    """[E] one past where they end"""
+    places: Tensor | None = None
+    """[V] where each of the student's ids is, in the order in which ranges count"""
 
     def __getitem__(self, rows: slice) -> LossTargets:
         """A range of rows of every field; only groups that lie in it as a whole stay (see `pieces`)."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("groups", "kd_scale")}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in SHARED}
         rows = slice(*rows.indices(len(self.gold_ids))[:2])
         entries = rows if self.kept is None else slice(self.offsets[rows.start], self.offsets[rows.stop])
         cut = {name: v[entries if name in ENTRIES else rows] for name, v in values.items() if v is not None}
@@ -120,15 +128,18 @@ class LossTargets:
         """`[N + 1]` where each row's entries begin, on the host: one wait for a GPU, then none for all ranges of rows."""
         return np.pad(need(self.kept).cpu().numpy().cumsum(), (1, 0))
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[N]` number of each row's entries, on the host."""
+        return np.diff(self.offsets)
+
     def by_length(self) -> Iterator[tuple[Tensor, LossTargets]]:
         """Rows of one length after another, where they differ: their numbers `[n]`, and their targets `[n, K]`."""
         kept, starts = need(self.kept), torch.from_numpy(self.offsets[:-1]).to(self.gold_ids.device)
         for length in np.unique(np.diff(self.offsets)).tolist():
             rows = (kept == length).nonzero().squeeze(1)
             places = starts[rows].unsqueeze(1) + torch.arange(length, device=rows.device)
-            values = {
-                f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("groups", "kd_scale", "kept")
-            }
+            values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*SHARED, "kept")}
             taken = {name: v[places if name in ENTRIES else rows] for name, v in values.items() if v is not None}
             yield rows, replace(self, kept=None, **taken)
 

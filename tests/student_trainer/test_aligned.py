@@ -15,9 +15,10 @@ from kd.models.loading import ModelRequest, load_model
 from kd.models.tokenizer import encode_with_ends, load_tokenizer, token_bytes
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets, teacher_groups
+from kd.student_trainer.batches.collators import piece_paths
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.student_text import StudentText
-from kd.student_trainer.losses.loss_registry import Objective
+from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
 
 ALIGNED = ("uld", "hybrid", "alm")
@@ -90,7 +91,7 @@ def test_bands_leave_the_teacher_near_its_own_cache(own_caches, model_dir, ranki
     assert values.mean() < 0.012
 
 
-@pytest.mark.parametrize("loss", ALIGNED)
+@pytest.mark.parametrize("loss", [*ALIGNED, "text-kl"])
 def test_the_run_s_first_loss_is_zero_for_the_teacher_itself(run, own_caches, model_dir, loss: str) -> None:
     finished = run(cache=str(own_caches["documents"]), student=str(model_dir), loss=loss, alpha=1.0, max_steps=1)
     assert abs(finished.records[0].kd) < 1e-5
@@ -128,10 +129,34 @@ def test_a_group_s_head_and_bands_are_of_one_temperature(t5_cache, temperature: 
     assert np.allclose(mass, 1.0, rtol=0, atol=4e-3)
 
 
+@pytest.mark.parametrize("cache_name", ["documents", "pairs"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_with_the_teacher_s_tokenizer_text_kl_is_kl(
+    own_caches, model_dir, student_dir, temperature: float, cache_name: str
+) -> None:
+    reader, tokenizer = CacheReader(own_caches[cache_name]), load_tokenizer(str(model_dir))
+    text = StudentText(reader, tokenizer, window=64)
+    by_text = Collator(
+        Objective("text-kl", "none", temperature=temperature),
+        text,
+        paths=piece_paths(reader, text, tokenizer, 400),
+    )(reader.read(range(len(reader))))
+    by_row = Collator(Objective("kl", temperature=temperature))(reader.read(range(len(reader))))
+    assert torch.equal(by_text["gold_ids"], by_row["gold_ids"])
+    logits = 3 * torch.randn(len(by_row["gold_ids"]), 400, generator=torch.Generator().manual_seed(0))
+    values = [
+        LOSSES[name].variants[tail](logits.double(), loss_targets(batch), temperature=temperature)
+        for name, tail, batch in (("text-kl", "none", by_text), ("kl", "ghost", by_row))
+    ]
+    assert values[1].min() > 0.1
+    # all 400 probabilities are kept, as float32
+    assert torch.allclose(values[0], values[1], rtol=0, atol=1e-4)
+
+
 # A teacher with nothing in common
 
 
-@pytest.mark.parametrize("loss", ALIGNED)
+@pytest.mark.parametrize("loss", [*ALIGNED, "text-kl"])
 def test_thirty_steps_bring_a_student_nearer_to_a_teacher_with_another_tokenizer(run, t5_cache, loss: str) -> None:
     # all examples in every step, so that what falls is the loss and not the luck of a batch
     finished = run(cache=str(t5_cache), loss=loss, max_steps=30, lr=5e-3, batch_size=18, alpha=1.0)
@@ -269,6 +294,11 @@ def test_a_loss_by_row_refuses_an_encoder_s_cache_and_says_which_losses_take_it(
 def test_a_loss_by_row_refuses_what_would_change_the_rows(run, settings: dict[str, object]) -> None:
     with pytest.raises(DataError, match="reads the cached tokens as they are"):
         run(loss="kl", **settings)
+
+
+def test_text_kl_is_aligned_by_bytes(run, t5_cache) -> None:
+    with pytest.raises(DataError, match="aligned by bytes"):
+        run(cache=str(t5_cache), loss="text-kl", alignment="positional")
 
 
 def test_examples_beyond_the_window_are_cut_and_counted(run, t5_cache) -> None:

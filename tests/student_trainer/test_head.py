@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from outcome_targets import outcome_targets
 from torch import Tensor
 
 from kd.models.families.logit_transform import PLAIN, LogitTransform
@@ -58,6 +59,12 @@ def targets(rows: int = N, dtype: torch.dtype = torch.float64, seed: int = 1) ->
         groups=groups(gold, dtype, generator),
         kd_scale=torch.tensor(2.5),
     )
+
+
+def targets_for(loss: Objective, dtype: torch.dtype = torch.float64) -> LossTargets:
+    """Targets of the kind that a loss compares."""
+    data = targets(dtype=dtype)
+    return outcome_targets(data.gold_ids, V, dtype=dtype) if LOSSES[loss.loss].text else data
 
 
 def narrowed(data: Any) -> Any:
@@ -118,7 +125,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e
 def test_values_and_gradients_equal_the_materialised_ones_for_any_chunk(objective, with_bias: bool, chunk: int) -> None:
     hidden, weight, bias = layer()
     leaves = [hidden, weight, *([bias] if with_bias else [])]
-    arguments = (hidden, weight, bias if with_bias else None, objective, targets())
+    arguments = (hidden, weight, bias if with_bias else None, objective, targets_for(objective))
     total, kd, ce = chunked_head_loss(*arguments, vocabulary_size=V, chunk=chunk)
     expected = materialised(*arguments)
     assert_same([total, kd, ce], list(expected))
@@ -133,9 +140,9 @@ def test_values_and_gradients_of_transformed_logits_equal_the_materialised_ones(
     for with_bias, chunk in ((True, 4), (False, N)):
         hidden, weight, bias = layer()  # logits reach twice the cap of 2, where its slope is below 0.1
         leaves, b = ([hidden, weight, bias], bias) if with_bias else ([hidden, weight], None)
-        expected = materialised(hidden, weight, b, objective, targets(), transform)
+        expected = materialised(hidden, weight, b, objective, targets_for(objective), transform)
         got = chunked_head_loss(
-            hidden, weight, b, objective, targets(), vocabulary_size=V, chunk=chunk, transform=transform
+            hidden, weight, b, objective, targets_for(objective), vocabulary_size=V, chunk=chunk, transform=transform
         )
         assert_same(list(got), list(expected))
         assert_same(gradients(got[0], leaves), gradients(expected[0], leaves))
@@ -149,16 +156,16 @@ def test_tiles_of_any_size_change_nothing(objective, rows: int, monkeypatch: pyt
     with torch.no_grad():
         logits = F.linear(hidden, weight)[:, :V]
     whole, cut = logits.clone(), logits.clone()
-    expected = objective.gradient_(whole, targets())
+    expected = objective.gradient_(whole, targets_for(objective))
     monkeypatch.setattr(gradients_module, "TILE_BYTES", rows * V * logits.element_size())
     assert [s.stop - s.start for s in gradients_module.tiles(logits)][:2] == [rows, rows]
-    assert_same([objective.gradient_(cut, targets()), cut], [expected, whole], 1e-12)
+    assert_same([objective.gradient_(cut, targets_for(objective)), cut], [expected, whole], 1e-12)
 
 
 @pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.values[0].groups])
 def test_a_tile_in_which_no_group_begins_is_like_any_other(objective, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 and with a vocabulary whose largest logits are found by a threshold."""
-    wide, data = 50257, narrowed(targets())
+    wide, data = 50257, narrowed(targets_for(objective))
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(N, wide, generator=generator) * 3
     whole, cut = logits.clone(), logits.clone()
@@ -178,10 +185,10 @@ def test_kernels_in_float32_and_on_extreme_logits_agree_with_autograd_in_float64
         logits = F.linear(hidden, weight)[:, :V]
         logits[0], logits[1] = 0.0, torch.linspace(-70, 70, V)  # knows nothing; is certain
     leaf = logits.clone().requires_grad_()
-    sums = torch.stack([part.sum() for part in objective(leaf, targets())])
+    sums = torch.stack([part.sum() for part in objective(leaf, targets_for(objective))])
     (expected,) = torch.autograd.grad(sums[0], leaf)
     narrow = logits.float()
-    got = objective.gradient_(narrow, narrowed(targets()))
+    got = objective.gradient_(narrow, narrowed(targets_for(objective)))
     # float32 carries 1e-7 of values up to 140; the equal values of row 0 have no order, so that signs may be dealt otherwise
     assert torch.allclose(got.double(), sums.detach(), rtol=1e-5, atol=1e-4)
     assert narrow.isfinite().all()

@@ -14,7 +14,7 @@ from kd.student_trainer.losses.loss_registry import LOSSES
 
 
 def test_the_losses_are_the_row_losses_of_the_registry() -> None:
-    assert get_args(ClassLoss) == tuple(name for name, loss in LOSSES.items() if not loss.groups)
+    assert get_args(ClassLoss) == tuple(name for name, loss in LOSSES.items() if not loss.any_tokenizer)
 
 
 def test_settings_are_saved_flat_and_read_back(tmp_path: Path) -> None:

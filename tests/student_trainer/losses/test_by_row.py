@@ -25,7 +25,7 @@ GRID = (1.0, 2.0, 4.0)
 EVERY_LOSS = [
     pytest.param(function, id=f"{name}-{tail}")
     for name, loss in LOSSES.items()
-    if not loss.groups  # those are in test_groups.py
+    if not loss.any_tokenizer  # those are in test_by_group.py and test_by_text.py
     for tail, function in loss.variants.items()
 ]
 WITH_TEMPERATURE = [

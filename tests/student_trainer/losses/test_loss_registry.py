@@ -21,7 +21,7 @@ CASES = [
     for name, loss in LOSSES.items()
     for tail in loss.variants
     for temperature in ((1.0,) if tail == "sampled" else (1.0, 2.0, 4.0))  # draws are made at temperature 1
-    if not loss.groups and name != "ce"
+    if not loss.any_tokenizer and name != "ce"
 ]
 
 
