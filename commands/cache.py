@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,7 @@ from kd.commands.terminal.console import emit, follow, outcome, quiet_libraries,
 from kd.commands.terminal.lazy import LazyCommands
 from kd.commands.terminal.options import FOLDER, json_option
 from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, settings_options
+from kd.common.paths import StoreAddress
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress
@@ -108,10 +109,9 @@ def build_and_show(
     Raises UnfinishedBuildError, after the result is printed, where other builders hold shards of this build.
     """
     from kd.cache_builder.build.builder import require_finished
-    from kd.cache_builder.upkeep.summary import cache_summary
 
     last = build_behind_a_bar(settings, {name: value for name, value in given.items() if name in RECORDED})
-    result = cache_summary(settings.out) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
+    result = summary_of(settings.out, last) | {"tokens_per_second": last.tokens_per_second, "reused": last.reused}
     if profile_build and last.seconds is not None:
         result |= {"seconds": last.seconds, "padding_share": last.padding_share}
     heading = "nothing left to do here" if last.reused else "built"
@@ -129,6 +129,21 @@ def build_and_show(
     emit(result, as_json)
     require_finished(last, settings.out)
     return last
+
+
+def summary_of(out: Path | StoreAddress, last: BuildProgress) -> dict[str, Any]:
+    """What was built, in figures. Of a cache in an object store that is not complete, the counts alone."""
+    from kd.cache_builder.opening import open_files
+    from kd.cache_builder.upkeep.summary import cache_summary
+
+    if isinstance(out, StoreAddress) and not last.complete:
+        return {
+            "complete": False,
+            "rows": last.rows_total,
+            "shards": last.shards_total,
+            "shards_committed": last.shards_done,
+        }
+    return cache_summary(open_files(out) if isinstance(out, StoreAddress) else out)
 
 
 def build_behind_a_bar(settings: BuildSettings, recorded: Mapping[str, str | bool] | None = None) -> BuildProgress:

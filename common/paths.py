@@ -35,6 +35,24 @@ def path_of(text: str | os.PathLike[str]) -> Path:
     return as_path(text)
 
 
+class StoreAddress(str):
+    """The address of a folder in an object store, `s3://BUCKET/PATH`, where a cache can be built."""
+
+
+def build_output(text: str) -> Path | StoreAddress:
+    """Where a cache is to be built: a folder, or an address in an object store. Raises DataError for any other address."""
+    if re.fullmatch(r"s3://[^/]+/[^/].*", text) and "//" not in text[5:]:
+        return StoreAddress(text.rstrip("/"))
+    if ADDRESS.match(text):
+        raise DataError(
+            "a cache cannot be built at this address",
+            found=text,
+            expected="a folder, or s3://BUCKET/PATH",
+            try_="build into a folder, then kd cache push FOLDER ADDRESS",
+        )
+    return output_folder(text)
+
+
 def output_folder(text: str | os.PathLike[str]) -> Path:
     """The path of a folder that is to be written, which may not exist yet. Raises DataError where it cannot be a folder."""
     path = path_of(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from kd.common.errors import DataError, unknown_name
-from kd.common.paths import output_folder, path_of
+from kd.common.paths import StoreAddress, output_folder, path_of
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Setting:
 
     def _as_place(self, value: Any) -> Any:
         """A path on this machine, with the home folder spelled out; other values as they are."""
+        if isinstance(value, StoreAddress):
+            return value
         if self.folder and isinstance(value, str | Path):
             path = output_folder(value)
             return str(path) if isinstance(value, str) else path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -12,6 +14,12 @@ from kd.common.extras import EXTRAS, MissingPackageError, require_package
 from kd.models.loading import resolve_device
 from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES, OptimizerSettings
 from kd.student_trainer.configuration.train_config import TrainConfig
+
+ASKED = (
+    ("FSDP", "ACCELERATE_USE_FSDP", "is_fsdp_enabled"),
+    ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", "is_deepspeed_enabled"),
+)
+"""Way of sharing a model, the variable that `accelerate launch` sets for it, and the Trainer's word on whether it happens."""
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -78,3 +86,19 @@ def require_tracker(name: str) -> None:
             found="not installed",
             try_=f"pip install {package.replace('_', '-')}, or --report-to none",
         )
+
+
+def refuse_other_wrapping(trainer: Any) -> None:
+    """Raise DataError where several processes were to share a model and would each hold all of it.
+
+    On CPUs accelerate falls back from FSDP to DDP. A student that fits into no single device fails much later then.
+    """
+    for name, variable, enabled in ASKED:
+        asked = os.environ.get(variable, "false").lower() in ("true", "1")
+        if asked and not getattr(trainer, enabled) and trainer.args.world_size > 1:
+            raise DataError(
+                f"accelerate does not share the model as {name} would",
+                found=f"{trainer.accelerator.distributed_type.value}: every process holds the whole model",
+                expected=f"{name}, as {variable}=true asks",
+                try_=f"processes with a GPU each, or an accelerate configuration without {name}",
+            )

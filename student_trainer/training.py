@@ -53,7 +53,7 @@ from kd.student_trainer.saving.hub_upload import prepare_repository, upload_stud
 from kd.student_trainer.saving.rescue import RunPlace
 from kd.student_trainer.student_model import Student, save_student, student_with_loss
 from kd.student_trainer.trainer import DistillationTrainer, StopWithCheckpoint
-from kd.student_trainer.trainer_arguments import set_steps, training_arguments
+from kd.student_trainer.trainer_arguments import refuse_other_wrapping, set_steps, training_arguments
 
 Stoppable = AbstractContextManager[threading.Event]
 
@@ -210,6 +210,7 @@ def student_and_trainer(
         say=say,
         on_step=on_step,
     )
+    refuse_other_wrapping(trainer)
     return student, trainer
 
 

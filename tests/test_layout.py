@@ -155,7 +155,7 @@ def test_every_data_file_of_the_package_is_in_the_wheel() -> None:
     files = {
         p
         for package in PACKAGES
-        for suffix in (".yaml", ".json", ".safetensors", ".j2", ".jinja", ".html", ".js")
+        for suffix in (".yaml", ".json", ".safetensors", ".j2", ".jinja", ".html", ".js", ".sh", ".sbatch")
         for p in (ROOT / package).rglob(f"*{suffix}")
     }
     assert files | {ROOT / "py.typed"} == shipped

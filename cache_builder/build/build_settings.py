@@ -17,6 +17,7 @@ from typing import Literal
 from kd.cache_builder.served.served_settings import ServedSettings
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.common.errors import DataError
+from kd.common.paths import StoreAddress, build_output
 from kd.common.setting_fields import settings_of
 from kd.common.setting_values import unescaped
 from kd.common.settings import check, setting
@@ -223,8 +224,8 @@ class BuildSettings:
     model: TeacherSettings
     data: RequiredDataSettings
     served: ServedSettings = field(default_factory=ServedSettings)
-    out: Path = setting(folder=True)
-    """Folder of the cache."""
+    out: Path | StoreAddress = setting(folder=True, parse=build_output, metavar="FOLDER|s3://BUCKET/PATH")
+    """Folder of the cache, or its address in an object store with conditional writes."""
     kept: TargetSettings = field(default_factory=TargetSettings)
     blocks: BlockSettings = field(default_factory=BlockSettings)
     answers: AnswerSettings = field(default_factory=AnswerSettings)

@@ -17,7 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from kd.cache_builder.build.object_store.s3_objects import S3Objects
+from kd.cache_builder.build.object_store.s3_writer import S3Writer
 from kd.cache_builder.build.plan import BuildPlan
+from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.reuse import Earlier
 from kd.cache_builder.build.shard_writing import WriterThread
 from kd.cache_builder.served.same_teacher import refuse_other_teacher
@@ -25,12 +28,13 @@ from kd.cache_builder.served.served_pass import ServedPass
 from kd.cache_builder.served.served_teacher import ServedTeacher
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records import commits
-from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
 from kd.cache_builder.store.targets import RawTargets
-from kd.cache_builder.store.writers.claims import Claims
+from kd.cache_builder.store.writers.claims import STALE_SECONDS
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.common.errors import DataError, KdError, UnfinishedBuildError
 from kd.common.files import write_error
+from kd.common.paths import StoreAddress
 from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.classifiers import load_classifier, split_classifier
@@ -131,7 +135,7 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
             try_="the result of generate",
         )
     request, manifest = plan.request, plan.manifest
-    writer = ShardWriter(request.out, manifest)
+    writer = writer_of(request, manifest)
     pool = ThreadPoolExecutor(1, thread_name_prefix="kd-writer")
     try:
         writer.sweep()
@@ -140,7 +144,7 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
         if manifest.complete:
             writer.tidy()
             total = len(manifest.shards)
-            commits.check_sizes(request.out, manifest, range(total))
+            writer.check_sizes(range(total))
             yield BuildProgress(manifest.rows, manifest.rows, total, total, 0.0, complete=True, reused=True)
             return
         writer.recover()
@@ -162,6 +166,13 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
         writer.close()
 
 
+def writer_of(request: BuildRequest, manifest: CacheManifest) -> ShardWriter:
+    """What writes the shards of a build: into its folder, or into an object store."""
+    if request.url is None:
+        return ShardWriter(request.out, manifest)
+    return S3Writer(request.out, manifest, S3Objects(request.url))
+
+
 class _Running:
     """A build at work: which shards are done, and who is at the others."""
 
@@ -169,13 +180,13 @@ class _Running:
         self.plan, self.writer, self.manifest = plan, writer, writer.manifest
         index, count = plan.request.shard
         self.shards = len(self.manifest.shards)
-        present = set(commits.committed(writer.root, self.shards))
-        commits.check_sizes(writer.root, self.manifest, present)  # what is damaged, or of another cache, is not done
+        present = writer.committed()
+        writer.check_sizes(present)  # what is damaged, or of another cache, is not done
         self.todo = [i for i in range(index - 1, self.shards, count) if i not in present]
         self.rows_done = sum(self.manifest.shards[i][2] for i in present)
         self.shards_done = len(present)
         self.copied = 0
-        self.claims = Claims(writer.root, plan.request.builder)
+        self.claims = writer.claims(plan.request.builder)
         self.elsewhere: dict[int, str] = {}
         self.thread = WriterThread(plan, writer, pool, self.claims)
         self.teacher: Scorer | None = None  # torch is imported only where there is something to score
@@ -236,7 +247,7 @@ class _Running:
 
     def _committed_meanwhile(self, index: int) -> bool:
         """Whether another builder has committed the shard; then it is counted, and our claim on it is given up."""
-        if not commits.commit_path(self.writer.root, index).exists():
+        if not self.writer.is_committed(index):
             return False
         self.claims.release(index)
         self.elsewhere.pop(index, None)
@@ -272,7 +283,7 @@ class _Running:
         """Finish the cache where all shards are committed; returns the record of the whole build."""
         rate = 0.0 if self.teacher is None else self.tokens / (time.perf_counter() - self.started)
         times = dict.fromkeys(("forward", "head", "select"), 0.0) if self.teacher is None else self.teacher.seconds
-        done = set(commits.committed(self.writer.root, self.shards))
+        done = self.writer.committed()
         complete = len(done) == self.shards
         if complete:
             self.writer.finish()
@@ -289,16 +300,19 @@ class _Running:
         )
 
 
-def require_finished(last: BuildProgress, out: Path) -> None:
+def require_finished(last: BuildProgress, out: Path | str) -> None:
     """Raise UnfinishedBuildError where other builders hold shards of this build. `last` is its last record."""
     if last.left:
         held = [f"{who} holds shards {_numbers(last.elsewhere, who)}" for who in sorted(set(last.elsewhere.values()))]
+        ended = f"kd cache unlock {out}, if these builders have ended"
+        if isinstance(out, StoreAddress):
+            ended = f"claims of builders that have ended are void after {STALE_SECONDS // 60} minutes"
         raise UnfinishedBuildError(
             "the build is not finished: other builders hold the rest of its shards",
             where=out,
             found=f"{last.left} of {last.shards_total} shards are left",
             builders="; ".join(held) or None,
-            try_=f"the same command with --wait; kd cache unlock {out}, if these builders have ended",
+            try_=f"the same command with --wait; {ended}",
         )
 
 
@@ -347,6 +361,13 @@ def served_pass_of(plan: BuildPlan) -> ServedPass:
         engine = source.engine(config.top_k, plan.manifest.vocabulary_size, longest=longest)
     served = ServedPass(engine, config)
     done = sorted(commits.committed(plan.request.out, len(plan.manifest.shards)))
+    if done and plan.manifest.weights_unknown and plan.request.url is not None:
+        raise DataError(
+            "whether the server still runs the teacher of the first shards cannot be compared in an object store",
+            where=plan.request.url,
+            found="a teacher whose weights nobody here has read",
+            try_="--teacher-id, or build into a folder, then kd cache push",
+        )
     if done and plan.manifest.weights_unknown:
         first = plan.rows[plan.manifest.shards[done[0]][0]]
         refuse_other_teacher(plan.request.out, load_manifest(plan.request.out), done[0], first, served)

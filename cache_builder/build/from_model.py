@@ -153,7 +153,7 @@ def _of_named_teacher(
     if chosen.served.processes == 1:
         return build(chosen, True)
     led = build_in_groups(chosen, build)
-    return _after_the_leader(chosen.out) if led is None else led
+    return _after_the_leader(Path(chosen.out)) if led is None else led
 
 
 def _named_settings(

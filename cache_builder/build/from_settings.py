@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
 from kd.cache_builder.build.builder import BuildProgress, build
 from kd.cache_builder.build.generate import answered, generate
+from kd.cache_builder.build.object_store.staged_output import staged
 from kd.cache_builder.build.plan import BuildPlan, extended, plan_build
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.build.together.engines import build_together
@@ -26,6 +28,7 @@ from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
+from kd.common.paths import StoreAddress
 from kd.common.progress import AnyStep
 from kd.common.settings import changed
 from kd.data.conversations.chat_settings import ChatSettings
@@ -84,7 +87,8 @@ def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read:
     """
     targets, blocks = target_config(settings, config), block_config(settings, config)
     return BuildRequest(
-        out=settings.out,
+        out=Path(settings.out),
+        url=settings.out if isinstance(settings.out, StoreAddress) else None,
         teacher=teacher,
         corpus=read(),
         blocks=blocks,
@@ -225,7 +229,8 @@ def plan_of(settings: BuildSettings, *, watch: Watch = in_silence) -> BuildPlan:
     request = request_of(settings)
     if request.generation is not None and answered(request):
         request = with_answers(request, watch)
-    return plan_build(request)
+    with staged(request, writes=False) as here:
+        return plan_build(here)
 
 
 def build_of(
@@ -257,13 +262,14 @@ def build_request(
         refuse_unusable_map(request.teacher)
     if running.engine == "ray":
         request = for_cluster(request)
-    if request.generation is not None:
+    if request.generation is not None and request.url is None:  # in a store `staged` refuses it
         request = with_answers(request, watch)
-    plan = plan_build(request)
-    if running.reuse and request.extend is None and existing_cache(request.out) is None:
-        plan = with_shards_of_an_equal_cache(plan, say)
-    last = watch("building", builders(plan, running, say))
-    if last.complete:
+    with staged(request) as here:
+        plan = plan_build(here)
+        if running.reuse and here.extend is None and existing_cache(here.out) is None:
+            plan = with_shards_of_an_equal_cache(plan, say)
+        last = watch("building", builders(plan, running, say))
+    if last.complete and request.url is None:
         remember(request.out, request.options)
     return last
 

@@ -128,6 +128,8 @@ class BuildRequest:
     """(i, n): build every n-th shard, starting with the i-th, counted from 1."""
     wait: bool = False
     """Whether to wait for shards that other builders hold, and to build those that they leave."""
+    url: str | None = None
+    """Address of the cache in an object store; `out` is then the folder of this disk through which it is built."""
     builder: str = ""
     """Name of the builder among several, which its claims bear."""
     chat: ChatSettings = field(default_factory=ChatSettings)

@@ -71,6 +71,10 @@ class Parsed(click.ParamType[Any]):
         try:
             return self.one.checked(value, typed=True)
         except DataError as error:
+            if (
+                Path in self.one.kinds
+            ):  # where to write is no matter of usage: the whole error is shown, as for other paths
+                raise
             expected = error.details.get("expected") or error.details.get("known")
             nearest = error.details.get("did you mean")
             said = f"{value!r}: {error.headline}" + (f"; expected {expected}" if expected else "")

@@ -25,10 +25,8 @@ from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.together.jobs import Answer, Crew, Job
 from kd.cache_builder.build.together.local_engine import local
+from kd.cache_builder.build.together.outputs import FolderOutput, Output, StoreOutput
 from kd.cache_builder.build.together.ray_engine import on_ray
-from kd.cache_builder.store.records import commits
-from kd.cache_builder.store.records.manifest import MANIFEST
-from kd.cache_builder.store.writers.claims import all_claims, release_claims_of
 from kd.common.errors import CacheError, DataError, KdError, unknown_name
 
 POLL_SECONDS = 0.5
@@ -80,6 +78,7 @@ class BuildState:
 
     def __init__(self, request: BuildRequest, sizes: Sequence[int]) -> None:
         self.request, self.sizes = request, sizes
+        self.output: Output = FolderOutput(request.out) if request.url is None else StoreOutput(request.url)
         index, count = request.shard
         self.part = range(index - 1, len(sizes), count)
         self.cost = 0.0
@@ -89,7 +88,7 @@ class BuildState:
 
     def done(self) -> set[int]:
         """The shards that are committed."""
-        return set(commits.committed(self.request.out, len(self.sizes)))
+        return self.output.committed(len(self.sizes))
 
     def left(self) -> set[int]:
         """The shards of this part of the build that are not committed."""
@@ -97,16 +96,16 @@ class BuildState:
 
     def held(self) -> set[int]:
         """The shards that live builders hold."""
-        return {claim.shard for claim in all_claims(self.request.out) if claim.void is None}
+        return {claim.shard for claim in self.output.claims() if claim.void is None}
 
     def complete(self) -> bool:
         """Whether the cache is finished."""
-        return (self.request.out / MANIFEST).exists()
+        return self.output.complete()
 
     def progress(self) -> BuildProgress:
         """Rows and shards so far, with the rows of shards that builders are at."""
         looked = time.perf_counter()
-        claimed = {claim.shard: claim.rows for claim in all_claims(self.request.out) if claim.void is None}
+        claimed = {claim.shard: claim.rows for claim in self.output.claims() if claim.void is None}
         done = self.done()  # read after the claims: a shard that was committed meanwhile is not counted twice
         under_way = sum(min(rows, self.sizes[i]) for i, rows in claimed.items() if i not in done and i in self.part)
         rows = sum(self.sizes[i] for i in done) + under_way
@@ -150,7 +149,7 @@ class Team:
         if isinstance(answer, BuildProgress):
             self.answers.append(answer)
             return
-        shards = release_claims_of(self._state.request.out, job.request.builder)
+        shards = self._state.output.release(job.request.builder)
         at = f" at shard {', '.join(map(str, shards))}" if shards else ""
         self._lost.append(f"builder {job.number}{at}: {answer.reason}")
         if self._state.complete():
@@ -177,7 +176,7 @@ class Team:
         if not self.answers or len(left) >= self._left_before:
             raise CacheError(
                 "the builders were lost",
-                where=self._state.request.out,
+                where=self._state.request.url or self._state.request.out,
                 found="\n".join(self._lost[-8:]),
                 left=f"{len(left)} of {len(self._state.sizes)} shards",
                 try_="the same command again: it continues; fewer --workers or a smaller --tokens-per-batch, if memory was short",

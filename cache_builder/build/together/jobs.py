@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kd.cache_builder.build.builder import BuildProgress, build
+from kd.cache_builder.build.object_store.staged_output import staged
 from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest
 from kd.common.errors import KdError
@@ -76,7 +77,8 @@ def work(job: Job) -> BuildProgress | KdError:
 
         torch.set_num_threads(job.threads)
     try:
-        *_, last = build(plan_build(job.request))
+        with staged(job.request) as request:
+            *_, last = build(plan_build(request))
     except KdError as error:
         return error
     return last

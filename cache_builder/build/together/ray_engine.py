@@ -29,7 +29,8 @@ def on_ray(request: BuildRequest, workers: int) -> Iterator[Tasks]:
     try:
         nodes = nodes_of(ray.nodes())
         needs = builder_needs(request, workers, nodes)
-        refuse_other_folders(ray, request.out, nodes)
+        if request.url is None:
+            refuse_other_folders(ray, request.out, nodes)
         threads = None if needs["num_gpus"] else int(needs["num_cpus"])
         job = Job(request, threads, folder=os.getcwd())
         crew = Tasks(ray, needs, [replace(job, number=number + 1) for number in range(workers)])

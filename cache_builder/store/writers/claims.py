@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -33,6 +33,7 @@ LOCKED, UNLOCKED = "locked", "unlocked"
 """Second line of a claim: whether its builder keeps it locked. The lines after it are `builder NAME`, `since SECONDS`, `rows N`."""
 ROWS_DIGITS = 12
 """The number of rows has a fixed width: it is written over in place, so that no reader finds an empty claim."""
+ENDED = "its builder has ended"
 MAX_CLAIM_BYTES = 4096
 """Most bytes of a claim; a larger file is void."""
 _BUILDERS = count()
@@ -89,17 +90,13 @@ class Claims:
     def _published(self, staged: Path, path: Path, index: int) -> bool:
         staged.write_text(self.tag, encoding="utf-8")
         lock = lock_of(staged)  # before the claim can be seen
-        staged.write_text(self._text(locked=lock is not None), encoding="utf-8")
+        staged.write_text(claim_text(self.tag, self.name, time.time(), locked=lock is not None), encoding="utf-8")
         handle = os.open(staged, os.O_RDWR | os.O_CLOEXEC) if lock is None else lock
         if publish_first(staged, path):
             self._held[index] = handle
             return True
         os.close(handle)
         return False
-
-    def _text(self, *, locked: bool) -> str:
-        head = (self.tag, LOCKED if locked else UNLOCKED, f"builder {self.name}", f"since {time.time():.0f}")
-        return "\n".join([*head, _rows_line(0)])
 
     def holds(self, index: int) -> bool:
         """Whether the claim on shard `index` is still ours; another builder may have taken it over."""
@@ -168,8 +165,24 @@ def read_claim(path: Path, now: float) -> Claim | None:
         lines, found = [], str(error.strerror)
     else:
         found = "empty"
-    tag, details = lines[0] if lines else "", dict(line.partition(" ")[::2] for line in lines[2:])
     shard = int(path.name.strip(".").partition(".")[0])
+    claim = claim_of_text(shard, "\n".join(lines), idle, found)
+    tag = lines[0].rpartition(".")[0] if lines else ""
+    if claim.void is None and LOCKED in lines and made_here(tag) and is_free(path):
+        return replace(claim, void=ENDED)
+    return claim
+
+
+def claim_text(tag: str, name: str, since: float, rows: int = 0, *, locked: bool = False) -> str:
+    """The text of a claim."""
+    head = (tag, LOCKED if locked else UNLOCKED, f"builder {name}", f"since {since:.0f}")
+    return "\n".join([*head, _rows_line(rows)])
+
+
+def claim_of_text(shard: int, text: str, idle: float, found: str = "empty") -> Claim:
+    """What the text of a claim says. `idle`: seconds since it was touched; `found`: what a claim without text is."""
+    lines = text.splitlines()
+    tag, details = lines[0] if lines else "", dict(line.partition(" ")[::2] for line in lines[2:])
     alive, builder = holder(tag.rpartition(".")[0])
     void = None
     if not tag:
@@ -178,8 +191,8 @@ def read_claim(path: Path, now: float) -> Claim | None:
         void = f"not touched for {idle:,.0f} seconds"
     elif idle < -STALE_SECONDS:
         void = f"its time is {-idle:,.0f} seconds in the future"
-    elif alive is False or (LOCKED in lines and made_here(tag.rpartition(".")[0]) and is_free(path)):
-        void = "its builder has ended"
+    elif alive is False:
+        void = ENDED
     rows, since = details.get("rows", ""), details.get("since", "")
     return Claim(
         shard,

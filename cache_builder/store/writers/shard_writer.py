@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -32,7 +32,14 @@ from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec
 from kd.cache_builder.store.example_table import example_schema
 from kd.cache_builder.store.ragged import KEPT, spread
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
-from kd.cache_builder.store.records.commits import commit_path, file_entry, read_commit, shard_files
+from kd.cache_builder.store.records.commits import (
+    check_sizes,
+    commit_path,
+    committed,
+    file_entry,
+    read_commit,
+    shard_files,
+)
 from kd.cache_builder.store.records.manifest import (
     ANSWERS,
     BUILDING,
@@ -45,7 +52,7 @@ from kd.cache_builder.store.records.manifest import (
     load_manifest,
 )
 from kd.cache_builder.store.vocabulary import code_table, pack_rows
-from kd.cache_builder.store.writers.claims import all_claims, claim_path, void_claims
+from kd.cache_builder.store.writers.claims import Claims, all_claims, claim_path, void_claims
 from kd.cache_builder.store.writers.shard_publishing import offer, prepare_shard, settle, settle_all
 from kd.common.errors import CacheMismatchError
 from kd.common.files import (
@@ -76,6 +83,22 @@ class ShardWriter:
         """Whether this writer has laid out the directory."""
         self._lock: int | None = None
         """Descriptor that keeps the staging folder locked; None before there is one, or where there are no locks."""
+
+    def claims(self, name: str) -> Claims:
+        """The claims of a builder of this name on shards of the cache."""
+        return Claims(self.root, name)
+
+    def committed(self) -> set[int]:
+        """The shards that are committed."""
+        return set(committed(self.root, len(self.manifest.shards)))
+
+    def is_committed(self, index: int) -> bool:
+        """Whether a shard is committed."""
+        return commit_path(self.root, index).exists()
+
+    def check_sizes(self, shards: Iterable[int]) -> None:
+        """Compare the files of committed shards with their commits, by size alone. Raises CacheDamageError."""
+        check_sizes(self.root, self.manifest, shards)
 
     def withdraw(self) -> None:
         """Remove the layout that `create` has made, if nothing came of it: the corrected command may use the folder.
@@ -205,10 +228,14 @@ class ShardWriter:
         self._stage()
         self._stage_rows(index, stored, examples)
         folder = prepare_shard(self.staging, self.manifest, index, quality)
-        if ours() and not commit_path(self.root, index).exists():
-            settle(self.root, self.manifest, index, trusted=offer(self.root, index, folder))
+        if ours() and not self.is_committed(index):
+            self._publish(index, folder)
         shutil.rmtree(folder, ignore_errors=True)  # another builder was faster
-        return commit_path(self.root, index).exists()
+        return self.is_committed(index)
+
+    def _publish(self, index: int, folder: Path) -> None:
+        """Offer the shard in `folder`, and settle whichever offer was the first."""
+        settle(self.root, self.manifest, index, trusted=offer(self.root, index, folder))
 
     def _stage_rows(self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]]) -> None:
         """Write the files of a shard under the staging folder."""
