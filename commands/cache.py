@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.cache_builder.build.build_settings import RECORDED, BuildSettings
+from kd.cache_builder.build.build_settings import RECORDED, BillSettings, BuildSettings
 from kd.commands.terminal.console import emit, follow, outcome, quiet_libraries, say
 from kd.commands.terminal.lazy import LazyCommands
 from kd.commands.terminal.options import FOLDER, json_option
@@ -62,6 +62,21 @@ def cache_plan(settings: BuildSettings, profile_build: bool, as_json: bool) -> N
     cost = estimate(plan_of(settings, watch=follow))
     bound = "" if cost["targets_known"] else " at most (the teacher has not answered yet: this is an upper bound)"
     emit(cost, as_json, f"This build would make{bound}")
+
+
+@cache.command("bill")
+@settings_options(BillSettings)
+@json_option
+def cache_bill(settings: BillSettings, as_json: bool) -> None:
+    """Print what a cache of a given size would cost: disk, files, requests, GPU-hours, reader cores, memory.
+
+    Arithmetic from measured constants; no text and no teacher are needed. kd cache plan knows a text and a teacher.
+
+    Example: kd cache bill --rows 10000000000 --gpu-rate 5000
+    """
+    from kd.cache_builder.build.bill import bill_of
+
+    emit(bill_of(settings), as_json, f"A cache of {settings.rows:,} rows")
 
 
 @cache.command("build", cls=RecordingCommand)

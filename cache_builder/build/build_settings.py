@@ -241,6 +241,28 @@ class BuildSettings:
         check(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BillSettings:
+    """How large a cache would be, and how fast it is to be made and read."""
+
+    rows: int = setting(minimum=1)
+    """Rows of the cache: the number of target tokens."""
+    kept: TargetSettings = field(default_factory=TargetSettings)
+    vocabulary: int = setting(50257, minimum=2)
+    """Entries of the teacher's vocabulary; beyond 65,536 an id takes four bytes before compression in place of two."""
+    shard_rows: int = setting(32768, minimum=1)
+    """Rows per shard."""
+    gpu_rate: float = setting(5000.0, above=0)
+    """Tokens per second that one GPU scores with the teacher. Measure it: kd cache build --limit 100 prints it."""
+    training_rate: float = setting(100_000.0, above=0)
+    """Rows per second that all GPUs of a training job take together."""
+    read_ahead: int = setting(16, minimum=1)
+    """Shards that a reader holds decoded."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 RECORDED = (
     settings_of(BuildSettings).keys()
     - settings_of(RunningSettings).keys()
