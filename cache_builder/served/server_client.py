@@ -26,7 +26,8 @@ import urllib3
 
 from kd.cache_builder.served.logprob_rows import WrongAnswer
 from kd.common.errors import DataError, KdError, TeacherError
-from kd.common.strangers.web import TooSlow, Web
+from kd.common.strangers.watched_connections import TooSlow
+from kd.common.strangers.web import Web
 
 Value = TypeVar("Value")
 

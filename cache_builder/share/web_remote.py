@@ -15,7 +15,8 @@ import urllib3
 
 from kd.cache_builder.share.remotes import PIECE, Remote, Transient
 from kd.common.errors import CacheError
-from kd.common.strangers.web import TooSlow, Web, WebAnswer
+from kd.common.strangers.watched_connections import TooSlow
+from kd.common.strangers.web import Web, WebAnswer
 
 
 class WebRemote(Remote):

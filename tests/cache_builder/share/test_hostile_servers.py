@@ -18,7 +18,7 @@ from kd.cache_builder.share import fetching
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.share.remotes import PIECE
 from kd.common.errors import CacheError
-from kd.common.strangers import web
+from kd.common.strangers import watched_connections, web
 
 OK = b"HTTP/1.1 200 OK\r\n"
 ATTEMPTS, ANSWER, SILENT, PER_PIECE = 3, 0.8, 0.6, 0.7
@@ -182,10 +182,12 @@ def answers(connection: socket.socket, number: int) -> None:
 @pytest.fixture
 def open_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.2 plays an address of the open network, `inside` and `outside` are names of the two kinds."""
-    real = web.addresses_of
+    real = watched_connections.addresses_of
     names = {"inside": "127.0.0.1", "outside": "127.0.0.2"}
-    monkeypatch.setattr(web, "addresses_of", lambda host, port: real(names.get(str(host), str(host)), port))
-    monkeypatch.setattr(web, "is_public", lambda address: address == "127.0.0.2")
+    monkeypatch.setattr(
+        watched_connections, "addresses_of", lambda host, port: real(names.get(str(host), str(host)), port)
+    )
+    monkeypatch.setattr(watched_connections, "is_public", lambda address: address == "127.0.0.2")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "inside", "0.0.0.0", "127.1", "2130706433"])
@@ -218,8 +220,10 @@ def test_a_name_that_turns_private_after_it_was_looked_at_is_refused(serve_raw, 
     inner = serve_raw(answers)
     port = inner.url.rpartition(":")[2]
     outer = serve_raw(redirect_to(f"http://turning:{port}"), "127.0.0.2")
-    real = web.addresses_of
-    monkeypatch.setattr(web, "addresses_of", lambda host, port: real("127.0.0.1" if host == "turning" else host, port))
+    real = watched_connections.addresses_of
+    monkeypatch.setattr(
+        watched_connections, "addresses_of", lambda host, port: real("127.0.0.1" if host == "turning" else host, port)
+    )
     with pytest.raises(CacheError, match="into a private network"):
         list(pull(outer.url, tmp_path / "copy"))
     assert inner.connections == 0
@@ -250,7 +254,7 @@ def test_a_name_that_turns_private_after_it_was_looked_at_is_refused(serve_raw, 
     ],
 )
 def test_which_addresses_lie_in_the_open_network(address: str, public: bool):
-    assert web.is_public(address) == public
+    assert watched_connections.is_public(address) == public
 
 
 def test_a_pause_between_pieces_is_nobodys_fault_but_the_readers(serve_raw):
