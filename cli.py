@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from kd.commands.terminal.lazy import LazyCommands, ListedGroup
+from kd.commands.terminal.output_options import output_options
 
 if TYPE_CHECKING:
     from kd.common.errors import KdError
@@ -30,38 +30,49 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 
 
 def _fail(error: KdError) -> NoReturn:
-    from kd.commands.terminal.console import say
+    """Print an error, in which the page of its kind is the last detail, and end."""
+    from kd.commands.terminal.console import fail
 
-    say(f"{type(error).__name__}: {error}", err=True)
-    sys.exit(error.exit_code)
+    details = {name: str(value) for name, value in error.details.items()}
+    error.details["see"] = page = f"{PAGES}/{error.page}"
+    fail(f"{type(error).__name__}: {error}", type(error).__name__, error.headline, error.exit_code, details, page)
 
 
 def main() -> None:
-    """Run `kd`. Errors that a user can cause become a few lines on stderr and an exit code."""
-    from kd.commands.terminal.console import say
-    from kd.common.errors import KdError
-    from kd.common.extras import missing_package
+    """Run `kd`. Errors that a user can cause become a few lines on stderr and an exit code; with --json, a document as well."""
+    from kd.commands.terminal.console import OUTPUT, Output
     from kd.common.memory import share_one_heap
 
+    vars(OUTPUT).update(vars(Output()))
     share_one_heap()
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm and Docker send it before they kill
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # it warns about forks that the read-ahead threads do not make
     try:
+        _run()
+    finally:
+        if OUTPUT.log is not None:
+            OUTPUT.log.close()
+
+
+def _run() -> None:
+    from kd.commands.terminal.console import fail
+    from kd.common.errors import KdError
+    from kd.common.extras import missing_package
+
+    try:
         cli(standalone_mode=False)
     except click.ClickException as error:
         shown = io.StringIO()
         _with_what_is_meant(error).show(shown)
-        say(shown.getvalue().rstrip("\n"), err=True)
-        sys.exit(error.exit_code)
+        fail(shown.getvalue().rstrip("\n"), type(error).__name__, error.format_message(), error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, click.exceptions.Abort) else error  # click wraps ours
         arguments = cause.args if isinstance(cause, KeyboardInterrupt) else ()
         what = arguments[0] if arguments else "interrupted"
         how_to_continue = arguments[1] if len(arguments) > 1 else "run the same command again to continue"
-        say(f"{what}; {how_to_continue}", err=True)
-        sys.exit(130)
+        fail(f"{what}; {how_to_continue}", "Interrupted", what, 130, {"try": how_to_continue})
     except KdError as error:
         _fail(error)
     except ImportError as error:
@@ -75,6 +86,10 @@ def main() -> None:
         if write_failure(error, Path()) is None:
             raise
         _fail(write_error_of(error, Path(), "make room or name another place, then run the same command again"))
+
+
+PAGES = "https://github.com/kd-logit-cache/kd/blob/main"
+"""Where the pages are that errors point to."""
 
 
 def _with_what_is_meant(error: click.ClickException) -> click.ClickException:
@@ -94,6 +109,7 @@ COMMANDS = {
     "classify": "kd.commands.classify:classify",
     "data": "kd.commands.data:data",
     "demo": "kd.commands.demo:demo",
+    "doctor": "kd.commands.doctor:doctor",
     "eval": "kd.commands.eval:eval_command",
     "experiment": "kd.commands.experiment:experiment",
     "merge": "kd.commands.merge:merge",
@@ -107,6 +123,7 @@ LINES = {
     "classify": "Fine-tune and score sequence classifiers on GLUE.",
     "data": "Look at text sources.",
     "demo": "Run the whole pipeline on the embedded teachers and texts, offline, in minutes.",
+    "doctor": "Check this machine: versions, devices, extras, disk, and access to the hub.",
     "eval": "Score one or more models.",
     "experiment": "Train students with and without the teacher over several seeds from one cache, score both, "
     "and test the difference.",
@@ -124,6 +141,7 @@ LINES = {
     commands=LazyCommands(COMMANDS),
     lines=LINES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    params=output_options(hidden=False),
 )
 @click.version_option(package_name="kd-logit-cache", prog_name="kd")
 def cli() -> None:
@@ -135,6 +153,8 @@ def cli() -> None:
     kd train --cache DIR --student ID --out RUN          stage two
     kd eval RUN --tasks perplexity --data SPEC           scores
     kd merge --method ties --pool FILE.yaml --out DIR    one model out of several
+
+    -q, -v and --log-file may also stand after any command.
     """
 
 

@@ -12,7 +12,7 @@ from kd.cache_builder.build.build_settings import RECORDED, BillSettings, BuildS
 from kd.commands.terminal.console import emit, follow, outcome, quiet_libraries, say
 from kd.commands.terminal.lazy import LazyCommands
 from kd.commands.terminal.options import FOLDER, json_option
-from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, settings_options
+from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, SettingsCommand, settings_options
 from kd.common.paths import StoreAddress
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def cache() -> None:
     """Build, inspect, check and share teacher-logit caches."""
 
 
-@cache.command("plan")
+@cache.command("plan", cls=SettingsCommand)
 @settings_options(BuildSettings)
 @profile_build_option
 @json_option

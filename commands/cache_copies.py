@@ -11,7 +11,7 @@ from kd.cache_builder.exchange.import_settings import FORMAT_NAMES, ImportSettin
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
-from kd.commands.terminal.settings_options import settings_options
+from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +77,7 @@ def _derived(steps: Iterator[Progress[Path]], out: Path, as_json: bool, label: s
     emit(cache_summary(out), as_json, f"{out}: complete")
 
 
-@click.command("import")
+@click.command("import", cls=SettingsCommand)
 @click.argument("format", type=click.Choice(FORMAT_NAMES))
 @click.argument("source", type=PATH)
 @settings_options(ImportSettings)

@@ -9,7 +9,7 @@ import click
 
 from kd.commands.terminal.console import emit, emit_json, outcome, progress_bar, quiet_libraries, say
 from kd.commands.terminal.options import json_option
-from kd.commands.terminal.settings_options import settings_options
+from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, MatrixSettings
 from kd.student_trainer.classify.classify_settings import ClassifyConfig
 
@@ -19,7 +19,7 @@ def classify() -> None:
     """Fine-tune and score sequence classifiers on GLUE."""
 
 
-@classify.command("train")
+@classify.command("train", cls=SettingsCommand)
 @settings_options(ClassifyConfig)
 @json_option
 def classify_train(settings: ClassifyConfig, as_json: bool) -> None:
@@ -41,7 +41,7 @@ def classify_train(settings: ClassifyConfig, as_json: bool) -> None:
     refuse_moved_run(Path(settings.out), Path(result.out))
 
 
-@classify.command("eval")
+@classify.command("eval", cls=SettingsCommand)
 @click.argument("models", nargs=-1, required=True)
 @settings_options(ClassifierEvaluation)
 @json_option
@@ -65,7 +65,7 @@ def classify_eval(models: tuple[str, ...], settings: ClassifierEvaluation, as_js
             say(f"  {line}")
 
 
-@classify.command("matrix")
+@classify.command("matrix", cls=SettingsCommand)
 @settings_options(MatrixSettings)
 @json_option
 def classify_matrix(settings: MatrixSettings, as_json: bool) -> None:

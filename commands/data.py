@@ -10,7 +10,7 @@ import click
 
 from kd.commands.terminal.console import emit, emit_json, quiet_libraries, say
 from kd.commands.terminal.options import json_option
-from kd.commands.terminal.settings_options import settings_options
+from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.common.setting_fields import settings_of
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.conversations.conversation import CONVERSATIONS
@@ -137,7 +137,7 @@ def source_lines() -> dict[str, str]:
     return lines
 
 
-@data.command("show")
+@data.command("show", cls=SettingsCommand)
 @click.argument("spec", nargs=-1, required=True)
 @settings_options(DataSettings, leave_out=("spec",), config=False)
 @settings_options(ChatSettings, config=False, argument="chat")
@@ -239,7 +239,7 @@ def as_tokens(corpus: Corpus, name: str, chat: ChatSettings) -> dict[str, object
     }
 
 
-@data.command("templates")
+@data.command("templates", cls=SettingsCommand)
 @click.argument("task")
 @settings_options(
     InstructionConfig, leave_out=settings_of(InstructionConfig).keys() - set(TEMPLATE_OPTIONS), config=False

@@ -13,7 +13,7 @@ import click
 
 from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say
 from kd.commands.terminal.options import FOLDER, PATH, json_option
-from kd.commands.terminal.settings_options import settings_options
+from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.common.disk.disk_errors import WriteError
 from kd.common.errors import DataError
 from kd.common.extras import require
@@ -49,7 +49,7 @@ class EvalCommand:
     """Folder for eval.json (a sub-folder per model, numbered, when there are several)."""
 
 
-@click.command("eval")
+@click.command("eval", cls=SettingsCommand)
 @click.argument("models", nargs=-1, required=True)
 @settings_options(EvalCommand)
 @json_option

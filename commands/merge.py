@@ -8,14 +8,14 @@ import click
 
 from kd.commands.terminal.console import emit_json, outcome, quiet_libraries, say
 from kd.commands.terminal.options import json_option
-from kd.commands.terminal.settings_options import settings_options
+from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.evaluation.merged.merged_settings import MergeRun
 
 if TYPE_CHECKING:
     from kd.evaluation.merged.merge_run import MergeResult
 
 
-@click.command()
+@click.command(cls=SettingsCommand)
 @settings_options(MergeRun)
 @json_option
 def merge(settings: MergeRun, as_json: bool) -> None:

@@ -19,7 +19,7 @@ import click
 from kd.commands.eval import run_evaluation
 from kd.commands.terminal.console import emit, progress_bar, quiet_libraries, say
 from kd.commands.terminal.options import json_option
-from kd.commands.terminal.settings_options import settings_options
+from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.common.disk.disk_errors import clear_write_errors
 from kd.student_trainer.configuration.score_settings import ScoreSettings
 from kd.student_trainer.configuration.train_config import TrainConfig
@@ -41,7 +41,7 @@ class TrainCommand:
     scores: ScoreSettings = field(default_factory=ScoreSettings)
 
 
-@click.command()
+@click.command(cls=SettingsCommand)
 @settings_options(TrainCommand)
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --out.")
 @click.option("--estimate", is_flag=True, help="Make ten steps, print what the run will take, and keep nothing.")

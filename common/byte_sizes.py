@@ -1,4 +1,4 @@
-"""Parse sizes as people write them: `20GB`, `512MiB`."""
+"""Sizes in bytes as people write them: `20GB`, `512MiB`."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def byte_count(text: str) -> int:
     if match is None or match[2] not in UNITS:
         raise DataError("this is not a number of bytes", found=repr(text), expected="e.g. 20GB, 512MiB or 1000000")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def shown_bytes(count: int) -> str:
+    """A number of bytes for people, in powers of 1000: `1.5 GB`."""
+    value, units = float(count), iter(("B", "KB", "MB", "GB", "TB"))
+    unit = next(units)
+    while value >= 999.5 and unit != "TB":
+        value, unit = value / 1000, next(units)
+    return f"{value:.3g} {unit}" if unit != "B" else f"{count} B"

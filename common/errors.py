@@ -35,6 +35,8 @@ class KdError(Exception):
     """
 
     exit_code = 1
+    page = "README.md"
+    """Page of the documentation that explains errors of this kind."""
 
     def __init__(self, headline: str, **details: object) -> None:
         self.headline = headline
@@ -65,6 +67,8 @@ class DataError(KdError):
     True
     """
 
+    page = "docs/building.md"
+
 
 class DamagedFilesError(DataError):
     """Files of a run, a checkpoint or a model differ from what was written. The command line ends with exit code 3.
@@ -73,6 +77,8 @@ class DamagedFilesError(DataError):
     >>> kd.DamagedFilesError.exit_code, issubclass(kd.DamagedFilesError, kd.DataError)
     (3, True)
     """
+
+    page = "docs/reliability.md"
 
     exit_code = 3
 
@@ -84,6 +90,8 @@ class CacheError(KdError):
     >>> issubclass(kd.CacheMismatchError, kd.CacheError), issubclass(kd.CacheDamageError, kd.CacheError)
     (True, True)
     """
+
+    page = "docs/building.md"
 
 
 class CacheMismatchError(CacheError):
@@ -98,6 +106,8 @@ class CacheMismatchError(CacheError):
     the directory holds a cache made from something else
     """
 
+    page = "docs/footguns.md"
+
 
 class CacheDamageError(CacheError):
     """Bytes on disk differ from what was committed. The command line ends with exit code 3.
@@ -106,6 +116,8 @@ class CacheDamageError(CacheError):
     >>> kd.CacheDamageError.exit_code
     3
     """
+
+    page = "docs/reliability.md"
 
     exit_code = 3
 
@@ -131,6 +143,8 @@ class TeacherError(KdError):
     ...     print(error.headline)
     cannot load the model
     """
+
+    page = "docs/models.md"
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str], **details: object) -> DataError:

@@ -59,7 +59,7 @@ def require(extra: str, purpose: str) -> None:
 
 def require_package(package: str, purpose: str) -> None:
     """Raise MissingPackageError unless `package`, one of EXTRAS, is installed. Does not import it."""
-    if not _installed(package):
+    if not is_installed(package):
         raise _error(package, f"{purpose} needs {package}")
 
 
@@ -87,7 +87,8 @@ def _error(
     )
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; it is not."""
     try:
         return find_spec(package) is not None
     except ValueError:  # the module is there without a spec, or None stands in its place

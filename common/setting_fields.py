@@ -46,6 +46,22 @@ def _walk(cls: Any, above: tuple[str, ...]) -> Iterator[Setting]:
         yield Setting(f.name, (*above, f.name), kinds, optional, default, doc, **extra)
 
 
+def group_headings(cls: Any) -> Mapping[tuple[str, ...], str]:
+    """Path of each group of settings -> the first sentence of its class's docstring; the path `()` is `cls` itself."""
+    headings: dict[tuple[str, ...], str] = {}
+
+    def enter(group: Any, path: tuple[str, ...]) -> None:
+        headings[path] = " ".join(inspect.cleandoc(group.__doc__ or "Options").split()).partition(". ")[0].rstrip(".")
+        hints = get_type_hints(group)
+        for f in dataclasses.fields(group):
+            kinds, _, _ = kinds_of(hints[f.name])
+            if f.init and len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]):
+                enter(kinds[0], (*path, f.name))
+
+    enter(cls, ())
+    return headings
+
+
 def kinds_of(hint: Any) -> tuple[tuple[Any, ...], bool, tuple[str, ...]]:
     """Types a value of this type hint may have, whether None is one, and the texts that a `Literal` lists."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

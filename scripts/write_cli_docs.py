@@ -24,6 +24,25 @@ Results go to stdout (one JSON document with `--json`), progress and messages to
 | 4 | a build is not finished: other builders hold shards of it (`--wait` waits for them, `kd cache unlock` shows them) |
 | 130 | interrupted; the same command again continues (`kd train`: with `--resume`) |
 
+With `--json` a command that fails prints one document too:
+
+```json
+{"error": {"kind": "CacheError", "headline": "this is not a cache", "details": {"where": "nowhere"}, "exit_code": 1,
+           "page": "https://github.com/kd-logit-cache/kd/blob/main/docs/building.md"}}
+```
+
+`kind` is the class of the error (`UsageError` for wrong options, `Interrupted` after Ctrl-C), `details` maps names to text,
+and `page` is left out where no page explains the kind.
+
+`-q` prints results and errors alone, `-v` keeps the notes of the libraries and prints where an error was raised, and
+`--log-file FILE` adds every line to a file, with the time. They go with every command and may stand before or after it.
+
+Completion of commands, options and the values of choices:
+
+    eval "$(_KD_COMPLETE=bash_source kd)"             # in ~/.bashrc
+    eval "$(_KD_COMPLETE=zsh_source kd)"              # in ~/.zshrc
+    _KD_COMPLETE=fish_source kd | source              # in ~/.config/fish/config.fish
+
 `--data SPEC` is one of
 
 - `demo[:heldout]`, `mini[:heldout]`, `mini-chat[:heldout]`, `wikitext-2[:validation|test]`;

@@ -7,11 +7,11 @@ import click
 from kd.cache_builder.look.show_settings import ShowSettings
 from kd.commands.terminal.console import emit_json, outcome, say, say_shaded, shades_are_seen
 from kd.commands.terminal.options import json_option
-from kd.commands.terminal.settings_options import settings_options
+from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.common.progress import final
 
 
-@click.command("show")
+@click.command("show", cls=SettingsCommand)
 @click.argument("path", metavar="CACHE")
 @click.argument("example", type=click.IntRange(min=0), required=False)
 @settings_options(ShowSettings)

@@ -8,9 +8,13 @@ about every ten per cent, without control characters. rich is imported when a ba
 from __future__ import annotations
 
 import json
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -19,12 +23,40 @@ from kd.common.shown_text import for_terminal, without_secrets
 from kd.data.left_out import said
 
 
-def say(text: object = "", *, err: bool = False) -> None:
+@dataclass
+class Output:
+    """How much this process prints, and what it has printed; see `output_options`."""
+
+    quiet: bool = False
+    """Print no progress and no notes."""
+    verbose: bool = False
+    """Keep the notes of the libraries, and say where an error was raised."""
+    log: TextIO | None = None
+    """File that gets every line as well."""
+    document_printed: bool = False
+    """Whether a JSON document is on stdout already: there is one for each command."""
+
+    def note(self, line: str) -> None:
+        """Add a line to the log, with the time."""
+        if self.log is not None:
+            self.log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
+
+
+OUTPUT = Output()
+
+
+def say(text: object = "", *, err: bool = False, error: bool = False) -> None:
     """Print lines, without secrets and without control characters: names in them come from strangers.
 
     Every line that a command prints goes through here; it is the same in a pipe.
+
+    err     to stderr: a note, which a quiet command leaves out
+    error   to stderr, and always: why the command failed
     """
-    click.echo(for_terminal(without_secrets(str(text))), err=err)
+    shown = for_terminal(without_secrets(str(text)))
+    OUTPUT.note(shown)
+    if error or not (err and OUTPUT.quiet):
+        click.echo(shown, err=err or error)
 
 
 SHADES = (
@@ -78,7 +110,30 @@ def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
 
 def emit_json(document: Any) -> None:
     """Print one JSON document."""
+    OUTPUT.document_printed = True
     say(json.dumps(document, indent=2))
+
+
+def fail(
+    text: str,
+    kind: str,
+    headline: str,
+    exit_code: int,
+    details: Mapping[str, str] | None = None,
+    page: str | None = None,
+) -> NoReturn:
+    """Say why a command failed, and end. With --json, the one document on stdout is the error, unless a result is there already.
+
+    text   what people read, on stderr
+    kind   name of the error's class
+    """
+    say(text, error=True)
+    if "--json" in sys.argv[1:] and not OUTPUT.document_printed:
+        error = {"kind": kind, "headline": headline, "details": dict(details or {}), "exit_code": exit_code}
+        emit_json({"error": error | ({} if page is None else {"page": page})})
+    if OUTPUT.verbose:
+        traceback.print_exc()
+    sys.exit(exit_code)
 
 
 def readable(value: Any) -> str:
@@ -104,7 +159,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or OUTPUT.quiet:
         shown = -1
 
         def plain(done: int, total: int, note: str) -> None:
@@ -124,8 +179,17 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(),
     )
     with rich_progress.Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=None, note="")
-        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=for_terminal(note))
+        task, logged = bar.add_task(label, total=None, note=""), -1
+
+        def draw(done: int, total: int, note: str) -> None:
+            nonlocal logged
+            bar.update(task, completed=done, total=total, note=for_terminal(note))
+            tenth = 10 * done // max(total, 1)
+            if tenth > logged:
+                logged = tenth
+                OUTPUT.note(f"{label} {10 * tenth}%  {for_terminal(note)}")
+
+        yield draw
 
 
 def follow(stage: str, steps: Iterable[AnyStep]) -> AnyStep:
@@ -144,16 +208,22 @@ def outcome(stage: str, steps: Iterable[Progress[Result]]) -> Result:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and notices of the model libraries off stderr; their errors stay.
+    """Keep progress bars and notices of the model libraries off stderr; their errors stay, and with `-v` all of them.
 
-    Raises MissingPackageError where these libraries are not installed.
+    Their import takes seconds, so that a person at a terminal is told what is going on. Raises MissingPackageError where these
+    libraries are not installed.
     """
     import logging
 
     from kd.common.extras import require
 
     require("train", "this command")
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        say("loading torch and transformers …", err=True)
     import transformers
+
+    if OUTPUT.verbose:
+        return
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on every import
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it says that offloaded weights are offloaded

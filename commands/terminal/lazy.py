@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from kd.commands.terminal.output_options import dressed
+
 
 class ListedGroup(click.Group):
     """A group whose `--help` shows a line per command from a table, so that it imports none of them."""
@@ -39,11 +41,11 @@ class LazyCommands(MutableMapping[str, click.Command]):
             module, _, attribute = entry.partition(":")
             entry = getattr(import_module(module), attribute)
             assert isinstance(entry, click.Command), f"{self._entries[name]} is not a command"
-            self._entries[name] = entry
+            self._entries[name] = dressed(entry)
         return entry
 
     def __setitem__(self, name: str, command: click.Command) -> None:
-        self._entries[name] = command
+        self._entries[name] = dressed(command)
 
     def __delitem__(self, name: str) -> None:
         del self._entries[name]

@@ -1,6 +1,6 @@
 """Command-line options made from a settings class: one per setting, and `--config` for a file of them.
 
-    @click.command()
+    @click.command(cls=SettingsCommand)
     @settings_options(TrainSettings)
     def train(settings: TrainSettings) -> None: ...
 
@@ -19,8 +19,9 @@ from typing import Any, TypeVar, get_origin
 import click
 
 from kd.commands.terminal.options import PATH
+from kd.commands.terminal.output_options import NAMES
 from kd.common.errors import DataError
-from kd.common.setting_fields import settings_of
+from kd.common.setting_fields import group_headings, settings_of
 from kd.common.setting_values import Setting, as_text
 from kd.common.settings import MissingSettings, flat, flattened, make
 
@@ -31,14 +32,39 @@ GIVEN = "kd.given"
 Settings of a `--config` file are among them, as one would type them."""
 
 
-class RecordingCommand(click.Command):
+class SettingsCommand(click.Command):
+    """A command whose help lists its options under headings, by the group of settings that they belong to."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Called by click."""
+        under: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                under.setdefault(getattr(parameter, "heading", "Other options"), []).append(record)
+        for heading, records in under.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class HeadedOption(click.Option):
+    """An option that knows under which heading it is listed."""
+
+    def __init__(self, *arguments: Any, heading: str, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.heading = heading
+
+
+class RecordingCommand(SettingsCommand):
     """A command that notes in its context, under `GIVEN`, which options were given and what was typed for them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Called by click."""
         values, _, _ = self.make_parser(ctx).parse_args(list(args))
         given = {str(name): as_text(value) if isinstance(value, list) else value for name, value in values.items()}
-        ctx.meta[GIVEN] = {name: value for name, value in given.items() if isinstance(value, str | bool)}
+        ctx.meta[GIVEN] = {
+            name: value for name, value in given.items() if isinstance(value, str | bool) and name not in NAMES
+        }
         return super().parse_args(ctx, args)
 
 
@@ -89,6 +115,7 @@ def settings_options(
     leave_out   settings that the command sets itself; they must have defaults
     """
     shown = [one for one in settings_of(cls).values() if one.name not in leave_out and not one.hidden]
+    headings = group_headings(cls)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -106,7 +133,8 @@ def settings_options(
                 help="YAML or JSON file with these settings; options override it.",
             )(decorated)
         for one in reversed(shown):
-            decorated = click.option(*declaration(one), **attributes(one))(decorated)
+            heading = headings[one.path[:-1]]
+            decorated = click.option(*declaration(one), cls=HeadedOption, heading=heading, **attributes(one))(decorated)
         return decorated
 
     return decorate

@@ -78,6 +78,10 @@ def test_a_step_accepts_every_option_of_its_command(name: str) -> None:
     kind = STEP_KINDS[name]
     options = {one.option for cls in kind.classes() for one in settings_of(cls).values() if not one.hidden}
     options |= {f"--{plain}" for plain in (*kind.plain, "config")}
-    typed = {p.opts[0] for p in command.params if isinstance(p, click.Option)} - {"--json", "--help"}
+    typed = {p.opts[0] for p in command.params if isinstance(p, click.Option) and not p.hidden} - {
+        "--json",
+        "--help",
+        "--estimate",
+    }
     assert typed <= options
     assert options - {"--config"} <= typed

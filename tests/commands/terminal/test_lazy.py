@@ -24,9 +24,12 @@ def loaded(*words: str) -> set[str]:
 
 
 def test_one_command_imports_its_own_module_and_what_commands_share() -> None:
-    shared = {"kd.commands.terminal", "kd.commands.terminal.lazy"}
+    shared = {
+        "kd.commands.terminal",
+        *(f"kd.commands.terminal.{name}" for name in ("console", "lazy", "output_options")),
+    }
     assert loaded() == shared, "the help of `kd` imports no command"
-    options = {f"kd.commands.terminal.{name}" for name in ("console", "options", "settings_options")}
+    options = {f"kd.commands.terminal.{name}" for name in ("options", "settings_options")}
     assert loaded("data", "show") == shared | options | {"kd.commands.data"}
 
 
