@@ -91,6 +91,7 @@ def test_a_build_that_stopped_anywhere_is_continued_to_the_same_bytes(
     assert stored(objects) == local_tree
 
 
+@pytest.mark.slow
 def test_two_builders_one_of_which_is_killed_write_the_bytes_of_one(objects, request_, local_tree) -> None:
     killed, said = list[int](), list[str]()
     with staged(request_) as here:
