@@ -99,14 +99,14 @@ def reading(cache: Cache) -> None:
     lengths = Lengths(int(cache.ends[-1]))
     print(f"\nshards read by all processes together, of {len(cache.counts):,}")
     for processes in (2, 4, 8, 16, 32):
-        found = []
+        shares = []
         for cut in ({"batch_size": 16}, {"tokens_per_batch": 4096}):
             plan = plan_batches(cache, lengths, seed=0, multiple_of=processes, **cut)  # type: ignore[arg-type]
             read = np.zeros((processes, len(cache.counts)), dtype=bool)
             for number, batch in enumerate(plan):
                 read[number % processes, cache.shards_of(np.array(batch.examples))] = True
-            found.append(read.sum() / len(cache.counts))
-        print(f"{processes:>4} processes{found[0]:>8.3f} by count{found[1]:>8.3f} by tokens")
+            shares.append(read.sum() / len(cache.counts))
+        print(f"{processes:>4} processes{shares[0]:>8.3f} by count{shares[1]:>8.3f} by tokens")
 
 
 def mixing(cache: Cache) -> None:

@@ -149,8 +149,8 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
             raise IndexError(f"batch {number} of {len(self)}")
         plan = self._planned.plan
         if not self._next <= number < self._next + FORWARD:
-            own = islice(plan.walk(number * self.world_size), self.rank, None, self.world_size)
-            self._reader.announce(batch.examples for batch in own)
+            read_here = islice(plan.walk(number * self.world_size), self.rank, None, self.world_size)
+            self._reader.announce(batch.examples for batch in read_here)
         self._next = number + 1
         return self._prepared.collator(self._reader.read(plan[number * self.world_size + self.rank].examples))
 

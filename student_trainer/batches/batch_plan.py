@@ -108,8 +108,8 @@ class BatchPlan(Sequence[MicroBatch]):
         """One micro-batch, or several."""
         places = range(len(self))[number]
         if isinstance(places, range):
-            found = list(islice(self.walk(min(places, default=0)), len(places) and max(places) - min(places) + 1))
-            return found[:: places.step]
+            between = list(islice(self.walk(min(places, default=0)), len(places) and max(places) - min(places) + 1))
+            return between[:: places.step]
         at, batches = self._cursor
         if not at <= places < at + FORWARD:
             at, batches = places, self.walk(places)

@@ -137,16 +137,16 @@ class EpochCut:
         number, taken = mark
         streams = [_Stream(self, range(s + taken[s] * self.shares, self.size, self.shares)) for s in range(self.shares)]
         while True:
-            found = []
+            one_round = []
             for stream in streams:
                 if (batch := stream.full_batch()) is None:
                     break
-                found.append(batch)
-            if len(found) < self.shares:
+                one_round.append(batch)
+            if len(one_round) < self.shares:
                 break
-            yield from found
+            yield from one_round
             number += self.shares
-            taken = tuple(n + len(batch.examples) for n, batch in zip(taken, found, strict=True))
+            taken = tuple(n + len(batch.examples) for n, batch in zip(taken, one_round, strict=True))
             if not self.rule.counted and number >= self._marks[-1].batch + MARK_EVERY:
                 self._marks.append(_Mark(number, taken))
         rest = [np.arange(s + n * self.shares, self.size, self.shares) for s, n in enumerate(taken)]

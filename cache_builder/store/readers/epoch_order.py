@@ -82,8 +82,8 @@ class ListedOrder(EpochOrder):
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """As `EpochOrder.at`."""
-        found: np.ndarray = self.examples[positions]
-        return found
+        numbers: np.ndarray = self.examples[positions]
+        return numbers
 
 
 class LaneOrder(EpochOrder):
@@ -110,13 +110,13 @@ class LaneOrder(EpochOrder):
         lane = positions % self.lanes
         places = self._origins[lane] + self._steps[lane] * (positions // self.lanes)
         blocks = np.searchsorted(self._ends, places, side="right") // BLOCK
-        found = np.empty(len(places), dtype=np.int64)
+        numbers = np.empty(len(places), dtype=np.int64)
         by_block = np.argsort(blocks, kind="stable")
         for members in np.split(by_block, np.flatnonzero(np.diff(blocks[by_block])) + 1):
             if len(members):
                 examples, begin = self._shuffled(int(blocks[members[0]]))
-                found[members] = examples[places[members] - begin]
-        return found
+                numbers[members] = examples[places[members] - begin]
+        return numbers
 
     def _shuffled_block(self, block: int) -> tuple[np.ndarray, int]:
         """The examples of a block of shards of the row, shard after shard in their order, and where in the row it begins."""

@@ -66,13 +66,13 @@ class MixedOrder(EpochOrder):
             drawn, taken = self._drawn(of_lane, int(index[members[0]]) // BLOCK)
             within = index[members] % BLOCK
             parts[members], places[members] = drawn[within], taken[within]
-        found = np.empty(len(positions), dtype=np.int64)
+        numbers = np.empty(len(positions), dtype=np.int64)
         lengths = self._lane_lengths(parts, lane)
         for members in _groups(parts + len(self._sizes) * (places // lengths)):
             part, epoch = int(parts[members[0]]), int(places[members[0]] // lengths[members[0]])
-            own = (places[members] % lengths[members]) * self.lanes + lane[members]
-            found[members] = self._order_of(part, epoch).at(own) + self._firsts[part]
-        return found
+            in_part = (places[members] % lengths[members]) * self.lanes + lane[members]
+            numbers[members] = self._order_of(part, epoch).at(in_part) + self._firsts[part]
+        return numbers
 
     def _lane_lengths(self, parts: np.ndarray, lane: np.ndarray) -> np.ndarray:
         """`[n]` examples that these caches have in these lanes."""
@@ -100,9 +100,9 @@ class MixedOrder(EpochOrder):
 def shares_of_first(count: int, weights: Sequence[float] | np.ndarray) -> list[int]:
     """How many of the first `count` positions each cache has: sums to `count`, and never falls as `count` grows."""
     shares, left, weight = [], count, float(np.sum(weights))
-    for own in weights[:-1]:
-        shares.append(int(left * (float(own) / weight)))
-        left, weight = left - shares[-1], weight - float(own)
+    for weight_of_part in weights[:-1]:
+        shares.append(int(left * (float(weight_of_part) / weight)))
+        left, weight = left - shares[-1], weight - float(weight_of_part)
     return [*shares, left]
 
 
