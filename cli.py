@@ -109,7 +109,7 @@ COMMANDS = {
     "classify": "kd.commands.classify:classify",
     "data": "kd.commands.data:data",
     "demo": "kd.commands.demo:demo",
-    "doctor": "kd.commands.doctor:doctor",
+    "doctor": "kd.commands.looking.doctor:doctor",
     "eval": "kd.commands.eval:eval_command",
     "experiment": "kd.commands.experiment:experiment",
     "merge": "kd.commands.merge:merge",

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
 
-from kd.commands import doctor as module
-from kd.commands.doctor import USES, doctor
+from kd.commands.looking import doctor as module
+from kd.commands.looking.doctor import USES, doctor
 from kd.common.extras import EXTRAS
 
 
