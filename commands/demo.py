@@ -21,18 +21,37 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--out", type=FOLDER, default=Path("demo-out"), show_default=True, help="Folder for caches, runs and report."
+    "--out", type=FOLDER, help="Folder for caches, runs and report. [default: demo-out; demo-chat-out with --chat]"
 )
+@click.option("--chat", is_flag=True, help="Distil a small chat model instead: the experiment demo-chat.")
 @json_option
-def demo(out: Path, as_json: bool) -> None:
+def demo(out: Path | None, chat: bool, as_json: bool) -> None:
     """Run the whole pipeline on the embedded teachers and texts, offline, in minutes.
 
-    The demo is the experiments demo-prose and demo-instructions in one folder.
+    The demo is the experiments demo-prose and demo-instructions in one folder. With --chat it is the experiment demo-chat:
+    conversations, a chat template, and students that learn the assistant's turns.
 
     Example: kd demo --out demo-out
     """
     quiet_libraries()
     require("eval", "kd demo")
+    if chat:
+        show_chat_demo(out or Path("demo-chat-out"), as_json=as_json)
+    else:
+        show_demo(out or Path("demo-out"), as_json=as_json)
+
+
+def show_chat_demo(out: Path, *, as_json: bool) -> None:
+    """Run the experiment demo-chat and print its report. The same command again continues."""
+    from kd.commands.experiment import run_and_show
+    from kd.recipes.experiment_file import load_experiment
+
+    chosen = load_experiment("demo-chat")
+    run_and_show(chosen, out, chosen.recipe.fill(out, {}), as_json=as_json)
+
+
+def show_demo(out: Path, *, as_json: bool) -> None:
+    """Run the two experiments of the demo, and print what they measured."""
     from kd.recipes.demo_outcome import demo_parts, outcome_lines, require_fresh, write_demo_outcome
 
     parts = demo_parts(out)

@@ -49,7 +49,6 @@ def experiment(
 
     Example: kd experiment kl-prose --seeds 0,1 --out runs/kl-prose
     """
-    from kd.common.disk.disk_errors import clear_write_errors
     from kd.recipes.experiment_file import load_experiment
     from kd.recipes.run_steps import check_steps
 
@@ -68,6 +67,13 @@ def experiment(
         return
     for extra in ("train", "eval"):
         require(extra, "kd experiment")
+    run_and_show(chosen, folder, steps, as_json=as_json)
+
+
+def run_and_show(chosen: Experiment, folder: Path, steps: Sequence[Step], *, as_json: bool) -> None:
+    """Run what is left of an experiment, and print its report."""
+    from kd.common.disk.disk_errors import clear_write_errors
+
     with redirect_stdout(sys.stderr):  # what the steps print is progress here
         with clear_write_errors(folder, "make room or name another --out, then run the same command again"):
             open_folder(chosen, folder, steps)

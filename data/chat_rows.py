@@ -9,6 +9,7 @@ whose template rewrites earlier turns becomes several examples (`id#0`, `id#1`, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -107,6 +108,7 @@ def conversation_rows(
                 try_="--score assistant",
             )
         renderings = render_conversation(template, pieces, messages, tools=tools, score=settings.score, learned=learned)
+        _refuse_hidden_calls(conversation, renderings)
     except DataError as error:
         details = {"where": f"conversation {example.id}", **{k: v for k, v in error.details.items() if k != "where"}}
         raise DataError(error.headline, **{k.replace(" ", "_"): v for k, v in details.items()}) from error
@@ -166,8 +168,27 @@ def _found(
         "border_scored": sum(turn.before > 0 for _, turn in turns),
         "border_in_context": sum(turn.unscored > 0 for _, turn in turns),
         "reasoning_not_shown": sum((thought or "").strip() not in rendering.text for rendering, thought in thoughts),
-        "tools_not_shown": sum(_name_of(tool) not in renderings[-1].text for tool in conversation.tools),
+        "tools_not_shown": sum(not _is_named(tool, renderings[-1].text) for tool in conversation.tools),
     }
+
+
+def _refuse_hidden_calls(conversation: Conversation, renderings: Sequence[RenderedConversation]) -> None:
+    """Raise DataError for a scored turn whose calls of tools the template leaves out: a student would learn to say nothing."""
+    for rendering in renderings:
+        for turn in rendering.turns:
+            calls = conversation.messages[turn.message].tool_calls
+            if calls and not any(_is_named(call, turn.text) for call in calls):
+                raise DataError(
+                    "the chat template does not show the calls of tools",
+                    found=f"message {turn.message} calls {', '.join(map(_name_of, calls))}, and is rendered as {turn.text[:60]!r}",
+                    expected="a template for tools",
+                    try_="--chat-template FILE; --bad-rows skip leaves such conversations out and counts them",
+                )
+
+
+def _is_named(entry: Mapping[str, Any], text: str) -> bool:
+    """Whether a text has the name of a tool, or of a call of one, as a word."""
+    return re.search(rf"(?<!\w){re.escape(_name_of(entry))}(?!\w)", text) is not None
 
 
 def _name_of(tool: Mapping[str, Any]) -> str:

@@ -294,6 +294,13 @@ def split_head(model: Model, forced: Sequence[int] = ()) -> LanguageModelHead:
         )
     unpack(model)
     head, backbone = model.get_output_embeddings(), _backbone(model)
+    if isinstance(head, torch.nn.Embedding):
+        raise TeacherError(
+            "the model's body computes its logits itself",
+            where=type(model).__name__,
+            found="an embedding in place of an output layer",
+            expected="logits = lm_head(last hidden state)",
+        )
     if not isinstance(head, torch.nn.Linear) or backbone is model:
         raise TeacherError(
             "the model's output layer is not a plain linear layer",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -148,3 +149,14 @@ def test_the_chat_experiment_runs_offline(tmp_path: Path) -> None:
         assert report.tasks["perplexity"]["perplexity"]["stderr"] > 0
         assert report.tasks["generation"]["exact_match"]["n"] == 12  # four turns of three conversations
         assert report.documents["generation"]["count"] == 3
+
+
+def test_the_demo_of_chats_is_this_experiment(tmp_path: Path, monkeypatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(
+        module, "run_and_show", lambda chosen, folder, steps, as_json: shown.append((chosen, folder, steps))
+    )
+    kd("demo", "--chat", "--out", tmp_path / "chat")
+    ((chosen, folder, steps),) = shown
+    assert (chosen, folder) == (load_experiment("demo-chat"), tmp_path / "chat")
+    assert [step.words for step in steps] == [step.words for step in chosen.recipe.fill(folder, {})]

@@ -246,3 +246,22 @@ def test_what_a_template_does_with_the_messages_is_noted(files, tmp_path) -> Non
     notes = TokenNotes()
     list(tokenize_conversations(corpus, chat, ChatSettings(), BlockConfig(256), LeftOut(), notes))
     assert notes.document().keys() == {"control_tokens_as_text"}
+
+
+def test_a_turn_whose_calls_the_template_leaves_out_is_no_empty_turn(files, tmp_path) -> None:
+    """The plain template shows no calls; TOOLS does."""
+    call = {"type": "function", "function": {"name": "sum", "arguments": {"a": 2}}}
+    talk = [
+        {"role": "user", "content": "What is the summary?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    talk += [{"role": "tool", "content": "4"}, {"role": "assistant", "content": "Four."}]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    with pytest.raises(DataError, match="does not show the calls of tools") as caught:
+        rows_of(load_corpus(str(tmp_path / "calls.jsonl")), files[1])
+    assert "calls.jsonl:0" in caught.value.details["where"]
+    rows, left_out = rows_of(load_corpus(str(tmp_path / "calls.jsonl"), bad_rows="skip"), files[1])
+    assert (rows, left_out.counts["bad_rows"]) == ([], 1)
+    (tmp_path / "tools.jinja").write_text(LAYOUTS["tools"].source.replace("<|im_end|>", "{{ eos_token }}"))
+    rows, _ = rows_of(load_corpus(str(tmp_path / "calls.jsonl")), tmp_path / "tools.jinja")
+    assert '"name": "sum"' in rows[0].example.target
