@@ -25,7 +25,7 @@ from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.together.jobs import Answer, Crew, Job
 from kd.cache_builder.build.together.local_engine import local
-from kd.cache_builder.build.together.outputs import FolderOutput, Output, StoreOutput
+from kd.cache_builder.build.together.outputs import BuildOutput, FolderOutput, StoreOutput
 from kd.cache_builder.build.together.ray_engine import on_ray
 from kd.common.errors import CacheError, DataError, KdError, unknown_name
 
@@ -78,7 +78,7 @@ class BuildState:
 
     def __init__(self, request: BuildRequest, sizes: Sequence[int]) -> None:
         self.request, self.sizes = request, sizes
-        self.output: Output = FolderOutput(request.out) if request.url is None else StoreOutput(request.url)
+        self.output: BuildOutput = FolderOutput(request.out) if request.url is None else StoreOutput(request.url)
         index, count = request.shard
         self.part = range(index - 1, len(sizes), count)
         self.cost = 0.0

@@ -13,7 +13,7 @@ from kd.cache_builder.store.records.manifest import MANIFEST
 from kd.cache_builder.store.writers.claims import Claim, all_claims, release_claims_of
 
 
-class Output(Protocol):
+class BuildOutput(Protocol):
     """The place that a build goes to."""
 
     def committed(self, shards: int) -> set[int]:
@@ -36,19 +36,19 @@ class FolderOutput:
         self.root = root
 
     def committed(self, shards: int) -> set[int]:
-        """As `Output.committed`."""
+        """As `BuildOutput.committed`."""
         return set(commits.committed(self.root, shards))
 
     def claims(self) -> list[Claim]:
-        """As `Output.claims`."""
+        """As `BuildOutput.claims`."""
         return all_claims(self.root)
 
     def release(self, name: str) -> list[int]:
-        """As `Output.release`."""
+        """As `BuildOutput.release`."""
         return release_claims_of(self.root, name)
 
     def complete(self) -> bool:
-        """As `Output.complete`."""
+        """As `BuildOutput.complete`."""
         return (self.root / MANIFEST).exists()
 
 
@@ -59,19 +59,19 @@ class StoreOutput:
         self.objects = S3Objects(url)
 
     def committed(self, shards: int) -> set[int]:
-        """As `Output.committed`."""
+        """As `BuildOutput.committed`."""
         return committed_objects(self.objects, shards)
 
     def claims(self) -> list[Claim]:
-        """As `Output.claims`."""
+        """As `BuildOutput.claims`."""
         return all_s3_claims(self.objects)
 
     def release(self, name: str) -> list[int]:
-        """As `Output.release`."""
+        """As `BuildOutput.release`."""
         shards = [claim.shard for claim in self.claims() if name and claim.name == name]
         self.objects.remove([claim_name(shard) for shard in shards])
         return shards
 
     def complete(self) -> bool:
-        """As `Output.complete`."""
+        """As `BuildOutput.complete`."""
         return self.objects.exists(MANIFEST)
