@@ -39,7 +39,7 @@ class AskedPrompt:
     changed: bool = False
     """Whether the ids are others than by the first rules."""
     text: str = ""
-    """Of a conversation, its rendering with the generation prompt."""
+    """Rendering of a conversation with the generation prompt; empty for other prompts."""
 
 
 def is_chat(request: BuildRequest) -> bool:

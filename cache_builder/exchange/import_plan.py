@@ -69,7 +69,7 @@ class ImportPlan:
     tokenizer: Tokenizer
     survey: Survey
     manifest: CacheManifest
-    """That of the cache in the folder, where there is one."""
+    """The manifest of the cache in the folder, or that of the cache to be made."""
     vocabulary: list[bytes]
 
 

@@ -68,9 +68,9 @@ class RowStatistics:
     kept_mass: Histogram = field(default_factory=lambda: histogram(np.linspace(0, 1, 51)))
     """Probability of the kept tokens at temperature 1; empty for a profile that keeps none."""
     rank: Histogram = field(default_factory=lambda: histogram(2.0 ** np.arange(0, 21)))
-    """Of the token that is there, from 1; each bin is twice as wide as the one before."""
+    """Rank of the token that is there, from 1; each bin is twice as wide as the one before."""
     probability: Histogram = field(default_factory=lambda: histogram(PROBABILITY_EDGES))
-    """Of the token that is there."""
+    """Probability of the token that is there."""
     confidence: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
     """`[BINS]` sums of the largest probability"""
     right: np.ndarray = field(default_factory=lambda: np.zeros(BINS))

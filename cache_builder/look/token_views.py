@@ -39,7 +39,7 @@ class TokenView:
     """One token of the text, and what the teacher said in its place."""
 
     number: int
-    """In its example, from 0."""
+    """Number of the token in its example, from 0."""
     text: str
     """The characters of the text that it ends, without secrets."""
     id: int
@@ -50,9 +50,9 @@ class TokenView:
     entropy_at_most: float | None
     """None where nobody knows what lies beyond the kept tokens."""
     logprob: float
-    """Of the token that is there, at temperature 1, in nats."""
+    """Log-probability of the token that is there, at temperature 1, in nats."""
     rank: int
-    """Of the token that is there; 1 is the most probable."""
+    """Rank of the token that is there; 1 is the most probable."""
     is_bound: bool
     """True where the log-probability is an upper bound and the rank a lower one."""
     kept: int | None

@@ -34,7 +34,7 @@ class Disagreement:
     partners: dict[int, int]
     """Example of the first cache -> the same one of the second, for those rows."""
     mean: float
-    """Of all rows that both have, in nats."""
+    """Mean divergence of all rows that both have, in nats."""
     compared: int
     """Rows that both have."""
     left_out: int

@@ -29,7 +29,7 @@ class FoundView:
     """The same token in the cache that is compared with; None where there is none."""
     around_other: Sequence[TokenView] = ()
     divergences: Sequence[float] = ()
-    """Of the tokens around it, in nats, see `two_teachers`."""
+    """Divergences of the tokens around it, in nats (see `two_teachers`)."""
 
     @property
     def divergence(self) -> float | None:

@@ -36,7 +36,7 @@ class Writing:
     ends: tuple[int, ...]
     """Tokens that end an answer."""
     seed: int
-    """Of this answer's draws."""
+    """Seed of this answer's draws."""
 
 
 class Dialect(Protocol):

@@ -46,7 +46,7 @@ class ScoredSequence:
     positions: np.ndarray
     """[n] of the tokens that are predicted, each from 1 to T - 1"""
     name: str
-    """For errors."""
+    """What errors call the sequence."""
 
 
 class LogprobEngine(Protocol):

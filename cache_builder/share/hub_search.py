@@ -28,7 +28,7 @@ class FoundCache:
     tokenizer: str | None
     """The first digits of the fingerprint; None where the card does not name it."""
     downloads: int | None
-    """In the last month, as the hub counts; None where it does not say."""
+    """Downloads in the last month, as the hub counts them; None where it does not say."""
 
 
 def search_caches(*, teacher: str | None = None, tokenizer: str | None = None, limit: int = 50) -> list[FoundCache]:

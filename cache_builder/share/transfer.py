@@ -33,7 +33,7 @@ class Transferred:
     seconds: float
     """Seconds since the start of this run."""
     part: Part | None = None
-    """For a pull: what the copy holds; None for the whole cache."""
+    """What the copy of a pull holds; None for the whole cache."""
 
 
 class Tally:

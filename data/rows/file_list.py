@@ -31,7 +31,7 @@ class FileList:
     spec: str
     files: tuple[Path, ...]
     asked_for: frozenset[Path]
-    """Those that the spec names one by one; a fault in one of these is always an error."""
+    """Files that the spec names one by one; a fault in one of these is always an error."""
     base: Path
     """The folder that the names of the files begin in."""
 

@@ -24,7 +24,7 @@ class StreamedRow:
     """A row and where it is."""
 
     number: int
-    """From 0, in its file."""
+    """Number of the row in its file, from 0."""
     row: Mapping[str, Any]
     place: str
 
