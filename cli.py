@@ -40,10 +40,10 @@ def _fail(error: KdError) -> NoReturn:
 
 def main() -> None:
     """Run `kd`. Errors that a user can cause become a few lines on stderr and an exit code; with --json, a document as well."""
-    from kd.commands.terminal.console import OUTPUT, Output
+    from kd.commands.terminal.console import OUTPUT, TerminalOutput
     from kd.common.memory import share_one_heap
 
-    vars(OUTPUT).update(vars(Output()))
+    vars(OUTPUT).update(vars(TerminalOutput()))
     share_one_heap()
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm and Docker send it before they kill
     os.environ.setdefault(

@@ -24,7 +24,7 @@ from kd.data.left_out import said
 
 
 @dataclass
-class Output:
+class TerminalOutput:
     """How much this process prints, and what it has printed; see `output_options`."""
 
     quiet: bool = False
@@ -42,7 +42,7 @@ class Output:
             self.log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
 
 
-OUTPUT = Output()
+OUTPUT = TerminalOutput()
 
 
 def say(text: object = "", *, err: bool = False, error: bool = False) -> None:
