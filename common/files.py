@@ -60,9 +60,13 @@ ABANDONED_SECONDS = 24 * 3600
 """Age in seconds at which unfinished files of another host are removed, counted from the last change."""
 
 
+TOKENS = ".tokens"
+"""Folder of a build that holds its text in tokens until the cache is finished."""
+
+
 def unfinished(name: str) -> bool:
-    """True for the name of a file or folder that has not been published yet."""
-    return re.fullmatch(r"\.staging-.*|\.ready-\d+|\..*\.tmp|\.\d+\.claim", name) is not None
+    """True for the name of a file or folder that has not been published yet, or is there only while a build runs."""
+    return name == TOKENS or re.fullmatch(r"\.staging-.*|\.ready-\d+|\..*\.tmp|\.\d+\.claim", name) is not None
 
 
 _TAG = re.compile(r"(?P<host>.+-\d+)-(?P<pid>\d+)-(?P<mark>[0-9a-f]+)")

@@ -10,7 +10,7 @@ whose template rewrites earlier turns becomes several examples (`id#0`, `id#1`, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,13 +19,14 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.data.conversations.chat_settings import ChatSettings
-from kd.data.conversations.conversation import Conversation, with_system
+from kd.data.conversations.conversation import CONVERSATIONS, Conversation, with_system
 from kd.data.corpus import Corpus
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.token_notes import TokenNotes
 from kd.data.tokenizing.token_rows import TokenRows
+from kd.data.tokenizing.too_long import TooLong
 from kd.models.batching.gaps import Gaps
 from kd.models.chat.chat_template import ChatTemplate
 from kd.models.chat.scored_turns import RenderedConversation, ScoredTurn, render_conversation
@@ -57,14 +58,33 @@ def tokenize_conversations(
                so, those that cannot be scored
     notes      receives what was found in the messages
     """
-    pieces = token_bytes(template.tokenizer)
+    too_long, pieces = TooLong(), token_bytes(template.tokenizer)
+    given = corpus.examples
+    yield from rows_that_fit(
+        given, template, pieces, settings, config, left_out, notes, too_long, skip_bad=corpus.skip_bad
+    )
+    too_long.refuse(CONVERSATIONS, corpus.spec, len(given), config)
+
+
+def rows_that_fit(
+    examples: Iterable[Example],
+    template: ChatTemplate,
+    pieces: list[bytes],
+    settings: ChatSettings,
+    config: BlockConfig,
+    left_out: LeftOut,
+    notes: TokenNotes | None,
+    too_long: TooLong,
+    *,
+    skip_bad: bool,
+) -> Iterator[TokenRows]:
+    """The rows of conversations that fit, or are cut to fit; those that are an error are counted in `too_long`."""
     notes = TokenNotes() if notes is None else notes
-    refused: list[str] = []
-    for example in corpus.examples:
+    for example in examples:
         try:
             rows = conversation_rows(example, template, pieces, settings, notes)
         except DataError as error:
-            if not corpus.skip_bad:
+            if not skip_bad:
                 raise
             left_out.add("bad_rows", f"{example.id}, {error.headline}")
             continue
@@ -73,20 +93,12 @@ def tokenize_conversations(
             if length <= config.seq_len:
                 yield row
             elif config.overlong == "error":
-                refused.append(f"{row.example.id} ({length} tokens)")
+                too_long.add(f"{row.example.id} ({length} tokens)")
             else:
                 fitted = first_turns(row, config.seq_len) if config.overlong == "truncate" else None
                 left_out.add("too_long" if fitted is None else "shortened", row.example.id)
                 if fitted is not None:
                     yield fitted
-    if refused:
-        raise DataError(
-            "conversations are longer than the limit",
-            where=corpus.spec,
-            found=f"{len(refused)} of {len(corpus.examples)}, first {refused[0]}",
-            expected=f"{config.seq_len} tokens",
-            try_="a larger --seq-len; cache build also has --overlong drop and truncate",
-        )
 
 
 def conversation_rows(

@@ -43,6 +43,8 @@ class TextStream:
     """Whether a column holds the ids, so that one may occur twice."""
     endless: bool = False
     """Whether to stop at the limit, and not to count what comes after it: all of it would have to be fetched."""
+    once: bool = False
+    """Whether it can be read only once, as a generator."""
 
     def reading(self, left_out: LeftOut) -> Iterator[Example]:
         """The examples that have text, in their order. Raises DataError where there is none, or where an id occurs twice.
@@ -83,3 +85,8 @@ def in_memory(text: Text) -> Corpus:
     left_out = LeftOut()
     examples = tuple(text.reading(left_out))
     return Corpus(text.spec, text.split, text.kind, examples, text.source, left_out=left_out, skip_bad=text.skip_bad)
+
+
+def without_examples(text: Text) -> Corpus:
+    """What is known of a text besides its examples."""
+    return Corpus(text.spec, text.split, text.kind, (), text.source, skip_bad=text.skip_bad)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,8 +232,40 @@ def encode_at_once(
     return ids, _ends_by_offsets(text, spelled, encoding.offsets)
 
 
+def encode_many(
+    tokenizer: Tokenizer, pieces: list[bytes], lengths: np.ndarray, texts: Sequence[str], *, control: bool = True
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`encode_with_ends` of several texts of at most WINDOW characters, in one call of the tokenizer, which takes no offsets.
+
+    lengths   [V] bytes of each of `pieces`
+    """
+    import numpy as np
+
+    with _plain_backend(tokenizer, control) as backend:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    found = []
+    for text, encoding in zip(texts, encodings, strict=True):
+        numbers = encoding.ids
+        data, joined = text.encode("utf-8"), b"".join(map(pieces.__getitem__, numbers))
+        lead = len(joined) - len(data)  # 1 for sentencepiece's dummy prefix
+        if numbers and (joined == data or (lead == 1 and joined == b" " + data)):
+            ids = np.array(numbers, dtype=np.int32)
+            ends = np.cumsum(lengths[ids]) - lead
+            found.append((ids, np.maximum(ends, 0) if lead else ends))
+        else:  # the offsets are needed
+            found.append(encode_at_once(tokenizer, pieces, text, control=control))
+    return found
+
+
 def _encoding(tokenizer: Tokenizer, text: str, control: bool) -> Any:
     """The tokenizer's `Encoding`. Unlike transformers' own call, it makes offsets only where they are asked for."""
+    with _plain_backend(tokenizer, control) as backend:
+        return backend.encode(text, add_special_tokens=False)
+
+
+@contextmanager
+def _plain_backend(tokenizer: Tokenizer, control: bool) -> Iterator[Any]:
+    """The tokenizer's backend without truncation and padding, and with control tokens read as is asked for."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None:  # left there by an earlier call
         backend.no_truncation()
@@ -241,7 +274,7 @@ def _encoding(tokenizer: Tokenizer, text: str, control: bool) -> Any:
     before = backend.encode_special_tokens
     backend.encode_special_tokens = not control or bool(getattr(tokenizer, "split_special_tokens", False))
     try:
-        return backend.encode(text, add_special_tokens=False)
+        yield backend
     finally:
         backend.encode_special_tokens = before
 

@@ -30,7 +30,8 @@ CACHE_ROOMS = {
     "share": {"store", "upkeep"},
     "teacher": {"store"},
     "served": {"store"},
-    "build": {"store", "upkeep", "teacher", "served"},
+    "tokens": {"store"},
+    "build": {"store", "upkeep", "teacher", "served", "tokens"},
     "exchange": {"store", "upkeep", "served", "build", "opening"},
 }
 """Room of cache_builder -> the rooms it may import."""

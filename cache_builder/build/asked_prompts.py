@@ -19,6 +19,7 @@ from kd.data.chat_rows import chat_template
 from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
+from kd.data.text_stream import in_memory
 from kd.data.tokenizing.pair_rows import first_rules, fit_pair, tokenize_prompt
 from kd.data.tokenizing.text_tokens import TextTokens
 from kd.data.tokenizing.token_rows import TokenRows
@@ -79,7 +80,7 @@ def _conversation_prompts(
     template, pieces = template_of(request, tokenizer)
     room = _room(request, most + MARGIN)
     refused: list[str] = []
-    for example in request.corpus.examples:
+    for example in in_memory(request.corpus).examples:
         try:
             question = question_of(example, request.chat.system)
             asked = chat_prompt(template, pieces, question.for_template(), tools=question.tools)
@@ -115,7 +116,7 @@ def _refuse_long_prompts(request: BuildRequest, refused: Sequence[str], room: in
         raise DataError(
             "prompts are longer than the limit",
             where=request.corpus.spec,
-            found=f"{len(refused)} of {len(request.corpus.examples)}, first {refused[0]}",
+            found=f"{len(refused)} of {len(in_memory(request.corpus).examples)}, first {refused[0]}",
             expected=f"at most {room} tokens",
             try_="--overlong drop" + ("" if is_chat(request) else " or truncate"),
         )
@@ -141,7 +142,7 @@ def _text_prompts(request: BuildRequest, tokenizer: Tokenizer, most: int, left_o
         overlong="truncate",
     )
     refused: list[str] = []
-    for example in request.corpus.examples:
+    for example in in_memory(request.corpus).examples:
         ids, lead = tokenize_prompt(example, words, request.blocks)
         changed = not np.array_equal(ids, first_rules(replace(example, target=""), words, request.blocks)[0])
         row = TokenRows(replace(example, target=""), ids, ids[:0], np.zeros(0, dtype=np.int64))

@@ -199,6 +199,11 @@ class RunningSettings:
     restarts: int = setting(RESTARTS, minimum=0)
     """Number of times that each of several builders is started again when it is lost: killed, out of memory, or with its
     machine. After that the others do its work."""
+    tokenize_workers: int | None = setting(None, minimum=1, shown="one for each processor, 16 at most")
+    """Number of processes that tokenise the text. Texts of a few megabytes are tokenised by the command itself."""
+    streaming: bool = False
+    """Read a data set of the hub over the network while it is tokenised, and do not store it on this disk first. With --limit N the
+    rest is neither read nor counted."""
     wait: bool = False
     """Wait for shards that other builders hold, and build those that they leave. Without it the command ends with exit
     code 4 where other builders hold shards."""

@@ -32,6 +32,7 @@ from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
 from kd.cache_builder.store.targets import RawTargets
 from kd.cache_builder.store.writers.claims import STALE_SECONDS
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
+from kd.cache_builder.tokens.token_folder import remove_tokens
 from kd.common.errors import DataError, KdError, UnfinishedBuildError
 from kd.common.files import write_error
 from kd.common.paths import StoreAddress
@@ -143,6 +144,7 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
             manifest = pool.submit(writer.create, plan.vocabulary, plan.codes).result()
         if manifest.complete:
             writer.tidy()
+            remove_tokens(request.out)
             total = len(manifest.shards)
             writer.check_sizes(range(total))
             yield BuildProgress(manifest.rows, manifest.rows, total, total, 0.0, complete=True, reused=True)
@@ -202,7 +204,7 @@ class _Running:
                 yield self._progress(0.0)
                 continue
             first, stop, size = self.manifest.shards[i]
-            rows = self.plan.rows[first:stop]
+            rows = list(self.plan.rows[first:stop])
             same = None if earlier is None else earlier.shard(i, rows)
             if same is None:
                 yield from self._score(i, rows, first)
@@ -287,6 +289,7 @@ class _Running:
         complete = len(done) == self.shards
         if complete:
             self.writer.finish()
+            remove_tokens(self.writer.root)
         return replace(
             self._progress(rate),
             complete=complete,
@@ -347,7 +350,7 @@ def loaded_teacher(plan: BuildPlan) -> Teacher:
         boundary = boundary_token_ids(plan.vocabulary, plan.special_ids, head.weight.device)
     teacher = Teacher(head, Sparsifier(config, size, boundary), tokens_per_batch=plan.request.tokens_per_batch)
     teacher.placed = placed
-    teacher.prepare(plan.rows)
+    teacher.prepare([plan.rows[number] for number in plan.text.extremes])
     return teacher
 
 
@@ -357,8 +360,7 @@ def served_pass_of(plan: BuildPlan) -> ServedPass:
     assert isinstance(source, ServedTeacher)
     engine = plan.request.model  # it may have written the answers
     if engine is None:
-        longest = max(row.read_only + len(row.target_ids) for row in plan.rows)
-        engine = source.engine(config.top_k, plan.manifest.vocabulary_size, longest=longest)
+        engine = source.engine(config.top_k, plan.manifest.vocabulary_size, longest=plan.text.longest)
     served = ServedPass(engine, config)
     done = sorted(commits.committed(plan.request.out, len(plan.manifest.shards)))
     if done and plan.manifest.weights_unknown and plan.request.url is not None:

@@ -49,7 +49,7 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
     # the speed of a server is not known here
     seconds = None if plan.request.serving is not None else 2 * parameters * plan.tokens / speed
     if plan.targets_known:
-        text = sum(len(r.example.target.encode()) for r in plan.rows)
+        text = plan.text.text_bytes
         more: dict[str, Any] = {}
     else:
         text = rows * max(len(piece) for i, piece in enumerate(plan.vocabulary) if i not in plan.special_ids)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ from kd.common.settings import flat, flattened, make
 from kd.data.conversations.conversation_rows import LAYOUTS
 from kd.data.corpus import Corpus, corpus_of_rows
 from kd.data.data_settings import InstructionConfig, RowSettings
+from kd.data.rows.row_examples import DatasetTexts
+from kd.data.rows.row_reading import ID, RowReading
+from kd.data.text_stream import TextStream
 from kd.models.families.text_model import text_config
 from kd.models.identity import parameters_digest
 from kd.models.loading import Model, ModelRequest, is_classifier, load_config
@@ -48,7 +52,7 @@ from kd.models.weights.quantised_checkpoints import unpack
 
 SOURCE = "texts"
 """What errors, and the ids of examples, call the texts."""
-OF_OTHER_TEXTS = {*settings_of(InstructionConfig), *settings_of(RowSettings), "spec", "split"}
+OF_OTHER_TEXTS = {*settings_of(InstructionConfig), *settings_of(RowSettings), "spec", "split", "streaming"}
 """Settings of `kd cache build` that say nothing about texts in memory."""
 OF_NAMED_TEACHERS = {
     *(settings_of(TeacherSettings).keys() - {"tokens_per_batch"}),
@@ -80,8 +84,9 @@ def build_cache(
     model        a transformers model, causal or encoder-decoder, with or without adapters, which is scored in evaluation mode and
                  left as it was; or the name of a teacher, as `kd cache build --teacher` takes it
     tokenizer    the model's fast tokenizer; beside a name, the name of another one than the teacher's own
-    texts        documents, (prompt, target) pairs, mappings with `text`, `prompt` and `target`, or `messages`, or a
-                 `datasets.Dataset`; beside the name of a teacher, `data="wikitext-2"` or the like may stand in their place
+    texts        documents, (prompt, target) pairs, mappings with `text`, `prompt` and `target`, or `messages`: in a list, or from a
+                 generator; or a `datasets.Dataset` or `datasets.IterableDataset`. What is no list is never held in memory. Beside
+                 the name of a teacher, `data="wikitext-2"` or the like may stand in their place
     out          folder of the cache; the same call again continues, or finds that the cache is complete
     on_progress  called with every progress record, which has `done`, `total` and `note`
     settings     settings of `kd cache build` by their names in Python: top_k, profile, seq_len, columns, limit, …; beside a
@@ -224,8 +229,8 @@ def without_wrapper(model: Any) -> Model:
     return model.get_base_model()
 
 
-def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:
-    """The texts as a corpus. Raises DataError naming the one that cannot be used."""
+def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus | TextStream:
+    """The texts as a corpus, or as a stream where they are no list. Raises DataError naming the one that cannot be used."""
     fields, rows = fields_and_rows(texts)
     columns, data = dict(settings.data.columns or {}), settings.data
     answered, prompt = settings.answers.target_source == "teacher", columns.get("prompt", "prompt")
@@ -233,6 +238,13 @@ def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:
         answered and prompt in fields and "completion" not in fields
     ):  # prompts are enough: the answers replace these targets
         columns = {"prompt": prompt, "target": prompt} | columns
+    if not isinstance(rows, list):
+        reading = RowReading(columns, data.format, data.bad_rows == "skip", answered)
+        read = DatasetTexts(SOURCE, rows, SOURCE, "train", reading, tuple(fields))
+        once, source = isinstance(rows, Iterator), {"source": "memory"}
+        return TextStream(
+            SOURCE, "train", read.kind(), source, read, data.limit, reading.skip, ID in columns, once=once
+        )
     return corpus_of_rows(
         SOURCE,
         rows,
@@ -248,24 +260,36 @@ def corpus_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> Corpus:
 def fields_and_rows(texts: Iterable[Text]) -> tuple[list[str], Iterable[Mapping[str, Any]]]:
     """Names of the fields, and the rows. Raises DataError where the texts are of several kinds, or of none."""
     fields = getattr(texts, "column_names", None)
-    if isinstance(fields, list):  # a `datasets.Dataset`
-        return fields, texts  # type: ignore[return-value]
+    if hasattr(texts, "column_names") and not isinstance(fields, Mapping):  # a `datasets.Dataset` or `IterableDataset`
+        return fields or [*next(iter(texts), {})], texts  # type: ignore[return-value]
+    if isinstance(texts, Iterator):
+        first = next(texts, None)
+        rows_of = _checked(chain([] if first is None else [first], texts))
+        return ["text"] if first is None else [*map(str, _row(0, first))], rows_of
     if isinstance(texts, str | bytes) or isinstance(fields, Mapping):
         raise DataError(
             "a build needs a list of texts",
             found="one text" if fields is None else "several splits",
             expected="texts, (prompt, target) pairs, mappings, or one split of a data set",
         )
-    rows = [_row(number, text) for number, text in enumerate(texts)]
-    for number, row in enumerate(rows):
-        if row.keys() != rows[0].keys() and not _are_chats(row, rows[0]):
+    rows = list(_checked(texts))
+    return [str(field) for field in rows[0]] if rows else ["text"], rows
+
+
+def _checked(texts: Iterable[Text]) -> Iterator[dict[str, Any]]:
+    """The rows. Raises DataError for one of another kind than the first."""
+    first: dict[str, Any] = {}
+    for number, text in enumerate(texts):
+        row = _row(number, text)
+        first = row if number == 0 else first
+        if row.keys() != first.keys() and not _are_chats(row, first):
             raise DataError(
                 "the texts are of several kinds",
                 where=f"{SOURCE} {number}",
                 found=", ".join(map(str, row)),
-                expected=", ".join(map(str, rows[0])),
+                expected=", ".join(map(str, first)),
             )
-    return [str(field) for field in rows[0]] if rows else ["text"], rows
+        yield row
 
 
 def _are_chats(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +20,7 @@ from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
 from kd.cache_builder.build.builder import BuildProgress, build
 from kd.cache_builder.build.generate import answered, generate
 from kd.cache_builder.build.object_store.staged_output import staged
-from kd.cache_builder.build.plan import BuildPlan, extended, plan_build
+from kd.cache_builder.build.plan import BuildPlan, extended, plan_steps
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.build.together.engines import build_together
 from kd.cache_builder.build.together.ray_cluster import for_cluster
@@ -27,14 +28,16 @@ from kd.cache_builder.served.serving import Serving
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.tokens.token_folder import no_tokens_of_refused, token_folder
+from kd.cache_builder.tokens.token_pass import COUNTS, Keep
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.common.paths import StoreAddress
 from kd.common.progress import AnyStep
 from kd.common.settings import changed
 from kd.data.conversations.chat_settings import ChatSettings
-from kd.data.corpus import Corpus
 from kd.data.rows.row_reading import AUTO
-from kd.data.sources import load_classes, load_corpus
+from kd.data.sources import load_classes, stream_text
+from kd.data.text_stream import Text
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.positions import max_positions
 from kd.models.loading import (
@@ -56,6 +59,10 @@ ENCODER_TARGET_LEN = 256
 """Default target length of an encoder-decoder."""
 ANSWER_TOKENS = 255
 """Default length of an answer that the teacher writes; with its EOS token it is a target of 256."""
+
+
+QUICK = 4
+"""Steps of the pass over a text that are not shown: a text of some megabytes takes no more."""
 
 
 class Watch(Protocol):
@@ -80,7 +87,7 @@ def request_of(settings: BuildSettings) -> BuildRequest:
     return assembled(settings, teacher, config, lambda: corpus_of(settings, classes=is_classifier(config)))
 
 
-def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read: Callable[[], Corpus]) -> BuildRequest:
+def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read: Callable[[], Text]) -> BuildRequest:
     """The request for a teacher with this configuration over the text that `read` gives.
 
     Settings are checked before the text is read, which may have to be fetched.
@@ -97,6 +104,7 @@ def assembled(settings: BuildSettings, teacher: ModelRequest, config: Any, read:
         tokens_per_batch=settings.model.tokens_per_batch,
         shard=settings.running.shard,
         wait=settings.running.wait,
+        tokenize_workers=settings.running.tokenize_workers,
         chat=chat_settings_of(settings),
         generation=generation_config(settings),
         extend=settings.running.extend,
@@ -179,13 +187,15 @@ def block_config(settings: BuildSettings, config: Any) -> BlockConfig:
     )
 
 
-def corpus_of(settings: BuildSettings, *, classes: bool) -> Corpus:
+def corpus_of(settings: BuildSettings, *, classes: bool) -> Text:
     """The text, or the labelled rows for a classifier."""
     data, answered = settings.data, settings.answers.target_source == "teacher"
     columns = dict(data.columns or {})
     if answered and "prompt" in columns and data.format in (AUTO, "pairs"):
         columns = {"target": columns["prompt"], **columns}  # the teacher's answers replace these targets
-    load = load_classes if classes else partial(load_corpus, prompts=answered)
+    load: Callable[..., Text] = (
+        load_classes if classes else partial(stream_text, prompts=answered, streaming=settings.running.streaming)
+    )
     return load(
         data.spec,
         split=data.split,
@@ -230,7 +240,7 @@ def plan_of(settings: BuildSettings, *, watch: Watch = in_silence) -> BuildPlan:
     if request.generation is not None and answered(request):
         request = with_answers(request, watch)
     with staged(request, writes=False) as here:
-        return plan_build(here)
+        return planned(here, COUNTS, watch)
 
 
 def build_of(
@@ -264,8 +274,8 @@ def build_request(
         request = for_cluster(request)
     if request.generation is not None and request.url is None:  # in a store `staged` refuses it
         request = with_answers(request, watch)
-    with staged(request) as here:
-        plan = plan_build(here)
+    with staged(request) as here, no_tokens_of_refused(here.out):
+        plan = planned(here, Keep(token_folder(here.out)), watch)
         if running.reuse and here.extend is None and existing_cache(here.out) is None:
             plan = with_shards_of_an_equal_cache(plan, say)
         last = watch("building", builders(plan, running, say))
@@ -285,6 +295,17 @@ def build_in_groups(settings: BuildSettings, build: Callable[[BuildSettings, boo
     return run_in_group(
         settings.served.processes, groups, load_model, lambda group: build(one_builder, group.number == 0)
     )
+
+
+def planned(request: BuildRequest, keep: Keep, watch: Watch) -> BuildPlan:
+    """The plan. `watch` drives the pass over the text where it takes more than a moment."""
+    steps = plan_steps(request, keep)
+    for step in islice(steps, QUICK):
+        if step.result is not None:
+            return step.result
+    last = watch("tokenising", steps)
+    assert last.result is not None
+    return last.result
 
 
 def with_answers(request: BuildRequest, watch: Watch = in_silence) -> BuildRequest:

@@ -37,6 +37,7 @@ from kd.data.chat_rows import chat_identity, conversation_rows
 from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
 from kd.data.rows.row_examples import conversation_example
+from kd.data.text_stream import in_memory
 from kd.data.tokenizing.text_tokens import TEXT_RULES
 from kd.models.answering import answer_batch, answer_text, end_ids, until_eos, unused_ids
 from kd.models.chat.chat_prompt import ending_ids
@@ -64,8 +65,9 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     tokenizer = request.source.tokenizer()
     layout = encoder_layout(config, tokenizer)
     blocks = replace(request.blocks, encoder=is_encoder_decoder(config), layout=layout)
-    request = replace(request.pinned(), blocks=blocks)
-    left_out = joined([request.corpus.left_out])
+    corpus = in_memory(request.corpus)
+    request = replace(request.pinned(), blocks=blocks, corpus=corpus)
+    left_out = joined([corpus.left_out])
     prompts = list(asked_prompts(request, tokenizer, generation, left_out))
     ends = ending_ids(*template_of(request, tokenizer)) if is_chat(request) else ()
     rules = {"text_rules": TEXT_RULES} if any(prompt.changed for prompt in prompts) else {}
@@ -74,7 +76,7 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
         "teacher": request.source.identity(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         **rules,
-        "prompts": request.corpus.digest,
+        "prompts": corpus.digest,
         "answers": len(prompts),
         "blocks": request.blocks.identity(),
         "generation": generation.identity(),
@@ -103,7 +105,7 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     except OSError as error:
         raise write_error(request.out, error) from error
     examples = tuple(_answered_examples(request, tokenizer, generation, prompts, answers, left_out))
-    corpus = replace(request.corpus, examples=examples, left_out=left_out)
+    corpus = replace(corpus, examples=examples, left_out=left_out)
     result = replace(request, corpus=corpus, answered=True, model=model)
     yield Progress(len(answers), len(prompts), result, note=f"{len(answers):,} answers")
 

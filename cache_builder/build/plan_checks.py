@@ -9,7 +9,9 @@ from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.store.records.teacher_record import refuse_beyond_logprobs
 from kd.common.errors import DataError
 from kd.data.conversations.conversation import CONVERSATIONS
+from kd.data.corpus import Corpus
 from kd.data.instruction_tasks.glue import CLASSES
+from kd.data.text_stream import Text
 from kd.models.classifiers import refuse_other_classes, refuse_other_heads
 from kd.models.families.positions import max_positions
 from kd.models.loading import is_classifier
@@ -83,6 +85,11 @@ def predicted_ids(request: BuildRequest, config: Any, tokenizer: Tokenizer) -> i
     entries = usable_ids(tokenizer, width, what="the teacher")
     padded = request.teacher.random_shape is None or width - entries < PADDED_COLUMNS
     return entries if padded else width
+
+
+def class_labels(corpus: Text) -> tuple[str, ...]:
+    """The labels of texts to classify; none for other texts."""
+    return corpus.examples[0].choices if isinstance(corpus, Corpus) and corpus.kind == CLASSES else ()
 
 
 def class_count(request: BuildRequest, labels: Sequence[str], config: Any) -> int:

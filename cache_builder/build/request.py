@@ -11,9 +11,10 @@ from kd.cache_builder.served.served_teacher import ServedTeacher
 from kd.cache_builder.served.serving import Serving
 from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.tokens.tokenised_text import TokenisedText
 from kd.common.errors import DataError
 from kd.data.conversations.chat_settings import ChatSettings
-from kd.data.corpus import Corpus
+from kd.data.text_stream import Text
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.text_model import text_config
 from kd.models.identity import in_memory_identity, model_identity, pinned
@@ -117,7 +118,7 @@ class BuildRequest:
 
     out: Path
     teacher: ModelRequest
-    corpus: Corpus
+    corpus: Text
     blocks: BlockConfig
     targets: TargetConfig
     layout: Layout | None = None
@@ -144,6 +145,10 @@ class BuildRequest:
     """The options as they were typed, which the manifest keeps for `kd cache repair`; they change no stored value."""
     serving: Serving | None = None
     """The engine that runs the teacher; None = transformers in this process."""
+    tokenize_workers: int | None = None
+    """Processes that tokenise the text; None = one for each processor."""
+    tokenised: TokenisedText | None = field(default=None, compare=False, repr=False)
+    """The text in tokens, where another builder's plan has made it."""
     model: Any = field(default=None, compare=False, repr=False)
     """The teacher, where it is loaded already."""
     given: GivenTeacher | None = field(default=None, compare=False, repr=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.build.plan import shards_of_rows
+from kd.cache_builder.build.plan import shards_of_counts
 from kd.cache_builder.exchange.checked_rows import sorted_rows
 from kd.cache_builder.exchange.import_settings import ImportSettings
 from kd.cache_builder.exchange.source_checks import SourceChecks
@@ -21,6 +22,7 @@ from kd.cache_builder.store.records.cache_identity import refuse_mismatch
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import CacheManifest, Layout, version_for
 from kd.cache_builder.store.records.manifest_checks import check_bounds
+from kd.cache_builder.store.records.shard_table import ShardTable
 from kd.cache_builder.store.records.teacher_record import (
     GIVEN,
     GOLD,
@@ -94,7 +96,7 @@ def plan_import(format: str, source: str, settings: ImportSettings, path: Any) -
         layout=layout,
         examples=len(survey.rows),
         rows=sum(len(row.target_ids) for row in survey.rows),
-        shards=shards_of_rows(survey.rows, layout),
+        shards=_shards(survey.rows, layout),
         files={},
         provenance=_provenance(format, source, settings, survey, config),
         format_version=version_for(identity),
@@ -217,6 +219,12 @@ def _identity(
 def _has_prompt(row: TokenRows, tokenizer: Tokenizer) -> bool:
     """Whether more is read before the first predicted token than BOS, or than the one token that something must follow."""
     return len(row.context_ids) > 1 + int(row.context_ids[0] == tokenizer.bos_token_id)
+
+
+def _shards(rows: Sequence[TokenRows], layout: Layout) -> ShardTable:
+    counts = np.array([len(row.target_ids) for row in rows])
+    longest = int(counts.argmax())
+    return shards_of_counts([counts], int(counts[longest]), rows[longest].example.id, layout)
 
 
 def _provenance(

@@ -68,6 +68,12 @@ def codes_by_count(vocabulary_size: int, sequences: Iterable[np.ndarray]) -> np.
     counts = np.zeros(vocabulary_size, dtype=np.int64)
     for ids in sequences:
         np.add.at(counts, ids[ids < vocabulary_size], 1)
+    return codes_of_counts(vocabulary_size, counts)
+
+
+def codes_of_counts(vocabulary_size: int, counts: np.ndarray) -> np.ndarray:
+    """The table of `codes_by_count` for ids that occur `counts` times; ids that have no count do not occur."""
+    counts = np.pad(counts[:vocabulary_size], (0, max(0, vocabulary_size - len(counts))))
     codes = np.empty(vocabulary_size, dtype=np.int32)
     codes[np.argsort(-counts, kind="stable")] = np.arange(vocabulary_size, dtype=np.int32)
     return codes

@@ -164,6 +164,8 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
         def plain(done: int, total: int, note: str) -> None:
             nonlocal shown
+            if not total:  # nobody knows how much there is
+                return
             tenth = 10 * done // max(total, 1)
             if tenth > shown:
                 shown = tenth
@@ -183,8 +185,8 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
         def draw(done: int, total: int, note: str) -> None:
             nonlocal logged
-            bar.update(task, completed=done, total=total, note=for_terminal(note))
-            tenth = 10 * done // max(total, 1)
+            bar.update(task, completed=done, total=total or None, note=for_terminal(note))
+            tenth = 10 * done // total if total else -1
             if tenth > logged:
                 logged = tenth
                 OUTPUT.note(f"{label} {10 * tenth}%  {for_terminal(note)}")

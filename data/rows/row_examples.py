@@ -84,6 +84,8 @@ class DatasetTexts:
     """As for `rows_to_examples`."""
     split: str
     reading: RowReading
+    names: tuple[str, ...] = ()
+    """Columns, where the rows do not name them."""
 
     def __call__(self, left_out: LeftOut) -> Iterator[Example]:
         """The examples in their order; `left_out` receives what is not read. Raises DataError."""
@@ -94,7 +96,7 @@ class DatasetTexts:
         return self._opened(LeftOut())[0]
 
     def _opened(self, left_out: LeftOut) -> tuple[str, Iterator[Example]]:
-        place, names = rows_in(self.where), self.rows.column_names
+        place, names = rows_in(self.where), self.names or self.rows.column_names
         if names is None:  # a stream whose features are not known before its first row
             names = list(next(iter(self.rows), {}))
         return rows_to_examples(

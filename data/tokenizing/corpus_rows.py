@@ -7,7 +7,7 @@ of its label. Conversations have a module of their own, `kd.data.chat_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,11 +20,15 @@ from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.document_blocks import document_blocks
-from kd.data.tokenizing.pair_rows import fit_pair, tokenize_pair
+from kd.data.tokenizing.pair_rows import fit_pair, texts_of_pair, tokenize_pair
 from kd.data.tokenizing.text_tokens import TextTokens
 from kd.data.tokenizing.token_notes import TokenNotes
 from kd.data.tokenizing.token_rows import TokenRows
+from kd.data.tokenizing.too_long import TooLong
 from kd.models.tokenizer import Tokenizer, control_token_pattern, encode_texts
+
+AHEAD = 65_536
+"""Characters of text that are tokenised in one call. A tokenizer holds about 170 bytes for each byte of a text meanwhile."""
 
 
 def tokenize_corpus(
@@ -48,65 +52,107 @@ def tokenize_corpus(
         )
     left_out = LeftOut() if left_out is None else left_out
     if corpus.kind == "documents":
-        yield from _documents(corpus, tokenizer, config, left_out, notes)
+        refuse_documents(corpus.spec, config)
+        rows = False
+        for row in document_rows(
+            corpus.examples, TextTokens(tokenizer, config.control_tokens), config, left_out, notes
+        ):
+            rows = True
+            yield row
+        if not rows:
+            raise nothing_to_score(corpus.spec, len(corpus.examples))
         return
-    refused: list[str] = []
+    too_long = TooLong()
     if corpus.kind == CLASSES:
-        pairs = _classified(corpus.examples, tokenizer, config, notes)
+        yield from _fitting(_classified(corpus.examples, tokenizer, config, notes), config, left_out, too_long)
     else:
         text = TextTokens(tokenizer, config.control_tokens)
-        whole = (tokenize_pair(example, text, config, notes) for example in corpus.examples)
-        pairs = ((row, fit_pair(row, config)) for row in whole)
+        yield from pair_rows(corpus.examples, text, config, left_out, notes, too_long)
+    too_long.refuse(corpus.kind, corpus.spec, len(corpus.examples), config)
+
+
+def document_rows(
+    examples: Iterable[Example], text: TextTokens, config: BlockConfig, left_out: LeftOut, notes: TokenNotes | None
+) -> Iterator[TokenRows]:
+    """The blocks of all documents that have a token to score."""
+    for group in groups_of_text(examples):
+        text.encode_ahead(example.target for example in group)
+        for example in group:
+            blocks = 0
+            for row in document_blocks(example, text, config, notes):
+                blocks += 1
+                yield row
+            if not blocks:
+                left_out.add("too_short", example.id)
+
+
+def pair_rows(
+    examples: Iterable[Example],
+    text: TextTokens,
+    config: BlockConfig,
+    left_out: LeftOut,
+    notes: TokenNotes | None,
+    too_long: TooLong,
+) -> Iterator[TokenRows]:
+    """The rows of all pairs that fit, or are cut to fit; those that are an error are counted in `too_long`."""
+    for group in groups_of_text(examples):
+        text.encode_ahead(part for example in group for part in texts_of_pair(example, text, config, notes))
+        pairs = (tokenize_pair(example, text, config, notes) for example in group)
+        yield from _fitting(((row, fit_pair(row, config)) for row in pairs), config, left_out, too_long)
+
+
+def groups_of_text(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The examples in groups of about AHEAD characters."""
+    group: list[Example] = []
+    size = 0
+    for example in examples:
+        group.append(example)
+        size += len(example.prompt) + len(example.target)
+        if size >= AHEAD:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _fitting(
+    pairs: Iterable[tuple[TokenRows, TokenRows | None]], config: BlockConfig, left_out: LeftOut, too_long: TooLong
+) -> Iterator[TokenRows]:
+    """Of (whole row, row that fits), what is kept by the policy for what is too long."""
     for row, fitted in pairs:
         example = row.example
         if fitted is row:
             yield row
         elif config.overlong == "error":
-            refused.append(f"{example.id} ({len(row.context_ids)} context and {len(row.target_ids)} target tokens)")
+            too_long.add(f"{example.id} ({len(row.context_ids)} context and {len(row.target_ids)} target tokens)")
         elif config.overlong == "drop" or fitted is None:
             left_out.add("too_long", example.id)
         else:
             left_out.add("shortened", example.id)
             yield fitted
-    if refused:
-        limits = f"{config.seq_len} " + ("for the prompt" if config.encoder else "in all")
-        raise DataError(
-            "examples are longer than the limits",
-            where=corpus.spec,
-            found=f"{len(refused)} of {len(corpus.examples)}, first {refused[0]}",
-            expected=limits + (f", {config.target_len} for the target" if config.target_len else ""),
-            try_="a larger --seq-len or --target-len; cache build also has --overlong drop and truncate",
-        )
 
 
-def _documents(
-    corpus: Corpus, tokenizer: Tokenizer, config: BlockConfig, left_out: LeftOut, notes: TokenNotes | None
-) -> Iterator[TokenRows]:
-    """The blocks of all documents that have a token to score. Raises DataError where none has."""
+def refuse_documents(spec: str, config: BlockConfig) -> None:
+    """Raise DataError where documents are to be read by an encoder."""
     if config.encoder:
         raise DataError(
             "an encoder-decoder teacher needs a prompt for its encoder",
-            where=corpus.spec,
+            where=spec,
             found="documents",
             expected="prompt and target",
             try_="--columns prompt=…,target=…, or --data flan:four",
         )
-    text, blocks = TextTokens(tokenizer, config.control_tokens), 0
-    for example in corpus.examples:
-        before = blocks
-        for row in document_blocks(example, text, config, notes):
-            blocks += 1
-            yield row
-        if blocks == before:
-            left_out.add("too_short", example.id)
-    if not blocks:
-        raise DataError(
-            "no document has a token to score",
-            where=corpus.spec,
-            found=f"{len(corpus.examples)} documents of one token",
-            expected="at least 2 tokens, of which the first is context only",
-            try_="join short documents, or a tokenizer with BOS",
-        )
+
+
+def nothing_to_score(spec: str, documents: int) -> DataError:
+    """The error for documents of which none has a token to score."""
+    return DataError(
+        "no document has a token to score",
+        where=spec,
+        found=f"{documents} documents of one token",
+        expected="at least 2 tokens, of which the first is context only",
+        try_="join short documents, or a tokenizer with BOS",
+    )
 
 
 def _classified(

@@ -32,32 +32,40 @@ def document_blocks(
     counts: Counter[str] = Counter()
     ids, ends = text.document(example.target, counts)
     data = example.target.encode("utf-8")
+    before, after = [], []
     if config.eos and text.eos is not None:
         if text.ends_with_eos(example.target):
             counts["eos_in_text"] += 1
         else:
-            ids, ends = np.append(ids, np.int32(text.eos)), np.append(ends, len(data))
+            after.append(text.eos)
     if config.bos and text.bos is not None:
         if len(ids) and ids[0] == text.bos:
             counts["bos_in_text"] += 1
         else:
-            ids, ends = np.insert(ids, 0, text.bos), np.insert(ends, 0, 0)
+            before.append(text.bos)
+    if before or after:
+        ids = np.concatenate([before, ids, after])
+        ends = np.concatenate([[0] * len(before), ends, [len(data)] * len(after)]).astype(np.int64)
     if notes is not None:
         notes.add(counts, example.id)
         notes.changed |= any(counts[note] for note in ("eos_in_text", "bos_in_text", "control_tokens_as_text"))
     ids = ids.astype(np.int32)
     last = len(ids)
-    at_boundary = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends]  # of characters
-    start = next((i + 1 for i in range(last) if at_boundary[i]), last)
+
+    def at_boundary(token: int) -> bool:  # of characters; asked of few tokens, so that a token costs nothing
+        end = int(ends[token])
+        return end == len(data) or data[end] & 0xC0 != 0x80
+
+    start = next((i + 1 for i in range(last) if at_boundary(i)), last)
     stride = config.stride or config.seq_len - 1
     number = 0
     while start < last:
         context = max(0, start - (config.seq_len - stride))
         stop = min(context + config.seq_len, last)
-        while stop > start and not at_boundary[stop - 1]:
+        while stop > start and not at_boundary(stop - 1):
             stop -= 1
         if stop == start:  # the character has more tokens than the stride, so the block has less context
-            stop = next(i + 1 for i in range(start, last) if at_boundary[i])
+            stop = next(i + 1 for i in range(start, last) if at_boundary(i))
             context = max(context, stop - config.seq_len)
         if context >= start:
             raise DataError(

@@ -9,6 +9,7 @@ target at its end (it then has no EOS row), the prompt at its beginning, which m
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +56,17 @@ def tokenize_pair(
         notes.add(counts, example.id)
         notes.changed = notes.changed or not _equal_ids(row, first_rules(given, text, config))
     return row
+
+
+def texts_of_pair(example: Example, text: TextTokens, config: BlockConfig, notes: TokenNotes | None) -> Iterator[str]:
+    """The texts that `tokenize_pair` will tokenise, as far as they can be told from the settings alone."""
+    compared = notes is not None and not notes.changed
+    if config.encoder:
+        yield from (example.prompt, example.target)
+        return
+    yield example.prompt + text.separator(example.prompt, config.separator) + example.target
+    if compared:  # the first rules
+        yield from (example.prompt + config.separator if example.prompt else "", example.target)
 
 
 def _source(prompt: str, text: TextTokens, layout: EncoderLayout | None, counts: Counter[str]) -> np.ndarray:

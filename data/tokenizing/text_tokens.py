@@ -13,11 +13,12 @@ does not have, and ` Because` after the separator ` ` became ` ` and `Because`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from kd.models.tokenizer import Tokenizer, control_token_pattern, encode_with_ends, token_bytes
+from kd.models.tokenizer import WINDOW, Tokenizer, control_token_pattern, encode_many, encode_with_ends, token_bytes
 
 TEXT_RULES = 2
 """Number of these rules in the identity of a cache in which an id differs from those of the first rules."""
@@ -88,6 +89,8 @@ class TextTokens:
         self.eos: int | None = tokenizer.eos_token_id
         self._ids = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._pattern = control_token_pattern(tokenizer)
+        self._lengths = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+        self._ahead: dict[tuple[str, bool], tuple[np.ndarray, np.ndarray]] = {}
 
     def spelled(self, text: str) -> list[str]:
         """The control tokens that are spelled in a text, in their order."""
@@ -113,8 +116,20 @@ class TextTokens:
         """Whether a text begins with the token that opens texts, and control tokens in texts are read as such."""
         return self.bos is not None and self.policy != "text" and text.startswith(self.tokenizer.bos_token)
 
+    def encode_ahead(self, texts: Iterable[str]) -> None:
+        """Tokenise texts in one call, for `encode` to find them; those of the call before are forgotten.
+
+        Texts that are long or spell a control token are left to `encode`.
+        """
+        short = [t for t in dict.fromkeys(texts) if 0 < len(t) <= WINDOW and not self.spelled(t)]
+        found = encode_many(self.tokenizer, self.pieces, self._lengths, short)
+        self._ahead = {(text, True): one for text, one in zip(short, found, strict=True)}
+
     def encode(self, text: str, *, control: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """`encode_with_ends`, also where the tokenizer's own vocabulary spells a control token (T5's `</s>`)."""
+        known = self._ahead.get((text, control))
+        if known is not None:
+            return known
         ids, ends = encode_with_ends(self.tokenizer, self.pieces, text, control=control)
         if not control and self.tokenizer.unk_token_id is not None:
             ids = np.where(np.isin(ids, self._ids), np.int32(self.tokenizer.unk_token_id), ids)
@@ -122,8 +137,12 @@ class TextTokens:
 
     def document(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids and ends of a document; `counts` receives its `control_tokens_kept` or `control_tokens_as_text`."""
+        count = len(self.spelled(text))
+        if not count:
+            return self.encode(text)
         control = self.policy == "control" or (self.policy == "auto" and self.framed(text))
-        return self.encode(text, control=self._read(text, control, counts))
+        counts["control_tokens_kept" if control else "control_tokens_as_text"] += count
+        return self.encode(text, control=control)
 
     def prompt(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `document`, for a text that a model reads and is not scored on."""

@@ -2,11 +2,11 @@
 
     for progress in build_together(plan, workers=4): ...      # records as `build` yields them
 
-Every builder makes the same plan and takes the next shard that no other has claimed (`claims`). So a slow builder holds up no
-other. One that is lost (killed, out of memory, its machine gone) loses its claims at once and is started again, so many times;
-after that the others do its work. The build fails only when no builder is left, and what is committed stays. The builders share
-only the directory; on a cluster it is on a file system that all machines see under one path. Progress is read from the
-commits and the claims.
+The text is tokenised once, by the process that plans, and every builder reads its rows from the folder of the build. A builder
+takes the next shard that no other has claimed (`claims`). So a slow builder holds up no other. One that is lost (killed, out of
+memory, its machine gone) loses its claims at once and is started again, so many times; after that the others do its work. The
+build fails only when no builder is left, and what is committed stays. The builders share only the directory; on a cluster it is
+on a file system that all machines see under one path. Progress is read from the commits and the claims.
 
 An engine only starts builders and passes on their answers. Add one: a function in `ENGINES`.
 """
@@ -28,6 +28,8 @@ from kd.cache_builder.build.together.local_engine import local
 from kd.cache_builder.build.together.outputs import BuildOutput, FolderOutput, StoreOutput
 from kd.cache_builder.build.together.ray_engine import on_ray
 from kd.common.errors import CacheError, DataError, KdError, unknown_name
+from kd.data.instruction_tasks.glue import CLASSES
+from kd.data.text_stream import without_examples
 
 POLL_SECONDS = 0.5
 LEAST_REST = 10
@@ -57,6 +59,10 @@ def build_together(
     if workers < 1:
         raise DataError("--workers must be at least 1", found=f"--workers {workers}")
     request = replace(plan.request, out=plan.request.out.absolute(), model=None)
+    if engine == "local" or request.url is None:  # else they do not see the folder, and each tokenises the text itself
+        request = replace(request, tokenised=plan.text)
+        if request.corpus.kind != CLASSES:  # the rows are all that builders need of a text
+            request = replace(request, corpus=without_examples(request.corpus))
     state = BuildState(request, plan.manifest.shards.rows.tolist())
     with ENGINES[engine](request, workers) as crew:
         team = Team(crew, state, restarts, say)

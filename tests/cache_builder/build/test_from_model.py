@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from kd.cache_builder.build import plan
 from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS, build_cache
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.upkeep.verify import verify
@@ -22,7 +21,7 @@ from kd.cli import cli
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError, KdError
 from kd.common.progress import final
 from kd.data.sources import load_corpus
-from kd.data.tokenizing.corpus_rows import tokenize_corpus
+from kd.data.text_rows import RowMaker
 from kd.models.pretrained import load_teacher
 
 SMALL: dict[str, Any] = {"seq_len": 32, "top_k": 8, "tokens_per_batch": 128, "shard_rows": 128}
@@ -134,8 +133,8 @@ def test_the_texts_are_tokenised_once_where_an_equal_cache_is_copied(
     model, tokenizer, texts, tmp_path: Path, tree, monkeypatch
 ):
     build_cache(model, tokenizer, texts, out=tmp_path / "one", **SMALL)
-    passes = list[int]()
-    monkeypatch.setattr(plan, "tokenize_corpus", lambda *a, **k: (passes.append(1), tokenize_corpus(*a, **k))[1])
+    passes, rows = list[int](), RowMaker.rows
+    monkeypatch.setattr(RowMaker, "rows", lambda *a: (passes.append(1), rows(*a))[1])
     steps: list[Any] = []
     build_cache(model, tokenizer, texts, out=tmp_path / "two", on_progress=steps.append, **SMALL | {"shard_rows": None})
     assert (len(passes), steps[-1].copied) == (1, steps[-1].shards_total)
@@ -338,3 +337,24 @@ def test_what_is_no_model_or_no_tokenizer_is_refused_by_name(model, tokenizer, t
     with pytest.raises(DataError, match=words):
         build_cache(first, second, texts, out=tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("given", ["generator", "stream", "data set"])
+def test_texts_that_come_one_after_another_make_the_cache_of_a_list(
+    model, tokenizer, texts, tree, tmp_path: Path, given: str
+):
+    def one_after_another():
+        yield from ({"text": text} for text in texts)
+
+    makers = {
+        "generator": one_after_another,
+        "stream": lambda: IterableDataset.from_generator(one_after_another),
+        "data set": lambda: Dataset.from_list([{"text": text} for text in texts]),
+    }
+    build_cache(model, tokenizer, texts, out=tmp_path / "list", **SMALL, reuse=False)
+    for _ in range(2):  # the second time there is nothing to do
+        reader = build_cache(model, tokenizer, makers[given](), out=tmp_path / "given", **SMALL, reuse=False)
+    assert tree(tmp_path / "given") == tree(tmp_path / "list")
+    with pytest.raises(CacheMismatchError):
+        build_cache(model, tokenizer, (text[1:] for text in texts), out=tmp_path / "given", **SMALL)
+    assert tree(reader.root) == tree(tmp_path / "list")

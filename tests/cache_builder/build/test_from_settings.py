@@ -14,6 +14,7 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.settings import changed, make
+from kd.data.sources import stream_text
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def settings(model_dir: Path, text_file: Path, tmp_path: Path) -> BuildSettings:
 
 
 def test_settings_make_the_request_that_names_them(settings: BuildSettings, build_request, tmp_path: Path):
-    expected = dataclasses.replace(build_request(tmp_path / "c"), layout=None)
+    expected = dataclasses.replace(build_request(tmp_path / "c"), layout=None, corpus=stream_text(settings.data.spec))
     assert request_of(settings) == expected
     assert request_of(changed(settings, shard_rows=128)).layout == Layout(128, 128)
     assert request_of(changed(settings, shard_rows=8192)).layout == Layout(8192, 4096)

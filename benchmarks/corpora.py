@@ -1,0 +1,120 @@
+"""Memory and time of planning over texts of any size: `python benchmarks/corpora.py --out FOLDER`.
+
+    python benchmarks/corpora.py --out /tmp/corpora                       all cases; the teacher is tiny and never run
+    python benchmarks/corpora.py --out /tmp/corpora --case 64MB --workers 2
+
+Each case is a process of its own. It plans a build (the text in tokens, its shards, its identity) with the tokens on the disk, as
+`kd cache build` does, then reads every shard of rows as a builder does, and says its peak memory: of this process, and of those
+that tokenise beside it. `--kept counts` is what `kd cache plan` does. Texts are made from WikiText in KD_SHARED's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+CASES = {
+    "16MB": (16 << 20, 4_000),
+    "64MB": (64 << 20, 4_000),
+    "256MB": (256 << 20, 4_000),
+    "one-document": (50 << 20, 50 << 20),
+    "lines": (64 << 20, 64),
+}
+"""Case -> (characters in all, characters of a document)."""
+
+
+def text_of(size: int, each: int) -> Iterator[str]:
+    """Documents of about `each` characters, `size` in all; every round over the source begins elsewhere."""
+    source = (Path(os.environ["KD_SHARED"]) / "wikitext-2" / "wiki.train.tokens").read_text(encoding="utf-8")
+    made = shift = 0
+    while made < size:
+        document = ""
+        while len(document) < each:
+            if shift + each > len(source):
+                shift = shift % 977 + 1
+            document += source[shift : shift + each - len(document)]
+            shift += each
+        made += len(document)
+        yield document
+
+
+def measured(folder: Path, file: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Plan one build and read the rows of its shards; called in a process of its own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from kd.cache_builder.build.plan import plan_build
+    from kd.cache_builder.build.request import BuildRequest
+    from kd.cache_builder.store.targets import TargetConfig
+    from kd.cache_builder.tokens.token_folder import token_folder
+    from kd.cache_builder.tokens.token_pass import COUNTS, Keep
+    from kd.data.sources import stream_text
+    from kd.data.tokenizing.block_config import BlockConfig
+    from kd.models.loading import ModelRequest
+
+    out = folder / f"cache-{file.stem}"
+    shutil.rmtree(out, ignore_errors=True)
+    request = BuildRequest(
+        out,
+        ModelRequest(str(args.teacher), device="cpu"),
+        stream_text(str(file)),
+        BlockConfig(256),
+        TargetConfig.of_profile("kl", top_k=8),
+        tokenize_workers=args.workers,
+    )
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    spent = time.process_time()
+    plan = plan_build(request, COUNTS if args.kept == "counts" else Keep(token_folder(out)))
+    cpu, seconds = time.process_time() - spent, time.perf_counter() - started
+    shards = list(plan.manifest.shards) if args.kept == "files" else []
+    rows = sum(len(row.target_ids) for first, stop, _ in shards for row in plan.rows[first:stop])
+    assert rows in (0, plan.text.targets)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    store = sum(p.stat().st_size for p in token_folder(out).glob("*")) if args.kept == "files" else 0
+    shutil.rmtree(out, ignore_errors=True)
+    tokens = plan.tokens
+    return {
+        "examples": plan.text.examples,
+        "tokens": tokens,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "before_mb": before / 1024,
+        "child_peak_mb": children.ru_maxrss / 1024,
+        "us_per_token_cpu": 1e6 * (cpu + (children.ru_utime + children.ru_stime if args.workers != 1 else 0)) / tokens,
+        "us_per_token": 1e6 * seconds / tokens,
+        "store_bytes_per_token": store / tokens,
+    }
+
+
+def main() -> None:
+    """Make each text, measure it in a process of its own, and print a line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--kept", choices=("files", "counts"), default="files")
+    parser.add_argument("--teacher", default="demo", help="folder of a teacher, whose tokenizer is used")
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        print(json.dumps(measured(args.out, args.one, args)))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    for case in args.case or CASES:
+        file = args.out / f"{case}.jsonl"
+        with file.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps({"text": text}) + "\n" for text in text_of(*CASES[case]))
+        own = [sys.executable, __file__, "--out", str(args.out), "--one", str(file), "--workers", str(args.workers)]
+        own += ["--kept", args.kept, "--teacher", str(args.teacher)]
+        found = json.loads(subprocess.run(own, check=True, stdout=subprocess.PIPE).stdout)
+        print(case, {name: round(value, 3) for name, value in found.items()}, flush=True)
+        file.unlink()
+
+
+if __name__ == "__main__":
+    main()
