@@ -329,14 +329,14 @@ def make_read_cache(work: Path) -> None:
     """`work/read`: the embedded text with made-up heads, written without a teacher."""
     import numpy as np
 
-    from kd.cache_builder.build.shard_writing import write_shard
+    from kd.cache_builder.build.shard_writing import lengths_of, write_shard
     from kd.cache_builder.store.targets import RawTargets
     from kd.cache_builder.store.writers.claims import Claims
     from kd.cache_builder.store.writers.shard_writer import ShardWriter
 
     plan, _ = build_cache(work, work / "read", READ_ROWS)
     writer, rng = ShardWriter(work / "read", plan.manifest), np.random.default_rng(0)
-    writer.create(plan.vocabulary, plan.codes)
+    writer.create(plan.vocabulary, plan.codes, lengths_of(plan.rows))
     seconds, claims = {"encode": 0.0, "write": 0.0}, Claims(work / "read")
     for index, (first, stop, n) in enumerate(plan.manifest.shards):
         rows = plan.rows[first:stop]

@@ -30,9 +30,9 @@ from numcodecs import blosc, zstd
 from kd.cache_builder.build.builder import loaded_teacher
 from kd.cache_builder.build.plan import BuildPlan, plan_build
 from kd.cache_builder.build.request import BuildRequest
-from kd.cache_builder.build.shard_writing import write_shard
+from kd.cache_builder.build.shard_writing import lengths_of, write_shard
 from kd.cache_builder.store.readers.reader import CacheReader, quality_means
-from kd.cache_builder.store.records.manifest import load_manifest, version_for
+from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.claims import Claims
@@ -76,7 +76,7 @@ def score(plan: BuildPlan) -> list[RawTargets]:
 def plan_with(plan: BuildPlan, config: TargetConfig) -> BuildPlan:
     """The same plan of a cache with other settings."""
     identity = plan.manifest.identity | {"targets": config.identity}
-    return replace(plan, manifest=replace(plan.manifest, identity=identity, format_version=version_for(identity)))
+    return replace(plan, manifest=replace(plan.manifest, identity=identity))
 
 
 def kept_by(raw: RawTargets, config: TargetConfig) -> RawTargets:
@@ -93,7 +93,7 @@ def write(plan: BuildPlan, shards: list[RawTargets], root: Path) -> float:
     """Encode and write a whole cache; CPU-seconds."""
     started = time.process_time()
     writer = ShardWriter(root, plan.manifest)
-    writer.create(plan.vocabulary, plan.codes)
+    writer.create(plan.vocabulary, plan.codes, lengths_of(plan.rows))
     seconds, claims = {"encode": 0.0, "write": 0.0}, Claims(root)
     for index, ((first, stop, _), raw) in enumerate(zip(plan.manifest.shards, shards, strict=True)):
         claims.take(index)

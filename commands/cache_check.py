@@ -27,8 +27,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Compare bytes with their digests only, without decoding rows: as fast as SHA-256.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=None,
+    help="Shards to check at the same time.  [default: the processors; 1 for a URL]",
+)
 @json_option
-def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
+def cache_verify(path: str, checksums: bool, workers: int | None, as_json: bool) -> None:
     """Verify every checksum and every decoded row, and name the damaged shard, array and rows.
 
     Exit code 3 for damage, 1 where shards are missing.
@@ -44,7 +50,7 @@ def cache_verify(path: str, checksums: bool, as_json: bool) -> None:
     files = open_files(path)
     manifest = load_manifest(files.root)
     part = load_part(files.root, manifest)
-    last = follow("verifying", verify(files, promises=not checksums))
+    last = follow("verifying", verify(files, promises=not checksums, workers=workers))
     damage = last.result or ()
     findings = [asdict(f) for f in damage]
     if as_json:
@@ -101,9 +107,10 @@ def cache_repair(path: Path, source: str | None, as_json: bool, **moved: Any) ->
     """
     from kd.cache_builder.opening import open_files
     from kd.cache_builder.store.records.manifest import load_manifest
+    from kd.cache_builder.upkeep.rebuild_tables import rebuild_tables
 
     copy = None if source is None else open_files(source)
-    mended = [] if copy is None else mend_from(copy, path, source)
+    mended = rebuild_tables(path) if copy is None else mend_from(copy, path, source)
     before, findings = load_manifest(path), verified(path)
     if copy is not None and findings:
         mended += mend_behind_a_bar(path, copy, findings)
@@ -119,7 +126,7 @@ def cache_repair(path: Path, source: str | None, as_json: bool, **moved: Any) ->
         emit_json(result | {"sound": not findings, "findings": [asdict(f) for f in findings]})
     else:
         for name in mended:
-            say(f"{name}: taken from {source}")
+            say(f"{name}: {'written again from the commits' if copy is None else f'taken from {source}'}")
         if rebuilt:
             other = "in other bytes: another machine or other versions; these are committed now"
             say(f"shards {', '.join(map(str, rebuilt))}: built again, {'the same bytes' if same else other}")
@@ -137,7 +144,7 @@ def mend_from(copy: CacheFiles, path: Path, source: str | None) -> list[str]:
     from kd.cache_builder.upkeep.repair import mend_manifest
 
     theirs = load_manifest(copy.root)
-    mended = ["manifest.json"] if mend_manifest(path, copy) else []
+    mended = mend_manifest(path, copy)
     require_copy(load_manifest(path), theirs, path, source)
     return mended
 

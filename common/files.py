@@ -92,7 +92,9 @@ def sweep(folder: Path) -> None:
     Removed are those of dead processes of this host, those of other containers of this machine whose lock is free, and those of
     other hosts that did not change for `ABANDONED_SECONDS`. Those of live processes stay.
     """
-    name = re.compile(r"\.(?:.+\.(?:jsonl?|claim|md|csv|html)\.|staging-)(.+-\d+-\d+-[0-9a-f]+)(?:\.\d+)?(?:\.tmp)?")
+    name = re.compile(
+        r"\.(?:.+\.(?:jsonl?|parquet|claim|md|csv|html)\.|staging-)(.+-\d+-\d+-[0-9a-f]+)(?:\.\d+)?(?:\.tmp)?"
+    )
     for path in [*folder.glob(".*.tmp"), *folder.glob(".staging-*")]:
         match = name.fullmatch(path.name)
         alive = holder(match[1])[0] if match else None

@@ -1,11 +1,12 @@
 """Coverage-guided fuzzing of everything that reads a stranger's bytes: `make fuzz` (needs the extra `fuzz`, atheris).
 
-    python tests/fuzz_cache.py manifest|commit|shard|table|task|recipe|experiment|pool|config CORPUS_DIR -max_total_time=600
+    python tests/fuzz_cache.py manifest|commit|shard|table|shards|commits|lengths CORPUS_DIR -max_total_time=600
+    python tests/fuzz_cache.py task|recipe|experiment|pool|config CORPUS_DIR -max_total_time=600
     python tests/fuzz_cache.py rows|talk|template CORPUS_DIR -max_total_time=600
 
-The first four read files of a cache, the next five YAML: a task is rendered on its example row, a recipe and an experiment are
-filled in and checked, a pool is read, a configuration becomes the settings of a training. The last three are about conversations:
-lines of a data set, a conversation as a cache stores it, and a chat template that is looked through for the tokens it reads.
+The first line reads files of a cache. The second reads YAML: a task is rendered on its example row, a recipe and an experiment are
+filled in and checked, a pool is read, a configuration becomes the settings of a training. The third is about conversations: lines
+of a data set, a conversation as a cache stores it, and a chat template that is looked through for the tokens it reads.
 
 Any exception but ours is a finding; libFuzzer writes the input that did it. Findings become cases of test_hostile.py.
 """
@@ -21,11 +22,16 @@ import atheris
 import pyarrow as pa
 
 with atheris.instrument_imports(include=["kd"]):
+    from kd.cache_builder.store.cache_files import LocalFiles
     from kd.cache_builder.store.chunks import decode_shard
     from kd.cache_builder.store.encoding.arrays import ArraySpec
     from kd.cache_builder.store.encoding.parquet import read_parquet
     from kd.cache_builder.store.example_table import EXAMPLE_SCHEMA
-    from kd.cache_builder.store.records.manifest import Layout, load_manifest
+    from kd.cache_builder.store.lengths import read_page
+    from kd.cache_builder.store.records.cache_tables import COMMITS, SHARDS, load_commit_table, load_shard_table
+    from kd.cache_builder.store.records.commits import file_entry
+    from kd.cache_builder.store.records.manifest import Layout, fingerprint_of, load_manifest
+    from kd.cache_builder.store.records.manifest_checks import length_page
     from kd.cache_builder.store.records.shard_record import parse_shard_record
     from kd.common.errors import KdError
     from kd.common.files import canonical_json, digest_of, read_json
@@ -58,11 +64,9 @@ def _signed(data: bytes) -> bytes:
         document = json.loads(data)
         content = {k: v for k, v in document.items() if k != "checksum"}
         if "identity" in content:
-            content["fingerprint"] = digest_of(
-                {"format_version": content.get("format_version"), "identity": content["identity"]}
-            )
+            content["fingerprint"] = fingerprint_of(content["identity"], content["format_version"])
         return canonical_json(content | {"checksum": digest_of(content)}).encode()
-    except (ValueError, AttributeError, RecursionError, TypeError):
+    except (ValueError, AttributeError, RecursionError, TypeError, LookupError):
         return data
 
 
@@ -96,6 +100,24 @@ def table(data: bytes) -> None:
         RuntimeError,
     ):  # what Arrow raises; read_shard calls it damage
         return
+
+
+def _signed_table(name: str, data: bytes) -> dict[str, object]:
+    (FOLDER / name).parent.mkdir(exist_ok=True)
+    (FOLDER / name).write_bytes(data)
+    return file_entry(FOLDER / name)
+
+
+def shards(data: bytes) -> None:
+    load_shard_table(FOLDER, _signed_table(SHARDS, data), 2)
+
+
+def commits(data: bytes) -> None:
+    load_commit_table(FOLDER, _signed_table(COMMITS, data), 2, ["gold_ids"])
+
+
+def lengths(data: bytes) -> None:
+    read_page(LocalFiles(FOLDER), length_page(0), _signed_table(length_page(0), data), 2)
 
 
 def task(data: bytes) -> None:
@@ -155,6 +177,9 @@ TARGETS = {
     "commit": commit,
     "shard": shard,
     "table": table,
+    "shards": shards,
+    "commits": commits,
+    "lengths": lengths,
     "task": task,
     "recipe": recipe,
     "experiment": experiment,

@@ -7,11 +7,18 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.cache_tables import COMMITS, load_commit_table, write_commit_table
+from kd.cache_builder.store.records.commit_table import CommitTable
 from kd.cache_builder.store.records.commits import file_entry
+from kd.cache_builder.store.records.manifest import fingerprint_of
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.files import canonical_json, digest_of, sha256_of
@@ -23,7 +30,27 @@ def sign_commit(root: Path, document: dict[str, Any], index: int = 0) -> None:
     path = root / "commits" / f"{index:05d}.json"
     path.write_text(canonical_json(document | {"checksum": digest_of(document)}))
     manifest = json.loads((root / "manifest.json").read_text())
-    manifest["commits"][index] = sha256_of(path)
+    arrays = [a["name"] for a in manifest["arrays"]]
+    table = load_commit_table(root, manifest["files"][COMMITS], manifest["shards"], arrays)
+    digests = [sha256_of(path) if i == index else digest for i, digest in enumerate(table)]
+    sizes = {name: column.copy() for name, column in table.stored.items()}
+    sizes["commit"][index] = path.stat().st_size
+    for name in document["files"] if isinstance(document.get("files"), dict) else ():
+        array = name.split("/")[1] if name.startswith("targets.zarr/") and name.count("/") > 1 else "examples"
+        if array in sizes:
+            sizes[array][index] = document["files"][name]["bytes"]
+    change_table(root, COMMITS, lambda file: write_commit_table(file, CommitTable.from_hex(digests, sizes)))
+
+
+def change_table(root: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Write another table, and sign for it."""
+    write(root / name)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["files"][name] = file_entry(root / name)
+    if name == COMMITS:
+        with suppress(Exception):  # where it cannot be read, nobody compares the sums
+            table = pq.read_table(root / name)
+            manifest["bytes"] = {n[6:]: pc.sum(table[n]).as_py() for n in table.column_names if n != "sha256"}
     sign_manifest(root, manifest)
 
 
@@ -31,9 +58,8 @@ def sign_manifest(root: Path, document: dict[str, Any]) -> None:
     """Write a manifest with fingerprint and checksum."""
     document = {k: v for k, v in document.items() if k != "checksum"}
     if isinstance(document.get("identity"), dict):
-        document["fingerprint"] = digest_of(
-            {"format_version": document.get("format_version"), "identity": document["identity"]}
-        )
+        with suppress(Exception):  # of an identity that is none
+            document["fingerprint"] = fingerprint_of(document["identity"], document["format_version"])
     (root / "manifest.json").write_text(canonical_json(document | {"checksum": digest_of(document)}))
 
 

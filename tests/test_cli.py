@@ -287,7 +287,7 @@ def test_other_settings_are_refused_with_the_difference(built: tuple[Path, dict[
 def test_damage_is_exit_code_3_and_names_the_place(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built[0], copy)
-    file = copy / "targets.zarr" / "logprobs" / "c" / "0" / "0"
+    file = copy / "targets.zarr" / "logprobs" / "c.0.0"
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 4
     file.write_bytes(bytes(data))
@@ -332,9 +332,9 @@ def test_what_is_there_of_an_unfinished_cache_is_checked_and_the_rest_named(tmp_
 def test_info_of_a_cache_with_a_missing_file_names_it(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built[0], copy)
-    (copy / "targets.zarr" / "token_ids" / "c" / "0" / "0").unlink()
+    (copy / "targets.zarr" / "token_ids" / "c.0.0").unlink()
     stderr = kd("cache", "info", copy, code=3).stderr
-    assert "token_ids/c/0/0" in stderr
+    assert "token_ids/c.0.0" in stderr
     assert "Traceback" not in stderr
 
 

@@ -141,7 +141,7 @@ def build(plan: BuildPlan) -> Generator[BuildProgress, None, None]:
     try:
         writer.sweep()
         if not manifest.complete:
-            manifest = pool.submit(writer.create, plan.vocabulary, plan.codes).result()
+            manifest = pool.submit(writer.create, plan.vocabulary, plan.codes, plan.text.row_lengths()).result()
         if manifest.complete:
             writer.tidy()
             remove_tokens(request.out)

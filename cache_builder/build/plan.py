@@ -30,10 +30,11 @@ from kd.cache_builder.build.plan_checks import (
 )
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.served.served_teacher import ServedTeacher
+from kd.cache_builder.store.lengths import Lengths
 from kd.cache_builder.store.records.cache_identity import TEXT_RULES_NAMES, refuse_mismatch
 from kd.cache_builder.store.records.commits import existing_cache
-from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest, version_for
-from kd.cache_builder.store.records.manifest_checks import check_bounds
+from kd.cache_builder.store.records.manifest import CacheManifest, Layout, load_manifest
+from kd.cache_builder.store.records.manifest_checks import check_bounds, check_limits
 from kd.cache_builder.store.records.shard_table import ShardTable, cut_into_shards
 from kd.cache_builder.store.vocabulary import codes_of_counts
 from kd.cache_builder.tokens.token_folder import remove_tokens, shared_pass
@@ -158,6 +159,7 @@ def plan_steps(request: BuildRequest, keep: Keep = IN_MEMORY) -> Iterator[Progre
         raise
     manifest = _manifest(request, text, identity, existing)
     check_bounds(manifest.arrays, manifest.layout.shard_rows)
+    check_limits(manifest.shards)
     if isinstance(request.source, ServedTeacher) and not manifest.complete:
         request.source.check(request.targets.top_k, size, longest=text.longest)
     codes = codes_of_counts(len(vocabulary), text.counts)
@@ -304,7 +306,7 @@ def _manifest(
         return existing
     layout = request.layout
     if layout is None:
-        layout = Layout() if request.extend is None else load_manifest(request.extend).layout
+        layout = Layout.for_rows(text.targets) if request.extend is None else load_manifest(request.extend).layout
     return CacheManifest(
         identity=identity,
         layout=layout,
@@ -313,7 +315,6 @@ def _manifest(
         shards=shards_of_text(text, layout),
         files={},
         provenance=_provenance(request, text.left_out, text.notes),
-        format_version=version_for(identity),
     )
 
 
@@ -375,11 +376,11 @@ def _source(corpus: Text) -> dict[str, Any]:
 
 def shards_of_text(text: TokenisedText, layout: Layout) -> ShardTable:
     """The shards of a build. Raises DataError for an example that no shard can hold."""
-    return shards_of_counts(text.row_counts(), *text.most_targets, layout)
+    return shards_of_lengths(text.row_lengths(), *text.most_targets, layout)
 
 
-def shards_of_counts(counts: Iterable[np.ndarray], most: int, name: str, layout: Layout) -> ShardTable:
-    """The shards of examples with so many rows, of which the one called `name` has `most`. Raises DataError as above."""
+def shards_of_lengths(lengths: Iterable[Lengths], most: int, name: str, layout: Layout) -> ShardTable:
+    """The shards of examples with such lengths, of which the one called `name` has most rows. Raises DataError as above."""
     if most > layout.shard_rows:
         raise DataError(
             "an example has more rows than a shard holds",
@@ -388,4 +389,4 @@ def shards_of_counts(counts: Iterable[np.ndarray], most: int, name: str, layout:
             expected=f"at most {layout.shard_rows}",
             try_="--shard-rows",
         )
-    return cut_into_shards(counts, layout.shard_rows)
+    return cut_into_shards(lengths, layout.shard_rows)

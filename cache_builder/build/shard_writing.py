@@ -7,20 +7,26 @@ leave at work in a folder that is being removed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
 
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.example_table import GAP_COLUMNS
+from kd.cache_builder.store.lengths import Lengths
 from kd.cache_builder.store.targets import RawTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
 from kd.cache_builder.store.writers.claims import Claims
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.common.files import write_error
 from kd.data.tokenizing.token_rows import TokenRows
+
+LENGTHS_AT_ONCE = 2**16
+"""Examples whose lengths are handed on together."""
 
 
 class WriterThread:
@@ -104,7 +110,7 @@ def commit_shard(
     """
     started = time.perf_counter()
     try:
-        examples = example_rows(rows, index * plan.manifest.layout.shard_rows)
+        examples = example_rows(rows)
         committed = writer.write(index, stored, examples, quality, ours=lambda: claims.holds(index))
     except OSError as error:
         raise write_error(writer.root, error) from error
@@ -113,11 +119,18 @@ def commit_shard(
     return committed
 
 
-def example_rows(rows: Sequence[TokenRows], position: int) -> list[dict[str, Any]]:
-    """The table of a shard's examples; its first row has the address `position`."""
+def lengths_of(rows: Sequence[TokenRows]) -> Iterator[Lengths]:
+    """Tokens and rows of every example of a plan, as `ShardWriter.create` takes them."""
+    for first in range(0, len(rows), LENGTHS_AT_ONCE):
+        batch = rows[first : first + LENGTHS_AT_ONCE]
+        scored = np.array([len(row.target_ids) for row in batch], dtype=np.int32)
+        yield np.array([row.read_only for row in batch], dtype=np.int32) + scored, scored
+
+
+def example_rows(rows: Sequence[TokenRows]) -> list[dict[str, Any]]:
+    """The table of a shard's examples, see `example_table`."""
     examples = []
     for row in rows:
-        stop = position + len(row.target_ids)
         columns: dict[str, Any] = {
             "id": row.example.id,
             "task": row.example.task,
@@ -125,9 +138,7 @@ def example_rows(rows: Sequence[TokenRows], position: int) -> list[dict[str, Any
             "prompt": row.example.prompt,
             "target": row.example.target,
             "context_ids": row.context_ids,
-            "n_tokens": len(row.input_ids),
-            "row_start": position,
-            "row_end": stop,
+            "rows": len(row.target_ids),
             "tokens_digest": tokens_digest(row.context_ids, row.target_ids, row.gaps),
         }
         if row.example.conversation is not None:
@@ -135,5 +146,4 @@ def example_rows(rows: Sequence[TokenRows], position: int) -> list[dict[str, Any
             columns |= {"ended": list(row.ended), "messages": list(row.messages)}
             columns |= {"conversation": row.example.conversation.to_json()}
         examples.append(columns)
-        position = stop
     return examples

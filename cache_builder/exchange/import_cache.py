@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.build.shard_writing import example_rows
+from kd.cache_builder.build.shard_writing import example_rows, lengths_of
 from kd.cache_builder.exchange.checked_rows import sorted_rows
 from kd.cache_builder.exchange.import_plan import ImportPlan, plan_import
 from kd.cache_builder.exchange.import_settings import ImportSettings
@@ -92,7 +92,7 @@ def _written(plan: ImportPlan) -> Generator[Progress[Path], None, None]:
         writer.sweep()
         if not plan.manifest.complete:
             texts = (row.input_ids for row in plan.survey.rows)
-            writer.create(plan.vocabulary, codes_by_count(len(plan.vocabulary), texts))
+            writer.create(plan.vocabulary, codes_by_count(len(plan.vocabulary), texts), lengths_of(plan.survey.rows))
         writer.recover()
         present = set(commits.committed(out, shards))
         commits.check_sizes(out, plan.manifest, present)
@@ -126,4 +126,4 @@ def _write(plan: ImportPlan, writer: ShardWriter, index: int, sequences: Sequenc
     ends = np.concatenate([row.byte_end for row in rows])
     raw = raw_targets([one.first(config.top_k) for one in checked], gold, ends, config)
     stored, quality = codecs.encode(raw, config)
-    writer.write(index, stored, example_rows(rows, index * plan.manifest.layout.shard_rows), quality)
+    writer.write(index, stored, example_rows(rows), quality)

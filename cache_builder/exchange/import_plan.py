@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kd.cache_builder.build.plan import shards_of_counts
+from kd.cache_builder.build.plan import shards_of_lengths
+from kd.cache_builder.build.shard_writing import lengths_of
 from kd.cache_builder.exchange.checked_rows import sorted_rows
 from kd.cache_builder.exchange.import_settings import ImportSettings
 from kd.cache_builder.exchange.source_checks import SourceChecks
@@ -20,7 +21,7 @@ from kd.cache_builder.exchange.spelled_text import Speller
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
 from kd.cache_builder.store.records.commits import existing_cache
-from kd.cache_builder.store.records.manifest import CacheManifest, Layout, version_for
+from kd.cache_builder.store.records.manifest import CacheManifest, Layout
 from kd.cache_builder.store.records.manifest_checks import check_bounds
 from kd.cache_builder.store.records.shard_table import ShardTable
 from kd.cache_builder.store.records.teacher_record import (
@@ -89,17 +90,17 @@ def plan_import(format: str, source: str, settings: ImportSettings, path: Any) -
     existing = existing_cache(settings.out)
     if existing is not None:
         refuse_mismatch(settings.out, identity, existing)
-    layout = Layout() if settings.shard_rows is None else _layout(settings.shard_rows)
+    total = sum(len(row.target_ids) for row in survey.rows)
+    layout = Layout.for_rows(total) if settings.shard_rows is None else _layout(settings.shard_rows)
     layout = layout if existing is None else existing.layout
     manifest = existing or CacheManifest(
         identity=identity,
         layout=layout,
         examples=len(survey.rows),
-        rows=sum(len(row.target_ids) for row in survey.rows),
+        rows=total,
         shards=_shards(survey.rows, layout),
         files={},
         provenance=_provenance(format, source, settings, survey, config),
-        format_version=version_for(identity),
     )
     check_bounds(manifest.arrays, layout.shard_rows)
     return ImportPlan(settings, cache_source, tokenizer, survey, manifest, speller.pieces[:size])
@@ -224,7 +225,7 @@ def _has_prompt(row: TokenRows, tokenizer: Tokenizer) -> bool:
 def _shards(rows: Sequence[TokenRows], layout: Layout) -> ShardTable:
     counts = np.array([len(row.target_ids) for row in rows])
     longest = int(counts.argmax())
-    return shards_of_counts([counts], int(counts[longest]), rows[longest].example.id, layout)
+    return shards_of_lengths(lengths_of(rows), int(counts[longest]), rows[longest].example.id, layout)
 
 
 def _provenance(

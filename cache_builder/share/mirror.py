@@ -2,10 +2,10 @@
 
     ~/.cache/kd/mirrors/DIGEST/     one folder per manifest, shared by all addresses of a cache and by processes
 
-Metadata (manifest, commits, Zarr's, the vocabulary) is fetched once and stays. A file of a shard is fetched when it is read, or
-earlier, when the reader has announced the shard. It is verified on arrival and again whenever it is read. Beyond `--cache-bytes`,
-the files that were used longest ago are removed, so an epoch over a cache larger than the bound fetches every shard once. The
-reader keeps a window of shards in memory: with a small bound, nothing is fetched twice in an epoch.
+Metadata (manifest, tables, lengths, commits, Zarr's, the vocabulary) is fetched once and stays. A file of a shard is fetched when
+it is read, or earlier, when the reader has announced the shard. It is verified on arrival and again whenever it is read. Beyond
+`--cache-bytes`, the files that were used longest ago are removed, so an epoch over a cache larger than the bound fetches every
+shard once. The reader keeps a window of shards in memory: with a small bound, nothing is fetched twice in an epoch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
 from kd.cache_builder.share.transfer import COMMIT_BYTES, describe
 from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.cache_tables import TABLES
 from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest
+from kd.cache_builder.store.records.manifest_checks import length_pages
 from kd.cache_builder.store.records.part import PARTIAL, Part, whole
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.common.byte_sizes import byte_count
@@ -87,7 +89,7 @@ class Mirror:
                     digest.update(path.read_bytes() if path.exists() else b"")
                 self.root = mirrors() / digest.hexdigest()[:32]
                 self.root.mkdir(exist_ok=True)
-                for name in (PARTIAL, MANIFEST):
+                for name in (PARTIAL, *TABLES, MANIFEST):
                     if (Path(folder) / name).exists():
                         publish(Path(folder) / name, self.root / name)
         except OSError as error:
@@ -102,8 +104,10 @@ class Mirror:
         """(shard, array), or (shard, None) for all of `_arrays`."""
         self._arrays: set[str] = set()
         self._threads: list[threading.Thread] = []
+        pages = set(length_pages(self.manifest.examples))  # these are fetched when they are read
         for name, entry in self.manifest.files.items():
-            self._there(name, entry, metadata=True)
+            if name not in pages:
+                self._there(name, entry, metadata=True)
 
     def committed(self, shards: int) -> list[int]:
         """As `CacheFiles.committed`: what the address offers."""
@@ -115,7 +119,7 @@ class Mirror:
         return commits.read_commit(self.root, manifest, index)
 
     def stored_bytes(self, manifest: CacheManifest, index: int) -> dict[str, int]:
-        """As `CacheFiles.stored_bytes`, as recorded in the commit."""
+        """As `CacheFiles.stored_bytes`, as recorded."""
         entries = self.read_commit(manifest, index).files
         paths = commits.shard_files(manifest.arrays, index)
         return {array: int(entries[path]["bytes"]) for array, path in paths.items()}

@@ -24,6 +24,7 @@ from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote, holds
 from kd.cache_builder.share.transfer import COMMIT_BYTES, Tally, Transferred, describe, raise_mismatch
 from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.cache_tables import TABLES
 from kd.cache_builder.store.records.manifest import (
     ANSWERS,
     BUILDING,
@@ -79,7 +80,7 @@ def _pulled(
 ) -> Iterator[Progress[Transferred]]:
     remote, tally, stop = open_remote(url), Tally(), threading.Event()
     with _staging(root) as staging:
-        manifest, part = describe(remote, staging)
+        manifest, part = describe(remote, staging, held=root, arrived=lambda n: tally.add(moved=max(n, 0)))
         wanted = part_of(manifest, examples=examples, arrays=None if arrays is None else arrays(manifest))
         wanted = _offered(remote, wanted, part, everything=examples is None and arrays is None)
         held = _held(root, staging, manifest)
@@ -130,6 +131,8 @@ def _staging(root: Path) -> Iterator[Path]:
         expected = {
             MANIFEST,
             VOCABULARY,
+            *TABLES,
+            "lengths",
             TARGETS,
             ANSWERS,
             "commits",

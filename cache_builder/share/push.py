@@ -18,7 +18,7 @@ from kd.cache_builder.share.dataset_card import CARD, PICTURE, dataset_card
 from kd.cache_builder.share.fetching import in_parallel, persist
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
-from kd.cache_builder.share.transfer import Tally, Transferred, fetch_if_there, raise_mismatch
+from kd.cache_builder.share.transfer import Tally, Transferred, fetch_if_there, fetch_tables, raise_mismatch
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, load_manifest
@@ -113,6 +113,7 @@ def _refuse_another(root: Path, manifest: CacheManifest, remote: Remote) -> bool
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / MANIFEST).write_bytes(theirs)
             with suppress(CacheDamageError):  # an unreadable manifest is replaced
+                fetch_tables(remote, Path(folder))
                 other = load_manifest(Path(folder))
                 raise_mismatch(remote.url, manifest, other)
     if fetch_if_there(remote, PARTIAL) is not None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kd.cache_builder.share.fetching import fetch_small
-from kd.cache_builder.share.remotes import Remote
+from kd.cache_builder.share.fetching import fetch, fetch_small
+from kd.cache_builder.share.remotes import Remote, holds
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
-from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, load_manifest
+from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, listed_tables, load_manifest
 from kd.cache_builder.store.records.part import PARTIAL, Part, load_part
 from kd.common.errors import CacheError, CacheMismatchError, KdError
-from kd.common.files import MAX_JSON_BYTES
+from kd.common.files import MAX_JSON_BYTES, read_json
 from kd.common.progress import Progress
 
 COMMIT_BYTES = 2**20
@@ -64,8 +66,13 @@ class Tally:
         return replace(self.now(), result=done)
 
 
-def describe(remote: Remote, folder: Path) -> tuple[CacheManifest, Part | None]:
-    """Fetch the remote's manifest, and `partial.json` where it has one, to `folder`; returns both, checked.
+def describe(
+    remote: Remote, folder: Path, *, held: Path | None = None, arrived: Callable[[int], None] = lambda n: None
+) -> tuple[CacheManifest, Part | None]:
+    """Fetch the remote's manifest with its tables, and `partial.json` where it has one, to `folder`; returns both, checked.
+
+    held      a copy of the cache, whose tables are taken where they are the same
+    arrived   called with the number of bytes of tables that have arrived
 
     Raises CacheError where there is no complete cache, CacheDamageError for a damaged manifest.
     """
@@ -79,6 +86,7 @@ def describe(remote: Remote, folder: Path) -> tuple[CacheManifest, Part | None]:
             try_="the address of the folder that holds it",
         ) from error
     (folder / MANIFEST).write_bytes(data)
+    fetch_tables(remote, folder, held, arrived)
     listed = fetch_if_there(remote, PARTIAL)
     if listed is None:
         (folder / PARTIAL).unlink(missing_ok=True)
@@ -92,6 +100,23 @@ def describe(remote: Remote, folder: Path) -> tuple[CacheManifest, Part | None]:
     except KdError as error:
         error.details = {"where": remote.url, **{k: v for k, v in error.details.items() if k != "where"}}
         raise
+
+
+def fetch_tables(
+    remote: Remote, folder: Path, held: Path | None = None, arrived: Callable[[int], None] = lambda n: None
+) -> None:
+    """Fetch the tables that the manifest in `folder` lists, which are read with it, beside it. Raises CacheError.
+
+    `held` and `arrived` are those of `describe`. A manifest that lists none, or is no manifest, is left to `load_manifest`.
+    """
+    try:
+        listed = listed_tables(read_json(folder / MANIFEST))
+    except (KdError, LookupError, TypeError, ValueError, AttributeError):
+        return
+    for name, entry in listed.items():
+        if held is not None and holds(held, name, entry):
+            shutil.copyfile(held / name, folder / name)
+        fetch(remote, name, folder / name, entry, arrived=arrived)
 
 
 def raise_mismatch(where: object, wanted: CacheManifest, other: CacheManifest) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import CacheManifest
-from kd.cache_builder.store.records.part import load_part
+from kd.cache_builder.store.records.part import Part, load_part
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.common.errors import CacheDamageError
 from kd.common.files import unfinished
@@ -103,6 +103,17 @@ class LocalFiles:
 def files_at(cache: str | os.PathLike[str] | CacheFiles) -> CacheFiles:
     """The files of a cache: those in the folder that a path names, or `cache` itself where it is such files already."""
     return LocalFiles(as_path(cache)) if isinstance(cache, str | os.PathLike) else cache
+
+
+def recorded_bytes(manifest: CacheManifest, part: Part | None = None) -> int | None:
+    """Bytes of a finished cache, or of a part of it, as recorded; None before format version 3, and while it is built."""
+    stored = manifest.commits.stored
+    if not stored:
+        return None
+    names = stored if part is None else [*part.arrays, "examples", "commit"]
+    shards = slice(None) if part is None else list(part.shards)
+    beside = sum(int(entry["bytes"]) for entry in manifest.files.values()) + len(manifest.to_json().encode())
+    return beside + sum(int(stored[name][shards].sum()) for name in names)
 
 
 def files_below(root: Path) -> Iterator[Path]:

@@ -1,5 +1,8 @@
 """The table of a shard's examples: its columns, and the tokens between scored tokens that a conversation has.
 
+In memory each example has `row_start` and `row_end`, its rows counted from the shard's first one. From format version 3 on the file
+holds `rows`, the number of them; before, it held the addresses in the arrays, and the number of tokens.
+
 Format version 3 holds conversations. There an example has several runs of scored tokens, and six columns more:
 
     gap_rows, gap_lengths, gap_ids   the tokens between the runs, see `kd.models.batching.gaps`
@@ -12,7 +15,7 @@ Format version 3 holds conversations. There an example has several runs of score
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +32,21 @@ EXAMPLE_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("target", pa.string()),
         ("context_ids", pa.list_(pa.int32())),
+        ("rows", pa.int32()),
+        ("tokens_digest", pa.binary(16)),
+    ]
+)
+"""Columns of documents, pairs and classes."""
+OLD_SCHEMA = pa.schema(
+    [
+        *(EXAMPLE_SCHEMA.field(i) for i in range(EXAMPLE_SCHEMA.get_field_index("rows"))),
         ("n_tokens", pa.int32()),
         ("row_start", pa.int64()),
         ("row_end", pa.int64()),
         ("tokens_digest", pa.binary(16)),
     ]
 )
-"""Columns of documents, pairs and classes."""
+"""The same before format version 3."""
 GAP_COLUMNS = {"gap_rows": "rows", "gap_lengths": "lengths", "gap_ids": "ids"}
 """Column -> the field of `Gaps` that it holds."""
 CONVERSATION_SCHEMA = pa.schema(
@@ -47,7 +58,7 @@ CONVERSATION_SCHEMA = pa.schema(
         ("conversation", pa.string()),
     ]
 )
-"""Columns of conversations, in format version 3."""
+"""Columns of conversations, which format version 3 was the first to hold."""
 LISTS = ("context_ids", *GAP_COLUMNS)
 """Columns with a list of numbers for each example."""
 
@@ -55,22 +66,51 @@ Columns = dict[str, list[Any]]
 """Column -> its values, one for each example; lists of numbers are arrays."""
 
 
-def example_schema(kind: str) -> pa.Schema:
-    """The columns of a cache of this kind of corpus."""
+def example_schema(kind: str, version: int) -> pa.Schema:
+    """The columns in the files of a cache of this kind of corpus and format version."""
+    if version < 3:
+        return OLD_SCHEMA
     return CONVERSATION_SCHEMA if kind == CONVERSATIONS else EXAMPLE_SCHEMA
 
 
-def example_columns(table: pa.Table) -> Columns:
+def table_of_examples(examples: Sequence[Mapping[str, Any]], kind: str, version: int, row_start: int) -> pa.Table:
+    """A shard's table as it is written.
+
+    examples    for each example the columns of version 3
+    row_start   address of the shard's first row in the arrays, which older versions record
+    """
+    schema = example_schema(kind, version)
+    columns: dict[str, Any] = {name: [e[name] for e in examples] for name in schema.names if name in examples[0]}
+    if version < 3:
+        ends = row_start + np.cumsum([e["rows"] for e in examples])
+        columns |= {"row_start": ends - [e["rows"] for e in examples], "row_end": ends}
+        columns["n_tokens"] = [len(e["context_ids"]) + e["rows"] for e in examples]
+    return pa.table({name: columns[name] for name in schema.names}, schema)
+
+
+def example_columns(table: pa.Table, row_start: int, rows: int) -> Columns:
     """Columns as lists; lists of ids as arrays, which for long contexts are a hundred times smaller and faster.
 
-    Raises ValueError where the gaps of an example are impossible.
+    row_start   address of the shard's first row in the arrays
+    rows        rows of the shard
+
+    Raises ValueError where the rows or the gaps of an example are impossible.
     """
     columns = {name: table[name].to_pylist() for name in table.schema.names if name not in LISTS}
     for name in set(LISTS) & set(table.schema.names):
         lists = table[name].combine_chunks()
         values = np.asarray(lists.flatten(), dtype=np.int32)
         columns[name] = np.split(values, np.cumsum(lists.value_lengths().to_numpy())[:-1])
-    if "gap_rows" in columns and "row_end" in columns:
+    if "rows" in columns:
+        counts = np.asarray(table["rows"], dtype=np.int64)
+        if (counts < 1).any() or counts.sum() != rows:
+            raise ValueError("the examples do not cover the shard's rows")
+        ends = np.cumsum(counts)
+        starts = ends - counts
+    else:
+        starts, ends = (np.asarray(table[name], dtype=np.int64) - row_start for name in ("row_start", "row_end"))
+    columns |= {"row_start": starts.tolist(), "row_end": ends.tolist()}
+    if "gap_rows" in columns:
         for i, (first, stop) in enumerate(zip(columns["row_start"], columns["row_end"], strict=True)):
             gaps_at(columns, i).check(stop - first)
             turns = {len(columns[name][i]) for name in ("ended", "messages")}

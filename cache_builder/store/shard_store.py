@@ -34,7 +34,7 @@ class Shard:
     first_example: int
     arrays: Arrays
     examples: dict[str, list[Any]]
-    """Columns of `example_table`; `row_start`/`row_end` are made relative to the shard."""
+    """Columns of `example_table`, with `row_start` and `row_end` counted from the shard's first row."""
 
     def part(self, name: str, rows: slice) -> np.ndarray:
         """A range of rows of an array: a view."""
@@ -70,9 +70,10 @@ def decode_files(files: CacheFiles, manifest: CacheManifest, record: ShardRecord
     specs = [a for a in manifest.arrays if a.name in data]
     ids = code_table(files, manifest)[1] if any(spec.ids for spec in specs) else None
     try:
-        schema = example_schema(manifest.kind)
-        examples = example_columns(read_parquet(data["examples"], schema, rows=_examples(record)))
-        starts = np.array(examples["row_start"], dtype=np.int64) - record.row_start
+        schema = example_schema(manifest.kind, manifest.format_version)
+        table = read_parquet(data["examples"], schema, rows=_examples(record))
+        examples = example_columns(table, record.row_start, record.rows)
+        starts = np.array(examples["row_start"], dtype=np.int64)
         even, uneven = ([a for a in specs if a.ragged == ragged] for ragged in (False, True))
         stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in even}
         stored |= {a.name: decode_entries(data[a.name], a, manifest.layout, stored[KEPT]) for a in uneven}
@@ -81,8 +82,6 @@ def decode_files(files: CacheFiles, manifest: CacheManifest, record: ShardRecord
         raise CacheDamageError(
             "a shard cannot be decoded", where=files.root, shard=record.index, found=f"{type(error).__name__}: {error}"
         ) from error
-    for name in ("row_start", "row_end"):
-        examples[name] = [row - record.row_start for row in examples[name]]
     return Shard(record.index, record.examples[0], arrays, examples)
 
 
@@ -94,7 +93,8 @@ def read_example_table(
     name = shard_files(manifest.arrays, index)["examples"]
     data = files.verified_bytes(name, record.files[name], shard=index, array="examples")
     try:
-        table = read_parquet(data, example_schema(manifest.kind), rows=_examples(record), columns=columns)
+        schema = example_schema(manifest.kind, manifest.format_version)
+        table = read_parquet(data, schema, rows=_examples(record), columns=columns)
     except Exception as error:  # as in read_shard
         raise CacheDamageError(
             "a shard cannot be decoded", where=files.root, shard=index, found=f"{type(error).__name__}: {error}"

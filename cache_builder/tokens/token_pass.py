@@ -23,6 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
+from kd.cache_builder.store.lengths import Lengths
 from kd.cache_builder.tokens.part_rows import PartRows, added
 from kd.cache_builder.tokens.token_part import PartRecord, make_part, part_key, read_part, write_part
 from kd.cache_builder.tokens.tokenised_text import StoredRows, TokenisedText
@@ -50,6 +51,7 @@ class Keep:
 
 IN_MEMORY = Keep()
 COUNTS = Keep(rows=False)
+NO_LENGTHS = (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Done:
     """A part that is finished."""
 
     record: PartRecord
-    targets: np.ndarray
-    """[rows] scored tokens of each row; empty where the part is in a file."""
+    lengths: Lengths
+    """Tokens and scored tokens of each row; empty where the part is in a file."""
     rows: PartRows | None
     """None where the rows are in a file, or not kept."""
 
@@ -90,9 +92,10 @@ class PartWork:
         part = make_part(self.maker, self.rules, examples, self.width)
         if self.keep.folder is not None:
             write_part(self.keep.folder, number, part)
-            return Done(part.record, np.zeros(0, dtype=np.int32), None)
+            return Done(part.record, NO_LENGTHS, None)
         rows = PartRows(part.columns)
-        return Done(part.record, rows.targets.astype(np.int32), rows if self.keep.rows else None)
+        lengths = ((rows.targets + rows.read_only).astype(np.int32), rows.targets.astype(np.int32))
+        return Done(part.record, lengths, rows if self.keep.rows else None)
 
 
 class Here:
@@ -191,7 +194,7 @@ def _part(number: int, examples: list[Example], work: PartWork, pool: Pool) -> F
     if found is None:
         return pool.submit(number, examples)
     done: Future[Done] = Future()
-    done.set_result(Done(found[0], np.zeros(0, dtype=np.int32), None))
+    done.set_result(Done(found[0], NO_LENGTHS, None))
     return done
 
 
@@ -209,7 +212,7 @@ class _Total:
         self._sizes: list[int] = []
         self._keys: list[str] = []
         self._held: list[PartRows] = []
-        self._lengths: list[np.ndarray] = []
+        self._lengths: list[Lengths] = []
 
     @property
     def note(self) -> str:
@@ -237,7 +240,7 @@ class _Total:
         if done.rows is not None:
             self._held.append(done.rows)
         elif self._keep.folder is None:
-            self._lengths.append(done.targets)
+            self._lengths.append(done.lengths)
 
     def result(self, text: Text, kind: str, left_out: LeftOut, digest: str) -> TokenisedText:
         """The whole text in tokens. Raises DataError where it has no row."""

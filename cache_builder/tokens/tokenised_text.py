@@ -1,7 +1,7 @@
 """`TokenisedText`: a whole text in tokens, of which the parts are opened when their rows are asked for.
 
 text.rows[first:stop]        # the rows of a shard
-text.row_counts()            # scored tokens of every row, one array for each part
+text.row_lengths()           # tokens and scored tokens of every row, a pair of arrays for each part
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import overload
 
 import numpy as np
 
+from kd.cache_builder.store.lengths import Lengths
 from kd.cache_builder.tokens.part_rows import PartRows, added
 from kd.cache_builder.tokens.token_part import read_part
 from kd.common.errors import CacheError
@@ -146,13 +147,14 @@ class TokenisedText:
     """Tokens of the longest row, read and scored."""
     most_targets: tuple[int, str] = (0, "")
     """Scored tokens of the row that has most of them, and its id."""
-    lengths: tuple[np.ndarray, ...] = field(default=(), repr=False)
-    """Where only counts were kept: scored tokens of every row, by part."""
+    lengths: tuple[Lengths, ...] = field(default=(), repr=False)
+    """Where only counts were kept: tokens and scored tokens of every row, by part."""
 
-    def row_counts(self) -> Iterator[np.ndarray]:
-        """Scored tokens of every row, one array after another."""
+    def row_lengths(self) -> Iterator[Lengths]:
+        """Tokens and scored tokens of every row, one pair of arrays after another."""
         if self.lengths:
             return iter(self.lengths)
         if isinstance(self.rows, StoredRows):
-            return (part.targets for part in self.rows.parts())
-        return iter([np.array([len(row.target_ids) for row in self.rows])])
+            return ((part.targets + part.read_only, part.targets) for part in self.rows.parts())
+        targets, read_only = np.array([(len(row.target_ids), row.read_only) for row in self.rows]).T
+        return iter([(targets + read_only, targets)])

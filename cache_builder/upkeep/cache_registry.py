@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.cache_files import bytes_below
+from kd.cache_builder.store.cache_files import bytes_below, recorded_bytes
 from kd.cache_builder.store.records.commits import committed
 from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
+from kd.cache_builder.store.records.part import load_part
 from kd.common.disk.home import kd_home
 from kd.common.errors import CacheError, KdError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
@@ -133,6 +134,7 @@ def listing(root: Path | None = None) -> list[dict[str, Any]]:
     for path in caches_below(root) if root is not None else remembered():
         try:
             manifest = load_manifest(path)
+            size = recorded_bytes(manifest, load_part(path, manifest))
         except KdError as error:
             rows.append({"path": str(path), "fingerprint": None, "error": error.headline})
             continue
@@ -150,7 +152,7 @@ def listing(root: Path | None = None) -> list[dict[str, Any]]:
                 "top_k": manifest.targets.top_k,
                 "examples": manifest.examples,
                 "rows": manifest.rows,
-                "bytes": bytes_below(path),
+                "bytes": bytes_below(path) if size is None else size,
             }
         )
     return rows

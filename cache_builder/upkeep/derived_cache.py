@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder.store.example_table import example_schema, gaps_at
+from kd.cache_builder.store.lengths import Lengths
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
-from kd.cache_builder.store.records.manifest import CacheManifest, version_for
+from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.shard_table import ShardTable
 from kd.cache_builder.store.shard_store import Shard
 from kd.cache_builder.store.targets import TargetConfig
@@ -78,14 +79,14 @@ def write_derived(
         shards=table,
         files={},
         provenance=provenance,
-        format_version=version_for(identity),
     )
     writer = ShardWriter(out, manifest)
     try:
         writer.sweep()
         if not manifest.complete:
             vocabulary = readers[0].vocabulary()
-            manifest = writer.create(vocabulary, codes_by_count(len(vocabulary), _sequences(readers, shards)))
+            codes = codes_by_count(len(vocabulary), _sequences(readers, shards))
+            manifest = writer.create(vocabulary, codes, _lengths(readers, shards))
         writer.recover()
         present = set(commits.committed(out, len(shards)))
         commits.check_sizes(out, manifest, present)
@@ -116,6 +117,13 @@ def _shard_table(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> S
             examples[number] += p.stop - p.first
             rows[number] += int(lengths[p.source][start + p.first : start + p.stop].sum())
     return ShardTable(examples, rows)
+
+
+def _lengths(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> Iterator[Lengths]:
+    """Tokens and rows of the new examples, piece by piece."""
+    for p in (p for pieces in shards for p in pieces):
+        start = readers[p.source].manifest.shards[p.shard][0]
+        yield readers[p.source].lengths(start + p.first, start + p.stop)
 
 
 def _sequences(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> Iterator[np.ndarray]:
@@ -158,13 +166,10 @@ def _write(
 ) -> None:
     names = parts[0].arrays
     stored = {name: np.concatenate([p.arrays[name] for p in parts]) for name in names}
-    position = index * writer.manifest.layout.shard_rows
-    schema = example_schema(writer.manifest.kind)
+    columns = [name for name in example_schema(writer.manifest.kind, 3).names if name != "rows"]
     examples = []
     for part in parts:
         for i, start in enumerate(part.examples["row_start"]):
-            stop = position + part.examples["row_end"][i] - start
-            row = {name: part.examples[name][i] for name in schema.names}
-            examples.append(row | {"row_start": position, "row_end": stop})
-            position = stop
+            row = {name: part.examples[name][i] for name in columns}
+            examples.append(row | {"rows": part.examples["row_end"][i] - start})
     writer.write(index, stored, examples, measured(stored, config) if quality is None else quality)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.cache_files import CacheFiles, LocalFiles
 from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.cache_tables import COMMITS, TABLES
 from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
 from kd.cache_builder.store.records.shard_record import parse_shard_record
 from kd.cache_builder.upkeep.verify import Finding
@@ -37,8 +38,8 @@ class Mended:
     """Files that are damaged or missing in the copy too."""
 
 
-def mend_manifest(root: Path, copy: CacheFiles) -> bool:
-    """Replace an unreadable manifest by the copy's. Returns True if it was replaced.
+def mend_manifest(root: Path, copy: CacheFiles) -> list[str]:
+    """Replace an unreadable manifest, and the tables that are read with it, by the copy's. Returns the files that were replaced.
 
     Raises CacheMismatchError where a commit shows that the copy is of another cache.
     """
@@ -50,7 +51,9 @@ def mend_manifest(root: Path, copy: CacheFiles) -> bool:
             with suppress(CacheDamageError):
                 path = commits.commit_path(root, index)
                 record = parse_shard_record(read_json(path, inside=root), path)
-                if (record.fingerprint, record.examples, record.rows) != (theirs.fingerprint, (first, stop), rows):
+                names = set(commits.shard_files(theirs.arrays, index).values())
+                found = (record.fingerprint, record.examples, record.rows, set(record.files))
+                if found != (theirs.fingerprint, (first, stop), rows, names):
                     raise CacheMismatchError(
                         "the copy is of another cache",
                         cache=root,
@@ -58,9 +61,32 @@ def mend_manifest(root: Path, copy: CacheFiles) -> bool:
                         found=theirs.fingerprint,
                         expected=record.fingerprint,
                     ) from None
-        _put(root, MANIFEST, read_plain(copy.root / MANIFEST, MAX_JSON_BYTES, inside=copy.root))
+        replaced = []
+        for name in (n for n in TABLES if n in theirs.files):
+            if not is_sound(root, name, theirs.files[name]):
+                _put(root, name, copy.verified_bytes(name, theirs.files[name]))
+                replaced.append(name)
+        document = read_plain(copy.root / MANIFEST, MAX_JSON_BYTES, inside=copy.root)
+        if not _holds(root, MANIFEST, document):
+            _put(root, MANIFEST, document)
+            replaced.append(MANIFEST)
         (root / BUILDING).unlink(missing_ok=True)
-        return True
+        return replaced
+    return []
+
+
+def is_sound(root: Path, name: str, entry: dict[str, Any]) -> bool:
+    """Whether a file of the cache is there with the recorded size and SHA-256."""
+    try:
+        LocalFiles(root).verify_file(name, entry)
+    except CacheDamageError:
+        return False
+    return True
+
+
+def _holds(root: Path, name: str, data: bytes) -> bool:
+    with suppress(OSError):
+        return read_plain(root / name, len(data), inside=root) == data
     return False
 
 
@@ -153,8 +179,9 @@ def _reopened(root: Path, manifest: CacheManifest, findings: Sequence[Finding]) 
     for name in {f.where for f in findings if f.shard is None} & set(manifest.files):
         (root / name).unlink(missing_ok=True)
     if manifest.complete:
-        manifest = replace(manifest, commits=(), quality={})
+        manifest = manifest.reopened()
         manifest.save(root, BUILDING)
         (root / MANIFEST).unlink()
+        (root / COMMITS).unlink(missing_ok=True)
         sync_folder(root)
     return manifest

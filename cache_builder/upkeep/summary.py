@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
+from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at, recorded_bytes
 from kd.cache_builder.store.readers.reader import quality_means
-from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
 from kd.cache_builder.store.records.part import load_part
 from kd.data.left_out import recorded
 from kd.data.tokenizing.token_notes import recorded_notes
@@ -21,14 +22,12 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
     left_out = recorded(manifest.provenance)
     means, targets = quality_means(manifest), manifest.targets
     done = files.committed(len(manifest.shards)) if part is None else part.shards
-    files.expect(done, ())
-    rows = sum(manifest.shards[i][2] for i in done)
-    stored: dict[str, int] = {}
-    for index in done:
-        for array, count in files.stored_bytes(manifest, index).items():
-            stored[array] = stored.get(array, 0) + count
+    rows = int(manifest.shards.rows[list(done)].sum())
+    stored = _stored_bytes(files, manifest, done, None if part is None else part.arrays)
     arrays = {a.name: round(stored[a.name] / rows, 2) if rows and a.name in stored else None for a in manifest.arrays}
-    if files.on_disk:
+    if (recorded_size := recorded_bytes(manifest, part)) is not None:
+        size = recorded_size
+    elif files.on_disk:
         size = bytes_below(files.root)
     else:
         size = sum(stored.values()) + sum(int(entry["bytes"]) for entry in manifest.files.values())
@@ -75,3 +74,21 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "teacher_top1": means.get("top1"),
         "array_bytes_per_token": arrays,
     }
+
+
+def _stored_bytes(
+    files: CacheFiles, manifest: CacheManifest, shards: Sequence[int], arrays: Sequence[str] | None
+) -> dict[str, int]:
+    """Bytes of some shards, by array; `arrays` are those that a copy of a part holds.
+
+    A finished cache of format version 3 has recorded them, so no shard is opened.
+    """
+    if manifest.commits.stored:
+        names = [a.name for a in manifest.arrays] if arrays is None else arrays
+        return {name: int(manifest.commits.stored[name][list(shards)].sum()) for name in (*names, "examples")}
+    files.expect(shards, ())
+    stored: dict[str, int] = {}
+    for index in shards:
+        for array, count in files.stored_bytes(manifest, index).items():
+            stored[array] = stored.get(array, 0) + count
+    return stored

@@ -8,8 +8,9 @@ digest). In a changed file, the crc32c of each inner chunk shows which rows are 
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,13 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from kd.cache_builder.store import shard_store
-from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at, files_below
+from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at, files_below, recorded_bytes
 from kd.cache_builder.store.chunks import broken_chunks
 from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import ArraySpec
 from kd.cache_builder.store.example_table import gaps_at
+from kd.cache_builder.store.lengths import LengthPages
 from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.cache_tables import COMMITS
 from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
+from kd.cache_builder.store.records.manifest_checks import PAGE_EXAMPLES, length_page
 from kd.cache_builder.store.records.part import PARTIAL, load_part
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.soft_targets import SoftTargets
@@ -33,6 +37,8 @@ from kd.common.errors import CacheDamageError, CacheError, KdError
 from kd.common.progress import Progress
 from kd.common.strangers.plain_files import read_plain
 
+NUMBER = re.compile(r"/(?:c[/.])?(\d+)(?:[/.]0|\.json|\.parquet)?$")
+"""The number of a shard in the name of one of its files."""
 BESIDE = {"README.md", "entropy.png", ".gitattributes", ".git", ".cache"}
 """Names of the dataset card and of files that git and the hub's client leave beside a cache; no reader uses them."""
 
@@ -53,11 +59,13 @@ class Finding:
     """`start:stop` addresses in the arrays, as narrow as could be determined; None for a file outside the shards."""
 
 
-def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator[Progress[tuple[Finding, ...]]]:
+def verify(
+    cache: str | Path | CacheFiles, *, promises: bool = True, workers: int | None = None
+) -> Iterator[Progress[tuple[Finding, ...]]]:
     """Check a cache; yields progress in bytes, and on the last record everything that was found.
 
-    Without `promises`, only bytes are compared with their digests, which finds every change since they were committed. Shards
-    are checked on as many threads as there are processors, those of a URL one by one.
+    promises   False: only bytes are compared with their digests, which finds every change since they were committed
+    workers    shards that are checked at once; None for as many as there are processors, and one by one for those of a URL
 
     Raises CacheError when there is none; CacheDamageError when the manifest is unreadable.
     """
@@ -66,7 +74,6 @@ def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator
     manifest = load_manifest(root)
     part = load_part(root, manifest)
     findings: list[Finding] = []
-    names_of_cache = {"manifest.json", "building.json", PARTIAL}
     present: Sequence[int] = range(len(manifest.shards))
     if part is not None:
         present = part.shards
@@ -74,17 +81,19 @@ def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator
         present = files.committed(len(manifest.shards))
     arrays = [a for a in manifest.arrays if part is None or a.name in part.arrays]
     for name, entry in manifest.files.items():
-        names_of_cache.add(name)
         if present or (root / name).exists():  # a build without a shard may still be laying out the directory
             findings += _check_file(files, name, entry)
-    for index in present:
-        names_of_cache |= {f"commits/{index:05d}.json", *commits.shard_files(manifest.arrays, index).values()}
-    done, total = 0, bytes_below(root) if files.on_disk else _committed_bytes(files, manifest, present)
+    done, total = 0, recorded_bytes(manifest, part)
+    if total is None:
+        total = bytes_below(root) if files.on_disk else _committed_bytes(files, manifest, present)
+
+    lengths = LengthPages(files, manifest) if manifest.format_version > 2 else None
 
     def check(index: int) -> list[Finding]:
-        return list(_check_shard(files, manifest, index, arrays, promises))
+        return list(_check_shard(files, manifest, index, arrays, lengths, promises))
 
-    workers = (os.cpu_count() or 1) if files.on_disk else 1
+    if workers is None:
+        workers = (os.cpu_count() or 1) if files.on_disk else 1
     with ThreadPoolExecutor(workers, thread_name_prefix="kd-verify") as pool:
         waiting: deque[tuple[int, Future[list[Finding]]]] = deque()
         for number, shard in enumerate([*present, *[None] * workers]):
@@ -96,11 +105,25 @@ def verify(cache: str | Path | CacheFiles, *, promises: bool = True) -> Iterator
                 findings += future.result()
                 done += sum(_size(root / n) for n in commits.shard_files(arrays, checked).values())
                 yield Progress(done, total, note=f"{len(findings)} findings")
+    held = set(present)
     for path in files_below(root) if manifest.complete else ():
         inner = path.relative_to(root)
-        if inner.parts[0] not in BESIDE and inner.as_posix() not in names_of_cache:
+        if inner.parts[0] not in BESIDE and not _is_known(manifest, held, inner.as_posix()):
             findings.append(Finding(inner.as_posix(), "a file that no commit knows"))
     yield Progress(total, total, tuple(findings), f"{len(findings)} findings")
+
+
+def _is_known(manifest: CacheManifest, shards: Set[int], name: str) -> bool:
+    """Whether a file belongs to a cache of which these shards are here."""
+    if name in {"manifest.json", "building.json", PARTIAL} or name in manifest.files:
+        return True
+    number = NUMBER.search(name)
+    if number is None or len(number[1]) > 9 or int(number[1]) not in shards:
+        return False
+    index = int(number[1])
+    array = name.split("/")[1]
+    files = commits.shard_files([a for a in manifest.arrays if a.name == array], index)
+    return name in (f"commits/{index:05d}.json", *files.values())
 
 
 def _committed_bytes(files: CacheFiles, manifest: CacheManifest, present: Sequence[int]) -> int:
@@ -126,7 +149,12 @@ def _check_file(files: CacheFiles, name: str, entry: dict[str, object]) -> list[
 
 
 def _check_shard(
-    files: CacheFiles, manifest: CacheManifest, index: int, arrays: Sequence[ArraySpec], promises: bool
+    files: CacheFiles,
+    manifest: CacheManifest,
+    index: int,
+    arrays: Sequence[ArraySpec],
+    lengths: LengthPages | None,
+    promises: bool,
 ) -> Iterator[Finding]:
     commit = f"commits/{index:05d}.json"
     rows = manifest.shards[index][2]
@@ -137,6 +165,7 @@ def _check_shard(
     except KdError as error:
         yield Finding(commit, error.headline, index, None, whole)
         return
+    yield from _check_recorded(manifest, record, commit)
     data: dict[str, bytes] = {}
     paths = commits.shard_files(arrays, index)
     for array, name in paths.items():
@@ -148,9 +177,36 @@ def _check_shard(
     if len(data) < len(paths) or not promises:
         return
     try:
-        yield from _check_rows(manifest, shard_store.decode_files(files, manifest, record, data), commit)
+        shard = shard_store.decode_files(files, manifest, record, data)
+        yield from _check_rows(manifest, shard, commit)
+        if lengths is not None:
+            yield from _check_lengths(lengths, shard)
     except KdError as error:
         yield Finding(commit, str(error.details.get("found", error.headline)), index, None, whole)
+
+
+def _check_recorded(manifest: CacheManifest, record: ShardRecord, commit: str) -> Iterator[Finding]:
+    """Compare the sizes in the table of commits with the commit."""
+    for array, name in commits.shard_files(manifest.arrays, record.index).items():
+        sizes = manifest.commits.stored.get(array)
+        if sizes is not None and int(sizes[record.index]) != record.files[name]["bytes"]:
+            yield Finding(commit, f"{COMMITS} gives {array} another size", record.index, array)
+
+
+def _check_lengths(lengths: LengthPages, shard: shard_store.Shard) -> Iterator[Finding]:
+    """Compare the lengths of the shard's examples with the examples."""
+    first, stop, _ = lengths.manifest.shards[shard.index]
+    table = shard.examples
+    rows = np.subtract(table["row_end"], table["row_start"])
+    gaps = [gaps_at(table, i).tokens for i in range(len(rows))]
+    tokens = rows + [len(ids) for ids in table["context_ids"]] + gaps
+    try:
+        found = lengths.read(first, stop)
+    except CacheDamageError:  # of the page, which is a finding of its own
+        return
+    if not (np.array_equal(found[0], tokens) and np.array_equal(found[1], rows)):
+        page = length_page(first // PAGE_EXAMPLES)
+        yield Finding(page, f"lengths differ from the examples {first}:{stop}", shard.index, "examples")
 
 
 def _narrowed(root: Path, name: str, record: ShardRecord, manifest: CacheManifest) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,20 @@ from kd.common.errors import CacheMismatchError
 from kd.common.progress import final
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-VERSIONS = ("v1", "v2")
+STORES = ("v1", "v2", "v3", "v3-adaptive", "v3-conversations")
+READ_INDEPENDENTLY = STORES[1:]
 
 
 def test_every_released_version_has_its_store():
-    assert {f"v{n}" for n in RELEASED_VERSIONS} == set(VERSIONS) == {p.name for p in GOLDEN.iterdir() if p.is_dir()}
+    assert {f"v{n}" for n in RELEASED_VERSIONS} == {name[:2] for name in STORES}
+    assert set(STORES) == {p.name for p in GOLDEN.iterdir() if p.is_dir()}
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", STORES)
 def test_a_store_reads_as_it_was_written(version: str):
     """With the values its own reader gave when it was made: v1 by the last commit that wrote it."""
     reader = CacheReader(GOLDEN / version)
-    assert reader.manifest.format_version == int(version[1:])
+    assert reader.manifest.format_version == int(version[1])
     expected = json.loads((GOLDEN / f"{version}.json").read_text())
     assert [e["number"] for e in expected] == [0, len(reader) - 1]
     for values in expected:
@@ -42,6 +46,7 @@ def test_a_store_reads_as_it_was_written(version: str):
         assert example.id == values.pop("id")
         assert example.target == values.pop("target")
         assert example.context_ids.tolist() == values.pop("context_ids")
+        assert example.input_ids.tolist() == values.pop("input_ids", example.input_ids.tolist())
         for name, value in values.items():
             found = getattr(example.targets, name)
             # normalisers are stored in version 1; since then they are worked out in float32, whose exp, log and sums of
@@ -70,8 +75,25 @@ def attributes(root: Path, name: str) -> dict[str, Any]:
     return json.loads((root / "targets.zarr" / name / "zarr.json").read_text())["attributes"]
 
 
+def heads_of(root: Path, manifest: dict[str, Any], stored: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps of the log-probabilities, or ids, by row: `(places [E], kept [N])` of the entries in the flat arrays."""
+    slots = len(stored["gold_ids"])
+    width = next(a["columns"] for a in manifest["arrays"] if a["name"] == "token_ids")
+    kept = stored.get("kept", np.full(slots, width)).astype(np.int64)
+    if "kept" not in stored:
+        return np.arange(slots * width), kept
+    chunk_rows = manifest["layout"]["chunk_rows"]
+    places = [
+        chunk * chunk_rows * width + int(kept[chunk * chunk_rows : row].sum()) + place
+        for row in range(slots)
+        for chunk in [row // chunk_rows]
+        for place in range(kept[row])
+    ]
+    return np.array(places), kept
+
+
 def read_independently(root: Path) -> list[dict[str, Any]]:
-    """Examples of a version-2 cache as docs/cache-format.md tells how to read them."""
+    """Examples of a cache of version 2 or 3 as docs/cache-format.md tells how to read them."""
     manifest = json.loads((root / "manifest.json").read_text())
     vocabulary = pq.read_table(root / "vocabulary.parquet").to_pydict()
     id_of = np.empty(len(vocabulary["id"]), dtype=np.int64)
@@ -79,49 +101,108 @@ def read_independently(root: Path) -> list[dict[str, Any]]:
     names = {a["name"] for a in manifest["arrays"]}
     stored = {name: array(root, name) for name in names}
     ids = {name: id_of[stored[name]] for name in ("gold_ids", "token_ids", "sample_ids") if name in names}
+    places, kept = heads_of(root, manifest, stored)
+    ends = np.cumsum(kept)
     scale = np.array(attributes(root, "logprobs")["scale"])
-    relative = -scale[np.cumsum(stored["logprobs"].astype(np.int64), axis=1)]
+    steps = stored["logprobs"].reshape(-1)[places].astype(np.int64)
+    relative = [-scale[np.cumsum(steps[end - n : end])] for end, n in zip(ends, kept, strict=True)]
     temperatures = attributes(root, "tail_odds")["temperatures"]
     odds = stored["tail_odds"].astype(np.float64)
-    log_z = np.stack(
-        [np.log(np.exp(relative / t).sum(1)) + np.log1p(np.exp(odds[:, i])) for i, t in enumerate(temperatures)], 1
-    )
+    with np.errstate(divide="ignore"):  # slots that no row uses keep nothing
+        sums = np.array([[np.log(np.exp(row / t).sum()) for t in temperatures] for row in relative])
+    log_z = sums + np.log1p(np.exp(odds))
+    one = temperatures.index(1.0)
     examples = []
-    for index in range(len(manifest["shards"])):
-        for row in pq.read_table(root / "examples" / f"{index:05d}.parquet").to_pylist():
-            rows = slice(row["row_start"], row["row_end"])
-            examples.append(
-                {
-                    "id": row["id"],
-                    "target": row["target"],
-                    "context_ids": row["context_ids"],
-                    "gold_ids": ids["gold_ids"][rows],
-                    "token_ids": ids["token_ids"][rows],
-                    "sample_ids": ids["sample_ids"][rows],
-                    "sample_counts": stored["sample_counts"][rows],
-                    "gold_rank": stored["gold_rank"][rows],
-                    "gold_logprob": stored["gold_logprob"][rows],
-                    "boundary_logprob": stored["boundary_logprob"][rows],
-                    "byte_end": np.cumsum(stored["byte_length"][rows]),
-                    "log_z": log_z[rows],
-                    "logprobs": (relative - log_z[:, [temperatures.index(1.0)]])[rows],
-                }
-            )
+    for row, rows in examples_independently(root, manifest):
+        heads = slice(ends[rows.start] - kept[rows.start], ends[rows.stop - 1])
+        logprobs = np.concatenate([relative[r] - log_z[r, one] for r in range(rows.start, rows.stop)])
+        found = {
+            "id": row["id"],
+            "target": row["target"],
+            "context_ids": row["context_ids"],
+            "gold_ids": ids["gold_ids"][rows],
+            "token_ids": ids["token_ids"].reshape(-1)[places][heads],
+            "gold_rank": stored["gold_rank"][rows],
+            "gold_logprob": stored["gold_logprob"][rows],
+            "byte_end": np.cumsum(stored["byte_length"][rows]),
+            "log_z": log_z[rows],
+            "logprobs": logprobs,
+        }
+        if "sample_ids" in names:
+            found |= {"sample_ids": ids["sample_ids"][rows]}
+            found |= {name: stored[name][rows] for name in ("sample_counts", "boundary_logprob")}
+        examples.append(found | {"input_ids": in_order(row, ids["gold_ids"][rows])})
     return examples
 
 
-@pytest.mark.parametrize("which", ["golden", "built"])
+def examples_independently(root: Path, manifest: dict[str, Any]) -> Iterator[tuple[dict[str, Any], slice]]:
+    """The rows of the example tables, each with its addresses in the arrays."""
+    old = manifest["format_version"] < 3
+    shards = manifest["shards"] if old else pq.read_table(root / "shards.parquet").to_pylist()
+    lengths = [] if old else pq.read_table(root / "lengths" / "00000.parquet").to_pylist()
+    assert len(shards) == (len(shards) if old else manifest["shards"])
+    number = 0
+    for index, shard in enumerate(shards):
+        start = index * manifest["layout"]["shard_rows"]
+        table = pq.read_table(root / "examples" / f"{index:05d}.parquet").to_pylist()
+        if not old:
+            assert (len(table), sum(row["rows"] for row in table)) == (shard["examples"], shard["rows"])
+        for row in table:
+            rows = slice(row["row_start"], row["row_end"]) if old else slice(start, start + row["rows"])
+            if not old:
+                tokens = len(row["context_ids"]) + row["rows"] + len(row.get("gap_ids", ()))
+                assert lengths[number] == {"tokens": tokens, "rows": row["rows"]}
+            yield row, rows
+            start, number = rows.stop, number + 1
+
+
+def in_order(row: dict[str, Any], targets: np.ndarray) -> list[int]:
+    """The sequence that a model reads: the context, and each target token after the gap before it."""
+    gaps = dict(zip(row.get("gap_rows", ()), row.get("gap_lengths", ()), strict=True))
+    left, read = list(row.get("gap_ids", ())), list(row["context_ids"])
+    for number, token in enumerate(targets.tolist()):
+        count = gaps.get(number, 0)
+        read += [*left[:count], token]
+        left = left[count:]
+    assert not left
+    return read
+
+
+@pytest.mark.parametrize("which", [*READ_INDEPENDENTLY, "built"])
 def test_a_reader_without_our_code_agrees(which: str, cache: Path):
-    root = GOLDEN / "v2" if which == "golden" else cache
+    root = cache if which == "built" else GOLDEN / which
     reader = CacheReader(root)
     found = read_independently(root)
     assert len(found) == len(reader)
     for theirs, ours in zip(found, reader.read(range(len(reader))), strict=True):
         assert (theirs.pop("id"), theirs.pop("target")) == (ours.id, ours.target)
         assert theirs.pop("context_ids") == ours.context_ids.tolist()
+        assert theirs.pop("input_ids") == ours.input_ids.tolist()
         for name, value in theirs.items():
+            mine = getattr(ours.targets, name)
+            mine = mine.reshape(-1) if name in ("token_ids", "logprobs") else mine
             # ours is computed in float32: sums of a few exponentials, logarithms of some nats
-            np.testing.assert_allclose(getattr(ours.targets, name), value, rtol=0, atol=4e-6, err_msg=name)
+            np.testing.assert_allclose(mine, value, rtol=0, atol=4e-6, err_msg=name)
+
+
+def test_a_cache_of_version_3_holds_what_its_documents_list_and_nothing_else():
+    """Every file but the manifest is listed once, with its size and SHA-256: under `files`, or in a commit, or as a commit."""
+    for root in (GOLDEN / name for name in READ_INDEPENDENTLY if name != "v2"):
+        manifest = json.loads((root / "manifest.json").read_text())
+        commits = pq.read_table(root / "commits.parquet").to_pylist()
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        sums = dict.fromkeys(manifest["bytes"], 0)
+        for index, commit in enumerate(commits):
+            name = f"commits/{index:05d}.json"
+            listed[name] = (commit["bytes.commit"], commit["sha256"].hex())
+            document = json.loads((root / name).read_text())
+            listed |= {inner: (entry["bytes"], entry["sha256"]) for inner, entry in document["files"].items()}
+            for array in sums:
+                sums[array] += commit[f"bytes.{array}"]
+        assert sums == manifest["bytes"]
+        there = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        there.pop("manifest.json")
+        assert {n: (len(data), hashlib.sha256(data).hexdigest()) for n, data in there.items()} == listed
 
 
 SCRIPT = """
@@ -155,7 +236,7 @@ def test_zarrita_reads_it_too(tmp_path: Path):
     if done.returncode:
         pytest.skip(f"zarrita cannot be installed here: {done.stderr[-200:]}")
     (tmp_path / "read.mjs").write_text(SCRIPT)
-    root = GOLDEN / "v2"
+    root = GOLDEN / "v3"
     names = [a["name"] for a in json.loads((root / "manifest.json").read_text())["arrays"] if a["dtype"] != "float16"]
     assert {"token_ids", "logprobs", "gold_rank", "byte_length"} <= set(names)
     read = subprocess.run(

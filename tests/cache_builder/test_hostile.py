@@ -119,9 +119,15 @@ def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         put("examples", value=10**400),
         put("examples", value=-1),
         put("shards", value=[[0, 2**40, 1]]),
-        put("shards", value=[]),
-        put("shards", 0, value=[0, 1]),
+        put("shards", value=0),
+        put("shards", value=2**40),
         put("shards", value={}),
+        put("bytes", value={}),
+        put("bytes", value=7),
+        put("bytes", "examples", value=1),
+        put("files", "shards.parquet", "bytes", value=2**33),
+        put("files", "commits.parquet", "bytes", value=2**33),
+        put("files", "lengths/00000.parquet", "bytes", value=2**33),
         put("identity", "teacher", "vocabulary_size", value=10**30),
         put("identity", "teacher", "vocabulary_size", value=0),
         put("identity", "teacher", value=None),
@@ -136,15 +142,14 @@ def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         put("identity", "blocks", value={"seq_len": 1, "evil": 1}),
         put("identity", "targets", "band_temperatures", value=[3.0]),
         put("identity", "corpus", value=7),
-        put("commits", value=["0" * 64]),
-        put("commits", 0, value=7),
         put("quality", value={"rows": "many"}),
         put("files", value={"vocabulary.parquet": {"bytes": -1, "sha256": ""}}),
         put("files", value=[]),
         put("files", value={}),
         put("arrays", value=[]),
         put("format", value="zip"),
-        put("format_version", value=3),
+        put("format_version", value=2),
+        put("format_version", value=4),
         put("format_version", value=None),
         put("provenance", value=None),
         put("identity", value={}),
@@ -178,7 +183,7 @@ def test_a_json_file_without_end(copy: Path):
 
 # chunks
 
-GOLD = "targets.zarr/gold_ids/c/0"
+GOLD = "targets.zarr/gold_ids/c.0"
 
 
 def test_a_chunk_that_says_it_is_a_terabyte(copy: Path):
@@ -227,7 +232,7 @@ def rewritten(copy: Path, name: str, change: Callable[[np.ndarray], np.ndarray])
     shard = CacheReader(copy).manifest.layout.shard_rows
     values = np.asarray(array[:shard])
     array[:shard] = change(values)
-    file = f"targets.zarr/{name}/c/0" + ("/0" if values.ndim > 1 else "")
+    file = f"targets.zarr/{name}/c.0" + (".0" if values.ndim > 1 else "")
     change_file(copy, file, (copy / file).read_bytes())
 
 
@@ -350,13 +355,15 @@ def test_a_list_repeated_until_it_fills_the_memory(copy: Path, small_tables: int
     "columns",
     [
         {"target": None},
-        {"row_start": None},
+        {"rows": None},
         {"tokens_digest": None},
-        {"row_start": "text"},
+        {"rows": "text"},
         {"context_ids": "text"},
-        {"row_end": "far"},
-        {"row_start": "negative"},
-        {"row_end": "null"},
+        {"rows": "far"},
+        {"rows": "large"},
+        {"rows": "none"},
+        {"rows": "negative"},
+        {"rows": "null"},
     ],
 )
 def test_tables_of_another_make(copy: Path, columns: dict[str, Any]):
@@ -364,6 +371,8 @@ def test_tables_of_another_make(copy: Path, columns: dict[str, Any]):
     kinds = {
         "text": pa.array(["x"] * count),
         "far": pa.array([2**62] * count),
+        "large": pa.array([2**31 - 1] * count, pa.int32()),
+        "none": pa.array([0] * count, pa.int32()),
         "negative": pa.array([-5] * count),
         "null": pa.array([None] * count, pa.int64()),
     }
@@ -408,8 +417,9 @@ def no_surprise(root: Path) -> None:
 
 def fuzzed(copy: Path, examples: int) -> None:
     manifest, commit = (json.loads((copy / name).read_text()) for name in ("manifest.json", "commits/00000.json"))
-    files = [GOLD, "targets.zarr/logprobs/c/0/0", EXAMPLES, "targets.zarr/zarr.json", "targets.zarr/log_z/zarr.json"]
-    whole = {name: (copy / name).read_bytes() for name in [*files, "vocabulary.parquet"] if (copy / name).exists()}
+    files = [GOLD, "targets.zarr/logprobs/c.0.0", EXAMPLES, "targets.zarr/zarr.json", "targets.zarr/log_z/zarr.json"]
+    files += ["vocabulary.parquet", "shards.parquet", "commits.parquet", "lengths/00000.parquet"]
+    whole = {name: (copy / name).read_bytes() for name in files if (copy / name).exists()}
 
     @settings(max_examples=examples, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.data())

@@ -15,15 +15,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kd.cache_builder.build.object_store.s3_claims import S3Claims, all_s3_claims
 from kd.cache_builder.build.object_store.s3_objects import S3Objects
+from kd.cache_builder.store.lengths import Lengths
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.cache_tables import COMMITS
 from kd.cache_builder.store.records.commits import shard_files
-from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheManifest, load_manifest
+from kd.cache_builder.store.records.manifest import BUILDING, MANIFEST, CacheManifest, listed_tables, load_manifest
 from kd.cache_builder.store.writers.shard_publishing import COMMIT
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.common.errors import CacheDamageError, CacheMismatchError
@@ -45,9 +48,9 @@ class S3Writer(ShardWriter):
         """As `ShardWriter.claims`."""
         return S3Claims(self.objects, name)
 
-    def create(self, vocabulary: list[bytes], codes: np.ndarray) -> CacheManifest:
+    def create(self, vocabulary: list[bytes], codes: np.ndarray, lengths: Iterable[Lengths]) -> CacheManifest:
         """As `ShardWriter.create`: in the folder first, then `building.json` and the rest in the store."""
-        mine = super().create(vocabulary, codes)
+        mine = super().create(vocabulary, codes, lengths)
         if mine.complete:
             return mine
         self._laid_out = self.objects.put_first(BUILDING, (self.root / BUILDING).read_bytes())
@@ -63,10 +66,11 @@ class S3Writer(ShardWriter):
             data = self.objects.get(name)
             if data is not None:
                 write_atomic(self.root / name, data.decode())
+                self._fetch_tables(json.loads(data))
                 break
         theirs = load_manifest(self.root)
         refuse_mismatch(self.root, mine.identity, theirs)
-        if (theirs.layout, theirs.files) != (mine.layout, mine.files):
+        if (theirs.layout, theirs.reopened().files) != (mine.layout, mine.files):
             raise CacheMismatchError(
                 "another builder laid this cache out differently",
                 cache=self.objects.url,
@@ -75,6 +79,13 @@ class S3Writer(ShardWriter):
                 try_="the same --shard-rows and versions for all builders",
             )
         return theirs
+
+    def _fetch_tables(self, document: dict[str, Any]) -> None:
+        """Have the tables that belong to a manifest's document in the folder, as far as they are in the store already."""
+        for name in listed_tables(document):
+            data = self.objects.get(name)
+            if data is not None:
+                (self.root / name).write_bytes(data)
 
     def committed(self) -> set[int]:
         """As `ShardWriter.committed`, by a listing of the store."""
@@ -158,6 +169,9 @@ class S3Writer(ShardWriter):
         if not self.objects.exists(MANIFEST):
             for index in range(len(self.manifest.shards)):
                 self._fetch_commit(index)
+            table = self.objects.get(COMMITS)  # another builder may be at the same
+            if table is not None:
+                (self.root / COMMITS).write_bytes(table)
             super().finish()
             rest = [p for p in sorted(self.root.iterdir()) if p.is_file() and not unfinished(p.name)]
             there, last = self.objects.top_names(), {MANIFEST, BUILDING}

@@ -33,6 +33,9 @@ class ArraySpec:
     """True if rows differ in length: `columns` is then the most entries of a row. In the file, the array has one dimension, and
     each chunk of rows holds their entries one after another, with zeros behind. See `ragged`."""
 
+    separator: Literal["/", "."] = "/"
+    """Between the numbers in the name of a shard's file. With a slash, each shard of an array with columns has its own folder."""
+
     @property
     def document(self) -> dict[str, Any]:
         """How the manifest lists the array."""

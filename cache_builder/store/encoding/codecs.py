@@ -22,7 +22,7 @@ from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import RawTargets, TargetConfig, band_edges
 
 
-def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) -> list[ArraySpec]:
+def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 3) -> list[ArraySpec]:
     """All arrays that a cache with these settings and this format version stores, in a fixed order."""
     kept, ids = PROFILES[config.profile], id_dtype(vocabulary_size)
     coded = version > 1
@@ -107,6 +107,8 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 2) ->
     # Measured (docs/log.md): small numbers want their bits by column; in rows of ids zstd finds what occurred before
     by_column = ("logprobs", "tail_odds", "sample_counts")
     specs = [replace(s, by_column=True) if s.name in by_column else replace(s, shuffle="shuffle") for s in specs]
+    if version > 2:
+        specs = [replace(s, separator=".") for s in specs]
     return [_of_entries(s) if config.ragged and s.name in ENTRY_ARRAYS else s for s in specs]
 
 

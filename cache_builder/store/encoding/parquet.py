@@ -60,6 +60,19 @@ def read_parquet(
     return pa.Table.from_batches(batches).cast(selected) if batches else selected.empty_table()
 
 
+def check_table_size(table: pa.Table) -> None:
+    """Raise CacheError for a table that `read_parquet` would refuse, before it is written."""
+    texts = [table[field.name] for field in table.schema if pa.types.is_string(field.type)]
+    size = table.nbytes + 4 * len(table) * table.num_columns + sum(column.nbytes for column in texts)
+    if size > MAX_TABLE_BYTES:
+        raise CacheError(
+            "the examples of a shard are too large",
+            found=f"{size} bytes of texts and ids",
+            expected=f"at most {MAX_TABLE_BYTES}",
+            try_="a smaller --shard-rows",
+        )
+
+
 def _batches(data: bytes, file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     try:
         yield from file.iter_batches(columns=names, use_threads=False)

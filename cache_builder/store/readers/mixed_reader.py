@@ -23,6 +23,7 @@ from kd.cache_builder.store.readers.mixed_order import mixed_order
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.records.cache_identity import identity_difference, without_text_rules
+from kd.cache_builder.store.records.commit_table import CommitTable
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.cache_builder.store.records.part import Part
 from kd.cache_builder.store.records.shard_table import ShardTable
@@ -144,7 +145,7 @@ def _joined_manifest(readers: Sequence[CacheReader], weights: np.ndarray) -> Cac
         examples=shards.example_count,
         rows=sum(r.manifest.rows for r in readers),
         shards=shards,
-        commits=tuple(c for r in readers for c in r.manifest.commits),
+        commits=CommitTable.joined([r.manifest.commits for r in readers]),
         provenance=first.provenance | {"teacher": ", ".join(teachers)},
     )
 

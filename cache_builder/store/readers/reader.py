@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder.store import shard_store
-from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at
+from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at, recorded_bytes
+from kd.cache_builder.store.lengths import LengthPages
 from kd.cache_builder.store.readers.announced import Announced
 from kd.cache_builder.store.readers.decoding import Decoder
 from kd.cache_builder.store.readers.description import Facts, facts, html_table, one_line
 from kd.cache_builder.store.readers.epoch_order import EpochOrder, epoch_order
 from kd.cache_builder.store.readers.reading import CachedExample
 from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
+from kd.cache_builder.store.records.manifest_checks import length_pages
 from kd.cache_builder.store.records.part import Part, load_part
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import read_vocabulary
@@ -56,8 +58,10 @@ class CacheReader:
                 found=f"{len(self.files.committed(total))} of {total} shards",
                 try_="run its kd cache build command again: it continues",
             )
+        pages = set(length_pages(len(self)))  # these are large, and compared when they are read
         for name, entry in self.manifest.files.items():
-            self.files.verify_file(name, entry)
+            if name not in pages:
+                self.files.verify_file(name, entry)
         self.config = self.manifest.targets
         if top_k is not None and not 1 <= top_k <= self.config.top_k:
             raise CacheError(
@@ -69,6 +73,7 @@ class CacheReader:
         self.top_k, self.window = top_k, window
         self.part: Part | None = load_part(self.root, self.manifest)
         self.shards: Sequence[int] = range(len(self.manifest.shards)) if self.part is None else self.part.shards
+        self._length_pages = LengthPages(self.files, self.manifest)
         self._decoder = Decoder(self.root, self.manifest, top_k)
         self._arrays: Sequence[str] | None = None
         self._announced: Announced | None = None
@@ -89,7 +94,8 @@ class CacheReader:
         return html_table(str(self.root), self._facts())
 
     def _facts(self) -> Facts:
-        return facts(self.manifest, bytes_below(self.root), self.top_k)
+        size = recorded_bytes(self.manifest, self.part) if self.files.on_disk else None
+        return facts(self.manifest, bytes_below(self.root) if size is None else size, self.top_k)
 
     def keep(self, arrays: Sequence[str]) -> None:
         """As `Reader.keep`."""
@@ -104,6 +110,8 @@ class CacheReader:
         stop = len(self) if stop is None else stop
         if not 0 <= first < stop <= len(self):
             raise IndexError(f"examples {first}:{stop} of a cache of {len(self)}")
+        if self.manifest.format_version > 2:
+            return self._those_here(first, *self._length_pages.read(first, stop))
         table = self.manifest.shards
         tokens, rows = np.zeros(stop - first, dtype=np.int64), np.zeros(stop - first, dtype=np.int64)
         touched = range(int(table.shard_of(first)), int(table.shard_of(stop - 1)) + 1)
@@ -118,6 +126,15 @@ class CacheReader:
             tokens[into] = columns["n_tokens"][taken]
             rows[into] = (np.array(columns["row_end"]) - np.array(columns["row_start"]))[taken]
         return tokens, rows
+
+    def _those_here(self, first: int, tokens: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths of consecutive examples from number `first` on, with 0 for those whose shard this copy does not hold."""
+        if self.part is None:
+            return tokens, rows
+        held = np.zeros(len(self.manifest.shards), dtype=bool)
+        held[list(self.part.shards)] = True
+        here = held[self.manifest.shards.shard_of(np.arange(first, first + len(rows)))]
+        return tokens * here, rows * here
 
     def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
         """As `Reader.epoch_order`: a function of (seed, epoch) and the shards that are here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.cache_builder.store.records.manifest import FORMAT_VERSION, CacheManifest
+from kd.cache_builder.store.records.manifest import OLDEST_CONTINUED, CacheManifest
 from kd.common.errors import CacheMismatchError
 
 TEXT_RULES_NAMES = ("text_rules", "control_tokens")
@@ -14,12 +14,12 @@ TEXT_RULES_NAMES = ("text_rules", "control_tokens")
 
 def refuse_mismatch(root: Path, wanted: dict[str, Any], existing: CacheManifest) -> None:
     """Raise CacheMismatchError with the difference, unless `existing` was made from exactly `wanted`."""
-    if existing.format_version < FORMAT_VERSION:
+    if existing.format_version < OLDEST_CONTINUED:
         raise CacheMismatchError(
             "the directory holds a cache of an older format",
             cache=root,
             found=f"format version {existing.format_version}",
-            expected=FORMAT_VERSION,
+            expected=f"{OLDEST_CONTINUED} or newer",
             try_="another --out; the old cache can still be read and trained from",
         )
     differences = identity_difference(wanted, existing.identity)

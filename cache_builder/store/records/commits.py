@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.encoding.arrays import ArraySpec
+from kd.cache_builder.store.records.cache_tables import SHARDS, TABLES
 from kd.cache_builder.store.records.manifest import (
     ANSWERS,
     BUILDING,
@@ -31,7 +32,7 @@ from kd.common.files import read_json, sha256_of, unfinished
 from kd.common.strangers.plain_files import NotPlainError, is_inside, open_plain
 
 COMMIT_NAME = re.compile(r"[0-9]{5}\.json|[1-9][0-9]{5,9}\.json")
-CACHE_NAMES = {MANIFEST, BUILDING, VOCABULARY, "examples", TARGETS, "commits", ANSWERS}
+CACHE_NAMES = {MANIFEST, BUILDING, VOCABULARY, *TABLES, "lengths", "examples", TARGETS, "commits", ANSWERS}
 """Names of the files and folders of a cache."""
 
 
@@ -42,7 +43,10 @@ def commit_path(root: Path, index: int) -> Path:
 
 def shard_files(arrays: Sequence[ArraySpec], index: int) -> dict[str, str]:
     """Array name (or `examples`) -> path in the cache of shard `index`'s file."""
-    files = {a.name: f"{TARGETS}/{a.name}/c/{index}" + ("" if a.columns is None or a.ragged else "/0") for a in arrays}
+    files = {}
+    for a in arrays:
+        numbers = [str(index)] if a.columns is None or a.ragged else [str(index), "0"]
+        files[a.name] = f"{TARGETS}/{a.name}/" + a.separator.join(["c", *numbers])
     return files | {"examples": f"examples/{index:05d}.parquet"}
 
 
@@ -144,7 +148,7 @@ def existing_cache(out: Path) -> CacheManifest | None:
     if not out.is_dir():
         raise CacheError("the output is not a directory", where=out, try_="another --out")
     if (out / MANIFEST).exists() or (out / BUILDING).exists():
-        return load_manifest(out)
+        return None if _only_begun(out) else load_manifest(out)
     foreign = sorted(p.name for p in out.iterdir() if p.name not in CACHE_NAMES and not unfinished(p.name))
     if foreign:
         raise CacheError(
@@ -154,3 +158,13 @@ def existing_cache(out: Path) -> CacheManifest | None:
             expected="an empty or new directory",
         )
     return None
+
+
+def _only_begun(out: Path) -> bool:
+    """Whether a builder has written `building.json` and was killed, or is at work, before the tables were at their names.
+
+    There is no shard yet. `ShardWriter.create` compares what the document says with this build, and publishes what is missing.
+    """
+    document = read_json(out / BUILDING, inside=out) if not (out / MANIFEST).exists() else {}
+    begun = SHARDS in (document.get("files") or ()) and not os.path.lexists(out / SHARDS)
+    return begun and not os.path.isdir(out / "commits")

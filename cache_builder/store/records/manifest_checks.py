@@ -19,6 +19,22 @@ MAX_FILE_BYTES = MAX_ARRAY_BYTES + 2**30
 """Bound on a file of a cache: an array that does not compress, with the index and the checksums of its chunks."""
 
 
+MAX_SHARDS = 2**20
+"""Bound on the shards of a cache from format version 3 on; a plan that would exceed it is refused."""
+PAGE_EXAMPLES = 2**20
+"""Examples in one file of lengths."""
+
+
+def length_page(number: int) -> str:
+    """Path in the cache of a file of lengths, see `kd.cache_builder.store.lengths`."""
+    return f"lengths/{number:05d}.parquet"
+
+
+def length_pages(examples: int) -> list[str]:
+    """The files of lengths of a cache with this many examples."""
+    return [length_page(number) for number in range(-(-examples // PAGE_EXAMPLES))]
+
+
 def bounded_count(value: Any) -> int:
     """A count as it is. Raises CacheError unless it is an integer from 0 to `MAX_ROWS`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ROWS:
@@ -58,6 +74,17 @@ def check_bounds(arrays: Sequence[ArraySpec], shard_rows: int) -> None:
             found=f"{largest.name}: {size} bytes",
             expected=f"at most {MAX_ARRAY_BYTES}",
             try_="a smaller --shard-rows",
+        )
+
+
+def check_limits(shards: ShardTable) -> None:
+    """Raise CacheError for a cache that could be written and would be refused when it is read."""
+    if len(shards) > MAX_SHARDS or shards.row_count > MAX_ROWS:
+        raise CacheError(
+            "the cache would have too many shards",
+            found=f"{len(shards)} shards, {shards.row_count} rows",
+            expected=f"at most {MAX_SHARDS} shards, {MAX_ROWS} rows",
+            try_="a larger --shard-rows",
         )
 
 

@@ -1,6 +1,6 @@
 """`ShardTable`: which examples and how many rows each shard of a cache holds, as two columns of numbers.
 
-    table = cut_into_shards([rows_of_examples], shard_rows=32768)
+    table = cut_into_shards([(tokens, rows)], shard_rows=32768)
     first, stop, rows = table[17]           # examples [first, stop) of shard 17, and its rows
     table.shard_of(numbers)                 # the shards that hold these examples
 
@@ -11,12 +11,15 @@ tuples of Python it had 60 MB and took seconds to make.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
 
 from kd.common.errors import CacheError
 
+MAX_SHARD_TOKENS = 2**25
+"""Tokens at which a shard ends although it could hold more rows. Prompts of 1,000 tokens for every row reach it."""
 AT_ONCE = 4096
 """Shards that become Python numbers at once, when a table is iterated."""
 
@@ -48,6 +51,11 @@ class ShardTable(Sequence[tuple[int, int, int]]):
             first, stop, rows = columns[wrong[0]].tolist()
             raise CacheError("shard table is not contiguous", found=f"examples {first}:{stop}, {rows} rows")
         return table
+
+    @classmethod
+    def none(cls) -> ShardTable:
+        """A table without shards."""
+        return cls(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
     @classmethod
     def joined(cls, tables: Sequence[ShardTable]) -> ShardTable:
@@ -111,32 +119,49 @@ class ShardTable(Sequence[tuple[int, int, int]]):
         return f"ShardTable({len(self)} shards, {self.example_count} examples, {self.row_count} rows)"
 
 
-def cut_into_shards(rows: Iterable[np.ndarray], shard_rows: int) -> ShardTable:
+def cut_into_shards(
+    lengths: Iterable[tuple[np.ndarray, np.ndarray]], shard_rows: int, shard_tokens: int = MAX_SHARD_TOKENS
+) -> ShardTable:
     """Consecutive whole examples, as many to a shard as fit.
 
-    rows         the rows of every example, one array after another: no more than one is held at once
-    shard_rows   most rows of a shard
+    lengths        tokens and rows of every example, in batches of any size: no more than one is held at once
+    shard_rows     most rows of a shard
+    shard_tokens   most tokens of a shard, those of one example aside: its table of examples is read at once
 
     Raises CacheError for an example that has more rows than a shard holds, or none, and where there is no example.
     """
-    examples, counts = list[int](), list[int]()
-    here = filled = before = 0
-    for batch in rows:
-        _refuse_unfit(batch, shard_rows, before)
-        ends = np.cumsum(batch, dtype=np.int64)
-        position = base = 0
-        while position < len(batch):
-            stop = int(np.searchsorted(ends, base + shard_rows - filled, side="right"))
-            here, filled = here + stop - position, filled + (int(ends[stop - 1]) - base if stop > position else 0)
-            if stop < len(batch):  # the next example does not fit any more
-                examples.append(here)
-                counts.append(filled)
-                here = filled = 0
-            position, base = stop, int(ends[stop - 1]) if stop else 0
-        before += len(batch)
+    sizes, here, before = list[tuple[int, int]](), _Filling(), 0
+    for tokens, rows in lengths:
+        _refuse_unfit(rows, shard_rows, before)
+        ends_of_rows, ends_of_tokens = (np.concatenate([[0], np.cumsum(n, dtype=np.int64)]) for n in (rows, tokens))
+        position = 0
+        while position < len(rows):
+            by_rows = np.searchsorted(ends_of_rows, ends_of_rows[position] + shard_rows - here.rows, side="right") - 1
+            by_tokens = (
+                np.searchsorted(ends_of_tokens, ends_of_tokens[position] + shard_tokens - here.tokens, side="right") - 1
+            )
+            stop = int(min(by_rows, max(by_tokens, position + (not here.examples))))
+            here.examples += stop - position
+            here.rows += int(ends_of_rows[stop] - ends_of_rows[position])
+            here.tokens += int(ends_of_tokens[stop] - ends_of_tokens[position])
+            if stop < len(rows):  # the next example does not fit any more
+                sizes.append((here.examples, here.rows))
+                here = _Filling()
+            position = stop
+        before += len(rows)
     if not before:
         raise CacheError("a cache without examples")
-    return ShardTable(np.array([*examples, here]), np.array([*counts, filled]))
+    columns = np.array([*sizes, (here.examples, here.rows)], dtype=np.int64)
+    return ShardTable(columns[:, 0], columns[:, 1])
+
+
+@dataclass
+class _Filling:
+    """What the shard that is being filled holds so far."""
+
+    examples: int = 0
+    rows: int = 0
+    tokens: int = 0
 
 
 def _refuse_unfit(rows: np.ndarray, shard_rows: int, before: int) -> None:

@@ -1,8 +1,10 @@
 """Write shards of a cache whole: staged under another name, then published and committed. The one door to Zarr.
 
     manifest.json  building.json     see `manifest`
+    shards.parquet  commits.parquet  see `cache_tables`
+    lengths/00000.parquet            see `lengths`
     vocabulary.parquet               the bytes every teacher id stands for
-    examples/00000.parquet           id, task, split, prompt, target, context ids, row range, digest of the tokens
+    examples/00000.parquet           id, task, split, prompt, target, context ids, number of rows, digest of the tokens
     targets.zarr/                    a plain Zarr v3 group; every array is [slots] or [slots, columns]
     commits/00000.json               one per shard, written last: row range, bytes and SHA-256 of each file
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
@@ -29,9 +32,20 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec
-from kd.cache_builder.store.example_table import example_schema
+from kd.cache_builder.store.encoding.parquet import check_table_size
+from kd.cache_builder.store.example_table import table_of_examples
+from kd.cache_builder.store.lengths import Lengths, write_length_pages
 from kd.cache_builder.store.ragged import KEPT, spread
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+from kd.cache_builder.store.records.cache_tables import (
+    COMMITS,
+    SHARDS,
+    load_commit_table,
+    sized_files,
+    write_commit_table,
+    write_shard_table,
+)
+from kd.cache_builder.store.records.commit_table import CommitTable
 from kd.cache_builder.store.records.commits import (
     check_sizes,
     commit_path,
@@ -51,15 +65,19 @@ from kd.cache_builder.store.records.manifest import (
     group_files,
     load_manifest,
 )
+from kd.cache_builder.store.records.manifest_checks import check_limits, length_pages
+from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.vocabulary import code_table, pack_rows
 from kd.cache_builder.store.writers.claims import Claims, all_claims, claim_path, void_claims
 from kd.cache_builder.store.writers.shard_publishing import offer, prepare_shard, settle, settle_all
-from kd.common.errors import CacheMismatchError
+from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import (
+    MAX_JSON_BYTES,
     STAGING_LOCK,
     process_tag,
     publish,
     publish_first,
+    read_json,
     sha256_of,
     sweep,
     sync_folder,
@@ -69,6 +87,8 @@ from kd.common.files import (
 from kd.common.processes import lock_of
 
 _WRITERS = count()
+START_SECONDS = 5.0
+"""Time that a builder waits for the table of shards of another one that has just begun."""
 
 
 class ShardWriter:
@@ -111,9 +131,10 @@ class ShardWriter:
             return
         self.close()
         building.unlink()  # first: without it this is no cache, and a build begins anew
-        for name in (*group_files(self.arrays), VOCABULARY):
+        for name in self._names():
             (self.root / name).unlink(missing_ok=True)
         for folder in [
+            self.root / "lengths",
             *(self.root / TARGETS / a.name for a in self.arrays),
             self.root / TARGETS,
             self.root / "commits",
@@ -145,18 +166,25 @@ class ShardWriter:
             (self.root / BUILDING).unlink(missing_ok=True)
             sync_folder(self.root)
 
-    def create(self, vocabulary: list[bytes], codes: np.ndarray) -> CacheManifest:
-        """Lay out the directory unless that was done: `building.json`, metadata, vocabulary.
+    def create(self, vocabulary: list[bytes], codes: np.ndarray, lengths: Iterable[Lengths]) -> CacheManifest:
+        """Lay out the directory unless that was done: `building.json`, metadata, vocabulary, tables.
+
+        vocabulary   bytes of every id
+        codes        [V] those of `codes_by_count`
+        lengths      tokens and rows of every example, in batches of any size: no more than a million are held at once
 
         `building.json` comes first and holds the digests of the rest. If two builders start at once, the second continues with
-        the first one's document, or is refused where that describes another cache. `codes [V]` are those of `codes_by_count`.
-        Returns the manifest with the digests. Raises CacheMismatchError.
+        the first one's document, or is refused where that describes another cache. Returns the manifest with the digests. Raises
+        CacheMismatchError, and CacheError for a cache that could not be read.
         """
-        names = [*group_files(self.arrays), VOCABULARY]
+        names = self._names()
         if self.manifest.files and all((self.root / name).is_file() for name in names):
             return self.manifest
+        check_limits(self.manifest.shards)
         self.root.mkdir(parents=True, exist_ok=True)
         self._stage()
+        if self.manifest.format_version > 2:
+            self._stage_tables(lengths)
         table = pa.table(
             {
                 "id": pa.array(range(len(vocabulary)), pa.int32()),
@@ -179,11 +207,12 @@ class ShardWriter:
         files |= {f"{ANSWERS}/{p.name}": file_entry(p) for p in answers if not unfinished(p.name)}
         mine = CacheManifest(**{**_shallow(self.manifest), "files": files})
         if not self.manifest.files and not (self.root / MANIFEST).exists():
-            (self.staging / BUILDING).write_text(mine.to_json(), encoding="utf-8")
+            _write_bounded(self.staging / BUILDING, mine.to_json())
             self._began = publish_first(self.staging / BUILDING, self.root / BUILDING)
+        self._have_shard_table(files)
         theirs = load_manifest(self.root)
         refuse_mismatch(self.root, mine.identity, theirs)
-        if (theirs.layout, theirs.files) != (mine.layout, files):
+        if (theirs.layout, theirs.reopened().files) != (mine.layout, files):
             raise CacheMismatchError(
                 "another builder laid this directory out differently",
                 cache=self.root,
@@ -197,6 +226,37 @@ class ShardWriter:
                 publish(self.staging / name, self.root / name)
         self.close()
         return self.manifest
+
+    def _names(self) -> list[str]:
+        """Files that are there before the first shard is."""
+        tables = [*length_pages(self.manifest.examples), SHARDS] if self.manifest.format_version > 2 else []
+        return [*group_files(self.arrays), VOCABULARY, *tables]
+
+    def _stage_tables(self, lengths: Iterable[Lengths]) -> None:
+        """Write the table of shards and the lengths of all examples under the staging folder."""
+        write_shard_table(self.staging / SHARDS, self.manifest.shards)
+        pages = write_length_pages(self.staging, lengths)
+        if pages != length_pages(self.manifest.examples):
+            raise AssertionError(f"{len(pages)} pages of lengths for {self.manifest.examples} examples")
+
+    def _have_shard_table(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Have the table at its name, without which no manifest can be read: ours where it is the one that is listed.
+
+        Another builder that has just written its `building.json` publishes its own table in a moment.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while SHARDS in files and not (self.root / SHARDS).is_file():
+            document = read_json(_document_path(self.root), inside=self.root)
+            if (document.get("files") or {}).get(SHARDS) == files[SHARDS]:
+                publish(self.staging / SHARDS, self.root / SHARDS)
+            elif time.monotonic() > deadline:
+                raise CacheMismatchError(
+                    "another builder laid this directory out differently, and was ended at once",
+                    cache=self.root,
+                    try_=f"remove {self.root / BUILDING}, if no other builder is at work",
+                )
+            else:
+                time.sleep(0.05)
 
     def _stage(self) -> None:
         if not (self.staging / TARGETS / "zarr.json").exists():
@@ -244,7 +304,8 @@ class ShardWriter:
         group = zarr.open_group(self.staging / TARGETS, mode="r+")
         with zarr.config.set({"array.write_empty_chunks": True}):  # otherwise a shard of zeros would have no file
             arrays: dict[str, Any] = {spec.name: group[spec.name] for spec in self.arrays}
-        starts = np.array([e["row_start"] for e in examples]) - start
+        counts = np.array([e["rows"] for e in examples])
+        starts = np.cumsum(counts) - counts
         stored = pack_rows(stored, self.arrays, starts, code_table(LocalFiles(self.root), self.manifest)[0])
         for spec in self.arrays:
             values = stored[spec.name]
@@ -258,15 +319,16 @@ class ShardWriter:
             arrays[spec.name][first : first + len(values)] = values.astype(spec.dtype)
         parquet = self.staging / shard_files(self.arrays, index)["examples"]
         parquet.parent.mkdir(exist_ok=True)
-        schema = example_schema(self.manifest.kind)
-        columns = {name: [e[name] for e in examples] for name in schema.names}
+        table = table_of_examples(examples, self.manifest.kind, self.manifest.format_version, start)
+        check_table_size(table)
         pq.write_table(
-            pa.table(columns, schema),
+            table,
             parquet,
             compression="zstd",
             compression_level=15,
             use_dictionary=["task", "split", "prompt"],
             write_statistics=False,
+            store_schema=self.manifest.format_version < 3,
         )
 
     def _keep_locked(self) -> None:
@@ -291,11 +353,65 @@ class ShardWriter:
         for record in records:
             for name, value in record.quality.items():
                 quality[name] = quality.get(name, 0.0) + value
-        commits = tuple(sha256_of(commit_path(self.root, i)) for i in range(len(records)))
-        self.manifest = CacheManifest(**{**_shallow(self.manifest), "quality": quality, "commits": commits})
+        digests = [sha256_of(commit_path(self.root, i)) for i in range(len(records))]
+        files, stored = self.manifest.files, dict[str, np.ndarray]()
+        if self.manifest.format_version > 2:
+            stored = self._stored_bytes(records)
+            files = files | {COMMITS: self._publish_commits(CommitTable.from_hex(digests, stored))}
+        finished = {"quality": quality, "commits": CommitTable.from_hex(digests, stored), "files": files}
+        self.manifest = CacheManifest(**{**_shallow(self.manifest), **finished})
         write_first(self.root / MANIFEST, self.manifest.to_json())  # another builder may have been faster
         self.tidy()
         return self.manifest
+
+    def _stored_bytes(self, records: Sequence[ShardRecord]) -> dict[str, np.ndarray]:
+        """The columns of sizes of the table of commits."""
+        names = sized_files([a.name for a in self.arrays])
+        stored = {name: np.zeros(len(records), dtype=np.int64) for name in names}
+        for record in records:
+            for name, path in shard_files(self.arrays, record.index).items():
+                stored[name][record.index] = record.files[path]["bytes"]
+            stored["commit"][record.index] = commit_path(self.root, record.index).stat().st_size
+        return stored
+
+    def _publish_commits(self, table: CommitTable) -> dict[str, Any]:
+        """Have the table of commits at its name; returns its size and digest. Another builder may have published it already."""
+        staged = self.root / f".{COMMITS}.{process_tag()}.tmp"
+        try:
+            write_commit_table(staged, table)
+            if not publish_first(staged, self.root / COMMITS) and not self._holds(
+                table
+            ):  # left by a build that was reopened
+                write_commit_table(staged, table)
+                publish(staged, self.root / COMMITS)
+        finally:
+            staged.unlink(missing_ok=True)
+        return file_entry(self.root / COMMITS)
+
+    def _holds(self, table: CommitTable) -> bool:
+        """Whether the table of commits that is there says the same."""
+        try:
+            entry = file_entry(self.root / COMMITS)
+            return load_commit_table(self.root, entry, len(table), [a.name for a in self.arrays]) == table
+        except (CacheDamageError, OSError):
+            return False
+
+
+def _write_bounded(path: Path, text: str) -> None:
+    """Write a manifest. Raises CacheError for one that no reader would read."""
+    data = text.encode("utf-8")
+    if len(data) > MAX_JSON_BYTES:
+        raise CacheError(
+            "the manifest would be too large",
+            found=f"{len(data)} bytes",
+            expected=f"at most {MAX_JSON_BYTES}",
+            try_="shorter options",
+        )
+    path.write_bytes(data)
+
+
+def _document_path(root: Path) -> Path:
+    return root / MANIFEST if (root / MANIFEST).exists() else root / BUILDING
 
 
 def _shallow(manifest: CacheManifest) -> dict[str, Any]:
@@ -320,6 +436,7 @@ def create_group(
                 shape=(shards * layout.shard_rows * wide, *columns),
                 dtype=spec.dtype,
                 chunks=(layout.chunk_rows * wide, *columns),
+                chunk_key_encoding={"name": "default", "separator": spec.separator},
                 shards=(layout.shard_rows * wide, *columns),
                 filters=order,
                 serializer=BytesCodec(),

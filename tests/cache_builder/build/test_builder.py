@@ -21,6 +21,7 @@ import pytest
 from kd.cache_builder.build.builder import build
 from kd.cache_builder.build.estimate import estimate
 from kd.cache_builder.build.plan import plan_build
+from kd.cache_builder.build.shard_writing import lengths_of
 from kd.cache_builder.store import shard_store
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.readers.reader import CacheReader
@@ -82,7 +83,10 @@ def test_a_second_run_has_nothing_to_do_and_loads_no_teacher(tmp_path, build_req
 def test_a_build_leaves_only_what_the_format_names(unbroken):
     assert {name.split("/")[0] for name in unbroken} == {
         "manifest.json",
+        "shards.parquet",
+        "commits.parquet",
         "vocabulary.parquet",
+        "lengths",
         "examples",
         "targets.zarr",
         "commits",
@@ -132,7 +136,7 @@ def test_only_uncommitted_shards_are_built_again(tmp_path, build_request, run_bu
     commits = tmp_path / "c" / "commits"
     (tmp_path / "c" / "manifest.json").rename(tmp_path / "c" / "building.json")
     # as after a kill: the same document, before its last form
-    building = dataclasses.replace(load_manifest(tmp_path / "c"), commits=(), quality={})
+    building = load_manifest(tmp_path / "c").reopened()
     building.save(tmp_path / "c", "building.json")
     (commits / "00001.json").unlink()
     again = run_build(request)
@@ -257,10 +261,10 @@ def test_a_build_that_finds_everything_committed_compares_the_sizes(tmp_path, bu
     out = tmp_path / "c"
     run_build(build_request(out))
     if not finished:  # as after a kill before the manifest was written
-        document = dataclasses.replace(load_manifest(out), commits=(), quality={})
+        document = load_manifest(out).reopened()
         document.save(out, "building.json")
         (out / "manifest.json").unlink()
-    path = out / "targets.zarr" / "gold_rank" / "c" / "1"
+    path = out / "targets.zarr" / "gold_rank" / "c.1"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CacheDamageError, match="another size") as caught:
         run_build(build_request(out))
@@ -733,7 +737,7 @@ def test_a_refused_teacher_takes_nothing_from_a_build_under_way(
     held = tmp_path / "held"
     plan = plan_build(build_request(held))
     writer = shard_writer.ShardWriter(held, plan.manifest)
-    writer.create(plan.vocabulary, plan.codes)
+    writer.create(plan.vocabulary, plan.codes, lengths_of(plan.rows))
     claims = Claims(held)
     assert claims.take(1) is None
     writer.withdraw()

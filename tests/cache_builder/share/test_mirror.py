@@ -43,7 +43,7 @@ def batches_of(reader: CacheReader, size: int, epochs: int = 1) -> list[list[int
 def stored(root: Path) -> int:
     """Bytes of shards that lie in a mirror now."""
     total = 0
-    for path in [*(root / "targets.zarr").glob("*/c/**/*"), *(root / "examples").glob("*")]:
+    for path in [*(root / "targets.zarr").glob("*/c.*"), *(root / "examples").glob("*")]:
         try:
             total += path.stat().st_size if path.is_file() else 0
         except OSError:  # evicted while we look
@@ -96,7 +96,7 @@ def test_every_shard_is_fetched_once_in_an_epoch_and_the_bound_holds(cache: Path
         over.set()
         watcher.join()
     assert 0 < high <= limit
-    fetched = Counter(path for path in server.gets("/targets.zarr") if "/c/" in path)
+    fetched = Counter(path for path in server.gets("/targets.zarr") if "/c." in path)
     assert set(fetched.values()) <= {1, 2}  # once in each of two epochs
     assert max(fetched.values()) == 2  # the bound did make it fetch again
     again = CacheReader(open_files(server.url, limit), window=2)
@@ -132,22 +132,22 @@ def test_a_loss_fetches_only_the_arrays_it_reads(cache: Path, serve):
     reader.keep(["gold_ids", "gold_logprob", "gold_rank", "byte_length"])
     for batch in batches_of(reader, 4):
         reader.read(batch)
-    assert server.gets("gold_ids/c/")
-    assert not server.gets("token_ids/c/")
+    assert server.gets("gold_ids/c.")
+    assert not server.gets("token_ids/c.")
 
 
 def test_a_mirror_is_used_again_and_heals_itself(small: Path, serve):
     server: FileServer = serve(small)
     everything = list(range(len(CacheReader(small))))
     same(CacheReader(open_files(server.url)), CacheReader(small), everything)
-    before = len(server.gets("/c/"))
+    before = len(server.gets("/c."))
     same(CacheReader(open_files(server.url)), CacheReader(small), everything)
-    assert len(server.gets("/c/")) == before
+    assert len(server.gets("/c.")) == before
     root = open_files(server.url).root
     name = commits.shard_files(load_manifest(small).arrays, 0)["gold_ids"]
     (root / name).write_bytes((root / name).read_bytes()[:-1] + b"x")
     same(CacheReader(open_files(server.url)), CacheReader(small), everything)
-    assert len(server.gets("/c/")) == before + 1
+    assert len(server.gets("/c.")) == before + 1
     (root / commits.shard_files(load_manifest(small).arrays, 0)["logprobs"]).unlink()  # another process evicted it
     same(CacheReader(open_files(server.url)), CacheReader(small), everything)
 
@@ -168,7 +168,7 @@ def test_readers_at_once_share_one_fetch(small: Path, serve):
     for thread in threads:
         thread.join()
     assert not errors
-    assert max(Counter(server.gets("/c/")).values()) == 1
+    assert max(Counter(server.gets("/c.")).values()) == 1
 
 
 def test_wrong_bytes_and_a_dead_server_are_errors_that_name_the_file(small: Path, serve):
@@ -198,7 +198,7 @@ def test_wrong_bytes_and_a_dead_server_are_errors_that_name_the_file(small: Path
 def test_a_url_is_described_without_its_shards_and_verified_within_the_bound(cache: Path, serve):
     server: FileServer = serve(cache)
     there, here = cache_summary(open_files(server.url)), cache_summary(cache)
-    assert not server.gets("/c/")
+    assert not server.gets("/c.")
     for name in ("fingerprint", "complete", "shards_committed", "array_bytes_per_token", "teacher_nll_mean"):
         assert there[name] == here[name]
     assert there["bytes"] == pytest.approx(here["bytes"], rel=0.2)  # without manifest and commits

@@ -78,7 +78,9 @@ def test_parts_give_what_the_whole_text_gives(text: Text, tokenizer, tmp_path: P
         assert one.left_out.document() == left_out.document()
         assert one.notes == found.notes
         assert (one.examples, len(one.rows)) == (len(corpus.examples), len(rows))
-        np.testing.assert_array_equal(np.concatenate(list(one.row_counts())), [len(r.target_ids) for r in rows])
+        tokens, scored = (np.concatenate(column) for column in zip(*one.row_lengths(), strict=True))
+        np.testing.assert_array_equal(tokens, [len(r.input_ids) for r in rows])
+        np.testing.assert_array_equal(scored, [len(r.target_ids) for r in rows])
         size = len(tokenizer) - 5
         codes = codes_by_count(size, (r.input_ids for r in rows))
         np.testing.assert_array_equal(codes_of_counts(size, one.counts), codes)

@@ -30,13 +30,13 @@ def findings_of(root: Path) -> tuple:
 
 def harm(root: Path) -> list[str]:
     """Damage of every kind in shards 0, 1 and 2 and outside of shards; the names of what is touched."""
-    (root / "targets.zarr/token_ids/c/0/0").write_bytes(b"")
+    (root / "targets.zarr/token_ids/c.0.0").write_bytes(b"")
     (root / "examples/00001.parquet").unlink()
     flip(root / "commits/00002.json")
     flip(root / "vocabulary.parquet")
     (root / "targets.zarr/logprobs/zarr.json").unlink()
     return [
-        "targets.zarr/token_ids/c/0/0",
+        "targets.zarr/token_ids/c.0.0",
         "examples/00001.parquet",
         "commits/00002.json",
         "vocabulary.parquet",

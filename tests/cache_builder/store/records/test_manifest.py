@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kd.cache_builder.store.records.cache_tables import TABLES
 from kd.cache_builder.store.records.manifest import (
     Layout,
     fingerprint_of,
@@ -17,6 +19,8 @@ from kd.cache_builder.store.records.manifest import (
 )
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of
+
+GOLDEN = Path(__file__).parents[3] / "golden"
 
 
 def test_a_manifest_round_trips_to_the_same_bytes(cache: Path):
@@ -38,13 +42,17 @@ def test_the_fingerprint_covers_the_identity_and_nothing_else(cache: Path):
 
 
 def edited(cache: Path, folder: Path, edit, *, sign: bool = True) -> Path:
-    """A copy of the manifest alone after `edit(document)`; fingerprint and checksum made to fit, as an attacker would."""
+    """A copy of the manifest and its tables after `edit(document)`; fingerprint and checksum made to fit, as an attacker would."""
     document = json.loads((cache / "manifest.json").read_text())
     edit(document)
     if sign:
-        document["fingerprint"] = fingerprint_of(document["identity"])
+        with suppress(Exception):  # of an identity that is none
+            document["fingerprint"] = fingerprint_of(document["identity"], document["format_version"])
         document["checksum"] = digest_of({k: v for k, v in document.items() if k != "checksum"})
     folder.mkdir(exist_ok=True)
+    for name in TABLES:
+        if (cache / name).exists():
+            shutil.copy(cache / name, folder / name)
     (folder / "manifest.json").write_text(canonical_json(document))
     return folder
 
@@ -82,10 +90,11 @@ HOSTILE = [
     setter("layout.shard_rows", 128.0),
     setter("layout.chunk_rows", 0),
     setter("layout.more", 1),
-    setter("shards", []),
-    setter("shards.0.2", 2**50),
-    setter("shards.0.0", 1),
-    setter("shards.1.1", 0),
+    setter("shards", 0),
+    setter("shards", 2**40),
+    setter("shards", "1"),
+    setter("bytes", {}),
+    setter("bytes", []),
     setter("identity.teacher.vocabulary_size", 2**40),
     setter("identity.teacher.vocabulary_size", 4),
     setter("identity.targets.top_k", 2**31),
@@ -99,7 +108,6 @@ HOSTILE = [
     setter("identity", []),
     setter("arrays", []),
     setter("files", []),
-    setter("commits", ["00"]),
     setter("quality", {"rows": "many"}),
     rename_file("../vocabulary.parquet"),
     rename_file("/etc/passwd"),
@@ -108,6 +116,35 @@ HOSTILE = [
     rename_file("a//b"),
     rename_file("a\0b"),
 ]
+
+
+HOSTILE_BEFORE = [
+    setter("shards", []),
+    setter("shards", 1),
+    setter("shards.0.2", 2**50),
+    setter("shards.0.0", 1),
+    setter("shards.1.1", 0),
+    setter("commits", ["00"]),
+    setter("commits", ["0" * 64]),
+    setter("commits.0", 7),
+]
+
+
+@pytest.mark.parametrize("edit", HOSTILE_BEFORE, ids=lambda e: e.__name__)
+def test_hostile_tables_in_an_older_manifest_are_refused(tmp_path: Path, edit):
+    with pytest.raises(CacheDamageError) as caught:
+        load_manifest(edited(GOLDEN / "v2", tmp_path / "c", edit))
+    assert "manifest.json" in str(caught.value)
+
+
+def test_a_draft_of_the_third_version_is_told_apart_from_damage(cache: Path, tmp_path: Path):
+    with pytest.raises(CacheMismatchError, match="draft"):
+        load_manifest(edited(cache, tmp_path / "c", setter("shards", [[0, 1, 1]])))
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_an_older_manifest_is_written_as_it_was(version: str):
+    assert load_manifest(GOLDEN / version).to_json() == (GOLDEN / version / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize("edit", HOSTILE, ids=lambda e: e.__name__)
@@ -141,7 +178,7 @@ def test_arrays_too_large_to_allocate_are_refused_although_everything_agrees(cac
     [
         setter("provenance.corpus", "another"),
         setter("quality.mass_kept", 1.0),
-        setter("commits.0", "00" * 32),
+        setter("bytes.examples", 1),
         setter("rows", 5),
         lambda document: document.pop("checksum"),
         lambda document: document.pop("quality"),
@@ -155,6 +192,8 @@ def test_a_manifest_edited_by_hand_is_damaged(cache: Path, tmp_path: Path, edit)
 def test_every_flipped_byte_of_a_manifest_is_noticed(cache: Path, tmp_path: Path):
     data = (cache / "manifest.json").read_bytes()
     whole = load_manifest(cache)
+    for name in TABLES:
+        shutil.copy(cache / name, tmp_path / name)
     for place in range(0, len(data), 41):
         damaged = bytearray(data)
         damaged[place] ^= 1
@@ -193,3 +232,10 @@ def test_a_cache_whose_manifest_was_lost_is_damaged(cache: Path, tmp_path: Path)
 def test_shards_hold_whole_chunks(rows: tuple[int, int]):
     with pytest.raises(CacheError, match="does not fit the chunk size"):
         Layout(*rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shard_rows"), [(1, 32_768), (2**32, 32_768), (2**32 + 1, 65_536), (10**10, 131_072), (2**40, 2**23)]
+)
+def test_shards_grow_where_there_would_be_too_many(rows: int, shard_rows: int):
+    assert Layout.for_rows(rows) == Layout(shard_rows)
