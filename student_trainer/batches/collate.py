@@ -16,8 +16,8 @@ from kd.models.batching.packing import Size, lay_out, pack_sequences
 from kd.student_trainer.batches.pieces import SharedPieces
 from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.student_text import StudentExample, StudentText
+from kd.student_trainer.expected.outcome_rows import Starts, joined_starts, text_rows
 from kd.student_trainer.expected.piece_paths import AS_IT_IS, PiecePaths
-from kd.student_trainer.expected.text_rows import Starts, joined_starts, text_rows
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
 

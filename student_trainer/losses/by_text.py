@@ -1,6 +1,6 @@
 """`text-kl`: KL between what teacher and student expect of the text, for students with any tokenizer.
 
-The targets are outcomes (`kd.student_trainer.expected.text_rows`): sets of student tokens with the teacher's probability of
+The targets are outcomes (`kd.student_trainer.expected.outcome_rows`): sets of student tokens with the teacher's probability of
 each, and the rest. Sets are ranges of `places`: the student's ids have an order in which each set lies side by side.
 
     KL = Σ_j P_j (log P_j - log Q_j) + rest (log rest - log Q_rest),   Q_j = Σ_(v in j) q_v

@@ -102,7 +102,7 @@ class LossTargets:
     kept: Tensor | None = None
     """[N] int64: tokens, or outcomes, that each row keeps; None where all rows keep K"""
     range_starts: Tensor | None = None
-    """[E] where each outcome's student tokens begin in `places`; see `kd.student_trainer.expected.text_rows`"""
+    """[E] where each outcome's student tokens begin in `places`; see `kd.student_trainer.expected.outcome_rows`"""
     range_stops: Tensor | None = None
     """[E] one past where they end"""
     places: Tensor | None = None

@@ -20,6 +20,8 @@ from kd.common.files import sha256_of
 AT_ONCE = 8
 """Requests of one builder that run at once."""
 CREDENTIALS = "AWS_PROFILE or AWS_ACCESS_KEY_ID; AWS_ENDPOINT_URL for a store that is not Amazon's"
+TRIAL = ".trial-"
+"""Beginning of the names of objects by which a store is tried; a killed builder may leave one."""
 
 
 class S3Objects:
@@ -132,14 +134,11 @@ class S3Objects:
         self._each(lambda pair: self.copy(*pair), pairs)
 
     def refuse_unconditional(self) -> None:
-        """Raise CacheError where the store cannot be written to, or puts an object although there is one of that name."""
-        name = f".trial-{secrets.token_hex(8)}"
-        try:
-            first, second = self.put_first(name, b"1"), self.put_first(name, b"2")
-        finally:
-            with suppress(CacheError):
-                self.remove([name])
-        if not first or second:
+        """Raise CacheError where the store cannot be written to, or puts an object although there is one of that name.
+
+        It is tried twice, because a builder that finishes the cache removes what trials have left, and may come between.
+        """
+        if not any(self._keeps_the_first() for _ in range(2)):
             raise CacheError(
                 "this store does not keep two builders apart",
                 where=self.url,
@@ -147,6 +146,15 @@ class S3Objects:
                 expected="a store with conditional writes, as Amazon S3, MinIO and Cloudflare R2 have them",
                 try_="build into a folder, then kd cache push",
             )
+
+    def _keeps_the_first(self) -> bool:
+        """Whether the first of two objects of one name stays."""
+        name = f"{TRIAL}{secrets.token_hex(8)}"
+        try:
+            return self.put_first(name, b"1") and not self.put_first(name, b"2")
+        finally:
+            with suppress(CacheError):
+                self.remove([name])
 
     def _call(self, method: str, name: str, **words: Any) -> Any:
         return self._files.call_s3(method, Bucket=self.bucket, Key=f"{self.prefix}/{name}", **words)

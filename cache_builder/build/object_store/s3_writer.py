@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kd.cache_builder.build.object_store.s3_claims import S3Claims, all_s3_claims
-from kd.cache_builder.build.object_store.s3_objects import S3Objects
+from kd.cache_builder.build.object_store.s3_objects import TRIAL, S3Objects
 from kd.cache_builder.store.lengths import Lengths
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
@@ -188,7 +188,7 @@ class S3Writer(ShardWriter):
 
     def _tidy_store(self) -> None:
         """Remove everything but the finished cache: a shard of it has no builder."""
-        left = [name for prefix in (STAGING, ".ready-", "commits/.") for name in self.objects.sizes(prefix)]
+        left = [name for prefix in (STAGING, ".ready-", TRIAL, "commits/.") for name in self.objects.sizes(prefix)]
         self.objects.remove([*left, BUILDING])
 
     def withdraw(self) -> None:

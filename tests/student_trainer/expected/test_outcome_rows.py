@@ -15,8 +15,8 @@ import torch
 
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.student_trainer.batches.collate import loss_targets
+from kd.student_trainer.expected.outcome_rows import Starts, joined_starts, text_rows
 from kd.student_trainer.expected.piece_paths import AS_IT_IS, PiecePaths, cut_by_length
-from kd.student_trainer.expected.text_rows import Starts, joined_starts, text_rows
 from kd.student_trainer.losses.by_text import text_kl
 
 WORDS = {b" the": 0.4, b" then": 0.1, b" cat": 0.3, b" car": 0.2}
