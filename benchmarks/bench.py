@@ -204,7 +204,7 @@ def case_t5_bare(work: Path, tokens: int) -> dict[str, float]:
             pad = torch.nn.utils.rnn.pad_sequence
             contexts, targets = (
                 pad(
-                    [torch.from_numpy(getattr(plan.rows[i], name)).long() for i in batch],
+                    [torch.tensor(getattr(plan.rows[i], name), dtype=torch.int64) for i in batch],
                     True,
                     model.config.pad_token_id,
                 )

@@ -51,7 +51,7 @@ def main() -> None:
     rows: list[Tensor] = []
     for row in tokenize_corpus(load_corpus("demo:heldout"), tokenizer, BlockConfig(129)):
         if len(row.input_ids) == 129 and len(rows) < args.positions // 128:
-            rows.append(torch.from_numpy(row.input_ids).long())
+            rows.append(torch.tensor(row.input_ids, dtype=torch.int64))
     teacher = logits_of("demo", rows)
     student = logits_of(args.student, rows).clone().requires_grad_()
     torch.manual_seed(0)

@@ -184,12 +184,36 @@ def _uses_byte_level(model: dict[str, Any]) -> bool:
     return "ByteLevel" in kinds([model.get("pre_tokenizer"), model.get("decoder")])
 
 
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Hex digest of the whole tokenizer: vocabulary, merges, normaliser, special tokens, BOS/EOS behaviour."""
+def tokenizer_fingerprint(tokenizer: Tokenizer, *, cut_to: int | None = None) -> str:
+    """Hex digest of the whole tokenizer: vocabulary, merges, normaliser, special tokens, BOS/EOS behaviour.
+
+    Truncation and padding count as they are when texts are tokenised, whatever its file or an earlier call has left there.
+
+    cut_to   most tokens of a row, where rows are cut by the tokenizer itself, as those of classifiers are
+    """
     digest = hashlib.blake2b(digest_size=32)
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    with _cutting(tokenizer, cut_to) as backend:
+        digest.update(backend.to_str().encode())
     digest.update(repr((tokenizer.bos_token_id, tokenizer.eos_token_id)).encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _cutting(tokenizer: Tokenizer, cut_to: int | None) -> Iterator[Any]:
+    """The tokenizer's backend without padding, truncating to `cut_to` tokens or not at all; afterwards it is as it was."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_padding()
+    backend.no_truncation()
+    if cut_to is not None:
+        backend.enable_truncation(
+            max_length=cut_to, stride=0, strategy="longest_first", direction=tokenizer.truncation_side
+        )
+    try:
+        yield backend
+    finally:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
 
 def encode_with_ends(

@@ -253,8 +253,9 @@ def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int, text: Toke
 
     The rules by which a text becomes ids are named where an id differs from those of the first rules, and only there.
     """
+    classes = request.corpus.kind == CLASSES
     words: dict[str, Any] = {
-        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "fingerprint": tokenizer_fingerprint(tokenizer, cut_to=request.blocks.seq_len if classes else None),
         "entries": vocabulary_size(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
     }
@@ -262,7 +263,7 @@ def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int, text: Toke
         words["text_rules"] = TEXT_RULES
         if request.blocks.control_tokens != "auto":
             words["control_tokens"] = request.blocks.control_tokens
-    if request.corpus.kind == CLASSES:
+    if classes:
         words |= {"pad_token_id": pad_token_id(tokenizer), "labels": list(class_labels(request.corpus))}
     corpus: dict[str, Any] = {"text_digest": text.digest, "kind": request.corpus.kind}
     if request.generation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -271,3 +272,18 @@ def test_a_classifier_s_texts_hold_no_control_tokens(shared: Path):
     assert ids[2] == [tokenizer.pad_token_id]
     assert tokenizer.eos_token_id in encode_texts(tokenizer, rows, control=True)[1]
     assert [len(row) for row in encode_texts(tokenizer, rows[:2], 4)] == [2, 4]
+
+
+def test_the_fingerprint_is_the_same_whatever_an_earlier_call_has_left(tokenizer) -> None:
+    """A repeated command computes it before a text is tokenised, a first one after."""
+    before, cut = tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(tokenizer, cut_to=5)
+    tokenizer("one two three", truncation=True, max_length=5)  # as rows of classifiers are cut
+    left = tokenizer.backend_tokenizer.to_str()
+    assert tokenizer_fingerprint(tokenizer) == before != cut == tokenizer_fingerprint(tokenizer, cut_to=5)
+    assert tokenizer.backend_tokenizer.to_str() == left
+    digest = hashlib.blake2b(left.encode(), digest_size=32)
+    digest.update(repr((tokenizer.bos_token_id, tokenizer.eos_token_id)).encode())
+    assert cut == digest.hexdigest()  # the fingerprint that caches of classifiers always had
+    tokenizer.backend_tokenizer.enable_padding()
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.backend_tokenizer.no_padding()

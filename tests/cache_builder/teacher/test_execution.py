@@ -294,14 +294,21 @@ def test_what_is_tried_with_all_rows_holds_from_the_first_shard_on(threads):
     assert teacher.execution.lanes([r for r in ROWS if len(r.input_ids) < 16]).count == 1
 
 
-def test_a_build_tries_the_model_with_all_its_rows(threads, build_request, tmp_path: Path, monkeypatch):
+def test_a_build_tries_the_model_with_rows_of_every_extreme_length(threads, build_request, tmp_path: Path, monkeypatch):
+    """What `prepare` learns of them is what it would learn of all rows: the longest context, target and sum, and the shortest row."""
+
+    def extremes(rows) -> tuple[int, ...]:
+        sizes = [(r.read_only, len(r.target_ids), r.read_only + len(r.target_ids)) for r in rows]
+        return (*map(max, zip(*sizes, strict=True)), min(together for _, _, together in sizes))
+
     threads(THREADS)
     prepared = []
     monkeypatch.setattr(Teacher, "prepare", lambda self, rows: prepared.append(list(rows)))
     plan = plan_build(build_request(tmp_path / "cache"))
     for _ in build(plan):
         pass
-    assert prepared[0] == plan.rows
+    assert extremes(prepared[0]) == extremes(plan.rows)
+    assert len(prepared[0]) <= 4 < len(plan.rows)
     assert len(plan.manifest.shards) > 1
 
 
