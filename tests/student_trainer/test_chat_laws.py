@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from chat_templates import CHATS, examples_of
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import kd
+from kd.common.settings import make
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.batches.collate import loss_targets
+from kd.student_trainer.configuration.train_config import TrainConfig
+from kd.student_trainer.head import attach_loss, forward_arguments
 from kd.student_trainer.losses.by_row import kl_ghost
+from kd.student_trainer.prepare import prepare
 from kd.student_trainer.run_folder import read_steps
 from kd.student_trainer.training import train
 
@@ -182,3 +190,42 @@ def test_two_processes_learn_what_one_does(run, chats: Path, pupil: Path, tmp_pa
     one = run("one", cache=str(chats), student=str(pupil), loss="uld", batch_size=3, accumulate=2, max_steps=2)
     for a, b in zip(one.records, read_steps(tmp_path / "two"), strict=True):
         assert (a.loss, a.ce, a.grad_norm) == pytest.approx((b.loss, b.ce, b.grad_norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["kl", "uld"])
+def test_a_student_in_parts_learns_from_conversations_what_a_whole_one_does(
+    loss: str, chats: Path, pupil: Path, tmp_path: Path
+) -> None:
+    """FSDP2 on two processes, each with other conversations: gradients are the mean of those of the whole model."""
+    config = make(TrainConfig, {"cache": str(chats), "student": str(pupil), "out": str(tmp_path / "out"), "loss": loss})
+    prepared = prepare(config)
+    batches = []
+    for part in ([0, 1, 2], [3, 4, 5]):
+        batch = prepared.collator(prepared.reader.read(part))
+        batches.append({name: value for name, value in batch.items() if name not in ("units", "aligned_bytes")})
+
+    def student() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(pupil)
+        attach_loss(model, prepared.objective, prepared.vocabulary_size, chunk=7)
+        return model
+
+    def in_parts() -> None:
+        dist.init_process_group("gloo")
+        model, mesh = student(), init_device_mesh("cpu", (2,))
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model(**forward_arguments(batches[dist.get_rank()]))["loss"].backward()
+        whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        if dist.get_rank() == 0:
+            save_file(whole, tmp_path / "gradients.safetensors")
+
+    run_ranks(in_parts)
+    alone = student()
+    for batch in batches:
+        alone(**forward_arguments(batch))["loss"].backward()
+    found = load_file(tmp_path / "gradients.safetensors")
+    largest = max(float(p.grad.abs().max()) for p in alone.parameters())
+    assert found.keys() == dict(alone.named_parameters()).keys()
+    for name, parameter in alone.named_parameters():  # the same products, and a sum of two halves in another order
+        assert (found[name] - parameter.grad / 2).abs().max() < 1e-6 * largest, name

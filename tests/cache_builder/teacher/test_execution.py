@@ -295,7 +295,7 @@ def test_what_is_tried_with_all_rows_holds_from_the_first_shard_on(threads):
 
 
 def test_a_build_tries_the_model_with_rows_of_every_extreme_length(threads, build_request, tmp_path: Path, monkeypatch):
-    """What `prepare` learns of them is what it would learn of all rows: the longest context, target and sum, and the shortest row."""
+    """What `prepare` learns of them it would learn of all rows: longest context, target and sum, and the shortest row."""
 
     def extremes(rows) -> tuple[int, ...]:
         sizes = [(r.read_only, len(r.target_ids), r.read_only + len(r.target_ids)) for r in rows]
