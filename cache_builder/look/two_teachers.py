@@ -82,9 +82,9 @@ def disagreement(
     best, sums, compared, left_out, partners = list[FoundRow](), 0.0, 0, 0, dict[int, int]()
     yield Progress(0, total)
     for shard in shards:
-        table = ours.example_table(shard, ["tokens_digest", "row_start", "row_end"])
-        first = ours.manifest.shards[shard][0]
-        lengths = np.array(table["row_end"]) - np.array(table["row_start"])
+        table = ours.example_table(shard, ["tokens_digest"])
+        first, stop, _ = ours.manifest.shards[shard]
+        _, lengths = ours.lengths(first, stop)
         wanted = [i for i in range(len(lengths)) if example is None or first + i == example]
         shared = [i for i in wanted if table["tokens_digest"][i] in numbers]
         left_out += int(lengths[wanted].sum() - lengths[shared].sum())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.cache_files import CacheFiles, bytes_below, files_at, recorded_bytes
 from kd.cache_builder.store.readers.reader import quality_means
-from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
-from kd.cache_builder.store.records.part import load_part
+from kd.cache_builder.store.records.commits import open_file, shard_files
+from kd.cache_builder.store.records.manifest import TARGETS, CacheManifest, load_manifest
+from kd.cache_builder.store.records.part import Part, load_part
 from kd.data.left_out import recorded
 from kd.data.tokenizing.token_notes import recorded_notes
 
@@ -23,6 +25,8 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
     means, targets = quality_means(manifest), manifest.targets
     done = files.committed(len(manifest.shards)) if part is None else part.shards
     rows = int(manifest.shards.rows[list(done)].sum())
+    if files.on_disk:
+        refuse_missing_files(files.root, manifest, done, part)
     stored = _stored_bytes(files, manifest, done, None if part is None else part.arrays)
     arrays = {a.name: round(stored[a.name] / rows, 2) if rows and a.name in stored else None for a in manifest.arrays}
     if (recorded_size := recorded_bytes(manifest, part)) is not None:
@@ -74,6 +78,20 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "teacher_top1": means.get("top1"),
         "array_bytes_per_token": arrays,
     }
+
+
+def refuse_missing_files(root: Path, manifest: CacheManifest, shards: Sequence[int], part: Part | None) -> None:
+    """Raise CacheDamageError where a folder of targets holds fewer files than there are shards. No file is opened.
+
+    `kd cache verify` compares sizes and bytes.
+    """
+    held = [a for a in manifest.arrays if part is None or a.name in part.arrays]
+    for array in held:
+        folder = root / TARGETS / array.name
+        flat = sum(name.startswith("c.") for name in os.listdir(folder)) if folder.is_dir() else 0
+        if flat < len(shards):  # or older versions, which have a folder for each shard
+            for index in shards:
+                open_file(root, shard_files([array], index)[array.name], shard=index).close()
 
 
 def _stored_bytes(

@@ -239,7 +239,7 @@ def test_a_run_that_came_to_nothing_leaves_no_folder(run, tmp_path: Path, settin
 
 def test_a_cache_damaged_at_the_first_batch_leaves_no_folder(run, kl_cache: Path, tmp_path: Path):
     shutil.copytree(kl_cache, tmp_path / "cache")
-    for path in (tmp_path / "cache" / "targets.zarr" / "logprobs").rglob("c/*/*"):
+    for path in (tmp_path / "cache" / "targets.zarr" / "logprobs").glob("c.*"):
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(CacheDamageError):
         run(cache=str(tmp_path / "cache"))
