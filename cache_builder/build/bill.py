@@ -14,7 +14,7 @@ from typing import Any
 
 from kd.cache_builder.build.build_settings import BillSettings
 from kd.cache_builder.store.encoding.codecs import array_specs
-from kd.cache_builder.store.records.manifest import FORMAT_VERSION
+from kd.cache_builder.store.records.manifest import FORMAT_VERSION, Layout
 from kd.cache_builder.store.targets import TargetConfig
 
 TABLE_BYTES = 16
@@ -55,12 +55,14 @@ def bill_of(settings: BillSettings) -> dict[str, Any]:
     arrays = array_specs(config, settings.vocabulary, FORMAT_VERSION)
     raw = sum(array.row_bytes for array in arrays)
     share = MEASURED.bytes_per_row / measured_row_bytes()
-    shards = -(-settings.rows // settings.shard_rows)
+    shard_rows = settings.shard_rows or Layout.for_rows(settings.rows).shard_rows
+    shards = -(-settings.rows // shard_rows)
     files = len(arrays) + 1
     return {
         "rows": settings.rows,
         "bytes_per_row_before_compression": raw,
         "bytes": round(settings.rows * raw * share),
+        "shard_rows": shard_rows,
         "shards": shards,
         "files": shards * (files + 1),
         "put_requests": shards * (2 * files + 4),
@@ -68,8 +70,8 @@ def bill_of(settings: BillSettings) -> dict[str, Any]:
         "gpu_hours": settings.rows / settings.gpu_rate / 3600,
         "reader_cores": settings.training_rate * MEASURED.read_microseconds * raw / measured_row_bytes() / 1e6,
         "reader_bytes_per_second": settings.training_rate * raw * share,
-        "reader_memory": shards * TABLE_BYTES + settings.read_ahead * settings.shard_rows * raw,
-        "builder_disk": 2 * settings.shard_rows * raw,
+        "reader_memory": shards * TABLE_BYTES + settings.read_ahead * shard_rows * raw,
+        "builder_disk": 2 * shard_rows * raw,
     }
 
 

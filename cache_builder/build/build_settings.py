@@ -255,7 +255,9 @@ class BillSettings:
     kept: TargetSettings = field(default_factory=TargetSettings)
     vocabulary: int = setting(50257, minimum=2)
     """Entries of the teacher's vocabulary; beyond 65,536 an id takes four bytes before compression in place of two."""
-    shard_rows: int = setting(32768, minimum=1)
+    shard_rows: int | None = setting(
+        None, minimum=1, shown="as a build chooses it: 32,768, and more for a very large cache"
+    )
     """Rows per shard."""
     gpu_rate: float = setting(5000.0, above=0)
     """Tokens per second that one GPU scores with the teacher. Measure it: kd cache build --limit 100 prints it."""
