@@ -24,7 +24,8 @@ def on_ray(request: BuildRequest, workers: int) -> Iterator[Tasks]:
         address = os.environ.get("RAY_ADDRESS")
         if address is not None:
             cluster_nodes(address)  # raises where it cannot be joined
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+        # without an address Ray would join a cluster of which it finds a trace on this disk, and wait where that has ended
+        ray.init(address or "local", log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     crew: Tasks | None = None
     try:
         nodes = nodes_of(ray.nodes())

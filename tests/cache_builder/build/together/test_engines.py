@@ -271,3 +271,20 @@ def test_what_cannot_be_done_is_refused_before_a_process_starts(
     with pytest.raises(DataError, match=words):
         list(build_together(plan_build(build_request(tmp_path / "c")), **options))
     assert not (tmp_path / "c").exists()
+
+
+def test_without_an_address_ray_starts_a_cluster_of_its_own(build_request, tmp_path: Path, monkeypatch) -> None:
+    """Left to itself, Ray joins a cluster of which it finds a trace on the disk, and waits for minutes where that has ended."""
+    ray = pytest.importorskip("ray")
+    addresses = []
+
+    def init(address=None, **_) -> None:
+        addresses.append(address)
+        raise CacheError("that is enough")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(CacheError, match="enough"):
+        list(build_together(plan_build(build_request(tmp_path / "c")), workers=1, engine="ray"))
+    assert addresses == ["local"]
