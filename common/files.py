@@ -233,19 +233,22 @@ def _spelled(value: dict[str, Any]) -> bytes | None:
 
 SOME_ROOM = 2**20
 """Free bytes of a disk that is not full."""
+FEW_FILES = 8
+"""Inodes that a failed write may have given back."""
 
 
 def no_inodes(path: Path) -> bool:
     """Whether the file system that `path` is on, or would be on, has refused a file for want of inodes, and not of room.
 
-    What was half-written may be removed by now, so that an inode is free again; room for bytes tells the two apart then.
+    What was half-written may be removed by now, so that a few inodes are free again; room for bytes tells the two apart then.
     """
     existing = next((p for p in (path, *path.parents) if p.exists()), None)
     if existing is None:
         return False
     with suppress(OSError):
         status = os.statvfs(existing)
-        return status.f_files > 0 and (status.f_favail == 0 or status.f_bavail * status.f_frsize > SOME_ROOM)
+        freed = status.f_favail <= FEW_FILES and status.f_bavail * status.f_frsize > SOME_ROOM
+        return status.f_files > 0 and (status.f_favail == 0 or freed)
     return False
 
 
