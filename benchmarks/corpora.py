@@ -1,7 +1,7 @@
 """Memory and time of planning over texts of any size: `python benchmarks/corpora.py --out FOLDER`.
 
-    python benchmarks/corpora.py --out /tmp/corpora                       all cases; the teacher is tiny and never run
-    python benchmarks/corpora.py --out /tmp/corpora --case 64MB --workers 2
+    python benchmarks/corpora.py --out corpora                       all cases; the teacher is tiny and never run
+    python benchmarks/corpora.py --out corpora --case 64MB --workers 2
 
 Each case is a process of its own. It plans a build (the text in tokens, its shards, its identity) with the tokens on the disk, as
 `kd cache build` does, then reads every shard of rows as a builder does, and says its peak memory: of this process, and of those
