@@ -113,7 +113,8 @@ def save_student(
         trainer.save_model(str(trainer.folder))
         if trainer.is_world_process_zero():
             (trainer.folder / "training_args.bin").unlink(missing_ok=True)  # run.json says the same
-            store_as(trainer.folder, dtype, say)
+            if student.trained is student.model:  # else the Trainer has written the adapters alone
+                store_as(trainer.folder, dtype, say)
             tokenizer.save_pretrained(trainer.folder)
             finish(trainer.folder)
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from kd.common.disk.digests import damage_of
 from kd.common.errors import DataError
-from kd.models.loading import ModelRequest, load_model
+from kd.common.settings import make
+from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
 from kd.models.weights.adapters import Adapter, merged
+from kd.student_trainer.configuration.train_config import TrainConfig
+from kd.student_trainer.lora import with_adapters
+from kd.student_trainer.prepare import student_request
 from kd.student_trainer.saving.trained_weights import cast_weights, output_dtype, store_as
+from kd.student_trainer.student_model import Student, save_student
 
 pytest.importorskip("peft")
 LORA = {"lora": 2, "lr": 2e-2}
@@ -118,6 +125,29 @@ def test_files_that_no_process_holds_whole_are_rewritten(student_dir: Path, tmp_
     assert stored.dtype == torch.bfloat16
     for name, parameter in model.named_parameters():
         assert torch.equal(stored.get_parameter(name), parameter.to(torch.bfloat16))
+
+
+def test_adapters_of_a_student_in_parts_stay_as_the_trainer_has_written_them(student_dir: Path, tmp_path: Path) -> None:
+    config = make(TrainConfig, {"cache": "c", "student": str(student_dir), "out": str(tmp_path), "lora": 2})
+    model = load_model(student_request(config.model, 0))
+    model.forward = model.forward  # in the place of the loss, which is taken off
+    student = Student(model, with_adapters(model, config.adapters, task_type="CAUSAL_LM"), 0)
+
+    class Sharded:
+        is_fsdp_enabled, folder = True, tmp_path
+
+        def save_model(self, folder: str) -> None:  # as transformers' Trainer saves a PeftModel
+            student.trained.save_pretrained(folder)
+
+        def is_world_process_zero(self) -> bool:
+            return True
+
+    request = student_request(replace(config.model, student=str(student_dir)), 0)
+    prepared: Any = SimpleNamespace(config=config, tokenizer=load_request_tokenizer(request), request=request)
+    done: list[Path] = []
+    save_student(student, Sharded(), prepared, done.append, pytest.fail)
+    assert done == [tmp_path]
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 def test_the_type_of_random_weights_is_float32() -> None:
