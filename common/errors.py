@@ -67,7 +67,7 @@ class DataError(KdError):
     True
     """
 
-    page = "docs/building.md"
+    page = "docs/cli.md"
 
 
 class DamagedFilesError(DataError):
@@ -79,7 +79,6 @@ class DamagedFilesError(DataError):
     """
 
     page = "docs/reliability.md"
-
     exit_code = 3
 
 
@@ -118,7 +117,6 @@ class CacheDamageError(CacheError):
     """
 
     page = "docs/reliability.md"
-
     exit_code = 3
 
 
