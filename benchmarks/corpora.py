@@ -109,10 +109,10 @@ def main() -> None:
         file = args.out / f"{case}.jsonl"
         with file.open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps({"text": text}) + "\n" for text in text_of(*CASES[case]))
-        own = [sys.executable, __file__, "--out", str(args.out), "--one", str(file), "--workers", str(args.workers)]
-        own += ["--kept", args.kept, "--teacher", str(args.teacher)]
-        found = json.loads(subprocess.run(own, check=True, stdout=subprocess.PIPE).stdout)
-        print(case, {name: round(value, 3) for name, value in found.items()}, flush=True)
+        command = [sys.executable, __file__, "--out", str(args.out), "--one", str(file), "--workers", str(args.workers)]
+        command += ["--kept", args.kept, "--teacher", str(args.teacher)]
+        figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        print(case, {name: round(value, 3) for name, value in figures.items()}, flush=True)
         file.unlink()
 
 

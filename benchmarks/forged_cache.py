@@ -87,14 +87,14 @@ def write_commits(
         after = shard_files(source.arrays, index)
         entries = {after[name]: record.files[before[name]] for name in after}
         first = index * record.examples[1]
-        own = replace(
+        forged = replace(
             record,
             index=index,
             examples=(first, first + record.examples[1]),
             row_start=index * source.layout.shard_rows,
             files=entries,
         )
-        document = asdict(own)
+        document = asdict(forged)
         path = commit_path(out, index)
         path.write_text(canonical_json(document | {"checksum": digest_of(document)}))
         digests.append(sha256_of(path))

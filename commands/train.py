@@ -62,8 +62,8 @@ def print_estimate(config: TrainConfig, *, as_json: bool) -> None:
     quiet_libraries()
     from kd.student_trainer.training_estimate import estimate_training
 
-    found = estimate_training(config, say=lambda sentence: say(sentence, err=True))
-    emit(asdict(found), as_json, f"{config.model.student}: estimated from {found.measured_steps} steps")
+    estimate = estimate_training(config, say=lambda sentence: say(sentence, err=True))
+    emit(asdict(estimate), as_json, f"{config.model.student}: estimated from {estimate.measured_steps} steps")
 
 
 def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, as_json: bool = False) -> None:

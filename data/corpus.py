@@ -78,7 +78,7 @@ def corpus_of_rows(
         names,
         reading,
         where=name,
-        place=rows_in(name),
+        location=rows_in(name),
         prefix=name,
         split="train",
         left_out=left_out,
@@ -108,5 +108,5 @@ def usable_corpus(corpus: Corpus, limit: int | None) -> Corpus:
 
 def no_text(spec: str, split: str, left_out: LeftOut) -> DataError:
     """The error for a source without any text."""
-    found = f"0 examples; left out: {left_out}"
-    return DataError("no text found", where=f"{spec} (split {split})", found=found, try_="kd data show SPEC")
+    counts = f"0 examples; left out: {left_out}"
+    return DataError("no text found", where=f"{spec} (split {split})", found=counts, try_="kd data show SPEC")

@@ -57,9 +57,9 @@ class RowMaker:
     spec: str
     """What errors call the text."""
 
-    def rows(self, examples: Iterable[Example], found: Found) -> Iterator[TokenRows]:
+    def rows(self, examples: Iterable[Example], findings: Found) -> Iterator[TokenRows]:
         """The rows of the examples in their order. Raises DataError naming the example that cannot be scored."""
-        left_out, notes, too_long = found.left_out, found.notes, found.too_long
+        left_out, notes, too_long = findings.left_out, findings.notes, findings.too_long
         if self.kind == CONVERSATIONS:
             template, pieces = chat_template(self.tokenizer, self.chat), token_bytes(self.tokenizer)
             yield from rows_that_fit(

@@ -267,7 +267,7 @@ def encode_many(
 
     with _plain_backend(tokenizer, control) as backend:
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    found = []
+    encoded = []
     for text, encoding in zip(texts, encodings, strict=True):
         numbers = encoding.ids
         data, joined = text.encode("utf-8"), b"".join(map(pieces.__getitem__, numbers))
@@ -275,10 +275,10 @@ def encode_many(
         if numbers and (joined == data or (lead == 1 and joined == b" " + data)):
             ids = np.array(numbers, dtype=np.int32)
             ends = np.cumsum(lengths[ids]) - lead
-            found.append((ids, np.maximum(ends, 0) if lead else ends))
+            encoded.append((ids, np.maximum(ends, 0) if lead else ends))
         else:  # the offsets are needed
-            found.append(encode_at_once(tokenizer, pieces, text, control=control))
-    return found
+            encoded.append(encode_at_once(tokenizer, pieces, text, control=control))
+    return encoded
 
 
 def _encoding(tokenizer: Tokenizer, text: str, control: bool) -> Any:

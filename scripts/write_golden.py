@@ -78,16 +78,16 @@ def write_store(out: Path, folder: Path, targets: TargetConfig, *, chat: bool) -
 
 def values_of(reader: CacheReader) -> list[dict[str, Any]]:
     """The first and the last example, as the reader hands them out."""
-    found = []
+    examples: list[dict[str, Any]] = []
     for number in (0, len(reader) - 1):
         example = reader[number]
         values = {name: getattr(example.targets, name) for name in FIELDS}
-        found.append(
+        examples.append(
             {"number": number, "id": example.id, "target": example.target}
             | {"context_ids": example.context_ids.tolist(), "input_ids": example.input_ids.tolist()}
             | {name: value.tolist() for name, value in values.items() if value is not None}
         )
-    return found
+    return examples
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def view_cache(reader: CacheReader, number: int | None, settings: ShowSettings) 
     """
     manifest = reader.manifest
     shown: dict[str, Any] = {
-        "place": str(reader.root),
+        "path": str(reader.root),
         "facts": facts(manifest, bytes_below(reader.root), reader.top_k),
         "notes": notes_on(reader),
         "question": settings.question,
@@ -59,8 +59,8 @@ def view_cache(reader: CacheReader, number: int | None, settings: ShowSettings) 
         for step in examples_with(reader, settings.search, settings.limit):
             yield Progress(step.done, step.total)
         assert step.result is not None
-        found = _places(reader, settings.search, step.result)
-        yield Progress(step.total, step.total, CacheView(**shown, found=found, total=step.result.total))
+        hits = _places(reader, settings.search, step.result)
+        yield Progress(step.total, step.total, CacheView(**shown, found=hits, total=step.result.total))
     else:
         asked = settings.uncertain or settings.surprising or 0
         look = surprising_rows if settings.uncertain is None else uncertain_rows
@@ -111,19 +111,19 @@ def _rows_around(reader: CacheReader, rows: Sequence[FoundRow], top: int) -> lis
         first = max(0, row.token - AROUND)
         window = range(first, min(len(example.targets), row.token + AROUND + 1))
         around = token_views(example, reader.manifest, vocabulary, top, window)
-        place = row.token - first
-        before, after = ("".join(t.text for t in part) for part in (around[:place], around[place + 1 :]))
+        offset = row.token - first
+        before, after = ("".join(t.text for t in part) for part in (around[:offset], around[offset + 1 :]))
         if first == 0 and not before:
             before = masked(example.prompt)[-CHARACTERS:]
-        token = around[place]
+        token = around[offset]
         views[row] = FoundView(row.example, example.id, before, token.text, after, token, around)
     return [views[row] for row in rows]
 
 
-def _places(reader: CacheReader, wanted: str, found: FoundText) -> list[FoundView]:
+def _places(reader: CacheReader, wanted: str, hits: FoundText) -> list[FoundView]:
     """The first place of the text in each example."""
     views = []
-    for number in found.examples:
+    for number in hits.examples:
         example = reader[number]
         text = next(t for t in (example.target, example.prompt) if wanted.casefold() in t.casefold())
         start = text.casefold().find(wanted.casefold())

@@ -29,22 +29,22 @@ def compare_caches(
         )
     for step in disagreement(ours, theirs, settings.limit, number):
         yield Progress(step.done, step.total)
-    found = step.result
-    assert found is not None, "the last record carries it"
+    differences = step.result
+    assert differences is not None, "the last record carries it"
     compared: dict[str, Any] = {
         "path": str(theirs.root),
         "teacher": str(theirs.manifest.provenance.get("teacher")),
-        "rows": found.compared,
-        "mean": found.mean,
-        "left_out": found.left_out,
+        "rows": differences.compared,
+        "mean": differences.mean,
+        "left_out": differences.left_out,
     }
     view = CacheView(
         str(ours.root),
         facts(ours.manifest, bytes_below(ours.root), ours.top_k),
         list(dict.fromkeys([*notes_on(ours), *notes_on(theirs)])),
         question="compare",
-        found=_side_by_side(ours, theirs, found.rows, found.partners, settings.top),
-        total=found.compared,
+        found=_side_by_side(ours, theirs, differences.rows, differences.partners, settings.top),
+        total=differences.compared,
         compared=compared,
     )
     yield Progress(step.total, step.total, view)
@@ -62,17 +62,17 @@ def _side_by_side(
         around = token_views(mine, ours.manifest, words[0], top, window)
         around_other = token_views(other, theirs.manifest, words[1], top, window)
         nats = divergences(mine.targets, other.targets)[window.start : window.stop]
-        place = row.token - first
-        before, after = ("".join(t.text for t in part) for part in (around[:place], around[place + 1 :]))
+        offset = row.token - first
+        before, after = ("".join(t.text for t in part) for part in (around[:offset], around[offset + 1 :]))
         views[row] = FoundView(
             row.example,
             mine.id,
             before or masked(mine.prompt)[-CHARACTERS:],
-            around[place].text,
+            around[offset].text,
             after,
-            around[place],
+            around[offset],
             around,
-            around_other[place],
+            around_other[offset],
             around_other,
             [float(value) for value in nats],
         )

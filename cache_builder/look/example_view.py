@@ -105,13 +105,13 @@ def view_example(reader: CacheReader, number: int, vocabulary: Sequence[bytes], 
 
 def _turns(reader: CacheReader, example: CachedExample, tokens: Sequence[TokenView]) -> list[ExamplePart]:
     """A part for the tools and for each message; the messages that are runs of scored tokens have theirs."""
-    shard, place = reader.locate(example.index)
-    conversation = conversation_from_json(example.id, shard.examples["conversation"][place])
+    shard, row = reader.locate(example.index)
+    conversation = conversation_from_json(example.id, shard.examples["conversation"][row])
     ends = character_ends(example.target, example.targets.byte_end)
     hidden = masked(example.target)
     runs: dict[int, list[tuple[int, int]]] = {}
     for message, (start, stop) in zip(
-        shard.examples["messages"][place], example.gaps.turns(len(example.targets)).tolist(), strict=True
+        shard.examples["messages"][row], example.gaps.turns(len(example.targets)).tolist(), strict=True
     ):
         runs.setdefault(message, []).append((start, stop))
     parts = (

@@ -73,16 +73,16 @@ class RowBlock:
 
 def blocks_of_rows(reader: CacheReader, arrays: Collection[str]) -> Iterator[RowBlock]:
     """All rows that are here, in order, with these arrays and those that every reader needs."""
-    own = CacheReader(reader.files, top_k=reader.top_k, window=1)
-    own.keep(part_of(reader.manifest, arrays=arrays).arrays)
-    for shard in own.shards:
-        ends, first = np.array(own.shard(shard).examples["row_end"]), own.manifest.shards[shard][0]
+    second = CacheReader(reader.files, top_k=reader.top_k, window=1)
+    second.keep(part_of(reader.manifest, arrays=arrays).arrays)
+    for shard in second.shards:
+        ends, first = np.array(second.shard(shard).examples["row_end"]), second.manifest.shards[shard][0]
         start = 0
         while start < len(ends):
             before = int(ends[start - 1]) if start else 0
             stop = max(start + 1, int(np.searchsorted(ends, before + ROWS_AT_ONCE, side="right")))
             starts = np.concatenate([[0], ends[start : stop - 1] - before])
-            yield RowBlock(first + start, starts, own.read_rows(range(first + start, first + stop)))
+            yield RowBlock(first + start, starts, second.read_rows(range(first + start, first + stop)))
             start = stop
 
 
@@ -95,12 +95,13 @@ def _largest(
     for block in blocks_of_rows(reader, arrays):
         values = figure(block.targets)
         rows = np.argsort(-values, kind="stable")[:count]
-        places = np.searchsorted(block.starts, rows, side="right") - 1
-        found = [
-            FoundRow(block.first_example + int(place), int(row - block.starts[place]), float(values[row]))
-            for row, place in zip(rows, places, strict=True)
+        indices = np.searchsorted(block.starts, rows, side="right") - 1
+        candidates = [
+            FoundRow(block.first_example + int(index), int(row - block.starts[index]), float(values[row]))
+            for row, index in zip(rows, indices, strict=True)
         ]
-        best = sorted([*best, *found], key=lambda one: -one.nats)[:count]  # stable: of equal ones the first comes first
+        # the sort is stable: of equal rows the first comes first
+        best = sorted([*best, *candidates], key=lambda one: -one.nats)[:count]
         done += len(block.targets)
         yield Progress(done, total)
     yield Progress(total, total, best)
@@ -109,14 +110,14 @@ def _largest(
 def examples_with(reader: CacheReader, text: str, limit: int) -> Iterator[Progress[FoundText]]:
     """The examples whose prompt or target holds `text`, in any case of letters; the last record carries them."""
     wanted, total = text.casefold(), len(reader.shards)
-    first, found = list[int](), 0
+    first, count = list[int](), 0
     yield Progress(0, total)
     for done, shard in enumerate(reader.shards, 1):
         table = reader.example_table(shard, ["prompt", "target"])
         for number, texts in enumerate(zip(table["prompt"], table["target"], strict=True)):
             if any(wanted in one.casefold() for one in texts):
-                found += 1
+                count += 1
                 if len(first) < limit:
                     first.append(reader.manifest.shards[shard][0] + number)
         yield Progress(done, total)
-    yield Progress(total, total, FoundText(tuple(first), found))
+    yield Progress(total, total, FoundText(tuple(first), count))

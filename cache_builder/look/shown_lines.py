@@ -32,7 +32,7 @@ def plain_text(view: ViewedCache) -> str:
 def pieces_of(view: ViewedCache, *, shaded: bool) -> Iterator[Piece]:
     """The whole, piece by piece; `shaded`: shades can be seen, so they are explained."""
     named = view.facts
-    yield f"{view.place}: {named['teacher']} over {named['text']}\n", 0
+    yield f"{view.path}: {named['teacher']} over {named['text']}\n", 0
     yield f"{named['examples']:,} examples, {named['rows']:,} rows, profile {named['profile']}\n", 0
     for note in view.notes:
         yield f"  {note}\n", 0
@@ -43,17 +43,17 @@ def pieces_of(view: ViewedCache, *, shaded: bool) -> Iterator[Piece]:
             yield from ((line, 0) for line in token_lines(token))
     elif view.question == "search":
         yield f"\n{view.total:,} examples hold the text; {len(view.found)} of them:\n", 0
-        yield from ((f"  {found.example:>8,}  {_around(found)}\n", 0) for found in view.found)
+        yield from ((f"  {hit.example:>8,}  {_around(hit)}\n", 0) for hit in view.found)
     elif view.compared is not None:
         yield from ((line, 0) for line in _compared_lines(view, view.compared))
     else:
         yield from _found(view)
     if view.first_view:
         assert view.example is not None
-        place = shlex.quote(view.place)
+        cache = shlex.quote(view.path)
         last = len(view.example.tokens) - 1
-        yield f"\nMore: kd cache show {place} {view.example.number} --token {min(5, last)}\n", 0
-        yield f"      kd cache show {place} --uncertain 20 (or --surprising 20, --search TEXT, --html page.html)\n", 0
+        yield f"\nMore: kd cache show {cache} {view.example.number} --token {min(5, last)}\n", 0
+        yield f"      kd cache show {cache} --uncertain 20 (or --surprising 20, --search TEXT, --html page.html)\n", 0
 
 
 def _example(example: ExampleView, count: int, most: int | None, shaded: bool) -> Iterator[Piece]:
@@ -143,10 +143,10 @@ def quoted(text: str) -> str:
 def _found(view: ViewedCache) -> Iterator[Piece]:
     title = QUESTIONS.get(view.question or "", "")
     yield f"\nThe {len(view.found)} {title} of {view.total:,} tokens:\n", 0
-    for found in view.found:
-        token = found.token
+    for hit in view.found:
+        token = hit.token
         assert token is not None
-        yield f"\n  example {found.example:,}, token {token.number:,}: {_around(found)}\n", 0
+        yield f"\n  example {hit.example:,}, token {token.number:,}: {_around(hit)}\n", 0
         yield f"    entropy {entropy_words(token)}; {said_of(token)[1][1]}\n", 0
         yield f"    {_likely(token.top)}\n", 0
 
@@ -159,12 +159,12 @@ def _compared_lines(view: ViewedCache, other: Mapping[str, Any]) -> Iterator[str
         yield f"{other['left_out']:,} rows are left out: the other cache does not have their examples\n"
     yield f"\nThe {len(view.found)} tokens where they differ most:\n"
     wide = max(map(len, names))
-    for found in view.found:
-        assert found.token is not None
-        assert found.other is not None
-        yield f"\n  example {found.example:,}, token {found.token.number:,}: {_around(found)}\n"
-        yield f"    {found.divergence:.4f} nats\n"
-        for name, token in zip(names, (found.token, found.other), strict=True):
+    for hit in view.found:
+        assert hit.token is not None
+        assert hit.other is not None
+        yield f"\n  example {hit.example:,}, token {hit.token.number:,}: {_around(hit)}\n"
+        yield f"    {hit.divergence:.4f} nats\n"
+        for name, token in zip(names, (hit.token, hit.other), strict=True):
             yield f"    {name:<{wide}}  rank {token.rank:,}; {_likely(token.top)}\n"
 
 
@@ -177,8 +177,8 @@ def _likely(candidates: Sequence[Candidate]) -> str:
     return "most probable: " + ", ".join(words) if words else "most probable: not kept"
 
 
-def _around(found: FoundView) -> str:
+def _around(hit: FoundView) -> str:
     """The token in brackets among the text around it, on one line."""
-    before, after = " ".join(found.before[-60:].split(" ")), " ".join(found.after[:60].split(" "))
-    text = f"…{before}[{found.text}]{after}…"
+    before, after = " ".join(hit.before[-60:].split(" ")), " ".join(hit.after[:60].split(" "))
+    text = f"…{before}[{hit.text}]{after}…"
     return text.replace("\n", "⏎").replace("\t", " ").replace("\r", "")

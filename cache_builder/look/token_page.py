@@ -99,16 +99,16 @@ def _legend(words: str, edges: Sequence[float]) -> str:
 
 
 def _passage(passage: Passage, numbered: list[PageToken]) -> str:
-    lines, place = [f"<section><h2>{_text(passage.heading)}</h2>"], 0
+    lines, index = [f"<section><h2>{_text(passage.heading)}</h2>"], 0
     for role, text, tokens in passage.parts:
         if role:
             lines.append(f'<div class="role">{_text(role)}</div>')
         spans = []
         for token in tokens:
-            marks = (["picked"] if place in passage.picked else []) + ([f"l{token.level}"] if token.level else [])
+            marks = (["picked"] if index in passage.picked else []) + ([f"l{token.level}"] if token.level else [])
             spans.append(_span(token, len(numbered), marks))
             numbered.append(token)
-            place += 1
+            index += 1
         rest = text[sum(len(token.text) for token in tokens) :]
         name = "words" if tokens else "words read"
         lines.append(f'<div class="{name}">{"".join(spans)}{_text(rest)}</div>')

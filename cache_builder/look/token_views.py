@@ -151,11 +151,11 @@ def _top(targets: SoftTargets, row: int, top: int, vocabulary: Sequence[bytes]) 
     probabilities = np.exp(_of_row(targets, targets.logprobs, row)[:top].astype(np.float64))
     return [
         Candidate(
-            None if ids is None else int(ids[place]),
-            None if ids is None else piece_text(vocabulary, int(ids[place])),
+            None if ids is None else int(ids[rank]),
+            None if ids is None else piece_text(vocabulary, int(ids[rank])),
             float(probability),
         )
-        for place, probability in enumerate(probabilities)
+        for rank, probability in enumerate(probabilities)
     ]
 
 

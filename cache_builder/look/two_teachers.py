@@ -93,13 +93,13 @@ def disagreement(
             values = divergences(left.read_rows(mine), right.read_rows(other))
             starts = np.concatenate([[0], np.cumsum(lengths[part])])
             rows = np.argsort(-values, kind="stable")[:count]
-            places = np.searchsorted(starts, rows, side="right") - 1
-            found = [
-                FoundRow(mine[place], int(row - starts[place]), float(values[row]))
-                for row, place in zip(rows, places, strict=True)
+            indices = np.searchsorted(starts, rows, side="right") - 1
+            candidates = [
+                FoundRow(mine[index], int(row - starts[index]), float(values[row]))
+                for row, index in zip(rows, indices, strict=True)
             ]
             partners |= dict(zip(mine, other, strict=True))
-            best = sorted([*best, *found], key=lambda one: -one.nats)[:count]
+            best = sorted([*best, *candidates], key=lambda one: -one.nats)[:count]
             partners = {one.example: partners[one.example] for one in best}
             sums, compared = sums + float(values.sum()), compared + len(values)
             yield Progress(min(compared + left_out, total), total)
@@ -138,9 +138,9 @@ def refuse_incomparable(ours: CacheReader, theirs: CacheReader) -> None:
 
 
 def _head_reader(reader: CacheReader) -> CacheReader:
-    own = CacheReader(reader.files, top_k=reader.top_k, window=2)
-    own.keep(part_of(reader.manifest, arrays=["token_ids", "logprobs"]).arrays)
-    return own
+    heads = CacheReader(reader.files, top_k=reader.top_k, window=2)
+    heads.keep(part_of(reader.manifest, arrays=["token_ids", "logprobs"]).arrays)
+    return heads
 
 
 def _starts(reader: CacheReader) -> list[int]:

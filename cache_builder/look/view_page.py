@@ -31,7 +31,7 @@ def view_page(view: ViewedCache) -> str:
     """The page's text."""
     named = view.facts
     intro = [
-        f"{named['examples']:,} examples, {named['rows']:,} rows, profile {named['profile']}, from {public_place(view.place)}."
+        f"{named['examples']:,} examples, {named['rows']:,} rows, profile {named['profile']}, from {public_place(view.path)}."
     ]
     title = f"{named['teacher']} over {named['text']}"
     if view.compared is not None:
@@ -66,26 +66,26 @@ def _passages(view: ViewedCache) -> list[Passage]:
         parts = [(part.role, part.text, [page_token(t) for t in part.tokens]) for part in view.example.parts]
         heading = f"example {view.example.number}: {view.example.id}"
         return [Passage(heading, parts, {token.number for token in view.picked})]
-    return [_found(view, found) for found in view.found]
+    return [_found(view, hit) for hit in view.found]
 
 
-def _found(view: ViewedCache, found: FoundView) -> Passage:
-    heading = f"example {found.example}: {found.id}"
-    if found.token is None:
-        return Passage(heading, [("", f"…{found.before}{found.text}{found.after}…", ())])
-    title = f"{heading}, token {found.token.number}: {QUESTIONS.get(view.question or '', '')}"
-    tokens = _compared(view, found) if view.compared else [page_token(token) for token in found.around]
-    place = found.token.number - found.around[0].number
-    before = [("", found.before, ())] if place == 0 and found.before else []
-    return Passage(title, [*before, ("", "".join(t.text for t in tokens), tokens)], {place})
+def _found(view: ViewedCache, hit: FoundView) -> Passage:
+    heading = f"example {hit.example}: {hit.id}"
+    if hit.token is None:
+        return Passage(heading, [("", f"…{hit.before}{hit.text}{hit.after}…", ())])
+    title = f"{heading}, token {hit.token.number}: {QUESTIONS.get(view.question or '', '')}"
+    tokens = _compared(view, hit) if view.compared else [page_token(token) for token in hit.around]
+    picked = hit.token.number - hit.around[0].number
+    before = [("", hit.before, ())] if picked == 0 and hit.before else []
+    return Passage(title, [*before, ("", "".join(t.text for t in tokens), tokens)], {picked})
 
 
-def _compared(view: ViewedCache, found: FoundView) -> list[PageToken]:
+def _compared(view: ViewedCache, hit: FoundView) -> list[PageToken]:
     """The tokens around a found one with what both teachers say."""
     assert view.compared is not None
     names = str(view.facts["teacher"]), str(view.compared["teacher"])
     tokens = []
-    for mine, other, nats in zip(found.around, found.around_other, found.divergences, strict=True):
+    for mine, other, nats in zip(hit.around, hit.around_other, hit.divergences, strict=True):
         sides = [side_of(token, name) for token, name in zip((mine, other), names, strict=True)]
         heading = f"token {mine.number}: {quoted(mine.piece)}, {nats:.4f} nats apart"
         tokens.append(PageToken(mine.text, bisect_right(DIVERGENCE_EDGES, nats), heading, sides))

@@ -41,16 +41,16 @@ class FoundView:
     @property
     def document(self) -> dict[str, Any]:
         """As `kd cache show --json` prints it."""
-        own = {name: getattr(self, name) for name in ("example", "id", "before", "text", "after")}
+        shown = {name: getattr(self, name) for name in ("example", "id", "before", "text", "after")}
         compared = {} if self.other is None else {"other": self.other.document, "divergence": self.divergence}
-        return own | ({} if self.token is None else {"token": self.token.document}) | compared
+        return shown | ({} if self.token is None else {"token": self.token.document}) | compared
 
 
 @dataclass(frozen=True)
 class ViewedCache:
     """What was found in a cache."""
 
-    place: str
+    path: str
     facts: Facts
     notes: Sequence[str]
     """What this cache cannot say, in sentences."""
@@ -73,7 +73,7 @@ class ViewedCache:
     def document(self) -> dict[str, Any]:
         """The whole as a JSON object; docs/how-to/look-into-a-cache.md describes its keys, which stay as they are."""
         return {
-            "cache": {"path": self.place, **self.facts},
+            "cache": {"path": self.path, **self.facts},
             "notes": list(self.notes),
             "example": None if self.example is None else self.example.document,
             "picked": [token.number for token in self.picked],

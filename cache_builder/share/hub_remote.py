@@ -108,7 +108,7 @@ class HubRemote(Remote):
 
 
 @contextmanager
-def hub_errors(place: str) -> Iterator[None]:
+def hub_errors(repository: str) -> Iterator[None]:
     """A context for questions to the hub: the client's errors become `CacheError`, and `Transient` where asking again may help."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -116,7 +116,7 @@ def hub_errors(place: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise CacheError(
-            "the hub cannot be reached in offline mode", where=place, found="HF_HUB_OFFLINE is set"
+            "the hub cannot be reached in offline mode", where=repository, found="HF_HUB_OFFLINE is set"
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
@@ -124,12 +124,12 @@ def hub_errors(place: str) -> Iterator[None]:
             raise Transient(f"HTTP {status} from the hub") from error
         raise CacheError(
             "the hub refused the request",
-            where=place,
+            where=repository,
             found=str(error).splitlines()[0],
             try_="the right OWNER/NAME and revision; hf auth login",
         ) from error
     except ValueError as error:
-        raise CacheError("the hub's client refused the request", where=place, found=error) from error
+        raise CacheError("the hub's client refused the request", where=repository, found=error) from error
     except (OSError, RuntimeError) as error:
         raise Transient(f"{type(error).__name__}: {error} {error.__cause__ or ''}") from error
     except Exception as error:  # the errors of the client's HTTP library, whichever it uses

@@ -49,18 +49,18 @@ def search_caches(*, teacher: str | None = None, tokenizer: str | None = None, l
     """
     from huggingface_hub import HfApi
 
-    found: list[FoundCache] = []
+    caches: list[FoundCache] = []
     try:
         with hub_errors("hf"):
             for one in HfApi().list_datasets(filter=CACHE_TAG, sort="downloads"):
                 cache = _of_tags(one.id, list(one.tags or ()), one.downloads)
                 if _fits(cache.teacher, teacher) and _begins(cache.tokenizer, tokenizer):
-                    found.append(cache)
-                if len(found) == limit:
+                    caches.append(cache)
+                if len(caches) == limit:
                     break
     except Transient as error:
         raise CacheError("the hub does not answer", found=str(error), try_="the same command again, later") from error
-    return found
+    return caches
 
 
 def _of_tags(name: str, tags: list[str], downloads: int | None) -> FoundCache:

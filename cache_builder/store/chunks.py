@@ -89,8 +89,8 @@ def decode_entries(data: bytes, spec: ArraySpec, layout: Layout, kept: np.ndarra
     """
     columns = spec.columns or 1
     if len(kept) and not 1 <= kept.min() <= kept.max() <= columns:
-        found = f"{int(kept.min())}..{int(kept.max())} entries"
-        raise CacheError("a row's length is out of bounds", found=found, expected=f"1..{columns}")
+        lengths = f"{int(kept.min())}..{int(kept.max())} entries"
+        raise CacheError("a row's length is out of bounds", found=lengths, expected=f"1..{columns}")
     room = Layout(layout.shard_rows * columns, layout.chunk_rows * columns)
     chunks = -(-len(kept) // layout.chunk_rows)
     flat = decode_shard(data, replace(spec, columns=None, ragged=False), room, chunks * room.chunk_rows)

@@ -84,11 +84,11 @@ class PartRows:
     @cached_property
     def numbers(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Column -> (numbers of all rows, `[rows + 1]` where each row's begin): views, nothing is copied."""
-        found = {}
+        numbers = {}
         for name in NUMBERS:
             column = self._columns.column(name)
-            found[name] = (column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
-        return found
+            numbers[name] = (column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
+        return numbers
 
     @property
     def targets(self) -> np.ndarray:
@@ -109,10 +109,10 @@ class PartRows:
 
     def counts(self) -> np.ndarray:
         """`[largest id + 1]` how often each id is read or scored."""
-        found = np.zeros(0, dtype=np.int64)
+        totals = np.zeros(0, dtype=np.int64)
         for name in ("context_ids", "target_ids", "gap_ids"):
-            found = added(found, np.bincount(self.numbers[name][0]))
-        return found
+            totals = added(totals, np.bincount(self.numbers[name][0]))
+        return totals
 
     def rows(self, first: int, stop: int) -> list[TokenRows]:
         """Rows `[first, stop)`."""

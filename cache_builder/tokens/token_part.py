@@ -49,7 +49,7 @@ class PartRecord:
     """Tokens that are read and not scored."""
     text_bytes: int
     """Bytes of the scored texts."""
-    found: Found
+    findings: Found
     shapes: dict[str, tuple[int, int]]
     """One of SHAPES -> (tokens, number of the first such row)."""
     longest: str
@@ -85,8 +85,8 @@ def make_part(maker: RowMaker, rules: str, examples: Sequence[Example], width: i
     rules   the digest of `maker`
     width   ids that the model has
     """
-    found = Found()
-    columns = columns_of_rows(list(maker.rows(examples, found)))
+    findings = Found()
+    columns = columns_of_rows(list(maker.rows(examples, findings)))
     rows = PartRows(columns)
     counts = rows.counts()
     targets, read_only = rows.targets, rows.read_only
@@ -102,7 +102,7 @@ def make_part(maker: RowMaker, rules: str, examples: Sequence[Example], width: i
         targets=int(targets.sum()),
         read_only=int(read_only.sum()),
         text_bytes=rows.text_bytes,
-        found=found,
+        findings=findings,
         shapes=shapes,
         longest=rows.name(shapes["targets"][1]) if shapes else "",
         unknown=_unknown(rows, width) if len(counts) > width else None,
@@ -162,15 +162,15 @@ def _sparse(counts: np.ndarray) -> bytes:
 
 def _document(record: PartRecord) -> dict[str, Any]:
     """The record as JSON, without the counts."""
-    found = record.found
+    findings = record.findings
     return {
         **{n: getattr(record, n) for n in ("key", "examples", "rows", "targets", "read_only", "text_bytes", "longest")},
         "unknown": None if record.unknown is None else list(record.unknown),
         "shapes": {name: list(value) for name, value in record.shapes.items()},
-        "left_out": found.left_out.document(),
-        "notes": found.notes.document(),
-        "changed": found.notes.changed,
-        "too_long": [found.too_long.count, found.too_long.first],
+        "left_out": findings.left_out.document(),
+        "notes": findings.notes.document(),
+        "changed": findings.notes.changed,
+        "too_long": [findings.too_long.count, findings.too_long.first],
     }
 
 
@@ -182,7 +182,7 @@ def _record(text: bytes, counts: bytes) -> PartRecord:
     for name, entry in document.pop("notes").items():
         notes.add({name: entry["count"]}, entry["first"])
     left_out = recorded({"left_out": document.pop("left_out")}) or LeftOut()
-    found = Found(left_out, notes, TooLong(*document.pop("too_long")))
+    findings = Found(left_out, notes, TooLong(*document.pop("too_long")))
     ids, numbers = np.frombuffer(counts, dtype="<i8").reshape(2, -1)
     dense = np.zeros(int(ids[-1]) + 1 if len(ids) else 0, dtype=np.int64)
     dense[ids] = numbers
@@ -190,7 +190,7 @@ def _record(text: bytes, counts: bytes) -> PartRecord:
     unknown = document.pop("unknown")
     return PartRecord(
         **document,
-        found=found,
+        findings=findings,
         shapes=shapes,
         unknown=None if unknown is None else (str(unknown[0]), int(unknown[1])),
         counts=dense,

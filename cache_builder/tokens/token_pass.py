@@ -142,8 +142,8 @@ def tokenise(
         while pending:
             total.add(pending.popleft().result())
             yield Progress(total.found_examples, 0, note=total.note)
-    left_out.include(total.found.left_out)
-    total.found.too_long.refuse(maker.kind, text.spec, total.found_examples, maker.blocks)
+    left_out.include(total.findings.left_out)
+    total.findings.too_long.refuse(maker.kind, text.spec, total.found_examples, maker.blocks)
     result = total.result(text, maker.kind, left_out, digest.hexdigest())
     if total.unknown is not None:
         raise unknown_token(*total.unknown, width)
@@ -190,11 +190,11 @@ def _digested(examples: Iterable[Example], digest: TextDigest) -> Iterator[Examp
 def _part(number: int, examples: list[Example], work: PartWork, pool: Pool) -> Future[Done]:
     """The part of these examples: from its file, or to be made."""
     folder = work.keep.folder
-    found = None if folder is None else read_part(folder, number, part_key(work.rules, examples))
-    if found is None:
+    done_part = None if folder is None else read_part(folder, number, part_key(work.rules, examples))
+    if done_part is None:
         return pool.submit(number, examples)
     done: Future[Done] = Future()
-    done.set_result(Done(found[0], NO_LENGTHS, None))
+    done.set_result(Done(done_part[0], NO_LENGTHS, None))
     return done
 
 
@@ -203,7 +203,7 @@ class _Total:
 
     def __init__(self, keep: Keep) -> None:
         self._keep = keep
-        self.found, self.found_examples = Found(), 0
+        self.findings, self.found_examples = Found(), 0
         self.unknown: tuple[str, int] | None = None
         self._rows = self._targets = self._read_only = self._text_bytes = 0
         self._counts = np.zeros(0, dtype=np.int64)
@@ -227,7 +227,7 @@ class _Total:
             if known is None or (size < known[0] if name == "shortest" else size > known[0]):
                 self._shapes[name] = (size, self._rows + row)
                 self._longest = record.longest if name == "targets" else self._longest
-        self.found.include(record.found)
+        self.findings.include(record.findings)
         self.unknown = self.unknown or record.unknown
         self.found_examples += record.examples
         self._rows += record.rows
@@ -257,7 +257,7 @@ class _Total:
             read_only=self._read_only,
             text_bytes=self._text_bytes,
             left_out=left_out,
-            notes=self.found.notes,
+            notes=self.findings.notes,
             counts=self._counts,
             extremes=tuple(sorted({row for _, row in self._shapes.values()})),
             longest=self._shapes["together"][0],

@@ -79,15 +79,15 @@ class StoredRows(Sequence[TokenRows]):
             assert self._held, "only counts were kept"
             return self._held[number]
         if number not in self._open:
-            found = read_part(self._folder, number, self._keys[number])
-            if found is None:
+            stored = read_part(self._folder, number, self._keys[number])
+            if stored is None:
                 raise CacheError(
                     "the tokens of the text are not there any more",
                     where=self._folder,
                     found=f"part {number} is missing, or of another text",
                     try_="the same command again: it makes them anew",
                 )
-            self._open[number] = found[1]
+            self._open[number] = stored[1]
             while len(self._open) > OPEN:
                 del self._open[next(iter(self._open))]
         return self._open[number]

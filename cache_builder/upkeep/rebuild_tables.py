@@ -85,7 +85,7 @@ def _commit_table(root: Path, records: Sequence[ShardRecord], arrays: Sequence[s
     return CommitTable.from_hex([sha256_of(commit_path(root, r.index)) for r in records], stored)
 
 
-def _not_rebuilt(path: Path, found: str) -> CacheDamageError:
+def _not_rebuilt(path: Path, problem: str) -> CacheDamageError:
     return CacheDamageError(
-        "a table of the cache cannot be written again", file=path, found=found, try_="kd cache repair --from COPY"
+        "a table of the cache cannot be written again", file=path, found=problem, try_="kd cache repair --from COPY"
     )

@@ -52,8 +52,8 @@ def mend_manifest(root: Path, copy: CacheFiles) -> list[str]:
                 path = commits.commit_path(root, index)
                 record = parse_shard_record(read_json(path, inside=root), path)
                 names = set(commits.shard_files(theirs.arrays, index).values())
-                found = (record.fingerprint, record.examples, record.rows, set(record.files))
-                if found != (theirs.fingerprint, (first, stop), rows, names):
+                stated = (record.fingerprint, record.examples, record.rows, set(record.files))
+                if stated != (theirs.fingerprint, (first, stop), rows, names):
                     raise CacheMismatchError(
                         "the copy is of another cache",
                         cache=root,

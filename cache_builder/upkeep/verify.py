@@ -201,10 +201,10 @@ def _check_lengths(lengths: LengthPages, shard: shard_store.Shard) -> Iterator[F
     gaps = [gaps_at(table, i).tokens for i in range(len(rows))]
     tokens = rows + [len(ids) for ids in table["context_ids"]] + gaps
     try:
-        found = lengths.read(first, stop)
+        stored = lengths.read(first, stop)
     except CacheDamageError:  # of the page, which is a finding of its own
         return
-    if not (np.array_equal(found[0], tokens) and np.array_equal(found[1], rows)):
+    if not (np.array_equal(stored[0], tokens) and np.array_equal(stored[1], rows)):
         page = length_page(first // PAGE_EXAMPLES)
         yield Finding(page, f"lengths differ from the examples {first}:{stop}", shard.index, "examples")
 

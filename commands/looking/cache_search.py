@@ -12,7 +12,7 @@ from kd.commands.terminal.options import json_option
 
 
 @click.command("search")
-@click.argument("place", type=click.Choice(("hf",)))
+@click.argument("where", type=click.Choice(("hf",)))
 @click.option("--teacher", metavar="TEXT", help="A part of the teacher's name, in any case of letters.")
 @click.option(
     "--tokenizer",
@@ -22,7 +22,7 @@ from kd.commands.terminal.options import json_option
 )
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Most caches to list.")
 @json_option
-def cache_search(place: str, teacher: str | None, tokenizer: str | None, limit: int, as_json: bool) -> None:
+def cache_search(where: str, teacher: str | None, tokenizer: str | None, limit: int, as_json: bool) -> None:
     """List caches on the Hugging Face hub (hf), by the tags of their dataset cards.
 
     Example: kd cache search hf --teacher llama

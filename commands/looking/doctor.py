@@ -79,15 +79,15 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, Any]:
     """Processors, memory, and GPUs as torch sees them."""
-    found: dict[str, Any] = {"processors": len(os.sched_getaffinity(0)), "memory": _memory()}
+    hardware: dict[str, Any] = {"processors": len(os.sched_getaffinity(0)), "memory": _memory()}
     if not is_installed("torch"):
-        return found | {"gpus": "unknown: torch is not installed"}
+        return hardware | {"gpus": "unknown: torch is not installed"}
     import torch
 
     if not torch.cuda.is_available():
-        return found | {"gpus": "none"}
+        return hardware | {"gpus": "none"}
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return found | {"gpus": [f"{gpu.name}, {shown_bytes(gpu.total_memory)}" for gpu in gpus]}
+    return hardware | {"gpus": [f"{gpu.name}, {shown_bytes(gpu.total_memory)}" for gpu in gpus]}
 
 
 def _memory() -> int:

@@ -27,7 +27,7 @@ from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.rows.compressed import plain_name
 from kd.data.rows.example import Example, text_digest
 from kd.data.rows.hub import load_hub
-from kd.data.rows.tables import Place, read_table, rows_in, table_files
+from kd.data.rows.tables import RowLocation, read_table, rows_in, table_files
 
 GLUE_ID = "nyu-mll/glue"
 GLUE_SPLITS = ("train", "dev")
@@ -191,7 +191,7 @@ def _local_rows(path: Path, task: GlueTask, split: str) -> tuple[tuple[LabelledR
     for file in files:
         table = read_table(file)
         prefix = "" if len(files) == 1 else f"{plain_name(file)}/"
-        rows += _labelled(task, table.names, table.rows, table.file, table.place, split, prefix)
+        rows += _labelled(task, table.names, table.rows, table.file, table.location, split, prefix)
     return tuple(rows), {"source": "local", "files": ", ".join(f.name for f in files)}
 
 
@@ -222,22 +222,22 @@ def _labelled(
     columns: Sequence[str],
     table: Iterable[Mapping[str, Any]],
     where: str,
-    place: Place,
+    location: RowLocation,
     split: str,
     prefix: str = "",
 ) -> tuple[LabelledRow, ...]:
     _check_columns(task, columns, where)
     rows = []
     for number, row in enumerate(table):
-        _check_columns(task, row, place(number))
+        _check_columns(task, row, location(number))
         texts = tuple(row[c] for c in task.texts)
         if not all(isinstance(t, str) for t in texts):
-            raise DataError("a value is not text", where=place(number), expected=", ".join(task.texts))
+            raise DataError("a value is not text", where=location(number), expected=", ".join(task.texts))
         label = str(row["label"]).strip()  # CSV holds text
         if not (label.isdigit() and int(label) < len(task.labels)):
             raise DataError(
                 "a label is out of bounds",
-                where=place(number),
+                where=location(number),
                 found=row["label"],
                 expected=f"0 to {len(task.labels) - 1}: {', '.join(task.labels)}",
             )

@@ -31,7 +31,7 @@ from kd.data.instruction_tasks.row_reading.row_order import one_row_per_item
 from kd.data.instruction_tasks.task import ANSWER, TaskFile, Template
 from kd.data.left_out import LeftOut, Reason
 from kd.data.rows.example import Example
-from kd.data.rows.tables import Place
+from kd.data.rows.tables import RowLocation
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def render_rows(
     *,
     split: str,
     config: InstructionConfig,
-    place: Place,
+    location: RowLocation,
     cap: int | None = None,
     first: int = 0,
     numbers: Sequence[int] | None = None,
@@ -86,11 +86,11 @@ def render_rows(
     numbers = range(first, first + len(rows)) if numbers is None else numbers
     ids = [f"{task.name}/{named or split}/{number}" for number in numbers]
 
-    def place_of(index: int) -> str:
-        return place(numbers[index])
+    def location_of(index: int) -> str:
+        return location(numbers[index])
 
-    groups = grouped_references(task, rows, place_of, split)
-    drawn = cap is not None and cap < len(rows) and first_rows_are_unlike(_labels(task, rows, place_of), cap)
+    groups = grouped_references(task, rows, location_of, split)
+    drawn = cap is not None and cap < len(rows) and first_rows_are_unlike(_labels(task, rows, location_of), cap)
     kept: dict[int, tuple[Mapping[str, Any], RowAnswers]] = {}
     left_out = LeftOut()
     seen = 0
@@ -98,7 +98,7 @@ def render_rows(
         if cap is not None and len(kept) == cap:
             break
         seen += 1
-        where = place_of(index)
+        where = location_of(index)
         _check_columns(task, row, where)
         answers = _answers_or_reason(task, row, config, split, where)
         if isinstance(answers, RowAnswers):
@@ -116,11 +116,11 @@ def render_rows(
     for index in sorted(kept):
         row, answers = kept[index]
         template = templates[_template_index(templates, config, ids[index], len(examples))]
-        examples.append(_render(task, template, row, answers, config, ids[index], split, place_of(index)))
+        examples.append(_render(task, template, row, answers, config, ids[index], split, location_of(index)))
     if not examples and left_out.count("unlabelled"):
         raise DataError(
             "no row has an answer",
-            where=place(first),
+            where=location(first),
             found=f"{left_out.count('unlabelled')} unlabelled rows",
             expected="labels or references",
             try_="another --split",
@@ -161,7 +161,7 @@ def templates_in_use(task: TaskFile, config: InstructionConfig) -> Sequence[Temp
     return [Template(f"[{task.title}] {inputs}" if config.task_prompt == "name" else inputs)]
 
 
-def _labels(task: TaskFile, rows: Sequence[Mapping[str, Any]], place_of: Place) -> list[str]:
+def _labels(task: TaskFile, rows: Sequence[Mapping[str, Any]], location_of: RowLocation) -> list[str]:
     """The labels of all rows that have one; none where the answers are free text. Of a data set only that column is read."""
     column = task.choice_label
     if column is None:
@@ -169,7 +169,7 @@ def _labels(task: TaskFile, rows: Sequence[Mapping[str, Any]], place_of: Place) 
     top = column.partition(".")[0]
     data_set: Any = rows
     seen = [{top: value} for value in data_set[top]] if hasattr(rows, "select_columns") else rows
-    labels = (label_key(column_value(row, column, place_of(index))) for index, row in enumerate(seen))
+    labels = (label_key(column_value(row, column, location_of(index))) for index, row in enumerate(seen))
     return [label for label in labels if label not in UNLABELLED]
 
 
@@ -283,15 +283,15 @@ def show_templates(task: TaskFile, config: InstructionConfig) -> list[Example]:
         raise DataError("the task file has no example row", where=task.path, expected="example: {column: value, …}")
     rows: Sequence[Mapping[str, Any]] = [task.example]
 
-    def place(number: int) -> str:
+    def location(number: int) -> str:
         return f"{task.path} example row"
 
     if task.explode:
-        rows = one_row_per_item(rows, task.explode, place)[0][:1]
+        rows = one_row_per_item(rows, task.explode, location)[0][:1]
     return [
         example
         for index in range(len(templates_in_use(task, config)))
         for example in render_rows(
-            task, rows, split="example", config=replace(config, template=index), place=place
+            task, rows, split="example", config=replace(config, template=index), location=location
         ).examples
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from kd.common.errors import DataError
 from kd.data.instruction_tasks.row_reading.row_field import Field, column_value, label_key
 from kd.data.instruction_tasks.task import Choices, Labels, TaskFile
-from kd.data.rows.tables import Place
+from kd.data.rows.tables import RowLocation
 
 UNLABELLED = ("-1", "none", "")
 """Label values of a row that has no label."""
@@ -176,14 +176,14 @@ def reference_group(task: TaskFile, row: Mapping[str, Any], where: str) -> str |
 
 
 def grouped_references(
-    task: TaskFile, rows: Iterable[Mapping[str, Any]], place: Place, split: str = ""
+    task: TaskFile, rows: Iterable[Mapping[str, Any]], location: RowLocation, split: str = ""
 ) -> dict[str, tuple[str, ...]]:
     """Group -> references of all its rows, in the order of the rows, each once; empty where the task has no groups."""
     groups: dict[str, dict[str, None]] = {}
     if task.references is None or task.references.group is None:
         return {}
     for number, row in enumerate(rows):
-        row_where = place(number)
+        row_where = location(number)
         texts = groups.setdefault(str(reference_group(task, row, row_where)), {})
         texts |= dict.fromkeys(_reference_texts(task.references, row, row_where, split))
     return {group: tuple(texts) for group, texts in groups.items()}

@@ -28,7 +28,7 @@ from kd.data.instruction_tasks.row_reading.row_order import one_row_per_item, se
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.compressed import plain_name
 from kd.data.rows.hub import HubRows, is_url, load_url
-from kd.data.rows.tables import Place, RowTable, read_table, rows_in, table_files
+from kd.data.rows.tables import RowLocation, RowTable, read_table, rows_in, table_files
 
 SAME = ("dev", "validation", "valid", "val")
 """Names of the dev split."""
@@ -52,7 +52,7 @@ class TaskRows:
     """Number of the first row in the source's split."""
     where: str
     """File or data set, for errors."""
-    place: Place
+    location: RowLocation
     """Number of a row in the source's split -> where it is, for errors."""
     source: str
     """Hub id, revision and split, or file names, for provenance."""
@@ -98,22 +98,22 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
     return _part_of(task, hub_rows.data, part, where, rows_in(where), source)
 
 
-def _part_of(task: TaskFile, rows: Any, part: SplitPart, where: str, place: Place, source: str) -> TaskRows:
+def _part_of(task: TaskFile, rows: Any, part: SplitPart, where: str, location: RowLocation, source: str) -> TaskRows:
     """A part of the rows: after one is made of each item of their lists, and after they are put into the task's order.
 
     rows   a list, or a `datasets.Dataset`
     """
     if task.explode:
-        rows, place = one_row_per_item(rows, task.explode, place)
+        rows, location = one_row_per_item(rows, task.explode, location)
     start, stop = part.cut(len(rows))
     if task.shuffle is None:
         if not part.whole:
             rows = rows.select(range(start, stop)) if hasattr(rows, "select") else rows[start:stop]
-        return TaskRows(rows, start, where, place, source)
+        return TaskRows(rows, start, where, location, source)
     numbers = seeded_order(len(rows), task.shuffle)[start:stop]
     chosen = rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]
     first = numbers[0] if numbers else 0
-    return TaskRows(chosen, first, where, place, f"{source} shuffled by {task.shuffle}", numbers)
+    return TaskRows(chosen, first, where, location, f"{source} shuffled by {task.shuffle}", numbers)
 
 
 def _or_local_files(task: TaskFile, split: str, load: Callable[[], Loaded]) -> Loaded:
@@ -250,21 +250,21 @@ def _from_tables(task: TaskFile, tables: Sequence[RowTable], part: SplitPart, so
         _check_columns(task, table.names, table.file)
         for number, row in enumerate(table.rows):
             if not needed <= row.keys():
-                _check_columns(task, list(row), table.place(number))
+                _check_columns(task, list(row), table.location(number))
     rows = [row for table in tables for row in table.rows]
     where = tables[0].file if len(tables) == 1 else ", ".join(table.file for table in tables)
-    return _part_of(task, rows, part, where, _place_in(tables), source + ("" if part.whole else f" {part}"))
+    return _part_of(task, rows, part, where, _location_in(tables), source + ("" if part.whole else f" {part}"))
 
 
-def _place_in(tables: Sequence[RowTable]) -> Place:
+def _location_in(tables: Sequence[RowTable]) -> RowLocation:
     """Places of the rows of several tables, one after the other."""
     firsts = list(accumulate((len(table.rows) for table in tables), initial=0))
 
-    def place(number: int) -> str:
+    def location(number: int) -> str:
         table = max(0, min(bisect_right(firsts, number) - 1, len(tables) - 1))
-        return tables[table].place(number - firsts[table])
+        return tables[table].location(number - firsts[table])
 
-    return place
+    return location
 
 
 def _check_columns(task: TaskFile, names: Sequence[str], where: str) -> None:

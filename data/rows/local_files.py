@@ -49,18 +49,18 @@ class LocalTexts:
         """All examples of all files, in their order; `left_out` receives what is not read. Raises DataError."""
         left_out.include(self.listed)
         for file in self.files.files:
-            found = self._of_file(file, left_out)
-            if found is not None:
-                yield from found[1]
+            opened = self._of_file(file, left_out)
+            if opened is not None:
+                yield from opened[1]
 
     def kind(self) -> str:
         """The kind of all the files, of which the beginning is read. Raises DataError where they mix several, or hold nothing."""
         left_out = joined([self.listed])
         kinds: dict[str, Path] = {}
         for file in self.files.files:
-            found = self._of_file(file, left_out)
-            if found is not None:
-                kinds.setdefault(found[0], file)
+            opened = self._of_file(file, left_out)
+            if opened is not None:
+                kinds.setdefault(opened[0], file)
         if len(kinds) > 1:
             raise DataError(
                 "the files mix texts of several kinds",
@@ -179,7 +179,7 @@ def _read_rows(file: Path, prefix: str, reading: RowReading, split: str, left_ou
             table.names,
             reading,
             where=str(file),
-            place=table.place,
+            location=table.location,
             prefix=prefix,
             split=split,
             left_out=left_out,

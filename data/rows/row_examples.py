@@ -17,7 +17,7 @@ from kd.data.conversations.conversation_rows import LAYOUTS, conversation_of
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example, check_unicode
 from kd.data.rows.row_reading import ID, RowReading
-from kd.data.rows.tables import Place, UnreadRow, is_nothing, rows_in
+from kd.data.rows.tables import RowLocation, UnreadRow, is_nothing, rows_in
 
 TEXTS = ("text", "prompt", "target")
 """Fields that make documents and pairs."""
@@ -29,7 +29,7 @@ def rows_to_examples(
     reading: RowReading,
     *,
     where: str,
-    place: Place,
+    location: RowLocation,
     prefix: str,
     split: str,
     left_out: LeftOut,
@@ -47,7 +47,7 @@ def rows_to_examples(
     form = reading.format_of(names, rows, where)
     task = prefix.rpartition("/")[2].partition(".")[0]
     read = _conversations if form in LAYOUTS else _texts
-    example_of = read(reading, form, names, place, task, split, _Unread(left_out, prefix))
+    example_of = read(reading, form, names, location, task, split, _Unread(left_out, prefix))
 
     def examples() -> Iterator[Example]:
         for number, row in enumerate(rows):
@@ -96,7 +96,7 @@ class DatasetTexts:
         return self._opened(LeftOut())[0]
 
     def _opened(self, left_out: LeftOut) -> tuple[str, Iterator[Example]]:
-        place, names = rows_in(self.where), self.names or self.rows.column_names
+        location, names = rows_in(self.where), self.names or self.rows.column_names
         if names is None:  # a stream whose features are not known before its first row
             names = list(next(iter(self.rows), {}))
         return rows_to_examples(
@@ -104,7 +104,7 @@ class DatasetTexts:
             list(names),
             self.reading,
             where=self.where,
-            place=place,
+            location=location,
             prefix=self.prefix,
             split=self.split,
             left_out=left_out,
@@ -141,7 +141,7 @@ _Read = Callable[[int, Mapping[str, Any], str], Example]
 
 
 def _texts(
-    reading: RowReading, form: str, names: Sequence[str], place: Place, task: str, split: str, unread: _Unread
+    reading: RowReading, form: str, names: Sequence[str], location: RowLocation, task: str, split: str, unread: _Unread
 ) -> _Read:
     """The reader of documents and pairs."""
     columns = reading.used(form)
@@ -150,9 +150,9 @@ def _texts(
     expected = {name for name in TEXTS if name in names} if by_name else {*fields.values()}
 
     def read(number: int, row: Mapping[str, Any], name: str) -> Example:
-        _check_columns(row, expected, TEXTS if by_name else (), number, place)
-        texts = {field: _text(row[column], column, number, place) for field, column in fields.items()}
-        identity = _identity(reading, row, name, place(number))
+        _check_columns(row, expected, TEXTS if by_name else (), number, location)
+        texts = {field: _text(row[column], column, number, location) for field, column in fields.items()}
+        identity = _identity(reading, row, name, location(number))
         prompt, target = texts.get("prompt", ""), texts["target"]
         if reading.prompts and not target.strip():
             target = prompt  # the teacher's answer replaces it
@@ -160,15 +160,15 @@ def _texts(
         asked = reading.choices_of(row) if form == "pairs" else None
         if asked is None:
             return example
-        choices = choices_in(asked[0], f"{place(number)} field {CHOICES}")
-        right = right_choice(choices, asked[1], target if target.strip() else None, place(number))
+        choices = choices_in(asked[0], f"{location(number)} field {CHOICES}")
+        right = right_choice(choices, asked[1], target if target.strip() else None, location(number))
         return replace(example, target=target if target.strip() else choices[right], choices=choices, answer=right)
 
     return read
 
 
 def _conversations(
-    reading: RowReading, form: str, names: Sequence[str], place: Place, task: str, split: str, unread: _Unread
+    reading: RowReading, form: str, names: Sequence[str], location: RowLocation, task: str, split: str, unread: _Unread
 ) -> _Read:
     """The reader of conversations."""
     columns = reading.used(form)
@@ -181,8 +181,8 @@ def _conversations(
         conversation = conversation_of(
             {field: None if is_nothing(row.get(column)) else row.get(column) for field, column in columns.items()},
             form,
-            where=place(number),
-            name=_identity(reading, row, name, place(number)),
+            where=location(number),
+            name=_identity(reading, row, name, location(number)),
             task=task,
             split=split,
             unread=keys,
@@ -191,8 +191,8 @@ def _conversations(
         unread.add(keys | {column for column, value in row.items() if column not in known and not is_nothing(value)})
         if asked is None:
             return conversation_example(conversation)
-        choices = choices_in(asked[0], f"{place(number)} field {CHOICES}")
-        conversation, right = answered_rightly(conversation, choices, asked[1], place(number))
+        choices = choices_in(asked[0], f"{location(number)} field {CHOICES}")
+        conversation, right = answered_rightly(conversation, choices, asked[1], location(number))
         return replace(conversation_example(conversation), choices=choices, answer=right)
 
     return read
@@ -208,21 +208,23 @@ def _identity(reading: RowReading, row: Mapping[str, Any], name: str, where: str
     return str(row[column])
 
 
-def _check_columns(row: Mapping[str, Any], expected: set[str], known: Sequence[str], number: int, place: Place) -> None:
+def _check_columns(
+    row: Mapping[str, Any], expected: set[str], known: Sequence[str], number: int, location: RowLocation
+) -> None:
     """Raise DataError for a row that lacks a column, or has one of `known` that the first row has not."""
     missing = sorted(expected - row.keys())
     added = [name for name in known if name in row and name not in expected]
     if missing or added:
         raise DataError(
             "a row has other columns than the first row",
-            where=place(number),
+            where=location(number),
             found=", ".join(map(str, row)) or "none",
             expected=", ".join(sorted(expected)) + (f" (missing: {', '.join(missing)})" if missing else ""),
             try_="the same columns in every row, or --columns for those to read; an empty text or null is a value",
         )
 
 
-def _text(value: Any, column: str, number: int, place: Place) -> str:
+def _text(value: Any, column: str, number: int, location: RowLocation) -> str:
     """The text of a value; no value is the empty text."""
     if isinstance(value, str):
         return value
@@ -230,7 +232,7 @@ def _text(value: Any, column: str, number: int, place: Place) -> str:
         return ""
     raise DataError(
         "a value is not text",
-        where=f"{place(number)} column {column}",
+        where=f"{location(number)} column {column}",
         found=type(value).__name__,
         expected="a string",
     )

@@ -26,7 +26,7 @@ class StreamedRow:
     number: int
     """Number of the row in its file, from 0."""
     row: Mapping[str, Any]
-    place: str
+    location: str
 
 
 def numbered_rows(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[StreamedRow]:
@@ -45,7 +45,9 @@ def stream_rows(file: Path, columns: Collection[str]) -> Iterator[StreamedRow]:
             yield from _parquet_rows(file, columns)
         else:
             table = read_table(file)
-            yield from (StreamedRow(number, _read(row), table.place(number)) for number, row in enumerate(table.rows))
+            yield from (
+                StreamedRow(number, _read(row), table.location(number)) for number, row in enumerate(table.rows)
+            )
     except DataError:
         raise
     except UNREADABLE as error:

@@ -37,7 +37,7 @@ class OpenedTable(Protocol):
     def whole_file(self) -> bool:
         """Whether the file is one JSON object, which may be anything but a row."""
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Where a row is, for errors."""
 
 
@@ -70,7 +70,7 @@ class TableStream:
 
     whole_file = False
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Where the row is that was read last, for errors."""
         return f"{self.file} {self.counted_in} {self.rows.at}"
 

@@ -24,7 +24,7 @@ from kd.common.errors import DataError, unknown_name
 from kd.data.rows.compressed import COMPRESSIONS, UNREADABLE, file_type, open_bytes, open_text
 
 Row = dict[str, Any]
-Place = Callable[[int], str]
+RowLocation = Callable[[int], str]
 """Number of a row, from 0 -> where it is, for errors."""
 
 
@@ -53,12 +53,12 @@ class RowTable:
     whole_file: bool = False
     """Whether the file is one JSON object, which may be anything but a row."""
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Where a row is, for errors: its line, or its number from 1."""
         return f"{self.file} line {self.lines[number]}" if self.lines else f"{self.file} row {number + 1}"
 
 
-def rows_in(where: str) -> Place:
+def rows_in(where: str) -> RowLocation:
     """Places of rows that have no lines: their numbers from 1."""
     return lambda number: f"{where} row {number + 1}"
 
@@ -212,8 +212,8 @@ def _object(value: Any, where: str) -> Row:
 def _csv(file: Path) -> RowTable:
     with open_text(file, newline="") as lines:
         names, numbered = csv_rows(file, lines)
-        found = list(numbered)
-    return RowTable(str(file), names, [row for _, row in found], [line for line, _ in found])
+        rows = list(numbered)
+    return RowTable(str(file), names, [row for _, row in rows], [line for line, _ in rows])
 
 
 def csv_rows(file: Path, lines: Iterable[str]) -> tuple[list[str], Iterator[tuple[int, Row]]]:

@@ -122,8 +122,8 @@ class TextTokens:
         Texts that are long or spell a control token are left to `encode`.
         """
         short = [t for t in dict.fromkeys(texts) if 0 < len(t) <= WINDOW and not self.spelled(t)]
-        found = encode_many(self.tokenizer, self.pieces, self._lengths, short)
-        self._ahead = {(text, True): one for text, one in zip(short, found, strict=True)}
+        encoded = encode_many(self.tokenizer, self.pieces, self._lengths, short)
+        self._ahead = {(text, True): one for text, one in zip(short, encoded, strict=True)}
 
     def encode(self, text: str, *, control: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """`encode_with_ends`, also where the tokenizer's own vocabulary spells a control token (T5's `</s>`)."""

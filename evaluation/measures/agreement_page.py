@@ -96,13 +96,13 @@ def _passage(
 
 
 def _token(view: TokenView, student: StudentRow, kl: float, vocabulary: Sequence[bytes]) -> PageToken:
-    own = [(quoted(piece_text(vocabulary, i)), p, i == view.id) for i, p in student.top]
+    candidates = [(quoted(piece_text(vocabulary, i)), p, i == view.id) for i, p in student.top]
     heading = f"token {view.number}: {quoted(view.piece)}, {kl:.3f} nats apart"
     return PageToken(
         view.text,
         bisect_right(KL_EDGES, kl),
         heading,
-        [side_of(view, "teacher"), PageSide("student", student.said, own)],
+        [side_of(view, "teacher"), PageSide("student", student.said, candidates)],
     )
 
 
@@ -119,14 +119,14 @@ def _student_rows(
         gold = log_q.gather(1, chunk.gold_ids.unsqueeze(1))
         ranks = 1 + (log_q > gold).sum(dim=1)
         entropy = -(log_q.exp() * log_q).sum(dim=1)
-        for place, row in enumerate(chunk.rows):
+        for index, row in enumerate(chunk.rows):
             said = [
-                ("entropy", f"{float(entropy[place]):.3f} nats"),
-                ("in the text", f"probability {float(gold[place, 0].exp()):.3g}, rank {int(ranks[place]):,}"),
+                ("entropy", f"{float(entropy[index]):.3f} nats"),
+                ("in the text", f"probability {float(gold[index, 0].exp()):.3g}, rank {int(ranks[index]):,}"),
             ]
-            top = zip(ids[place].tolist(), values[place].exp().tolist(), strict=True)
+            top = zip(ids[index].tolist(), values[index].exp().tolist(), strict=True)
             rows[row] = StudentRow(said, list(top))
-    found = [row for row in rows if row is not None]
-    assert len(found) == len(rows), "every scored position is in one chunk"
+    complete = [row for row in rows if row is not None]
+    assert len(complete) == len(rows), "every scored position is in one chunk"
     starts = np.cumsum([0, *(len(t.target_ids) for t in texts)])
-    return {e.index: found[starts[n] : starts[n + 1]] for n, e in enumerate(examples)}
+    return {e.index: complete[starts[n] : starts[n + 1]] for n, e in enumerate(examples)}

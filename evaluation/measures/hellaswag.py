@@ -123,7 +123,7 @@ def load_scenes(task_root: Path | None = None, limit: int | None = None) -> Scen
     for number, row in enumerate(source_rows.rows, source_rows.first):
         if limit is not None and len(rows) == limit:
             break
-        scene = _scene(row, number, source_rows.place(number))
+        scene = _scene(row, number, source_rows.location(number))
         unlabelled += scene is None
         rows += [scene] if scene is not None else []
     if not rows:

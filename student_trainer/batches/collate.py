@@ -165,7 +165,7 @@ class Collator:
             position, row = position + scored, row + len(targets)
         rows = examples.rows if isinstance(examples, CachedBatch) else concatenate([e.targets for e in examples])
         expected = text_rows(paths, rows, joined_starts(parts), gold_ids, self.objective.temperature)
-        return expected | {"places": paths.place, "aligned_bytes": aligned}
+        return expected | {"places": paths.position, "aligned_bytes": aligned}
 
     def _groups(self, examples: Sequence[CachedExample]) -> dict[str, np.ndarray]:
         """Fields of `GroupTargets`, named `group_…`, whose rows count over the whole batch; `units` examples with groups;

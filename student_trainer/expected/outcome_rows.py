@@ -56,7 +56,7 @@ def joined_starts(parts: Sequence[Starts]) -> Starts:
 
 
 @dataclass
-class _Found:
+class _Outcomes:
     """Outcomes as they are found: entries of all positions in any order."""
 
     owner: list[np.ndarray]
@@ -80,20 +80,24 @@ def text_rows(
 
     rows      the teacher's rows of all examples
     gold_ids  [N] the student's tokens
-    returns   `range_starts`, `range_stops` [E] in places of `PiecePaths`, `logprobs` [E] of each outcome, `kept [N]`
+    returns   `range_starts`, `range_stops` [E] in positions of `PiecePaths`, `logprobs` [E] of each outcome, `kept [N]`
               outcomes of each position, and `tail_mass [N]` the rest
     """
-    found = _Found([], [], [], [])
-    scale = _follow(paths, rows, starts, temperature, found)
+    outcomes = _Outcomes([], [], [], [])
+    scale = _follow(paths, rows, starts, temperature, outcomes)
     gold = np.zeros(len(gold_ids))
     gold[starts.position] = scale
-    places = paths.place[gold_ids]
-    found.add(np.arange(len(gold_ids)), places, places + 1, gold)
-    owner, start, stop, logprob = (np.concatenate(v) for v in (found.owner, found.start, found.stop, found.logprob))
-    return _disjoint(owner, start, stop, np.exp(logprob), len(gold_ids), len(paths.place))
+    numbers = paths.position[gold_ids]
+    outcomes.add(np.arange(len(gold_ids)), numbers, numbers + 1, gold)
+    owner, start, stop, logprob = (
+        np.concatenate(v) for v in (outcomes.owner, outcomes.start, outcomes.stop, outcomes.logprob)
+    )
+    return _disjoint(owner, start, stop, np.exp(logprob), len(gold_ids), len(paths.position))
 
 
-def _follow(paths: PiecePaths, rows: SoftTargets, starts: Starts, temperature: float, found: _Found) -> np.ndarray:
+def _follow(
+    paths: PiecePaths, rows: SoftTargets, starts: Starts, temperature: float, outcomes: _Outcomes
+) -> np.ndarray:
     """Collect the outcomes along the rows; returns the log-probability `[P]` of each position's own token."""
     gold_piece = paths.piece[rows.gold_ids]
     row, node = starts.first.copy(), np.zeros(len(starts.first), dtype=np.int64)
@@ -111,7 +115,7 @@ def _follow(paths: PiecePaths, rows: SoftTargets, starts: Starts, temperature: f
         on_path = live[node[live] >= 0]
         owner, piece, logprob = kept.others(row[on_path], gold_piece, scale[on_path], least, ruled_out[on_path])
         chosen = on_path[owner]
-        found.add(starts.position[chosen], *paths.ranges(node[chosen], piece, reading[chosen]), logprob)
+        outcomes.add(starts.position[chosen], *paths.ranges(node[chosen], piece, reading[chosen]), logprob)
         scale[live] += gold_logprob[here]
         length[live] += paths.piece_bytes[rows.gold_ids[here]] + np.choose(read, [0, -1, 1])
         node[live] = paths.child(node[live], gold_piece[here], read)
@@ -127,7 +131,7 @@ def _follow(paths: PiecePaths, rows: SoftTargets, starts: Starts, temperature: f
     below = paths.child(node[chosen], piece)
     taken = below >= 0
     chosen, below, logprob = chosen[taken], below[taken], logprob[taken]
-    found.add(starts.position[chosen], paths.starts[below], paths.stops[below], logprob)
+    outcomes.add(starts.position[chosen], paths.starts[below], paths.stops[below], logprob)
     used = np.bincount(chosen, weights=np.exp(logprob), minlength=len(row))
     return np.log(np.maximum(np.exp(scale) - used, LEAST * np.exp(scale)))
 

@@ -123,25 +123,25 @@ class PiecePaths:
         """Number the nodes in the order of the paths; tokens without a path come last."""
         known = sorted((path, number) for number, path in paths.items() if path)
         others = sorted(set(range(width)) - {number for _, number in known})
-        self.place = np.empty(width, dtype=np.int64)
+        self.position = np.empty(width, dtype=np.int64)
         """[V] where each of the student's ids is in the order of the paths."""
-        self.place[[number for _, number in known] + others] = np.arange(width)
+        self.position[[number for _, number in known] + others] = np.arange(width)
         self.node = np.full(width, -1, dtype=np.int64)
         """[V] the node of each id's whole path; -1 for tokens without one."""
         nodes: dict[tuple[int, ...], int] = {(): 0}
         starts, stops, self._texts = [0], [len(known)], [b""]
         edges: list[tuple[int, int]] = []
-        for place, (path, token) in enumerate(known):
+        for position, (path, token) in enumerate(known):
             for depth in range(1, len(path) + 1):
                 part = path[:depth]
                 if part not in nodes:
                     nodes[part] = len(starts)
                     parent = nodes[part[:-1]]
                     edges.append((parent * self.size + part[-1], len(starts)))
-                    starts.append(place)
-                    stops.append(place)
+                    starts.append(position)
+                    stops.append(position)
                     self._texts.append(self._texts[parent] + self.teacher[part[-1]])
-                stops[nodes[part]] = place + 1
+                stops[nodes[part]] = position + 1
             self.node[token] = nodes[path]
         edges.sort()
         self._keys = np.array([key for key, _ in edges] + [2**62], dtype=np.int64)
@@ -155,8 +155,8 @@ class PiecePaths:
         for other in (WITHOUT_SPACE, WITH_SPACE):
             read = np.where(reading == other, self._numbers[other][pieces], read) if np.any(reading == other) else read
         keys = np.where((nodes >= 0) & (read >= 0), nodes * self.size + read, -1)
-        found = self._keys.searchsorted(keys)
-        return np.asarray(np.where(self._keys[found] == keys, self._children[found], -1))
+        slots = self._keys.searchsorted(keys)
+        return np.asarray(np.where(self._keys[slots] == keys, self._children[slots], -1))
 
     def ranges(self, nodes: np.ndarray, pieces: np.ndarray, reading: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`(starts, stops)` `[n]`: places of what each piece after each node stands for; -1 where the student has nothing."""
@@ -174,7 +174,7 @@ class PiecePaths:
         key = (node, piece, reading)
         if key not in self._fallback:
             token = longest_prefix(self._tokens, self._texts[node] + self._read[reading][piece])
-            self._fallback[key] = -1 if token is None else int(self.place[self._tokens[token]])
+            self._fallback[key] = -1 if token is None else int(self.position[self._tokens[token]])
         return self._fallback[key]
 
     def reading(self, piece: int, piece_end: int, token: int, token_end: int) -> int:

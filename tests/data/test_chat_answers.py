@@ -38,9 +38,9 @@ def last_turn(template: ChatTemplate, talk: Conversation | None) -> str:
 
 
 def test_kept_reasoning_is_rendered_as_the_teacher_wrote_it(template) -> None:
-    for source, place in ((REASONING, "field"), (CHATML, "content")):
+    for source, location in ((REASONING, "field"), (CHATML, "content")):
         chosen = template(source)
-        assert reasoning_place(chosen) == place
+        assert reasoning_place(chosen) == location
         talk = AnswerReader(chosen, "keep").answered(QUESTION, THOUGHT, True, "")
         assert last_turn(chosen, talk) == f"{THOUGHT}<|im_end|>\n"
     field = AnswerReader(template(REASONING), "keep").answered(QUESTION, THOUGHT, True, "")

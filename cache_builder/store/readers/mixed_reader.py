@@ -86,12 +86,12 @@ class MixedReader:
         stop = len(self) if stop is None else stop
         if not 0 <= first < stop <= len(self):
             raise IndexError(f"examples {first}:{stop} of a cache of {len(self)}")
-        found = []
+        pairs = []
         for reader, start in zip(self.parts, self._first_examples.tolist(), strict=False):
             begin, end = max(first - start, 0), min(stop - start, len(reader))
             if begin < end:
-                found.append(reader.lengths(begin, end))
-        tokens, rows = zip(*found, strict=True)
+                pairs.append(reader.lengths(begin, end))
+        tokens, rows = zip(*pairs, strict=True)
         return np.concatenate(tokens), np.concatenate(rows)
 
     def shard(self, index: int) -> Shard:
@@ -126,7 +126,11 @@ class MixedReader:
     def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
         """As `Reader.epoch_order`: a function of (seed, epoch), the caches and their weights."""
         return mixed_order(
-            seed, epoch, self.weights, self._first_examples, lambda part, own: self.parts[part].epoch_order(seed, own)
+            seed,
+            epoch,
+            self.weights,
+            self._first_examples,
+            lambda part, part_epoch: self.parts[part].epoch_order(seed, part_epoch),
         )
 
     def vocabulary(self) -> list[bytes]:

@@ -39,9 +39,9 @@ def without_text_rules(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {"tokenizer": words}
 
 
-def identity_difference(expected: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def identity_difference(expected: dict[str, Any], actual: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """`(dotted key, expected, found)` of everything that differs between two identities."""
-    left, right = _flatten(expected), _flatten(found)
+    left, right = _flatten(expected), _flatten(actual)
     return [
         (key, left.get(key), right.get(key))
         for key in sorted(left.keys() | right.keys())

@@ -279,9 +279,9 @@ def _manifest_path(root: Path) -> Path:
             where=root / MANIFEST,
             try_="the kd cache build command it was made with",
         )
-    found = "no such directory" if not os.path.exists(root) else f"no {MANIFEST} in it"
+    problem = "no such directory" if not os.path.exists(root) else f"no {MANIFEST} in it"
     raise CacheError(
-        "this is not a cache", where=root, found=found, try_="kd cache build --teacher … --data … --out DIR"
+        "this is not a cache", where=root, found=problem, try_="kd cache build --teacher … --data … --out DIR"
     )
 
 

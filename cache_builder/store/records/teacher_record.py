@@ -51,17 +51,17 @@ def tail_unknown(teacher: Mapping[str, Any]) -> bool:
 
 def refuse_beyond_logprobs(config: TargetConfig, where: object) -> None:
     """Raise DataError for targets that do not follow from the top-k log-probabilities at temperature 1."""
-    found = {
+    beyond_logprobs = {
         "--temperatures " + ",".join(f"{t:g}" for t in config.temperatures): config.temperatures != (1.0,),
         f"--tail-bands {config.tail_bands}": config.tail_bands > 0,
         f"--samples {config.samples}": config.samples > 0,
         f"--profile {config.profile}": PROFILES[config.profile].boundary or not config.top_k,
     }
-    if any(found.values()):
+    if any(beyond_logprobs.values()):
         raise DataError(
             "the teacher gives log-probabilities at temperature 1, and no logits",
             where=where,
-            found=", ".join(option for option, beyond in found.items() if beyond),
+            found=", ".join(option for option, beyond in beyond_logprobs.items() if beyond),
             expected="profile kl, compact, adaptive, or uld with --tail-bands 0; temperature 1",
             try_="leave these options out; or a teacher that is loaded here, which gives its logits",
         )

@@ -160,13 +160,13 @@ def read_claim(path: Path, now: float) -> Claim | None:
     except FileNotFoundError:
         if not path.is_symlink():
             return None
-        lines, found = [], "a link that leads nowhere"
+        lines, problem = [], "a link that leads nowhere"
     except NotPlainError as error:  # a stranger's pipe or device
-        lines, found = [], str(error.strerror)
+        lines, problem = [], str(error.strerror)
     else:
-        found = "empty"
+        problem = "empty"
     shard = int(path.name.strip(".").partition(".")[0])
-    claim = claim_of_text(shard, "\n".join(lines), idle, found)
+    claim = claim_of_text(shard, "\n".join(lines), idle, problem)
     tag = lines[0].rpartition(".")[0] if lines else ""
     if claim.void is None and LOCKED in lines and made_here(tag) and is_free(path):
         return replace(claim, void=ENDED)
@@ -179,14 +179,14 @@ def claim_text(tag: str, name: str, since: float, rows: int = 0, *, locked: bool
     return "\n".join([*head, _rows_line(rows)])
 
 
-def claim_of_text(shard: int, text: str, idle: float, found: str = "empty") -> Claim:
-    """What the text of a claim says. `idle`: seconds since it was touched; `found`: what a claim without text is."""
+def claim_of_text(shard: int, text: str, idle: float, problem: str = "empty") -> Claim:
+    """What the text of a claim says. `idle`: seconds since it was touched; `problem`: what is wrong with a claim without text."""
     lines = text.splitlines()
     tag, details = lines[0] if lines else "", dict(line.partition(" ")[::2] for line in lines[2:])
     alive, builder = holder(tag.rpartition(".")[0])
     void = None
     if not tag:
-        builder, void = "nobody", f"the claim is {found}"
+        builder, void = "nobody", f"the claim is {problem}"
     elif idle > STALE_SECONDS:
         void = f"not touched for {idle:,.0f} seconds"
     elif idle < -STALE_SECONDS:

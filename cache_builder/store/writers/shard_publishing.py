@@ -88,21 +88,21 @@ def settle(root: Path, manifest: CacheManifest, index: int, *, trusted: bool = F
 
     Files of an offer that are missing or not as its commit says end the offer; `trusted` skips that check.
     """
-    place = offer_path(root, index)
+    offer = offer_path(root, index)
     with suppress(FileNotFoundError):
-        for folder in list(place.iterdir()):
+        for folder in list(offer.iterdir()):
             if not commit_path(root, index).exists() and (trusted or _is_whole(root, manifest, index, folder)):
                 _move(root, manifest, index, folder)
             _discard(root, folder)
         with suppress(OSError):  # another offer
-            place.rmdir()
+            offer.rmdir()
     return commit_path(root, index).exists()
 
 
 def settle_all(root: Path, manifest: CacheManifest) -> None:
     """Finish all offers that killed builders have left."""
-    for place in sorted(root.glob(".ready-*")):
-        number = place.name.removeprefix(".ready-")
+    for offer in sorted(root.glob(".ready-*")):
+        number = offer.name.removeprefix(".ready-")
         if number.isdigit() and int(number) < len(manifest.shards):
             settle(root, manifest, int(number))
 

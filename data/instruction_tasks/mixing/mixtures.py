@@ -124,7 +124,7 @@ def _rendered(task: TaskFile, source: TaskRows, split: str, config: InstructionC
         source.rows,
         split=split,
         config=config,
-        place=source.place,
+        location=source.location,
         cap=most,
         first=source.first,
         numbers=source.numbers,

@@ -98,7 +98,9 @@ def _examples(
                 continue
             task = _text(one, columns["task"]) if "task" in columns else file_task
             if not task:
-                raise DataError("a row names no task", where=f"{one.place} column {columns['task']}", found="nothing")
+                raise DataError(
+                    "a row names no task", where=f"{one.location} column {columns['task']}", found="nothing"
+                )
             asked = _text(one, prompt)
             if not asked:
                 left_out.add("without_prompt", identity)
@@ -110,7 +112,7 @@ def _check_columns(one: StreamedRow, needed: Collection[str]) -> None:
     if missing:
         raise DataError(
             "columns are missing",
-            where=one.place,
+            where=one.location,
             found=", ".join(map(str, one.row)) or "none",
             expected=", ".join(needed) + f" (missing: {', '.join(missing)})",
             try_="--columns prompt=NAME,target=NAME,task=NAME",
@@ -124,7 +126,10 @@ def _text(one: StreamedRow, column: str) -> str:
         return ""
     if not isinstance(value, str | int):
         raise DataError(
-            "a value is not text", where=f"{one.place} column {column}", found=type(value).__name__, expected="a string"
+            "a value is not text",
+            where=f"{one.location} column {column}",
+            found=type(value).__name__,
+            expected="a string",
         )
     return str(value)
 

@@ -12,7 +12,7 @@ from typing import Any
 from kd.common.errors import DataError
 from kd.data.instruction_tasks.draws import keyed
 from kd.data.instruction_tasks.row_reading.row_field import column_value
-from kd.data.rows.tables import Place
+from kd.data.rows.tables import RowLocation
 
 
 def seeded_order(rows: int, seed: int) -> list[int]:
@@ -21,8 +21,8 @@ def seeded_order(rows: int, seed: int) -> list[int]:
 
 
 def one_row_per_item(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], place: Place
-) -> tuple[list[dict[str, Any]], Place]:
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], location: RowLocation
+) -> tuple[list[dict[str, Any]], RowLocation]:
     """A row for each item of the lists in `columns`, which are cut to that item; and the places of the new rows.
 
     Raises DataError where a column holds no list, or the lists of a row have different lengths.
@@ -30,7 +30,7 @@ def one_row_per_item(
     items: list[dict[str, Any]] = []
     origins: list[tuple[int, int]] = []
     for number, row in enumerate(rows):
-        lists = {column: column_value(row, column, place(number)) for column in columns}
+        lists = {column: column_value(row, column, location(number)) for column in columns}
         if all(
             value is None for value in lists.values()
         ):  # it stays one row, which is left out and counted where it is read
@@ -41,7 +41,7 @@ def one_row_per_item(
             if not isinstance(value, list):
                 raise DataError(
                     "a row has no list to make one example of each item",
-                    where=f"{place(number)} column {column}",
+                    where=f"{location(number)} column {column}",
                     found=type(value).__name__,
                     expected="a list",
                 )
@@ -49,7 +49,7 @@ def one_row_per_item(
         if len(set(lengths.values())) > 1:
             raise DataError(
                 "the lists of a row have different lengths",
-                where=place(number),
+                where=location(number),
                 found=", ".join(f"{column} {length}" for column, length in lengths.items()),
                 expected="one item of each for every example",
             )
@@ -62,7 +62,7 @@ def one_row_per_item(
 
     def item_place(index: int) -> str:
         number, item = origins[index]
-        return f"{place(number)} item {item + 1}"
+        return f"{location(number)} item {item + 1}"
 
     return items, item_place
 

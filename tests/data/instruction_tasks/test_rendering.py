@@ -26,7 +26,7 @@ BOOLQ = load_task("boolq").example
 
 
 def render(task: TaskFile, rows: list[Any], config: InstructionConfig = PLAIN, **options: Any) -> Rendered:
-    return render_rows(task, rows, split="train", config=config, place=rows_in("here"), **options)
+    return render_rows(task, rows, split="train", config=config, location=rows_in("here"), **options)
 
 
 def one(name: str, config: InstructionConfig = PLAIN, **changes: Any) -> Example:
@@ -316,7 +316,7 @@ def test_the_text_is_the_same_in_every_process() -> None:
         "from kd.data.instruction_tasks.rendering import *; from kd.data.instruction_tasks.task_files import load_task;"
         "from kd.data.rows.example import text_digest;"
         "t = load_task('squad'); print(text_digest(render_rows(t, [t.example] * 50, split='train',"
-        "config=InstructionConfig(data_seed=3), place=str).examples))"
+        "config=InstructionConfig(data_seed=3), location=str).examples))"
     )
     runs = {
         subprocess.run(

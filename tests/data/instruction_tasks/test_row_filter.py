@@ -19,7 +19,7 @@ PLAIN = InstructionConfig(template=0)
 def render(rows: list[dict[str, Any]], **changes: Any) -> Rendered:
     body = {"fields": {"x": "x"}, "references": "y", "templates": [{"prompt": "{x}!"}]} | changes
     task = parse_task(yaml.safe_dump({k: v for k, v in body.items() if v is not None}), "mine", "mine.yaml")
-    return render_rows(task, rows, split="train", config=PLAIN, place=rows_in("here"))
+    return render_rows(task, rows, split="train", config=PLAIN, location=rows_in("here"))
 
 
 def kept(done: Rendered) -> list[str]:
@@ -67,9 +67,9 @@ def test_a_cap_counts_rows_that_are_kept_and_round_robin_skips_no_template() -> 
     task = load_task("paws")
     rows = [task.example | {"sentence1": None if i % 2 else f"s{i}"} for i in range(8)]
     config = InstructionConfig(template="round-robin")
-    done = render_rows(task, rows, split="train", config=config, place=rows_in("here"), cap=3)
+    done = render_rows(task, rows, split="train", config=config, location=rows_in("here"), cap=3)
     assert [e.id for e in done.examples] == ["paws/train/0", "paws/train/2", "paws/train/4"]
     assert done.left_out.counts == {"null_value": 2, "beyond_limit": 3}
     whole = [task.example | {"sentence1": f"s{i}"} for i in (0, 2, 4)]
-    expected = render_rows(task, whole, split="train", config=config, place=rows_in("here"))
+    expected = render_rows(task, whole, split="train", config=config, location=rows_in("here"))
     assert [e.prompt for e in done.examples] == [e.prompt for e in expected.examples]

@@ -311,7 +311,7 @@ def test_a_part_of_a_file_at_an_address_is_cut_too(tmp_path: Path, server: str, 
     )
     rows = load_task_rows(load_task(str(path)), split, None, no_hub)
     assert [r["output"] for r in rows.rows] == [r["output"] for r in (CODE[:18] if split == "train" else CODE[18:])]
-    assert rows.place(rows.first) == f"{server}/rows.jsonl line {1 if split == 'train' else 19}"
+    assert rows.location(rows.first) == f"{server}/rows.jsonl line {1 if split == 'train' else 19}"
 
 
 def test_values_at_an_address_are_what_the_file_says(tmp_path: Path, server: str) -> None:
@@ -335,7 +335,7 @@ def test_places_of_rows_in_several_files_name_the_file(tmp_path: Path) -> None:
     put(tmp_path / "paws" / "dev-0.jsonl", PAWS)
     put(tmp_path / "paws" / "dev-1.csv", PAWS)
     rows = load_task_rows(load_task("paws"), "dev", tmp_path, no_hub)
-    assert [Path(rows.place(n)).name for n in (0, 3, 4, 7)] == [
+    assert [Path(rows.location(n)).name for n in (0, 3, 4, 7)] == [
         "dev-0.jsonl line 1",
         "dev-0.jsonl line 4",
         "dev-1.csv line 2",
@@ -414,7 +414,7 @@ def test_every_question_of_a_conversation_is_a_row_before_the_cut(tmp_path: Path
     rows = load_task_rows(load_task("quac"), "dev", tmp_path, no_hub)
     assert (len(rows.rows), rows.first) == (200, 100)
     assert [r["questions"] for r in rows.rows[:2]] == talk["questions"]
-    assert rows.place(100).endswith("train.jsonl line 51 item 1")
+    assert rows.location(100).endswith("train.jsonl line 51 item 1")
 
 
 def test_several_files_of_a_split_are_one_after_the_other(tmp_path: Path) -> None:

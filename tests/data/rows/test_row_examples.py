@@ -20,7 +20,7 @@ def examples(rows: list[dict[str, Any]], left_out: LeftOut | None = None, **colu
         list(rows[0]),
         RowReading(columns),
         where="t",
-        place=rows_in("t"),
+        location=rows_in("t"),
         prefix="t",
         split="train",
         left_out=LeftOut() if left_out is None else left_out,

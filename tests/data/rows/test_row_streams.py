@@ -37,7 +37,7 @@ def test_streamed_rows_are_the_rows_of_the_table(tmp_path: Path, name: str) -> N
     table = read_table(file)
     found = list(stream_rows(file, ["inputs", "targets", "other"]))
     assert [one.row for one in found] == table.rows
-    assert [one.place for one in found] == [table.place(n) for n in range(len(table.rows))]
+    assert [one.location for one in found] == [table.location(n) for n in range(len(table.rows))]
     assert [one.number for one in found] == list(range(len(ROWS)))
 
 

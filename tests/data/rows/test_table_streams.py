@@ -44,8 +44,8 @@ def test_rows_and_their_places_are_those_of_the_whole_table(tmp_path: Path, suff
     stream, table = open_table(file), read_table(file)
     assert stream.names == table.names
     for _ in range(2):  # from the beginning each time
-        found = [(row, stream.place(number)) for number, row in enumerate(stream.rows)]
-        assert found == [(row, table.place(number)) for number, row in enumerate(table.rows)]
+        found = [(row, stream.location(number)) for number, row in enumerate(stream.rows)]
+        assert found == [(row, table.location(number)) for number, row in enumerate(table.rows)]
 
 
 def test_a_line_that_cannot_be_read_stays_in_its_place(tmp_path: Path):

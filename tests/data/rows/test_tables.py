@@ -81,7 +81,7 @@ def test_places_are_lines_where_there_are_lines_and_row_numbers_elsewhere(tmp_pa
     }.items():
         file = tmp_path / f"t{suffix}"
         file.write_bytes(content(suffix))
-        assert [read_table(file).place(n) for n in range(2)] == [f"{file} {place}" for place in places]
+        assert [read_table(file).location(n) for n in range(2)] == [f"{file} {location}" for location in places]
 
 
 @pytest.mark.parametrize("suffix", TABLE_READERS)

@@ -81,12 +81,12 @@ def expected(
                 frozenset(
                     s
                     for i, s in enumerate(STUDENT)
-                    if found["range_starts"][e] <= paths.place[i] < found["range_stops"][e]
+                    if found["range_starts"][e] <= paths.position[i] < found["range_stops"][e]
                 ): math.exp(found["logprobs"][e])
                 for e in entries
             }
         )
-    return sets, found | {"places": paths.place}
+    return sets, found | {"places": paths.position}
 
 
 THE_WORD, THEN, CAT, CAR = [THE], [THE, N], [CA, T], [CA, R]
@@ -144,7 +144,7 @@ def test_where_no_piece_begins_the_target_is_the_token_of_the_text() -> None:
     starts = starts_of([CAT], [2])
     found = text_rows(paths, rows_of(CAT), starts, np.array([2, 4, 4]), 1.0)
     assert found["kept"].tolist() == [3, 1, 1]
-    assert found["range_starts"][3:].tolist() == [paths.place[4]] * 2
+    assert found["range_starts"][3:].tolist() == [paths.position[4]] * 2
     assert found["logprobs"][3:].tolist() == found["tail_mass"][1:].tolist() == [0.0, 0.0]
 
 
@@ -184,4 +184,4 @@ def test_a_piece_that_is_longer_than_the_student_s_tokens_stands_for_the_first_o
     starts = Starts(*(np.array([v]) for v in (0, 3, 0, 1, -1, AS_IT_IS, -1)))
     found = text_rows(paths, rows, starts, np.array([3]), 1.0)
     masses = dict(zip(found["range_starts"].tolist(), np.exp(found["logprobs"]).tolist(), strict=True))
-    assert masses == pytest.approx({int(paths.place[0]): 0.75, int(paths.place[3]): 0.25}, rel=1e-6)
+    assert masses == pytest.approx({int(paths.position[0]): 0.75, int(paths.position[3]): 0.25}, rel=1e-6)

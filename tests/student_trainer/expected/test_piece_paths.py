@@ -27,7 +27,7 @@ def paths() -> PiecePaths:
 
 def tokens(found: PiecePaths, start: int, stop: int) -> set[bytes]:
     """The student tokens of a range of places."""
-    return {STUDENT[i] for i in range(len(STUDENT)) if start <= found.place[i] < stop}
+    return {STUDENT[i] for i in range(len(STUDENT)) if start <= found.position[i] < stop}
 
 
 def after(found: PiecePaths, *pieces: bytes) -> int:
@@ -82,9 +82,9 @@ def test_a_piece_that_no_token_begins_with_stands_for_the_token_that_begins_it()
 def test_the_ends_of_text_are_one_outcome_and_special_tokens_are_none() -> None:
     found = paths()
     starts, stops = found.ranges(np.array([0]), np.array([0]), np.array([AS_IT_IS]))
-    assert (starts[0], stops[0]) == (found.place[10], found.place[10] + 1)
+    assert (starts[0], stops[0]) == (found.position[10], found.position[10] + 1)
     without = PiecePaths(TEACHER, STUDENT, cut_by_length(TEACHER), special=[10])
-    assert without.place[10] >= without.stops[0]
+    assert without.position[10] >= without.stops[0]
 
 
 def test_at_the_beginning_of_a_text_one_side_may_put_a_space() -> None:
@@ -108,12 +108,14 @@ def test_the_tokens_of_a_node_are_those_whose_path_leads_to_it(seed: int) -> Non
     )
     cut = cut_by_length(teacher)
     found = PiecePaths(teacher, student, cut)
-    assert sorted(found.place) == list(range(len(student)))
+    assert sorted(found.position) == list(range(len(student)))
     numbers = {piece: number for number, piece in enumerate(teacher)}
     every = [[numbers[p] for p in ((token,) if token in numbers else cut(token) or ())] for token in student]
     for path in every:
         node = np.array([0])
         for depth, piece in enumerate(path, 1):
             node = found.child(node, np.array([piece]))
-            below = {t for t in range(len(student)) if found.starts[node[0]] <= found.place[t] < found.stops[node[0]]}
+            below = {
+                t for t in range(len(student)) if found.starts[node[0]] <= found.position[t] < found.stops[node[0]]
+            }
             assert below == {t for t, other in enumerate(every) if other[:depth] == path[:depth]}

@@ -26,11 +26,11 @@ def test_more_rows_keep_the_relative_order_of_the_others(few: int, more: int) ->
 @given(st.lists(st.lists(st.tuples(st.text(), st.text()), max_size=4), max_size=5))
 def test_every_item_becomes_a_row_in_order(rows: list[list[tuple[str, str]]]) -> None:
     table = [{"q": [q for q, _ in pairs], "a": {"t": [a for _, a in pairs]}, "c": i} for i, pairs in enumerate(rows)]
-    found, place = one_row_per_item(table, ["q", "a.t"], rows_in("here"))
+    found, location = one_row_per_item(table, ["q", "a.t"], rows_in("here"))
     expected = [{"q": q, "a": {"t": a}, "c": i} for i, pairs in enumerate(rows) for q, a in pairs]
     assert found == expected
     places = [f"here row {i + 1} item {k + 1}" for i, pairs in enumerate(rows) for k in range(len(pairs))]
-    assert [place(n) for n in range(len(found))] == places
+    assert [location(n) for n in range(len(found))] == places
 
 
 def test_rows_without_lists_are_errors_and_null_stays_one_row() -> None:
