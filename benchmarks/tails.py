@@ -7,11 +7,17 @@ each loss with respect to the student's logits is compared with that of the dens
 RMS(error) / RMS(dense) over positions | the same for the sum over all positions (bias shows there, variance averages
 out). The rule `rest^(1/T)` treats the left-over mass as one token when it is tempered, as DistillKit does.
 Also printed: the true tail mass at T and what that rule makes of it.
+
+A second table has the losses that depend on more of the tail, `reverse-kl` and `jsd`, beside `kl`, against the dense gradient of
+the same loss, with the masses that explain the error. Two other readings of the tail are compared there with one outcome
+(`ghost`): every token beyond the top-k has the same probability (`even`), or the teacher's own probabilities in the order of
+the student's (`ranks`: what rank bands, as fine as one rank, could tell). Neither knows which token has which probability.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 from torch import Tensor
@@ -21,7 +27,7 @@ from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
-from kd.student_trainer.losses.by_row import kl_ghost, kl_renorm, kl_sampled
+from kd.student_trainer.losses.by_row import jsd, kl_ghost, kl_renorm, kl_reverse, kl_sampled
 from kd.student_trainer.losses.loss_targets import LossTargets
 
 
@@ -42,10 +48,62 @@ def errors(estimate: Tensor, dense: Tensor) -> str:
     return f"{float(rms):.3f} | {float(batch):.3f}"
 
 
+def divergence(loss: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`[N]` nats over all columns; the weight of the two sides of `jsd` is one half."""
+    p, q = log_p.exp(), log_q.exp()
+    if loss == "kl":
+        return (p * (log_p - log_q)).sum(1)
+    if loss == "reverse-kl":
+        return (q * (log_q - log_p)).sum(1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * ((p * (log_p - log_m)).sum(1) + (q * (log_q - log_m)).sum(1))
+
+
+def tail_readings(log_p: Tensor, log_q: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """Name -> the teacher's log-probabilities `[N, V]` with another reading of what lies beyond the kept `ids [N, K]`."""
+    beyond = log_p.shape[1] - ids.shape[1]
+    tail = log_p.scatter(1, ids, -torch.inf)
+    mass = tail.logsumexp(1, keepdim=True)
+    own = tail.sort(1, descending=True).values[:, :beyond]
+    order = log_q.scatter(1, ids, -torch.inf).argsort(1, descending=True)[:, :beyond]
+    kept = log_p.gather(1, ids)
+    even = (mass - math.log(beyond)).expand_as(log_p).scatter(1, ids, kept)
+    return {"even": even, "ranks": log_p.scatter(1, order, own).scatter(1, ids, kept)}
+
+
+def print_losses(teacher: Tensor, student: Tensor, sizes: list[int]) -> None:
+    """One line per temperature and k: the masses outside the top-k, and the errors of every loss and reading."""
+    readings = ("ghost", "even", "ranks")
+    names = [f"{loss}, {reading}" for loss in ("kl", "reverse-kl", "jsd") for reading in readings]
+    print("\n| T | k | teacher's rest | student's rest | " + " | ".join(names) + " |")
+    print("|--:" * (len(names) + 4) + "|")
+    for temperature in (1, 2):
+        log_p = (teacher / temperature).log_softmax(1)
+        log_q = (student / temperature).log_softmax(1).detach()
+        for k in sizes:
+            values, ids = log_p.topk(k)
+            rest = 1 - values.exp().sum(1)
+            targets = LossTargets(torch.zeros(len(ids), dtype=torch.long), ids, values, rest)
+            cells = []
+            for loss, ghost in (("kl", kl_ghost), ("reverse-kl", kl_reverse), ("jsd", jsd)):
+                tempered = (student / temperature).log_softmax(1)
+                dense = gradient(divergence(loss, log_p, tempered), student)
+                cells.append(errors(gradient(ghost(student, targets, temperature=temperature), student), dense))
+                for other in tail_readings(log_p, log_q, ids).values():
+                    tempered = (student / temperature).log_softmax(1)
+                    cells.append(errors(gradient(divergence(loss, other, tempered), student), dense))
+            outside = 1 - log_q.gather(1, ids).exp().sum(1)
+            cells = [cell.replace(" | ", ", ") for cell in cells]
+            print(
+                f"| {temperature} | {k} | {float(rest.mean()):.3f} | {float(outside.mean()):.3f} | {' | '.join(cells)} |"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True)
     parser.add_argument("--positions", type=int, default=1024)
+    parser.add_argument("--sizes", default="16,64,256,1024", help="k of the second table")
     args = parser.parse_args()
     tokenizer = load_request_tokenizer(ModelRequest("demo"))
     rows: list[Tensor] = []
@@ -87,6 +145,7 @@ def main() -> None:
     for name, cells in lines.items():
         print(f"{name:<24}" + "".join(f"{c:>18}" for c in cells))
     print(f"{'tail mass true / rule':<24}" + "".join(f"{c:>18}" for c in masses))
+    print_losses(teacher, student, [int(k) for k in args.sizes.split(",")])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.errors import DamagedFilesError, DataError
 from kd.common.files import canonical_json, read_object, sweep, write_atomic
 from kd.common.shown_text import redacted
+from kd.evaluation.tasks.agreement_task import figures_now, names_now
 
 FORMAT, FORMAT_VERSION = "kd-eval", 1
 EVAL, DOCUMENTS = "eval.json", "documents.json"
@@ -112,7 +113,20 @@ def load_report(folder: Path) -> EvalReport:
     missing = [n for n in names if n not in document]
     if missing or not isinstance(document["tasks"], dict) or not isinstance(document["settings"], dict):
         raise DataError("an evaluation is not complete", where=path, found=f"no {', '.join(missing) or 'tasks'}")
-    return EvalReport(**{n: document[n] for n in names}, documents=documents)
+    return with_names_now(EvalReport(**{n: document[n] for n in names}, documents=documents))
+
+
+def with_names_now(report: EvalReport) -> EvalReport:
+    """The same report where earlier releases had one name for divergences from a cache and from a teacher at hand."""
+    if "agreement" not in report.tasks:
+        return report
+    settings = report.settings.get("agreement", {})
+    names, figures = names_now(settings), figures_now(report.tasks["agreement"], settings)
+    kept = report.documents.get("agreement", {})
+    if "influence" in kept:
+        kept = kept | {"influence": {names.get(metric, metric): u for metric, u in kept["influence"].items()}}
+    documents = report.documents | ({"agreement": kept} if kept else {})
+    return replace(report, tasks=report.tasks | {"agreement": figures}, documents=documents)
 
 
 def _documents(folder: Path, digest: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     variables: {data: demo}                       as in a recipe
     before: [{command: train, options: {…}}]      steps of a recipe that run first, e.g. to make the teacher
     cache: {teacher: demo, data: "{data}"}        options of kd cache build
+    caches: {narrow: {top-k: 4}}                  further caches of the same teacher and text: what differs from `cache`
     train: {student: demo, max-steps: 300}        options of kd train that all students share
     arms:                                         options of kd train for each kind of student; the first is the baseline
       finetuned: {loss: ce}
@@ -13,7 +14,8 @@
     folders: {student: "{arm}-seed{seed}"}        names of the folders, where they are not the usual ones (`Folders`)
 
 An experiment becomes a recipe (`Experiment.recipe`). Its students are trained seed by seed, so that an interrupted experiment
-has whole pairs. By default `{out}` holds `cache`, `teacher/eval`, `ARM-seedS` and `ARM-seedS/eval`.
+has whole pairs. By default `{out}` holds `cache`, `teacher/eval`, `ARM-seedS` and `ARM-seedS/eval`. An arm with `cache: narrow`
+reads that one of `caches`, which lies in `cache-narrow`.
 To add an experiment, put a file into `recipes/experiments/`, or pass any path.
 """
 
@@ -30,8 +32,14 @@ from kd.common.errors import DataError, unknown_name
 from kd.recipes.recipe_file import Recipe, check_step, named_file, names_in, variables_of
 
 FOLDER = Path(__file__).parent / "experiments"
-KEYS = ("about", "seeds", "variables", "before", "cache", "train", "arms", "evaluate", "folders")
-RESERVED = {"cache": ("out", "shard"), "train": ("out", "cache", "seed", "resume", "config"), "evaluate": ("out",)}
+KEYS = ("about", "seeds", "variables", "before", "cache", "caches", "train", "arms", "evaluate", "folders")
+RESERVED = {
+    "cache": ("out", "shard"),
+    "caches": ("out", "shard", "teacher", "data", "split", "limit", "seq-len", "separator", "tokenizer"),
+    "train": ("out", "cache", "seed", "resume", "config"),
+    "arms": ("out", "seed", "resume", "config"),
+    "evaluate": ("out",),
+}
 """Part of the file -> options that the experiment sets itself."""
 MAX_STUDENTS = 1000
 """Most students of one experiment: arms times seeds."""
@@ -80,6 +88,8 @@ class Experiment:
     evaluations: tuple[Mapping[str, Any], ...]
     """Options of kd eval, of each evaluation."""
     folders: Folders = field(default_factory=Folders)
+    caches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name of a further cache -> the options of kd cache build in which it differs from `cache`."""
 
     def __post_init__(self) -> None:
         if len(self.arms) * len(self.seeds) > MAX_STUDENTS:
@@ -89,7 +99,7 @@ class Experiment:
                 found=f"{len(self.arms):,} arms, {len(self.seeds):,} seeds",
                 expected=f"at most {MAX_STUDENTS:,} students",
             )
-        for name in (self.folders.cache, self.folders.teacher, self.folders.scores, *self.runs):
+        for name in (*self.cache_folders.values(), self.folders.teacher, self.folders.scores, *self.runs):
             if name.startswith(("/", "~")) or ".." in name.split("/"):
                 raise DataError(
                     "a folder leaves the experiment's", where=self.name, found=name, expected="a plain name"
@@ -119,6 +129,11 @@ class Experiment:
         """Folders of the students in the experiment's folder, arm by arm."""
         return [self.run_of(arm, seed) for arm in self.arms for seed in self.seeds]
 
+    @property
+    def cache_folders(self) -> dict[str | None, str]:
+        """Name of a cache (None: the one that arms read by default) -> its folder in the experiment's folder."""
+        return {None: self.folders.cache} | {name: f"{self.folders.cache}-{name}" for name in self.caches}
+
     def run_of(self, arm: str, seed: int) -> str:
         """Folder of one student in the experiment's folder."""
         return self.folders.student.replace("{arm}", arm).replace("{seed}", str(seed))
@@ -126,14 +141,18 @@ class Experiment:
     @property
     def recipe(self) -> Recipe:
         """All steps of the experiment except its report."""
-        cache = f"{{out}}/{self.folders.cache}"
-        steps = [*self.before, {"command": "cache build", "options": {**self.cache, "out": cache}}]
+        caches = {name: f"{{out}}/{folder}" for name, folder in self.cache_folders.items()}
+        steps = list(self.before)
+        for name, out in caches.items():
+            differs = {} if name is None else self.caches[name]
+            steps.append({"command": "cache build", "options": {**self.cache, **differs, "out": out}})
         of_teacher = {k: v for k, v in self.cache.items() if k in TEACHER_OPTIONS}
         reading = {k: v for k, v in self.cache.items() if k in READING_OPTIONS}
         steps += self._scores(str(self.cache["teacher"]), f"{{out}}/{self.folders.teacher}", of_teacher, reading)
         for seed in self.seeds:
             for arm, arm_options in self.arms.items():
                 out = f"{{out}}/{self.run_of(arm, seed)}"
+                cache = caches[arm_options.get("cache")]
                 options = {**self.train, **arm_options, "cache": cache, "seed": seed, "out": out}
                 steps += [{"command": "train", "options": options}, *self._scores(out, out)]
         return Recipe(self.name, self.about, self.variables, tuple(steps))
@@ -184,7 +203,9 @@ def load_experiment(name: str) -> Experiment:
     arms = {str(arm): options or {} for arm, options in document["arms"].items()}
     evaluations = document["evaluate"] if isinstance(document["evaluate"], list) else [document["evaluate"]]
     _check_options("cache", [document["cache"]], path)
-    _check_options("train", [document["train"], *arms.values()], path)
+    _check_options("train", [document["train"]], path)
+    _check_options("arms", [*arms.values()], path)
+    caches = _caches(document.get("caches") or {}, arms, path)
     _check_options("evaluate", evaluations, path)
     if not document["cache"].get("teacher"):
         raise DataError("an experiment is not complete", where=path, found="no teacher in cache")
@@ -199,7 +220,21 @@ def load_experiment(name: str) -> Experiment:
         arms,
         tuple(evaluations),
         _folders(document.get("folders") or {}, path),
+        caches,
     )
+
+
+def _caches(caches: Any, arms: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, Mapping[str, Any]]:
+    """The further caches by name. Raises DataError for options that make another text, and for a name that no arm knows."""
+    if not isinstance(caches, dict):
+        raise DataError(
+            "the caches are not a mapping", where=f"{path}: caches", found=caches, expected="{narrow: {top-k: 4}}"
+        )
+    _check_options("caches", list(caches.values()), path)
+    for arm, options in arms.items():
+        if "cache" in options and options["cache"] not in caches:
+            raise unknown_name(f"cache of the arm {arm}", str(options["cache"]), list(map(str, caches)), where=path)
+    return {str(name): options for name, options in caches.items()}
 
 
 def _check_options(part: str, mappings: Sequence[Any], path: Path) -> None:
@@ -208,7 +243,7 @@ def _check_options(part: str, mappings: Sequence[Any], path: Path) -> None:
         if not isinstance(options, dict):
             raise DataError("options are not a mapping", where=f"{path}: {part}", found=options)
         for option in options:
-            if option in RESERVED[part]:
+            if str(option).replace("_", "-") in RESERVED[part]:
                 raise DataError("the experiment sets this option itself", where=f"{path}: {part}", found=f"--{option}")
 
 

@@ -18,6 +18,7 @@ from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.configuration.model_settings import StudentSettings
 from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.lora import with_adapters
+from kd.student_trainer.losses.tail_advice import AdvisedLoss
 from kd.student_trainer.prepare import Prepared, student_request
 from kd.student_trainer.saving.trained_weights import output_dtype, store_as, trained_weights
 
@@ -55,8 +56,11 @@ def load_student(
     return load_model(request), load_request_tokenizer(request)
 
 
-def student_with_loss(prepared: Prepared) -> Student:
-    """Load the student with its loss, adapters and checkpointing, as the run's settings say. Raises KdError."""
+def student_with_loss(prepared: Prepared, say: Callable[[str], object] | None = None) -> Student:
+    """Load the student with its loss, adapters and checkpointing, as the run's settings say. Raises KdError.
+
+    say   receives a sentence where the cache keeps too little of the teacher for the loss (`tail_advice`); None asks for none
+    """
     config = prepared.config
     set_seed(config.seed)
     model = load_model(_as_trained(prepared))
@@ -70,7 +74,8 @@ def student_with_loss(prepared: Prepared) -> Student:
     if len(start) > 1:  # transformers' `generate` then begins as the student is trained to
         model.generation_config.decoder_start_token_id = start[0]
         model.generation_config.forced_bos_token_id = start[1]
-    attach_loss(model, prepared.objective, prepared.vocabulary_size, config.model.head_chunk)
+    loss = prepared.objective if say is None else AdvisedLoss(prepared.objective, say)
+    attach_loss(model, loss, prepared.vocabulary_size, config.model.head_chunk)
     if config.model.gradient_checkpointing:
         # transformers 5.23 warns about the name that 5.0 has
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

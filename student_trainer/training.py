@@ -190,7 +190,7 @@ def student_and_trainer(
 ) -> tuple[Student, DistillationTrainer]:
     """The student with its loss, and the Trainer that will make `arguments.max_steps` steps of it, those after `checkpoint`."""
     config = prepared.config
-    student = student_with_loss(prepared)
+    student = student_with_loss(prepared, say if PartialState().is_main_process else None)
     multiple = config.batches.accumulate * arguments.world_size
     plan = prepared.plan(multiple)
     done = 0 if checkpoint is None else step_of(checkpoint) * multiple
@@ -297,6 +297,7 @@ def run_document(prepared: Prepared, identity: Mapping[str, Any], result: TrainR
         "loss": config.objective.loss,
         "teacher": manifest.provenance.get("teacher"),
         "corpus": {key: manifest.provenance.get(key) for key in ("corpus", "split")},
+        "rows_digest": manifest.rows_digest,
         READING: asdict(prepared.reading),
         "settings": config.saved() | {"objective": asdict(prepared.objective)},
         "result": asdict(result),

@@ -447,7 +447,7 @@ def test_train_eval_and_report_end_to_end(built: tuple[Path, dict[str, Any]], tm
     assert scores[0]["tasks"]["perplexity"]["perplexity"]["value"] == pytest.approx(
         trained["perplexity_after"], rel=1e-6
     )
-    assert "kl" in scores[0]["tasks"]["agreement"]
+    assert "kl_kept" in scores[0]["tasks"]["agreement"]
     report = json.loads(kd("report", run, "--out", tmp_path / "report", "--json").stdout)
     assert Path(report["loss_png"]).read_bytes().startswith(b"\x89PNG")
 

@@ -17,7 +17,7 @@ from kd.evaluation.unseen_tasks import MARK
 
 CHIEF = {
     "perplexity": ("perplexity", "bits_per_byte"),
-    "agreement": ("kl",),
+    "agreement": ("kl", "kl_kept"),
     "choices": ("accuracy", "accuracy_original", "accuracy_flan"),
     "hellaswag": ("acc_norm_nanogpt", "acc_norm_harness"),
     "samples": (),

@@ -1,10 +1,10 @@
 """Which students belong together: arms over seeds, and the fine-tuned and distilled arms that make a pair.
 
 An *arm* holds the students whose settings differ in the seed alone. A *pair* is a fine-tuned arm (`--loss ce`, or the
-baseline of an experiment) and another arm that began with the same student and read the same cache. Seed s of one is
-compared with seed s of the other: both began with the same weights and saw the same examples in the same order. If more
-than the loss differs between them, the report names it beside the comparison. Models that were not trained here
-(teachers, models of the hub) are arms of their own.
+baseline of an experiment) and another arm that began with the same student and read the same cache, or one that keeps
+something else of the same rows. Seed s of one is compared with seed s of the other: both began with the same weights and saw
+the same examples in the same order. If more than the loss differs between them, the report names it beside the comparison.
+Models that were not trained here (teachers, models of the hub) are arms of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from kd.common.errors import unknown_name
@@ -72,10 +73,22 @@ class Arm:
         return None if loss is None else str(loss)
 
     @property
-    def start(self) -> tuple[Any, ...]:
-        """The student, its tokenizer and the cache, which the arms of a pair have in common."""
-        same = [self.settings.get(k) for k in ("student", "tokenizer", "revision")]
-        return (*same, fact(self.facts, "cache_fingerprint"))
+    def cache(self) -> str | None:
+        """Fingerprint of the cache that was read; None for a model that was not trained here."""
+        fingerprint = fact(self.facts, "cache_fingerprint")
+        return None if fingerprint is None else str(fingerprint)
+
+    @property
+    def cache_name(self) -> str:
+        """Name of the folder of the cache that was read."""
+        return PurePath(str((fact(self.facts, "settings") or {}).get("cache"))).name
+
+    def starts_like(self, other: Arm) -> bool:
+        """Whether both began with one student and tokenizer, and read the same rows in the same order."""
+        if any(self.settings.get(k) != other.settings.get(k) for k in ("student", "tokenizer", "revision")):
+            return False
+        rows = fact(self.facts, "rows_digest")
+        return self.cache == other.cache or (rows is not None and rows == fact(other.facts, "rows_digest"))
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,10 @@ class Pair:
     def differs(self) -> dict[str, tuple[Any, Any]]:
         """Settings other than the loss in which the arms differ. Whether the comparison is fair is for the reader to judge."""
         a, b = self.baseline.settings, self.other.settings
-        return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if k not in LOSS and a.get(k) != b.get(k)}
+        other = {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if k not in LOSS and a.get(k) != b.get(k)}
+        if self.baseline.cache == self.other.cache:
+            return other
+        return {"cache": (self.baseline.cache_name, self.other.cache_name)} | other
 
 
 def arms_of(entries: Sequence[Entry]) -> list[Arm]:
@@ -140,7 +156,7 @@ def pairs_of(arms: Sequence[Arm], baseline: str | None = None) -> list[Pair]:
     bases = [a for a in arms if (a.name == baseline if baseline is not None else a.loss == "ce")]
     pairs = []
     for arm in arms:
-        candidates = [p for b in bases if b is not arm and b.start == arm.start and (p := Pair(b, arm)).seeds]
+        candidates = [p for b in bases if b is not arm and b.starts_like(arm) and (p := Pair(b, arm)).seeds]
         if candidates and arm not in bases:
             pairs.append(min(candidates, key=lambda p: len(p.differs)))
     return pairs

@@ -19,7 +19,16 @@ from kd.evaluation.report.runs import Run
 
 LOSSES = {"ce": "cross-entropy (nats per token)", "kd": "distillation loss (nats per token)"}
 """Key of a step record -> label of its axis; `loss` is drawn only where a run has neither."""
-BARS = ("perplexity", "kl", "top1_agreement", "accuracy", "exact_match", "acc_norm_nanogpt", "acc_norm_harness")
+BARS = (
+    "perplexity",
+    "kl",
+    "kl_kept",
+    "top1_agreement",
+    "accuracy",
+    "exact_match",
+    "acc_norm_nanogpt",
+    "acc_norm_harness",
+)
 """Metrics that get a panel of bars."""
 
 

@@ -16,12 +16,14 @@ import numpy as np
 from kd.common.errors import DataError
 from kd.evaluation.report.figures import Curve, draw_progress
 from kd.evaluation.report.page import Section
+from kd.evaluation.tasks.agreement_task import figures_now
 from kd.student_trainer.run_folder import EVALUATIONS, is_run, read_evaluations, read_run
 
 PICTURE = "progress.png"
 SHOWN = (
     "perplexity",
     "kl",
+    "kl_kept",
     "top1_agreement",
     "accuracy",
     "exact_match",
@@ -73,7 +75,7 @@ def curves_of(folders: Sequence[Path]) -> dict[str, list[Curve]]:
 
 def _records(folder: Path) -> list[dict[str, Any]]:
     try:
-        by_step = {int(r["step"]): r for r in read_evaluations(folder) if isinstance(r["tasks"], dict)}
+        by_step = {int(r["step"]): _named_now(r) for r in read_evaluations(folder) if isinstance(r["tasks"], dict)}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             "a line of scores cannot be read",
@@ -81,6 +83,15 @@ def _records(folder: Path) -> list[dict[str, Any]]:
             found=f"{type(error).__name__}: {error}",
         ) from error
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _named_now(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of scores, also of an earlier release: it had one name for divergences from a cache and from a teacher at hand."""
+    tasks = record["tasks"]
+    if "agreement" not in tasks:
+        return record
+    figures = figures_now(tasks["agreement"], record.get("settings", {}).get("agreement", {}))
+    return record | {"tasks": tasks | {"agreement": figures}}
 
 
 def _metrics(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 
 METRICS = {
-    "kl": Metric("KL to teacher", "nats per token", "lower", "row"),
-    "jsd": Metric("JSD to teacher", "nats per token", "lower", "row"),
+    "kl_kept": Metric("KL to teacher, kept tokens and rest", "nats per token", "lower", "row"),
+    "jsd_kept": Metric("JSD to teacher, kept tokens and rest", "nats per token", "lower", "row"),
+    "kl": Metric("KL to teacher, all tokens", "nats per token", "lower", "row"),
+    "jsd": Metric("JSD to teacher, all tokens", "nats per token", "lower", "row"),
     "top1_agreement": Metric("top-1 agreement", "share of tokens", "higher", "row"),
     "nll_per_token": Metric("NLL", "nats per token", "lower", "row"),
     "teacher_nll_per_token": Metric("teacher's NLL", "nats per token", None, "row"),
@@ -37,14 +39,21 @@ METRICS = {
 }
 
 
+KEPT = {"kl": "kl_kept", "jsd": "jsd_kept"}
+"""Divergence over all tokens, which needs the teacher at hand -> the one that a cache gives: over the tokens that it keeps, and all
+others as one outcome. That one is never above the first."""
+
+
 @dataclass(frozen=True)
 class AgreementOptions:
     """Options of agreement."""
 
     cache: tuple[WeightedCache, ...] | None = setting(None, metavar="PATH_OR_URL", parse=parse_caches)
-    """Cache whose teacher the model is compared with in agreement: KL, JSD, top-1 agreement and calibration."""
+    """Cache whose teacher the model is compared with in agreement: KL and JSD over the tokens that it keeps and all others as one
+    outcome (kl_kept, jsd_kept), top-1 agreement and calibration."""
     teacher: str | None = None
-    """Model to compare with in agreement on --data, instead of a cache: a hub id, a folder, demo, or random:NAME."""
+    """Model to compare with in agreement on --data, instead of a cache: a hub id, a folder, demo, or random:NAME. KL and JSD are
+    then over all tokens (kl, jsd)."""
     teacher_adapter: str | None = setting(None, metavar="FOLDER|HUB_ID")
     """Adapter (LoRA) to merge into the weights of --teacher."""
     temperature: float = 1.0
@@ -168,7 +177,7 @@ class AgreementTask(Task[AgreementOptions, "Reader | LiveTeacher"]):
                 write_agreement_page(
                     model, reader, scores.row_kl, options.html, temperature=options.temperature, tokens_per_batch=tokens
                 )
-            return TaskResult(self._estimates(scores), scores.documents, settings, cache=cache)
+            return TaskResult(_estimates(scores, KEPT), scores.documents, settings, cache=cache)
 
         return task_progress(steps, task_result)
 
@@ -198,12 +207,27 @@ class AgreementTask(Task[AgreementOptions, "Reader | LiveTeacher"]):
                 "limit_tokens": reading.limit_tokens,
                 "pairs_cut": scores.pairs_cut or None,
             }
-            return TaskResult(self._estimates(scores), scores.documents, settings)
+            return TaskResult(_estimates(scores, {}), scores.documents, settings)
 
         return task_progress(steps, task_result)
 
-    def _estimates(self, scores: AgreementResult) -> dict[str, Any]:
-        return {name: getattr(scores, name) for name in self.metrics}
+
+def _estimates(scores: AgreementResult, names: Mapping[str, str]) -> dict[str, Any]:
+    """The figures by metric; `names` are those of figures that are called otherwise."""
+    figures = (name for name in METRICS if name not in KEPT.values())
+    return {names.get(name, name): getattr(scores, name) for name in figures}
+
+
+def names_now(settings: Mapping[str, Any]) -> Mapping[str, str]:
+    """Name of a divergence in scores of earlier releases -> its name now; `settings` are those of the task beside the scores."""
+    return KEPT if "cache_fingerprint" in settings else {}
+
+
+def figures_now(figures: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of agreement in scores of any release, by the names and with the titles that they have now."""
+    names = names_now(settings)
+    renamed = {names.get(metric, metric): figure for metric, figure in figures.items()}
+    return {m: f | {"title": METRICS[m].title} if m in METRICS else f for m, f in renamed.items()}
 
 
 def described_cache(reader: Reader) -> dict[str, Any]:

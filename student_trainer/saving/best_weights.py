@@ -41,7 +41,9 @@ class ChosenFigure:
         Raises DataError where the line holds no such figure, or one of which neither more nor less is better.
         """
         metrics = record["tasks"].get(self.task, {})
-        name = self.metric or next(iter(metrics), "")
+        wanted = self.metric or next(iter(metrics), "")
+        # releases before this one called agreement's `kl_kept` and `jsd_kept` kl and jsd: a run may have lines of both
+        name = next((n for n in (wanted, f"{wanted}_kept", wanted.removesuffix("_kept")) if n in metrics), wanted)
         if name not in metrics or metrics[name].get("better") not in ("lower", "higher"):
             ranked = [
                 f"{t}.{m}" for t, ms in record["tasks"].items() for m, figure in ms.items() if figure.get("better")

@@ -102,7 +102,7 @@ def test_lines_are_what_kd_eval_finds_before_and_after(trained, student_dirs, ex
                 assert found["n"] == figure["n"]
                 assert found["value"] == pytest.approx(figure["value"], rel=1e-5), (task, name)
         assert record["settings"]["choices"]["template"] == "0"
-    assert records[0]["tasks"]["agreement"]["kl"]["value"] != records[-1]["tasks"]["agreement"]["kl"]["value"]
+    assert records[0]["tasks"]["agreement"]["kl_kept"]["value"] != records[-1]["tasks"]["agreement"]["kl_kept"]["value"]
 
 
 def test_the_command_says_each_line_and_the_card_the_change(trained):
@@ -121,13 +121,13 @@ def test_the_report_draws_the_scores_with_their_baseline(trained, tmp_path):
     assert set(panels) == {
         "hellaswag: acc_norm (nanogpt) [share of examples]",
         "choices: accuracy [share of examples]",
-        "agreement: KL to teacher [nats per token]",
+        "agreement: KL to teacher, kept tokens and rest [nats per token]",
         "agreement: top-1 agreement [share of tokens]",
     }
-    curve = panels["agreement: KL to teacher [nats per token]"][0]
+    curve = panels["agreement: KL to teacher, kept tokens and rest [nats per token]"][0]
     assert curve.label == "student"
     assert curve.steps.tolist() == [0, 2, 3]
-    assert curve.baseline == read_evaluations(out)[0]["tasks"]["agreement"]["kl"]["value"]
+    assert curve.baseline == read_evaluations(out)[0]["tasks"]["agreement"]["kl_kept"]["value"]
     done = CliRunner().invoke(cli.cli, ["report", str(out), "--out", str(tmp_path / "report")], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "report" / "progress.png").read_bytes().startswith(b"\x89PNG")

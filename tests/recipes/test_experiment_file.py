@@ -50,6 +50,15 @@ def test_an_experiment_is_a_recipe_written_out(tmp_path: Path):
     assert chosen.with_seeds([7]).runs == ["plain-seed7", "taught-seed7"]
 
 
+def test_an_arm_may_read_a_cache_of_the_same_text_that_keeps_something_else(tmp_path: Path):
+    text = SMALL.replace("{loss: kl, max-steps: 5}", "{loss: kl, cache: narrow}")
+    chosen = load_experiment(written(tmp_path, text + "caches: {narrow: {top-k: 4, device: cpu}}"))
+    commands = [" ".join(step.words) for step in chosen.recipe.fill(Path("o"), {})]
+    assert commands[2] == "cache build --teacher o/first --data T --device cpu --top-k 4 --out o/cache-narrow"
+    trained = [c for c in commands if c.startswith("train --student")]
+    assert ["--cache o/cache-narrow" in c for c in trained] == [False, True, False, True]
+
+
 def test_folders_may_have_other_names(tmp_path: Path):
     text = SMALL.replace("[3, 5]", "[3]") + "folders: {cache: soft, teacher: big, student: '{arm}', scores: scored}"
     chosen = load_experiment(written(tmp_path, text))
@@ -66,7 +75,7 @@ def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: 
     assert len(chosen.seeds) >= (1 if name in (*NAMES, "demo-chat") else 3)  # demos show one run of each student
     assert chosen.arms[chosen.baseline] == {"loss": "ce"}
     for arm, options in chosen.arms.items():  # equal steps: arms differ in what they learn from alone
-        assert set(options) <= {"loss", "alpha", "temperature"}, arm
+        assert set(options) <= {"loss", "alpha", "temperature", "cache"}, arm
     check_steps(chosen.recipe.fill(tmp_path, {}))
 
 
@@ -93,6 +102,10 @@ def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: 
         ("seeds:", "folders: {student: '/x/{arm}{seed}'}\nseeds:", "leaves the experiment's"),
         ("taught:", "../../taught:", "leaves the experiment's"),
         ("[3, 5]", str(list(range(501))), "too many students"),
+        ("{loss: kl, max-steps: 5}", "{loss: kl, cache: narow}", "unknown cache of the arm taught"),
+        ("seeds:", "caches: {narrow: {limit: 3}}\nseeds:", "sets this option itself"),
+        ("seeds:", "caches: {narrow: {seq_len: 3}}\nseeds:", "sets this option itself"),
+        ("seeds:", "caches: [narrow]\nseeds:", "not a mapping"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(tmp_path: Path, old: str, new: str, words: str):

@@ -122,6 +122,12 @@ class CacheManifest:
         return fingerprint_of(self.identity, self.format_version)
 
     @property
+    def rows_digest(self) -> str:
+        """Digest of what was asked of which teacher, in which order: equal where two caches differ in what they keep alone."""
+        asked = {name: value for name, value in self.identity.items() if name != "targets"}
+        return digest_of({"identity": asked, "shard_rows": self.layout.shard_rows})
+
+    @property
     def complete(self) -> bool:
         """True when the manifest lists a commit for every shard."""
         return len(self.commits) == len(self.shards)

@@ -112,6 +112,16 @@ def test_another_cache_another_student_or_other_seeds_make_no_pair():
         assert pairs_of(arms_of([*base, *other])) == []
 
 
+def test_caches_of_the_same_rows_make_a_pair_and_the_difference_is_said():
+    ours = {"cache_fingerprint": "f", "rows_digest": "r"}
+    base = [Entry("ce-seed0", chosen({"a": HALF}), {**facts("ce", 0), **ours})]
+    for rows, pairs in (("r", 1), ("s", 0)):
+        told = {**facts("kl", 0, cache="/c/cache-k4"), "cache_fingerprint": "g", "rows_digest": rows}
+        found = pairs_of(arms_of([*base, Entry("kl-seed0", chosen({"a": HALF}), told)]))
+        assert len(found) == pairs
+        assert not found or found[0].differs == {"cache": ("c", "cache-k4")}
+
+
 def test_what_differs_beside_the_loss_is_said():
     found = reference(*seeds_of("ce", {"a": HALF, "b": HALF}), *seeds_of("kl", {"a": RIGHT, "b": HALF}, lr=3e-3))
     (pair,) = found.pairs

@@ -28,6 +28,7 @@ from kd.evaluation.measures.perplexity import evaluate_perplexity
 from kd.evaluation.results import EvalReport, load_report
 from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.evaluation.statistics.estimates import standard_error
+from kd.evaluation.tasks.agreement_task import KEPT
 from kd.evaluation.tasks.choices_task import RANKED
 from kd.evaluation.tasks.generation_task import further_metrics
 from kd.evaluation.tasks.task_registry import TASKS
@@ -54,7 +55,7 @@ def test_a_report_holds_what_the_tasks_found(report, student, tokenizer, prose, 
         assert found["perplexity"][metric]["value"] == estimate.value
         assert found["perplexity"][metric]["stderr"] == estimate.stderr
         assert found["perplexity"][metric]["n"] == estimate.n
-    assert found["agreement"]["kl"]["value"] == agreement.kl.value
+    assert found["agreement"]["kl_kept"]["value"] == agreement.kl.value
     assert found["agreement"]["top1_agreement"]["value"] == agreement.top1_agreement.value
 
 
@@ -274,8 +275,28 @@ def test_the_command_scores_and_the_report_shows_both_tasks(model_dir, t5_dir, q
 
 def test_every_task_gives_every_metric_it_promises(report):
     assert {name: set(metrics) for name, metrics in report.tasks.items()} == {
-        name: set(TASKS[name].metrics) for name in ("perplexity", "agreement")
+        "perplexity": set(TASKS["perplexity"].metrics),
+        "agreement": set(TASKS["agreement"].metrics) - set(KEPT),  # those over all tokens need the teacher at hand
     }
+
+
+def test_a_report_of_a_release_with_one_name_for_both_divergences_is_read_as_what_it_measured(report, tmp_path):
+    old_name = {new: old for old, new in KEPT.items()}
+
+    def named_as_before(figures):
+        return {old_name.get(metric, metric): value for metric, value in figures.items()}
+
+    kept = report.documents["agreement"]
+    before = replace(
+        report,
+        tasks=report.tasks | {"agreement": named_as_before(report.tasks["agreement"])},
+        documents=report.documents | {"agreement": kept | {"influence": named_as_before(kept["influence"])}},
+    )
+    before.save(tmp_path / "cached")
+    assert load_report(tmp_path / "cached") == report
+    live = {"agreement": {k: v for k, v in report.settings["agreement"].items() if k != "cache_fingerprint"}}
+    replace(before, settings=report.settings | live).save(tmp_path / "live")
+    assert set(load_report(tmp_path / "live").tasks["agreement"]) >= {"kl", "jsd"}
 
 
 def test_a_saved_report_is_read_back_equal_and_saved_to_the_same_bytes(report, tmp_path):
