@@ -28,6 +28,17 @@ def columns_from(text: str) -> dict[str, str]:
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
+def limits_from(text: str) -> dict[str, int]:
+    """`xsum=200,coqa=200` as a mapping. Raises ValueError."""
+    items = [item.partition("=") for item in text.split(",") if item.strip()]
+    pairs = [(name.strip(), number.strip()) for name, _, number in items]
+    if not pairs or any(not name or not number.isdigit() for name, number in pairs):
+        raise ValueError("TASK=N,…, e.g. xsum=200,coqa=200")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("each task once")
+    return {name: int(number) for name, number in pairs}
+
+
 def template_from(text: str) -> str | int:
     """A template choice or a template number; an unknown choice is refused by `InstructionConfig`."""
     return int(text) if text.lstrip("-").isdigit() else text
@@ -69,6 +80,8 @@ class InstructionConfig:
     skip_missing: bool = False
     """Go on without the instruction tasks of a mixture whose rows cannot be loaded, and say which they are. By default, all of them
     are named in one error."""
+    task_limits: Mapping[str, int] | None = setting(None, metavar="TASK=N,…", parse=limits_from)
+    """Number of rows kept of single tasks, in place of --max-per-task: xsum=200,coqa=200."""
 
     def __post_init__(self) -> None:
         template: object = self.template
@@ -77,6 +90,13 @@ class InstructionConfig:
         check(self)
         if self.mix_draws is not None and self.mix_maximum is None:
             raise DataError("draws need a rate maximum", try_="--mix-maximum 3000")
+        for task, limit in (self.task_limits or {}).items():
+            if type(limit) is not int or limit < 1:
+                raise DataError("the limit of a task must be at least 1", found=f"--task-limits {task}={limit}")
+
+    def limit_of(self, task: str) -> int | None:
+        """Rows kept of one task by the user's numbers; None where they say nothing of it."""
+        return (self.task_limits or {}).get(task, self.max_per_task)
 
     def provenance(self) -> dict[str, str]:
         """The settings as text, for `Corpus.source`; the folder's path is left out."""
@@ -97,6 +117,8 @@ class InstructionConfig:
             set_values["first_templates"] = self.first_templates
         if self.task_prompt != "template":
             set_values["task_prompt"] = self.task_prompt
+        if self.task_limits:
+            set_values["task_limits"] = ", ".join(f"{task} {n}" for task, n in sorted(self.task_limits.items()))
         return set_values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,28 @@ def test_text_becomes_the_values_that_the_options_mean() -> None:
     assert (settings.spec, settings.limit) == ("flan:boolq", 5)
     assert settings.columns == {"prompt": "question", "target": "answer"}
     assert settings.instructions == InstructionConfig(3, False, "flan", Path("rows"), 7)
+
+
+def test_limits_of_single_tasks_are_one_setting_for_every_door() -> None:
+    typed = make(DataSettings, {"task_limits": "xsum=200, coqa=150"}, typed=True).instructions
+    given = make(DataSettings, {"instructions": {"task_limits": {"xsum": 200, "coqa": 150}}}).instructions
+    assert typed == given == InstructionConfig(task_limits={"xsum": 200, "coqa": 150})
+    assert [replace(typed, max_per_task=500).limit_of(task) for task in ("xsum", "boolq")] == [200, 500]
+    assert typed.limit_of("boolq") is None
+    assert typed.provenance()["task_limits"] == "coqa 150, xsum 200"
+    assert "task_limits" not in InstructionConfig().provenance()  # the digests of texts without it stay what they were
+
+
+@pytest.mark.parametrize("text", ["xsum", "=200", "xsum=", "xsum=2.5", "xsum=-1", "xsum=1,xsum=2", ""])
+def test_limits_that_name_no_task_or_number_are_errors(text: str) -> None:
+    with pytest.raises(DataError, match="cannot read task_limits"):
+        make(DataSettings, {"task_limits": text})
+
+
+@pytest.mark.parametrize("limit", [0, -3, 2.5, "7", True])
+def test_the_limit_of_a_task_is_a_number_from_one(limit: object) -> None:
+    with pytest.raises(DataError, match="at least 1"):
+        make(DataSettings, {"task_limits": {"xsum": limit}})
 
 
 @pytest.mark.parametrize("text", ["question", "=question", "prompt="])

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from kd.common.errors import DataError
+from kd.common.errors import DataError, unknown_name
 from kd.data.data_settings import InstructionConfig
 from kd.data.instruction_tasks.draws import keyed
 from kd.data.instruction_tasks.mixing.mixture_names import Selection
@@ -60,6 +60,7 @@ def mix(
             found=", ".join(t.name for t in tasks),
             try_="another name for one of the files",
         )
+    refuse_unknown_limits(config, [*task_names(), *(task.name for task in tasks)])
     for task in tasks:
         check_template_index(task, config)
     sources = _loaded(tasks, split, config, load_hub)
@@ -146,9 +147,17 @@ def _rendered(task: TaskFile, source: TaskRows, split: str, config: InstructionC
 
 def row_cap(task: TaskFile, split: str, config: InstructionConfig, cap: int | None) -> int | None:
     """Rows to keep: the user's number; else, for train only, the mixture's or the task's. None keeps all."""
-    if config.max_per_task is not None:
-        return config.max_per_task
+    limit = config.limit_of(task.name)
+    if limit is not None:
+        return limit
     return (cap or task.cap) if split == "train" else None
+
+
+def refuse_unknown_limits(config: InstructionConfig, known: Sequence[str]) -> None:
+    """Raise DataError where a limit is given for a task that is not known: it would limit nothing."""
+    for task in config.task_limits or {}:
+        if task not in known:
+            raise unknown_name("task", task, known, where="--task-limits")
 
 
 def check_options(tasks: Sequence[TaskFile], config: InstructionConfig) -> None:

@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 
 from kd.common.errors import DataError, unknown_name
+from kd.common.setting_values import as_text
 from kd.common.strangers.yaml_file import read_mapping
 from kd.data.data_settings import InstructionConfig, RowSettings
 from kd.data.instruction_tasks.clusters import flan_clusters
-from kd.data.instruction_tasks.mixing.mixtures import Mixed, sampled
+from kd.data.instruction_tasks.mixing.mixtures import Mixed, refuse_unknown_limits, sampled
 from kd.data.instruction_tasks.task_files import load_task, task_names
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
@@ -29,7 +30,7 @@ from kd.data.rows.tables import is_nothing
 
 FIELDS = ("prompt", "target", "id", "task")
 """Fields whose columns may be named."""
-USED = ("max_per_task", "mix_maximum", "mix_draws", "data_seed")
+USED = ("max_per_task", "task_limits", "mix_maximum", "mix_draws", "data_seed")
 """Settings of instruction tasks that hold for rows that are rendered already."""
 
 
@@ -65,13 +66,14 @@ def rendered_mixture(
             left_out.add("held_out", example.id)
             continue
         pool = pools.setdefault(example.task, [])
-        if config.max_per_task is not None and len(pool) == config.max_per_task:
+        if len(pool) == config.limit_of(example.task):
             left_out.add("beyond_limit", example.id)
             continue
         pool.append(example)
         if config.mix_maximum is None:
             order.append(example)
     cluster_of.refuse_unknown()
+    refuse_unknown_limits(config, list(pools))
     if config.mix_maximum is not None:
         order = list(sampled(pools, maximum=config.mix_maximum, draws=config.mix_draws, seed=config.data_seed))
     return Mixed(tuple(order), _provenance(pools, rows, config), left_out)
@@ -210,5 +212,5 @@ def _provenance(pools: Mapping[str, list[Example]], rows: RowSettings, config: I
         **{f"task {name}": f"{len(pool):,} examples" for name, pool in sorted(pools.items())},
         **({"only": ",".join(f"{k}={v}" for k, v in rows.only.items())} if rows.only else {}),
         **({"held_out": rows.held_out} if rows.held_out else {}),
-        **{name: str(value) for name, value in settings.items()},
+        **{name: str(as_text(value)) for name, value in settings.items()},
     }

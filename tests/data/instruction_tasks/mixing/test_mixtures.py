@@ -191,6 +191,7 @@ def test_whatever_changes_the_text_changes_the_digest(root: Path) -> None:
         {"options": False},
         {"labels": "flan"},
         {"max_per_task": 5},
+        {"task_limits": {"boolq": 5}},
         {"mix_maximum": 3},
     ):
         assert load("flan:four", root, **settings).digest != plain, settings
@@ -202,6 +203,15 @@ def test_caps_count_rows_and_the_maximum_counts_draws(root: Path) -> None:
     assert len(load("flan:four", root, mix_maximum=3, mix_draws=100).examples) == 100
     assert len(load("flan:four", root, mix_maximum=3, max_per_task=2).examples) == 8
     assert load("flan:four", root, limit=7).examples == load("flan:four", root).examples[:7]
+
+
+def test_single_tasks_may_have_limits_of_their_own(root: Path) -> None:
+    corpus = load("flan:four", root, max_per_task=5, task_limits={"boolq": 2, "coqa": 1})
+    assert Counter(e.task for e in corpus.examples) == {"anli_r1": 5, "boolq": 2, "common_gen": 5, "xsum": 5}
+    assert row_cap(load_task("boolq"), "train", InstructionConfig(task_limits={"xsum": 3}), 30_000) == 30_000
+    with pytest.raises(DataError, match="unknown task") as caught:
+        load("flan:four", root, task_limits={"bolq": 2})
+    assert caught.value.details["did you mean"] == "boolq"
 
 
 def test_the_default_cap_is_the_mixtures_own_and_for_train_alone() -> None:

@@ -109,6 +109,11 @@ def test_a_dump_is_a_mixture_with_figures_for_each_task(tmp_path: Path) -> None:
         "task my/own": "3 examples",
         "max_per_task": "3",
     }
+    limited = load(path, max_per_task=3, task_limits={"my/own": 1})
+    assert Counter(e.task for e in limited.examples) == {"super_glue/rte:1.0.2": 3, "my/own": 1}
+    assert limited.source["task_limits"] == "my/own=1"
+    with pytest.raises(DataError, match="unknown task"):
+        load(path, task_limits={"my/wn": 1})
     only = load(path, RowSettings({"kind": "f|x"}))
     assert {e.task for e in only.examples} == {"my/own"}
     assert only.left_out.document() == {"filtered": {"count": 4, "first": "dump.jsonl:0"}}
