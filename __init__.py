@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kd.common.extras import MissingPackageError
     from kd.evaluation.cache_figures import plot_cache
     from kd.evaluation.evaluate import evaluate
+    from kd.evaluation.make_report import make_report
     from kd.evaluation.results import EvalReport
     from kd.models.pretrained import load_teacher
     from kd.student_trainer.cache_dataset import CacheDataset
@@ -74,6 +75,7 @@ __all__ = [
     "import_cache",
     "load_student",
     "load_teacher",
+    "make_report",
     "open_cache",
     "plot_cache",
     "search_caches",
@@ -96,6 +98,7 @@ _HOMES = {
     "kd.common.extras": ["MissingPackageError"],
     "kd.evaluation.cache_figures": ["plot_cache"],
     "kd.evaluation.evaluate": ["evaluate"],
+    "kd.evaluation.make_report": ["make_report"],
     "kd.evaluation.results": ["EvalReport"],
     "kd.models.pretrained": ["load_teacher"],
     "kd.student_trainer.cache_dataset": ["CacheDataset"],

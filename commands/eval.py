@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say
-from kd.commands.terminal.options import FOLDER, PATH, json_option
+from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say, say_bold, terminal_width
+from kd.commands.terminal.options import PATH, json_option
+from kd.commands.terminal.report_text import report_lines_for
 from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.common.disk.disk_errors import WriteError
 from kd.common.errors import DataError
 from kd.common.extras import require
 from kd.common.settings import make, setting
 from kd.evaluation.eval_settings import EvalSettings
+from kd.evaluation.report.systems.report_settings import ReportSettings
 
 if TYPE_CHECKING:
+    from kd.evaluation.report.writing import ReportFiles
     from kd.evaluation.results import EvalReport
 
 
@@ -127,27 +130,39 @@ def conditions(report: EvalReport, task: str) -> str:
     )
 
 
-@click.command()
+@click.command(cls=SettingsCommand)
 @click.argument("runs", nargs=-1, required=True, type=PATH)
-@click.option("--out", required=True, type=FOLDER, help="Folder of the report.")
-@click.option("--baseline", help="Student that the others are compared with; those trained with ce by default.")
+@settings_options(ReportSettings)
 @json_option
-def report(runs: tuple[Path, ...], out: Path, baseline: str | None, as_json: bool) -> None:
+def report(runs: tuple[Path, ...], settings: ReportSettings, as_json: bool) -> None:
     """Compare runs and evaluations: tables, gains, loss curves and bars as PNG, Markdown, CSV, JSON and one HTML page.
 
     Students that differ in the seed alone are one line, a fine-tuned and a distilled one of the same start and cache a pair.
+    Folders of kd merge and kd classify matrix become the table of merged models. A folder of such folders stands for all of
+    them.
 
     Example: kd report demo-out/distilled demo-out/finetuned --out runs/report
     """
-    report_and_show(runs, out, baseline, as_json=as_json)
+    report_and_show(runs, settings, as_json=as_json)
 
 
-def report_and_show(runs: Sequence[Path], out: Path, baseline: str | None, *, as_json: bool = False) -> None:
+def report_and_show(runs: Sequence[Path], settings: ReportSettings, *, as_json: bool = False) -> None:
     """Write the report and print it: all of `kd report` after its options are read."""
     require("eval", "kd report")
     from kd.evaluation.report.writing import write_report
 
-    files = write_report(list(runs), out, baseline=baseline)
+    files = write_report(
+        list(runs), settings.out, baseline=settings.baseline, table=settings.table, published=settings.published
+    )
     if not as_json:
+        say_report(files)
+    emit(files.paths(), as_json)
+
+
+def say_report(files: ReportFiles) -> None:
+    """Print a report: as Markdown, and on a terminal with tables that are laid out for its width."""
+    width = terminal_width()
+    if width is None:
         say(files.markdown.read_text(encoding="utf-8"))
-    emit({name: str(path) for name, path in asdict(files).items() if path is not None}, as_json)
+    else:
+        say_bold(report_lines_for(files.content, width))

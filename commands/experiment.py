@@ -116,8 +116,6 @@ def open_folder(chosen: Experiment, folder: Path, steps: Sequence[Step]) -> None
 
 def write_experiment_report(chosen: Experiment, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Write the report over teacher and students; returns its files and the document in `report.json`."""
-    from dataclasses import asdict
-
     from kd.cache_builder.store.readers.reader import CacheReader
     from kd.common.files import read_object
     from kd.evaluation.report.certainty import certainty, section
@@ -129,5 +127,4 @@ def write_experiment_report(chosen: Experiment, folder: Path) -> tuple[dict[str,
     written = write_report(
         inputs, folder / "report", title=chosen.about or chosen.name, after=after, baseline=chosen.baseline
     )
-    files = {name: str(path) for name, path in asdict(written).items() if path is not None}
-    return files, read_object(written.json)
+    return written.paths(), read_object(written.json)

@@ -142,9 +142,9 @@ def _eval(step: Step) -> None:
 
 def _report(step: Step) -> None:
     from kd.commands.eval import report_and_show
+    from kd.evaluation.report.systems.report_settings import ReportSettings
 
-    baseline = step.options.get("baseline")
-    report_and_show([as_path(run) for run in step.arguments], step.out, None if baseline is None else str(baseline))
+    report_and_show([as_path(run) for run in step.arguments], step.setting(ReportSettings))
 
 
 RUNNERS = {"cache build": _build, "train": _train, "eval": _eval, "report": _report}

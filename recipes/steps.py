@@ -165,13 +165,15 @@ def _eval() -> Sequence[type]:
 
 
 def _report() -> Sequence[type]:
-    return ()
+    from kd.evaluation.report.systems.report_settings import ReportSettings
+
+    return (ReportSettings,)
 
 
 STEP_KINDS: dict[str, StepKind] = {
     "cache build": StepKind(_build, ("profile-build",)),
     "train": StepKind(_train, ("resume",)),
     "eval": StepKind(_eval, ("out",)),
-    "report": StepKind(_report, ("out", "baseline")),
+    "report": StepKind(_report),
 }
 """Commands that a step may be."""

@@ -18,6 +18,7 @@ from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS
 from kd.cache_builder.exchange.import_settings import ImportSettings
 from kd.common.setting_fields import field_docs, settings_of
 from kd.evaluation.eval_settings import EvalSettings
+from kd.evaluation.report.systems.report_settings import ReportSettings
 from kd.student_trainer.configuration.train_config import TrainConfig
 
 HEAD = """# Python
@@ -33,6 +34,7 @@ SETTINGS: dict[str, tuple[Any, Collection[str]]] = {
     "build_cache": (BuildSettings, {*OF_NAMED_TEACHERS, "out"}),
     "evaluate": (EvalSettings, {"tasks"}),
     "import_cache": (ImportSettings, ()),
+    "make_report": (ReportSettings, ()),
     "train": (TrainConfig, ()),
 }
 """Function -> the class of the settings it takes by name, and those of them that it does not take."""

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
@@ -93,6 +93,26 @@ def say_shaded(pieces: Iterable[tuple[str, int]]) -> None:
     for text, shade in shown:
         whole.append(text, style=SHADES[shade])
     console.print(whole, end="")
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none."""
+    from rich.console import Console
+
+    console = Console()
+    return console.width if console.is_terminal else None
+
+
+def say_bold(lines: Iterable[Sequence[tuple[str, bool]]]) -> None:
+    """Print lines of pieces on a terminal, those that are marked in bold. Without secrets and control characters, as `say`."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    for line in lines:
+        pieces = [(for_terminal(without_secrets(text)), "bold" if bold else "") for text, bold in line]
+        OUTPUT.note("".join(text for text, _ in pieces))
+        console.print(Text.assemble(*pieces))
 
 
 def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:

@@ -39,7 +39,7 @@ from kd.evaluation.scoring.chat_asking import ChatAsking, as_questions, asks_cha
 from kd.evaluation.scoring.reading_options import READING, ReadingOptions
 from kd.evaluation.scoring.scored_text import model_ids
 from kd.evaluation.scoring.windows import prompt_blocks
-from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task
+from kd.evaluation.statistics.estimates import Documents, Estimate, figures_by_task, means_by_task
 from kd.models.answering import ANSWER_CONTEXT, answer_text
 from kd.models.chat.reasoning import split_reasoning
 from kd.models.loading import Model
@@ -53,7 +53,7 @@ class GenerationResult:
     estimates: Mapping[str, Estimate]
     """`exact_match`, `f1`, `unfinished`, and of the first two `…_mean_of_tasks` and `…/TASK` for each task.
 
-    Where examples have choices, `choice_match` and `choice_none` over these; then the tasks' own metrics."""
+    Where examples have choices, `choice_match`, also by task, and `choice_none` over these; then the tasks' own metrics."""
     answers: tuple[str, ...]
     """[E] texts in the order of the corpus, as they were compared."""
     documents: Documents
@@ -197,6 +197,9 @@ def generation_of(
         none = np.array([index is not None and name is None for index, name in zip(right, named, strict=True)])
         estimates["choice_match"] = documents.ratio(hits.astype(np.float64), asked)
         estimates["choice_none"] = documents.ratio(none.astype(np.float64), asked)
+        with_choices = ["" if index is None else task for task, index in zip(tasks, right, strict=True)]
+        by_task = means_by_task(documents, hits.astype(np.float64), with_choices)
+        estimates |= {f"choice_match/{task}": e for task, e in by_task.items() if task}
     further, made_by = score_answers(answers, examples, documents, chosen or {}, settings or MetricSettings())
     figures, answered = estimates | further, tuple(examples)
     return GenerationResult(figures, tuple(answers), documents, max_new_tokens, prompts_cut, made_by, answered)

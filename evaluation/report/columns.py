@@ -24,9 +24,13 @@ CHIEF = {
 }
 """Task -> its metrics in the table. Of a task that is not here, the table shows the first metric that says which way is
 better."""
-ANSWERS = ("squad_f1", "rougeL", "rougeLsum", "coverage", "bleu", "bertscore", "rouge1", "squad_em", "exact_match")
-"""Metrics of `generation` in order of preference: each task of a text has one column, the first of these that it was scored
-with."""
+ANSWERS = ("squad_f1", "rougeL", "rougeLsum", "coverage", "bleu", "bertscore", "rouge1", "squad_em")
+"""Metrics of `generation` in order of preference. A task has a column for each kind that it was scored with; the first of them
+counts."""
+KINDS = {"squad_em": "squad", "squad_f1": "squad", "rougeL": "rouge", "rougeLsum": "rouge", "rouge1": "rouge"}
+"""Metric -> its kind, of which a task has one column; other metrics are a kind of their own."""
+PLAIN_ANSWER = "exact_match"
+"""Metric of a task without any of these."""
 UNCOUNTED = ("agreement",)
 """Tasks that count neither for wins nor for means: closeness to the teacher is a means, not an end."""
 
@@ -106,13 +110,18 @@ class Column:
 
 
 def columns_of(comparisons: Sequence[Comparison]) -> tuple[Column, ...]:
-    """The columns of all comparisons, and their mean where at least two are shares."""
+    """The columns of all comparisons, and their mean where at least two are shares.
+
+    Questions that were answered by rank and in words count once, by rank.
+    """
     harness = any("acc_norm_harness" in c.metrics for c in comparisons)  # of two protocols one counts
     columns = [
         replace(column, counts=False) if harness and column.parts[0][1] == "acc_norm_nanogpt" else column
         for c in comparisons
         for column in _columns(c)
     ]
+    ranked = {asked for c in columns for asked in _asked(c, "choices")}
+    columns = [replace(c, counts=False) if _asked(c, "generation") & ranked else c for c in columns]
     titles = [c.title for c in columns]
     columns = [replace(c, title=f"{c.title}, {_condition(c)}") if titles.count(c.title) > 1 else c for c in columns]
     shares = [c for c in columns if c.is_share and c.counts]
@@ -125,7 +134,8 @@ def _columns(comparison: Comparison) -> list[Column]:
     """The chief metrics, task by task where the text has several."""
     there = comparison.metrics
     if comparison.task == "generation":
-        return [_column(comparison, m) for m in _answers(there)]
+        metrics = [(m, number == 0) for of_task in _answers(there) for number, m in enumerate(of_task)]
+        return [replace(_column(comparison, m), counts=counts) for m, counts in metrics]
     chief = [m for m in CHIEF.get(comparison.task, ()) if m in there]
     if not chief and comparison.task not in CHIEF:
         chief = [m for m in there if "/" not in m and _better(comparison, m)][:1]
@@ -137,13 +147,32 @@ def _columns(comparison: Comparison) -> list[Column]:
     return columns
 
 
-def _answers(there: Sequence[str]) -> list[str]:
-    """One metric for each task of a text of generated answers, or one for the text where it is one task."""
+def _answers(there: Sequence[str]) -> list[list[str]]:
+    """The metrics of each task of a text of generated answers, or of the text where it is one task; the chief one first."""
     tasks = list(dict.fromkeys(m.partition("/")[2] for m in there if "/" in m))
-    if len(tasks) < 2:
-        return [m for m in ANSWERS if m in there][:1]
-    metrics = [next((f"{m}/{task}" for m in ANSWERS if f"{m}/{task}" in there), None) for task in tasks]
-    return [m for m in metrics if m is not None]
+    suffixes = [f"/{task}" for task in tasks] if len(tasks) > 1 else [""]
+    return [metrics for suffix in suffixes if (metrics := _of_kinds(there, suffix))]
+
+
+def _of_kinds(there: Sequence[str], suffix: str) -> list[str]:
+    """One metric of each kind that a task was scored with; the exact match where there is none."""
+    by_kind: dict[str, str] = {}
+    for metric in ANSWERS:
+        if f"{metric}{suffix}" in there:
+            by_kind.setdefault(KINDS.get(metric, metric), f"{metric}{suffix}")
+    plain = f"{PLAIN_ANSWER}{suffix}"
+    return list(by_kind.values()) or ([plain] if plain in there else [])
+
+
+def _asked(column: Column, task: str) -> set[tuple[str, str]]:
+    """The text and its tasks that a column of `choices` or `generation` stands for; empty for other columns."""
+    comparison, metric = column.parts[0]
+    if comparison.task != task:
+        return set()
+    base, slash, part = metric.partition("/")
+    names = [part] if slash else [m.partition("/")[2] for m in comparison.metrics if m.startswith(f"{base}/")]
+    text = str(comparison.entries[0].report.settings[task].get("text_digest"))
+    return {(text, name) for name in names or [""]}
 
 
 def _column(comparison: Comparison, metric: str) -> Column:

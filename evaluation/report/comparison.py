@@ -195,14 +195,21 @@ def compare(entries: Sequence[Entry]) -> list[Comparison]:
     known = list(TASKS)
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
-        for task in entry.report.tasks:
-            settings = entry.report.settings.get(task, {})
-            key = (task, *(str(v) for k, v in sorted(settings.items()) if k.endswith(("_digest", "_fingerprint"))))
+        for key in texts_read(entry.report):
             while any(entry.name == other.name for other in groups.get(key, ())):
                 key += ("again",)
             groups.setdefault(key, []).append(entry)
     ordered = sorted(groups, key=lambda key: known.index(key[0]) if key[0] in known else len(known))
     return [Comparison(key[0], tuple(groups[key])) for key in ordered]
+
+
+def texts_read(report: EvalReport) -> list[tuple[str, ...]]:
+    """What each task of a report was measured on: the task, and the digests of its text or cache."""
+    keys = []
+    for task in report.tasks:
+        settings = report.settings.get(task, {})
+        keys.append((task, *(str(v) for k, v in sorted(settings.items()) if k.endswith(("_digest", "_fingerprint")))))
+    return keys
 
 
 def with_error(figure: dict[str, Any]) -> str:

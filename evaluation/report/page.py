@@ -70,6 +70,15 @@ class Section:
     """Whether the section is shown on demand, so that a page of many models stays short. In Markdown it is not folded."""
 
 
+@dataclass(frozen=True)
+class ReportContent:
+    """What a report says, before it is written in any form."""
+
+    title: str
+    intro: Sequence[str]
+    sections: Sequence[Section]
+
+
 def render_page(title: str, intro_lines: Sequence[str], sections: Sequence[Section]) -> str:
     """The whole HTML document. Raises DataError for an image that is not a PNG file."""
     from jinja2 import Environment, StrictUndefined

@@ -3,6 +3,7 @@
     run.json  metrics.jsonl      a training run (`kd train --out`); one JSON object per logged step
     eval.json                    an evaluation (`kd eval --out`), in the folder itself or, of a run, in `eval`, `eval-2`, …
     0-NAME  1-NAME  …            evaluations of several models at once
+    RUN  RUN  …                  runs and evaluations, each in a folder of its own
 
 A run that is not finished or was killed can be read. A last line that was cut off is left out. A step that was logged
 twice counts once, with its later record.
@@ -11,7 +12,7 @@ twice counts once, with its later record.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.paths import as_path
-from kd.evaluation.report.comparison import Entry, short_name
+from kd.evaluation.report.comparison import Entry, short_name, texts_read
 from kd.evaluation.report.figures import Series, smooth
 from kd.evaluation.results import EVAL, EvalReport, load_report, numbered
 from kd.student_trainer.run_folder import METRICS, RUN, is_run, read_log, read_run
@@ -68,7 +69,8 @@ def collect_runs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
     runs: list[Run] = []
     entries: list[Entry] = []
     names: dict[str, int] = {}
-    for folder in (one for given in inputs for one in _folders(given)):
+    texts_of: dict[str, _Known] = {}
+    for folder in input_folders(inputs):
         trained = _is_training(folder)
         reports = [load_report(f) for f in _evaluations(folder)]
         if not trained and not reports:
@@ -81,24 +83,63 @@ def collect_runs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
             )
         facts = read_run(folder) if trained else _training_of(reports[0])
         wanted = facts.get("name") or (short_name(reports[0].model) if reports else None) or folder.name
-        names[wanted] = names.get(wanted, 0) + 1
-        name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
+        name = None if trained else _same_model(wanted, reports, texts_of)
+        if name is None:
+            names[wanted] = names.get(wanted, 0) + 1
+            name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
+            texts_of[name] = _Known(wanted, reports[0].identity if reports else {}, set())
+        texts_of[name].texts.update(text for report in reports for text in texts_read(report))
         if trained:
             runs.append(Run(name, facts, _steps(folder)))
         entries += [Entry(name, report, facts) for report in reports]
-    if not runs and not entries:
-        raise DataError("there is nothing to report", expected="at least one evaluation or training run")
     return runs, entries
+
+
+def input_folders(inputs: Sequence[Path], also: Callable[[Path], bool] = lambda folder: False) -> list[Path]:
+    """The folders that hold something: those given, or where one is nothing itself those in it, or in the folders in it.
+
+    also   whether a folder is something else that the caller reads
+    """
+
+    def known(folder: Path) -> list[Path]:
+        if _is_training(folder) or _evaluations(folder) or also(folder):
+            return [folder]
+        return numbered(folder)
+
+    found = []
+    for given in inputs:
+        inner = sorted(path for path in given.iterdir() if path.is_dir()) if given.is_dir() else []
+        found += known(given) or [one for path in inner for one in known(path)] or [given]
+    return found
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A model that was met before."""
+
+    wanted: str
+    identity: Mapping[str, Any]
+    """Empty where it was not scored."""
+    texts: set[tuple[str, ...]]
+    """What it was scored on."""
+
+
+def _same_model(wanted: str, reports: Sequence[EvalReport], known: Mapping[str, _Known]) -> str | None:
+    """The name of the model that other folders hold scores of, on other texts; None where there is none.
+
+    A model that is scored on a second text is still one model. What it was scored on twice, with other settings, stays apart.
+    """
+    texts = {text for report in reports for text in texts_read(report)}
+    for name, one in known.items():
+        same = one.identity and all(report.identity == one.identity for report in reports)
+        if same and one.wanted == wanted and not texts & one.texts:
+            return name
+    return None
 
 
 def _is_training(folder: Path) -> bool:
     """Whether a training was started in this folder, and has logged a step."""
     return is_run(folder) and (folder / METRICS).is_file()
-
-
-def _folders(given: Path) -> list[Path]:
-    """The folder, or where it is nothing itself those of several models' evaluations in it."""
-    return [given] if _is_training(given) or _evaluations(given) else numbered(given) or [given]
 
 
 def _evaluations(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
     report.md  report.html   the same content; the page holds its pictures and asks for nothing else
     report.csv               one line per model and metric, for a spreadsheet
     reference.csv            the reference table: models down, metrics across
+    system.csv               the table of a system in its own form, where one was asked for: one line per cell
     report.json              everything, for a program
     metrics.png  loss.png    where there were evaluations, and where there were training runs
     deltas.png               where a fine-tuned and a distilled student make a pair
@@ -14,20 +15,25 @@ are one line of the reference table, one curve and one bar; each by itself is in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kd.common.disk.disk_errors import clear_write_errors
+from kd.common.errors import DataError
 from kd.common.files import canonical_json, sweep, write_atomic
 from kd.common.shown_text import redacted
 from kd.evaluation.report.comparison import Comparison, compare, short_name
 from kd.evaluation.report.exports import csv_text, metrics_csv, report_document, report_markdown
-from kd.evaluation.report.page import Sample, Section, Table, render_page
+from kd.evaluation.report.page import ReportContent, Sample, Section, Table, render_page
 from kd.evaluation.report.pairs import Arm, Pair, arms_of, pairs_of
 from kd.evaluation.report.pictures import gains_picture, loss_picture, metrics_picture
 from kd.evaluation.report.reference import Reference, reference_of
-from kd.evaluation.report.runs import Run, collect_runs, is_number
+from kd.evaluation.report.runs import Run, collect_runs, input_folders, is_number
 from kd.evaluation.report.score_curves import progress_sections
+from kd.evaluation.report.systems.merged_models import is_merged, merged_sections, read_merged
+from kd.evaluation.report.systems.report_settings import ReportSettings
+from kd.evaluation.report.systems.system_table import block_rows
+from kd.evaluation.report.systems.table_blocks import asked_blocks
 
 SIDE_BY_SIDE = ("samples", "generation")
 """Tasks whose answers are shown side by side, at most MOST_SAMPLES of each."""
@@ -60,6 +66,14 @@ class ReportFiles:
     """Bars; None without evaluations."""
     deltas_png: Path | None
     """Gains; None without pairs."""
+    system_csv: Path | None
+    """The system's own table; None where none was asked for."""
+    content: ReportContent = field(repr=False)
+    """What the report says."""
+
+    def paths(self) -> dict[str, str]:
+        """Name -> path of every file."""
+        return {name: str(path) for name, path in vars(self).items() if isinstance(path, Path)}
 
 
 def write_report(
@@ -70,15 +84,19 @@ def write_report(
     lead: Sequence[Section] = (),
     after: Sequence[Section] = (),
     baseline: str | None = None,
+    table: str | None = None,
+    published: bool = False,
 ) -> ReportFiles:
     """Read every input directory and write the report under `out`.
 
     lead, after   sections of the caller's, at the top and after the results
     baseline      name of the arm that the others are compared with; None = those trained with `ce`
+    table         name or file of a system's own table, which then leads the results
+    published     whether that table has the published figures too
     Raises DataError, naming what cannot be read; then nothing is written. Raises WriteError where `out` cannot be written.
     """
     with clear_write_errors(out, "make room or name another --out, then run the same command again"):
-        return _written(inputs, out, title, lead, after, baseline)
+        return _written(inputs, out, title, lead, after, ReportSettings(out, baseline, table, published))
 
 
 def _written(
@@ -87,14 +105,20 @@ def _written(
     title: str,
     lead: Sequence[Section],
     after: Sequence[Section],
-    baseline: str | None,
+    settings: ReportSettings,
 ) -> ReportFiles:
     sweep(out)
+    folders = input_folders(inputs, is_merged)
+    merged = [read_merged(folder) for folder in folders if is_merged(folder)]
+    inputs = [folder for folder in folders if not is_merged(folder)]
     runs, entries = collect_runs(inputs)
+    if not runs and not entries and not merged:
+        raise DataError("there is nothing to report", expected="at least one evaluation, training run or merge")
     comparisons = compare(entries)
     arms = arms_of(entries)
-    pairs = pairs_of(arms, baseline)
+    pairs = pairs_of(arms, settings.baseline)
     reference = reference_of(comparisons, arms, pairs)
+    blocks = asked_blocks(settings, entries, comparisons, arms, pairs)
     files = ReportFiles(
         out / "report.md",
         out / "report.html",
@@ -104,8 +128,11 @@ def _written(
         loss_picture(out / "loss.png", runs, reference),
         metrics_picture(out / "metrics.png", comparisons, reference),
         gains_picture(out / "deltas.png", reference),
+        out / "system.csv" if blocks else None,
+        ReportContent(title, [], []),
     )
-    sections = [*lead, *_results(reference, comparisons, files), *after, *_side_by_side(comparisons, arms)]
+    sections = [*lead, *(block.section(published=settings.published) for block in blocks), *merged_sections(merged)]
+    sections += [*_results(reference, comparisons, files), *after, *_side_by_side(comparisons, arms)]
     sections += _details(comparisons, pairs)
     if runs:
         sections.append(
@@ -123,15 +150,20 @@ def _written(
     sections += progress_sections(inputs, out)
     models = len({e.name for e in entries})
     intro = [
-        f"{_count(len(entries), 'evaluation')} of {_count(models, 'model')} and {_count(len(runs), 'training run')}."
+        f"{_count(len(entries), 'evaluation')} of {_count(models, 'model')} and {_count(len(runs), 'training run')}"
+        + (f", {_count(len(merged), 'merge or matrix', 'merges and matrices')}." if merged else ".")
     ]
     intro += [MARK_PAIRS if pairs else MARK] if comparisons else []
     write_atomic(files.markdown, report_markdown(title, intro, sections))
     write_atomic(files.csv, metrics_csv(comparisons))
     write_atomic(files.reference_csv, csv_text(reference.csv_rows()))
-    write_atomic(files.json, canonical_json(redacted(report_document(runs, entries, comparisons, reference))))
+    document = report_document(runs, entries, comparisons, reference)
+    if blocks:
+        document["system"] = [block.document(published=settings.published) for block in blocks]
+        write_atomic(out / "system.csv", csv_text(block_rows(blocks, published=settings.published)))
+    write_atomic(files.json, canonical_json(redacted(document)))
     write_atomic(files.page, render_page(title, intro, sections))
-    return files
+    return replace(files, content=ReportContent(title, intro, sections))
 
 
 def _results(reference: Reference, comparisons: Sequence[Comparison], files: ReportFiles) -> list[Section]:
@@ -205,5 +237,5 @@ def _run_table(runs: Sequence[Run]) -> Table:
     return Table(["run", "student", "trained with", "steps", "tokens", "loss", "cross-entropy", "distillation"], rows)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str, several: str | None = None) -> str:
+    return f"{number} {noun if number == 1 else several or noun + 's'}"

@@ -252,7 +252,13 @@ def test_generate_and_match_counts_examples_with_choices_alone():
     match, none = result.estimates["choice_match"], result.estimates["choice_none"]
     assert (match.value, match.n) == (2 / 4, 4)
     assert (none.value, none.n) == (1 / 4, 4)
-    assert "choice_match" not in generation_of(PAIRS, answers, np.zeros(6), 8, 0).estimates
+    by_task = {m: e for m, e in result.estimates.items() if m.startswith("choice_match/")}
+    right = {0: 1.0, 2: 1.0}  # of the four that have choices
+    for task in {e.task for e in choices}:
+        hits = [right.get(n, 0.0) for n, e in enumerate(choices) if e.task == task]
+        assert (by_task[f"choice_match/{task}"].value, by_task[f"choice_match/{task}"].n) == (np.mean(hits), len(hits))
+    assert len(by_task) == len({e.task for e in choices})
+    assert not [m for m in generation_of(PAIRS, answers, np.zeros(6), 8, 0).estimates if m.startswith("choice_match")]
 
 
 def test_the_limit_of_an_answer_covers_the_longest_reference(case):

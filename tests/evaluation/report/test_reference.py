@@ -304,6 +304,43 @@ def test_answers_have_the_metric_of_their_task():
     assert set(titles) == {"exact match: other", "ROUGE-L: sum", "SQuAD F1: qa", "mean of 3"}
 
 
+def test_a_task_may_have_several_metrics_of_which_the_first_counts():
+    report = chosen({"sum": RIGHT, "gen": HALF})
+    figure = report.tasks["choices"]["accuracy"]
+    metrics = ("rouge1", "rougeL", "rougeLsum", "bertscore")
+    tasks = {f"{m}/sum": {**figure, "title": f"{m}: sum"} for m in metrics}
+    tasks |= {f"{m}/gen": {**figure, "title": f"{m}: gen"} for m in ("rouge1", "coverage", "exact_match")}
+    settings = {"generation": {"text_digest": "d"}}
+    whole = EvalReport(**{**report.__dict__, "tasks": {"generation": tasks}, "settings": settings, "documents": {}})
+    columns = reference(Entry("m", whole)).columns
+    assert {c.title: c.counts for c in columns[:-1]} == {
+        "rougeL: sum": True,
+        "bertscore: sum": False,
+        "coverage: gen": True,
+        "rouge1: gen": False,
+    }
+    assert columns[-1].title == "mean of 2"
+
+
+@pytest.mark.parametrize("same_text", [True, False])
+def test_questions_that_were_answered_by_rank_and_in_words_count_once(same_text: bool):
+    report = chosen({"nli": HALF, "qa": RIGHT})
+    figures = report.tasks["choices"]
+    answers = {
+        f"{m}/{t}": {**figures["accuracy"], "value": 0.1, "title": f"{m}: {t}"}
+        for m, t in (("exact_match", "nli"), ("exact_match", "qa"), ("rougeL", "sum"))
+    }
+    settings = {**report.settings, "generation": {"text_digest": "d" if same_text else "other"}}
+    tasks = {**report.tasks, "generation": answers}
+    whole = EvalReport(**{**report.__dict__, "tasks": tasks, "settings": settings, "documents": {}})
+    *columns, mean = reference(Entry("m", whole)).columns
+    counted = {c.title for c in columns if c.counts}
+    assert {"accuracy: nli", "accuracy: qa", "rougeL: sum"} <= counted
+    assert len(columns) == 5
+    assert len(counted) == (3 if same_text else 5)
+    assert mean.value("m") == pytest.approx(np.mean([0.5, 0.875, 0.1] if same_text else [0.5, 0.875, 0.1, 0.1, 0.1]))
+
+
 def save(folder, entry: Entry):
     """A run with its evaluation on disk."""
     entry.report.save(folder / "eval")

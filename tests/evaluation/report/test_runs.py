@@ -89,3 +89,33 @@ def test_a_directory_that_is_neither_is_refused(tmp_path, make):
     with pytest.raises(DataError, match="neither an evaluation nor a training run"):
         write_report([make(tmp_path)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_was_scored_on_two_texts_is_one_model(tmp_path):
+    other = {"perplexity": {"text_digest": "d2", "seq_len": 24}}
+    for folder, changes in (
+        ("a", {"identity": {"weights": "w"}}),
+        ("b", {"identity": {"weights": "w"}, "settings": other}),
+        ("c", {"identity": {"weights": "v"}, "settings": other}),
+        ("d", {"identity": {"weights": "w"}, "settings": other}),
+    ):
+        evaluation("owner/m", HARD, 8.0, **changes).save(tmp_path / folder)
+    _, entries = collect_runs([tmp_path / name for name in "abcd"])
+    assert [e.name for e in entries] == [
+        "owner/m",
+        "owner/m",
+        "owner/m (2)",
+        "owner/m (3)",
+    ]  # other weights; the same text again
+
+
+def test_a_folder_of_runs_stands_for_what_is_in_it(tmp_path):
+    save_run(tmp_path / "runs" / "b", kd=True)
+    evaluation("m", HARD, 8.0).save(tmp_path / "runs" / "a")
+    for model, folder in zip(("x", "y"), folders_of(tmp_path / "runs" / "c", ["x", "y"]), strict=True):
+        evaluation(model, HARD, 8.0).save(folder)
+    (tmp_path / "runs" / "cache").mkdir()
+    runs, entries = collect_runs([tmp_path / "runs"])
+    assert ([r.name for r in runs], [e.name for e in entries]) == (["b"], ["m", "x", "y"])
+    with pytest.raises(DataError, match="neither an evaluation"):
+        collect_runs([tmp_path / "runs" / "cache"])
