@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import ParamSpec
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
@@ -46,38 +47,10 @@ from kd.data.rows.row_streams import StreamedRow, numbered_rows, stream_rows
 from kd.data.rows.tables import TABLE_READERS
 from kd.data.text_stream import Text, TextStream, in_memory
 
+P = ParamSpec("P")
+
 TASK_SUFFIXES = (".yaml", ".yml")
 """Suffixes of task files."""
-
-
-def load_corpus(
-    spec: str,
-    *,
-    split: str | None = None,
-    columns: Columns | None = None,
-    form: str = AUTO,
-    bad_rows: str = "error",
-    prompts: bool = False,
-    choices: bool = False,
-    limit: int | None = None,
-    instructions: InstructionConfig | None = None,
-    rows: RowSettings | None = None,
-) -> Corpus:
-    """Load `spec` (see the module's head) into memory. Raises DataError. The parameters are those of `stream_text`."""
-    return in_memory(
-        stream_text(
-            spec,
-            split=split,
-            columns=columns,
-            form=form,
-            bad_rows=bad_rows,
-            prompts=prompts,
-            choices=choices,
-            limit=limit,
-            instructions=instructions,
-            rows=rows,
-        )
-    )
 
 
 def stream_text(
@@ -116,6 +89,19 @@ def stream_text(
     _refuse_useless(spec, reading, instructions)
     text = replace(_text_of(spec, split, reading, instructions, streaming), skip_bad=reading.skip)
     return replace(text, limit=limit) if isinstance(text, TextStream) else usable_corpus(text, limit)
+
+
+def _held_in_memory(stream: Callable[P, Text]) -> Callable[P, Corpus]:
+    """`stream`, whose text is read whole."""
+
+    def load(*args: P.args, **options: P.kwargs) -> Corpus:
+        return in_memory(stream(*args, **options))
+
+    return load
+
+
+load_corpus = _held_in_memory(stream_text)
+"""Load the text that a spec names into memory. Raises DataError. The parameters are those of `stream_text`."""
 
 
 def load_classes(
