@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kd.cache_builder.build.build_settings import RECORDED, BillSettings, BuildSettings
-from kd.commands.terminal.console import emit, follow, outcome, quiet_libraries, say
+from kd.cache_builder.build.build_settings import RECORDED, BillSettings, BuildSettings, PlanSettings
+from kd.commands.terminal.console import emit, emit_json, follow, outcome, quiet_libraries, say
 from kd.commands.terminal.lazy import LazyCommands
 from kd.commands.terminal.options import FOLDER, json_option
 from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, SettingsCommand, settings_options
@@ -44,11 +44,14 @@ def cache() -> None:
 
 
 @cache.command("plan", cls=SettingsCommand)
-@settings_options(BuildSettings)
+@settings_options(PlanSettings)
 @profile_build_option
 @json_option
-def cache_plan(settings: BuildSettings, profile_build: bool, as_json: bool) -> None:
-    """Print what a build would cost one builder: rows, bytes, time. Loads no model weights and writes nothing.
+def cache_plan(settings: PlanSettings, profile_build: bool, as_json: bool) -> None:
+    """Print what a build would cost one builder: rows, bytes, time. Writes nothing, and loads no weights without --fidelity.
+
+    With --fidelity ERROR some hundred rows pass through the teacher, and a profile and a k are proposed for that error of the
+    gradient, with what the teacher's entropy means for the gain to expect.
 
     With --targets teacher the numbers are an upper bound, from the longest possible answers, until the teacher has
     answered.
@@ -56,12 +59,46 @@ def cache_plan(settings: BuildSettings, profile_build: bool, as_json: bool) -> N
     Example: kd cache plan --teacher demo --data demo --out runs/cache
     """
     quiet_libraries()
-    from kd.cache_builder.build.estimate import estimate
-    from kd.cache_builder.build.from_settings import plan_of
+    from kd.cache_builder.build.estimate import estimate, fidelity
+    from kd.cache_builder.build.from_settings import pilot_plan_of, plan_of
 
-    cost = estimate(plan_of(settings, watch=follow))
+    cost = estimate(plan_of(settings.build, watch=follow))
+    error = settings.pilot.fidelity
+    proposal = None
+    if error is not None:
+        proposal = fidelity(pilot_plan_of(settings.build), error, settings.pilot.fidelity_rows)
+    if as_json:
+        emit_json(cost | ({} if proposal is None else {"fidelity": proposal}))
+        return
     bound = "" if cost["targets_known"] else " at most (the teacher has not answered yet: this is an upper bound)"
     emit(cost, as_json, f"This build would make{bound}")
+    if proposal is not None:
+        say("\n".join(proposal_lines(proposal)))
+
+
+def proposal_lines(found: Mapping[str, Any]) -> list[str]:
+    """What a pilot has found, for people."""
+    errors, sizes, k = found["errors_by_top_k"], found["bytes_by_top_k"], found["top_k"]
+    lines = [
+        f"A pilot of {found['rows']:,} rows: entropy {found['entropy_nats']:.2f} nats, "
+        f"{found['rows_with_one_token_above_0.95']:.0%} of rows with one token above 0.95",
+        f"  gain to expect: {found['gain_to_expect']}",
+        f"For a gradient at most {found['error_wanted']:g} off, at T = 1, of a student that knows how often each token comes:",
+        f"  --profile kl --top-k {k}: {errors[k]:.4f} off, {sizes[k]:,} B a row before compression",
+    ]
+    if (rule := found["adaptive"]) is not None:
+        lines.append(
+            f"  --profile adaptive --min-probability {rule['min_probability']:g}: {rule['error']:.4f} off, "
+            f"{rule['tokens']:.1f} tokens a row"
+        )
+    lines += [f"  at T = {t:g}: --top-k {size}" for t, size in found["top_k_by_temperature"].items()]
+    around = [size for size in errors if k // 8 <= size <= 4 * k]
+    lines.append("  other k: " + ", ".join(f"{size}: {errors[size]:.2g}" for size in around))
+    lines.append(
+        f"  --profile sampled --samples 50: {found['error_of_50_draws_without_bias']:.2f} off on each row, but without bias, so "
+        "that it averages out over a batch; for kl at T = 1 alone"
+    )
+    return lines
 
 
 @cache.command("bill")

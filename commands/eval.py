@@ -101,11 +101,12 @@ def report_lines(report: EvalReport) -> list[str]:
 
     lines = [f"{report.model} ({report.parameters:,} parameters)"]
     width = max(22, *(len(name) + 2 for metrics in report.tasks.values() for name in metrics))
+    column = max(12, *(len(task) + 2 for task in report.tasks))
     for task, metrics in report.tasks.items():
         for name, figure in without_repeats(metrics).items():
             score = f"{with_error(figure)} {figure['unit']}, {figure['n']:,} {figure['over']}s"
-            lines.append(f"  {task:<12}{name:<{width}}{score}")
-        lines.append(f"  {task:<12}{conditions(report, task)}")
+            lines.append(f"  {task:<{column}}{name:<{width}}{score}")
+        lines.append(f"  {task:<{column}}{conditions(report, task)}")
     return lines
 
 

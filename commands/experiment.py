@@ -43,7 +43,8 @@ def experiment(
 ) -> None:
     """Train students with and without the teacher over several seeds from one cache, score both, and test the difference.
 
-    FILE is a YAML file, or the name of an experiment that comes with the package: kl-prose, bytes-prose, text-prose, uld-mini,
+    FILE is a YAML file, or the name of an experiment that comes with the package: kl-prose, bytes-prose, bytes-mini,
+    text-prose, merge-prose, uld-mini,
     kl-wikitext, uld-tasks, demo-prose, demo-instructions or demo-chat. The same command again continues: it skips what is finished
     and resumes trainings. More seeds may be added.
 

@@ -24,6 +24,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "ray": ("ray",),
     "vllm": ("vllm",),
     "trackers": ("tensorboard", "wandb"),
+    "harness": ("lm_eval",),
 }
 """Extra -> the packages that it adds, by the names they are imported under."""
 

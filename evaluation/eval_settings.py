@@ -15,8 +15,12 @@ from kd.evaluation.tasks.agreement_task import AgreementOptions
 from kd.evaluation.tasks.choices_task import ChoicesOptions
 from kd.evaluation.tasks.generation_task import GenerationOptions
 from kd.evaluation.tasks.hellaswag_task import HellaSwagOptions
+from kd.evaluation.tasks.lm_eval_task import NAME, LmEvalOptions, full_names
 from kd.evaluation.tasks.samples_task import SamplesOptions
 from kd.evaluation.tasks.shared_options import SharedOptions
+
+OWN = ("perplexity", "agreement", "choices", "generation", "hellaswag", "samples", NAME)
+"""Names of kd's own tasks; a test compares them with the registry."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class EvalSettings:
     """Settings of one evaluation; the model is named beside them."""
 
     tasks: tuple[str, ...] = setting(("perplexity",), metavar="NAME,…")
-    """Tasks to run: perplexity, agreement, choices, generation, hellaswag, samples."""
+    """Tasks to run: perplexity, agreement, choices, generation, hellaswag, samples, and lm_eval:NAME for any task of
+    lm-evaluation-harness; further names behind it are the harness's too, unless they are among the first six."""
     agreement: AgreementOptions = field(default_factory=AgreementOptions)
     """Options of agreement."""
     choices: ChoicesOptions = field(default_factory=ChoicesOptions)
@@ -35,6 +40,8 @@ class EvalSettings:
     """Options of hellaswag."""
     samples: SamplesOptions = field(default_factory=SamplesOptions)
     """Options of samples."""
+    lm_eval: LmEvalOptions = field(default_factory=LmEvalOptions)
+    """Options of lm_eval."""
     shared: SharedOptions = field(default_factory=SharedOptions)
     """The text, how models are loaded, and how they read and answer."""
     allow_contaminated: bool = False
@@ -42,7 +49,8 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        object.__setattr__(self, "tasks", full_names(self.tasks, OWN))
 
     def options_of(self, task: str) -> object:
         """The options of one task; None for a task that has none."""
-        return getattr(self, task, None)
+        return getattr(self, task.partition(":")[0], None)

@@ -32,7 +32,7 @@ def evaluate(
     """Score a model by the named tasks.
 
     model       `demo`, `random:NAME`, a folder, a hub id, or a model in memory, which is left as it was
-    tasks       one task or several: perplexity, agreement, choices, generation, hellaswag, samples
+    tasks       one task or several: perplexity, agreement, choices, generation, hellaswag, samples, lm_eval:NAME
     tokenizer   the tokenizer of a model in memory
     settings    the options of `kd eval`, spelled with underscores: data, split, cache, limit, …
 

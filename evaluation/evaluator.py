@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -19,13 +19,15 @@ from kd.common.errors import DataError, unknown_name
 from kd.common.progress import Progress
 from kd.data.corpus import Corpus
 from kd.data.data_settings import BOTH
+from kd.data.rows.example import Example
 from kd.data.sources import load_corpus, takes_instructions
 from kd.evaluation.contamination import cache_texts, refuse_contaminated, trained_on, why_known
 from kd.evaluation.eval_settings import EvalSettings
 from kd.evaluation.results import EvalReport
 from kd.evaluation.tasks.eval_task import TaskResult
-from kd.evaluation.tasks.shared_options import EvalDataSettings
-from kd.evaluation.tasks.task_registry import TASKS, figures_of
+from kd.evaluation.tasks.lm_eval_task import PREFIX
+from kd.evaluation.tasks.shared_options import EvalDataSettings, SharedOptions
+from kd.evaluation.tasks.task_registry import TASKS, figures_of, named_task
 from kd.evaluation.unseen_tasks import marked, seen_or_unseen
 from kd.models.identity import model_identity, pinned
 from kd.models.loading import Model, load_model, load_request_tokenizer, refuse_adapter, refuse_unusable_map
@@ -41,11 +43,13 @@ class LoadedTasks:
     """The text of `--data`; None where no task reads one."""
     materials: Mapping[str, Any]
     """Task -> what it measures on, in the order in which the tasks run."""
+    plain: Corpus | None = None
+    """The text of `--data` without examples before its prompts: what a model may have been trained on."""
 
     def with_weights(self) -> LoadedTasks:
         """The same with the weights that tasks need besides the model's."""
         shared = self.settings.shared
-        return replace(self, materials={n: TASKS[n].load_weights(m, shared) for n, m in self.materials.items()})
+        return replace(self, materials={n: named_task(n).load_weights(m, shared) for n, m in self.materials.items()})
 
 
 def evaluate_model(model_name: str, settings: EvalSettings) -> Iterator[Progress[EvalReport]]:
@@ -98,7 +102,7 @@ def report_of(
     caches = [result.cache for result in results.values() if result.cache is not None]
     corpus = loaded.corpus
     marks = {} if corpus is None else seen_or_unseen(trained_on(model_name, whole=False), corpus)
-    reads = {name for name in results if TASKS[name].reads_text(loaded.settings.options_of(name))}
+    reads = {name for name in results if named_task(name).reads_text(loaded.settings.options_of(name))}
     return EvalReport(
         model=model_name,
         parameters=int(model.num_parameters()),
@@ -134,9 +138,9 @@ def check_tasks(settings: EvalSettings) -> None:
     if not settings.tasks:
         raise DataError("no task was named", expected=", ".join(TASKS), try_="--tasks perplexity")
     for name in settings.tasks:
-        if name not in TASKS:
+        if name.partition(":")[0] not in TASKS or (":" in name and not name.startswith(PREFIX)):
             raise unknown_name("task", name, TASKS)
-        TASKS[name].check(name, settings.options_of(name), settings.shared)
+        named_task(name).check(name, settings.options_of(name), settings.shared)
     teacher = settings.agreement.teacher
     if teacher is not None and "agreement" not in settings.tasks:
         raise DataError("no task asks for a teacher", found=f"--teacher {teacher}", try_="--tasks agreement")
@@ -144,16 +148,52 @@ def check_tasks(settings: EvalSettings) -> None:
 
 def load_tasks(settings: EvalSettings, tokenizer: Tokenizer) -> LoadedTasks:
     """The text and what each task measures on, loaded and checked. No weights are loaded. Raises KdError."""
-    from kd.evaluation.scoring.chat_asking import with_chat
-
     names, shared = list(dict.fromkeys(settings.tasks)), settings.shared
-    corpus = None
-    if any(TASKS[name].reads_text(settings.options_of(name)) for name in names):
-        own_rows = any(TASKS[name].has_own_rows for name in names)
-        corpus = load_text(shared.data, for_text=not own_rows, choices="choices" in names)
-        corpus = with_chat(corpus) if shared.reading.chat else corpus
-    materials = {name: TASKS[name].load(settings.options_of(name), shared, tokenizer, corpus) for name in names}
-    return LoadedTasks(settings, corpus, materials)
+    corpus = plain = None
+    if any(named_task(name).reads_text(settings.options_of(name)) for name in names):
+        own_rows = any(named_task(name).has_own_rows for name in names)
+        plain = load_text(shared.data, for_text=not own_rows, choices="choices" in names)
+        corpus = with_examples(plain, shared)
+    materials = {name: named_task(name).load(settings.options_of(name), shared, tokenizer, corpus) for name in names}
+    return LoadedTasks(settings, corpus, materials, plain)
+
+
+def with_examples(corpus: Corpus, shared: SharedOptions) -> Corpus:
+    """The text as models are asked it: with `--shots` before each prompt, and with `--chat` as turns. Raises DataError."""
+    from kd.evaluation.scoring.chat_asking import with_chat
+    from kd.evaluation.scoring.few_shot import drawn_shots, with_shots
+
+    count, chat = shared.data.shots, shared.reading.chat
+    if not count:
+        return with_chat(corpus) if chat else corpus
+    if corpus.kind != "pairs" or shared.data.instructions.labels == BOTH:
+        raise DataError(
+            "these examples have no examples before them",
+            where=corpus.spec,
+            found=f"--shots {count} with " + (corpus.kind if corpus.kind != "pairs" else "--labels both"),
+            expected="prompts and targets, in one wording",
+        )
+    seed = shared.data.instructions.data_seed
+    shots = drawn_shots(corpus, training_rows(shared.data), count, seed=seed)
+    source = corpus.source | {"shots": str(count), "shots_seed": str(seed)}
+    corpus = replace(corpus, source=source)
+    return with_chat(corpus, shots) if chat else with_shots(corpus, shots, shared.reading.between)
+
+
+def training_rows(data: EvalDataSettings) -> Sequence[Example]:
+    """The rows that examples are drawn from: the split train of the same source, in the same wording. Raises DataError."""
+    from kd.evaluation.scoring.few_shot import POOL
+
+    assert data.spec is not None, "the text was checked to be given"
+    instructions = data.instructions
+    if takes_instructions(data.spec):
+        instructions = replace(instructions, max_per_task=POOL, mix_maximum=None, mix_draws=None)
+    pool = load_text(replace(data, split="train", limit=None, instructions=instructions))
+    if pool.split != "train":
+        raise DataError(
+            "there is no split train to draw examples from", where=data.spec, found=pool.split, try_="--shots 0"
+        )
+    return pool.examples
 
 
 def load_text(data: EvalDataSettings, *, for_text: bool = True, choices: bool = False) -> Corpus:
@@ -196,7 +236,7 @@ def score_model(
     results: dict[str, TaskResult] = {}
     settings = loaded.settings
     for name, material in loaded.materials.items():
-        for step in TASKS[name].run(model, tokenizer, settings.options_of(name), settings.shared, material):
+        for step in named_task(name).run(model, tokenizer, settings.options_of(name), settings.shared, material):
             yield Progress(step.done, step.total, note=name)
         assert step.result is not None
         results[name] = step.result
@@ -208,7 +248,8 @@ def contaminated_tasks(loaded: LoadedTasks, model: str, *, cache: CacheSpec | No
 
     Raises DataError where there is one, unless `allow_contaminated`.
     """
-    texts_asked = {name: TASKS[name].may_be_known(material) for name, material in loaded.materials.items()}
+    texts_asked = {name: named_task(name).may_be_known(material) for name, material in loaded.materials.items()}
+    texts_asked = {name: loaded.plain if text is loaded.corpus else text for name, text in texts_asked.items()}
     if all(text is None for text in texts_asked.values()):
         return {}
     texts = trained_on(model) + ([] if cache is None else cache_texts(cache, run="this run"))

@@ -277,3 +277,25 @@ RECORDED = (
     - {"out"}
 )
 """Settings that a cache records: those that say what is in it."""
+
+
+@dataclass(frozen=True)
+class FidelitySettings:
+    """What to keep of the teacher, found by a pilot."""
+
+    fidelity: float | None = setting(None, metavar="ERROR", above=0)
+    """Propose what to keep, so that the gradient of kl is at most so far off, relative to its length: 0.02, say. The teacher is
+    loaded and reads some hundred rows."""
+    fidelity_rows: int = setting(400, metavar="N", minimum=50)
+    """Number of rows that --fidelity reads."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """A build, and what a plan of it says besides its cost."""
+
+    build: BuildSettings
+    pilot: FidelitySettings = field(default_factory=FidelitySettings)

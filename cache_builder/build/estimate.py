@@ -1,14 +1,28 @@
-"""What a build would cost: rows, bytes and time, estimated without loading the model."""
+"""What a build would cost: rows, bytes and time, estimated without loading the model. What to keep, from a pilot that loads it."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from kd.cache_builder.build.builder import loaded_teacher
 from kd.cache_builder.build.plan import BuildPlan
+from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records.commits import committed
+from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.teacher.fidelity import (
+    Pilot,
+    error_of_draws,
+    error_of_first,
+    largest_probability,
+    sizes_up_to,
+    smallest_k,
+)
+from kd.common.errors import DataError
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.loading import parameter_count, resolve_device, resolve_dtype
 
@@ -70,3 +84,89 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         "token_notes": plan.notes.document(),
         "committed_shards": len(committed(plan.request.out, len(plan.manifest.shards))),
     }
+
+
+LEASTS = (0.05, 0.02, 0.01, 0.005, 0.003, 0.002, 0.0015, 0.001, 0.0005, 0.0002, 0.0001)
+"""Least probabilities that a proposal for the profile adaptive chooses from."""
+SURE, UNSURE = 0.1, 1.0
+"""Nats of mean entropy below which a teacher says hardly more than the text, and above which it says much more."""
+GAIN = {
+    "sure": "next to nothing. The teacher is nearly certain of every token, so its soft targets are the text. With 0.012 nats "
+    "(uld-mini in docs/results.md) nothing was gained beyond the error",
+    "between": "little. Compare with --loss ce over several seeds (kd experiment) before you pay for the whole text",
+    "unsure": "something. The teacher says more than the text does. With 2.0 nats on prose (kl-prose in docs/results.md) the "
+    "student's perplexity fell by a fifth, against cross-entropy at equal steps",
+}
+"""What the teacher's entropy means for the gain to expect; measured with small models."""
+
+
+def fidelity(plan: BuildPlan, error: float, rows: int) -> dict[str, Any]:
+    """What to keep for a wanted error of the gradient of `kl`, from a pilot of `rows` rows through the teacher.
+
+    The rows are spread over the text. Raises DataError for a teacher that an engine runs: it gives no whole rows.
+    """
+    if plan.request.serving is not None or not plan.targets_known:
+        raise DataError(
+            "a pilot needs a teacher in this process, and targets that are known",
+            found="a teacher that an engine runs" if plan.request.serving is not None else "--targets teacher",
+            try_="the same command without --fidelity",
+        )
+    pilot = _pilot(plan, rows)
+    k = smallest_k(pilot, error)
+    adaptive = largest_probability(pilot, error, LEASTS, PROFILES["adaptive"].top_k)
+    softer = {t: smallest_k(pilot.tempered(t), error) for t in plan.manifest.targets.temperatures if t != 1.0}
+    certain = "sure" if pilot.entropy < SURE else "unsure" if pilot.entropy > UNSURE else "between"
+    return {
+        "rows": len(pilot.ids),
+        "entropy_nats": pilot.entropy,
+        "rows_with_one_token_above_0.95": pilot.certain,
+        "gain_to_expect": GAIN[certain],
+        "error_wanted": error,
+        "top_k": k,
+        "top_k_by_temperature": softer,
+        "adaptive": None
+        if adaptive is None
+        else dict(zip(("min_probability", "tokens", "error"), adaptive, strict=True)),
+        "errors_by_top_k": {
+            size: error_of_first(pilot, torch.full((len(pilot.ids),), size)) for size in sizes_up_to(pilot.ids.shape[1])
+        },
+        "bytes_by_top_k": {
+            size: raw_bytes(plan, replace(plan.manifest.targets, **PLAIN, top_k=size))
+            for size in sizes_up_to(pilot.ids.shape[1])
+        },
+        "error_of_50_draws_without_bias": error_of_draws(pilot, 50),
+    }
+
+
+PLAIN: dict[str, Any] = {"profile": "kl", "samples": 0, "tail_bands": 0, "min_probability": 0.0, "min_k": 1}
+"""The parts of a top-k cache besides its k."""
+
+
+def raw_bytes(plan: BuildPlan, config: TargetConfig) -> int:
+    """Bytes of a row before compression, were it kept so."""
+    return keeping(plan, config).raw_bytes_per_token
+
+
+def keeping(plan: BuildPlan, config: TargetConfig) -> BuildPlan:
+    """The plan of a cache of the same rows that keeps something else."""
+    identity = plan.manifest.identity | {"targets": config.identity}
+    return replace(plan, manifest=replace(plan.manifest, identity=identity))
+
+
+def _pilot(plan: BuildPlan, rows: int) -> Pilot:
+    """So many rows of the plan, or all, with the teacher's whole distribution."""
+    lengths = np.concatenate([targets for _, targets in plan.text.row_lengths()])
+    order = np.random.default_rng(0).permutation(len(lengths))
+    enough = int(np.searchsorted(lengths[order].cumsum(), rows)) + 1
+    chosen = [plan.rows[int(number)] for number in sorted(order[:enough].tolist())]
+    size = plan.manifest.vocabulary_size
+    teacher = loaded_teacher(keeping(plan, replace(plan.manifest.targets, **PLAIN, top_k=size)))
+    try:
+        *_, (_, raw) = teacher.shard(chosen, 0)
+    finally:
+        teacher.close()
+    assert raw is not None
+    assert raw.token_ids is not None
+    assert raw.relative is not None
+    logits = torch.from_numpy(raw.relative[:rows]).double()
+    return Pilot(logits.softmax(dim=1), torch.from_numpy(raw.token_ids[:rows].astype(np.int64)))

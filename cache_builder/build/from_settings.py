@@ -29,7 +29,7 @@ from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.tokens.token_folder import no_tokens_of_refused, token_folder
-from kd.cache_builder.tokens.token_pass import COUNTS, Keep
+from kd.cache_builder.tokens.token_pass import COUNTS, IN_MEMORY, Keep
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
 from kd.common.paths import StoreAddress
 from kd.common.progress import AnyStep
@@ -57,6 +57,8 @@ SEQ_LEN, ENCODER_SEQ_LEN = 512, 1024
 """Default sequence lengths, where the teacher's positions allow them."""
 ENCODER_TARGET_LEN = 256
 """Default target length of an encoder-decoder."""
+PILOT_TEXTS = 200
+"""Documents, pairs or conversations of which a pilot takes its rows."""
 ANSWER_TOKENS = 255
 """Default length of an answer that the teacher writes; with its EOS token it is a target of 256."""
 
@@ -241,6 +243,13 @@ def plan_of(settings: BuildSettings, *, watch: Watch = in_silence) -> BuildPlan:
         request = with_answers(request, watch)
     with staged(request, writes=False) as here:
         return planned(here, COUNTS, watch)
+
+
+def pilot_plan_of(settings: BuildSettings) -> BuildPlan:
+    """The plan of the same build over the first `PILOT_TEXTS` examples, with its rows in memory. Nothing is written."""
+    limit = min(settings.data.limit or PILOT_TEXTS, PILOT_TEXTS)
+    with staged(request_of(changed(settings, limit=limit)), writes=False) as here:
+        return planned(here, IN_MEMORY, in_silence)
 
 
 def build_of(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kd.evaluation.report.comparison import ARROWS, Comparison
+from kd.evaluation.tasks.lm_eval_task import PREFIX
 from kd.evaluation.unseen_tasks import MARK
 
 CHIEF = {
@@ -141,7 +142,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         chief = [m for m in there if "/" not in m and _better(comparison, m)][:1]
     columns = []
     for metric in chief:
-        parts = [m for m in there if m.startswith(f"{metric}/")]
+        parts = [m for m in there if m.startswith(f"{metric}/") and not comparison.task.startswith(PREFIX)]
         counts = metric == chief[0] and comparison.task not in UNCOUNTED
         columns += [replace(_column(comparison, m), counts=counts) for m in (parts if len(parts) > 1 else [metric])]
     return columns
@@ -177,7 +178,8 @@ def _asked(column: Column, task: str) -> set[tuple[str, str]]:
 
 def _column(comparison: Comparison, metric: str) -> Column:
     about = next(f for e in comparison.entries if (f := comparison.figure(e, metric)))
-    return Column(str(about["title"]), ((comparison, metric),))
+    harness = f": {comparison.task.removeprefix(PREFIX)}" if comparison.task.startswith(PREFIX) else ""
+    return Column(f"{about['title']}{harness}", ((comparison, metric),))
 
 
 def _condition(column: Column) -> str:

@@ -23,6 +23,7 @@ from kd.evaluation.report.page import Table
 from kd.evaluation.results import EvalReport
 from kd.evaluation.statistics.estimates import difference_stderr, documents_behind
 from kd.evaluation.statistics.significance import LEVEL, difference_p, holm
+from kd.evaluation.tasks.lm_eval_task import PREFIX
 from kd.evaluation.tasks.task_registry import TASKS
 from kd.evaluation.unseen_tasks import MARK, SEEN, UNSEEN
 
@@ -58,6 +59,8 @@ class Comparison:
         if "protocol" in report.settings[self.task]:
             settings = report.settings[self.task]
             return f"{self.task}, {settings['protocol']} protocol: {settings.get('source')}"
+        if self.task.startswith(PREFIX):
+            return f"lm-eval: {self.task.removeprefix(PREFIX)}, {report.settings[self.task].get('shots')} examples before each"
         if "prompts_digest" in report.settings[self.task]:
             return f"{self.task}: {report.settings[self.task]['source']}"
         data = report.data or {}

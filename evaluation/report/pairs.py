@@ -42,6 +42,7 @@ LOSS = (
     "alignment",
     "align_eos",
     "ranking",
+    "merge",
     "top_k",
     "objective",
 )

@@ -11,7 +11,7 @@ lm-evaluation-harness makes of it with `--apply_chat_template`: one turn of the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from kd.data.chat_rows import chat_template
 from kd.data.conversations.conversation import ASSISTANT, CONVERSATIONS, Conversation, Message, with_system
 from kd.data.corpus import Corpus
 from kd.data.rows.example import Example
+from kd.evaluation.scoring.few_shot import Shots
 from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.evaluation.scoring.windows import chat_settings
 from kd.models.chat.chat_prompt import ChatPrompt, chat_prompt, ending_ids
@@ -115,8 +116,11 @@ def asks_chat(corpus: Corpus) -> bool:
     return corpus.kind == CONVERSATIONS or corpus.examples[0].conversation is not None
 
 
-def with_chat(corpus: Corpus) -> Corpus:
-    """Prompts as turns of a user, and targets as the assistant's; conversations stay. Raises DataError for documents."""
+def with_chat(corpus: Corpus, shots: Shots | None = None) -> Corpus:
+    """Prompts as turns of a user, and targets as the assistant's; conversations stay. Raises DataError for documents.
+
+    shots   examples before each prompt, which become turns too
+    """
     if corpus.kind == CONVERSATIONS:
         return corpus
     if corpus.kind != "pairs":
@@ -127,13 +131,14 @@ def with_chat(corpus: Corpus) -> Corpus:
             expected="prompt and target, or messages",
             try_="--columns prompt=…,target=…",
         )
-    return replace(corpus, examples=tuple(asked_by_user(example) for example in corpus.examples))
+    return replace(corpus, examples=tuple(asked_by_user(e, (shots or {}).get(e.id, ())) for e in corpus.examples))
 
 
-def asked_by_user(example: Example) -> Example:
-    """A pair as a conversation of two turns; its other fields stay."""
-    messages = (Message("user", example.prompt), Message(ASSISTANT, example.target, complete=example.complete))
-    return replace(example, conversation=Conversation(example.id, messages, (), example.task, example.split))
+def asked_by_user(example: Example, shots: Sequence[Example] = ()) -> Example:
+    """A pair as a conversation of two turns, after two for each of `shots`; its other fields stay."""
+    before = [m for shot in shots for m in (Message("user", shot.prompt), Message(ASSISTANT, shot.target))]
+    asked = Message("user", example.prompt), Message(ASSISTANT, example.target, complete=example.complete)
+    return replace(example, conversation=Conversation(example.id, (*before, *asked), (), example.task, example.split))
 
 
 def as_questions(corpus: Corpus, chat: ChatAsking, counts: Counter[str]) -> Corpus:

@@ -59,6 +59,8 @@ class TaskResult:
     """What the model did with the first examples, to be read by people."""
     cache: Mapping[str, Any] | None = None
     """Description of the cache that the task used; None where it used none."""
+    metrics: Mapping[str, Metric] | None = None
+    """The figures, of a task that learns what they are when it runs; None = the task's own `metrics`."""
 
 
 class Task(ABC, Generic[Options, Material]):
@@ -135,6 +137,7 @@ def question_settings(corpus: Corpus, shared: SharedOptions, tokenizer: Tokenize
     source, chat = corpus.source, asks_chat(corpus)
     between = {"separator": shared.reading.between, "bos": shared.reading.opens_with_bos}
     worded = {"template": source.get("template"), "labels": source.get("labels"), "data_seed": source.get("seed")}
+    worded |= {name: source.get(name) for name in ("shots", "shots_seed")}
     return {
         "text_digest": corpus.digest,
         "seq_len": shared.reading.seq_len,

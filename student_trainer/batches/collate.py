@@ -182,7 +182,7 @@ class Collator:
             places, scored = self._places(student)
             pairs = self.text.aligned(example, mode=self.alignment, eos=self.align_eos)
             aligned += pairs.bytes_aligned, len(example.target.encode("utf-8"))
-            groups = teacher_groups(targets, pairs.teacher, temperature, needs)
+            groups = teacher_groups(targets, pairs.teacher, temperature, needs, merge=self.objective.settings.merge)
             if self.pieces is not None and targets.token_ids is not None:
                 groups["student_ids"] = _matched(self.pieces, targets, student, pairs.teacher[:, 0])
             values = groups | {
@@ -215,22 +215,25 @@ def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample
 
 
 def teacher_groups(
-    targets: SoftTargets, ranges: np.ndarray, temperature: float, needs: Collection[str]
+    targets: SoftTargets, ranges: np.ndarray, temperature: float, needs: Collection[str], *, merge: str = "observed"
 ) -> dict[str, np.ndarray]:
-    """Arrays `[G, …]` for groups of rows `ranges [G, 2]`: chain-rule log-probabilities, and the first row's."""
+    """Arrays `[G, …]` for groups of rows `ranges [G, 2]`: chain-rule log-probabilities, and those of the compared row: the first,
+    or the last where groups are merged exactly."""
     gold = targets.gold_logprob.astype(np.float64)
     at_one, at_t = (targets.log_z[:, targets.grid_index(t)].astype(np.float64) for t in (1.0, temperature))
     tempered = (gold + at_one) / temperature - at_t if temperature != 1.0 else gold
     first, stop = ranges[:, 0], ranges[:, 1]
     totals = [np.concatenate([[0.0], np.cumsum(v)]) for v in (tempered, gold)]
+    exact = merge == "exact"
+    compared, (begin, end) = (stop - 1, (first, stop - 1)) if exact else (first, (first + 1, stop))
     arrays = {
-        "log_scale": np.where(stop - first > 1, totals[0][stop] - totals[0][first + 1], 0.0).astype(np.float32),
+        "log_scale": np.where(stop - first > 1, totals[0][end] - totals[0][begin], 0.0).astype(np.float32),
         "chunk_logprob": (totals[1][stop] - totals[1][first]).astype(np.float32),
     }
     if "logprobs" in needs:
-        arrays["logprobs"] = targets.logprobs_at(temperature)[first].astype(np.float32)
+        arrays["logprobs"] = targets.logprobs_at(temperature)[compared].astype(np.float32)
     if "bands" in needs:
-        arrays["bands"] = _bands(targets, temperature)[first]
+        arrays["bands"] = _bands(targets, temperature)[compared]
     return arrays
 
 

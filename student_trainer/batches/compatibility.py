@@ -158,6 +158,12 @@ def resolve_objective(
 
     Tail: ghost where top-k ids are stored, sampled where only draws are. Weights: those of the loss. Raises DataError.
     """
+    if settings.merge != "observed" and settings.loss != "uld":
+        raise DataError(
+            "uld alone merges groups exactly: it compares ranks, where other losses need to know which text each value belongs to",
+            found=f"--merge {settings.merge} --loss {settings.loss}",
+            try_="--loss uld, or leave --merge out",
+        )
     if settings.loss == "ce":
         refuse_teacher_settings(settings)
         return Objective("ce", "none", 0.0, 1.0)
@@ -186,7 +192,7 @@ def resolve_objective(
             expected="1",
             try_="--tail ghost with a cache of profile kl",
         )
-    groups = GroupSettings(edges=edges, ranking=settings.ranking, beta=settings.beta)
+    groups = GroupSettings(edges=edges, ranking=settings.ranking, beta=settings.beta, merge=settings.merge)
     return Objective(settings.loss, tail, alpha, settings.temperature, ce_weight, groups)
 
 

@@ -1,9 +1,14 @@
 """Losses over groups of tokens that cover the same text: for students with any tokenizer (see `alignment`).
 
 Shapes: n student positions (rows of logits), G groups, V student vocabulary, V_t teacher vocabulary, K kept tokens,
-B rank bands. A group's distribution is the one at its first token, times the chain-rule probability of the further
-tokens of the text: p(piece) p(rest of the text | piece) on either side (as in TRL's GOLD, `bayesian`).
-With one token on either side that factor is 1 and the loss is the plain one.
+B rank bands. What stands for a group of several tokens (`GroupSettings.merge`), on either side:
+
+    observed   p(v) p(rest of the text | its first token): the distribution at the first token, times the chain-rule probability
+               of the tokens after it. TRL's GOLD calls it so too; its rows begin one position late, ours do not
+    exact      p(beginning of the text) p(v | beginning): the distribution at the last token, times the chain-rule probability of
+               the tokens before it. These are joint probabilities of the beginning and v (`bayesian` in TRL)
+
+With one token the factor is 1, and the loss is the plain one.
 
 Add a loss: one function `(logits, groups, settings) -> [G]` and one line in `LOSSES` of
 `kd.student_trainer.losses.loss_registry`.
@@ -30,14 +35,18 @@ ALM_TEMPERATURE = 100.0
 """Temperature tau of `alm`."""
 
 
-def _student(logits: Tensor, groups: GroupTargets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits at first tokens `[G, V]` over T, their log-normaliser `[G]`, and the log-probability of further tokens `[G]`."""
-    scaled = logits / temperature
+def _student(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits over T of the token of each group that is compared `[G, V]`, their log-normaliser `[G]`, and the log-probability
+    of the group's other tokens `[G]`."""
+    scaled = logits / settings.temperature
     log_z = scaled.logsumexp(dim=1)
     gold = scaled.gather(1, groups.gold_ids.unsqueeze(1)).squeeze(1) - log_z
-    further = group_sums(gold, groups.first + 1, groups.stop)
-    further = torch.where(groups.stop - groups.first > 1, further, torch.zeros_like(further))  # exactly, for one token
-    return scaled[groups.first], log_z[groups.first], further
+    first, stop = groups.first, groups.stop
+    exact = settings.merge == "exact"
+    compared, others = (stop - 1, (first, stop - 1)) if exact else (first, (first + 1, stop))
+    factor = group_sums(gold, *others)
+    factor = torch.where(stop - first > 1, factor, torch.zeros_like(factor))  # exactly, for one token
+    return scaled[compared], log_z[compared], factor
 
 
 def group_sums(values: Tensor, start: Tensor, stop: Tensor) -> Tensor:
@@ -58,7 +67,7 @@ def uld(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor
 
     Boizard et al. 2024, arXiv:2402.12030, equation 4 with uniform cost.
     """
-    z, log_z, further = _student(logits, groups, settings.temperature)
+    z, log_z, further = _student(logits, groups, settings)
     q = (z - log_z.unsqueeze(1)).exp()
     if settings.ranking == "fast":
         return _binned_uld(z, q, further, groups, settings)
@@ -118,7 +127,7 @@ def hybrid(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Ten
 
     TRL's GOLD (hybrid ULD), with pieces compared as bytes and the cut tail accounted for.
     """
-    z, log_z, further = _student(logits, groups, settings.temperature)
+    z, log_z, further = _student(logits, groups, settings)
     ids, log_p = need(groups.student_ids), need(groups.logprobs)
     shared = ids >= 0
     safe = ids.clamp(min=0)

@@ -54,7 +54,8 @@ class Loss:
     options: tuple[str, ...] = ()
     """Fields of `GroupSettings` that a row loss takes as keywords."""
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
-    """Tail mode -> the same loss with its gradient worked out; without one, autograd runs on the chunk."""
+    """Tail mode -> the same loss with its gradient worked out; without one, and where groups are merged exactly, autograd runs on
+    the chunk."""
 
     weights: tuple[float, float] = (1.0, 0.0)
     """Weights of the loss and of the cross-entropy, where the settings name none."""
@@ -181,7 +182,7 @@ class Objective:
     def gradient_(self, logits: Tensor, targets: LossTargets) -> Tensor:
         """`logits [N, V]` -> the sums `[3]` of (total, kd, ce), nats; `logits` become d total / d logits."""
         kernel = LOSSES[self.loss].kernels.get(self.tail)
-        if kernel is not None:
+        if kernel is not None and self.settings.merge == "observed":
             return kernel(logits, targets, self.weights)
         return self.autograd_gradient_(logits, targets)
 

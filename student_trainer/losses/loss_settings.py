@@ -17,6 +17,8 @@ class GroupSettings:
     """How the student's probabilities are sorted: `exact` or `fast`."""
     beta: float = 0.5
     """Weight of KL(teacher || mixture) in the generalised JSD."""
+    merge: str = "observed"
+    """What stands for a group of several tokens: `observed` or `exact`, see `kd.student_trainer.losses.by_group`."""
     overlap: float = 1.0
     """Share of the teacher's vocabulary that the student has too: the weight of the matched part in `hybrid`."""
 

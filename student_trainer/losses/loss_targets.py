@@ -44,13 +44,14 @@ class GroupTargets:
     gold_ids: Tensor
     """[n] int64: the student's own tokens, per row of logits"""
     log_scale: Tensor
-    """[G] nats: teacher log-probability of the tokens after the first, at the loss's temperature"""
+    """[G] nats: teacher log-probability of the tokens but the compared one, at the loss's temperature. Compared is the first
+    token of a group, or the last where groups are merged exactly"""
     chunk_logprob: Tensor
     """[G] nats: teacher log-probability of all of the group's text, at temperature 1"""
     weight: Tensor
     """[G]: 1 / groups of the example"""
     logprobs: Tensor | None = None
-    """[G, K] teacher log-probabilities at the first token, descending, at the loss's temperature"""
+    """[G, K] teacher log-probabilities at the compared token, descending, at the loss's temperature"""
     bands: Tensor | None = None
     """[G, B] log-mass of the rank bands beyond K, at the loss's temperature"""
     student_ids: Tensor | None = None

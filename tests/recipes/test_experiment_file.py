@@ -75,7 +75,7 @@ def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: 
     assert len(chosen.seeds) >= (1 if name in (*NAMES, "demo-chat") else 3)  # demos show one run of each student
     assert chosen.arms[chosen.baseline] == {"loss": "ce"}
     for arm, options in chosen.arms.items():  # equal steps: arms differ in what they learn from alone
-        assert set(options) <= {"loss", "alpha", "temperature", "cache"}, arm
+        assert set(options) <= {"loss", "alpha", "temperature", "cache", "merge"}, arm
     check_steps(chosen.recipe.fill(tmp_path, {}))
 
 

@@ -110,6 +110,7 @@ def test_a_group_s_log_probabilities_are_sums_over_the_teacher_s_rows(
     there = {t: (logits / t).log_softmax(dim=1).gather(1, ids[context:, None]).squeeze(1) for t in (1.0, temperature)}
     ranges = np.array([[0, 3], [3, 4], [4, 6]])
     found = teacher_groups(example.targets, ranges, temperature, ("logprobs",))
+    exact = teacher_groups(example.targets, ranges, temperature, ("logprobs",), merge="exact")
     for g, (first, stop) in enumerate(ranges.tolist()):
         # gold log-probabilities are float16: relative 5e-4 each
         further = float(there[temperature][first + 1 : stop].sum())
@@ -117,6 +118,10 @@ def test_a_group_s_log_probabilities_are_sums_over_the_teacher_s_rows(
         assert found["chunk_logprob"][g] == pytest.approx(float(there[1.0][first:stop].sum()), rel=1e-3)
         row = (logits[first] / temperature).log_softmax(dim=0).sort(descending=True).values
         assert torch.allclose(torch.from_numpy(found["logprobs"][g]).double(), row, rtol=0, atol=1e-4)
+        before = float(there[temperature][first : stop - 1].sum())
+        assert exact["log_scale"][g] == pytest.approx(before, rel=1e-3, abs=1e-12)
+        row = (logits[stop - 1] / temperature).log_softmax(dim=0).sort(descending=True).values
+        assert torch.allclose(torch.from_numpy(exact["logprobs"][g]).double(), row, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -162,6 +162,14 @@ def test_a_cache_without_ids_cannot_serve_kl() -> None:
         resolve("uld")
 
 
+@pytest.mark.parametrize("loss", ["hybrid", "alm", "kl", "ce"])
+def test_uld_alone_merges_groups_exactly(loss: str) -> None:
+    full = TargetConfig.of_profile("full")
+    assert resolve_objective(full, loss_settings(loss="uld", merge="exact")).settings.merge == "exact"
+    with pytest.raises(DataError, match="uld alone merges groups exactly"):
+        resolve_objective(full, loss_settings(loss=loss, merge="exact"))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_temperatures_of_the_grid_are_taken(temperature: float) -> None:
     assert resolve("kl", temperature=temperature).temperature == temperature

@@ -17,10 +17,18 @@ from kd.cache_builder.store.targets import band_edges
 from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.batches.student_text import StudentText
-from kd.student_trainer.losses.by_group import ALM_TEMPERATURE, alm, generalised_jsd, hybrid, sorted_distance, uld
+from kd.student_trainer.losses.by_group import (
+    ALM_TEMPERATURE,
+    FAST_HEAD,
+    alm,
+    generalised_jsd,
+    hybrid,
+    sorted_distance,
+    uld,
+)
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
-from kd.student_trainer.losses.loss_targets import GroupTargets
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
 
 N, V, TEACHER_V = 6, 40, 53
 
@@ -172,6 +180,53 @@ def test_a_group_of_many_tokens_is_its_first_distribution_times_the_further_toke
     )
     # the factor was summed in float32 where it is zero alone
     assert torch.allclose(uld(student, groups, GroupSettings(temperature)), torch.stack(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranking", ["exact", "fast"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_exactly_merged_groups_compare_joint_probabilities_of_the_beginning_and_the_last_token(
+    temperature: float, ranking: str
+) -> None:
+    teacher, student = logits_of(1, TEACHER_V, rows=5), logits_of(2, rows=7)
+    gold_t, gold_s = torch.tensor([3, 0, 11, 52, 7]), torch.tensor([2, 39, 5, 5, 0, 17, 8])
+    ranges_t, ranges_s = [(0, 1), (1, 4), (4, 5)], [(0, 2), (2, 3), (3, 7)]
+    p, q = (torch.softmax(z / temperature, dim=1) for z in (teacher, student))
+    left = [p[b - 1] * p[range(a, b - 1), gold_t[a : b - 1]].prod() for a, b in ranges_t]
+    right = [q[b - 1] * q[range(a, b - 1), gold_s[a : b - 1]].prod() for a, b in ranges_s]
+    expected = torch.stack(
+        [
+            (x.sort(descending=True).values - torch.nn.functional.pad(y.sort(descending=True).values, (0, 13)))
+            .abs()
+            .sum()
+            for x, y in zip(left, right, strict=True)
+        ]
+    )
+    groups, _ = targets_of(
+        teacher[[b - 1 for _, b in ranges_t]],
+        ranges_s,
+        temperature=temperature,
+        gold_ids=gold_s,
+        log_scale=torch.stack(
+            [x.sum().log() for x in left]
+        ),  # a joint distribution sums to its beginning's probability
+    )
+    settings = GroupSettings(temperature, ranking=ranking, merge="exact")
+    value = uld(student, groups, settings)
+    # `fast` is a lower bound, and exact where every rank has a bin of its own
+    assert torch.allclose(value, expected, rtol=0, atol=1e-12 if V <= FAST_HEAD or ranking == "exact" else 0.05)
+    objective = Objective("uld", "bands", temperature=temperature, settings=settings)
+    logits, targets = student.clone(), LossTargets(gold_s, groups=groups)
+    leaf = student.clone().requires_grad_()
+    objective.gradient_(logits, targets)
+    (expected_gradient,) = torch.autograd.grad((uld(leaf, groups, settings) * groups.weight).sum(), leaf)
+    assert torch.allclose(logits, expected_gradient, rtol=0, atol=1e-12)
+
+
+def test_groups_of_one_token_are_merged_alike() -> None:
+    student = logits_of(2)
+    groups, _ = targets_of(logits_of(1, TEACHER_V))
+    one, other = (uld(student, groups, GroupSettings(merge=merge)) for merge in ("observed", "exact"))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 6.0])
