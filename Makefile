@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
-EXTRAS = train,eval,quantization,lora,s3,ray,dev
+EXTRAS = train,eval,quantization,lora,s3,ray,dev,docs
 
 .PHONY: demo test test-slow fuzz lint typecheck docs bench clean
 
@@ -53,11 +53,13 @@ typecheck: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/write_cli_docs.py
+	$(BIN)/python scripts/write_settings_docs.py
 	$(BIN)/python scripts/write_api_docs.py
 	$(BIN)/python scripts/write_architecture.py
+	$(BIN)/python scripts/build_site.py site
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
 
 clean:
-	rm -rf $(VENV) fuzz demo-out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) fuzz demo-out site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

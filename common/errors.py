@@ -35,7 +35,7 @@ class KdError(Exception):
     """
 
     exit_code = 1
-    page = "README.md"
+    page = "docs/errors.md"
     """Page of the documentation that explains errors of this kind."""
 
     def __init__(self, headline: str, **details: object) -> None:

@@ -37,6 +37,8 @@ class MissingPackageError(KdError):
     True
     """
 
+    page = "README.md#install"
+
 
 @contextmanager
 def needed(package: str, purpose: str, *, where: object = None, instead: str | None = None) -> Iterator[None]:

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from docstring_blocks import docstring_blocks
+from write_settings_docs import name_of
 
 import kd
 from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cache_builder.build.from_model import OF_NAMED_TEACHERS
-from kd.cache_builder.exchange.import_settings import ImportSettings
 from kd.common.setting_fields import field_docs, settings_of
-from kd.evaluation.eval_settings import EvalSettings
-from kd.evaluation.report.systems.report_settings import ReportSettings
-from kd.student_trainer.configuration.train_config import TrainConfig
+from kd.student_trainer.configuration.score_settings import ScoreSettings
 
 HEAD = """# Python
 
@@ -30,14 +29,28 @@ error that a caller can cause is a `kd.KdError`.
 This page is made from the docstrings by `scripts/write_api_docs.py`.
 """
 WIDTH = 100
-SETTINGS: dict[str, tuple[Any, Collection[str]]] = {
-    "build_cache": (BuildSettings, {*OF_NAMED_TEACHERS, "out"}),
-    "evaluate": (EvalSettings, {"tasks"}),
-    "import_cache": (ImportSettings, ()),
-    "make_report": (ReportSettings, ()),
-    "train": (TrainConfig, ()),
+
+
+def named(cls: Any, fields: Iterable[str]) -> list[str]:
+    """What files and Python call these settings of a class, in alphabetical order."""
+    return sorted(name_of(settings_of(cls)[field]) for field in fields)
+
+
+SETTINGS: dict[str, tuple[str, str, Collection[str]]] = {
+    "build_cache": ("kd cache build", "for a model object all but ", named(BuildSettings, OF_NAMED_TEACHERS)),
+    "evaluate": ("kd eval", "", ()),
+    "import_cache": ("kd cache import", "", ()),
+    "make_report": ("kd report", "", ()),
+    "train": ("kd train", "all but the scores during training, ", named(ScoreSettings, settings_of(ScoreSettings))),
 }
-"""Function -> the class of the settings it takes by name, and those of them that it does not take."""
+"""Function -> the command whose settings it takes by name, and those of them that it does not take."""
+
+
+def settings_line(command: str, but: str, without: Collection[str]) -> str:
+    """Where the settings are that a function takes by name."""
+    names = ", ".join(f"`{name}`" for name in without)
+    ending = f"; {but}{names}" if without else ""
+    return f"Settings: those of [`{command}`](settings.md#{command.replace(' ', '-')}){ending}."
 
 
 def signature(function: Any, name: str) -> str:
@@ -61,19 +74,6 @@ def parameters(known: list[inspect.Parameter]) -> Iterator[str]:
         yield f"{stars}{p.name}: {p.annotation}{default}"
 
 
-def blocks(docstring: str) -> Iterator[str]:
-    """The paragraphs of a docstring as Markdown: tables of parameters and examples are code."""
-    for paragraph in re.split(r"\n{2,}", inspect.cleandoc(docstring)):
-        if paragraph.startswith(">>>"):
-            yield f"```python\n{paragraph}\n```"
-        elif paragraph.startswith("    "):
-            yield f"```python\n{inspect.cleandoc(paragraph)}\n```"
-        elif all(re.match(r"\s|[\w, ]+ {2,}\S", line) for line in paragraph.splitlines()):
-            yield f"```text\n{paragraph}\n```"
-        else:
-            yield paragraph
-
-
 def members(value: type) -> Iterator[tuple[str, Any]]:
     """Public methods and properties that a class defines itself."""
     for name, member in vars(value).items():
@@ -81,34 +81,21 @@ def members(value: type) -> Iterator[tuple[str, Any]]:
             yield name, member
 
 
-def settings_table(cls: Any, without: Collection[str] = ()) -> str:
-    """The settings of a class by name, with their defaults, as a Markdown table."""
-    rows = []
-    for one in settings_of(cls).values():
-        if one.name in without:
-            continue
-        default = "required" if one.required else f"`{one.default!r}`"
-        meaning = one.doc.replace("|", "\\|")
-        name = one.option.removeprefix("--").replace("-", "_")
-        rows.append(f"| `{name}` | {default} | {meaning} |")
-    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
-
-
 def entry(name: str) -> str:
     """The section of one public name."""
     value = getattr(kd, name)
     bare = inspect.isclass(value) and (issubclass(value, Exception) or getattr(value, "_is_protocol", False))
     call = f"class {name}({value.__base__.__name__})" if bare else signature(value, f"kd.{name}")
-    parts = [f"## `kd.{name}`", f"```python\n{call}\n```", *blocks(value.__doc__ or "")]
+    parts = [f"## `kd.{name}`", f"```python\n{call}\n```", *docstring_blocks(value.__doc__ or "")]
     if name in SETTINGS:
-        parts.append(settings_table(*SETTINGS[name]))
+        parts.append(settings_line(*SETTINGS[name]))
     if inspect.isclass(value) and dataclasses.is_dataclass(value):
         docs = field_docs(value)
         parts.append("\n".join(f"- `{f.name}` {docs.get(f.name, '')}".rstrip() for f in dataclasses.fields(value)))
     for member, function in members(value) if inspect.isclass(value) else ():
         is_property = isinstance(function, property)
         called = member if is_property else signature(function, member)
-        first = next(blocks((function.fget if is_property else function).__doc__ or ""))
+        first = next(docstring_blocks((function.fget if is_property else function).__doc__ or ""))
         parts.append(f"**`{' '.join(called.split())}`** — {' '.join(first.split())}")
     return "\n\n".join(parts)
 

@@ -15,24 +15,7 @@ Written from `--help` by `scripts/write_cli_docs.py`; a test keeps it so.
 
 Results go to stdout (one JSON document with `--json`), progress and messages to stderr.
 
-| exit code | meaning |
-|---|---|
-| 0 | done |
-| 1 | a clear error: bad input, a mismatch |
-| 2 | wrong usage |
-| 3 | a check found damage |
-| 4 | a build is not finished: other builders hold shards of it (`--wait` waits for them, `kd cache unlock` shows them) |
-| 130 | interrupted; the same command again continues (`kd train`: with `--resume`) |
-
-With `--json` a command that fails prints one document too:
-
-```json
-{"error": {"kind": "CacheError", "headline": "this is not a cache", "details": {"where": "nowhere"}, "exit_code": 1,
-           "page": "https://github.com/kd-logit-cache/kd/blob/main/docs/building.md"}}
-```
-
-`kind` is the class of the error (`UsageError` for wrong options, `Interrupted` after Ctrl-C), `details` maps names to text,
-and `page` is left out where no page explains the kind.
+[Errors](errors.md) has the exit codes, and the document that a command prints with `--json` when it fails.
 
 `-q` prints results and errors alone, `-v` keeps the notes of the libraries and prints where an error was raised, and
 `--log-file FILE` adds every line to a file, with the time. They go with every command and may stand before or after it.

@@ -19,8 +19,8 @@ from test_layout import ROOT, module_name, modules
 from kd.common.extras import EXTRAS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DEVELOPMENT = ("dev", "fuzz")
-"""Extras of the tests, of which the package imports nothing."""
+DEVELOPMENT = ("dev", "docs", "fuzz")
+"""Extras of the tests and of the site, of which the package imports nothing."""
 GOLDEN = ROOT / "tests" / "golden" / "v2"
 
 
