@@ -44,7 +44,7 @@ def experiment(
     """Train students with and without the teacher over several seeds from one cache, score both, and test the difference.
 
     FILE is a YAML file, or the name of an experiment that comes with the package: kl-prose, bytes-prose, bytes-mini,
-    text-prose, merge-prose, uld-mini,
+    text-prose, text-kl-prose, merge-prose, answers-mini, uld-mini,
     kl-wikitext, uld-tasks, demo-prose, demo-instructions or demo-chat. The same command again continues: it skips what is finished
     and resumes trainings. More seeds may be added.
 

@@ -5,7 +5,7 @@
     variables: {data: demo}                       as in a recipe
     before: [{command: train, options: {…}}]      steps of a recipe that run first, e.g. to make the teacher
     cache: {teacher: demo, data: "{data}"}        options of kd cache build
-    caches: {narrow: {top-k: 4}}                  further caches of the same teacher and text: what differs from `cache`
+    caches: {narrow: {top-k: 4}}                  further caches of the same teacher and data: what differs from `cache`
     train: {student: demo, max-steps: 300}        options of kd train that all students share
     arms:                                         options of kd train for each kind of student; the first is the baseline
       finetuned: {loss: ce}
@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parent / "experiments"
 KEYS = ("about", "seeds", "variables", "before", "cache", "caches", "train", "arms", "evaluate", "folders")
 RESERVED = {
     "cache": ("out", "shard"),
-    "caches": ("out", "shard", "teacher", "data", "split", "limit", "seq-len", "separator", "tokenizer"),
+    "caches": ("out", "shard", "teacher", "data", "split", "seq-len", "separator", "tokenizer"),
     "train": ("out", "cache", "seed", "resume", "config"),
     "arms": ("out", "seed", "resume", "config"),
     "evaluate": ("out",),

@@ -3,8 +3,9 @@
 An *arm* holds the students whose settings differ in the seed alone. A *pair* is a fine-tuned arm (`--loss ce`, or the
 baseline of an experiment) and another arm that began with the same student and read the same cache, or one that keeps
 something else of the same rows. Seed s of one is compared with seed s of the other: both began with the same weights and saw
-the same examples in the same order. If more than the loss differs between them, the report names it beside the comparison.
-Models that were not trained here (teachers, models of the hub) are arms of their own.
+the same examples in the same order. A baseline that is named may have read other rows, such as few labelled examples. If more
+than the loss differs between them, the report names it beside the comparison. Models that were not trained here (teachers,
+models of the hub) are arms of their own.
 """
 
 from __future__ import annotations
@@ -84,10 +85,12 @@ class Arm:
         """Name of the folder of the cache that was read."""
         return PurePath(str((fact(self.facts, "settings") or {}).get("cache"))).name
 
-    def starts_like(self, other: Arm) -> bool:
-        """Whether both began with one student and tokenizer, and read the same rows in the same order."""
-        if any(self.settings.get(k) != other.settings.get(k) for k in ("student", "tokenizer", "revision")):
-            return False
+    def begins_like(self, other: Arm) -> bool:
+        """Whether both began with one student and tokenizer."""
+        return all(self.settings.get(k) == other.settings.get(k) for k in ("student", "tokenizer", "revision"))
+
+    def reads_like(self, other: Arm) -> bool:
+        """Whether both read the same rows in the same order."""
         rows = fact(self.facts, "rows_digest")
         return self.cache == other.cache or (rows is not None and rows == fact(other.facts, "rows_digest"))
 
@@ -147,17 +150,20 @@ def arms_of(entries: Sequence[Entry]) -> list[Arm]:
     return arms
 
 
-def pairs_of(arms: Sequence[Arm], baseline: str | None = None) -> list[Pair]:
+def pairs_of(arms: Sequence[Arm], baseline: str | Sequence[str] | None = None) -> list[Pair]:
     """A pair for every arm that has a baseline: the arm and the baseline that fits it best.
 
-    baseline   name of the arm to compare with; None = those trained with `ce`
+    baseline   names of the arms to compare with, whatever rows they read; None = those trained with `ce` on the same rows
     """
-    if baseline is not None and baseline not in {a.name for a in arms}:
-        raise unknown_name("baseline", baseline, [a.name for a in arms])
-    bases = [a for a in arms if (a.name == baseline if baseline is not None else a.loss == "ce")]
+    named = [baseline] if isinstance(baseline, str) else baseline
+    for name in named or ():
+        if name not in {a.name for a in arms}:
+            raise unknown_name("baseline", name, [a.name for a in arms])
+    bases = [a for a in arms if (a.loss == "ce" if named is None else a.name in named)]
     pairs = []
     for arm in arms:
-        candidates = [p for b in bases if b is not arm and b.starts_like(arm) and (p := Pair(b, arm)).seeds]
+        alike = [b for b in bases if b is not arm and b.begins_like(arm) and (named is not None or b.reads_like(arm))]
+        candidates = [p for b in alike if (p := Pair(b, arm)).seeds]
         if candidates and arm not in bases:
             pairs.append(min(candidates, key=lambda p: len(p.differs)))
     return pairs

@@ -83,30 +83,31 @@ def write_report(
     title: str = "Distillation report",
     lead: Sequence[Section] = (),
     after: Sequence[Section] = (),
-    baseline: str | None = None,
+    baseline: str | Sequence[str] | None = None,
     table: str | None = None,
     published: bool = False,
 ) -> ReportFiles:
     """Read every input directory and write the report under `out`.
 
     lead, after   sections of the caller's, at the top and after the results
-    baseline      name of the arm that the others are compared with; None = those trained with `ce`
+    baseline      names of the arms that the others are compared with; None = those trained with `ce`
     table         name or file of a system's own table, which then leads the results
     published     whether that table has the published figures too
     Raises DataError, naming what cannot be read; then nothing is written. Raises WriteError where `out` cannot be written.
     """
     with clear_write_errors(out, "make room or name another --out, then run the same command again"):
-        return _written(inputs, out, title, lead, after, ReportSettings(out, baseline, table, published))
+        return _written(inputs, title, lead, after, baseline, ReportSettings(out, table=table, published=published))
 
 
 def _written(
     inputs: Sequence[Path],
-    out: Path,
     title: str,
     lead: Sequence[Section],
     after: Sequence[Section],
+    baseline: str | Sequence[str] | None,
     settings: ReportSettings,
 ) -> ReportFiles:
+    out = settings.out
     sweep(out)
     folders = input_folders(inputs, is_merged)
     merged = [read_merged(folder) for folder in folders if is_merged(folder)]
@@ -116,7 +117,7 @@ def _written(
         raise DataError("there is nothing to report", expected="at least one evaluation, training run or merge")
     comparisons = compare(entries)
     arms = arms_of(entries)
-    pairs = pairs_of(arms, settings.baseline)
+    pairs = pairs_of(arms, baseline)
     reference = reference_of(comparisons, arms, pairs)
     blocks = asked_blocks(settings, entries, comparisons, arms, pairs)
     files = ReportFiles(

@@ -73,7 +73,7 @@ def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: 
     chosen = load_experiment(name)
     assert chosen.about
     assert len(chosen.seeds) >= (1 if name in (*NAMES, "demo-chat") else 3)  # demos show one run of each student
-    assert chosen.arms[chosen.baseline] == {"loss": "ce"}
+    assert {**chosen.arms[chosen.baseline], "cache": ""} == {"loss": "ce", "cache": ""}
     for arm, options in chosen.arms.items():  # equal steps: arms differ in what they learn from alone
         assert set(options) <= {"loss", "alpha", "temperature", "cache", "merge"}, arm
     check_steps(chosen.recipe.fill(tmp_path, {}))
@@ -103,7 +103,7 @@ def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: 
         ("taught:", "../../taught:", "leaves the experiment's"),
         ("[3, 5]", str(list(range(501))), "too many students"),
         ("{loss: kl, max-steps: 5}", "{loss: kl, cache: narow}", "unknown cache of the arm taught"),
-        ("seeds:", "caches: {narrow: {limit: 3}}\nseeds:", "sets this option itself"),
+        ("seeds:", "caches: {narrow: {data: x}}\nseeds:", "sets this option itself"),
         ("seeds:", "caches: {narrow: {seq_len: 3}}\nseeds:", "sets this option itself"),
         ("seeds:", "caches: [narrow]\nseeds:", "not a mapping"),
     ],

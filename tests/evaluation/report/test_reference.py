@@ -122,6 +122,14 @@ def test_caches_of_the_same_rows_make_a_pair_and_the_difference_is_said():
         assert not found or found[0].differs == {"cache": ("c", "cache-k4")}
 
 
+def test_a_baseline_that_is_named_may_have_read_other_rows():
+    told = {**facts("kl", 0, cache="/c/answers"), "cache_fingerprint": "g", "rows_digest": "s"}
+    arms = arms_of([*seeds_of("ce", {"a": HALF}), Entry("kl-seed0", chosen({"a": HALF}), told)])
+    assert pairs_of(arms) == []
+    (pair,) = pairs_of(arms, ["ce"])
+    assert (pair.baseline.name, pair.other.name, pair.differs) == ("ce", "kl", {"cache": ("c", "answers")})
+
+
 def test_what_differs_beside_the_loss_is_said():
     found = reference(*seeds_of("ce", {"a": HALF, "b": HALF}), *seeds_of("kl", {"a": RIGHT, "b": HALF}, lr=3e-3))
     (pair,) = found.pairs
