@@ -41,6 +41,7 @@ def _fail(error: KdError) -> NoReturn:
 def main() -> None:
     """Run `kd`. Errors that a user can cause become a few lines on stderr and an exit code; with --json, a document as well."""
     from kd.commands.terminal.console import OUTPUT, TerminalOutput
+    from kd.commands.terminal.first_sign import first_sign
     from kd.common.memory import share_one_heap
 
     vars(OUTPUT).update(vars(TerminalOutput()))
@@ -50,7 +51,8 @@ def main() -> None:
         "TOKENIZERS_PARALLELISM", "false"
     )  # it warns about forks that the read-ahead threads do not make
     try:
-        _run()
+        with first_sign():
+            _run()
     finally:
         if OUTPUT.log is not None:
             OUTPUT.log.close()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -188,7 +189,8 @@ def run_training(config: TrainConfig, resume: bool = False, midway: Callable[[],
     """Drive a training run and its progress bar to the end; `midway` makes what is scored while it runs."""
     from kd.student_trainer.training import train as run
 
-    with progress_bar(f"training ({config.objective.loss})") as advance:
+    # what a tracker prints is no result: stdout holds one document with --json
+    with progress_bar(f"training ({config.objective.loss})") as advance, redirect_stdout(sys.stderr):
         return run(
             config,
             resume=resume,

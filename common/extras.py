@@ -20,10 +20,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "bert_score", "simplemma", "nltk"),
     "quantization": ("bitsandbytes", "compressed_tensors"),
     "lora": ("peft",),
+    "liger": ("liger_kernel",),
     "s3": ("s3fs", "aiohttp", "botocore"),
     "ray": ("ray",),
     "vllm": ("vllm",),
-    "trackers": ("tensorboard", "wandb"),
+    "trackers": ("tensorboard", "wandb", "trackio"),
     "harness": ("lm_eval",),
 }
 """Extra -> the packages that it adds, by the names they are imported under."""

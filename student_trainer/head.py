@@ -141,10 +141,10 @@ def forward_arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in floats} | {"unrounded": Unrounded(floats)}
 
 
-def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | None = None) -> None:
+def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | None = None) -> tuple[Any, ...]:
     """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits; see `forward_arguments`.
 
-    `chunk` rows of the output layer at once; None = `head_rows`.
+    `chunk` rows of the output layer at once; None = `head_rows`. Returns the modules that compute the hidden states.
     """
     parts = split_head(model)
 
@@ -163,6 +163,7 @@ def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | 
         return {"loss": total, "kd": kd, "ce": ce}
 
     model.forward = MethodType(forward, model)
+    return parts.bodies
 
 
 def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:

@@ -30,6 +30,7 @@ from kd.common.errors import DataError
 from kd.models.loading import Model
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.batch_plan import BatchPlan
+from kd.student_trainer.faster.compiled_layers import uncompiled
 from kd.student_trainer.run_folder import append_evaluation, read_evaluations
 from kd.student_trainer.saving.best_weights import BestSoFar, ChosenFigure, drop_weights_after, keep_weights, take_back
 from kd.student_trainer.saving.trained_weights import merged_without_warning
@@ -161,7 +162,7 @@ def undisturbed(model: Model) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     model.eval()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), uncompiled(model):
             yield
     finally:
         random.setstate(python)

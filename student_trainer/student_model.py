@@ -16,6 +16,8 @@ from kd.models.packable import require_packable
 from kd.models.quantised import keep_trainable
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.configuration.model_settings import StudentSettings
+from kd.student_trainer.faster.compiled_layers import compile_layers
+from kd.student_trainer.faster.liger_kernels import use_liger_kernels
 from kd.student_trainer.head import attach_loss, detach_loss
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.losses.tail_advice import AdvisedLoss
@@ -74,8 +76,10 @@ def student_with_loss(prepared: Prepared, say: Callable[[str], object] | None = 
     if len(start) > 1:  # transformers' `generate` then begins as the student is trained to
         model.generation_config.decoder_start_token_id = start[0]
         model.generation_config.forced_bos_token_id = start[1]
+    if config.model.liger:
+        use_liger_kernels(model, device=resolve_device(config.model.device))
     loss = prepared.objective if say is None else AdvisedLoss(prepared.objective, say)
-    attach_loss(model, loss, prepared.vocabulary_size, config.model.head_chunk)
+    bodies = attach_loss(model, loss, prepared.vocabulary_size, config.model.head_chunk)
     if config.model.gradient_checkpointing:
         # transformers 5.23 warns about the name that 5.0 has
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -84,6 +88,8 @@ def student_with_loss(prepared: Prepared, say: Callable[[str], object] | None = 
     if config.adapters.lora:
         kind = "SEQ_2_SEQ_LM" if prepared.encoder_decoder else "CAUSAL_LM"
         trained = with_adapters(model, config.adapters, task_type=kind)
+    if config.model.compile:
+        compile_layers(bodies)
     return Student(model, trained, parameters)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from kd.common.errors import DataError
+from kd.common.errors import DataError, unknown_name
 from kd.common.extras import EXTRAS, MissingPackageError, require_package
 from kd.models.loading import resolve_device
 from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES, OptimizerSettings
@@ -72,13 +72,14 @@ TRACKER_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
 def require_tracker(name: str) -> None:
     """Raise DataError for a tracker that transformers does not know, MissingPackageError for one that is not installed."""
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     if name in EXTRAS["trackers"]:
         require_package(name, f"--report-to {name}")
     try:
         get_reporting_integration_callbacks([] if name == "none" else [name])
     except ValueError as error:
-        raise DataError("transformers cannot report there", found=f"--report-to {name}", expected=str(error)) from error
+        raise unknown_name("tracker", name, (*INTEGRATION_TO_CALLBACK, "none"), where="--report-to") from error
     package = TRACKER_PACKAGES.get(name, name)
     if name != "none" and name not in get_available_reporting_integrations() and find_spec(package) is None:
         raise MissingPackageError(

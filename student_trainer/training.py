@@ -35,6 +35,7 @@ from kd.common.settings import flat
 from kd.student_trainer.batches.read_ahead import CachedExamples
 from kd.student_trainer.batches.trained_reading import READING
 from kd.student_trainer.configuration.train_config import TrainConfig, config_from
+from kd.student_trainer.faster.compiled_layers import UncompiledParts, clear_compile_errors, refuse_to_compile_parts
 from kd.student_trainer.midway import Midway, MidwayEvaluations
 from kd.student_trainer.model_card import CARD, render_card
 from kd.student_trainer.prepare import Prepared, prepare
@@ -211,6 +212,9 @@ def student_and_trainer(
         on_step=on_step,
     )
     refuse_other_wrapping(trainer)
+    if config.model.compile:
+        refuse_to_compile_parts(trainer)
+        trainer.add_callback(UncompiledParts(say))
     return student, trainer
 
 
@@ -239,7 +243,8 @@ def make_steps(trainer: DistillationTrainer, checkpoint: Path | None, steps: int
     stop = threading.Event()
     alone = trainer.args.world_size == 1
     try:
-        with stoppable if stoppable is not None and alone else nullcontext(stop) as stop:
+        asked = stoppable if stoppable is not None and alone else nullcontext(stop)
+        with clear_compile_errors(), asked as stop:
             trainer.add_callback(StopWithCheckpoint(stop))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except BaseException:

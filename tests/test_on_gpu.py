@@ -281,3 +281,15 @@ def test_two_gpus_that_hold_one_model_build_the_cache_of_one(tmp_path: Path) -> 
         assert a.logprobs is not None
         assert b.logprobs is not None
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+
+
+def test_liger_s_kernels_compute_what_the_layers_do(tmp_path: Path) -> None:
+    """`use_liger_kernels` compares them itself, and raises where they differ."""
+    pytest.importorskip("liger_kernel")
+    from kd.student_trainer.faster.liger_kernels import use_liger_kernels
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, num_key_value_heads=2, **shape))
+    use_liger_kernels(model, device=DEVICE)
+    assert "liger" in type(model.model.norm).forward.__module__ or "liger" in model.model.norm.forward.__module__

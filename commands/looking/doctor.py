@@ -22,10 +22,11 @@ USES = {
     "eval": "kd eval, kd report, kd experiment",
     "quantization": "models in 4 and 8 bits",
     "lora": "adapters",
+    "liger": "kd train --liger, on a GPU",
     "s3": "s3:// addresses",
     "ray": "builds on a Ray cluster",
     "vllm": "--backend vllm; it wants an environment of its own",
-    "trackers": "--report-to tensorboard or wandb",
+    "trackers": "--report-to tensorboard, wandb or trackio",
 }
 """Extra -> what needs it."""
 BASE = ("kd-logit-cache", "zarr", "numcodecs", "numpy", "pyarrow", "huggingface_hub")

@@ -8,6 +8,7 @@ about every ten per cent, without control characters. rich is imported when a ba
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -33,6 +34,8 @@ class TerminalOutput:
     """Keep the notes of the libraries, and say where an error was raised."""
     log: TextIO | None = None
     """File that gets every line as well."""
+    has_printed: bool = False
+    """Whether a line was printed, or a progress bar is drawn."""
     document_printed: bool = False
     """Whether a JSON document is on stdout already: there is one for each command."""
 
@@ -56,6 +59,7 @@ def say(text: object = "", *, err: bool = False, error: bool = False) -> None:
     shown = for_terminal(without_secrets(str(text)))
     OUTPUT.note(shown)
     if error or not (err and OUTPUT.quiet):
+        OUTPUT.has_printed = True
         click.echo(shown, err=err or error)
 
 
@@ -89,6 +93,7 @@ def say_shaded(pieces: Iterable[tuple[str, int]]) -> None:
     if not console.is_terminal:
         say("".join(text for text, _ in shown).rstrip("\n"))
         return
+    OUTPUT.has_printed = True
     whole = Text()
     for text, shade in shown:
         whole.append(text, style=SHADES[shade])
@@ -200,6 +205,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
         TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
+    OUTPUT.has_printed = True
     with rich_progress.Progress(*columns, console=console) as bar:
         task, logged = bar.add_task(label, total=None, note=""), -1
 
@@ -229,18 +235,23 @@ def outcome(stage: str, steps: Iterable[Progress[Result]]) -> Result:
     return final([follow(stage, steps)])
 
 
+def is_speaker() -> bool:
+    """Whether this process is the one of its run that prints: of torchrun's processes the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def quiet_libraries() -> None:
     """Keep progress bars and notices of the model libraries off stderr; their errors stay, and with `-v` all of them.
 
-    Their import takes seconds, so that a person at a terminal is told what is going on. Raises MissingPackageError where these
-    libraries are not installed.
+    Their import takes seconds, so the user is told what is going on. Raises MissingPackageError where these libraries are not
+    installed.
     """
     import logging
 
     from kd.common.extras import require
 
     require("train", "this command")
-    if "torch" not in sys.modules and sys.stderr.isatty():
+    if "torch" not in sys.modules and is_speaker():
         say("loading torch and transformers …", err=True)
     import transformers
 

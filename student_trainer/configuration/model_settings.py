@@ -48,6 +48,12 @@ class StudentSettings:
     """Number of rows of the output layer computed at once."""
     attn_implementation: str | None = setting(None, metavar="NAME", shown="the model's own")
     """Attention as transformers names it: eager, sdpa, flash_attention_2, flex_attention, or kernels of the hub."""
+    compile: bool = False
+    """Compile the student's layers with torch.compile: the first steps take longer, the others less. Losses change by
+    roundings. What torch cannot compile is named."""
+    liger: bool = False
+    """Use Liger's Triton kernels for the norms, rotary positions and feed-forward layers of the student (extra liger, on a GPU).
+    Before the first step they are compared with the student's own layers."""
     load_in_4bit: bool = False
     """Load the student's weights in 4 bits (nf4, bitsandbytes) and train LoRA adapters on them: QLoRA. It needs --lora."""
 

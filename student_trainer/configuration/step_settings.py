@@ -80,7 +80,7 @@ class LogSettings:
     rescue_dir: str | None = setting(None, metavar="DIR", folder=True, shown="KD_HOME/rescue")
     """Folder in which the run goes on when --out can no longer be written: a full or read-only disk, no inodes."""
     report_to: str = "none"
-    """Tracker that transformers reports to: tensorboard, wandb, …, or none."""
+    """Tracker that transformers reports to: tensorboard, wandb, trackio, …, or none."""
 
     def __post_init__(self) -> None:
         check(self)

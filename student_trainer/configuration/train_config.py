@@ -90,6 +90,6 @@ FREE = (
     "hub_private",
 )
 """Settings that a resumed run may change; of the cache, the fingerprint must be equal instead."""
-ADDED = {"load_in_4bit": False, "merge": "observed"}
+ADDED = {"load_in_4bit": False, "merge": "observed", "compile": False, "liger": False}
 """Settings that earlier releases did not have -> the value that means what those did. At it they are not named in the identity,
 so that runs which an earlier release began are continued. A setting whose default is None needs no entry."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 from click.testing import CliRunner
 
 from kd.commands.terminal.settings_options import take_settings
-from kd.commands.train import TrainCommand, stop_on_signals, train
+from kd.commands.train import TrainCommand, run_training, stop_on_signals, train
 from kd.common.settings import make
+from kd.student_trainer.configuration.train_config import TrainConfig
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -90,3 +92,11 @@ def test_what_is_scored_and_when_follows_from_the_options(
 ) -> None:
     scores = settings_of_words(*words).scores
     assert (scores.tasks, scores.steps_between) == (tasks, steps)
+
+
+def test_what_a_library_prints_during_a_training_is_no_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kd.student_trainer.training.train", lambda config, **rest: sys.stdout.write("hello"))
+    run_training(make(TrainConfig, {"cache": "cache", "student": "demo", "out": "out"}))
+    assert capsys.readouterr().out == ""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from kd.common.errors import DataError
-from kd.student_trainer.trainer_arguments import ASKED, refuse_other_wrapping
+from kd.student_trainer.trainer_arguments import ASKED, refuse_other_wrapping, require_tracker
 
 
 def trainer_of(world_size: int, **enabled: bool) -> SimpleNamespace:
@@ -25,3 +25,9 @@ def test_what_was_asked_for_and_did_not_happen_is_refused(name, variable, enable
     with pytest.raises(DataError, match=f"does not share the model as {name} would") as caught:
         refuse_other_wrapping(trainer_of(2))
     assert "MULTI_CPU: every process holds the whole model" in str(caught.value)
+
+
+def test_a_tracker_that_is_misspelled_is_named_with_the_nearest() -> None:
+    with pytest.raises(DataError, match="unknown tracker 'trakio'") as error:
+        require_tracker("trakio")
+    assert error.value.details["did you mean"] == "trackio"
