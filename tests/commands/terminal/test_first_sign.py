@@ -64,7 +64,7 @@ def test_torch_is_announced_before_it_is_imported(
         return plain(name, *rest, **options)
 
     modules = {name: module for name, module in sys.modules.items() if name != "torch"}
-    monkeypatch.setattr(console.sys, "modules", modules)
+    monkeypatch.setattr(sys, "modules", modules)
     monkeypatch.setattr(builtins, "__import__", importing)
     quiet_libraries()
     assert said_before == ["loading torch and transformers …\n"]
