@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import click
 
 from kd.commands.terminal.console import emit, emit_json, say
 from kd.commands.terminal.options import FOLDER, Function, json_option
+from kd.common.errors import DataError
 from kd.common.paths import as_path
+from kd.recipes.steps import COMMANDS
 
 if TYPE_CHECKING:
     from kd.cache_builder.build.builder import BuildProgress
@@ -110,8 +112,13 @@ def recipe_run(name: str, out: Path | None, variables: dict[str, str], as_json: 
 
 def run_commands(steps: Sequence[Step], *, keep_scores: bool = False) -> list[Any]:
     """Run steps as their commands run, with progress bars and printed results; see `kd.recipes.run_steps`."""
-    from kd.recipes.run_steps import run_steps
+    from kd.recipes.run_steps import check_steps, run_steps
+    from kd.recipes.steps import TYPED
 
+    check_steps(steps)
+    for step in steps:
+        if step.command in TYPED:
+            _parsed(step)
     return run_steps(steps, RUNNERS, keep_scores=keep_scores, say=lambda line: say(line, err=True))
 
 
@@ -147,5 +154,43 @@ def _report(step: Step) -> None:
     report_and_show([as_path(run) for run in step.arguments], step.setting(ReportSettings))
 
 
-RUNNERS = {"cache build": _build, "train": _train, "eval": _eval, "report": _report}
+def _typed(step: Step) -> None:
+    """Run a step as it would be typed."""
+    with _parsed(step) as context:
+        context.command.invoke(context)
+
+
+def _classifier(step: Step) -> None:
+    """Train a classifier. One that was interrupted begins again: what it has logged is taken away."""
+    from kd.student_trainer.run_folder import METRICS
+
+    if step.out.is_dir() and [path.name for path in step.out.iterdir()] == [METRICS]:
+        (step.out / METRICS).unlink()
+    _typed(step)
+
+
+def _parsed(step: Step) -> click.Context:
+    """The command of a step with its words read. Raises DataError for words that it does not know."""
+    context = click.get_current_context().find_root()
+    command: click.Command | None = context.command
+    words = step.command.split()
+    for word in words:
+        command = command.get_command(context, word) if isinstance(command, click.Group) else None
+    assert command is not None, "every command of a step is a command of kd"
+    try:
+        return command.make_context(step.command, step.words[len(words) :], parent=context)
+    except click.UsageError as error:
+        raise DataError(
+            "a step cannot be run", where=step.label, found=error.format_message(), try_=f"kd {step.command} --help"
+        ) from error
+
+
+RUNNERS: dict[str, Callable[[Step], Any]] = {
+    **dict.fromkeys(COMMANDS, _typed),
+    "cache build": _build,
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+    "classify train": _classifier,
+}
 """Command of a step -> the function that runs it."""

@@ -1,8 +1,9 @@
 """Run the steps of a recipe or an experiment in order; what is finished is skipped, what was begun is continued.
 
-A cache knows which of its shards are missing. A training is finished when its `run.json` says so, and an evaluation of an
-experiment, which remembers its commands, when its folder holds `eval.json`. A recipe scores again. Reports are always
-written again.
+A cache knows which of its shards are missing. A training is finished when its `run.json` says so, that of a classifier when it
+has `classify.json`, and a merge when it has `merge.json`. An evaluation of an experiment, which remembers its commands, is
+finished when its folder holds the scores. A recipe scores again. Reports are always written again, and all other commands run
+again.
 
 The functions that run a step are given by the caller, because the command line shows progress and Python does not need it.
 """
@@ -16,6 +17,15 @@ from typing import Any
 from kd.recipes.steps import Step
 
 RUN = "run.json"
+FINISHED = {
+    "eval": "eval.json",
+    "classify train": "classify.json",
+    "classify matrix": "matrix.json",
+    "merge": "merge.json",
+}
+"""Command -> the file that it writes last."""
+SCORES = ("eval", "classify matrix")
+"""Commands that score: a recipe does it again."""
 Runner = Callable[[Step], Any]
 """Runs one step through the function that its command calls."""
 
@@ -52,7 +62,7 @@ def run_steps(
     for number, step in enumerate(steps, 1):
         say(f"{number}/{len(steps)}  kd {shlex.join(step.words)}")
         try:
-            skipped = is_finished(step) and (keep_scores or step.command != "eval")
+            skipped = is_finished(step) and (keep_scores or step.command not in SCORES)
             results.append(None if skipped else runners[step.command](step))
         except KeyboardInterrupt:  # without the advice on how to continue that step alone
             raise KeyboardInterrupt from None
@@ -60,12 +70,11 @@ def run_steps(
 
 
 def is_finished(step: Step) -> bool:
-    """Whether a training or an evaluation is complete on disk. Other commands find out for themselves."""
-    from kd.evaluation.results import EVAL
+    """Whether a training, an evaluation or a merge is complete on disk. Other commands find out for themselves."""
     from kd.student_trainer.run_folder import read_run
 
-    if step.command == "eval":
-        return "out" in step.options and (step.out / EVAL).exists()
+    if step.command in FINISHED:
+        return "out" in step.options and (step.out / FINISHED[step.command]).exists()
     return step.command == "train" and is_begun(step) and bool(read_run(step.out).get("complete"))
 
 

@@ -4,7 +4,8 @@
     step.words        ["cache", "build", "--teacher", "demo", "--data", "demo", "--out", "runs/cache"]
     step.settings     the command's settings objects, by class
 
-A step runs through its settings (`kd.recipes.run_steps`). The words are only shown and recorded; nothing reads them back.
+A step of a command in `STEP_KINDS` is checked by its settings before anything runs; those of the four chief commands run through
+them (`kd.recipes.run_steps`). All others run as they would be typed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from kd.common.strangers.plain_files import is_inside
 from kd.common.strangers.yaml_file import read_settings
 
 T = TypeVar("T")
-Options = Mapping[str, str | bool]
-"""Option without its dashes -> its value as text, or true or false for a switch."""
+Options = Mapping[str, str | bool | tuple[str, ...]]
+"""Option without its dashes -> its value as text, true or false for a switch, or several texts for one that is repeated."""
 
 
-WRITTEN = ("out", "rescue_dir", "rescue-dir")
-"""Options that name a folder to write to."""
+WRITTEN = ("out", "rescue_dir", "rescue-dir", "html", "plots", "log-file")
+"""Options that name a folder or a file to write to."""
+WRITTEN_ARGUMENTS = {"cache pull": 1, "cache push": 1, "cache repair": 0, "cache unlock": 0}
+"""Command -> number of the argument that names what it writes to or changes."""
+FOLDERS_OF_THEIR_OWN = ("demo", "experiment")
+"""Commands that write to the working directory where no folder is named."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Step:
     """One command with its options."""
 
     command: str
-    """A key of `STEP_KINDS`."""
+    """A key of `STEP_KINDS`, or one of `TYPED`."""
     options: Options
     arguments: tuple[str, ...] = ()
     """Positional arguments."""
@@ -64,7 +69,7 @@ class Step:
             if isinstance(value, bool):
                 words.append(f"--{option}" if value else f"--no-{option}")
             else:
-                words += [f"--{option}", value]
+                words += [word for one in texts_of(value) for word in (f"--{option}", one)]
         return words
 
     @property
@@ -83,17 +88,21 @@ class Step:
 
         Options override the file that `config` names, as on the command line.
         """
-        return {cls: make(cls, part, where=self._label, typed=True) for cls, part in self._parts.items()}
+        return {cls: make(cls, part, where=self.label, typed=True) for cls, part in self._parts.items()}
 
     @property
-    def _label(self) -> str:
+    def label(self) -> str:
+        """The recipe and the command, for errors."""
         return f"{self.where}: kd {self.command}".removeprefix(": ")
 
     @cached_property
     def _parts(self) -> dict[type, dict[str, Any]]:
         """Settings class -> given values by field, unchecked; options override the file of `config`."""
-        kind = STEP_KINDS[self.command]
-        parts = by_class(kind.classes(), self.options, (*kind.plain, "config"), self._label)
+        kind = STEP_KINDS.get(self.command)
+        if kind is None:
+            self._refuse_outside(self.options)
+            return {}
+        parts = by_class(kind.classes(), self.options, (*kind.plain, "config"), self.label)
         if "config" in self.options:
             file = as_path(str(self.options["config"]))
             from_file = by_class(kind.classes(), read_settings(file), (), str(file))
@@ -104,21 +113,41 @@ class Step:
         return parts
 
     def _refuse_outside(self, values: Mapping[str, Any]) -> None:
-        """Raise DataError for a folder to write to that is not below `folder`."""
-        for name in WRITTEN:
-            if self.folder is not None and name in values and not is_inside(as_path(str(values[name])), self.folder):
+        """Raise DataError for a place to write to that is not below `folder`."""
+        if self.folder is None:
+            return
+        places = {name: str(one) for name in WRITTEN if name in values for one in texts_of(values[name])}
+        number = WRITTEN_ARGUMENTS.get(self.command)
+        if number is not None and number < len(self.arguments):
+            place = self.arguments[number].removeprefix("file://")
+            if "://" not in place:  # what is sent elsewhere is said by the command
+                places["argument"] = place
+        for name, place in places.items():
+            if not is_inside(as_path(place), self.folder):
                 raise DataError(
                     "a step writes outside of the recipe's folder",
-                    where=self._label,
-                    found=f"{name}: {values[name]}",
+                    where=self.label,
+                    found=f"{name}: {place}",
                     expected=f"{self.folder}/…",
                     try_="{out}/NAME in the file, or the command itself",
                 )
+        if self.command in FOLDERS_OF_THEIR_OWN and "out" not in values:
+            raise DataError(
+                "a step has no folder of its own",
+                where=self.label,
+                found="no out",
+                expected='options: {out: "{out}/…"}',
+            )
 
     def setting(self, cls: type[T]) -> T:
         """The settings of one class. Raises DataError as `settings` does."""
         settings: T = self.settings[cls]
         return settings
+
+
+def texts_of(value: Any) -> tuple[Any, ...]:
+    """The values of an option: several for one that is repeated."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def by_class(
@@ -170,10 +199,49 @@ def _report() -> Sequence[type]:
     return (ReportSettings,)
 
 
+def _classify_train() -> Sequence[type]:
+    from kd.student_trainer.classify.classify_settings import ClassifyConfig
+
+    return (ClassifyConfig,)
+
+
+def _classify_eval() -> Sequence[type]:
+    from kd.evaluation.merged.merged_settings import ClassifierEvaluation
+
+    return (ClassifierEvaluation,)
+
+
+def _classify_matrix() -> Sequence[type]:
+    from kd.evaluation.merged.merged_settings import MatrixSettings
+
+    return (MatrixSettings,)
+
+
+def _merge() -> Sequence[type]:
+    from kd.evaluation.merged.merged_settings import MergeRun
+
+    return (MergeRun,)
+
+
 STEP_KINDS: dict[str, StepKind] = {
     "cache build": StepKind(_build, ("profile-build",)),
     "train": StepKind(_train, ("resume",)),
     "eval": StepKind(_eval, ("out",)),
     "report": StepKind(_report),
+    "classify train": StepKind(_classify_train),
+    "classify eval": StepKind(_classify_eval),
+    "classify matrix": StepKind(_classify_matrix),
+    "merge": StepKind(_merge),
 }
-"""Commands that a step may be."""
+"""Commands of a step whose settings are checked before anything runs."""
+TYPED = (
+    *(
+        f"cache {name}"
+        for name in ("bill", "export", "import", "info", "ls", "merge", "plan", "pull", "push", "repair")
+    ),
+    *(f"cache {name}" for name in ("search", "show", "slice", "status", "unlock", "verify")),
+    *("data ls", "data show", "data templates", "demo", "doctor", "experiment"),
+)
+"""The other commands of a step. A recipe runs no recipe."""
+COMMANDS = (*STEP_KINDS, *TYPED)
+"""Every command that a step may be."""

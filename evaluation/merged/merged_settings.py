@@ -60,7 +60,7 @@ class MatrixSettings:
     """Settings of `kd classify matrix`."""
 
     pool: Path
-    """YAML file of models named by their GLUE tasks (docs/merging.md)."""
+    """YAML file of models named by their GLUE tasks (docs/merging.md), or a folder of classifiers."""
     out: Path | None = setting(None, folder=True)
     """Folder for matrix.json and matrix.md. By default nothing is written."""
     rows: GlueRowSettings = field(default_factory=GlueRowSettings)
@@ -109,7 +109,7 @@ class MergeRun:
     """Settings of `kd merge`."""
 
     pool: Path
-    """YAML file of the models (docs/merging.md)."""
+    """YAML file of the models (docs/merging.md), or a folder of classifiers."""
     merge: MergeSettings
     out: Path = setting(folder=True)
     """Folder of the merged model, its tables and its figure."""

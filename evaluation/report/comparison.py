@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,11 @@ class Comparison:
 
     def best(self, metric: str) -> int | None:
         """Number of the entry that is better than every other, or None."""
-        return next(iter(self.winners().get(metric, ())), None)
+        return next(iter(self._winners_of_all.get(metric, ())), None)
+
+    @cached_property
+    def _winners_of_all(self) -> dict[str, set[int]]:
+        return self.winners()
 
     def winners(self, pairs: Sequence[tuple[str, str]] = ()) -> dict[str, set[int]]:
         """Metric -> numbers of the entries that are better: than the other of a pair of names, or without pairs than all others.

@@ -87,7 +87,8 @@ def collect_runs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
         if name is None:
             names[wanted] = names.get(wanted, 0) + 1
             name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
-            texts_of[name] = _Known(wanted, reports[0].identity if reports else {}, set())
+            place = folder.resolve() if trained else None
+            texts_of[name] = _Known(wanted, reports[0].identity if reports else {}, place, set())
         texts_of[name].texts.update(text for report in reports for text in texts_read(report))
         if trained:
             runs.append(Run(name, facts, _steps(folder)))
@@ -120,6 +121,8 @@ class _Known:
     wanted: str
     identity: Mapping[str, Any]
     """Empty where it was not scored."""
+    place: Path | None
+    """Folder of its run; None where none was given."""
     texts: set[tuple[str, ...]]
     """What it was scored on."""
 
@@ -132,6 +135,7 @@ def _same_model(wanted: str, reports: Sequence[EvalReport], known: Mapping[str, 
     texts = {text for report in reports for text in texts_read(report)}
     for name, one in known.items():
         same = one.identity and all(report.identity == one.identity for report in reports)
+        same = same or (one.place is not None and as_path(reports[0].model).resolve() == one.place)
         if same and one.wanted == wanted and not texts & one.texts:
             return name
     return None

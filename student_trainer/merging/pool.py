@@ -10,6 +10,9 @@ The layout of kd is on the left. The two layouts of FusionBench's GPT-2 pools ar
 sets and tokenizers (`type`, `_target_`, …) are ignored. `_pretrained_` is the base: it is not merged. A relative path is looked up
 beside the file, then in the working directory; anything else is a hub id. The name of a classifier is its GLUE task.
 `data: SPEC` names the text that fisher and regmean read for a language model.
+
+A folder of classifiers that `kd classify train` wrote is a pool as well: each is called by its task, and the base is what all
+of them were trained from.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
 from kd.common.strangers.yaml_file import read_mapping
+from kd.student_trainer.run_folder import read_classifier_run
 
 BASE = "_pretrained_"
 POOL_KEYS = ("base", "models")
@@ -80,7 +84,9 @@ class ModelPool:
 
 
 def read_pool(file: Path) -> ModelPool:
-    """Read a pool; raises DataError naming file and key for anything but the three layouts above."""
+    """Read a pool; raises DataError naming file and key for anything but the layouts above."""
+    if os.path.isdir(file):
+        return _pool_of_folder(file)
     document = read_mapping(file, "pool")
     if not document.get("models"):
         raise DataError("the file is not a pool of models", where=file, expected="models: a list or a mapping")
@@ -99,6 +105,27 @@ def read_pool(file: Path) -> ModelPool:
     if not models:
         raise DataError("the pool holds no model besides the base", where=file)
     return ModelPool(file, base, tuple(models.values()))
+
+
+def _pool_of_folder(folder: Path) -> ModelPool:
+    """The classifiers in a folder. Raises DataError for none, for two of a task, and where they began with different models."""
+    runs = {path: run for path in sorted(folder.iterdir()) if (run := read_classifier_run(path)) is not None}
+    if not runs:
+        raise DataError(
+            "the folder holds no classifiers", where=folder, expected=f"{folder}/TASK, written by kd classify train"
+        )
+    models = tuple(PoolModel(str(run["task"]), str(path)) for path, run in runs.items())
+    names = [model.name for model in models]
+    starts = {(run["settings"].get("model"), run["settings"].get("revision")): path for path, run in runs.items()}
+    if len(set(names)) < len(names):
+        raise DataError("two models have the same name", where=folder, found=", ".join(names))
+    if len(starts) > 1:
+        found = ", ".join(f"{path.name} from {start}" for (start, _), path in starts.items())
+        raise DataError(
+            "the classifiers began with different models", where=folder, found=found, try_="a pool's YAML file"
+        )
+    ((start, revision),) = starts
+    return ModelPool(folder, PoolModel(BASE, str(start), revision), models)
 
 
 def _listed(models: Any, file: Path) -> list[PoolModel]:

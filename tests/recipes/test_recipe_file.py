@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
-from teacher_server import TeacherServer
 from terminal import kd
 
 from kd.cli import cli
 from kd.common.errors import DataError
-from kd.recipes.recipe_file import FOLDER, Recipe, load_recipe, recipe_names
+from kd.recipes.recipe_file import FOLDER, load_recipe, recipe_names
 from kd.recipes.run_steps import check_steps
-from kd.recipes.steps import Step
+from kd.recipes.steps import COMMANDS, TYPED
 
 NAMES = recipe_names()
 
 
 def test_the_reference_systems_are_there():
-    assert {"oscarnav-four", "oscarnav-ten", "uld-paper", "neo-wikitext"} <= set(NAMES)
+    assert {"oscarnav-four", "oscarnav-ten", "uld-paper", "neo-wikitext", "glue-merging", "flan"} <= set(NAMES)
     assert sorted(p.stem for p in FOLDER.glob("*.yaml")) == NAMES
 
 
@@ -81,6 +78,14 @@ def test_unknown_names_suggest_the_nearest(tmp_path: Path):
         ("a: [", "cannot read"),
         ("steps: [{command: cache bild}]", "unknown command"),
         ("steps: [run]", "unknown command"),
+        ("steps: [{command: recipe run}]", "unknown command"),
+        ("steps: [{command: train, each: x}]", "unknown list"),
+        ("{lists: {x: [a]}, steps: [{command: train, each: [x]}]}", "unknown list"),
+        ("{lists: {x: a}, steps: [{command: train}]}", "lists of a recipe cannot be read"),
+        ("{lists: {x: [[a]]}, steps: [{command: train}]}", "lists of a recipe cannot be read"),
+        ("{lists: {x: [{a: [b]}]}, steps: [{command: train}]}", "variables are not a mapping"),
+        ("{lists: {x: [a]}, steps: [{command: eval, arguments: [{each: y}]}]}", "unknown list"),
+        ("{lists: {x: [a]}, steps: [{command: eval, arguments: [{each: x, txt: z}]}]}", "argument cannot be read"),
     ],
 )
 def test_a_file_that_is_no_recipe_says_so(tmp_path: Path, text: str, words: str):
@@ -140,82 +145,113 @@ def test_show_prints_what_run_would_do(tmp_path: Path):
     assert set(NAMES) == set(json.loads(kd("recipe", "ls", "--json")))
 
 
-@pytest.fixture(scope="module")
-def served(model_dir: Path) -> Iterator[str]:
-    """Address of a server that runs the tiny teacher."""
-    server = TeacherServer(model_dir)
-    yield server.url
-    server.close()
+LISTED = """
+variables: {first: A, second: B}
+lists:
+  models: [{name: one, student: "{first}"}, {name: two, student: "{second}"}]
+  words: [x, "{second}"]
+steps:
+  - {each: models, command: train, options: {student: "{student}", out: "{out}/{name}"}}
+  - {command: eval, arguments: [{each: models, text: "{out}/{name}"}, {each: words}, last]}
+  - {command: eval, arguments: ["{second}"]}
+"""
 
 
-@pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory, save_student, t5_dir: Path, model_dir: Path, served: str) -> dict[str, dict[str, str]]:
-    """A tiny teacher, student and data set for each recipe."""
-    folder = tmp_path_factory.mktemp("stand-ins")
-    save_student(folder / "student", n_positions=512, n_embd=16, n_layer=1)
-    text = "".join(f"The keeper counted {n} ships in the fog. " * 8 + "\n<|endoftext|>\n" for n in range(12))
-    (folder / "text.txt").write_text(text)
-    (folder / "held.txt").write_text("The baker sold bread to the keeper. " * 12)  # what was trained on is refused
-    root = folder / "tasks" / "boolq"
-    root.mkdir(parents=True)
-    for split in ("train", "validation"):
-        lines = [
-            {"question": f"are there {n} ships", "passage": f"There are {n} ships.", "answer": n % 2 == 0}
-            for n in range(70)
+def listed(tmp_path: Path, **variables: str) -> list[str]:
+    (tmp_path / "r.yaml").write_text(LISTED)
+    steps = load_recipe(str(tmp_path / "r.yaml")).fill(Path("o"), variables)
+    return [shlex.join(step.words) for step in steps]
+
+
+def test_a_step_and_an_argument_are_repeated_for_a_list(tmp_path: Path):
+    assert listed(tmp_path) == [
+        "train --student A --out o/one",
+        "train --student B --out o/two",
+        "eval o/one o/two x B last",
+        "eval B",
+    ]
+
+
+def test_what_an_empty_variable_would_make_is_left_out(tmp_path: Path):
+    assert listed(tmp_path, second="") == ["train --student A --out o/one", "eval o/one x last"]
+
+
+def test_an_entry_of_a_list_does_not_move_the_folder(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text(
+        "{lists: {5: [{out: /etc}]}, steps: [{command: train, each: 5, options: {out: '{out}/x'}}]}"
+    )
+    (step,) = load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path / "run", {})
+    assert (step.out, step.folder) == (tmp_path / "run" / "x", tmp_path / "run")
+
+
+def test_lists_do_not_multiply_without_bound(tmp_path: Path):
+    many = ", ".join(map(str, range(500)))
+    step = "{command: doctor, each: x}"
+    (tmp_path / "r.yaml").write_text(f"{{lists: {{x: [{many}]}}, steps: [{step}, {step}, {step}]}}")
+    with pytest.raises(DataError, match="too many steps"):
+        load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path, {})
+
+
+def test_a_list_as_a_value_is_typed_as_its_command_reads_it(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text(
+        "steps: [{command: cache build, options: {temperatures: [1, 2]}},"
+        " {command: experiment, arguments: [mine], options: {set: [a=1, b=2]}}]"
+    )
+    build, experiment = load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path, {})
+    assert build.words[2:] == ["--temperatures", "1,2"]
+    assert experiment.words == ["experiment", "mine", "--set", "a=1", "--set", "b=2"]
+
+
+def test_every_command_but_the_recipe_itself_may_be_a_step():
+    def leaves(command: click.Command, name: str) -> list[str]:
+        if not isinstance(command, click.Group):
+            return [name]
+        found = [
+            (one, command.get_command(click.Context(command), one))
+            for one in command.list_commands(click.Context(command))
         ]
-        (root / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    student = str(folder / "student")
-    tasks = {
-        "teacher": str(t5_dir),
-        "student": student,
-        "data": "flan:boolq",
-        "eval-data": "flan:boolq",
-        "task-root": str(folder / "tasks"),
-        "eval-split": "dev",
-        "eval-limit": "3",
-    }
-    return {
-        "oscarnav-four": tasks,
-        "oscarnav-ten": tasks,
-        "uld-paper": tasks | {"teacher": str(model_dir)},
-        "neo-wikitext": {
-            "teacher": str(model_dir),
-            "student": student,
-            "data": str(folder / "text.txt"),
-            "eval-data": str(folder / "held.txt"),
-            "eval-split": "train",
-        },
-        "served-teacher": {
-            "teacher": str(model_dir),
-            "teacher-url": f"{served}/v1",
-            "student": student,
-            "data": str(folder / "text.txt"),
-            "eval-data": str(folder / "held.txt"),
-            "eval-split": "train",
-        },
-    }
+        return [leaf for one, inner in found if inner for leaf in leaves(inner, f"{name} {one}".strip())]
+
+    assert {name for name in leaves(cli, "") if not name.startswith("recipe ")} == set(COMMANDS)
+    assert len(set(COMMANDS)) == len(COMMANDS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_runs_with_small_stand_ins(name: str, tmp_path: Path, stand_ins, monkeypatch: pytest.MonkeyPatch):
-    """The recipe's own commands, but for what is too large for a tiny model: 4 bits, lengths beyond its positions."""
-    smaller = {"seq-len": "64", "target-len": "16", "epochs": "0.5", "dtype": "float32", "precision": "fp32"}
+@pytest.mark.parametrize(
+    "step",
+    [
+        "{command: cache pull, arguments: ['https://h/c', /etc/x]}",
+        "{command: cache push, arguments: ['{out}/c', 'file:///etc/x']}",
+        "{command: cache repair, arguments: [/etc/x]}",
+        "{command: cache unlock, arguments: [/etc/x]}",
+        "{command: cache show, arguments: [c], options: {html: /etc/x.html}}",
+        "{command: cache info, arguments: [c], options: {plots: /etc/x}}",
+        "{command: eval, arguments: [demo], options: {html: /etc/x.html}}",
+        "{command: merge, options: {method: ties, pool: p, out: /etc/x}}",
+        "{command: data ls, options: {log-file: /etc/x}}",
+    ],
+)
+def test_no_command_writes_outside_of_the_folder(tmp_path: Path, step: str):
+    (tmp_path / "r.yaml").write_text(f"steps: [{step}]")
+    with pytest.raises(DataError, match="outside of the recipe's folder"):
+        check_steps(load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path / "run", {}))
 
-    original = Recipe.fill
 
-    def shortened(recipe: Recipe, out: Path, variables: dict[str, str]) -> list[Step]:
-        steps = []
-        for step in original(recipe, out, variables):
-            options = {k: smaller.get(k, v) for k, v in step.options.items() if k != "load-in-4bit"}
-            if step.command == "train":
-                options["device"] = "cpu"
-            steps.append(replace(step, options=options))
-        return steps
+@pytest.mark.parametrize("name", ["demo", "experiment"])
+def test_a_command_with_a_folder_of_its_own_is_given_one(tmp_path: Path, name: str):
+    (tmp_path / "r.yaml").write_text(f"steps: [{{command: {name}, arguments: [x]}}]")
+    with pytest.raises(DataError, match="no folder of its own"):
+        check_steps(load_recipe(str(tmp_path / "r.yaml")).fill(tmp_path / "run", {}))
 
-    monkeypatch.setattr(Recipe, "fill", shortened)
-    words = [f"--set={k}={v}" for k, v in stand_ins[name].items()]
-    kd("recipe", "run", name, "--out", tmp_path / "run", *words)
-    assert (tmp_path / "run" / "report" / "report.html").exists()
-    for run in ("distilled", "finetuned"):
-        assert json.loads((tmp_path / "run" / run / "run.json").read_text())["complete"]
-    assert "done" in kd("recipe", "run", name, "--out", tmp_path / "run", *words)  # again: nothing is trained twice
+
+def test_the_other_commands_run_as_they_are_typed_and_are_checked_before_the_first_runs(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text(
+        "steps: [{command: data ls, options: {json: true}}, {command: data templates, arguments: [boolq]}]"
+    )
+    shown = kd("recipe", "run", tmp_path / "r.yaml", "--out", tmp_path / "run")
+    assert shown.startswith(kd("data", "ls", "--json"))
+    assert kd("data", "templates", "boolq") in shown
+    (tmp_path / "r.yaml").write_text("steps: [{command: data ls}, {command: data templates, options: {label: x}}]")
+    with pytest.raises(DataError, match="a step cannot be run") as caught:
+        kd("recipe", "run", tmp_path / "r.yaml", "--out", tmp_path / "run")
+    assert caught.value.details["where"] == "r: kd data templates"
+    assert "data templates" in TYPED

@@ -36,6 +36,23 @@ def test_finished_steps_are_skipped(tmp_path: Path) -> None:
     assert not is_finished(steps(tmp_path)[2])
 
 
+def test_classifiers_and_merges_are_made_once_and_scored_again(tmp_path: Path) -> None:
+    options = {"pool": str(tmp_path), "out": str(tmp_path / "o")}
+    made = [
+        (Step("classify train", {"task": "rte", "model": "demo", "out": str(tmp_path / "rte")}), "classify.json", True),
+        (Step("merge", options | {"method": "ties"}), "merge.json", True),
+        (Step("classify matrix", options | {"out": str(tmp_path / "m")}), "matrix.json", False),
+    ]
+    for step, last, once in made:
+        step.out.mkdir(parents=True)
+        (step.out / "other.json").write_text("{}")
+        runners = {step.command: lambda step: "ran"}
+        assert run_steps([step], runners) == ["ran"]  # what was interrupted is begun again
+        (step.out / last).write_text("{}")
+        assert run_steps([step], runners) == ([None] if once else ["ran"])
+        assert run_steps([step], runners, keep_scores=True) == [None]
+
+
 def test_a_wrong_last_step_is_refused_before_the_first_runs(tmp_path: Path) -> None:
     wrong = Step("eval", {"tasks": "perplexity", "out": str(tmp_path)}, ("demo",))  # perplexity without a text
     with pytest.raises(DataError):

@@ -119,3 +119,10 @@ def test_a_folder_of_runs_stands_for_what_is_in_it(tmp_path):
     assert ([r.name for r in runs], [e.name for e in entries]) == (["b"], ["m", "x", "y"])
     with pytest.raises(DataError, match="neither an evaluation"):
         collect_runs([tmp_path / "runs" / "cache"])
+
+
+def test_scores_elsewhere_are_those_of_the_run_that_was_given(tmp_path):
+    run = save_run(tmp_path / "r", kd=True)
+    evaluation(str(run), HARD, 8.0).save(tmp_path / "scores")
+    runs, entries = collect_runs([run, tmp_path / "scores"])
+    assert ([r.name for r in runs], [e.name for e in entries]) == (["r"], ["r"])

@@ -8,6 +8,7 @@ import pytest
 
 from kd.common.errors import DataError
 from kd.student_trainer.merging.pool import read_pool
+from kd.student_trainer.run_folder import write_classifier_run
 
 LISTED = """
 type: HF_GPT2ForSequenceClassification
@@ -85,3 +86,36 @@ def test_faulty_pools_are_refused_with_file_and_key(tmp_path: Path, text: str, m
     with pytest.raises(DataError, match=message) as caught:
         read_pool(tmp_path / "pool.yaml")
     assert "pool.yaml" in str(caught.value)
+
+
+def save_classifier(folder: Path, task: str, model: str = "gpt2") -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    write_classifier_run(folder, {"task": task, "settings": {"model": model, "revision": None}})
+
+
+def test_a_folder_of_classifiers_is_a_pool(tmp_path: Path) -> None:
+    for name, task in (("b-rte", "rte"), ("a-cola", "cola")):
+        save_classifier(tmp_path / name, task)
+    (tmp_path / "notes").mkdir()
+    pool = read_pool(tmp_path)
+    assert [(m.name, m.path) for m in pool.models] == [
+        ("cola", str(tmp_path / "a-cola")),
+        ("rte", str(tmp_path / "b-rte")),
+    ]
+    assert pool.base is not None
+    assert pool.base.path == "gpt2"
+
+
+def test_a_folder_that_is_no_pool_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no classifiers"):
+        read_pool(tmp_path)
+    save_classifier(tmp_path / "one", "rte")
+    save_classifier(tmp_path / "two", "rte")
+    with pytest.raises(DataError, match="same name"):
+        read_pool(tmp_path)
+    save_classifier(tmp_path / "other" / "one", "rte")
+    save_classifier(tmp_path / "other" / "two", "cola", model="distilgpt2")
+    with pytest.raises(DataError, match="began with different models") as caught:
+        read_pool(tmp_path / "other")
+    assert "two from distilgpt2" in str(caught.value)

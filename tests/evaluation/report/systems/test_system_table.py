@@ -139,7 +139,6 @@ def test_published_rows_stand_below_their_model_and_only_where_they_were_asked_f
     assert "they were worked out from its cells" in text
     plain = write_report([root / "runs"], tmp_path / "plain", table="oscarnav-ten")
     assert "published" not in plain.markdown.read_text("utf-8").lower()
-    assert "published" not in write_report([root / "runs"], tmp_path / "none").markdown.read_text("utf-8").lower()
 
 
 def test_system_000_has_its_four_columns(system, tmp_path: Path) -> None:
