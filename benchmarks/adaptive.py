@@ -29,7 +29,8 @@ from kd.cache_builder.store.readers.reader import CacheReader, quality_means
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_targets import LossTargets
 

@@ -145,7 +145,7 @@ def build_cache(work: Path, out: Path, tokens: int, model: Any = None, profile: 
     from kd.cache_builder.build.request import BuildRequest
     from kd.cache_builder.store.targets import TargetConfig
     from kd.data.tokenizing.block_config import BlockConfig
-    from kd.models.loading import ModelRequest
+    from kd.models.model_request import ModelRequest
 
     request = ModelRequest(str(work / "model"), device="cpu")
     targets = TargetConfig.of_profile(profile)
@@ -180,7 +180,8 @@ def t5_plan(out: Path, tokens: int, model: Any = None) -> Any:
     from kd.cache_builder.store.targets import TargetConfig
     from kd.data.sources import load_corpus
     from kd.data.tokenizing.block_config import BlockConfig
-    from kd.models.loading import ModelRequest, load_model
+    from kd.models.loading import load_model
+    from kd.models.model_request import ModelRequest
 
     request = ModelRequest(T5, tokenizer="demo-t5", device="cpu")
     model = model or resident(load_model(request).eval())

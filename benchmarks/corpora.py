@@ -56,7 +56,7 @@ def measured(folder: Path, file: Path, args: argparse.Namespace) -> dict[str, fl
     from kd.cache_builder.tokens.token_pass import COUNTS, Keep
     from kd.data.sources import stream_text
     from kd.data.tokenizing.block_config import BlockConfig
-    from kd.models.loading import ModelRequest
+    from kd.models.model_request import ModelRequest
 
     out = folder / f"cache-{file.stem}"
     shutil.rmtree(out, ignore_errors=True)

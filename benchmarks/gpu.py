@@ -60,7 +60,8 @@ from kd.data.rows.example import Example
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.batching.padded_batches import batches_by_length, head_rows, on_device
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
-from kd.models.loading import ModelRequest, load_model, random_model
+from kd.models.loading import load_model, random_model
+from kd.models.model_request import ModelRequest
 from kd.models.shapes import SHAPES
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from kd.cache_builder.store.readers.reader import CacheReader
-from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.student_text import StudentText

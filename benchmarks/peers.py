@@ -172,8 +172,8 @@ def stored_case(work: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     import torch
 
     from kd.cache_builder.store.readers.reader import CacheReader
-    from kd.models.loading import ModelRequest
     from kd.models.loading import load_model as load_request
+    from kd.models.model_request import ModelRequest
 
     model = load_request(ModelRequest("demo", device="cpu")).eval()
     batches = token_batches(work, "stored", min(32, sizes.stored_texts))

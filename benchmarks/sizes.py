@@ -40,7 +40,7 @@ from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.cache_builder.teacher.teacher_pass import collect
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 
 CACHES = (
     ("kl", "graded"),

@@ -26,7 +26,9 @@ from kd.cache_builder.teacher.selection import draw
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
-from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.losses.by_row import jsd, kl_ghost, kl_renorm, kl_reverse, kl_sampled
 from kd.student_trainer.losses.loss_targets import LossTargets
 

@@ -33,7 +33,9 @@ from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import split_head
-from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.losses.by_group import sorted_distance, uld
 from kd.student_trainer.losses.loss_settings import GroupSettings
 from kd.student_trainer.losses.loss_targets import GroupTargets

@@ -181,7 +181,7 @@ def build_cache(
     from kd.cache_builder.store.targets import TargetConfig
     from kd.data.sources import load_corpus
     from kd.data.tokenizing.block_config import BlockConfig
-    from kd.models.loading import ModelRequest
+    from kd.models.model_request import ModelRequest
 
     length = len(read_texts(texts)[0]["input_ids"])
     request = BuildRequest(

@@ -126,7 +126,7 @@ def train_student(config: TrainConfig, scores: ScoreSettings, *, resume: bool, a
 def checked_plan(config: TrainConfig, scores: ScoreSettings) -> ScorePlan:
     """What will be scored, its texts loaded and checked: none of them may be in the cache. Raises KdError."""
     from kd.evaluation.midway_scores import plan_scores
-    from kd.models.loading import ModelRequest
+    from kd.models.model_request import ModelRequest
     from kd.student_trainer.prepare import reading_before_training
 
     model = config.model

@@ -30,7 +30,8 @@ from kd.evaluation.tasks.shared_options import EvalDataSettings, SharedOptions
 from kd.evaluation.tasks.task_registry import TASKS, figures_of, named_task
 from kd.evaluation.unseen_tasks import marked, seen_or_unseen
 from kd.models.identity import model_identity, pinned
-from kd.models.loading import Model, load_model, load_request_tokenizer, refuse_adapter, refuse_unusable_map
+from kd.models.loading import Model, load_model, refuse_unusable_map
+from kd.models.model_config import load_request_tokenizer, refuse_adapter
 from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint
 
 

@@ -19,7 +19,9 @@ from kd.data.sources import takes_instructions
 from kd.evaluation.eval_settings import EvalSettings
 from kd.evaluation.evaluator import LoadedTasks, check_tasks, contaminated_tasks, load_tasks, score_model
 from kd.evaluation.tasks.task_registry import figures_of
-from kd.models.loading import Model, ModelRequest, load_request_tokenizer
+from kd.models.loading import Model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer
 
 

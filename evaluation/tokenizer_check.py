@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kd.common.errors import DataError
-from kd.models.loading import ModelRequest, load_request_tokenizer
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer, token_bytes
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd.models.loading import Model, decoder_start, is_encoder_decoder
+from kd.models.loading import Model
+from kd.models.model_config import decoder_start, is_encoder_decoder
 from kd.models.placement.spread_models import input_device
 from kd.models.tokenizer import Tokenizer
 

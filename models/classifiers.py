@@ -21,15 +21,9 @@ from kd.common.errors import DataError, TeacherError
 from kd.models.batching.gaps import Gaps
 from kd.models.batching.padded_batches import Size, padded_ids
 from kd.models.heads import LanguageModelHead
-from kd.models.loading import (
-    ModelRequest,
-    cannot_load,
-    is_classifier,
-    load_config,
-    refuse_damaged_model,
-    resolve_device,
-    resolve_dtype,
-)
+from kd.models.loading import refuse_damaged_model
+from kd.models.model_config import cannot_load, is_classifier, load_config, resolve_dtype
+from kd.models.model_request import ModelRequest, resolve_device
 
 if TYPE_CHECKING:
     from torch import Tensor

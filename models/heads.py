@@ -23,7 +23,8 @@ from kd.models.families.body_with_neck import BodyWithNeck, with_neck
 from kd.models.families.logit_transform import PLAIN, LogitTransform, named_transforms
 from kd.models.families.output_columns import counted_columns, with_final_bias
 from kd.models.families.own_logits import require_own_logits
-from kd.models.loading import Model, decoder_start, is_encoder_decoder
+from kd.models.loading import Model
+from kd.models.model_config import decoder_start, is_encoder_decoder
 from kd.models.placement.spread_models import spread_body, whole_weight
 from kd.models.weights.quantised_checkpoints import unpack
 

@@ -20,7 +20,8 @@ from kd.common.errors import DataError
 from kd.common.files import MAX_JSON_BYTES
 from kd.common.strangers.plain_files import read_plain
 from kd.models.families.logit_transform import changed_numbers
-from kd.models.loading import ModelRequest, cannot_load, load_config, resolve_device, resolve_dtype
+from kd.models.model_config import cannot_load, load_config, resolve_dtype
+from kd.models.model_request import ModelRequest, resolve_device
 from kd.models.placement.spread_models import offloaded
 from kd.models.weights.quantised_checkpoints import computed_as
 

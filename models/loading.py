@@ -1,36 +1,32 @@
-"""Load a language model (causal or encoder-decoder) and its tokenizer by name.
+"""Load a language model (causal or encoder-decoder) that a `ModelRequest` names.
 
-    demo, demo-t5    the embedded teachers (2.7 M and 3.0 M parameters); as a student, `demo` is `random:demo-student`
-    random:NAME      random weights in the real shape of a known model; no download (`--tokenizer demo-t5` with
-                     `random:demo-t5-student`)
-    a folder         anything that `save_pretrained` wrote
-    a hub id         loaded through transformers, never with remote code
-
-Language models are loaded here and nowhere else; loading in 4 or 8 bits is in `kd.models.quantised`.
+Language models are loaded here and nowhere else; loading in 4 or 8 bits is in `kd.models.weights.quantised`.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.common.disk.digests import refuse_damage
-from kd.common.errors import DataError, TeacherError, unknown_name
-from kd.common.files import read_object
-from kd.common.paths import as_path
-from kd.common.strangers.plain_files import refuse_special_files
-from kd.models.families.encoder_layout import set_languages, start_language
-from kd.models.families.text_model import loader_of, refuse_missing_weights, text_config
-from kd.models.placement.device_maps import Placement, refuse_missing_gpus, refuse_other_modules
+from kd.common.errors import DataError
+from kd.models.families.text_model import loader_of, refuse_missing_weights
+from kd.models.model_config import (
+    adapter_error,
+    cannot_load,
+    load_config,
+    refuse_classifier,
+    resolve_dtype,
+    stored_config,
+)
+from kd.models.model_request import ModelRequest, resolve_device
+from kd.models.placement.device_maps import refuse_missing_gpus, refuse_other_modules
 from kd.models.placement.tensor_parallel import all_at_once, group_for, lead, sharding
-from kd.models.quantised import QuantisedShare, load_quantised, planned_share, refuse_mostly_unquantised
-from kd.models.shapes import SHAPES
-from kd.models.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
-from kd.models.weights.adapters import Adapter, merged
+from kd.models.weights.adapters import merged
+from kd.models.weights.quantised import QuantisedShare, load_quantised, planned_share, refuse_mostly_unquantised
 from kd.models.weights.quantised_checkpoints import (
     cannot_run,
     make_plain,
@@ -47,195 +43,6 @@ Model = Any
 
 STATES = (".jsonl", ".pt", ".pth")
 """Endings of files beside the weights that are no part of the model: a run's records, and a checkpoint's states."""
-ADAPTER = "adapter_config.json"
-"""The file by which peft and transformers know an adapter."""
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class ModelRequest:
-    """A model by name, and how to load it. Creating a request loads nothing."""
-
-    name: str
-    """`demo`, `demo-t5`, `random:NAME`, a folder, or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    dtype: str = "auto"
-    """One of DTYPES; `auto` is the stored type on a GPU and float32 on a CPU."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`; `auto` is cuda where there is a GPU."""
-    load_in_4bit: bool = False
-    """Load the weights in nf4 with double quantisation (bitsandbytes)."""
-    tokenizer: str | None = None
-    """Folder or hub id of the tokenizer; None is the model's own."""
-    seed: int = 0
-    """Seed of random weights."""
-    source_lang: str | None = None
-    """Language code of the texts that an encoder reads, for a tokenizer that writes one; None is the tokenizer's own."""
-    target_lang: str | None = None
-    """Language code of the texts that a decoder writes."""
-    placement: Placement = field(default_factory=Placement)
-    """Where the weights are put, for a model that is larger than one device."""
-    load_in_8bit: bool = False
-    """Load the weights in 8 bits, LLM.int8 (bitsandbytes)."""
-    adapter: Adapter | None = None
-    """An adapter that is merged into the weights."""
-    attention: str | None = None
-    """Attention as transformers names it, such as sdpa or flash_attention_2; None is the model's own."""
-
-    def __post_init__(self) -> None:
-        self._check_placement()
-        self._check_weights()
-        if self.dtype not in DTYPES:
-            raise unknown_name("dtype", self.dtype, DTYPES)
-        if self.random_shape is not None and self.random_shape not in SHAPES:
-            raise unknown_name("random model", self.random_shape, SHAPES)
-
-    def _check_placement(self) -> None:
-        """Raise DataError where a device map cannot be used."""
-        if self.placement.tensor_parallel > 1:
-            self._check_tensor_parallel()
-        if not self.placement.spread:
-            return
-        if self.device != "auto":
-            raise DataError(
-                "a device map and a device exclude each other",
-                found=f"--device {self.device} with --device-map",
-                try_="--max-memory, or a map from a file, which say what each device holds",
-            )
-        if self.random_shape is not None:
-            raise DataError(
-                "a device map needs weights in files",
-                where=self.name,
-                found="random weights",
-                expected="a folder or a hub id",
-            )
-
-    def _check_tensor_parallel(self) -> None:
-        """Raise DataError for what a group of processes cannot load."""
-        for option, given in (
-            (f"--device {self.device}", self.device != "auto"),
-            ("random weights", self.random_shape is not None),
-            (f"--load-in-{self.bits}bit", self.bits is not None),
-            ("--teacher-adapter", self.adapter is not None),
-        ):
-            if given:
-                raise DataError(
-                    "tensor parallelism takes plain weights in files, on the GPUs of torchrun's processes",
-                    where=self.name,
-                    found=f"--tensor-parallel {self.placement.tensor_parallel} with {option}",
-                    try_="--device-map auto",
-                )
-
-    def _check_weights(self) -> None:
-        """Raise DataError where ways to load weights exclude each other."""
-        if self.load_in_4bit and self.load_in_8bit:
-            raise DataError("a model is loaded in 4 bits or in 8", found="--load-in-4bit with --load-in-8bit")
-        if self.adapter is not None and self.bits is not None:
-            raise DataError(
-                "an adapter is merged into plain weights alone",
-                where=self.adapter.name,
-                found=f"an adapter with --load-in-{self.bits}bit",
-                try_=f"without --load-in-{self.bits}bit; or merge with peft, save, and load the merged model in {self.bits} bits",
-            )
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of the weights that bitsandbytes quantises while it loads them; None for weights as they are stored."""
-        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
-
-    @property
-    def random_shape(self) -> str | None:
-        """NAME of `random:NAME`, else None."""
-        kind, _, shape = self.name.partition(":")
-        return shape if kind == "random" else None
-
-    @property
-    def path(self) -> str:
-        """The folder or hub id to pass to `from_pretrained`."""
-        if self.name in EMBEDDED:
-            return str(EMBEDDED[self.name])
-        return str(as_path(self.name)) if self.local else self.name
-
-    @property
-    def local(self) -> bool:
-        """Whether the model is a folder on this machine."""
-        return self.name in EMBEDDED or (self.random_shape is None and os.path.isdir(as_path(self.name)))
-
-
-def resolve_device(device: str) -> str:
-    """The device that `auto` stands for, else `device` itself. Raises DataError for one that does not exist here."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise DataError(
-            "torch knows no such device", found=f"--device {device}", expected="auto, cpu, cuda or cuda:N"
-        ) from None
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise DataError("no CUDA device on this machine", found=f"--device {device}", try_="--device cpu")
-    return device
-
-
-def resolve_dtype(request: ModelRequest) -> torch.dtype:
-    """The dtype the model computes in. `auto` is the stored type on a GPU, float32 on a CPU (most have no fast bfloat16)."""
-    import torch
-
-    if request.dtype != "auto":
-        return getattr(torch, request.dtype)  # type: ignore[no-any-return]
-    on_cpu = resolve_device(request.device) == "cpu"
-    return torch.float32 if on_cpu else getattr(torch, stored_dtype(request))
-
-
-def stored_dtype(request: ModelRequest) -> str:
-    """The name of the dtype that the weights are stored in, which `auto` is on a GPU."""
-    import torch
-
-    if request.random_shape is not None or request.name in EMBEDDED:
-        return "bfloat16"
-    stored = getattr(load_config(request), "dtype", None)
-    return str(stored).removeprefix("torch.") if isinstance(stored, torch.dtype) else "float32"
-
-
-def load_config(request: ModelRequest) -> Any:
-    """The text model's configuration, without reading weights. Raises TeacherError saying what failed.
-
-    Where `target_lang` decides the token that the decoder starts from, the configuration says so.
-    """
-    config = text_config(_stored_config(request))
-    if request.target_lang is not None:
-        start = start_language(load_request_tokenizer(request), config.model_type)
-        config.decoder_start_token_id = getattr(config, "decoder_start_token_id", None) if start is None else start
-    return config
-
-
-def _stored_config(request: ModelRequest) -> Any:
-    """The configuration of the whole checkpoint."""
-    if request.random_shape is not None:
-        return SHAPES[request.random_shape]()
-    refuse_adapter(request)
-    from transformers import AutoConfig
-
-    refuse_special_files(request.path)
-    try:
-        return AutoConfig.from_pretrained(request.path, revision=request.revision, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError, HTTP errors: one message for all
-        raise cannot_load(request, error) from error
-
-
-def load_request_tokenizer(request: ModelRequest) -> Tokenizer:
-    """The model's tokenizer, in the request's languages. Random models use the embedded one unless `tokenizer` names another."""
-    if request.tokenizer is not None:
-        tokenizer = load_tokenizer(request.tokenizer)
-    elif request.random_shape is not None:
-        tokenizer = load_tokenizer("demo")
-    else:
-        tokenizer = load_tokenizer(request.name, request.revision)
-    set_languages(tokenizer, request.source_lang, request.target_lang)
-    return tokenizer
 
 
 def load_model(request: ModelRequest) -> Model:
@@ -281,7 +88,7 @@ def _load_share(request: ModelRequest, device: str, dtype: torch.dtype) -> Model
 
 def _load_files(request: ModelRequest, device: str, dtype: torch.dtype, **sharded: Any) -> Model:
     """A model from its files, on one device, or as its device map or its group of processes has it."""
-    stored = _stored_config(request)
+    stored = stored_config(request)
     auto_class, options = loader_of(stored)
     options = {**options, **sharded, **_attention(request)}
     quantised = stored_method(stored) is not None
@@ -349,66 +156,10 @@ def refuse_unusable_map(request: ModelRequest) -> None:
         refuse_other_modules(placed, _on_meta(request))
 
 
-def refuse_adapter(request: ModelRequest) -> None:
-    """Raise DataError for a folder that holds an adapter: transformers would load its base and save the adapter alone."""
-    file = Path(request.path) / ADAPTER if request.local else None
-    if file is None or not file.is_file():
-        return
-    base = read_object(file).get("base_model_name_or_path")
-    raise adapter_error(request, str(base) if base else None)
-
-
-def adapter_error(request: ModelRequest, base: str | None) -> DataError:
-    """The error for an adapter in place of a model; `base` is the model it was made for, where that is known."""
-    return DataError(
-        "this is an adapter, and not a model",
-        where=request.name,
-        found=f"{ADAPTER}, an adapter of {base}" if base else ADAPTER,
-        expected="a model with all its weights",
-        try_=f"for a teacher: --teacher {base or 'BASE'} --teacher-adapter {request.name}; "
-        f"to score it: kd eval {base or 'BASE'} --adapter {request.name}; "
-        f"to train a new one: --student {base or 'BASE'} --lora 16; or peft's merge_and_unload, then save_pretrained",
-    )
-
-
 def refuse_damaged_model(request: ModelRequest) -> None:
     """Raise DamagedFilesError for a folder of ours whose files are not what was written; other models say nothing of this."""
     if request.local:
         refuse_damage(Path(request.path), lambda name: not name.endswith(STATES))
-
-
-def is_encoder_decoder(config: Any) -> bool:
-    """Whether the model reads its prompt with an encoder."""
-    return bool(getattr(config, "is_encoder_decoder", False))
-
-
-def is_classifier(config: Any) -> bool:
-    """Whether the configuration declares a trained classification head."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-
-
-def refuse_classifier(request: ModelRequest, config: Any) -> None:
-    """Raise TeacherError for a classifier. transformers would only warn, and give it a new random output layer."""
-    if is_classifier(config):
-        raise TeacherError(
-            "the model is a classifier and predicts no tokens",
-            where=request.name,
-            found=config.architectures[0],
-            expected="a language model",
-            try_="kd classify eval",
-        )
-
-
-def decoder_start(config: Any) -> int:
-    """Id of the token that the decoder starts from. Raises TeacherError where the configuration has none."""
-    start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        raise TeacherError(
-            "the model's configuration has no start token for its decoder",
-            where=config.model_type,
-            expected="decoder_start_token_id in its configuration",
-        )
-    return int(start)
 
 
 def random_model(config: Any, dtype: torch.dtype) -> Model:
@@ -433,7 +184,7 @@ def random_model(config: Any, dtype: torch.dtype) -> Model:
 
 def _load_quantised(request: ModelRequest, bits: int, device: str, dtype: torch.dtype) -> Model:
     """A model in 4 or 8 bits. bitsandbytes quantises while it loads files, so random weights are saved to a temporary folder."""
-    auto_class, options = loader_of(_stored_config(request))
+    auto_class, options = loader_of(stored_config(request))
     options = {**options, **_attention(request)}
     whole = {"device_map": {"": device}}
     if request.random_shape is None:
@@ -461,27 +212,6 @@ def quantised_share(request: ModelRequest) -> QuantisedShare:
 def _on_meta(request: ModelRequest) -> Model:
     import torch
 
-    stored = _stored_config(request)
+    stored = stored_config(request)
     with torch.device("meta"):
         return random_model(loader_of(stored)[1].get("config", stored), torch.float32)
-
-
-def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
-    """The TeacherError for a model that transformers could not load because of `error`."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    here = {} if request.local else {"here": f"no folder of this name in {Path.cwd()}"}
-    if request.attention is not None and isinstance(error, ValueError | ImportError):
-        return TeacherError(
-            "the model cannot be loaded with this attention",
-            where=request.name,
-            found=f"--attn-implementation {request.attention}: {reason}",
-            expected="sdpa or eager, or kernels whose package is installed and that this model supports",
-        )
-    return TeacherError(
-        "cannot load the model",
-        where=request.name,
-        **here,
-        found=f"{type(error).__name__}: {reason}",
-        expected="a folder written by save_pretrained, a hub id, demo, or random:NAME",
-        known_shapes=", ".join(SHAPES),
-    )

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kd.models.loading import Model, ModelRequest, load_model, load_request_tokenizer
+from kd.models.loading import Model, load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.placement.device_maps import Placement
 from kd.models.tokenizer import Tokenizer
 from kd.models.weights.adapters import Adapter

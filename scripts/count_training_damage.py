@@ -41,7 +41,9 @@ from kd.cli import cli  # noqa: E402
 from kd.common.errors import KdError  # noqa: E402
 from kd.common.settings import make  # noqa: E402
 from kd.evaluation.results import load_report  # noqa: E402
-from kd.models.loading import ModelRequest, load_model, load_request_tokenizer  # noqa: E402
+from kd.models.loading import load_model  # noqa: E402
+from kd.models.model_config import load_request_tokenizer  # noqa: E402
+from kd.models.model_request import ModelRequest  # noqa: E402
 from kd.student_trainer.configuration.train_config import TrainConfig  # noqa: E402
 from kd.student_trainer.run_folder import read_evaluations, read_log, read_run  # noqa: E402
 from kd.student_trainer.training import train  # noqa: E402

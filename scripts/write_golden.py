@@ -21,7 +21,7 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 
 TEXTS = (
     "A very short one.",

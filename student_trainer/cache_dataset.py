@@ -26,7 +26,7 @@ from kd.cache_builder.weighted_caches import CacheSpec
 from kd.common.errors import CacheMismatchError, DataError, unknown_name
 from kd.common.setting_fields import settings_of
 from kd.models.families.text_model import text_config
-from kd.models.loading import load_config, load_request_tokenizer
+from kd.models.model_config import load_config, load_request_tokenizer
 from kd.models.tokenizer import Tokenizer, load_tokenizer
 from kd.student_trainer.batches.batch_plan import FORWARD, BatchPlan
 from kd.student_trainer.batches.compatibility import needed_arrays

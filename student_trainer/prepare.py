@@ -15,12 +15,8 @@ from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import band_edges
 from kd.models.families.positions import max_positions
-from kd.models.loading import (
-    ModelRequest,
-    is_encoder_decoder,
-    load_config,
-    load_request_tokenizer,
-)
+from kd.models.model_config import is_encoder_decoder, load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches
 from kd.student_trainer.batches.collate import Collator

@@ -10,11 +10,13 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from kd.models.finite_weights import refuse_weights_without_value
-from kd.models.loading import Model, ModelRequest, load_model, load_request_tokenizer, resolve_device
+from kd.models.loading import Model, load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest, resolve_device
 from kd.models.packable import require_packable
-from kd.models.quantised import keep_trainable
 from kd.models.tokenizer import Tokenizer
+from kd.models.weights.finite_weights import refuse_weights_without_value
+from kd.models.weights.quantised import keep_trainable
 from kd.student_trainer.configuration.model_settings import StudentSettings
 from kd.student_trainer.faster.compiled_layers import compile_layers
 from kd.student_trainer.faster.liger_kernels import use_liger_kernels

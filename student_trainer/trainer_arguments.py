@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.extras import EXTRAS, MissingPackageError, require_package
-from kd.models.loading import resolve_device
+from kd.models.model_request import resolve_device
 from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES, OptimizerSettings
 from kd.student_trainer.configuration.train_config import TrainConfig
 

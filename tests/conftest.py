@@ -29,7 +29,7 @@ from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 
 torch.set_num_threads(1)
 settings.register_profile("kd", deadline=None)  # no test fails because a machine is busy

@@ -27,7 +27,8 @@ from kd.cache_builder.teacher.teacher_pass import Teacher
 from kd.data.rows.example import Example
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead
-from kd.models.loading import decoder_start, random_model
+from kd.models.loading import random_model
+from kd.models.model_config import decoder_start
 from kd.models.shapes import SHAPES
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective

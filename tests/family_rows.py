@@ -11,7 +11,8 @@ import torch
 import transformers
 from tiny_families import WRAPPED, wrapped_model
 
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 
 VOCABULARY = 64
 SHAPE: dict[str, Any] = {

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from kd.data.instruction_tasks.glue import glue_tasks
 from kd.models.classifiers import load_classifier
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.merging.pool import ModelPool, PoolModel, read_pool
 from kd.student_trainer.merging.stored_weights import StoredPool, skeleton
 

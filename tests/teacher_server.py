@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from servers import Answer, Server
 
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 
 
 class TeacherServer(Server):

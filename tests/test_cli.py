@@ -65,7 +65,7 @@ def test_every_command_and_option_is_documented(path: tuple[str, ...], command: 
         ("kd.student_trainer.configuration.step_settings", "SCHEDULES", "train", "schedule"),
         ("kd.cache_builder.store.targets", "PROFILES", "cache build", "profile"),
         ("kd.cache_builder.store.encoding.codecs", "CODECS", "cache build", "logprob_codec"),
-        ("kd.models.loading", "DTYPES", "cache build", "dtype"),
+        ("kd.models.model_request", "DTYPES", "cache build", "dtype"),
         ("kd.data.data_settings", "TEMPLATE_CHOICES", "cache build", "template"),
         ("kd.data.instruction_tasks.task", "WORDINGS", "cache build", "labels"),
         ("kd.evaluation.tasks.task_registry", "TASKS", "eval", "tasks"),

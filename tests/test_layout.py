@@ -39,7 +39,7 @@ DOORS = {
     "zarr": {"cache_builder/store/writers/shard_writer.py"},
     "numcodecs": {"cache_builder/store/chunks.py"},
     "datasets": {"data/rows/hub.py"},
-    "bitsandbytes": {"models/quantised.py"},
+    "bitsandbytes": {"models/weights/quantised.py"},
     "click": {"cli.py", "commands/"},
     "rich": {"commands/terminal/console.py"},
     "ray": {"cache_builder/build/together/ray_cluster.py", "cache_builder/build/together/ray_engine.py"},

@@ -26,7 +26,9 @@ from kd.data.rows.example import Example
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.identity import model_identity, parameters_digest
-from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.placement.device_maps import Placement
 from kd.models.weights.adapters import Adapter
 from kd.student_trainer.head import chunked_head_loss

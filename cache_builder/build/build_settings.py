@@ -23,7 +23,7 @@ from kd.common.setting_values import unescaped
 from kd.common.settings import check, setting
 from kd.data.conversations.chat_settings import ChatSettings
 from kd.data.data_settings import RequiredDataSettings
-from kd.models.loading import DTYPES
+from kd.models.model_request import DTYPES
 from kd.models.placement.device_maps import memory_from
 
 RESTARTS = 3

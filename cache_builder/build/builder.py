@@ -40,7 +40,7 @@ from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.classifiers import load_classifier, split_classifier
 from kd.models.heads import LanguageModelHead, split_head
-from kd.models.loading import load_request_tokenizer
+from kd.models.model_config import load_request_tokenizer
 from kd.models.placement.device_maps import bytes_by_device
 from kd.models.tokenizer import pad_token_id
 

@@ -24,7 +24,9 @@ from kd.cache_builder.teacher.fidelity import (
 )
 from kd.common.errors import DataError
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.models.loading import parameter_count, resolve_device, resolve_dtype
+from kd.models.loading import parameter_count
+from kd.models.model_config import resolve_dtype
+from kd.models.model_request import resolve_device
 
 
 def _bound(most: int, blocks: BlockConfig) -> str:

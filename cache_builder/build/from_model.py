@@ -46,7 +46,9 @@ from kd.data.rows.row_reading import ID, RowReading
 from kd.data.text_stream import TextStream
 from kd.models.families.text_model import text_config
 from kd.models.identity import parameters_digest
-from kd.models.loading import Model, ModelRequest, is_classifier, load_config
+from kd.models.loading import Model
+from kd.models.model_config import is_classifier, load_config
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer
 from kd.models.weights.quantised_checkpoints import unpack
 

@@ -40,14 +40,9 @@ from kd.data.sources import load_classes, stream_text
 from kd.data.text_stream import Text
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.positions import max_positions
-from kd.models.loading import (
-    ModelRequest,
-    is_classifier,
-    is_encoder_decoder,
-    load_config,
-    load_model,
-    refuse_unusable_map,
-)
+from kd.models.loading import load_model, refuse_unusable_map
+from kd.models.model_config import is_classifier, is_encoder_decoder, load_config
+from kd.models.model_request import ModelRequest
 from kd.models.placement.device_maps import Placement
 from kd.models.placement.tensor_parallel import run_in_group
 from kd.models.weights.adapters import Adapter

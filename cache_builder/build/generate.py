@@ -43,7 +43,7 @@ from kd.models.answering import answer_batch, answer_text, end_ids, until_eos, u
 from kd.models.chat.chat_prompt import ending_ids
 from kd.models.chat.reasoning import split_reasoning
 from kd.models.families.encoder_layout import encoder_layout
-from kd.models.loading import is_encoder_decoder, refuse_classifier
+from kd.models.model_config import is_encoder_decoder, refuse_classifier
 from kd.models.placement.spread_models import input_device
 from kd.models.tokenizer import Tokenizer, tokenizer_fingerprint, usable_ids
 

@@ -58,8 +58,8 @@ from kd.data.tokenizing.text_tokens import TEXT_RULES
 from kd.data.tokenizing.token_notes import TokenNotes, recorded_notes
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.families.encoder_layout import encoder_layout
-from kd.models.loading import is_encoder_decoder, quantised_share
-from kd.models.quantised import share_of
+from kd.models.loading import quantised_share
+from kd.models.model_config import is_encoder_decoder
 from kd.models.tokenizer import (
     Tokenizer,
     pad_token_id,
@@ -68,6 +68,7 @@ from kd.models.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
+from kd.models.weights.quantised import share_of
 from kd.models.weights.quantised_checkpoints import stored_quantisation
 
 

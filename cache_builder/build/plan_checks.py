@@ -14,7 +14,7 @@ from kd.data.instruction_tasks.glue import CLASSES
 from kd.data.text_stream import Text
 from kd.models.classifiers import refuse_other_classes, refuse_other_heads
 from kd.models.families.positions import max_positions
-from kd.models.loading import is_classifier
+from kd.models.model_config import is_classifier
 from kd.models.tokenizer import Tokenizer, usable_ids
 
 PADDED_COLUMNS = 128

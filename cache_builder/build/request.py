@@ -18,7 +18,9 @@ from kd.data.text_stream import Text
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.text_model import text_config
 from kd.models.identity import in_memory_identity, model_identity, pinned
-from kd.models.loading import Model, ModelRequest, load_config, load_model, load_request_tokenizer
+from kd.models.loading import Model, load_model
+from kd.models.model_config import load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer
 
 LATER_DEFAULTS = (("answers", 1), ("reasoning", "keep"))

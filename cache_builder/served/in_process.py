@@ -14,7 +14,8 @@ from kd.cache_builder.served.server_dialects import Writing
 from kd.cache_builder.served.serving import ScoredSequence, Serving
 from kd.common.errors import TeacherError
 from kd.common.extras import needed
-from kd.models.loading import ModelRequest, resolve_dtype
+from kd.models.model_config import resolve_dtype
+from kd.models.model_request import ModelRequest
 
 AT_ONCE = 256
 """Sequences that are handed over at a time."""

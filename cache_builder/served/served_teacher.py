@@ -19,14 +19,9 @@ from kd.cache_builder.store.records.teacher_record import GIVEN, LOGPROBS, UNKNO
 from kd.common.errors import DataError, TeacherError
 from kd.common.shown_text import without_secrets
 from kd.models.identity import config_digest, model_identity
-from kd.models.loading import (
-    Model,
-    ModelRequest,
-    is_classifier,
-    is_encoder_decoder,
-    load_config,
-    load_request_tokenizer,
-)
+from kd.models.loading import Model
+from kd.models.model_config import is_classifier, is_encoder_decoder, load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer
 
 PROBED = "The teacher answers a few words, so that its server is known before the work begins."

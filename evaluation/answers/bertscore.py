@@ -18,7 +18,7 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.common.paths import as_path
-from kd.models.loading import resolve_device
+from kd.models.model_request import resolve_device
 from kd.models.text_encoder import load_encoder
 
 PAIRS_PER_BATCH = 64

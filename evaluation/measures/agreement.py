@@ -36,7 +36,8 @@ from kd.evaluation.scoring.windows import require_positions
 from kd.evaluation.statistics.calibration import calibration_error
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
 from kd.models.heads import split_head
-from kd.models.loading import Model, is_encoder_decoder
+from kd.models.loading import Model
+from kd.models.model_config import is_encoder_decoder
 
 if TYPE_CHECKING:
     from kd.cache_builder.store.readers.reading import Reader

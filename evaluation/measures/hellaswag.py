@@ -45,7 +45,8 @@ from kd.evaluation.scoring.scored_text import ScoredText
 from kd.evaluation.scoring.shared_context import shared_nll
 from kd.evaluation.statistics.estimates import Documents, Estimate, per_example
 from kd.models.families.positions import max_positions
-from kd.models.loading import Model, is_encoder_decoder
+from kd.models.loading import Model
+from kd.models.model_config import is_encoder_decoder
 from kd.models.tokenizer import Tokenizer
 
 SOURCE = """

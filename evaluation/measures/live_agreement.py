@@ -23,7 +23,8 @@ from kd.evaluation.scoring.scored_text import LogitChunk, ScoredText, chunk_scor
 from kd.evaluation.scoring.windows import text_blocks, token_rows, window
 from kd.evaluation.statistics.estimates import Documents
 from kd.models.heads import split_head
-from kd.models.loading import Model, is_encoder_decoder
+from kd.models.loading import Model
+from kd.models.model_config import is_encoder_decoder
 from kd.models.tokenizer import Tokenizer
 
 

@@ -77,7 +77,7 @@ def evaluate_perplexity(
     """Score `corpus`; the last record carries the result.
 
     Raises DataError when the model has fewer positions than the window or fewer logits than the tokenizer has
-    entries, TeacherError when its output layer cannot be taken apart (see `kd.models.loading.split_head`).
+    entries, TeacherError when its output layer cannot be taken apart (see `kd.models.heads.split_head`).
     """
     blocks = text_blocks(reading, window(model, reading.seq_len), model, tokenizer)
     left_out = LeftOut()

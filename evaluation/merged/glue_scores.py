@@ -23,7 +23,8 @@ from kd.evaluation.merged.glue_table import GlueTable
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings
 from kd.models.classifiers import HEAD, load_classifier, refuse_other_classes
 from kd.models.families.positions import max_positions
-from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, resolve_device
+from kd.models.model_config import load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest, resolve_device
 from kd.models.tokenizer import pad_token_id
 from kd.student_trainer.classify.encoding import EncodedRows, encode_rows
 from kd.student_trainer.classify.pooling import pooled_states

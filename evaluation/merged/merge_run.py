@@ -36,9 +36,10 @@ from kd.evaluation.merged.glue_table import GlueTable
 from kd.evaluation.merged.merged_settings import MergeRun
 from kd.evaluation.merged.sweep_figure import draw_sweep
 from kd.models.classifiers import load_classifier
-from kd.models.finite_weights import refuse_weights_without_value
-from kd.models.loading import ModelRequest, load_request_tokenizer, resolve_device
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest, resolve_device
 from kd.models.tokenizer import pad_token_id
+from kd.models.weights.finite_weights import refuse_weights_without_value
 from kd.student_trainer.merging.merge_statistics import LoadRows
 from kd.student_trainer.merging.merger import Merger, prepared_merger
 from kd.student_trainer.merging.method_registry import MergeMethod, merge_method, scaled_methods

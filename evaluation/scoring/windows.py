@@ -17,7 +17,8 @@ from kd.data.tokenizing.token_rows import TokenRows
 from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.families.encoder_layout import encoder_layout
 from kd.models.families.positions import max_positions
-from kd.models.loading import Model, is_encoder_decoder
+from kd.models.loading import Model
+from kd.models.model_config import is_encoder_decoder
 from kd.models.tokenizer import Tokenizer
 
 DEFAULT_SEQ_LEN = 1024

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from kd.cache_builder.store.readers.reading import Reader
     from kd.data.corpus import Corpus
     from kd.evaluation.measures.agreement import AgreementResult
-    from kd.models.loading import Model, ModelRequest
+    from kd.models.loading import Model
+    from kd.models.model_request import ModelRequest
     from kd.models.tokenizer import Tokenizer
 
 

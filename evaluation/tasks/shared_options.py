@@ -17,7 +17,7 @@ from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.placement.device_maps import memory_from
 
 if TYPE_CHECKING:
-    from kd.models.loading import ModelRequest
+    from kd.models.model_request import ModelRequest
     from kd.models.placement.device_maps import Placement
 
 
@@ -80,7 +80,7 @@ class LoadingOptions:
 
     def model_request(self, name: str) -> ModelRequest:
         """The request for the model that is evaluated."""
-        from kd.models.loading import ModelRequest
+        from kd.models.model_request import ModelRequest
         from kd.models.weights.adapters import Adapter
 
         return ModelRequest(
@@ -100,7 +100,7 @@ class LoadingOptions:
 
     def teacher_request(self, name: str, adapter: str | None = None) -> ModelRequest:
         """The request for a teacher beside it; revision, tokenizer and adapter are the model's alone."""
-        from kd.models.loading import ModelRequest
+        from kd.models.model_request import ModelRequest
         from kd.models.weights.adapters import Adapter
 
         return ModelRequest(

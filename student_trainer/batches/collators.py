@@ -15,10 +15,7 @@ from kd.common.errors import DataError
 from kd.models.batching.packing import Size
 from kd.models.families.encoder_layout import EncoderLayout, encoder_layout
 from kd.models.families.positions import max_positions
-from kd.models.loading import (
-    decoder_start,
-    is_encoder_decoder,
-)
+from kd.models.model_config import decoder_start, is_encoder_decoder
 from kd.models.tokenizer import Tokenizer, refuse_unknown_ids, token_bytes, usable_ids
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.compatibility import (

@@ -12,7 +12,7 @@ from kd.data.conversations.conversation import CONVERSATIONS
 from kd.models.chat.chat_template import ChatTemplate
 from kd.models.families.encoder_layout import EncoderLayout
 from kd.models.families.positions import max_positions
-from kd.models.loading import is_encoder_decoder
+from kd.models.model_config import is_encoder_decoder
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.compatibility import same_tokenizer
 from kd.student_trainer.batches.student_chat import StudentChat

@@ -16,7 +16,8 @@ from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import KdError
 from kd.common.paths import as_path
-from kd.models.loading import ModelRequest, is_encoder_decoder, load_config, load_request_tokenizer
+from kd.models.model_config import is_encoder_decoder, load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.compatibility import same_tokenizer
 from kd.student_trainer.run_folder import is_run, read_run

@@ -35,9 +35,10 @@ from kd.common.settings import saved
 from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue
 from kd.models.classifiers import HEAD, load_classifier
 from kd.models.families.positions import max_positions
-from kd.models.finite_weights import refuse_weights_without_value
-from kd.models.loading import ModelRequest, load_config, load_request_tokenizer, resolve_device
+from kd.models.model_config import load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest, resolve_device
 from kd.models.tokenizer import Tokenizer, pad_token_id, refuse_unknown_ids, usable_ids
+from kd.models.weights.finite_weights import refuse_weights_without_value
 from kd.student_trainer.batches.compatibility import resolve_objective
 from kd.student_trainer.classify.classify_settings import ClassifyConfig
 from kd.student_trainer.classify.encoding import EncodedRows, PadBatch, encode_rows

@@ -62,7 +62,7 @@ class StudentSettings:
 
     @property
     def model_name(self) -> str:
-        """The student as `kd.models.loading.ModelRequest` names it."""
+        """The student as `kd.models.model_request.ModelRequest` names it."""
         return "random:demo-student" if self.student == "demo" else self.student
 
 

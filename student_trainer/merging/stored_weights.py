@@ -21,7 +21,9 @@ from kd.common.errors import DataError
 from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
 from kd.models.identity import index_text, weight_files
-from kd.models.loading import ModelRequest, load_config, refuse_damaged_model
+from kd.models.loading import refuse_damaged_model
+from kd.models.model_config import load_config
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.merging.pool import ModelPool, PoolModel
 
 BLOCK_ELEMENTS = 2**16

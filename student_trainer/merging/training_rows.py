@@ -15,7 +15,9 @@ from kd.data.instruction_tasks.glue import load_glue
 from kd.data.sources import load_corpus
 from kd.models.classifiers import load_classifier, refuse_other_classes
 from kd.models.families.positions import max_positions
-from kd.models.loading import ModelRequest, load_config, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer, pad_token_id
 from kd.student_trainer.classify.encoding import encode_rows, pad_rows
 from kd.student_trainer.merging.merge_statistics import RowModel

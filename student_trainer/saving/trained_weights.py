@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from kd.common.files import write_atomic
-from kd.models.loading import Model, ModelRequest, load_config, load_model
+from kd.models.loading import Model, load_model
+from kd.models.model_config import load_config
+from kd.models.model_request import ModelRequest
 from kd.models.weights.adapters import Adapter, merged
 from kd.student_trainer.lora import TrainedAdapter
 from kd.student_trainer.saving.whole_models import ADAPTER_FOLDER, write_model

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kd.cache_builder.store.targets import band_edges
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
 

@@ -121,7 +121,7 @@ def t5_cache(tmp_path_factory: pytest.TempPathFactory, run_build) -> Path:
     from kd.cache_builder.build.request import BuildRequest
     from kd.cache_builder.store.targets import TargetConfig
     from kd.data.tokenizing.block_config import BlockConfig
-    from kd.models.loading import ModelRequest
+    from kd.models.model_request import ModelRequest
 
     out = tmp_path_factory.mktemp("caches") / "t5"
     run_build(
@@ -154,7 +154,8 @@ def test_the_parts_of_a_cache_in_sizes_make_up_its_whole(
 
 
 def test_a_teacher_for_sizes_learns(printed, load_benchmark, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kd.models.loading import ModelRequest, load_model
+    from kd.models.loading import load_model
+    from kd.models.model_request import ModelRequest
 
     monkeypatch.setattr(load_benchmark("train_teacher"), "FREQUENT", 256)
     monkeypatch.setattr(load_benchmark("train_teacher"), "EXACT", 0.5)

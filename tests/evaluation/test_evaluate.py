@@ -15,7 +15,8 @@ from kd.common.settings import make
 from kd.evaluation.eval_settings import EvalSettings
 from kd.evaluation.evaluate import evaluate
 from kd.evaluation.evaluator import evaluate_model
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 
 

@@ -15,7 +15,7 @@ from kd.common.errors import DataError
 from kd.evaluation.midway_scores import headline, plan_scores
 from kd.evaluation.report.figures import Curve, draw_progress
 from kd.evaluation.report.score_curves import curves_of, progress_sections
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.run_folder import EVALUATIONS, read_evaluations
 
 SCENE = {

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kd.models.answering import answer_batch, answer_text, padded_prompts, until_eos, unused_ids
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 
 PROMPTS = [np.array(ids, dtype=np.int32) for ids in ([5, 6, 7, 8], [9], [10, 11])]

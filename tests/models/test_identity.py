@@ -16,7 +16,8 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, 
 
 from kd.common.errors import DataError, TeacherError
 from kd.models.identity import model_identity, parameters_digest, pinned, weight_digests
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 
 
 def identity(folder: Path | str, **request) -> dict:
@@ -196,7 +197,7 @@ def test_a_setting_spelled_out_that_is_the_librarys_default_changes_nothing(mode
 
 def test_random_weights_quantised_by_loading_are_made_on_the_cpu_wherever_they_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kd.models.identity.resolve_device", lambda device: "cuda")
-    monkeypatch.setattr("kd.models.loading.resolve_device", lambda device: "cuda")
+    monkeypatch.setattr("kd.models.model_request.resolve_device", lambda device: "cuda")
     assert model_identity(ModelRequest("random:gpt2", dtype="bfloat16"))["device"] == "cuda"
     assert model_identity(ModelRequest("random:gpt2", dtype="bfloat16", load_in_4bit=True))["device"] == "cpu"
 

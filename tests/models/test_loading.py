@@ -14,15 +14,9 @@ from kd.common.errors import DataError, TeacherError
 from kd.common.extras import MissingPackageError
 from kd.models.families.positions import max_positions
 from kd.models.heads import split_head
-from kd.models.loading import (
-    ModelRequest,
-    decoder_start,
-    load_config,
-    load_model,
-    load_request_tokenizer,
-    parameter_count,
-    resolve_device,
-)
+from kd.models.loading import load_model, parameter_count
+from kd.models.model_config import decoder_start, load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest, resolve_device
 from kd.models.shapes import SHAPES
 
 PARAMETERS = {  # as published; counted from the real configs

@@ -11,7 +11,8 @@ import torch
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import band_edges
 from kd.common.errors import CacheMismatchError, DataError
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import encode_with_ends, load_tokenizer, token_bytes
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets, teacher_groups

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kd.common.errors import CacheMismatchError, DataError, KdError
-from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.cache_dataset import SETTINGS, CacheDataset
 from kd.student_trainer.trainer import DistillationTrainer
 

@@ -14,7 +14,8 @@ from kd.cache_builder.build.from_settings import build_of
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.settings import make
 from kd.models.families.encoder_layout import encoder_layout
-from kd.models.loading import ModelRequest, load_config, load_request_tokenizer
+from kd.models.model_config import load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest
 
 LANGUAGES = FAMILIES["mbart50"][2]
 

@@ -25,7 +25,8 @@ from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.pair_rows import tokenize_pair
 from kd.data.tokenizing.text_tokens import TextTokens
 from kd.evaluation.measures.agreement import evaluate_agreement
-from kd.models.loading import ModelRequest, load_model, random_model
+from kd.models.loading import load_model, random_model
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.batches.collate import Collator
 from kd.student_trainer.batches.pieces import shared_pieces

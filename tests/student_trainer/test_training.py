@@ -20,7 +20,8 @@ from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records.manifest import Layout
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError, TeacherError
 from kd.common.extras import MissingPackageError
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.losses.loss_registry import Objective

@@ -16,7 +16,7 @@ from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.build.together.jobs import Answer, Job, Lost, work
 from kd.common.errors import DataError
 from kd.common.processes import run_as_child
-from kd.models.loading import resolve_device
+from kd.models.model_request import resolve_device
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from kd.cache_builder.build.request import BuildRequest
 from kd.common.errors import CacheError, DataError
 from kd.common.extras import needed
 from kd.common.files import process_tag, write_error
-from kd.models.loading import stored_dtype
+from kd.models.model_config import stored_dtype
 
 CONNECT_SECONDS = 4.0
 """Time for an address to take a connection."""

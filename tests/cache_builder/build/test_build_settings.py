@@ -23,7 +23,7 @@ from kd.common.setting_fields import settings_of
 from kd.common.setting_values import as_text
 from kd.common.settings import flat, make
 from kd.data.tokenizing.block_config import OVERLONG
-from kd.models.loading import DTYPES
+from kd.models.model_request import DTYPES
 
 LEAST = {"teacher": "demo", "spec": "demo", "out": "runs/cache"}
 

@@ -33,7 +33,7 @@ from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError, D
 from kd.common.files import process_tag
 from kd.common.progress import final
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 
 
@@ -155,7 +155,7 @@ from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 from kd.data.sources import load_corpus
 import torch
 torch.set_num_threads(1)

@@ -21,7 +21,8 @@ from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheMismatchError, DataError
 from kd.common.progress import Progress, final
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 
 PROMPTS = [

@@ -27,7 +27,8 @@ from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheMismatchError, DataError, KdError, TeacherError
 from kd.common.progress import final
 from kd.common.settings import make
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 
 SMALL: dict[str, Any] = {"seq_len": 32, "top_k": 8, "shard_rows": 128, "reuse": False, "device": "cpu"}
 

@@ -21,7 +21,8 @@ from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.cache_builder.teacher.teacher_pass import Teacher, collect
 from kd.common.errors import TeacherError
 from kd.models.heads import LanguageModelHead, split_head
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 
 V = 300
 THREADS = 3

@@ -17,7 +17,8 @@ from kd.common.errors import TeacherError
 from kd.data.rows.example import Example
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.heads import LanguageModelHead, split_head
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 
 V = 400
 CONFIG = TargetConfig(profile="full", top_k=8, samples=5, tail_bands=4)

@@ -22,7 +22,7 @@ from kd.evaluation.merged.glue_scores import (
 )
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings
 from kd.models.classifiers import load_classifier
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.classify.encoding import pad_rows
 
 

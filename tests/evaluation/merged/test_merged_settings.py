@@ -8,7 +8,7 @@ import pytest
 
 from kd.common.settings import make
 from kd.evaluation.merged.merged_settings import DtypeName, MergeRun, parse_sweep
-from kd.models.loading import DTYPES
+from kd.models.model_request import DTYPES
 
 
 def test_the_data_types_are_those_of_a_model_request() -> None:

@@ -24,7 +24,7 @@ from kd.evaluation.scoring import shared_context
 from kd.evaluation.scoring.scored_text import ScoredText, gold_nll
 from kd.evaluation.scoring.shared_context import group_by_context, shared_nll, shares_context
 from kd.models.heads import split_head
-from kd.models.loading import is_encoder_decoder
+from kd.models.model_config import is_encoder_decoder
 
 V = 97
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": V, "initializer_range": 0.3}

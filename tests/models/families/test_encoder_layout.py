@@ -31,7 +31,9 @@ from kd.evaluation.measures.generation import evaluate_generation
 from kd.evaluation.measures.perplexity import evaluate_perplexity
 from kd.evaluation.scoring.scored_text import ScoredText, gold_nll
 from kd.models.families.encoder_layout import EncoderLayout, encoder_layout
-from kd.models.loading import ModelRequest, load_config, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_config, load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 
 SOURCE, TARGET = "a cat and a hat", "the bananas"

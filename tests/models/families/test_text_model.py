@@ -20,7 +20,9 @@ from kd.common.settings import make
 from kd.models.families.positions import max_positions
 from kd.models.heads import split_head
 from kd.models.identity import model_identity
-from kd.models.loading import ModelRequest, load_config, load_model, parameter_count
+from kd.models.loading import load_model, parameter_count
+from kd.models.model_config import load_config
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses.loss_registry import Objective

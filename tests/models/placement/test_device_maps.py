@@ -12,7 +12,8 @@ from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cache_builder.build.from_settings import model_request
 from kd.common.errors import DataError
 from kd.common.settings import make
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.placement.device_maps import Placement, bytes_by_device, memory_from
 
 WHOLE = {"transformer": "disk", "lm_head": "disk"}

@@ -15,7 +15,8 @@ from kd.common.errors import DataError
 from kd.models.answering import answer_batch
 from kd.models.heads import LanguageModelHead, split_head
 from kd.models.identity import parameters_digest
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.placement.device_maps import Placement
 from kd.models.placement.spread_models import SpreadBody, input_device, is_spread
 

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError, KdError
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.placement.device_maps import Placement
 from kd.models.placement.tensor_parallel import VARIABLES, group_for, tensor_parallel_group
 

@@ -20,7 +20,8 @@ from kd.common.errors import DataError, KdError, TeacherError
 from kd.common.settings import changed, make
 from kd.models.heads import split_head
 from kd.models.identity import model_identity, pinned
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.pretrained import load_teacher
 from kd.models.weights.adapters import Adapter
 

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kd.common.errors import DataError, TeacherError
 from kd.models.heads import split_head
 from kd.models.identity import model_identity, parameters_digest
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.weights.quantised_checkpoints import PACKAGES, unpack
 
 SHAPE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -15,7 +15,7 @@ from kd.common.errors import DataError
 from kd.common.settings import changed, make
 from kd.data.instruction_tasks.glue import LabelledRow, load_glue
 from kd.models.classifiers import load_classifier
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer, pad_token_id
 from kd.student_trainer.classify.classifier_training import train_classifier
 from kd.student_trainer.classify.classify_settings import ClassifyConfig

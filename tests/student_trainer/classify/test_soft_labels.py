@@ -37,7 +37,8 @@ from kd.data.tokenizing.block_config import BlockConfig
 from kd.evaluation.merged.glue_scores import evaluate_classifier, load_heads
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, GlueRowSettings
 from kd.models.classifiers import load_classifier, split_classifier
-from kd.models.loading import ModelRequest, load_model
+from kd.models.loading import load_model
+from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import load_tokenizer
 from kd.student_trainer.classify.classifier_training import train_classifier
 from kd.student_trainer.classify.classify_settings import ClassifyConfig

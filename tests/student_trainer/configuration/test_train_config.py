@@ -14,7 +14,7 @@ from kd.common.errors import DataError
 from kd.common.setting_fields import settings_of
 from kd.common.settings import flat, make
 from kd.common.strangers.yaml_file import read_settings
-from kd.models.loading import resolve_device
+from kd.models.model_request import resolve_device
 from kd.student_trainer.configuration import train_config as module
 from kd.student_trainer.configuration.learning_settings import LossName, TailName
 from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import band_edges
-from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.batches.collate import Collator, loss_targets
 from kd.student_trainer.batches.student_text import StudentText
 from kd.student_trainer.losses.by_group import (

@@ -19,7 +19,7 @@ from kd.common.errors import DataError
 from kd.common.progress import final
 from kd.common.settings import make
 from kd.models.classifiers import load_classifier
-from kd.models.loading import ModelRequest
+from kd.models.model_request import ModelRequest
 from kd.student_trainer.merging import stored_weights as weights_module
 from kd.student_trainer.merging.merge_settings import MergeSettings
 from kd.student_trainer.merging.merger import Merger, prepared_merger

@@ -172,7 +172,8 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_a_changed_file_of_a_finished_run_is_noticed_when_it_is_read(run) -> None:
-    from kd.models.loading import ModelRequest, load_model
+    from kd.models.loading import load_model
+    from kd.models.model_request import ModelRequest
 
     out = run("run").out
     weights = load_file(out / "model.safetensors")

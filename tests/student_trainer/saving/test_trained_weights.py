@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from kd.common.disk.digests import damage_of
 from kd.common.errors import DataError
 from kd.common.settings import make
-from kd.models.loading import ModelRequest, load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_request_tokenizer
+from kd.models.model_request import ModelRequest
 from kd.models.weights.adapters import Adapter, merged
 from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.lora import with_adapters

@@ -20,7 +20,8 @@ from kd.cache_builder.upkeep.summary import cache_summary
 from kd.common.errors import CacheDamageError, DataError
 from kd.common.files import canonical_json, digest_of
 from kd.common.settings import make
-from kd.models.loading import load_model, load_request_tokenizer
+from kd.models.loading import load_model
+from kd.models.model_config import load_request_tokenizer
 from kd.student_trainer.batches.collate import teacher_groups
 from kd.student_trainer.batches.compatibility import resolve_objective
 from kd.student_trainer.configuration.learning_settings import LossSettings

@@ -15,8 +15,9 @@ from kd.cli import cli
 from kd.common.errors import TeacherError
 from kd.models.heads import split_head
 from kd.models.identity import model_identity
-from kd.models.loading import ModelRequest, load_model, quantised_share
-from kd.models.quantised import planned_share, share_of
+from kd.models.loading import load_model, quantised_share
+from kd.models.model_request import ModelRequest
+from kd.models.weights.quantised import planned_share, share_of
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
