@@ -43,7 +43,7 @@ def main() -> None:
     print(f"{size / 1e6:.1f} MB in {len(files)} files")
     for name, times in times_of.items():
         cpu, wall = (min(column) for column in zip(*times, strict=True))
-        print(f"{name:<20}{size / 1e6 / cpu:10,.0f} MB per CPU-second{size / 1e6 / wall:10,.0f} MB/s")
+        print(f"{name:<20}{size / 1e6 / cpu:10,.2f} MB per CPU-second{size / 1e6 / wall:10,.2f} MB/s")
 
 
 if __name__ == "__main__":
