@@ -105,7 +105,7 @@ def row_collator(
         reader,
         tokenizer,
         purpose=f"--loss {loss}",
-        advice="--loss text-kl, alm, hybrid or uld, for any tokenizer; or --tokenizer for a random student",
+        advice="--loss text-kl, for any tokenizer (alm from a cache without ids); or --tokenizer for a random student",
     )
     layout = encoder_layout(model_config, tokenizer)
     refuse_other_template(reader, layout, tokenizer)

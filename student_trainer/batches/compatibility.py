@@ -72,7 +72,7 @@ def refuse_other_layout(reader: Reader, purpose: str, *, encoder: bool) -> None:
             teacher=reader.manifest.provenance.get("teacher"),
             found=f"a model that {model}",
             try_="a model laid out as the teacher; in training --loss "
-            "text-kl, alm, hybrid or uld, or --loss ce for the baseline",
+            "text-kl (alm from a cache without ids), or --loss ce for the baseline",
         )
 
 
@@ -86,7 +86,7 @@ def refuse_other_template(reader: Reader, layout: EncoderLayout | None, tokenize
             cache=reader.root,
             found=names[0],
             expected=names[1],
-            try_="the --source-lang and --target-lang of the cache; or --loss text-kl, alm, hybrid or uld",
+            try_="the --source-lang and --target-lang of the cache; or --loss text-kl (alm from a cache without ids)",
         )
 
 
