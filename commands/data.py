@@ -58,9 +58,11 @@ def data_ls(mixture: str | None, as_json: bool) -> None:
 
 def list_tasks(mixture: str, as_json: bool) -> None:
     """Print the tasks of a mixture; `flan` alone stands for all of FLAN. Raises DataError."""
-    from kd.data.instruction_tasks.mixing.mixture_names import known_rows, select
+    from kd.data.instruction_tasks.mixing.mixture_names import known_rows, select, select_mini
 
-    selection = select(mixture.removeprefix("flan").removeprefix(":") or "all")
+    source, _, name = mixture.partition(":")
+    real = mixture.removeprefix("flan").removeprefix(":") or "all"
+    selection = select_mini(name) if source == "mini-flan" else select(real)
     tasks = selection.files()
     if as_json:
         emit_json([task_facts(task, known_rows, selection.cap) for task in tasks])
@@ -70,7 +72,7 @@ def list_tasks(mixture: str, as_json: bool) -> None:
         rows = " / ".join("?" if n is None else f"{n:,}" for n in facts["rows"].values())
         say(f"{task.name:<34}{', '.join(task.clusters) or '-':<36}{rows}")
         commit = f" @ {facts['commit']}" if facts["commit"] else " (commit at the time of loading)" if task.hub else ""
-        say(f"  {facts['source']}{commit}; licence {task.licence or 'unknown'}; sure {task.sure or '-'}")
+        say(f"  {facts['source']}{commit}; licence {facts['licence'] or 'unknown'}; sure {task.sure or '-'}")
     known = [n for task in tasks if (n := known_rows(task, "train", selection.cap or task.cap)) is not None]
     say(
         f"{len(tasks)} tasks, {len({t.flan for t in tasks if t.flan})} data sets of FLAN, {sum(known):,} rows for training"
@@ -90,13 +92,15 @@ def task_facts(
         "splits": {name: str(part) for name, part in task.splits.items()},
         "source": source_in_words(task),
         "commit": task.hub.revision if task.hub else None,
-        "licence": task.licence,
+        "licence": "that of this package" if task.made is not None else task.licence,
         "sure": task.sure,
     }
 
 
 def source_in_words(task: TaskFile) -> str:
     """Where the rows of a task come from: a hub id, addresses or files, or --task-root."""
+    if task.made is not None:
+        return f"made by the rule {task.made}"
     if task.files:
         return next(iter(task.files.values()))[0]
     if task.hub is not None:
@@ -129,6 +133,9 @@ def source_lines() -> dict[str, str]:
     lines["flan:clusters=CLUSTER"] = "those of some clusters: " + ", ".join(flan_clusters().clusters)
     lines["flan:all-but=CLUSTER"] = "those of no held-out cluster"
     lines["flan:tasks=TASK"] = "some of them, in FLAN's own cut"
+    lines["mini-flan"] = (
+        "thirty small tasks in ten of FLAN's clusters, made up by rules; offline; clusters=, all-but=, tasks= as above"
+    )
     lines |= {f"glue/{t.name}": f"GLUE: {' + '.join(t.texts)} -> {', '.join(t.labels)}" for t in glue_tasks().values()}
     lines["FILE.yaml"] = "a task of your own (docs/extending.md)"
     lines["FILE or FOLDER"] = " ".join(FILE_READERS) + f"; also {' and '.join(COMPRESSIONS)}"

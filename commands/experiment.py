@@ -43,9 +43,10 @@ def experiment(
 ) -> None:
     """Train students with and without the teacher over several seeds from one cache, score both, and test the difference.
 
-    FILE is a YAML file, or the name of an experiment that comes with the package: kl-prose, bytes-prose, bytes-mini,
-    text-prose, text-kl-prose, merge-prose, answers-mini, uld-mini,
-    kl-wikitext, uld-tasks, demo-prose, demo-instructions or demo-chat. The same command again continues: it skips what is finished
+    FILE is a YAML file, or the name of an experiment that comes with the package: kl-prose, bytes-prose, bytes-mini, text-prose,
+    text-kl-prose, merge-prose, answers-mini, uld-mini, kl-wikitext, uld-tasks, demo-prose, demo-instructions, demo-chat, or one of
+    FLAN's ablations (flan-clusters, flan-tasks, flan-templates, flan-instructions, flan-options, flan-scale). The same command again
+    continues: it skips what is finished
     and resumes trainings. More seeds may be added.
 
     Example: kd experiment kl-prose --seeds 0,1 --out runs/kl-prose
@@ -121,11 +122,18 @@ def write_experiment_report(chosen: Experiment, folder: Path) -> tuple[dict[str,
     from kd.common.files import read_object
     from kd.evaluation.report.certainty import certainty, section
     from kd.evaluation.report.writing import write_report
+    from kd.recipes.sweep_curves import sweep_sections
 
-    inputs = [folder / chosen.folders.teacher, *(folder / run for run in chosen.runs)]
-    measured = certainty(CacheReader(folder / chosen.folders.cache))
-    after = [] if measured is None else [section(measured)]
+    scored = [chosen.folders.teacher, *chosen.untrained_of.values(), *chosen.runs]
+    measured = None if chosen.cache_by_arm else certainty(CacheReader(folder / chosen.folders.cache))
+    inputs = [folder / name for name in scored]
     written = write_report(
-        inputs, folder / "report", title=chosen.about or chosen.name, after=after, baseline=chosen.baseline
+        inputs,
+        folder / "report",
+        title=chosen.about or chosen.name,
+        lead=sweep_sections(inputs, list(chosen.arms), folder / "report") if chosen.is_sweep else (),
+        after=[] if measured is None else [section(measured)],
+        baseline=chosen.baseline,
+        other_students=chosen.is_sweep,
     )
     return written.paths(), read_object(written.json)

@@ -15,7 +15,9 @@ from kd.common.errors import DataError, unknown_name
 from kd.common.settings import check, setting
 from kd.data.rows.row_reading import AUTO, FORMATS
 
-TEMPLATE_CHOICES = ("random", "round-robin")
+EACH = "each"
+"""Template choice that asks a row in every template that asks for its answer."""
+TEMPLATE_CHOICES = ("random", "round-robin", EACH)
 BOTH = "both"
 """Value of `labels` that asks an evaluation to score each wording."""
 
@@ -48,10 +50,11 @@ def template_from(text: str) -> str | int:
 class InstructionConfig:
     """How rows of instruction tasks become text; whatever changes a text shows in the corpus digest."""
 
-    template: Literal["random", "round-robin"] | int = setting(
-        "random", metavar="random|round-robin|INDEX", parse=template_from
+    template: Literal["random", "round-robin", "each"] | int = setting(
+        "random", metavar="random|round-robin|each|INDEX", parse=template_from
     )
-    """Template for each example of an instruction task: random (seeded), round-robin, or a template number from 0."""
+    """Template for each example of an instruction task: random (seeded), round-robin, or a template number from 0. With each, every
+    row is asked in each of its task's templates but the inverted ones, and scores are means over templates."""
     options: bool | None = None
     """Whether instruction tasks list the choices after the prompt. By default, those that have choices list them."""
     labels: Literal["original", "flan", "both"] = "original"
@@ -74,6 +77,9 @@ class InstructionConfig:
     """Seed of the instruction tasks' templates, order and draws."""
     first_templates: int | None = setting(None, metavar="N", minimum=1)
     """Number of templates that are used of each instruction task, from the first. By default all."""
+    tasks_per_cluster: int | None = setting(None, metavar="N", minimum=1)
+    """Number of tasks that are used of each cluster of flan:all, flan:clusters=… or flan:all-but=…: the first ones in the order of
+    FLAN's code. By default all."""
     task_prompt: Literal["template", "name", "bare"] = "template"
     """What stands around the inputs of an instruction task: template, name (only the task's cluster and name), or
     bare (nothing). FLAN's ablation of the role of instructions compares them."""
@@ -115,6 +121,8 @@ class InstructionConfig:
         set_values: dict[str, object] = {}
         if self.first_templates is not None:
             set_values["first_templates"] = self.first_templates
+        if self.tasks_per_cluster is not None:
+            set_values["tasks_per_cluster"] = self.tasks_per_cluster
         if self.task_prompt != "template":
             set_values["task_prompt"] = self.task_prompt
         if self.task_limits:
@@ -144,8 +152,8 @@ class DataSettings:
     """A text, where a command can do without one; `RequiredDataSettings` where it cannot."""
 
     spec: str | None = setting(None, flag="--data", metavar="SPEC", multiple=True)
-    """Text to use: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these
-    between commas, or hub-id[:config][@revision]. May be repeated for several files."""
+    """Text to use: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file, folder or
+    glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""
     split: str | None = None
     """Split of the text. By default train. Instruction tasks have train, dev and test. Files have none but the one that their names
     tell."""
@@ -175,5 +183,5 @@ class RequiredDataSettings(DataSettings):
     """A text that must be given."""
 
     spec: str = setting(flag="--data", metavar="SPEC", multiple=True)
-    """Text to use: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these
-    between commas, or hub-id[:config][@revision]. May be repeated for several files."""
+    """Text to use: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file, folder or
+    glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""

@@ -14,7 +14,7 @@ from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.corpus import Corpus
 from kd.data.data_settings import InstructionConfig
 from kd.data.demo import mini_chat, mini_mixture, stdlib_text
-from kd.data.instruction_tasks.mixing.mixture_names import select
+from kd.data.instruction_tasks.mixing.mixture_names import no_choice_of_clusters, select, select_mini
 from kd.data.instruction_tasks.mixing.mixtures import Mixed, load_mixture, mix
 from kd.data.instruction_tasks.task import SPLITS, TaskFile
 from kd.data.instruction_tasks.task_files import load_task
@@ -64,7 +64,15 @@ def _flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
     return _of_tasks(spec, split, mixed, selection.files())
 
 
+def _mini_flan(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
+    selection = select_mini(spec.partition(":")[2])
+    mixed = load_mixture(selection, _task_split(split), instructions, load_hub)
+    return _of_tasks(spec, split, mixed, selection.files())
+
+
 def own_task(spec: str, split: str, instructions: InstructionConfig) -> Corpus:
+    if instructions.tasks_per_cluster is not None:
+        raise no_choice_of_clusters(instructions.tasks_per_cluster)
     task = load_task(spec)
     return _of_tasks(spec, split, mix([task], _task_split(split), instructions, load_hub), [task])
 
@@ -92,5 +100,6 @@ SOURCES: dict[str, Callable[[str, str], Corpus]] = {
 
 TASK_SOURCES: dict[str, Callable[[str, str, InstructionConfig], Corpus]] = {
     "flan": _flan,
+    "mini-flan": _mini_flan,
 }
 """Name -> source that renders templates."""

@@ -9,6 +9,7 @@
     'FOLDER/*.jsonl', FILE,FILE           a glob, or several files, folders and globs (kd.data.rows.file_list)
     hub-id[:config][@revision]            any data set on the hub that loads without code
     flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
+    mini-flan[:MIXTURE]                   thirty small tasks in clusters of FLAN, made up by rules; no network
     glue/TASK                             a GLUE task, the label's word as target (kd.data.instruction_tasks.glue); also a folder
     FILE.yaml                             your own instruction task (kd.data.instruction_tasks.task_files)
 

@@ -28,7 +28,7 @@ from kd.common.setting_values import as_text
 from kd.data.conversations.conversation import CONVERSATIONS, conversation_from_json
 from kd.data.corpus import HELLASWAG_SOURCES, Corpus
 from kd.data.instruction_tasks.task_files import load_task, task_names
-from kd.data.rows.example import Example
+from kd.data.rows.example import Example, row_and_template
 from kd.student_trainer.run_folder import is_run, read_run
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def source_place(identity: str) -> tuple[str, str, str] | None:
 
     The split is train, dev or test, or in FLAN's mixtures that of the source.
     """
-    task, _, rest = identity.partition("/")
+    task, _, rest = row_and_template(identity)[0].partition("/")
     split, _, row = rest.partition("/")
     if task not in task_names() or not row.isdigit():
         return None

@@ -111,6 +111,10 @@ def _flan_t5(
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "demo-student": _gpt2(2048, 256, n_embd=96, n_layer=3, n_head=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "demo-student-s": _gpt2(2048, 256, n_embd=48, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "demo-student-l": _gpt2(
+        2048, 256, n_embd=192, n_layer=4, n_head=6, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
     "gpt2-mini": _gpt2(n_embd=128, n_layer=4, n_head=4),
     "gpt2": _gpt2(),
     "gpt2-medium": _gpt2(n_embd=1024, n_layer=24, n_head=16),

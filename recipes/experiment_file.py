@@ -1,4 +1,4 @@
-"""Experiments: files that say which students are trained from one cache, over which seeds, and how they are scored.
+"""Experiments: files that say which students are trained, over which seeds, from which caches, and how they are scored.
 
     about: one line
     seeds: [0, 1, 2]                              seeds of random weights, order and dropout
@@ -12,6 +12,12 @@
       distilled: {loss: kl}
     evaluate: {tasks: perplexity, data: demo}     options of kd eval, or a list of several evaluations
     folders: {student: "{arm}-seed{seed}"}        names of the folders, where they are not the usual ones (`Folders`)
+
+In place of `arms`, a sweep makes an arm of every value of a parameter (`kd.recipes.sweeps`). The options of a sweep may be those of
+the cache, and each arm then has a cache of its own:
+
+    sweep: {arm: "templates-{value}", values: [1, 2, 4], cache: {first-templates: "{value}"}}
+    untrained: true                               score each student before its training, too
 
 An experiment becomes a recipe (`Experiment.recipe`). Its students are trained seed by seed, so that an interrupted experiment
 has whole pairs. By default `{out}` holds `cache`, `teacher/eval`, `ARM-seedS` and `ARM-seedS/eval`. An arm with `cache: narrow`
@@ -30,9 +36,13 @@ from typing import Any
 
 from kd.common.errors import DataError, unknown_name
 from kd.recipes.recipe_file import Recipe, check_step, named_file, names_in, variables_of
+from kd.recipes.sweeps import arms_of_sweep
 
 FOLDER = Path(__file__).parent / "experiments"
-KEYS = ("about", "seeds", "variables", "before", "cache", "caches", "train", "arms", "evaluate", "folders")
+KEYS = (
+    *("about", "seeds", "variables", "before", "cache", "caches", "train", "arms", "sweep", "untrained"),
+    *("evaluate", "folders"),
+)
 RESERVED = {
     "cache": ("out", "shard"),
     "caches": ("out", "shard", "teacher", "data", "split", "seq-len", "separator", "tokenizer"),
@@ -45,6 +55,8 @@ MAX_STUDENTS = 1000
 """Most students of one experiment: arms times seeds."""
 TEACHER_OPTIONS = ("load-in-4bit", "dtype", "revision", "tokenizer", "device")
 """Options of a build that the teacher's evaluation needs too."""
+STUDENT_OPTIONS = ("tokenizer", "revision", "device")
+"""Options of a training that the evaluation of an untrained student needs too."""
 READING_OPTIONS = ("separator", "bos", "control-tokens")
 """Options of a build that the teacher's evaluation takes over where it names none: students are scored as they were trained."""
 
@@ -90,6 +102,10 @@ class Experiment:
     folders: Folders = field(default_factory=Folders)
     caches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name of a further cache -> the options of kd cache build in which it differs from `cache`."""
+    untrained: bool = False
+    """Whether each student is also scored before its training."""
+    is_sweep: bool = False
+    """Whether the arms are values of a parameter: they are compared though caches and students differ."""
 
     def __post_init__(self) -> None:
         if len(self.arms) * len(self.seeds) > MAX_STUDENTS:
@@ -132,7 +148,23 @@ class Experiment:
     @property
     def cache_folders(self) -> dict[str | None, str]:
         """Name of a cache (None: the one that arms read by default) -> its folder in the experiment's folder."""
-        return {None: self.folders.cache} | {name: f"{self.folders.cache}-{name}" for name in self.caches}
+        names: list[str | None] = [*([] if self.cache_by_arm else [None]), *self.caches]
+        return {name: self.folders.cache + ("" if name is None else f"-{name}") for name in names}
+
+    @property
+    def cache_by_arm(self) -> bool:
+        """Whether every arm of a sweep has a cache of its own, so that there is no other."""
+        return self.is_sweep and bool(self.caches)
+
+    @property
+    def untrained_of(self) -> dict[str, str]:
+        """Student as the arms name it -> folder of its scores before the training, where these are asked for."""
+        if not self.untrained:
+            return {}
+        arm_of: dict[str, str] = {}
+        for arm, options in self.arms.items():
+            arm_of.setdefault(str({**self.train, **options}.get("student")), arm)
+        return {name: f"untrained-{arm}" if len(arm_of) > 1 else "untrained" for name, arm in arm_of.items()}
 
     def run_of(self, arm: str, seed: int) -> str:
         """Folder of one student in the experiment's folder."""
@@ -149,6 +181,9 @@ class Experiment:
         of_teacher = {k: v for k, v in self.cache.items() if k in TEACHER_OPTIONS}
         reading = {k: v for k, v in self.cache.items() if k in READING_OPTIONS}
         steps += self._scores(str(self.cache["teacher"]), f"{{out}}/{self.folders.teacher}", of_teacher, reading)
+        of_student = {k: v for k, v in self.train.items() if k in STUDENT_OPTIONS}
+        for student, folder in self.untrained_of.items():
+            steps += self._scores(student, f"{{out}}/{folder}", of_student, reading)
         for seed in self.seeds:
             for arm, arm_options in self.arms.items():
                 out = f"{{out}}/{self.run_of(arm, seed)}"
@@ -190,22 +225,16 @@ def load_experiment(name: str) -> Experiment:
     for key in document:
         if key not in KEYS:
             raise unknown_name("key of an experiment", str(key), KEYS, where=path)
-    for key in ("cache", "train", "arms", "evaluate"):
+    for key in ("cache", "train", "evaluate"):
         if not document.get(key):
             raise DataError("an experiment is not complete", where=path, found=f"no {key}", expected=", ".join(KEYS))
-    if not isinstance(document["arms"], dict) or len(document["arms"]) < 2:
-        raise DataError(
-            "an experiment compares at least two arms",
-            where=path,
-            found=document["arms"],
-            expected="arms: {finetuned: {loss: ce}, distilled: {loss: kl}}",
-        )
-    arms = {str(arm): options or {} for arm, options in document["arms"].items()}
+    arms, own_caches = _arms(document, path)
     evaluations = document["evaluate"] if isinstance(document["evaluate"], list) else [document["evaluate"]]
     _check_options("cache", [document["cache"]], path)
     _check_options("train", [document["train"]], path)
     _check_options("arms", [*arms.values()], path)
-    caches = _caches(document.get("caches") or {}, arms, path)
+    _check_options("cache", list(own_caches.values()), path)
+    caches = own_caches or _caches(document.get("caches") or {}, arms, path)
     _check_options("evaluate", evaluations, path)
     if not document["cache"].get("teacher"):
         raise DataError("an experiment is not complete", where=path, found="no teacher in cache")
@@ -221,7 +250,31 @@ def load_experiment(name: str) -> Experiment:
         tuple(evaluations),
         _folders(document.get("folders") or {}, path),
         caches,
+        _is_true(document.get("untrained", False), path),
+        "sweep" in document,
     )
+
+
+def _arms(document: Mapping[Any, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arm -> its options of kd train, and for a sweep over caches arm -> its options of kd cache build. Raises DataError."""
+    if "sweep" in document:
+        if "arms" in document or "caches" in document:
+            raise DataError("a sweep makes the arms and their caches", where=path, found="sweep, and arms or caches")
+        return arms_of_sweep(document["sweep"], path)
+    if not isinstance(document.get("arms"), dict) or len(document["arms"]) < 2:
+        raise DataError(
+            "an experiment compares at least two arms",
+            where=path,
+            found=document.get("arms", "no arms"),
+            expected="arms: {finetuned: {loss: ce}, distilled: {loss: kl}}, or a sweep",
+        )
+    return {str(arm): options or {} for arm, options in document["arms"].items()}, {}
+
+
+def _is_true(value: Any, path: Path) -> bool:
+    if not isinstance(value, bool):
+        raise DataError("this is true or false", where=f"{path}: untrained", found=value)
+    return value
 
 
 def _caches(caches: Any, arms: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, Mapping[str, Any]]:

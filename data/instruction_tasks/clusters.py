@@ -29,6 +29,10 @@ class ClusterRegistry:
     """Another name of a cluster -> the cluster."""
     written_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Data set -> its names in FLAN's code, without versions."""
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Part of a cluster that FLAN's code has as a cluster of its own -> its tasks in their order."""
+    order: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Cluster -> its tasks in the order of FLAN's code; tasks that are not listed come after these."""
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -46,7 +50,7 @@ class ClusterRegistry:
         """The cluster of a name, which may be one of its other names. Raises DataError for an unknown one."""
         cluster_name = self.other_names.get(name, name)
         if cluster_name not in self.clusters:
-            raise unknown_name("cluster", name, (*self.clusters, *self.other_names))
+            raise unknown_name("cluster", name, (*self.clusters, *self.other_names, *self.parts))
         return cluster_name
 
     def excluded(self, held_out: Iterable[str]) -> frozenset[str]:
@@ -80,4 +84,6 @@ def flan_clusters() -> ClusterRegistry:
         tuple((a, b) for a, b in data["excluded_together"]),
         data["other_names"],
         {name: tuple(others) for name, others in data["written_as"].items()},
+        {name: tuple(tasks) for name, tasks in data["parts"].items()},
+        {name: tuple(tasks) for name, tasks in data["order"].items()},
     )

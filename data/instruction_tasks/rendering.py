@@ -2,7 +2,8 @@
 
 The template of an example depends only on (seed, example id): not on its neighbours, the limit, the order, or the Python
 version, because a keyed digest chooses it. `round-robin` uses the templates in turn, as the FLAN code does; a number uses
-one template for every example, as evaluations do (index 0).
+one template for every example, as evaluations do (index 0). `each` makes an example of a row in each template that asks for the
+answer, and adds ` in template K` to its id: evaluations then give means over templates.
 
 The suffix that lists the choices is FLAN's (Wei et al. 2022, arXiv:2109.01652, section 2.2): `OPTIONS:\\n- a\\n- b`.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from kd.common.errors import DataError
 from kd.common.strangers.braces import fill, template_fields
-from kd.data.data_settings import BOTH, InstructionConfig
+from kd.data.data_settings import BOTH, EACH, InstructionConfig
 from kd.data.instruction_tasks.draws import drawing_order, first_rows_are_unlike, keyed
 from kd.data.instruction_tasks.row_answers import (
     UNLABELLED,
@@ -30,7 +31,7 @@ from kd.data.instruction_tasks.row_reading.row_field import Field, NullValueErro
 from kd.data.instruction_tasks.row_reading.row_order import one_row_per_item
 from kd.data.instruction_tasks.task import ANSWER, TaskFile, Template
 from kd.data.left_out import LeftOut, Reason
-from kd.data.rows.example import Example
+from kd.data.rows.example import IN_TEMPLATE, Example
 from kd.data.rows.tables import RowLocation
 
 
@@ -102,8 +103,8 @@ def render_rows(
         _check_columns(task, row, where)
         answers = _answers_or_reason(task, row, config, split, where)
         if isinstance(answers, RowAnswers):
-            turn = None if drawn and config.template == "round-robin" else len(kept)
-            chosen = templates if turn is None else [templates[_template_index(templates, config, ids[index], turn)]]
+            unknown = config.template == EACH or (drawn and config.template == "round-robin")
+            chosen = templates if unknown else [templates[_template_index(templates, config, ids[index], len(kept))]]
             if _holds_nothing(task, chosen, row, where):
                 answers = "null_value"
         if not isinstance(answers, RowAnswers):
@@ -115,8 +116,8 @@ def render_rows(
     examples: list[Example] = []
     for index in sorted(kept):
         row, answers = kept[index]
-        template = templates[_template_index(templates, config, ids[index], len(examples))]
-        examples.append(_render(task, template, row, answers, config, ids[index], split, location_of(index)))
+        for number, name in _templates_of_row(templates, config, ids[index], len(examples)):
+            examples.append(_render(task, templates[number], row, answers, config, name, split, location_of(index)))
     if not examples and left_out.count("unlabelled"):
         raise DataError(
             "no row has an answer",
@@ -196,6 +197,15 @@ def check_template_index(task: TaskFile, config: InstructionConfig) -> None:
             expected=f"0..{count - 1}",
             try_=f"kd data templates {task.name}",
         )
+
+
+def _templates_of_row(
+    templates: Sequence[Template], config: InstructionConfig, identity: str, position: int
+) -> list[tuple[int, str]]:
+    """The numbers of the templates in which a row is rendered, each with the id of its example."""
+    if config.template != EACH:
+        return [(_template_index(templates, config, identity, position), identity)]
+    return [(k, f"{identity}{IN_TEMPLATE}{k}") for k, template in enumerate(templates) if not template.inverted]
 
 
 def _template_index(templates: Sequence[Template], config: InstructionConfig, identity: str, position: int) -> int:

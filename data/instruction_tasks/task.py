@@ -168,6 +168,8 @@ class TaskFile:
     """Licence of the rows, as far as it is known."""
     sure: str | None = None
     """How sure the facts about the source are: A seen in a public source, B seen once or indirectly, C not seen."""
+    made: str | None = None
+    """Name of the rule that makes the rows (`kd.data.demo.mini_flan`); None where they come from a file or the hub."""
 
     @property
     def has_choices(self) -> bool:

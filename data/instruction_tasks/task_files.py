@@ -6,6 +6,7 @@ file. Every key is checked when the file is read, so a misspelt field is an erro
     extends                    a task of the package; its keys are used where this file has none
     about, clusters, flan      a line about the task; its clusters and its name in the FLAN registry (see `clusters`)
     hub, files, url            where rows come from: a hub id, files beside the YAML or at addresses, a page to get them from
+    made                       or the rule that makes them (kd.data.demo.mini_flan)
     rows, licence, sure        facts about the source: rows of its splits, licence, how sure these are (A, B or C)
     explode, shuffle           one example per item of these lists; the seed of an order other than the source's
     splits, flan_splits        train, dev, test -> split at the source, with an optional slice `train[:90%]`; those of FLAN
@@ -50,10 +51,18 @@ from kd.data.instruction_tasks.task_parts import (
 from kd.data.instruction_tasks.task_rules import check_task
 from kd.data.instruction_tasks.typed_mapping import TypedMapping
 
+MINI = "mini_"
+"""Beginning of the names of the tasks that are made up by rules."""
+
 
 def task_names() -> tuple[str, ...]:
-    """Names of the tasks that come with the package, sorted."""
-    return tuple(sorted(_packaged_files()))
+    """Names of the real tasks that come with the package, sorted."""
+    return tuple(sorted(name for name in _packaged_files() if not name.startswith(MINI)))
+
+
+def mini_task_names() -> tuple[str, ...]:
+    """Names of the tasks of `mini-flan`, which are made up by rules, sorted."""
+    return tuple(sorted(name for name in _packaged_files() if name.startswith(MINI)))
 
 
 @cache
@@ -72,7 +81,7 @@ def load_task(name: str) -> TaskFile:
         if not path.exists():
             raise DataError("no such task file", where=name, expected="a YAML file", try_="kd data ls")
         return task_of(read_mapping(path, "task file"), path.stem, str(path))
-    if name not in task_names():
+    if name not in _packaged_files():
         raise unknown_name("task", name, task_names(), try_="kd data ls, or the path of a .yaml file")
     return _packaged_task(name)
 
@@ -126,6 +135,7 @@ def task_of(data: Mapping[Any, Any], name: str, where: str) -> TaskFile:
         rows=sizes(read, "rows", "split at the source: number of rows"),
         licence=read.optional_text("licence"),
         sure=read.optional_text("sure"),
+        made=read.optional_text("made"),
     )
     check_task(task)
     return task
@@ -136,7 +146,7 @@ def _extended(data: Any, where: str) -> dict[Any, Any]:
     base = (read := TypedMapping(data, where, KEYS)).optional_text("extends")
     if base is None:
         return read.data
-    if base not in task_names():
+    if base not in _packaged_files():
         raise unknown_name("task to extend", base, task_names(), where=where)
     inherited = _extended(parse_mapping(_packaged_text(base), "task file", base), base)
     if read.data.get("files") and "splits" not in read.data:  # the slices of its data set do not hold for other files
@@ -175,5 +185,6 @@ KEYS = (
     "rows",
     "licence",
     "sure",
+    "made",
 )
 """Keys of a task file."""

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
 from kd.common.strangers.plain_files import is_inside
+from kd.data.demo.mini_flan import made_rows
 from kd.data.instruction_tasks.row_reading.row_order import one_row_per_item, seeded_order
 from kd.data.instruction_tasks.task import SPLITS, SplitPart, TaskFile
 from kd.data.rows.compressed import plain_name
@@ -73,6 +74,8 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
         return _from_folder(task, split, task_root)
     if task.files:
         return _from_named_file(task, split)
+    if task.made is not None:
+        return _made(task, split, task.made)
     if task.hub is None:
         get = f"; the files are at {task.url}" if task.url else ""
         raise MissingRowsError(
@@ -96,6 +99,19 @@ def load_task_rows(task: TaskFile, split: str, task_root: Path | None, load_hub:
     config = f":{task.hub.config}" if task.hub.config else ""
     source = f"{task.hub.id}{config}@{hub_rows.revision} {part}"
     return _part_of(task, hub_rows.data, part, where, rows_in(where), source)
+
+
+def _made(task: TaskFile, split: str, maker: str) -> TaskRows:
+    """The rows that a rule of this package makes."""
+    where = f"made rows of {maker}"
+    return _part_of(
+        task,
+        made_rows(maker, task.splits[split].name),
+        task.splits[split],
+        where,
+        rows_in(where),
+        f"made by the rule {maker}",
+    )
 
 
 def _part_of(task: TaskFile, rows: Any, part: SplitPart, where: str, location: RowLocation, source: str) -> TaskRows:

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 from kd.common.errors import DataError
 from kd.data.conversations.conversation import Conversation
 
+IN_TEMPLATE = " in template "
+"""What stands in the id of an example between its row and the number of its template, where a row is asked in several."""
+
+
+def row_and_template(identity: str) -> tuple[str, int | None]:
+    """The row and the template of an example's id `ROW in template K`; another id is its row, in no such template."""
+    row, mark, number = identity.rpartition(IN_TEMPLATE)
+    return (row, int(number)) if mark and number.isdecimal() else (identity, None)
+
 
 @dataclass(frozen=True)
 class Example:

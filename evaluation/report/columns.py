@@ -14,12 +14,13 @@ import numpy as np
 
 from kd.evaluation.report.comparison import ARROWS, Comparison
 from kd.evaluation.tasks.lm_eval_task import PREFIX
+from kd.evaluation.tasks.template_scores import BEST
 from kd.evaluation.unseen_tasks import MARK
 
 CHIEF = {
     "perplexity": ("perplexity", "bits_per_byte"),
     "agreement": ("kl", "kl_kept"),
-    "choices": ("accuracy", "accuracy_original", "accuracy_flan"),
+    "choices": ("accuracy", "accuracy_original", "accuracy_flan", f"accuracy{BEST}"),
     "hellaswag": ("acc_norm_nanogpt", "acc_norm_harness"),
     "samples": (),
 }
@@ -136,13 +137,15 @@ def _columns(comparison: Comparison) -> list[Column]:
     there = comparison.metrics
     if comparison.task == "generation":
         metrics = [(m, number == 0) for of_task in _answers(there) for number, m in enumerate(of_task)]
+        metrics += [(m, False) for m in there if m == f"exact_match{BEST}"]
         return [replace(_column(comparison, m), counts=counts) for m, counts in metrics]
     chief = [m for m in CHIEF.get(comparison.task, ()) if m in there]
     if not chief and comparison.task not in CHIEF:
         chief = [m for m in there if "/" not in m and _better(comparison, m)][:1]
     columns = []
     for metric in chief:
-        parts = [m for m in there if m.startswith(f"{metric}/") and not comparison.task.startswith(PREFIX)]
+        whole = comparison.task.startswith(PREFIX) or BEST in metric
+        parts = [] if whole else [m for m in there if m.startswith(f"{metric}/")]
         counts = metric == chief[0] and comparison.task not in UNCOUNTED
         columns += [replace(_column(comparison, m), counts=counts) for m in (parts if len(parts) > 1 else [metric])]
     return columns

@@ -65,7 +65,8 @@ class Comparison:
         if "prompts_digest" in report.settings[self.task]:
             return f"{self.task}: {report.settings[self.task]['source']}"
         data = report.data or {}
-        return f"{self.task}: {short_name(str(data.get('spec')))} ({data.get('split')})"
+        asked = ", ".join([str(data.get("split")), *_wording(data.get("source") or {})])
+        return f"{self.task}: {short_name(str(data.get('spec')))} ({asked})"
 
     @property
     def metrics(self) -> list[str]:
@@ -193,6 +194,14 @@ class Comparison:
             )
             over += "."
         return f"{over} Units: {', '.join(f'{title} [{unit}]' for title, unit in units.items() if title != unit)}."
+
+
+def _wording(source: Mapping[str, Any]) -> list[str]:
+    """How instruction tasks were asked, where it is not the usual way."""
+    prompts = {"name": "prompts by name", "bare": "prompts without instruction"}
+    options = {"no": "no options"}
+    kinds = [prompts.get(str(source.get("task_prompt"))), options.get(str(source.get("options")))]
+    return [words for words in kinds if words is not None]
 
 
 def compare(entries: Sequence[Entry]) -> list[Comparison]:

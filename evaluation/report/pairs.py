@@ -150,10 +150,13 @@ def arms_of(entries: Sequence[Entry]) -> list[Arm]:
     return arms
 
 
-def pairs_of(arms: Sequence[Arm], baseline: str | Sequence[str] | None = None) -> list[Pair]:
+def pairs_of(
+    arms: Sequence[Arm], baseline: str | Sequence[str] | None = None, *, other_students: bool = False
+) -> list[Pair]:
     """A pair for every arm that has a baseline: the arm and the baseline that fits it best.
 
-    baseline   names of the arms to compare with, whatever rows they read; None = those trained with `ce` on the same rows
+    baseline         names of the arms to compare with, whatever rows they read; None = those trained with `ce` on the same rows
+    other_students   compare arms that began with another student, too
     """
     named = [baseline] if isinstance(baseline, str) else baseline
     for name in named or ():
@@ -162,7 +165,8 @@ def pairs_of(arms: Sequence[Arm], baseline: str | Sequence[str] | None = None) -
     bases = [a for a in arms if (a.loss == "ce" if named is None else a.name in named)]
     pairs = []
     for arm in arms:
-        alike = [b for b in bases if b is not arm and b.begins_like(arm) and (named is not None or b.reads_like(arm))]
+        begun_alike = [b for b in bases if b is not arm and (other_students or b.begins_like(arm))]
+        alike = [b for b in begun_alike if named is not None or b.reads_like(arm)]
         candidates = [p for b in alike if (p := Pair(b, arm)).seeds]
         if candidates and arm not in bases:
             pairs.append(min(candidates, key=lambda p: len(p.differs)))

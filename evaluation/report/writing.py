@@ -86,6 +86,7 @@ def write_report(
     baseline: str | Sequence[str] | None = None,
     table: str | None = None,
     published: bool = False,
+    other_students: bool = False,
 ) -> ReportFiles:
     """Read every input directory and write the report under `out`.
 
@@ -93,10 +94,12 @@ def write_report(
     baseline      names of the arms that the others are compared with; None = those trained with `ce`
     table         name or file of a system's own table, which then leads the results
     published     whether that table has the published figures too
+    other_students  whether arms that began with another student are compared with the baseline, too: those of a sweep
     Raises DataError, naming what cannot be read; then nothing is written. Raises WriteError where `out` cannot be written.
     """
     with clear_write_errors(out, "make room or name another --out, then run the same command again"):
-        return _written(inputs, title, lead, after, baseline, ReportSettings(out, table=table, published=published))
+        asked = ReportSettings(out, table=table, published=published)
+        return _written(inputs, title, lead, after, baseline, asked, other_students)
 
 
 def _written(
@@ -106,6 +109,7 @@ def _written(
     after: Sequence[Section],
     baseline: str | Sequence[str] | None,
     settings: ReportSettings,
+    other_students: bool,
 ) -> ReportFiles:
     out = settings.out
     sweep(out)
@@ -117,7 +121,7 @@ def _written(
         raise DataError("there is nothing to report", expected="at least one evaluation, training run or merge")
     comparisons = compare(entries)
     arms = arms_of(entries)
-    pairs = pairs_of(arms, baseline)
+    pairs = pairs_of(arms, baseline, other_students=other_students)
     reference = reference_of(comparisons, arms, pairs)
     blocks = asked_blocks(settings, entries, comparisons, arms, pairs)
     files = ReportFiles(

@@ -30,7 +30,7 @@ import numpy as np
 
 from kd.common.errors import DataError
 from kd.data.conversations.conversation import CONVERSATIONS
-from kd.data.rows.example import Example
+from kd.data.rows.example import Example, row_and_template
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,26 @@ class Documents:
 
     @classmethod
     def of_examples(cls, ids: Sequence[str], kind: str) -> Documents:
-        """Group example ids: blocks `name#3` of documents, and renderings of a conversation, by name; a pair for itself."""
-        keys = [i.rpartition("#")[0] or i for i in ids] if kind in ("documents", CONVERSATIONS) else list(ids)
+        """Group example ids: blocks `name#3` of documents, and renderings of a conversation, by name; a pair for itself, or with
+        the same row in other templates.
+        """
+        blocks = kind in ("documents", CONVERSATIONS)
+        keys = [i.rpartition("#")[0] or i for i in ids] if blocks else [row_and_template(i)[0] for i in ids]
         places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         return cls(tuple(places), np.array([places[key] for key in keys], dtype=np.int64))
 
     @classmethod
     def of_prompts(cls, examples: Sequence[Example]) -> Documents:
-        """Examples of one task with one prompt are one document: they were asked, and answered, once."""
-        places: dict[tuple[str, str], int] = {}
-        numbers = [places.setdefault((e.task, e.prompt), len(places)) for e in examples]
+        """Examples of one task with one prompt are one document: they were asked, and answered, once. So are those of one row in
+        several templates: rows whose prompts in the first template are the same.
+        """
+        rows = [row_and_template(e.id) for e in examples]
+        firsts_of_rows: dict[str, tuple[int, str, str]] = {}
+        for (row, template), e in zip(rows, examples, strict=True):
+            first = (template or 0, e.task, e.prompt)
+            firsts_of_rows[row] = min(firsts_of_rows.get(row, first), first)
+        places: dict[tuple[int, str, str], int] = {}
+        numbers = [places.setdefault(firsts_of_rows[row], len(places)) for row, _ in rows]
         firsts = dict(zip(reversed(numbers), reversed([e.id for e in examples]), strict=True))
         return cls(tuple(firsts[d] for d in range(len(places))), np.array(numbers, dtype=np.int64))
 

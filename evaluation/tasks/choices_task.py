@@ -23,6 +23,7 @@ from kd.evaluation.tasks.eval_task import (
     rows_digest,
 )
 from kd.evaluation.tasks.shared_options import SharedOptions
+from kd.evaluation.tasks.template_scores import DEV, by_template, over_templates, text_to_choose_on
 
 if TYPE_CHECKING:
     from kd.data.corpus import Corpus
@@ -73,8 +74,11 @@ class ChoicesTask(Task[ChoicesOptions, "dict[str, Corpus]"]):
         self, options: ChoicesOptions, shared: SharedOptions, tokenizer: Tokenizer, corpus: Corpus | None
     ) -> dict[str, Corpus]:
         assert corpus is not None, "the text was checked to be given"
-        if shared.data.instructions.labels != BOTH:
-            return {"": corpus}
+        both = shared.data.instructions.labels == BOTH
+        dev = text_to_choose_on(shared, "original" if both else None)
+        chosen_on = {} if dev is None else {DEV: dev}
+        if not both:
+            return {"": corpus} | chosen_on
         from kd.data.sources import load_corpus
         from kd.evaluation.scoring.chat_asking import with_chat
 
@@ -82,7 +86,12 @@ class ChoicesTask(Task[ChoicesOptions, "dict[str, Corpus]"]):
         other = load_corpus(str(shared.data.spec), split=shared.data.split, limit=shared.data.limit, instructions=flan)
         same = [e.choices for e in other.examples] == [e.choices for e in corpus.examples]
         other = with_chat(other) if shared.reading.chat else other
-        return {"": corpus} if same else {"_original": corpus, "_flan": other}
+        if same:
+            return {"": corpus} | chosen_on
+        dev_flan = text_to_choose_on(shared, "flan")
+        return {"_original": corpus, "_flan": other} | (
+            {} if dev is None or dev_flan is None else {f"{DEV}_original": dev, f"{DEV}_flan": dev_flan}
+        )
 
     def may_be_known(self, material: Mapping[str, Corpus]) -> Corpus:
         return next(iter(material.values()))
@@ -100,7 +109,8 @@ class ChoicesTask(Task[ChoicesOptions, "dict[str, Corpus]"]):
         results: dict[str, ChoicesResult] = {}
         done = total = 0
         for suffix, corpus in material.items():
-            for step in evaluate_choices(model, tokenizer, corpus, reading=shared.reading, encoding=options.encoding):
+            asked = by_template(corpus)
+            for step in evaluate_choices(model, tokenizer, asked, reading=shared.reading, encoding=options.encoding):
                 yield Progress(done + step.done, max(total, done + step.total))
             assert step.result is not None
             results[suffix] = step.result
@@ -117,11 +127,14 @@ def _task_result(
 ) -> TaskResult:
     """Both by the suffix of their wording; the first one's documents and samples stand for all."""
     first = next(iter(results.values()))
+    chosen_on = {name.removeprefix(DEV): result for name, result in results.items() if name.startswith(DEV)}
+    results = {name: result for name, result in results.items() if not name.startswith(DEV)}
     asked = question_settings(next(iter(corpora.values())), shared, tokenizer)
     settings: dict[str, Any] = asked | {"encoding": options.encoding}
     estimates: dict[str, Estimate] = {}
     for suffix, result in results.items():
-        for metric, estimate in result.estimates.items():
+        dev = chosen_on[suffix].estimates if suffix in chosen_on else None
+        for metric, estimate in over_templates(result.estimates, dev).items():
             base, slash, part = metric.partition("/")
             estimates[f"{base}{suffix}{slash}{part}"] = estimate
         settings |= _wording_settings(suffix, corpora[suffix], result)

@@ -12,13 +12,13 @@ from kd.common.settings import check, setting
 from kd.evaluation.tasks.eval_task import (
     SAMPLES,
     Metric,
+    Task,
     TaskResult,
-    TextTask,
     question_settings,
     rows_digest,
-    task_progress,
 )
 from kd.evaluation.tasks.shared_options import SharedOptions
+from kd.evaluation.tasks.template_scores import DEV, by_template, over_templates, text_to_choose_on
 
 if TYPE_CHECKING:
     from kd.data.corpus import Corpus
@@ -86,26 +86,37 @@ class GenerationOptions:
         return f"sampled at temperature {self.sample_temperature:g}, seed {seed}"
 
 
-class GenerationTask(TextTask[GenerationOptions]):
-    """What a model answers to the prompts of a text, greedy or sampled."""
+class GenerationTask(Task[GenerationOptions, "dict[str, Corpus]"]):
+    """What a model answers to the prompts of a text, greedy or sampled. It measures on the text, and on one
+    to choose templates on.
+    """
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
         return METRICS | further_metrics()
 
+    def reads_text(self, options: GenerationOptions) -> bool:
+        """Always."""
+        return True
+
+    def may_be_known(self, material: dict[str, Corpus]) -> Corpus:
+        """The text."""
+        return material[""]
+
     def load(
         self, options: GenerationOptions, shared: SharedOptions, tokenizer: Tokenizer, corpus: Corpus | None
-    ) -> Corpus:
-        """The text; metrics and temperature are checked too."""
+    ) -> dict[str, Corpus]:
+        """The texts; metrics and temperature are checked too."""
         from kd.evaluation.answers.answer_decoding import Sampling
         from kd.evaluation.answers.answer_metrics import metrics_by_task
 
-        corpus = super().load(options, shared, tokenizer, corpus)
+        assert corpus is not None, "the text was checked to be given"
         metrics_by_task(
             corpus.examples, corpus.metrics, options.metrics, options.metric_settings(shared.loading.device)
         )
         Sampling(options.sample_temperature)
-        return corpus
+        dev = text_to_choose_on(shared)
+        return {"": corpus} | ({} if dev is None else {DEV: dev})
 
     def run(
         self,
@@ -113,38 +124,55 @@ class GenerationTask(TextTask[GenerationOptions]):
         tokenizer: Tokenizer,
         options: GenerationOptions,
         shared: SharedOptions,
-        material: Corpus,
+        material: Mapping[str, Corpus],
     ) -> Iterator[Progress[TaskResult]]:
-        from kd.evaluation.answers.accepted import references
         from kd.evaluation.answers.answer_decoding import Sampling
         from kd.evaluation.measures.generation import evaluate_generation
 
-        steps = evaluate_generation(
-            model,
-            tokenizer,
-            material,
-            reading=shared.reading,
-            max_new_tokens=shared.answers.max_new_tokens,
-            stop=options.stop,
-            sampling=Sampling(options.sample_temperature, shared.loading.seed),
-            metrics=options.metrics,
-            metric_settings=options.metric_settings(shared.loading.device),
-        )
+        results: dict[str, GenerationResult] = {}
+        done = total = 0
+        for name, corpus in material.items():
+            for step in evaluate_generation(
+                model,
+                tokenizer,
+                by_template(corpus),
+                reading=shared.reading,
+                max_new_tokens=shared.answers.max_new_tokens,
+                stop=options.stop,
+                sampling=Sampling(options.sample_temperature, shared.loading.seed),
+                metrics=options.metrics,
+                metric_settings=options.metric_settings(shared.loading.device),
+            ):
+                yield Progress(done + step.done, max(total, done + step.total))
+            assert step.result is not None
+            results[name] = step.result
+            done = total = done + step.total
+        yield Progress(done, done, _task_result(options, shared, tokenizer, material[""], results))
 
-        def task_result(scores: GenerationResult) -> TaskResult:
-            settings = question_settings(material, shared, tokenizer) | {
-                "references_digest": rows_digest([e.id, references(e)] for e in scores.examples),
-                "max_new_tokens": shared.answers.max_new_tokens or "as the longest reference needs",
-                "stop": options.stop,
-                "decoding": options.decoding(shared.loading.seed),
-                "prompts_cut": scores.prompts_cut,
-                "turns_skipped": scores.turns_skipped or None,
-                **scores.made_by,
-            }
-            samples = [
-                {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
-                for e, answer in zip(scores.examples[:SAMPLES], scores.answers, strict=False)
-            ]
-            return TaskResult(scores.estimates, scores.documents, settings, samples)
 
-        return task_progress(steps, task_result)
+def _task_result(
+    options: GenerationOptions,
+    shared: SharedOptions,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    results: Mapping[str, GenerationResult],
+) -> TaskResult:
+    """The result on the text; `results` also has the one that templates are chosen by."""
+    from kd.evaluation.answers.accepted import references
+
+    scores = results[""]
+    settings = question_settings(corpus, shared, tokenizer) | {
+        "references_digest": rows_digest([e.id, references(e)] for e in scores.examples),
+        "max_new_tokens": shared.answers.max_new_tokens or "as the longest reference needs",
+        "stop": options.stop,
+        "decoding": options.decoding(shared.loading.seed),
+        "prompts_cut": scores.prompts_cut,
+        "turns_skipped": scores.turns_skipped or None,
+        **scores.made_by,
+    }
+    samples = [
+        {"prompt": e.prompt, "expected": references(e)[0], "got": answer}
+        for e, answer in zip(scores.examples[:SAMPLES], scores.answers, strict=False)
+    ]
+    estimates = over_templates(scores.estimates, results[DEV].estimates if DEV in results else None)
+    return TaskResult(estimates, scores.documents, settings, samples)

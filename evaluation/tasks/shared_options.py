@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kd.common.errors import DataError
 from kd.common.settings import check, setting
-from kd.data.data_settings import DataSettings
+from kd.data.data_settings import EACH, DataSettings
 from kd.evaluation.scoring.reading_options import ReadingOptions
 from kd.models.placement.device_maps import memory_from
 
@@ -27,8 +27,8 @@ class EvalDataSettings(DataSettings):
 
     spec: str | None = setting(None, flag="--data", metavar="SPEC", multiple=True)
     """Text for perplexity, choices (examples with choices), generation (prompts and targets), and agreement with
-    --teacher: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], glue/TASK, a file, folder or glob, several of these between
-    commas, or hub-id[:config][@revision]. May be repeated for several files."""
+    --teacher: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file,
+    folder or glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""
     shots: int | None = setting(None, minimum=0, metavar="N", shown="none; for lm_eval:NAME what the task says")
     """Number of examples before each question, of the same task: rows of the split train, drawn by --data-seed. A row is never
     its own example."""
@@ -136,6 +136,18 @@ class AnswerOptions:
 
 
 @dataclass(frozen=True)
+class TemplateOptions:
+    """Scores over the templates of instruction tasks."""
+
+    best_template_on: str | None = setting(None, metavar="SPLIT")
+    """Also score each task in the one template that is best on this split, such as dev. Needs --template each; its other scores are
+    means over templates. FLAN reports both."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class SharedOptions:
     """Options that are not those of one task."""
 
@@ -145,5 +157,23 @@ class SharedOptions:
     """Windows and batches."""
     answers: AnswerOptions = field(default_factory=AnswerOptions)
     """Length of answers."""
+    templates: TemplateOptions = field(default_factory=TemplateOptions)
+    """Scores over templates."""
     loading: LoadingOptions = field(default_factory=LoadingOptions)
     """How models are loaded."""
+
+    def __post_init__(self) -> None:
+        if self.templates.best_template_on is None:
+            return
+        if self.reading.chat or self.data.shots:
+            raise DataError(
+                "the best template is chosen among plain prompts",
+                found="--best-template-on with --chat or --shots",
+                try_="without --best-template-on",
+            )
+        if self.data.instructions.template != EACH:
+            raise DataError(
+                "the best of several templates needs scores in each of them",
+                found=f"--best-template-on {self.templates.best_template_on}, --template {self.data.instructions.template}",
+                try_="--template each",
+            )

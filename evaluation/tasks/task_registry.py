@@ -25,6 +25,7 @@ from kd.evaluation.tasks.hellaswag_task import HellaSwagTask
 from kd.evaluation.tasks.lm_eval_task import NAME, PREFIX, LmEvalTask
 from kd.evaluation.tasks.perplexity_task import PerplexityTask
 from kd.evaluation.tasks.samples_task import SamplesTask
+from kd.evaluation.tasks.template_scores import BEST
 
 TASKS: dict[str, Task[Any, Any]] = {
     "perplexity": PerplexityTask(),
@@ -48,7 +49,8 @@ def figures_of(task: str, result: TaskResult) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     for name, estimate in result.estimates.items():
         base, _, part = name.partition("/")
-        metric = metrics[base]
+        metric = metrics[base.replace(BEST, "")]
+        title = f"{metric.title}, best template" if BEST in base else metric.title
         figures[name] = {
             "value": estimate.value if math.isfinite(estimate.value) else None,
             "stderr": estimate.stderr,
@@ -56,6 +58,6 @@ def figures_of(task: str, result: TaskResult) -> dict[str, dict[str, Any]]:
             "over": metric.over,
             "unit": metric.unit,
             "better": metric.better,
-            "title": f"{metric.title}: {part}" if part else metric.title,
+            "title": f"{title}: {part}" if part else title,
         }
     return figures

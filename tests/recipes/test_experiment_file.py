@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,13 @@ def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: 
     chosen = load_experiment(name)
     assert chosen.about
     assert len(chosen.seeds) >= (1 if name in (*NAMES, "demo-chat") else 3)  # demos show one run of each student
-    assert {**chosen.arms[chosen.baseline], "cache": ""} == {"loss": "ce", "cache": ""}
-    for arm, options in chosen.arms.items():  # equal steps: arms differ in what they learn from alone
-        assert set(options) <= {"loss", "alpha", "temperature", "cache", "merge"}, arm
+    assert chosen.is_sweep or {**chosen.arms[chosen.baseline], "cache": ""} == {"loss": "ce", "cache": ""}
+    known = {"student", "cache"} if chosen.is_sweep else {"loss", "alpha", "temperature", "cache", "merge"}
+    for (
+        arm,
+        options,
+    ) in chosen.arms.items():  # equal steps: arms differ in what they learn from, those of scale in the student
+        assert set(options) <= known, arm
     check_steps(chosen.recipe.fill(tmp_path, {}))
 
 
@@ -113,6 +118,85 @@ def test_a_wrong_file_is_one_clear_error(tmp_path: Path, old: str, new: str, wor
     with pytest.raises(DataError) as caught:
         load_experiment(written(tmp_path, SMALL.replace(old, new)))
     assert words in str(caught.value)
+
+
+SWEEP = """
+seeds: [0]
+variables: {world: mini-flan}
+cache: {teacher: demo, data: "{world}"}
+train: {student: demo, max-steps: 4}
+sweep: {arm: "{value}-templates", values: [1, 2], cache: {first-templates: "{value}"}}
+evaluate: {tasks: choices, data: "{world}"}
+"""
+
+
+def test_the_arms_of_a_sweep_have_a_cache_each_and_all_are_built_first(tmp_path: Path):
+    chosen = load_experiment(written(tmp_path, SWEEP))
+    commands = [" ".join(step.words) for step in chosen.recipe.fill(Path("o"), {})]
+    assert [c.split(" --")[0] for c in commands] == [
+        *["cache build"] * 2,
+        "eval demo",
+        *("train", "eval o/1-templates-seed0", "train", "eval o/2-templates-seed0"),
+    ]
+    assert commands[0].endswith("--first-templates 1 --out o/cache-1-templates")
+    assert "--cache o/cache-2-templates" in commands[5]
+    assert chosen.baseline == "1-templates"
+
+
+def test_a_sweep_over_students_shares_one_cache_and_scores_each_before_its_training(tmp_path: Path):
+    text = SWEEP.replace("cache: {first-templates: ", "train: {student: ").replace(
+        'arm: "{value}-templates", values: [1, 2]', "values: {a: demo, b: gpt2}"
+    )
+    chosen = load_experiment(written(tmp_path, f"{text}untrained: true\n"))
+    steps = chosen.recipe.fill(Path("o"), {})
+    assert [str(step.out) for step in steps][:4] == [
+        "o/cache",
+        "o/teacher/eval",
+        "o/untrained-a/eval",
+        "o/untrained-b/eval",
+    ]
+    assert [step.arguments for step in steps[2:4]] == [("demo",), ("gpt2",)]
+    assert [step.options["student"] for step in steps if step.command == "train"] == ["demo", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("sweep:", "arms: {a: {}, b: {}}\nsweep:", "makes the arms"),
+        ("values: [1, 2]", "values: [1]", "at least two values"),
+        ("values: [1, 2]", "values: [1, 1]", "at least two values"),
+        ("values: [1, 2]", "values: {a: 1, b: 2}", "at least two values"),
+        ('arm: "{value}-templates"', "arm: x", "at least two values"),
+        ('first-templates: "{value}"', "first-templates: 3", "uses its value"),
+        ("values: [1, 2],", "values: [1, 2], train: {cache: x},", "sets this option itself"),
+        ("first-templates", "out", "sets this option itself"),
+        ("sweep: {", "sweep: {over: 1, ", "unknown key of a sweep"),
+        ("evaluate:", "untrained: many\nevaluate:", "true or false"),
+        ('{arm: "{value}-templates", values: [1, 2], cache: {first-templates: "{value}"}}', "7", "not a mapping"),
+        ('arm: "{value}-templates"', 'arm: "../{value}"', "leaves the experiment's"),
+    ],
+)
+def test_a_wrong_sweep_is_one_clear_error(tmp_path: Path, old: str, new: str, words: str):
+    assert old in SWEEP
+    with pytest.raises(DataError) as caught:
+        load_experiment(written(tmp_path, SWEEP.replace(old, new)))
+    assert words in str(caught.value)
+
+
+def test_the_clusters_of_flans_ablation_are_added_in_its_order():
+    chosen = load_experiment("flan-clusters")
+    clusters = [str(chosen.caches[arm]["data"]).partition("=")[2].split(",") for arm in chosen.arms]
+    assert [len(c) for c in clusters] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(longer[:-1] == shorter for shorter, longer in pairwise(clusters))
+    assert clusters[-1] == [
+        *("summarization", "translation", "reading_comprehension", "sentiment", "struct_to_text", "coreference"),
+        "conversational_qa",
+    ]
+    assert [dict(load_experiment("flan-tasks").caches[f"{n}-per-cluster"]) for n in (1, 4)] == [
+        {"tasks-per-cluster": 1},
+        {"tasks-per-cluster": 4},
+    ]
+    assert list(load_experiment("flan-templates").arms) == [f"{n}-templates" for n in (1, 2, 4, 7, 10)]
 
 
 def test_an_unknown_name_suggests_the_nearest():

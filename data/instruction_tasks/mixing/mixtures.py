@@ -43,6 +43,8 @@ class Mixed:
 
 def load_mixture(selection: Selection, split: str, config: InstructionConfig, load_hub: LoadHub) -> Mixed:
     """Examples of the selected tasks in the mixture's order. Tasks of FLAN's mixtures that have no such split are passed over."""
+    if config.tasks_per_cluster is not None:
+        selection = selection.first_of_clusters(config.tasks_per_cluster)
     tasks = selection.files()
     without = [task.name for task in tasks if split not in task.splits] if selection.flan else []
     mixed = mix([task for task in tasks if task.name not in without], split, config, load_hub, cap=selection.cap)

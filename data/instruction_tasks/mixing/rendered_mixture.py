@@ -21,7 +21,7 @@ from kd.common.strangers.yaml_file import read_mapping
 from kd.data.data_settings import InstructionConfig, RowSettings
 from kd.data.instruction_tasks.clusters import flan_clusters
 from kd.data.instruction_tasks.mixing.mixtures import Mixed, refuse_unknown_limits, sampled
-from kd.data.instruction_tasks.task_files import load_task, task_names
+from kd.data.instruction_tasks.task_files import load_task, mini_task_names, task_names
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.rows.row_reading import Columns
@@ -182,7 +182,7 @@ def clusters_of_name(name: str) -> frozenset[str] | None:
 def _clusters_by_name() -> Mapping[str, frozenset[str]]:
     registry = flan_clusters()
     clusters = {dataset: registry.clusters_of(dataset) for dataset in registry.datasets}
-    clusters |= {name: frozenset(load_task(name).clusters) for name in task_names()}
+    clusters |= {name: frozenset(load_task(name).clusters) for name in (*task_names(), *mini_task_names())}
     clusters |= {other.lower(): clusters[name] for name, others in registry.written_as.items() for other in others}
     return clusters
 

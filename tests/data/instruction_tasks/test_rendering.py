@@ -402,3 +402,16 @@ def test_a_data_set_of_the_hub_is_drawn_from_as_a_file_is() -> None:
         render(load_task("paws"), Dataset.from_list(rows), cap=50).examples
         == render(load_task("paws"), rows, cap=50).examples
     )
+
+
+def test_each_asks_a_row_in_every_template_that_asks_for_the_answer() -> None:
+    task = load_task("boolq")
+    rows = [dict(BOOLQ), dict(BOOLQ) | {"question": "is rye a grain", "answer": True}]
+    asked = render(task, rows, InstructionConfig(template="each"), cap=2).examples
+    plain = [k for k, template in enumerate(task.templates) if not template.inverted]
+    assert [e.id for e in asked] == [f"boolq/train/{row} in template {k}" for row in (0, 1) for k in plain]
+    one_by_one = [render(task, rows, InstructionConfig(template=k)).examples for k in plain]
+    assert [e.prompt for e in asked] == [examples[row].prompt for row in (0, 1) for examples in one_by_one]
+    assert all(e.choices for e in asked)
+    bare = render(task, rows, InstructionConfig(template="each", task_prompt="bare")).examples
+    assert [e.id for e in bare] == ["boolq/train/0 in template 0", "boolq/train/1 in template 0"]

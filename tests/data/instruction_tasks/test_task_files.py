@@ -13,7 +13,7 @@ from kd.common.errors import DataError
 from kd.common.strangers.braces import template_fields
 from kd.data.instruction_tasks.clusters import flan_clusters
 from kd.data.instruction_tasks.task import ANSWER, MAX_INVERTED, TaskFile
-from kd.data.instruction_tasks.task_files import load_task, parse_task, task_names
+from kd.data.instruction_tasks.task_files import MINI, load_task, parse_task, task_names
 
 GOOD = {
     "fields": {"passage": "text"},
@@ -55,7 +55,7 @@ def test_every_data_set_of_flan_is_a_task_and_two_tasks_are_none_of_them() -> No
 def test_a_tasks_file_lies_in_the_folder_of_its_first_cluster() -> None:
     root = Path(kd.data.instruction_tasks.instructions.__path__[0])
     for file in root.rglob("*.yaml"):
-        clusters = load_task(file.stem).clusters
+        clusters = ("mini",) if file.stem.startswith(MINI) else load_task(file.stem).clusters
         assert file.parent.name == (clusters[0] if clusters else "other"), file
 
 

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from kd.common.errors import DataError
 from kd.data.data_settings import InstructionConfig
 from kd.data.instruction_tasks.clusters import flan_clusters
-from kd.data.instruction_tasks.mixing.mixture_names import FLAN_CAP, flan_tasks, known_rows, select
+from kd.data.instruction_tasks.mixing.mixture_names import (
+    FLAN_CAP,
+    flan_tasks,
+    known_rows,
+    mini_tasks,
+    select,
+    select_mini,
+)
 from kd.data.instruction_tasks.mixing.mixtures import load_mixture, mixing_rates
 from kd.data.instruction_tasks.task_files import load_task
 from kd.data.rows.hub import HubRows
@@ -229,3 +236,59 @@ def test_the_whole_mixture_loads_from_rows_of_the_true_shape(tmp_path: Path) -> 
         )
         found = {e.task for e in (*fetched.examples, *by_hand.examples)}
         assert set(tasks) - found == (set() if split == "test" else {"wsc273"}), split
+
+
+SEVEN = (
+    *("summarization", "translation", "reading_comprehension", "sentiment", "struct_to_text", "coreference"),
+    "conversational_qa",
+)
+"""FLAN's ablation of the number of clusters adds them in this order (`train_clusters_ordered` of its task_splits.py)."""
+
+
+def test_the_first_tasks_of_each_cluster_are_those_of_flans_code() -> None:
+    selection = select(f"clusters={','.join(SEVEN)}")
+    first = {
+        1: {"aeslc", "para_crawl_enes", "squad", "imdb", "web_nlg", "dpr", "quac"},
+        2: {"cnn_dailymail", "wmt14_enfr", "squad_v2", "sentiment140", "common_gen", "winogrande", "coqa"},
+        3: {"gigaword", "wmt16_de", "drop", "yelp", "e2e_nlg", "wsc273"},
+        4: {"multi_news", "wmt16_tr", "multirc", "sst2", "dart"},
+    }
+    for count in first:
+        expected = set().union(*(first[n] for n in range(1, count + 1)))
+        assert set(selection.first_of_clusters(count).tasks) == expected
+    assert selection.first_of_clusters(99) == selection
+    with pytest.raises(DataError, match="no choice of clusters"):
+        select("four").first_of_clusters(1)
+
+
+def test_clusters_of_flans_code_that_are_parts_of_one_can_be_chosen() -> None:
+    assert set(select("clusters=conversational_qa").tasks) == {"coqa", "quac"}
+    counts = [len(select(f"clusters={','.join(SEVEN[:n])}").tasks) for n in range(1, 8)]
+    assert counts == [11, 19, 25, 29, 33, 36, 38]  # the paper: 11, 20, 26, 30, 34, 37, 39; of translation it has nine
+    for part, tasks in FLAN.parts.items():
+        assert {t for t in tasks if not t.startswith("mini_")} == set(select(f"clusters={part}").tasks)
+    listed = [task for tasks in FLAN.order.values() for task in tasks]
+    assert sorted(listed) == sorted(
+        set(flan_tasks()) - {t for tasks in FLAN.parts.values() for t in tasks} - {"wsc273"}
+    )
+
+
+def test_the_small_world_has_the_same_mixtures_in_ten_clusters() -> None:
+    assert len(select_mini("").tasks) == 30 == len(mini_tasks())
+    assert select_mini("all") == select_mini("")
+    assert {load_task(name).clusters[0] for name in mini_tasks()} == {
+        *SEVEN[:-1],
+        "misc",
+        "nli",
+        "closed_book_qa",
+        "commonsense",
+    }
+    assert set(select_mini("all-but=nli").tasks) == set(mini_tasks()) - {"mini_cb", "mini_rte"}
+    assert [len(select_mini(f"clusters={','.join(SEVEN)}").first_of_clusters(n).tasks) for n in (1, 2, 3, 4)] == [
+        7,
+        14,
+        19,
+        24,
+    ]
+    assert select_mini("mini_rte") == select_mini("tasks=mini_rte")
+    assert not {name for name in flan_tasks() if name.startswith("mini_")}
