@@ -34,7 +34,7 @@ from kd.cache_builder.store.records.commits import commit_path, file_entry, read
 from kd.cache_builder.store.records.manifest import MANIFEST, TARGETS, VOCABULARY, CacheManifest, load_manifest
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.records.shard_table import ShardTable
-from kd.cache_builder.store.writers.shard_writer import create_group
+from kd.cache_builder.store.writers.staged_files import create_group
 from kd.common.files import canonical_json, digest_of, sha256_of
 
 

@@ -36,7 +36,7 @@ CACHE_ROOMS = {
 }
 """Room of cache_builder -> the rooms it may import."""
 DOORS = {
-    "zarr": {"cache_builder/store/writers/shard_writer.py"},
+    "zarr": {"cache_builder/store/writers/staged_files.py"},
     "numcodecs": {"cache_builder/store/chunks.py"},
     "datasets": {"data/rows/hub.py"},
     "bitsandbytes": {"models/weights/quantised.py"},

@@ -1,4 +1,4 @@
-"""Write shards of a cache whole: staged under another name, then published and committed. The one door to Zarr.
+"""Write shards of a cache whole: staged under another name, then published and committed.
 
     manifest.json  building.json     see `manifest`
     shards.parquet  commits.parquet  see `cache_tables`
@@ -27,22 +27,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
-from kd.cache_builder.store.cache_files import LocalFiles
-from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec
-from kd.cache_builder.store.encoding.parquet import check_table_size
-from kd.cache_builder.store.example_table import table_of_examples
+from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.lengths import Lengths, write_length_pages
-from kd.cache_builder.store.ragged import KEPT, spread
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
 from kd.cache_builder.store.records.cache_tables import (
     COMMITS,
     SHARDS,
-    load_commit_table,
-    sized_files,
-    write_commit_table,
     write_shard_table,
 )
 from kd.cache_builder.store.records.commit_table import CommitTable
@@ -52,7 +43,6 @@ from kd.cache_builder.store.records.commits import (
     committed,
     file_entry,
     read_commit,
-    shard_files,
 )
 from kd.cache_builder.store.records.manifest import (
     ANSWERS,
@@ -61,16 +51,15 @@ from kd.cache_builder.store.records.manifest import (
     TARGETS,
     VOCABULARY,
     CacheManifest,
-    Layout,
     group_files,
     load_manifest,
 )
 from kd.cache_builder.store.records.manifest_checks import check_limits, length_pages
-from kd.cache_builder.store.records.shard_record import ShardRecord
-from kd.cache_builder.store.vocabulary import code_table, pack_rows
 from kd.cache_builder.store.writers.claims import Claims, all_claims, claim_path, void_claims
+from kd.cache_builder.store.writers.commit_publishing import publish_commits, stored_bytes
 from kd.cache_builder.store.writers.shard_publishing import offer, prepare_shard, settle, settle_all
-from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
+from kd.cache_builder.store.writers.staged_files import create_group, stage_rows
+from kd.common.errors import CacheError, CacheMismatchError
 from kd.common.files import (
     MAX_JSON_BYTES,
     STAGING_LOCK,
@@ -286,7 +275,7 @@ class ShardWriter:
         A shard that another builder has published meanwhile stays as it is: its commit records the digests of its own bytes.
         """
         self._stage()
-        self._stage_rows(index, stored, examples)
+        stage_rows(self.root, self.staging, self.manifest, index, stored, examples)
         folder = prepare_shard(self.staging, self.manifest, index, quality)
         if ours() and not self.is_committed(index):
             self._publish(index, folder)
@@ -296,40 +285,6 @@ class ShardWriter:
     def _publish(self, index: int, folder: Path) -> None:
         """Offer the shard in `folder`, and settle whichever offer was the first."""
         settle(self.root, self.manifest, index, trusted=offer(self.root, index, folder))
-
-    def _stage_rows(self, index: int, stored: Arrays, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Write the files of a shard under the staging folder."""
-        rows = self.manifest.shards[index][2]
-        start = index * self.manifest.layout.shard_rows
-        group = zarr.open_group(self.staging / TARGETS, mode="r+")
-        with zarr.config.set({"array.write_empty_chunks": True}):  # otherwise a shard of zeros would have no file
-            arrays: dict[str, Any] = {spec.name: group[spec.name] for spec in self.arrays}
-        counts = np.array([e["rows"] for e in examples])
-        starts = np.cumsum(counts) - counts
-        stored = pack_rows(stored, self.arrays, starts, code_table(LocalFiles(self.root), self.manifest)[0])
-        for spec in self.arrays:
-            values = stored[spec.name]
-            first = start
-            shape: tuple[int, ...] = (rows,) if spec.columns is None else (rows, spec.columns)
-            if spec.ragged and spec.columns:
-                kept, first = stored[KEPT], start * spec.columns
-                values, shape = spread(values, kept, self.manifest.layout.chunk_rows, spec.columns), (-1,)
-            if shape not in ((-1,), values.shape):
-                raise AssertionError(f"{spec.name}: {values.shape} for {rows} rows")
-            arrays[spec.name][first : first + len(values)] = values.astype(spec.dtype)
-        parquet = self.staging / shard_files(self.arrays, index)["examples"]
-        parquet.parent.mkdir(exist_ok=True)
-        table = table_of_examples(examples, self.manifest.kind, self.manifest.format_version, start)
-        check_table_size(table)
-        pq.write_table(
-            table,
-            parquet,
-            compression="zstd",
-            compression_level=15,
-            use_dictionary=["task", "split", "prompt"],
-            write_statistics=False,
-            store_schema=self.manifest.format_version < 3,
-        )
 
     def _keep_locked(self) -> None:
         """Lock the staging folder, so that builders in other containers can see when this one has ended."""
@@ -356,45 +311,13 @@ class ShardWriter:
         digests = [sha256_of(commit_path(self.root, i)) for i in range(len(records))]
         files, stored = self.manifest.files, dict[str, np.ndarray]()
         if self.manifest.format_version > 2:
-            stored = self._stored_bytes(records)
-            files = files | {COMMITS: self._publish_commits(CommitTable.from_hex(digests, stored))}
+            stored = stored_bytes(self.root, self.arrays, records)
+            files = files | {COMMITS: publish_commits(self.root, self.arrays, CommitTable.from_hex(digests, stored))}
         finished = {"quality": quality, "commits": CommitTable.from_hex(digests, stored), "files": files}
         self.manifest = CacheManifest(**{**_shallow(self.manifest), **finished})
         write_first(self.root / MANIFEST, self.manifest.to_json())  # another builder may have been faster
         self.tidy()
         return self.manifest
-
-    def _stored_bytes(self, records: Sequence[ShardRecord]) -> dict[str, np.ndarray]:
-        """The columns of sizes of the table of commits."""
-        names = sized_files([a.name for a in self.arrays])
-        stored = {name: np.zeros(len(records), dtype=np.int64) for name in names}
-        for record in records:
-            for name, path in shard_files(self.arrays, record.index).items():
-                stored[name][record.index] = record.files[path]["bytes"]
-            stored["commit"][record.index] = commit_path(self.root, record.index).stat().st_size
-        return stored
-
-    def _publish_commits(self, table: CommitTable) -> dict[str, Any]:
-        """Have the table of commits at its name; returns its size and digest. Another builder may have published it already."""
-        staged = self.root / f".{COMMITS}.{process_tag()}.tmp"
-        try:
-            write_commit_table(staged, table)
-            if not publish_first(staged, self.root / COMMITS) and not self._holds(
-                table
-            ):  # left by a build that was reopened
-                write_commit_table(staged, table)
-                publish(staged, self.root / COMMITS)
-        finally:
-            staged.unlink(missing_ok=True)
-        return file_entry(self.root / COMMITS)
-
-    def _holds(self, table: CommitTable) -> bool:
-        """Whether the table of commits that is there says the same."""
-        try:
-            entry = file_entry(self.root / COMMITS)
-            return load_commit_table(self.root, entry, len(table), [a.name for a in self.arrays]) == table
-        except (CacheDamageError, OSError):
-            return False
 
 
 def _write_bounded(path: Path, text: str) -> None:
@@ -416,38 +339,3 @@ def _document_path(root: Path) -> Path:
 
 def _shallow(manifest: CacheManifest) -> dict[str, Any]:
     return {name: getattr(manifest, name) for name in CacheManifest.__dataclass_fields__}
-
-
-def create_group(
-    path: Path, arrays: Sequence[ArraySpec], layout: Layout, shards: int, attributes: Mapping[str, Any]
-) -> None:
-    """Write the metadata of the Zarr group and its arrays, without data. Each is one line, as a scale has thousands of numbers."""
-    with zarr.config.set({"json_indent": None}):
-        group = zarr.create_group(path, zarr_format=3, attributes=dict(attributes), overwrite=True)
-        for spec in arrays:
-            wide = spec.columns if spec.ragged and spec.columns else 1
-            columns = () if spec.columns is None or spec.ragged else (spec.columns,)
-            order = [TransposeCodec(order=(1, 0))] if spec.by_column else []
-            level = (
-                5 if spec.ids else 8
-            )  # 8 takes 1 % off ids for four times the time, 4 % off rank bands for 3 us a row
-            group.create_array(
-                spec.name,
-                shape=(shards * layout.shard_rows * wide, *columns),
-                dtype=spec.dtype,
-                chunks=(layout.chunk_rows * wide, *columns),
-                chunk_key_encoding={"name": "default", "separator": spec.separator},
-                shards=(layout.shard_rows * wide, *columns),
-                filters=order,
-                serializer=BytesCodec(),
-                compressors=[BloscCodec(cname="zstd", clevel=level, shuffle=spec.shuffle), Crc32cCodec()],
-                fill_value=0,
-                attributes=dict(spec.attributes),
-                dimension_names=_dimensions(spec),
-            )
-
-
-def _dimensions(spec: ArraySpec) -> tuple[str, ...]:
-    if spec.ragged:
-        return ("entry",)
-    return ("row",) if spec.columns is None else ("row", "column")

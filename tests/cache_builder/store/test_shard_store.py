@@ -29,7 +29,7 @@ from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.store.vocabulary import code_table, codes_by_count, pack_rows, tokens_digest, unpack_rows
-from kd.cache_builder.store.writers import shard_writer
+from kd.cache_builder.store.writers import shard_writer, staged_files
 from kd.common.errors import CacheDamageError, CacheError
 from kd.common.files import canonical_json, digest_of
 
@@ -129,7 +129,7 @@ def test_verified_bytes_decode_to_what_zarr_reads(cache: Path, tmp_path: Path, b
 
 def test_a_chunk_that_was_never_written_is_zeros_and_one_of_another_size_an_error(tmp_path: Path):
     spec, layout = ArraySpec("x", "uint32", 3, {}, by_column=True), Layout(32, 8)
-    shard_writer.create_group(tmp_path / "z", [spec], layout, 1, {})
+    staged_files.create_group(tmp_path / "z", [spec], layout, 1, {})
     zarr.open_group(tmp_path / "z", mode="r+")["x"][8:16] = np.arange(24).reshape(8, 3)
     data = (tmp_path / "z/x/c/0/0").read_bytes()
     expected = np.zeros((20, 3))
@@ -273,7 +273,7 @@ def test_large_chunks_compress_to_the_same_bytes_each_time(tmp_path: Path):
     seen = set()
     for attempt in range(3):
         folder = tmp_path / str(attempt)
-        shard_writer.create_group(folder, [spec], Layout(16_384, 16_384), 1, {})
+        staged_files.create_group(folder, [spec], Layout(16_384, 16_384), 1, {})
         zarr.open_group(folder, mode="r+")["x"][:] = values
         seen.add((folder / "x" / "c" / "0" / "0").read_bytes())
     assert len(seen) == 1
