@@ -53,7 +53,6 @@ typecheck: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/write_cli_docs.py
-	$(BIN)/python scripts/write_settings_docs.py
 	$(BIN)/python scripts/write_api_docs.py
 	$(BIN)/python scripts/write_architecture.py
 	$(BIN)/python scripts/build_site.py site

@@ -8,6 +8,7 @@ docstrings as docs/api.md.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -50,10 +51,13 @@ def write_pages(folder: Path) -> None:
     config = config.replace("PACKAGE", str(ROOT / ".typing")).replace("SCRIPTS", str(ROOT / "scripts"))
     folder.mkdir(exist_ok=True)
     (folder / "mkdocs.yml").write_text(config, encoding="utf-8")
-    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("*.txt"))
-    for source in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        place = folder / "docs" / ("index.md" if source.name == "README.md" else source.relative_to(ROOT / "docs"))
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("*.txt", "*.ipynb"))
+    for source in [ROOT / "README.md", *sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")])]:
+        place = (
+            folder / "docs" / ("index.md" if source.name == "README.md" else page_of(source).relative_to(ROOT / "docs"))
+        )
         text = source.read_text(encoding="utf-8")
+        text = of_notebook(text) if source.suffix == ".ipynb" else text
         text = with_signatures(text) if source.name == "api.md" else text
         place.write_text(with_links(text, source, place.relative_to(folder / "docs")), encoding="utf-8")
 
@@ -68,10 +72,28 @@ def with_links(text: str, source: Path, place: Path) -> str:
         if target == ROOT / "README.md":
             target = ROOT / "docs" / "index.md"
         if target.is_relative_to(ROOT / "docs"):
-            return os.path.relpath(target, (ROOT / "docs" / place).parent)
+            return os.path.relpath(page_of(target), (ROOT / "docs" / place).parent)
         return f"{REPOSITORY}/{target.relative_to(ROOT)}"
 
     return LINK.sub(linked, text)
+
+
+def page_of(source: Path) -> Path:
+    """A notebook becomes a page of Markdown; other files keep their names."""
+    return source.with_suffix(".md") if source.suffix == ".ipynb" else source
+
+
+def of_notebook(text: str) -> str:
+    """A notebook as a page: its code, and the outputs that are stored in it."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            shown = output.get("data", {"text/plain": output.get("text", "")})
+            html = "".join(shown.get("text/html", ""))
+            parts.append(f"<div>{html}</div>" if html else f"```text\n{''.join(shown['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def with_signatures(text: str) -> str:

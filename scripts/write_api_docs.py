@@ -1,4 +1,4 @@
-"""Write docs/api.md: every public name of `kd` with its signature and docstring.
+"""Write docs/api.md, every public name of `kd` with its signature and docstring, and docs/settings.md, to which it points.
 
 python scripts/write_api_docs.py
 """
@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import write_settings_docs
 from docstring_blocks import docstring_blocks
-from write_settings_docs import name_of
 
 import kd
 from kd.cache_builder.build.build_settings import BuildSettings
@@ -33,7 +33,7 @@ WIDTH = 100
 
 def named(cls: Any, fields: Iterable[str]) -> list[str]:
     """What files and Python call these settings of a class, in alphabetical order."""
-    return sorted(name_of(settings_of(cls)[field]) for field in fields)
+    return sorted(write_settings_docs.name_of(settings_of(cls)[field]) for field in fields)
 
 
 SETTINGS: dict[str, tuple[str, str, Collection[str]]] = {
@@ -113,4 +113,6 @@ def render() -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parents[1] / "docs" / "api.md").write_text(render(), encoding="utf-8")
+    docs = Path(__file__).parents[1] / "docs"
+    (docs / "api.md").write_text(render(), encoding="utf-8")
+    (docs / "settings.md").write_text(write_settings_docs.render(), encoding="utf-8")

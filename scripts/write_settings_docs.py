@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the settings classes: `python scripts/write_settings_docs.py`. A test compares the two."""
+"""Write docs/settings.md from the settings classes: `python scripts/write_settings_docs.py`, or with the API."""
 
 from __future__ import annotations
 

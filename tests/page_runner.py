@@ -2,7 +2,7 @@
 
 What is run, in the page's order:
 
-- a line of an indented block that begins with `kd` or `python`; `# exit code 3` behind it says how it ends (0 otherwise);
+- a line of an indented block that begins with `kd` or `python examples/`; `# exit code 3` behind it says how it ends (0 otherwise);
 - a block of Python, all of a page in one namespace;
 - a block of another language whose first line is `# NAME`: it is saved under that name.
 
@@ -55,7 +55,7 @@ def blocks(text: str) -> Iterator[Block]:
 def commands(block: Block) -> list[str]:
     """The commands of an indented block, each on one line, with its comment."""
     lines = block.text.replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if line.startswith(("kd ", "python "))]
+    return [" ".join(line.split()) for line in lines if line.startswith(("kd ", "python examples/"))]
 
 
 def typed_commands(page: Path) -> list[str]:
@@ -73,8 +73,14 @@ def as_it_is(words: list[str]) -> list[str]:
     return words
 
 
-def run_page(page: Path, folder: Path, *, small: Callable[[list[str]], list[str]] = as_it_is) -> dict[str, str]:
-    """Run a page in `folder`; returns command -> what it printed. `small` puts small models, or fewer steps, into a command."""
+def run_page(
+    page: Path, folder: Path, *, small: Callable[[list[str]], list[str]] = as_it_is, compare: bool = True
+) -> dict[str, str]:
+    """Run a page in `folder`; returns command -> what it printed.
+
+    small    puts small models, or fewer steps, into a command; an empty list leaves it out
+    compare  whether commands must print what the page shows; with fewer steps they print other figures
+    """
     printed: dict[str, str] = {}
     names: dict[str, object] = {}
     last = ""
@@ -93,7 +99,7 @@ def run_page(page: Path, folder: Path, *, small: Callable[[list[str]], list[str]
             elif saved := re.match(r"# ([\w./-]+)", block.text):
                 Path(saved[1]).parent.mkdir(parents=True, exist_ok=True)
                 Path(saved[1]).write_text(block.text, encoding="utf-8")
-            elif block.language in ("", "text") and last:
+            elif compare and block.language in ("", "text") and last:
                 require_printed(block.text, printed[last], where)
     return printed
 
@@ -101,7 +107,9 @@ def run_page(page: Path, folder: Path, *, small: Callable[[list[str]], list[str]
 def run_command(command: str, where: str, small: Callable[[list[str]], list[str]]) -> str:
     """What one command prints, errors and progress included."""
     typed, _, comment = command.partition(" #")
-    program, *words = small(shlex.split(typed))
+    if not (words := small(shlex.split(typed))):
+        return ""
+    program, *words = words
     code = re.search(r"exit code (\d+)", comment)
     try:
         if program == "kd":

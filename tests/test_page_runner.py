@@ -15,9 +15,10 @@ def test_blocks_come_in_order_with_their_lines() -> None:
 
 def test_commands_are_joined_over_lines(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(
-        "    kd a \\\n        --b 1\n    $EDITOR x\n    python y.py  # why\n", encoding="utf-8"
+        "    kd a \\\n        --b 1\n    $EDITOR x\n    python examples/y.py  # why\n    python -m venv x\n",
+        encoding="utf-8",
     )
-    assert typed_commands(tmp_path / "page.md") == ["kd a --b 1", "python y.py # why"]
+    assert typed_commands(tmp_path / "page.md") == ["kd a --b 1", "python examples/y.py # why"]
 
 
 @pytest.mark.parametrize(

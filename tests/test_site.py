@@ -42,7 +42,11 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_tools
 def test_every_page_is_in_the_site_and_in_its_menu(site: Path) -> None:
-    pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    pages = {
+        path.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        for kind in ("md", "ipynb")
+        for path in (ROOT / "docs").rglob(f"*.{kind}")
+    }
     built = {path.relative_to(site).with_suffix("").as_posix() for path in site.rglob("*.html")}
     assert built == pages | {"index", "404"}
     menu = re.findall(r"([\w./-]+)\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
