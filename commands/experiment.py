@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kd.commands.eval import say_report
 from kd.commands.recipe import echo_commands, run_commands, variables_option
 from kd.commands.terminal.console import emit_json, say
 from kd.commands.terminal.options import FOLDER, json_option
@@ -17,6 +18,7 @@ from kd.common.extras import require
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kd.evaluation.report.writing import ReportFiles
     from kd.recipes.experiment_file import Experiment
     from kd.recipes.steps import Step
 
@@ -79,12 +81,12 @@ def run_and_show(chosen: Experiment, folder: Path, steps: Sequence[Step], *, as_
         with clear_write_errors(folder, "make room or name another --out, then run the same command again"):
             open_folder(chosen, folder, steps)
         run_commands(steps, keep_scores=True)
-        files, document = write_experiment_report(chosen, folder)
+        written, document = write_experiment_report(chosen, folder)
     if as_json:
-        emit_json(document | {"files": files})
+        emit_json(document | {"files": written.paths()})
     else:
-        say(Path(files["markdown"]).read_text(encoding="utf-8"))
-        say(f"report: {files['page']}")
+        say_report(written)
+        say(f"report: {written.page}")
 
 
 def open_folder(chosen: Experiment, folder: Path, steps: Sequence[Step]) -> None:
@@ -115,8 +117,8 @@ def open_folder(chosen: Experiment, folder: Path, steps: Sequence[Step]) -> None
     write_atomic(state, canonical_json(document))
 
 
-def write_experiment_report(chosen: Experiment, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Write the report over teacher and students; returns its files and the document in `report.json`."""
+def write_experiment_report(chosen: Experiment, folder: Path) -> tuple[ReportFiles, dict[str, Any]]:
+    """Write the report over teacher and students; returns it, and the document in `report.json`."""
     from kd.cache_builder.store.readers.reader import CacheReader
     from kd.common.files import read_object
     from kd.evaluation.report.certainty import certainty, section
@@ -135,4 +137,4 @@ def write_experiment_report(chosen: Experiment, folder: Path) -> tuple[dict[str,
         baseline=chosen.baseline,
         other_students=chosen.is_sweep,
     )
-    return written.paths(), read_object(written.json)
+    return written, read_object(written.json)

@@ -198,6 +198,10 @@ def test_system_001_ends_with_three_kinds_of_models_and_all_columns(run) -> None
     assert any("1 examples: XSum R-L, XSum BERTScore" in line for line in counted)
     (scores,) = [json.loads(p.read_text()) for p in (folder / "students-train").glob("0-*/eval.json")]
     assert "contaminated" in scores["settings"]["choices"]
+    first = [
+        scores["tasks"][t][m]["value"] for t, m in (("choices", "accuracy/boolq"), ("generation", "squad_f1/squad"))
+    ]
+    assert blocks["train"]["student FT"][:2] == pytest.approx([100 * value for value in first])
     assert len(load_table("oscarnav-ten").columns) == 11
 
 
@@ -209,8 +213,12 @@ def test_system_002_ends_with_gpt2_before_and_after_beside_its_published_score(r
     assert "| published: GPT-2 (124M) |  | 0.2859 | 0.2955 |" in (folder / "report" / "report.md").read_text()
 
 
-def test_system_003_ends_with_its_table_of_methods(run) -> None:
+def test_system_003_ends_with_its_table_of_methods(run, tmp_path: Path) -> None:
+    interrupted = tmp_path / "run" / "classifiers" / "cola" / "metrics.jsonl"
+    interrupted.parent.mkdir(parents=True)
+    interrupted.write_text('{"step": 1}\n')  # a classifier's training begins again
     folder = run("glue-merging")
+    assert '{"step": 1}' not in interrupted.read_text()
     text = (folder / "report" / "report.md").read_text()
     section = text.partition("## Methods\n")[2].partition("\n## ")[0]
     labels = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]

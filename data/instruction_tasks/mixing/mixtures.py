@@ -159,7 +159,7 @@ def refuse_unknown_limits(config: InstructionConfig, known: Sequence[str]) -> No
     """Raise DataError where a limit is given for a task that is not known: it would limit nothing."""
     for task in config.task_limits or {}:
         if task not in known:
-            raise unknown_name("task", task, known, where="--task-limits")
+            raise unknown_name("task", task, list(dict.fromkeys(known)), where="--task-limits")
 
 
 def check_options(tasks: Sequence[TaskFile], config: InstructionConfig) -> None:
