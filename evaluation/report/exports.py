@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from kd.common.shown_text import for_markdown, for_spreadsheet
+from kd.common.shown_text import for_markdown, for_spreadsheet, for_terminal
 from kd.evaluation.report.comparison import Comparison, Entry
 from kd.evaluation.report.page import Section, markdown_samples, markdown_table
 from kd.evaluation.report.reference import Reference
@@ -23,6 +23,8 @@ def report_markdown(title: str, intro: Sequence[str], sections: Sequence[Section
             parts.append(_paragraphs(section.text))
         if section.table is not None:
             parts.append(markdown_table(section.table).rstrip())
+        if section.lines:
+            parts.append("\n".join(f"    {for_terminal(line)}" for line in section.lines))
         if section.samples:
             parts.append(markdown_samples(section.samples))
         if section.image is not None:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":", "-.")
 HALF_LIFE = 0.01
 """Half-life of the smoothing to either side, as a share of the run's records."""
+TITLE = 56
+"""Letters of a line of a panel's title."""
 DPI, WIDTH = 200, 5.5
 """Dots per inch, inches: letters of 10 points are still 8 pixels high where a phone shrinks the picture to its width."""
 
@@ -133,32 +136,45 @@ def draw_bars(
 
 
 def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequence[str] = ()) -> Path:
-    """Write one panel per unit: a line per column, a mark per pair, whiskers of one error; right of 0 is better.
+    """Write one panel per unit: a band per column, a mark per pair, whiskers of one error; right of 0 is better.
+
+    A panel of one column has a row for each pair instead, which names it.
 
     order   as above
     """
     pairs = list(dict.fromkeys((d.other, d.baseline) for deltas in panels.values() for d in deltas))
     order = list(dict.fromkeys([*order, *(other for other, _ in pairs)]))
-    rows = [list(dict.fromkeys(d.label for d in deltas)) for deltas in panels.values()]
+    columns = [list(dict.fromkeys(d.label for d in deltas)) for deltas in panels.values()]
     space = 0.16 * len(pairs) + 0.24
-    heights = [1.0 + space * len(labels) for labels in rows]
+    heights = [1.0 + (space * len(labels) if len(labels) > 1 else 0.3 * len(pairs)) for labels in columns]
+    same = pairs[0][1] if len({baseline for _, baseline in pairs}) == 1 else None
+    legend = any(len(labels) > 1 for labels in columns)
 
     def draw(figure: Any) -> None:
         drawn = zip(panels_of(figure, len(panels), heights), panels.items(), strict=True)
         for number, (axes, (title, deltas)) in enumerate(drawn):
             axes.axvline(0, color="#5b6472", linewidth=1)
+            alone = len(columns[number]) == 1
             for d in deltas:
-                row = rows[number].index(d.label)
-                height = row + (pairs.index((d.other, d.baseline)) - (len(pairs) - 1) / 2) * 0.6 / len(pairs)
+                place = pairs.index((d.other, d.baseline))
+                row = columns[number].index(d.label)
+                height = float(place) if alone else row + (place - (len(pairs) - 1) / 2) * 0.7 / len(pairs)
                 colour = COLOURS[order.index(d.other) % len(COLOURS)]
                 axes.errorbar(d.gain, height, xerr=d.error, fmt="o", color=colour, markersize=6, capsize=3, zorder=3)
                 if len(d.by_seed) > 1:
                     axes.plot(d.by_seed, [height] * len(d.by_seed), "|", color=colour, markersize=7, alpha=0.6)
-            names = [_short(label) for label in rows[number]] if len(rows[number]) > 1 else [""]  # the title says it
-            axes.set_yticks(range(len(rows[number])), list(map(for_figure, names)))
-            axes.set_ylim(len(rows[number]) - 0.4, -0.6)
-            axes.set_title(for_figure(title), loc="left", fontsize="medium")
-            if number == 0:
+            names = columns[number]
+            if alone:  # the title says which column it is
+                names = [other if same is not None else f"{other} – {baseline}" for other, baseline in pairs]
+                title = title if same is None else f"{title}, against {same}"
+            else:
+                axes.grid(visible=False, axis="y")
+                for band in range(0, len(names), 2):
+                    axes.axhspan(band - 0.5, band + 0.5, color="#f1f3f6", zorder=0)
+            axes.set_yticks(range(len(names)), [for_figure(_short(name)) for name in names])
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_title("\n".join(wrap(for_figure(title), TITLE)), loc="left", fontsize="medium")
+            if number == 0 and legend:
                 from matplotlib.lines import Line2D
 
                 marks = [
@@ -174,7 +190,7 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequen
                 ]
                 figure.legend(handles=marks, loc="outside upper left", frameon=False)
 
-    return save_figure(path, draw, sum(heights) + 0.3 * len(pairs))
+    return save_figure(path, draw, sum(heights) + (0.3 * len(pairs) if legend else 0.0))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

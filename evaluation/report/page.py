@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from pathlib import Path
 from kd.common.errors import DataError
 from kd.common.shown_text import for_markdown, for_terminal
 
+OTHER_WHITE = "other white space"
+WHITE = {" ": "space", "\n": "line end", "\t": "tab"}
+"""White space -> its name where a text holds nothing else."""
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
@@ -66,6 +70,8 @@ class Section:
     """A PNG file, which is taken into the page; None for none."""
     note: str | None = None
     """Small print under table and image; also the image's alternative text."""
+    lines: Sequence[str] = ()
+    """Commands, shown as they are typed."""
     folded: bool = False
     """Whether the section is shown on demand, so that a page of many models stays short. In Markdown it is not folded."""
 
@@ -85,8 +91,20 @@ def render_page(title: str, intro_lines: Sequence[str], sections: Sequence[Secti
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["data_uri"] = data_uri
+    environment.filters["visible"] = visible
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(title=title, intro_lines=intro_lines, sections=sections)
+
+
+def visible(text: str) -> str:
+    """A text as people are to see it: one that holds nothing but white space is named for what it holds."""
+    if text.strip():
+        return text
+    if not text:
+        return "(empty)"
+    counted = Counter(WHITE.get(character, OTHER_WHITE) for character in text)
+    kinds = (f"{count} {name}{'s' if count > 1 and name != OTHER_WHITE else ''}" for name, count in counted.items())
+    return f"(white space alone: {', '.join(kinds)})"
 
 
 def markdown_table(table: Table) -> str:
@@ -109,10 +127,10 @@ def markdown_samples(samples: Sequence[Sample]) -> str:
     """Prompts and answers as code blocks, whose fences are longer than any in the text: nothing in them is markup."""
     parts = []
     for number, sample in enumerate(samples, 1):
-        parts.append(f"{number}. prompt\n\n{_fenced(sample.prompt)}")
+        parts.append(f"{number}. prompt\n\n{_fenced(visible(sample.prompt))}")
         if sample.expected is not None:
-            parts.append(f"   expected\n\n{_fenced(sample.expected)}")
-        parts += [f"   {for_markdown(name)}\n\n{_fenced(text)}" for name, text in sample.answers]
+            parts.append(f"   expected\n\n{_fenced(visible(sample.expected))}")
+        parts += [f"   {for_markdown(name)}\n\n{_fenced(visible(text))}" for name, text in sample.answers]
     return "\n\n".join(parts)
 
 

@@ -12,19 +12,28 @@ twice counts once, with its later record.
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.common.files import read_object
 from kd.common.paths import as_path
+from kd.common.setting_fields import settings_of
+from kd.common.shown_text import redacted
 from kd.evaluation.report.comparison import Entry, short_name, texts_read
 from kd.evaluation.report.figures import Series, smooth
 from kd.evaluation.results import EVAL, EvalReport, load_report, numbered
+from kd.student_trainer.configuration.train_config import TrainConfig
 from kd.student_trainer.run_folder import METRICS, RUN, is_run, read_log, read_run
+
+EXPERIMENT = "experiment.json"
+"""File of an experiment's folder that says which command made which of its folders."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,62 @@ def _steps(folder: Path) -> tuple[dict[str, Any], ...]:
     """The lines of `metrics.jsonl` by ascending step; of a step that was logged twice the later line. Raises DataError."""
     records = {record["step"]: record for record in read_log(folder)}
     return tuple(records[step] for step in sorted(records))
+
+
+def commands_of(runs: Sequence[Run], inputs: Sequence[Path]) -> list[str]:
+    """The commands that made the inputs: those of their experiment where they belong to one, else the trainings'.
+
+    Of an experiment over several seeds, those of the first seed.
+    """
+    folders = [
+        folder for folder in dict.fromkeys(p.resolve().parent for p in inputs) if (folder / EXPERIMENT).is_file()
+    ]
+    lines = [line for folder in folders for line in _commands_of_experiment(read_object(folder / EXPERIMENT))]
+    return lines or [command for run in runs if (command := _training_command(run))]
+
+
+def _commands_of_experiment(state: Mapping[str, Any]) -> list[str]:
+    seeds = list(map(str, state.get("seeds") or []))
+    lines = [
+        f"# kd experiment {state.get('name')}" + (f" --seeds {','.join(seeds)}; seed {seeds[0]}:" if seeds else ":")
+    ]
+    steps = state.get("steps")
+    for folder, words in steps.items() if isinstance(steps, dict) else ():
+        seed = re.search(r"-seed(\d+)(/|$)", folder)
+        if seed is None or not seeds or seed[1] == seeds[0]:
+            lines.append(_typed(["kd", *map(str, words)]))
+    return lines
+
+
+def _training_command(run: Run) -> str | None:
+    """`kd train` with the settings of a run that are not the defaults."""
+    saved = run.fact("settings")
+    if not isinstance(saved, dict):
+        return None
+    words = ["kd", "train"]
+    for setting in settings_of(TrainConfig).values():
+        value = saved.get(setting.name)
+        if value is None or value == setting.default or isinstance(value, dict | list):
+            continue
+        if isinstance(value, bool):
+            words.append(setting.option if value else f"--no-{setting.option[2:]}")
+        else:
+            words += [setting.option, str(value)]
+    return _typed(redacted(words))
+
+
+def _typed(words: Sequence[str]) -> str:
+    """A command as it is typed; a path of one machine is shown by its last part alone."""
+    return " ".join(f"…/{PurePath(w).name}" if PurePath(w).is_absolute() else shlex.quote(w) for w in words)
+
+
+def versions_of(runs: Sequence[Run], entries: Sequence[Entry]) -> str:
+    """Package and version of everything that made runs and scores; several versions of one package are all named."""
+    found: dict[str, set[str]] = {}
+    for versions in (*(entry.report.versions for entry in entries), *(run.fact("versions") or {} for run in runs)):
+        for package, number in versions.items():
+            found.setdefault(package, set()).add(str(number))
+    return ", ".join(f"{package} {' and '.join(sorted(numbers))}" for package, numbers in sorted(found.items()))
 
 
 def is_number(value: Any) -> bool:

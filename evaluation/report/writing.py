@@ -22,13 +22,13 @@ from kd.common.disk.disk_errors import clear_write_errors
 from kd.common.errors import DataError
 from kd.common.files import canonical_json, sweep, write_atomic
 from kd.common.shown_text import redacted
-from kd.evaluation.report.comparison import Comparison, compare, short_name
+from kd.evaluation.report.comparison import Comparison, Entry, compare, short_name
 from kd.evaluation.report.exports import csv_text, metrics_csv, report_document, report_markdown
 from kd.evaluation.report.page import ReportContent, Sample, Section, Table, render_page
 from kd.evaluation.report.pairs import Arm, Pair, arms_of, pairs_of
 from kd.evaluation.report.pictures import gains_picture, loss_picture, metrics_picture
 from kd.evaluation.report.reference import Reference, reference_of
-from kd.evaluation.report.runs import Run, collect_runs, input_folders, is_number
+from kd.evaluation.report.runs import Run, collect_runs, commands_of, input_folders, is_number, versions_of
 from kd.evaluation.report.score_curves import progress_sections
 from kd.evaluation.report.systems.merged_models import is_merged, merged_sections, read_merged
 from kd.evaluation.report.systems.report_settings import ReportSettings
@@ -153,6 +153,7 @@ def _written(
         note += "several seeds: their mean, and the range of the seeds."
         sections.append(Section("Loss curves", image=files.loss_png, note=note))
     sections += progress_sections(inputs, out)
+    sections += _how_made(runs, entries, inputs)
     models = len({e.name for e in entries})
     intro = [
         f"{_count(len(entries), 'evaluation')} of {_count(models, 'model')} and {_count(len(runs), 'training run')}"
@@ -224,11 +225,21 @@ def _side_by_side(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> lis
     return sections
 
 
+def _how_made(runs: Sequence[Run], entries: Sequence[Entry], inputs: Sequence[Path]) -> list[Section]:
+    """The commands and versions behind the figures; no section where neither is known."""
+    lines, versions = commands_of(runs, inputs), versions_of(runs, entries)
+    if not lines and not versions:
+        return []
+    text = f"Versions: {versions}." if versions else None
+    return [Section("How it was made", text=text, lines=lines, folded=True)]
+
+
 def _run_table(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         ends = [run.last(key) for key in ("loss", "ce", "kd")]
         final = run.records[-1] if run.records else {}
+        seconds = (run.fact("result") or {}).get("seconds")
         rows.append(
             [
                 run.name,
@@ -237,9 +248,12 @@ def _run_table(runs: Sequence[Run]) -> Table:
                 f"{final.get('step', 0):,}",
                 f"{final['tokens']:,}" if is_number(final.get("tokens")) else "–",
                 *("–" if end is None else f"{end:.4f}" for end in ends),
+                f"{seconds:,.0f} s" if is_number(seconds) else "–",
             ]
         )
-    return Table(["run", "student", "trained with", "steps", "tokens", "loss", "cross-entropy", "distillation"], rows)
+    return Table(
+        ["run", "student", "trained with", "steps", "tokens", "loss", "cross-entropy", "distillation", "time"], rows
+    )
 
 
 def _count(number: int, noun: str, several: str | None = None) -> str:

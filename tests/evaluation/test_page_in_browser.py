@@ -86,6 +86,26 @@ def test_nothing_is_wider_than_the_window_but_tables_that_scroll(browser: Browse
     reach = "[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth, getComputedStyle(e).overflowX])"
     assert all(scrolls == "auto" for _, scrolls in browser.ask(reach))
     assert width > 600 or all(wide for wide, _ in browser.ask(reach))  # the worst table does need it on a phone
+    moved = """[...document.querySelectorAll('nav a')].map(a => { a.click(); const at = document.getElementById(
+        a.getAttribute('href').slice(1)); return at !== null && at.tagName === 'SECTION'; })"""
+    assert browser.ask(moved) == [True] * 4, "the contents lead to their sections"
+
+
+def test_a_table_that_goes_on_has_a_shadow_until_its_end_is_seen(browser: Browser, page: Path) -> None:
+    browser.show(page, width=390, dark=False)
+    browser.ask("document.documentElement.scrollTop = document.querySelector('.scroll').offsetTop - 20")
+
+    def right_edge() -> float:
+        box = browser.ask(
+            "(b => [b.right, b.top, b.height])(document.querySelector('.scroll').getBoundingClientRect())"
+        )
+        shot = browser.picture()
+        top = int(browser.ask("window.scrollY") + box[1])
+        return float(shot[top : top + int(box[2]), int(box[0]) - 2].mean())
+
+    before = right_edge()
+    browser.ask("document.querySelector('.scroll').scrollLeft = 1e6")
+    assert before < right_edge() - 0.02
 
 
 def test_tables_are_readable(browser: Browser, look: tuple[int, bool]) -> None:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from reported import Page
 
 from kd.common.errors import DataError
-from kd.evaluation.report.page import Section, Table, markdown_table, render_page
+from kd.evaluation.report.exports import report_markdown
+from kd.evaluation.report.page import (
+    Sample,
+    Section,
+    Table,
+    markdown_samples,
+    markdown_table,
+    render_page,
+    visible,
+)
 
 
 def test_a_page_with_text_and_a_table_alone():
@@ -34,3 +45,36 @@ def test_a_ragged_table_is_refused():
 def test_markdown_escapes_pipes_newlines_and_tags():
     row = markdown_table(Table(["a", "b"], [["x|y\nz", "<img>"]])).splitlines()[2]
     assert row == "| x\\|y z | &lt;img&gt; |"
+
+
+def test_a_long_page_has_contents_that_lead_to_its_sections():
+    sections = [Section(f"Part {n} <b>", text="x") for n in range(5)]
+    html = render_page("T", [], sections)
+    targets = re.findall(r'<a href="#(s\d+)">', html)
+    assert targets == re.findall(r'<section id="(s\d+)">', html) == [f"s{n}" for n in range(1, 6)]
+    assert '<a href="#s1">Part 0 &lt;b&gt;</a>' in html
+    assert "<nav" not in render_page("T", [], sections[:3])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", "(empty)"),
+        ("  \n", "(white space alone: 2 spaces, 1 line end)"),
+        ("\t\u00a0", "(white space alone: 1 tab, 1 other white space)"),
+        (" yes", " yes"),
+    ],
+)
+def test_an_answer_of_white_space_is_shown_as_such(text, shown):
+    assert visible(text) == shown
+    sample = Sample("Is it?", None, [("model", text)])
+    assert f"<dd>{shown}</dd>" in render_page("T", [], [Section("S", samples=[sample])])
+    assert shown.strip() in markdown_samples([sample])
+
+
+def test_commands_are_shown_as_they_are_typed():
+    lines = ["kd train --loss kl", "kd eval '<x>'"]
+    assert "<pre>kd train --loss kl\nkd eval &#39;&lt;x&gt;&#39;\n</pre>" in render_page(
+        "T", [], [Section("S", lines=lines)]
+    )
+    assert "    kd train --loss kl\n    kd eval '<x>'\n" in report_markdown("T", [], [Section("S", lines=lines)])

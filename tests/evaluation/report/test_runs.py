@@ -9,7 +9,7 @@ import pytest
 from reported import HARD, evaluation, save_run
 
 from kd.common.errors import DataError
-from kd.evaluation.report.runs import collect_runs
+from kd.evaluation.report.runs import collect_runs, commands_of, versions_of
 from kd.evaluation.report.writing import write_report
 from kd.evaluation.results import folders_of, refuse_other_scores
 
@@ -126,3 +126,33 @@ def test_scores_elsewhere_are_those_of_the_run_that_was_given(tmp_path):
     evaluation(str(run), HARD, 8.0).save(tmp_path / "scores")
     runs, entries = collect_runs([run, tmp_path / "scores"])
     assert ([r.name for r in runs], [e.name for e in entries]) == (["r"], ["r"])
+
+
+def test_the_commands_behind_a_report_name_no_folder_of_the_machine(tmp_path):
+    settings = {
+        "cache": str(tmp_path / "cache"),
+        "student": "demo",
+        "loss": "kl",
+        "lr": 1e-3,
+        "seed": 0,
+        "packing": True,
+    }
+    folder = tmp_path / "kl-seed0"
+    folder.mkdir()
+    facts = {"identity": {}, "complete": True, "settings": settings, "versions": {"torch": "2.1"}}
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
+    (run,), _ = collect_runs([folder])
+    assert commands_of([run], [folder]) == ["kd train --cache …/cache --student demo --packing --lr 0.001"]
+    assert versions_of([run, run], []) == "torch 2.1"
+    steps = {
+        "cache": ["cache", "build", "--out", str(tmp_path / "cache")],
+        "kl-seed0": ["train", "--seed", "0"],
+        "kl-seed1/eval": ["eval", "x"],
+    }
+    (tmp_path / "experiment.json").write_text(json.dumps({"name": "mine", "seeds": [0, 1], "steps": steps}))
+    assert commands_of([run], [folder]) == [
+        "# kd experiment mine --seeds 0,1; seed 0:",
+        "kd cache build --out …/cache",
+        "kd train --seed 0",
+    ]
