@@ -113,6 +113,6 @@ def _picture(path: Path, reference: Reference, arms: Sequence[Arm], panels: dict
             names = [for_figure(arm.name) for arm in arms]
             axes.set_xticks(range(len(arms)), names, rotation=20 if max(map(len, names)) > 8 else 0)
             axes.set_title(for_figure(title), loc="left", fontsize="small")
-            axes.legend(loc="best", frameon=False, fontsize="small")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False, fontsize="small")
 
-    return save_figure(path, draw, 3.4 * len(panels))
+    return save_figure(path, draw, 4.0 * len(panels))
