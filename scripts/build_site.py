@@ -1,8 +1,8 @@
 """Build the documentation as a site: `python scripts/build_site.py site`. Every warning is an error.
 
-docs/ is the only source, and nothing comes from the network. Three things differ from what GitHub shows: the front page is
-README.md, links to files outside docs/ lead to the repository, and mkdocstrings writes the signatures of the API, from the same
-docstrings as docs/api.md.
+docs/ is the only source, and nothing comes from the network. Four things differ from what GitHub shows: the front page is
+README.md, links to files outside docs/ lead to the repository, mkdocstrings writes the members and the source of the API,
+from the same docstrings as docs/api.md, and notebooks become pages with the outputs that are stored in them.
 """
 
 from __future__ import annotations
@@ -97,13 +97,18 @@ def of_notebook(text: str) -> str:
 
 
 def with_signatures(text: str) -> str:
-    """docs/api.md with a line for mkdocstrings in place of each signature and docstring."""
+    """docs/api.md with a line for mkdocstrings in place of each docstring and of the members of a class."""
     section = re.compile(r"^## `(kd\.\w+)`\n(.*?)(?=^## |\Z)", flags=re.MULTILINE | re.DOTALL)
-    return section.sub(lambda m: f"## `{m[1]}`\n\n::: {m[1]}\n\n{kept(m[2])}", text)
+    return section.sub(lambda m: f"## `{m[1]}`\n\n{signature(m[2])}::: {m[1]}\n\n{settings(m[2])}", text)
 
 
-def kept(section: str) -> str:
-    """What a section of docs/api.md says beside the docstring: where the settings are."""
+def signature(section: str) -> str:
+    """The block of code with which a section begins."""
+    return section[: section.index("```\n", section.index("```") + 3) + 4].lstrip() + "\n"
+
+
+def settings(section: str) -> str:
+    """What a section says beside the docstring: where the settings are."""
     return "".join(f"{line}\n\n" for line in section.splitlines() if line.startswith("Settings: "))
 
 

@@ -71,7 +71,8 @@ def test_the_api_has_signatures_and_docstrings_of_every_public_name(site: Path) 
     parts = re.split(r'<h2 id="', text)[1:]
     assert len(parts) == len(kd.__all__) - 1
     for part in parts:
-        assert "doc-signature" in part or "doc doc-object" in part, part[:40]
+        name = re.sub(r"<[^>]+>", "", part.partition(">")[2].partition("<a ")[0]).removeprefix("kd.")
+        assert f"{name}(" in re.sub(r"<[^>]+>", "", part), "the signature"
         assert "doc-contents" in part, part[:40]
     assert text.count("&gt;&gt;&gt;") >= len(parts), "the examples"
     assert "settings.html#kd-cache-build" in text
