@@ -11,7 +11,7 @@ import click
 from kd.cache_builder.build.build_settings import RECORDED, BillSettings, BuildSettings, PlanSettings
 from kd.commands.terminal.console import emit, emit_json, follow, outcome, quiet_libraries, say
 from kd.commands.terminal.lazy import LazyCommands
-from kd.commands.terminal.options import FOLDER, json_option
+from kd.commands.terminal.options import FOLDER, dry_run_option, json_option
 from kd.commands.terminal.settings_options import GIVEN, RecordingCommand, SettingsCommand, settings_options
 from kd.common.paths import StoreAddress
 
@@ -34,6 +34,9 @@ ELSEWHERE = {
     "verify": "kd.commands.cache_check:cache_verify",
 }
 """The group's commands in other modules."""
+
+FILES_OF_A_CACHE = 8
+"""Most files of a cache beside those of its shards and arrays: manifest, tables, vocabulary, answers."""
 
 profile_build_option = click.option("--profile-build", is_flag=True, help="Print where the time of the build went.")
 
@@ -74,6 +77,25 @@ def cache_plan(settings: PlanSettings, profile_build: bool, as_json: bool) -> No
     emit(cost, as_json, f"This build would make{bound}")
     if proposal is not None:
         say("\n".join(proposal_lines(proposal)))
+
+
+def print_build_plan(settings: BuildSettings, *, as_json: bool) -> None:
+    """Print what a build would write. Raises CacheMismatchError where its folder holds another cache."""
+    quiet_libraries()
+    from kd.cache_builder.build.estimate import estimate
+    from kd.cache_builder.build.from_settings import plan_of
+    from kd.cache_builder.store.records.cache_identity import refuse_mismatch
+    from kd.cache_builder.store.records.commits import existing_cache
+
+    plan = plan_of(settings, watch=follow)
+    existing = None if isinstance(settings.out, StoreAddress) else existing_cache(Path(settings.out))
+    if existing is not None and plan.targets_known:
+        refuse_mismatch(Path(settings.out), plan.manifest.identity, existing)
+    cost = estimate(plan)
+    shards, arrays = len(plan.manifest.shards), len(plan.manifest.arrays)
+    files = shards * (arrays + 3) + arrays + FILES_OF_A_CACHE  # a shard has its examples, its commit and lengths too
+    result = {"out": str(settings.out), "files_at_most": files, **cost}
+    emit(result, as_json, f"{settings.out}: nothing was written. A build would write")
 
 
 def proposal_lines(found: Mapping[str, Any]) -> list[str]:
@@ -119,16 +141,19 @@ def cache_bill(settings: BillSettings, as_json: bool) -> None:
 @cache.command("build", cls=RecordingCommand)
 @settings_options(BuildSettings)
 @profile_build_option
+@dry_run_option
 @json_option
-def cache_build(settings: BuildSettings, profile_build: bool, as_json: bool) -> None:
+def cache_build(settings: BuildSettings, profile_build: bool, dry_run: bool, as_json: bool) -> None:
     """Run the teacher over the text and write its soft targets. The same command again continues.
 
     Exit code 4 where other builders hold shards of this build: --wait waits for them.
 
     Example: kd cache build --teacher demo --data demo --limit 20 --out runs/cache
     """
-    given = click.get_current_context().meta[GIVEN]
-    if settings.served.processes > 1:
+    given = {name: value for name, value in click.get_current_context().meta[GIVEN].items() if name != "dry_run"}
+    if dry_run:
+        print_build_plan(settings, as_json=as_json)
+    elif settings.served.processes > 1:
         build_in_a_group(settings, given, profile_build=profile_build, as_json=as_json)
     else:
         build_and_show(settings, given, profile_build=profile_build, as_json=as_json)

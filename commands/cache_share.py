@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.terminal.console import emit, outcome, say
-from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
+from kd.commands.terminal.options import FOLDER, PATH, dry_run_option, json_option, parse_range
 
 if TYPE_CHECKING:
     from kd.cache_builder.share.transfer import Transferred
@@ -32,16 +32,22 @@ workers_option = click.option(
 )
 @click.option("--private", is_flag=True, help="Make a new repository on the hub private.")
 @workers_option
+@dry_run_option
 @json_option
-def cache_push(path: Path, url: str, license: str | None, private: bool, workers: int, as_json: bool) -> None:
+def cache_push(
+    path: Path, url: str, license: str | None, private: bool, workers: int, dry_run: bool, as_json: bool
+) -> None:
     """Copy a whole cache to hf://datasets/OWNER/NAME, s3://BUCKET/PATH or a folder. The same command continues a cut copy.
 
     Every file is checked before it is sent. The manifest is sent last, so an unfinished copy is never taken for a cache.
 
     Example: kd cache push runs/cache runs/copy
     """
-    from kd.cache_builder.share.push import push
+    from kd.cache_builder.share.push import planned_push, push
 
+    if dry_run:
+        emit(asdict(planned_push(path, url)) | {"url": url}, as_json, f"{url}: nothing was written. A push would send")
+        return
     picture = _picture(path) if url.startswith("hf://") else None
     done = outcome("pushing", push(path, url, license=license, private=private, workers=workers, picture=picture))
     emit(_result(done) | {"url": url}, as_json, f"{url}: complete")
@@ -71,6 +77,7 @@ def cache_push(path: Path, url: str, license: str | None, private: bool, workers
     help="Keep fewer tokens per row: every shard is sliced when it arrives, and a smaller cache is written.",
 )
 @workers_option
+@dry_run_option
 @json_option
 def cache_pull(
     url: str,
@@ -80,6 +87,7 @@ def cache_pull(
     losses: tuple[str, ...],
     top_k: int | None,
     workers: int,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Copy a cache, or a part of one, from hf://datasets/…, s3://…, https://… or a folder. The same command continues a cut copy.
@@ -88,7 +96,7 @@ def cache_pull(
 
     Example: kd cache pull runs/cache runs/part --examples 0:10 --for ce
     """
-    from kd.cache_builder.share.pull import pull
+    from kd.cache_builder.share.pull import planned_pull, pull
     from kd.common.errors import DataError
 
     if top_k is not None:
@@ -96,7 +104,17 @@ def cache_pull(
             raise DataError(
                 "a slice chooses its arrays itself", found="--top-k with --arrays or --for", try_="one of them"
             )
+        if dry_run:
+            raise DataError(
+                "the size of a slice is known when it is written",
+                found="--top-k with --dry-run",
+                try_="--dry-run without --top-k, for what would be fetched",
+            )
         _slice(url, path, top_k, examples, as_json)
+        return
+    if dry_run:
+        planned = planned_pull(url, path, examples=examples, arrays=_choice(arrays, losses))
+        emit(asdict(planned) | {"path": str(path)}, as_json, f"{path}: nothing was written. A pull would fetch")
         return
     steps = pull(url, path, examples=examples, arrays=_choice(arrays, losses), workers=workers)
     done = outcome("pulling", steps)

@@ -19,7 +19,7 @@ import click
 
 from kd.commands.eval import run_evaluation
 from kd.commands.terminal.console import emit, progress_bar, quiet_libraries, say
-from kd.commands.terminal.options import json_option
+from kd.commands.terminal.options import dry_run_option, json_option
 from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.common.disk.disk_errors import clear_write_errors
 from kd.student_trainer.configuration.score_settings import ScoreSettings
@@ -46,16 +46,28 @@ class TrainCommand:
 @settings_options(TrainCommand)
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in --out.")
 @click.option("--estimate", is_flag=True, help="Make ten steps, print what the run will take, and keep nothing.")
+@dry_run_option
 @json_option
-def train(settings: TrainCommand, resume: bool, estimate: bool, as_json: bool) -> None:
+def train(settings: TrainCommand, resume: bool, estimate: bool, dry_run: bool, as_json: bool) -> None:
     """Train a student from a cache; the teacher is never loaded. Runs as is under accelerate launch or torchrun.
 
     Example: kd train --cache runs/cache --student demo --out runs/student --max-steps 20
     """
+    if dry_run:
+        print_planned_run(settings.training, as_json=as_json)
+        return
     if estimate:
         print_estimate(settings.training, as_json=as_json)
         return
     train_student(settings.training, settings.scores, resume=resume, as_json=as_json)
+
+
+def print_planned_run(config: TrainConfig, *, as_json: bool) -> None:
+    """Print what a training would write."""
+    quiet_libraries()
+    from kd.student_trainer.training_estimate import planned_run
+
+    emit(planned_run(config), as_json, f"{config.out}: nothing was written. A training would write")
 
 
 def print_estimate(config: TrainConfig, *, as_json: bool) -> None:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from kd.common.errors import DataError, TeacherError
 from kd.common.files import read_object
+from kd.common.paths import as_path
 from kd.common.strangers.plain_files import refuse_special_files
+from kd.common.synonyms import nearest_name
 from kd.models.families.encoder_layout import set_languages, start_language
 from kd.models.families.text_model import text_config
 from kd.models.model_request import ModelRequest, resolve_device
@@ -150,7 +152,18 @@ def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
         "cannot load the model",
         where=request.name,
         **here,
+        did_you_mean=None if request.local else nearest_model(request.name),
         found=f"{type(error).__name__}: {reason}",
         expected="a folder written by save_pretrained, a hub id, demo, or random:NAME",
         known_shapes=", ".join(SHAPES),
     )
+
+
+def nearest_model(name: str) -> str | None:
+    """The embedded model, or the model folder beside the place that `name` names, that is spelled most like it."""
+    parent = as_path(name).parent
+    try:
+        beside = [str(path.parent) for path in parent.glob("*/config.json")]
+    except OSError:
+        beside = []
+    return nearest_name(name, ["demo", "demo-t5", *beside])

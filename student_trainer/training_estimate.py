@@ -1,4 +1,4 @@
-"""What a training will take, from its first steps: steps, time and memory. Nothing is kept of them.
+"""What a training will take, from its first steps: steps, time and memory. Nothing is kept of them. And what it will write.
 
 estimate = estimate_training(config)
 estimate.seconds, estimate.memory_bytes
@@ -6,6 +6,7 @@ estimate.seconds, estimate.memory_bytes
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import tempfile
@@ -20,9 +21,12 @@ from transformers import TrainerCallback
 
 from kd.common.errors import DataError
 from kd.common.settings import flat
+from kd.models.loading import parameter_count
 from kd.student_trainer.configuration.train_config import TrainConfig, config_from
 from kd.student_trainer.faster.compiled_layers import clear_compile_errors
 from kd.student_trainer.prepare import prepare
+from kd.student_trainer.run_folder import resume_point
+from kd.student_trainer.saving.checkpoints import KEPT
 from kd.student_trainer.saving.rescue import RunPlace
 from kd.student_trainer.saving.trained_weights import output_dtype
 from kd.student_trainer.trainer_arguments import training_arguments
@@ -32,6 +36,12 @@ MEASURED_STEPS = 10
 """Optimizer steps that are made."""
 ADAMW_STATES = 2
 """Numbers in float32 that AdamW keeps for each parameter that it trains; other optimizers keep fewer."""
+
+
+WIDE = 4
+"""Bytes of a number in a checkpoint: float32."""
+STATES = {"adamw": 2.0, "adamw8bit": 0.5, "adafactor": 0.1}
+"""Numbers in float32 that an optimizer keeps for each trained parameter; adafactor's rows and columns are fewer than a tenth."""
 
 
 @dataclass(frozen=True)
@@ -148,3 +158,33 @@ def peak_memory() -> int:
     """Most bytes of memory that this process has used so far."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def planned_run(config: TrainConfig) -> dict[str, Any]:
+    """Where a training would write, and how much. Nothing is written.
+
+    Raises KdError where the training would refuse to start: cache and student do not belong together, or `out` is used.
+    """
+    resume_point(config.folder, {}, resume=False)
+    prepared = prepare(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = len(prepared.plan(config.batches.accumulate * processes)) // (config.batches.accumulate * processes)
+    parameters = parameter_count(prepared.request)
+    dtype = output_dtype(config.weights.save_dtype, prepared.request)
+    adapters = config.adapters.lora is not None
+    every = config.logging.save_every
+    checkpoints = min(KEPT, -(-steps // every)) if every else 0
+    return {
+        "out": str(config.folder),
+        "examples": len(prepared.rows),
+        "steps": steps,
+        "parameters": parameters,
+        "weights_dtype": str(dtype).removeprefix("torch."),
+        "weights_bytes": None
+        if adapters and config.adapters.lora_save == "adapter"
+        else parameters * torch.empty(0, dtype=dtype).element_size(),
+        "checkpoints_at_once": checkpoints,
+        # of adapters, whose number is known when the student is loaded, this is far more than they take
+        "checkpoint_bytes_at_most": round(parameters * WIDE * (1 + STATES[config.optimization.optimizer])),
+        "pushed_to": config.weights.push_to_hub,
+    }

@@ -80,6 +80,13 @@ class HubRemote(Remote):
             if self.revision is not None and not self.revision.startswith("refs/"):
                 self._api.create_branch(self.repo, branch=self.revision, repo_type="dataset", exist_ok=True)
 
+    def exists(self) -> bool:
+        """As `Remote.exists`: whether the hub has the repository, and its branch."""
+        with self._asked():
+            if self.revision is not None:
+                return self._api.revision_exists(self.repo, self.revision, repo_type="dataset")
+            return self._api.repo_exists(self.repo, repo_type="dataset")
+
     def held(self, root: Path, entries: Mapping[str, Entry]) -> set[str]:
         """As `Remote.held`: compares the SHA-256 of large files and git's own digest of small ones."""
         there: dict[str, Any] = {}

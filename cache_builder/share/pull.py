@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from kd.cache_builder.share.fetching import fetch, fetch_small, in_parallel
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote, holds
-from kd.cache_builder.share.transfer import COMMIT_BYTES, Tally, Transferred, describe, raise_mismatch
+from kd.cache_builder.share.transfer import COMMIT_BYTES, PlannedTransfer, Tally, Transferred, describe, raise_mismatch
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.cache_tables import TABLES
 from kd.cache_builder.store.records.manifest import (
@@ -69,6 +70,35 @@ def pull(
         yield from _pulled(url, root, examples, arrays, workers)
     except OSError as error:
         raise write_error(root, error) from error
+
+
+def planned_pull(
+    url: str,
+    path: str | Path,
+    *,
+    examples: tuple[int, int] | None = None,
+    arrays: Callable[[CacheManifest], Collection[str]] | None = None,
+) -> PlannedTransfer:
+    """What `pull` would fetch: its parameters are those of `pull`. Nothing is written to `path`.
+
+    The records of the shards are fetched to find out: some kilobytes for each. Raises CacheError and CacheMismatchError as `pull`.
+    """
+    root, tally, stop = as_path(path), Tally(), threading.Event()
+    remote = open_remote(url)
+    with tempfile.TemporaryDirectory(prefix="kd-dry-run-") as folder:
+        _refuse_other_files(root)
+        staging = Path(folder)
+        manifest, part = describe(remote, staging)
+        wanted = part_of(manifest, examples=examples, arrays=None if arrays is None else arrays(manifest))
+        wanted = _offered(remote, wanted, part, everything=examples is None and arrays is None)
+        _held(root, staging, manifest)
+        entries: dict[str, Entry] = dict(manifest.files) | {MANIFEST: commits.file_entry(staging / MANIFEST)}
+        for index in wanted.shards:
+            _bring_commit(remote, staging, staging, manifest, index, wanted, tally, stop)
+            record = commits.read_commit(staging, manifest, index)
+            entries[f"commits/{index:05d}.json"] = commits.file_entry(commits.commit_path(staging, index))
+            entries |= {name: record.files[name] for name in _names(manifest, wanted, index)}
+    return PlannedTransfer.of(entries, {name for name, entry in entries.items() if holds(root, name, entry)})
 
 
 def _pulled(
@@ -127,6 +157,27 @@ def _offered(remote: Remote, wanted: Part, offered: Part | None, everything: boo
 @contextmanager
 def _staging(root: Path) -> Iterator[Path]:
     """The staging folder, locked against other pulls. It is removed at the end, and kept after an error for the next attempt."""
+    _refuse_other_files(root)
+    commits.refuse_outside(root, f"{STAGING}/lock")
+    _refuse_foreign(root / STAGING)
+    lock = FileLock(root / STAGING / "lock")
+    try:
+        (root / STAGING).mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise CacheError("another pull is writing there", where=root, try_="wait for it, or another path") from error
+    except OSError as error:
+        raise write_error(root, error) from error
+    try:
+        yield root / STAGING
+        shutil.rmtree(root / STAGING)
+        sync_folder(root)
+    finally:
+        lock.release()
+
+
+def _refuse_other_files(root: Path) -> None:
+    """Raise CacheError for a folder with files that are not a cache's."""
     if root.is_dir() and not (root / MANIFEST).exists():
         expected = {
             MANIFEST,
@@ -150,22 +201,6 @@ def _staging(root: Path) -> Iterator[Path]:
                 expected="an empty or new directory",
                 try_="another path",
             )
-    commits.refuse_outside(root, f"{STAGING}/lock")
-    _refuse_foreign(root / STAGING)
-    lock = FileLock(root / STAGING / "lock")
-    try:
-        (root / STAGING).mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise CacheError("another pull is writing there", where=root, try_="wait for it, or another path") from error
-    except OSError as error:
-        raise write_error(root, error) from error
-    try:
-        yield root / STAGING
-        shutil.rmtree(root / STAGING)
-        sync_folder(root)
-    finally:
-        lock.release()
 
 
 def _refuse_foreign(staging: Path) -> None:

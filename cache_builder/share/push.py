@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,14 @@ from kd.cache_builder.share.dataset_card import CARD, PICTURE, dataset_card
 from kd.cache_builder.share.fetching import in_parallel, persist
 from kd.cache_builder.share.places import open_remote
 from kd.cache_builder.share.remotes import Entry, Remote
-from kd.cache_builder.share.transfer import Tally, Transferred, fetch_if_there, fetch_tables, raise_mismatch
+from kd.cache_builder.share.transfer import (
+    PlannedTransfer,
+    Tally,
+    Transferred,
+    fetch_if_there,
+    fetch_tables,
+    raise_mismatch,
+)
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, load_manifest
@@ -45,22 +52,11 @@ def push(
     another cache is there.
     """
     root, tally, stop = as_path(path), Tally(), threading.Event()
-    manifest = load_manifest(root)
-    if not manifest.complete or load_part(root, manifest) is not None:
-        raise CacheError(
-            "only a whole cache can be shared",
-            where=root,
-            found="a part of one" if manifest.complete else "a build that is not finished",
-            try_="kd cache pull the rest, or run its kd cache build command again",
-        )
+    manifest = _whole_cache(root)
     remote = open_remote(url)
     persist(partial(remote.prepare, private=private), remote, "", stop)
     already_there = _refuse_another(root, manifest, remote)
-    data: dict[str, Entry] = dict(manifest.files)
-    entries: dict[str, Entry] = {}
-    for index in range(len(manifest.shards)):
-        data |= commits.read_commit(root, manifest, index).files
-        entries[f"commits/{index:05d}.json"] = commits.file_entry(commits.commit_path(root, index))
+    data, entries = _entries(root, manifest)
     tally.add(total=sum(int(e["bytes"]) for e in [*data.values(), *entries.values()]))
     held: set[str] = set()
     try:
@@ -88,6 +84,46 @@ def push(
     finally:
         remote.close()
     yield tally.end()
+
+
+def planned_push(path: str | Path, url: str) -> PlannedTransfer:
+    """What `push` would send. Nothing is written, and no repository is made.
+
+    Raises CacheError for a cache that is not whole or an address that can only be read from, CacheMismatchError when another
+    cache is there.
+    """
+    root = as_path(path)
+    manifest = _whole_cache(root)
+    with closing(open_remote(url)) as remote:
+        is_place = remote.exists()
+        there = is_place and _refuse_another(root, manifest, remote)
+        data, entries = _entries(root, manifest)
+        every = data | entries | {MANIFEST: commits.file_entry(root / MANIFEST)}
+        held = remote.held(root, data | entries) if is_place else set()
+    return PlannedTransfer.of(every, held | ({MANIFEST} if there else set()))
+
+
+def _whole_cache(root: Path) -> CacheManifest:
+    """The manifest of a cache that can be shared. Raises CacheError for a part of one."""
+    manifest = load_manifest(root)
+    if not manifest.complete or load_part(root, manifest) is not None:
+        raise CacheError(
+            "only a whole cache can be shared",
+            where=root,
+            found="a part of one" if manifest.complete else "a build that is not finished",
+            try_="kd cache pull the rest, or run its kd cache build command again",
+        )
+    return manifest
+
+
+def _entries(root: Path, manifest: CacheManifest) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """The files of a cache but its manifest: those with data, which are sent first, and the commits."""
+    data: dict[str, Entry] = dict(manifest.files)
+    entries: dict[str, Entry] = {}
+    for index in range(len(manifest.shards)):
+        data |= commits.read_commit(root, manifest, index).files
+        entries[f"commits/{index:05d}.json"] = commits.file_entry(commits.commit_path(root, index))
+    return data, entries
 
 
 def _batches(names: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -70,6 +70,10 @@ class Remote(ABC):
         """
         raise self._read_only()
 
+    def exists(self) -> bool:
+        """Whether there is a place to ask what it holds: a repository of a hub may have to be made first."""
+        raise self._read_only()
+
     def held(self, root: Path, entries: Mapping[str, Entry]) -> set[str]:
         """Names of the files that are there already with the recorded contents; `root` holds the same files."""
         raise self._read_only()
@@ -118,6 +122,10 @@ class FolderRemote(Remote):
             sweep(self.root)
         except OSError as error:
             raise write_error(self.root, error) from error
+
+    def exists(self) -> bool:
+        """As `Remote.exists`: a missing folder holds nothing."""
+        return True
 
     def held(self, root: Path, entries: Mapping[str, Entry]) -> set[str]:
         """As `Remote.held`: size and SHA-256."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kd.cache_builder.share.fetching import fetch, fetch_small
-from kd.cache_builder.share.remotes import Remote, holds
+from kd.cache_builder.share.remotes import Entry, Remote, holds
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
 from kd.cache_builder.store.records.manifest import MANIFEST, CacheManifest, listed_tables, load_manifest
 from kd.cache_builder.store.records.part import PARTIAL, Part, load_part
@@ -36,6 +36,26 @@ class Transferred:
     """Seconds since the start of this run."""
     part: Part | None = None
     """What the copy of a pull holds; None for the whole cache."""
+
+
+@dataclass(frozen=True)
+class PlannedTransfer:
+    """What a push or a pull would do."""
+
+    files: int
+    """Files that would be transferred."""
+    bytes: int
+    """Their bytes."""
+    files_there: int
+    """Files that are at their place already, with the recorded contents."""
+    bytes_there: int
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Entry], held: Collection[str]) -> PlannedTransfer:
+        """The transfer of `entries`, of which `held` are there."""
+        there = [int(entry["bytes"]) for name, entry in entries.items() if name in held]
+        moved = [int(entry["bytes"]) for name, entry in entries.items() if name not in held]
+        return cls(len(moved), sum(moved), len(there), sum(there))
 
 
 class Tally:

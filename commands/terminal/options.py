@@ -30,6 +30,10 @@ PATH, FOLDER = LocalPath(), LocalPath(folder=True)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Print what would be written, and how large it is. Nothing is written."
+)
+
 
 def parse_range(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
     """`A:B` as numbers. Raises click.BadParameter."""

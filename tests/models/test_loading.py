@@ -255,3 +255,15 @@ def test_a_model_that_does_not_say_what_its_decoder_starts_from_is_refused(confi
     with pytest.raises(TeacherError, match="no start token for its decoder") as caught:
         decoder_start(config)
     assert caught.value.details["where"] == config.model_type
+
+
+def test_a_model_that_is_misspelled_is_named_with_the_nearest(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "student").symlink_to(model_dir)
+    for name, meant in (("dmeo", "demo"), ("runs/studnet", "runs/student"), ("us/something-else", None)):
+        with pytest.raises(TeacherError, match="cannot load") as error:
+            load_config(ModelRequest(name))
+        assert error.value.details.get("did you mean") == meant

@@ -9,7 +9,7 @@ import pytest
 from servers import HubServer
 
 from kd.cache_builder.share.pull import pull
-from kd.cache_builder.share.push import push
+from kd.cache_builder.share.push import planned_push, push
 from kd.common.progress import final
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -39,3 +39,12 @@ def test_a_push_during_a_pull_does_not_mix_two_states(small: Path, hub: HubServe
     repository.branches["main"] = "e" * 40
     final(steps)
     assert tree(tmp_path / "copy") == tree(small)
+
+
+def test_a_push_to_the_hub_that_is_only_planned_makes_no_repository(small: Path, hub: HubServer) -> None:
+    new = planned_push(small, "hf://datasets/us/planned")
+    assert (new.files_there, new.bytes_there) == (0, 0)
+    assert planned_push(small, "hf://datasets/us/planned") == new
+    final(push(small, "hf://datasets/us/planned"))
+    after = planned_push(small, "hf://datasets/us/planned")
+    assert (after.files, after.files_there, after.bytes_there) == (0, new.files, new.bytes)

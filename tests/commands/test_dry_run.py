@@ -1,0 +1,98 @@
+"""`--dry-run` says what a command would write, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from terminal import kd, run_main
+
+from kd.cache_builder.share.push import planned_push
+from kd.common.errors import CacheError, CacheMismatchError
+
+TEXT = (
+    "Once upon a time there was a fox. It ran to the river and looked at the fish.\n\nThe keeper counted seven ships.\n"
+)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A build of some rows, less its folder."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(TEXT * 8, encoding="utf-8")
+    settings = ("--seq-len", "32", "--shard-rows", "128", "--no-reuse", "--json")
+    return "cache", "build", "--teacher", "demo", "--data", str(text), *settings
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, build: tuple[str, ...]) -> Path:
+    out = tmp_path_factory.mktemp("built") / "cache"
+    kd(*build, "--out", out)
+    return out
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files_of(folder))
+
+
+def test_a_build_is_no_larger_than_said(build, cache: Path, tmp_path: Path) -> None:
+    said = json.loads(kd(*build, "--out", tmp_path / "out", "--dry-run"))
+    assert list(tmp_path.iterdir()) == []
+    assert len(files_of(cache)) <= said["files_at_most"] < 1.5 * len(files_of(cache))
+    data = sum(path.stat().st_size for path in files_of(cache) if "/c/" in str(path))
+    assert data <= said["bytes_at_most"]
+    assert said["fingerprint"] == json.loads((cache / "manifest.json").read_text())["fingerprint"]
+
+
+def test_a_build_into_another_cache_is_refused_as_the_build_is(build, cache: Path, tmp_path: Path) -> None:
+    done = run_main(*build, "--profile", "compact", "--out", cache, "--dry-run", code=1)
+    assert "made from something else" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_a_copy_moves_what_was_said(cache: Path, tmp_path: Path, command: str) -> None:
+    copy = tmp_path / "copy"
+    said = json.loads(kd("cache", command, cache, copy, "--dry-run", "--json"))
+    assert not copy.exists()
+    kd("cache", command, cache, copy)
+    assert (said["files"], said["bytes"]) == (len(files_of(copy)), size_of(copy))
+    (copy / "commits" / "00000.json").unlink()
+    (copy / "manifest.json").unlink()
+    again = json.loads(kd("cache", command, cache, copy, "--dry-run", "--json"))
+    assert again["files"] == 2
+    assert again["files"] + again["files_there"] == said["files"]
+
+
+def test_a_part_is_as_large_as_said(cache: Path, tmp_path: Path) -> None:
+    words = ("cache", "pull", cache, tmp_path / "part", "--for", "ce", "--json")
+    said = json.loads(kd(*words, "--dry-run"))
+    kd(*words)
+    held = [path for path in files_of(tmp_path / "part") if path.name != "partial.json"]
+    assert (said["files"], said["bytes"]) == (len(held), sum(path.stat().st_size for path in held))
+
+
+def test_a_push_that_would_be_refused_is_refused(build, cache: Path, tmp_path: Path) -> None:
+    kd(*build, "--out", tmp_path / "other", "--profile", "compact")
+    with pytest.raises(CacheMismatchError):
+        planned_push(cache, str(tmp_path / "other"))
+    with pytest.raises(CacheError, match="only be read"):
+        planned_push(cache, "http://127.0.0.1:9/cache")
+
+
+def test_a_training_writes_as_much_as_said(cache: Path, tmp_path: Path) -> None:
+    words = ("train", "--cache", cache, "--student", "demo", "--batch-size", "4", "--json", "--out", tmp_path / "run")
+    said = json.loads(kd(*words, "--dry-run", "--save-every", "1"))
+    assert list(tmp_path.iterdir()) == []
+    done = json.loads(kd(*words, "--save-every", "1"))
+    assert (said["steps"], said["parameters"]) == (done["steps"], done["parameters"])
+    weights = (tmp_path / "run" / "model.safetensors").stat().st_size
+    assert said["weights_bytes"] == pytest.approx(weights, rel=0.02)  # the header
+    checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
+    assert len(checkpoints) <= said["checkpoints_at_once"]
+    assert all(size_of(path) < 1.2 * said["checkpoint_bytes_at_most"] for path in checkpoints)
+    assert "holds a run already" in run_main(*words, "--dry-run", code=1).stderr
