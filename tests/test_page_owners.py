@@ -20,6 +20,7 @@ OWNERS = {
     "benchmarks.md": "benchmarks/test_peers.py::test_the_command_writes_a_page_with_a_row_for_every_case",
     "building.md": COMMANDS,
     "cache-format.md": "cache_builder/test_golden.py::test_the_worked_example_of_the_documents_is_the_file",
+    "choosing.md": COMMANDS,
     "cli.md": "test_cli.py::test_reference_equals_the_help_texts",
     "demo.md": FILES,
     "errors.md": "test_errors_page.py::test_the_page_prints_what_it_says",
