@@ -26,6 +26,7 @@ USES = {
     "s3": "s3:// addresses",
     "ray": "builds on a Ray cluster",
     "vllm": "--backend vllm; it wants an environment of its own",
+    "harness": "kd eval --tasks lm_eval:TASK",
     "trackers": "--report-to tensorboard, wandb or trackio",
 }
 """Extra -> what needs it."""
