@@ -65,7 +65,9 @@ def over_templates(test: Mapping[str, Estimate], dev: Mapping[str, Estimate] | N
             parts.setdefault(metric, {}).setdefault(task, {})[number] = figure
     for metric, tasks in parts.items():
         means = {f"{metric}/{task}": mean_of({str(k): each[k] for k in sorted(each)}) for task, each in tasks.items()}
-        figures |= {f"{metric}_mean_of_tasks": mean_of(means), **means}
+        figures |= means
+        if f"{metric}_mean_of_tasks" in test:
+            figures[f"{metric}_mean_of_tasks"] = mean_of(means)
         if dev is not None:
             best = {f"{metric}{BEST}/{task}": each[_best(dev, metric, task, each)] for task, each in tasks.items()}
             figures |= {f"{metric}{BEST}": mean_of(best), **best}

@@ -56,6 +56,11 @@ def test_figures_without_templates_stay_as_they_are() -> None:
     assert over_templates(plain) == plain
 
 
+def test_a_metric_has_a_mean_over_tasks_where_it_had_one() -> None:
+    alone = {"choice_match/a in template 0": Estimate(0.5, np.zeros(2), 2)}
+    assert set(over_templates(alone)) == {"choice_match/a"}
+
+
 def test_a_text_in_each_template_has_a_task_for_each_of_them() -> None:
     corpus = load_corpus("mini-flan:mini_span,mini_rte", split="dev", instructions=InstructionConfig(template="each"))
     asked = by_template(corpus)
