@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import Process
 from pathlib import Path
 
 CASES = {
@@ -44,6 +45,12 @@ def text_of(size: int, each: int) -> Iterator[str]:
             shift += each
         made += len(document)
         yield document
+
+
+def write_text(file: Path, size: int, each: int) -> None:
+    """Write a text as JSONL."""
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"text": text}) + "\n" for text in text_of(size, each))
 
 
 def measured(folder: Path, file: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -107,8 +114,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for case in args.case or CASES:
         file = args.out / f"{case}.jsonl"
-        with file.open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps({"text": text}) + "\n" for text in text_of(*CASES[case]))
+        # in a process of its own: what this one has held counts for its children
+        writer = Process(target=write_text, args=(file, *CASES[case]))
+        writer.start()
+        writer.join()
         command = [sys.executable, __file__, "--out", str(args.out), "--one", str(file), "--workers", str(args.workers)]
         command += ["--kept", args.kept, "--teacher", str(args.teacher)]
         figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from kd.common.files import digest_of
 from kd.data.chat_rows import chat_identity, chat_template, rows_that_fit
@@ -74,12 +75,20 @@ class RowMaker:
                 skip_bad=self.skip_bad,
             )
             return
-        text = TextTokens(self.tokenizer, self.blocks.control_tokens)
+        text = self._text
         if self.kind == "documents":
             refuse_documents(self.spec, self.blocks)
             yield from document_rows(examples, text, self.blocks, left_out, notes)
         else:
             yield from pair_rows(examples, text, self.blocks, left_out, notes, too_long)
+
+    @cached_property
+    def _text(self) -> TextTokens:
+        """Worked out once for all parts: the bytes of all pieces of a large vocabulary take a tenth of a second or more."""
+        return TextTokens(self.tokenizer, self.blocks.control_tokens)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_text"}
 
     def digest(self) -> str:
         """A digest of everything that decides which rows an example becomes."""

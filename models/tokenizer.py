@@ -11,7 +11,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,8 @@ WINDOW, OVERLAP = 65_536, 4_096
 """Characters of a long text that are tokenised at once, and characters that a window shares with the one after it."""
 AGREEING = 16
 """Tokens on either side of the place where two windows are joined that both must have."""
+LONG = 4_096
+"""Tokens from which on the sizes of a stretch are stored in few bytes."""
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
@@ -226,6 +230,40 @@ def encode_with_ends(
     sentencepiece without a lossy normaliser); otherwise they come from the tokenizer's character offsets.
 
     control   whether a special token that is spelled in the text becomes that token; False: its characters are text
+    """
+    import numpy as np
+
+    stretches = encode_stretches(tokenizer, pieces, text, control=control)
+    if len(stretches) == 1:
+        return stretches[0].ids, stretches[0].ends()
+    return np.concatenate([s.ids for s in stretches]), np.cumsum(np.concatenate([s.sizes for s in stretches]))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive tokens of a text, in few bytes: a token of a long text takes 5."""
+
+    ids: np.ndarray
+    """[n] int32"""
+    sizes: np.ndarray
+    """[n] int64, or uint8 where no token is longer: bytes of the text between the end of the token before and its own."""
+
+    def ends(self, start: int = 0) -> np.ndarray:
+        """`[n]` int64: the end of each token, where the stretch begins at byte `start`."""
+        ends = self.sizes.cumsum(dtype="int64")
+        return ends + start if start else ends
+
+    def with_control(self, token: int, place: int) -> Stretch:
+        """The same with a control token, which covers nothing of the text, before the token at `place`."""
+        import numpy as np
+
+        ids = np.concatenate([self.ids[:place], np.array([token], np.int32), self.ids[place:]])
+        sizes = np.concatenate([self.sizes[:place], np.zeros(1, self.sizes.dtype), self.sizes[place:]])
+        return Stretch(ids, sizes)
+
+
+def encode_stretches(tokenizer: Tokenizer, pieces: list[bytes], text: str, *, control: bool = True) -> list[Stretch]:
+    """`encode_with_ends`, a stretch of the tokens after another, of which a long text has many and a short one has one.
 
     A long text is tokenised in windows, because a tokenizer holds about 170 bytes for each byte of a text.
     """
@@ -233,7 +271,18 @@ def encode_with_ends(
         joined = _encode_in_windows(tokenizer, pieces, text, control)
         if joined is not None:
             return joined
-    return encode_at_once(tokenizer, pieces, text, control=control)
+    ids, ends = encode_at_once(tokenizer, pieces, text, control=control)
+    return [stretch_of(ids, ends)]
+
+
+def stretch_of(ids: np.ndarray, ends: np.ndarray, start: int = 0) -> Stretch:
+    """Tokens with these ends as a stretch that begins at byte `start`."""
+    import numpy as np
+
+    sizes = ends.copy()
+    sizes[:1] -= start
+    sizes[1:] -= ends[:-1]
+    return Stretch(ids, sizes.astype(np.uint8) if len(sizes) > LONG and sizes.max() < 256 else sizes)
 
 
 def encode_at_once(
@@ -266,16 +315,22 @@ def encode_many(
     import numpy as np
 
     with _plain_backend(tokenizer, control) as backend:
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        numbers = [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    data = [text.encode("utf-8") for text in texts]
+    stops = np.cumsum([0, *map(len, numbers)])
+    ids = np.fromiter(chain.from_iterable(numbers), np.int32, int(stops[-1]))
+    ends = np.concatenate([[0], np.cumsum(lengths[ids])])
+    bounds = list(pairwise(stops.tolist()))
+    starts = np.cumsum([0, *map(len, data)])
+    as_long = np.array_equal(ends[stops], starts) and all(numbers)
+    if as_long and b"".join(map(pieces.__getitem__, chain.from_iterable(numbers))) == b"".join(data):  # as a rule
+        return [(ids[a:b], ends[a + 1 : b + 1] - ends[a]) for a, b in bounds]
     encoded = []
-    for text, encoding in zip(texts, encodings, strict=True):
-        numbers = encoding.ids
-        data, joined = text.encode("utf-8"), b"".join(map(pieces.__getitem__, numbers))
-        lead = len(joined) - len(data)  # 1 for sentencepiece's dummy prefix
-        if numbers and (joined == data or (lead == 1 and joined == b" " + data)):
-            ids = np.array(numbers, dtype=np.int32)
-            ends = np.cumsum(lengths[ids]) - lead
-            encoded.append((ids, np.maximum(ends, 0) if lead else ends))
+    for text, bytes_of_text, of_text, (a, b) in zip(texts, data, numbers, bounds, strict=True):
+        joined = b"".join(map(pieces.__getitem__, of_text))
+        lead = len(joined) - len(bytes_of_text)  # 1 for sentencepiece's dummy prefix
+        if a < b and (joined == bytes_of_text or (lead == 1 and joined == b" " + bytes_of_text)):
+            encoded.append((ids[a:b], np.maximum(ends[a + 1 : b + 1] - ends[a] - lead, 0)))
         else:  # the offsets are needed
             encoded.append(encode_at_once(tokenizer, pieces, text, control=control))
     return encoded
@@ -321,28 +376,31 @@ def _ends_by_offsets(text: str, spelled: list[bytes], offsets: list[tuple[int, i
     return ends.astype(np.int64)
 
 
-def _encode_in_windows(
-    tokenizer: Tokenizer, pieces: list[bytes], text: str, control: bool
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """`encode_with_ends` of a long text; None where two windows do not cut what they share into the same tokens."""
+def _encode_in_windows(tokenizer: Tokenizer, pieces: list[bytes], text: str, control: bool) -> list[Stretch] | None:
+    """`encode_stretches` of a long text; None where two windows do not cut what they share into the same tokens."""
     import numpy as np
 
-    ids, ends = encode_at_once(tokenizer, pieces, text[:WINDOW], control=control)
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
-    first = first_byte = 0
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+
+    def encoded(part: str) -> tuple[np.ndarray, np.ndarray]:  # twice as fast as `encode_at_once`
+        return encode_many(tokenizer, pieces, lengths, [part], control=control)[0]
+
+    ids, ends = encoded(text[:WINDOW])
+    parts: list[Stretch] = []
+    first = first_byte = done = 0
     while first + WINDOW < len(text):
         following = first + WINDOW - OVERLAP
         first_byte += len(text[first:following].encode("utf-8"))
         first = following
-        later, later_ends = encode_at_once(tokenizer, pieces, text[first : first + WINDOW], control=control)
+        later, later_ends = encoded(text[first : first + WINDOW])
         later_ends = later_ends + first_byte
         cut = _shared_cut(ids, ends, later, later_ends)
         if cut is None:
             return None
-        parts.append((ids[: cut[0]], ends[: cut[0]]))
+        parts.append(stretch_of(ids[: cut[0]].copy(), ends[: cut[0]], done))
+        done = int(ends[cut[0] - 1])
         ids, ends = later[cut[1] :], later_ends[cut[1] :]
-    parts.append((ids, ends))
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+    return [*parts, stretch_of(ids, ends, done)]
 
 
 def _shared_cut(ids: np.ndarray, ends: np.ndarray, later: np.ndarray, later_ends: np.ndarray) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""`PartRows`: the token rows of some consecutive examples as columns, in memory or in a file that is mapped into it.
+"""`PartRows`: consecutive token rows of a text as columns, in memory or in a file that is mapped into it.
 
 Ids are 4 bytes a token and ends 4 bytes; the text is stored beside them. As objects of Python a token took 27 bytes. A row becomes
 a `TokenRows`, whose arrays are views of the columns, when it is asked for.
@@ -6,9 +6,10 @@ a `TokenRows`, whose arrays are views of the columns, when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -41,39 +42,62 @@ SCHEMA = pa.schema(
 )
 
 
+BATCH_TOKENS = 1 << 20
+"""Tokens after which columns end: a document of any length is never held as rows."""
+
+
+def batches_of_rows(rows: Iterable[TokenRows]) -> Iterator[pa.RecordBatch]:
+    """The rows as columns, about BATCH_TOKENS tokens at a time."""
+    held, size = list[TokenRows](), 0
+    for row in rows:
+        held.append(row)
+        size += len(row.target_ids) + row.read_only
+        if size >= BATCH_TOKENS:
+            yield columns_of_rows(held)
+            held, size = [], 0
+    if held:
+        yield columns_of_rows(held)
+
+
 def columns_of_rows(rows: Sequence[TokenRows]) -> pa.RecordBatch:
     """The rows as columns."""
     numbers = {
         "context_ids": [r.context_ids for r in rows],
         "target_ids": [r.target_ids for r in rows],
         "byte_end": [r.byte_end for r in rows],
-        "gap_rows": [r.gaps.rows for r in rows],
-        "gap_lengths": [r.gaps.lengths for r in rows],
-        "gap_ids": [r.gaps.ids for r in rows],
-        "ended": [np.array(r.ended, dtype=np.uint8) for r in rows],
-        "messages": [np.array(r.messages, dtype=np.int32) for r in rows],
     }
+    if any(r.example.conversation is not None for r in rows):
+        numbers |= {
+            "gap_rows": [r.gaps.rows for r in rows],
+            "gap_lengths": [r.gaps.lengths for r in rows],
+            "gap_ids": [r.gaps.ids for r in rows],
+            "ended": [np.array(r.ended, dtype=np.uint8) for r in rows],
+            "messages": [np.array(r.messages, dtype=np.int32) for r in rows],
+        }
     talks = [None if r.example.conversation is None else r.example.conversation.to_json() for r in rows]
     return pa.record_batch(
         [
             *(pa.array([getattr(r.example, name) for r in rows], pa.large_string()) for name in TEXTS),
             pa.array([r.example.complete for r in rows], pa.bool_()),
             pa.array(talks, pa.large_string()),
-            *(_lists(numbers[name], kind) for name, kind in NUMBERS.items()),
+            *(_lists(numbers.get(name), len(rows), kind) for name, kind in NUMBERS.items()),
         ],
         schema=SCHEMA,
     )
 
 
-def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
-    offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
-    np.cumsum([len(a) for a in arrays], out=offsets[1:])
-    values = np.concatenate([*arrays, np.zeros(0, dtype=np.int64)]).astype(kind.to_pandas_dtype())
+def _lists(arrays: Sequence[np.ndarray] | None, rows: int, kind: pa.DataType) -> pa.Array:
+    """A column of the rows' arrays; None stands for empty ones."""
+    dtype = kind.to_pandas_dtype()
+    offsets, values = np.zeros(rows + 1, dtype=np.int64), np.zeros(0, dtype=dtype)
+    if arrays:
+        np.cumsum(np.fromiter(map(len, arrays), np.int64, rows), out=offsets[1:])
+        values = np.concatenate(arrays, dtype=dtype, casting="unsafe")
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, kind))
 
 
 class PartRows:
-    """The rows of one part."""
+    """The rows of a part, or of a stretch of a long one."""
 
     def __init__(self, columns: pa.RecordBatch) -> None:
         self._columns = columns
@@ -118,22 +142,34 @@ class PartRows:
         """Rows `[first, stop)`."""
         part = self._columns.slice(first, stop - first)
         texts = [part.column(name).to_pylist() for name in (*TEXTS, "complete", "conversation")]
-        return [self._row(first + n, *fields) for n, fields in enumerate(zip(*texts, strict=True))]
+        tokens = [self._of(name, first, stop) for name in ("context_ids", "target_ids", "byte_end")]
+        return [self._row(first + number, *fields) for number, fields in enumerate(zip(*texts, *tokens, strict=True))]
 
     def name(self, row: int) -> str:
         """The id of a row's example."""
         return str(self._columns.column("id")[row].as_py())
 
     def _row(
-        self, row: int, name: str, task: str, split: str, prompt: str, target: str, complete: bool, talk: str | None
+        self,
+        row: int,
+        name: str,
+        task: str,
+        split: str,
+        prompt: str,
+        target: str,
+        complete: bool,
+        talk: str | None,
+        context: np.ndarray,
+        ids: np.ndarray,
+        ends: np.ndarray,
     ) -> TokenRows:
         conversation = None if talk is None else replace(conversation_from_json(name, talk), task=task, split=split)
         example = Example(name, target, prompt, task, split, complete=complete, conversation=conversation)
-        context, ids, ends = (self._of(c, row) for c in ("context_ids", "target_ids", "byte_end"))
         if talk is None:
             return TokenRows(example, context, ids, ends.astype(np.int64))
-        gaps = Gaps(*(self._of(c, row) for c in ("gap_rows", "gap_lengths", "gap_ids")))
-        ended, messages = self._of("ended", row).astype(bool), self._of("messages", row)
+        of_talk = {c: self._of(c, row, row + 1)[0] for c in ("gap_rows", "gap_lengths", "gap_ids", "ended", "messages")}
+        gaps = Gaps(of_talk["gap_rows"], of_talk["gap_lengths"], of_talk["gap_ids"])
+        ended, messages = of_talk["ended"].astype(bool), of_talk["messages"]
         return TokenRows(
             example,
             context,
@@ -144,9 +180,10 @@ class PartRows:
             tuple(messages.tolist()),
         )
 
-    def _of(self, column: str, row: int) -> np.ndarray:
+    def _of(self, column: str, first: int, stop: int) -> list[np.ndarray]:
+        """A column's numbers of each of the rows `[first, stop)`."""
         values, offsets = self.numbers[column]
-        return values[int(offsets[row]) : int(offsets[row + 1])]
+        return [values[a:b] for a, b in pairwise(offsets[first : stop + 1].tolist())]
 
 
 def added(counts: np.ndarray, more: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ the same rules, is not made again; so a pass that was interrupted continues, and
 
     in files     columns of every part, and of no more than some parts in memory        a build
     in memory    columns of all parts                                                  a plan whose rows are used at once
-    counts       4 bytes for each row                                                  a plan that is only looked at
+    counts       4 bytes for each row (8 where one has more than 65,535 tokens)        a plan that is only looked at
 """
 
 from __future__ import annotations
@@ -22,10 +22,19 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from kd.cache_builder.store.lengths import Lengths
-from kd.cache_builder.tokens.part_rows import PartRows, added
-from kd.cache_builder.tokens.token_part import PartRecord, make_part, part_key, read_part, write_part
+from kd.cache_builder.tokens.part_rows import PartRows
+from kd.cache_builder.tokens.token_part import (
+    PartFigures,
+    PartRecord,
+    make_part,
+    part_key,
+    part_path,
+    read_record,
+    write_part,
+)
 from kd.cache_builder.tokens.tokenised_text import StoredRows, TokenisedText
 from kd.common.errors import DataError
 from kd.common.progress import Progress
@@ -51,7 +60,6 @@ class Keep:
 
 IN_MEMORY = Keep()
 COUNTS = Keep(rows=False)
-NO_LENGTHS = (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,10 @@ class Done:
     """A part that is finished."""
 
     record: PartRecord
-    lengths: Lengths
-    """Tokens and scored tokens of each row; empty where the part is in a file."""
-    rows: PartRows | None
-    """None where the rows are in a file, or not kept."""
+    lengths: tuple[Lengths, ...] = ()
+    """Tokens and scored tokens of each row, by batch; none where the part is in a file."""
+    rows: tuple[PartRows, ...] = ()
+    """The rows by batch; none where they are in a file, or not kept."""
 
 
 class Pool(Protocol):
@@ -89,13 +97,26 @@ class PartWork:
 
     def __call__(self, number: int, examples: list[Example]) -> Done:
         """Make part `number`. Raises DataError naming the example that cannot be scored."""
-        part = make_part(self.maker, self.rules, examples, self.width)
         if self.keep.folder is not None:
-            write_part(self.keep.folder, number, part)
-            return Done(part.record, NO_LENGTHS, None)
-        rows = PartRows(part.columns)
-        lengths = ((rows.targets + rows.read_only).astype(np.int32), rows.targets.astype(np.int32))
-        return Done(part.record, lengths, rows if self.keep.rows else None)
+            return Done(write_part(self.keep.folder, number, self.maker, self.rules, examples, self.width))
+        lengths, held = list[Lengths](), list[PartRows]()
+
+        def put(columns: pa.RecordBatch) -> None:
+            rows = PartRows(columns)
+            lengths.append(_compact(rows))
+            if self.keep.rows:
+                held.append(rows)
+
+        record = make_part(self.maker, self.rules, examples, self.width, put)
+        return Done(record, tuple(lengths), tuple(held))
+
+
+def _compact(rows: PartRows) -> Lengths:
+    """Tokens and scored tokens of each row in few bytes."""
+    targets = rows.targets
+    tokens = targets + rows.read_only
+    dtype = np.uint16 if tokens.max() < 1 << 16 else np.uint32
+    return tokens.astype(dtype), targets.astype(dtype)
 
 
 class Here:
@@ -190,11 +211,13 @@ def _digested(examples: Iterable[Example], digest: TextDigest) -> Iterator[Examp
 def _part(number: int, examples: list[Example], work: PartWork, pool: Pool) -> Future[Done]:
     """The part of these examples: from its file, or to be made."""
     folder = work.keep.folder
-    done_part = None if folder is None else read_part(folder, number, part_key(work.rules, examples))
-    if done_part is None:
+    record = None
+    if folder is not None and part_path(folder, number).exists():
+        record = read_record(folder, number, part_key(work.rules, examples))
+    if record is None:
         return pool.submit(number, examples)
     done: Future[Done] = Future()
-    done.set_result(Done(done_part[0], NO_LENGTHS, None))
+    done.set_result(Done(record))
     return done
 
 
@@ -205,11 +228,9 @@ class _Total:
         self._keep = keep
         self.findings, self.found_examples = Found(), 0
         self.unknown: tuple[str, int] | None = None
-        self._rows = self._targets = self._read_only = self._text_bytes = 0
-        self._counts = np.zeros(0, dtype=np.int64)
-        self._shapes: dict[str, tuple[int, int]] = {}
-        self._longest = ""
-        self._sizes: list[int] = []
+        self._rows = 0
+        self._figures = PartFigures()
+        self._batches: list[tuple[int, ...]] = []
         self._keys: list[str] = []
         self._held: list[PartRows] = []
         self._lengths: list[Lengths] = []
@@ -217,30 +238,22 @@ class _Total:
     @property
     def note(self) -> str:
         """Progress in words."""
-        return f"{self.found_examples:,} examples, {self._targets + self._read_only:,} tokens"
+        return f"{self.found_examples:,} examples, {self._figures.targets + self._figures.read_only:,} tokens"
 
     def add(self, done: Done) -> None:
         """Go on with the next part."""
         record = done.record
-        for name, (size, row) in record.shapes.items():
-            known = self._shapes.get(name)
-            if known is None or (size < known[0] if name == "shortest" else size > known[0]):
-                self._shapes[name] = (size, self._rows + row)
-                self._longest = record.longest if name == "targets" else self._longest
+        self._figures.add(record.figures, self._rows)
         self.findings.include(record.findings)
         self.unknown = self.unknown or record.unknown
         self.found_examples += record.examples
         self._rows += record.rows
-        self._targets += record.targets
-        self._read_only += record.read_only
-        self._text_bytes += record.text_bytes
-        self._counts = added(self._counts, record.counts)
-        self._sizes.append(record.rows)
+        self._batches.append(record.batches)
         self._keys.append(record.key)
-        if done.rows is not None:
-            self._held.append(done.rows)
-        elif self._keep.folder is None:
-            self._lengths.append(done.lengths)
+        if self._keep.rows:
+            self._held += done.rows
+        else:
+            self._lengths += done.lengths
 
     def result(self, text: Text, kind: str, left_out: LeftOut, digest: str) -> TokenisedText:
         """The whole text in tokens. Raises DataError where it has no row."""
@@ -248,19 +261,19 @@ class _Total:
             raise nothing_to_score(text.spec, self.found_examples)
         if not self._rows:
             raise nothing_left(text.spec, left_out)
-        rows = StoredRows(self._sizes, self._keys, self._keep.folder, self._held)
+        rows, figures = StoredRows(self._batches, self._keys, self._keep.folder, self._held), self._figures
         return TokenisedText(
             rows=rows,
             digest=digest,
             examples=self.found_examples,
-            targets=self._targets,
-            read_only=self._read_only,
-            text_bytes=self._text_bytes,
+            targets=figures.targets,
+            read_only=figures.read_only,
+            text_bytes=figures.text_bytes,
             left_out=left_out,
             notes=self.findings.notes,
-            counts=self._counts,
-            extremes=tuple(sorted({row for _, row in self._shapes.values()})),
-            longest=self._shapes["together"][0],
-            most_targets=(self._shapes["targets"][0], self._longest),
+            counts=figures.counts,
+            extremes=tuple(sorted({row for _, row in figures.shapes.values()})),
+            longest=figures.shapes["together"][0],
+            most_targets=(figures.shapes["targets"][0], figures.longest),
             lengths=tuple(self._lengths),
         )

@@ -15,24 +15,25 @@ import numpy as np
 
 from kd.cache_builder.store.lengths import Lengths
 from kd.cache_builder.tokens.part_rows import PartRows, added
-from kd.cache_builder.tokens.token_part import read_part
+from kd.cache_builder.tokens.token_part import read_part_rows
 from kd.common.errors import CacheError
 from kd.data.left_out import LeftOut
 from kd.data.tokenizing.token_notes import TokenNotes
 from kd.data.tokenizing.token_rows import TokenRows
 
 OPEN = 4
-"""Parts that are kept open."""
+"""Batches that are kept open."""
 
 
 class StoredRows(Sequence[TokenRows]):
     """The rows of all parts, of which some are open at a time. It can be sent to another process if the parts are in files."""
 
     def __init__(
-        self, sizes: Sequence[int], keys: Sequence[str], folder: Path | None, held: Sequence[PartRows] = ()
+        self, batches: Sequence[Sequence[int]], keys: Sequence[str], folder: Path | None, held: Sequence[PartRows] = ()
     ) -> None:
-        """Parts with `sizes` rows and these keys: in files of `folder`, or `held` in memory."""
-        self._bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        """Parts with these rows by batch, and these keys: in files of `folder`, or their batches `held` in memory."""
+        self._bounds = np.concatenate([[0], np.cumsum([n for part in batches for n in part], dtype=np.int64)])
+        self._places = [(part, batch) for part, sizes in enumerate(batches) for batch in range(len(sizes))]
         self._keys, self._folder, self._held = list(keys), folder, list(held)
         self._open: dict[int, PartRows] = {}
 
@@ -56,38 +57,38 @@ class StoredRows(Sequence[TokenRows]):
         return self._between(index, index + 1)[0]
 
     def __iter__(self) -> Iterator[TokenRows]:
-        for number in range(len(self._keys)):
-            part = self.part(number)
-            yield from part.rows(0, len(part))
+        for batch in self.batches():
+            yield from batch.rows(0, len(batch))
 
     def _between(self, first: int, stop: int) -> list[TokenRows]:
         rows: list[TokenRows] = []
         while first < stop:
             number = int(np.searchsorted(self._bounds, first, side="right")) - 1
             start, end = int(self._bounds[number]), min(stop, int(self._bounds[number + 1]))
-            rows += self.part(number).rows(first - start, end - start)
+            rows += self._batch(number).rows(first - start, end - start)
             first = end
         return rows
 
-    def parts(self) -> Iterator[PartRows]:
-        """The parts in their order."""
-        return map(self.part, range(len(self._keys)))
+    def batches(self) -> Iterator[PartRows]:
+        """The batches of all parts in their order."""
+        return map(self._batch, range(len(self._places)))
 
-    def part(self, number: int) -> PartRows:
-        """One part. Raises CacheError where its file is not there any more, or is another one."""
+    def _batch(self, number: int) -> PartRows:
+        """One batch. Raises CacheError where its file is not there any more, or is another one."""
         if self._folder is None:
             assert self._held, "only counts were kept"
             return self._held[number]
         if number not in self._open:
-            stored = read_part(self._folder, number, self._keys[number])
+            part, batch = self._places[number]
+            stored = read_part_rows(self._folder, part, self._keys[part], batch)
             if stored is None:
                 raise CacheError(
                     "the tokens of the text are not there any more",
                     where=self._folder,
-                    found=f"part {number} is missing, or of another text",
+                    found=f"part {part} is missing, or of another text",
                     try_="the same command again: it makes them anew",
                 )
-            self._open[number] = stored[1]
+            self._open[number] = stored
             while len(self._open) > OPEN:
                 del self._open[next(iter(self._open))]
         return self._open[number]
@@ -155,6 +156,6 @@ class TokenisedText:
         if self.lengths:
             return iter(self.lengths)
         if isinstance(self.rows, StoredRows):
-            return ((part.targets + part.read_only, part.targets) for part in self.rows.parts())
+            return ((batch.targets + batch.read_only, batch.targets) for batch in self.rows.batches())
         targets, read_only = np.array([(len(row.target_ids), row.read_only) for row in self.rows]).T
         return iter([(targets + read_only, targets)])

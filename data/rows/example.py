@@ -68,10 +68,11 @@ class TextDigest:
 
     def add(self, example: Example) -> None:
         """Go on with the next example."""
+        parts = list[bytes]()
         for field in _digested(example):
             data = field.encode("utf-8", "surrogatepass")
-            self._digest.update(len(data).to_bytes(8, "little"))
-            self._digest.update(data)
+            parts += len(data).to_bytes(8, "little"), data
+        self._digest.update(b"".join(parts))
 
     def hexdigest(self) -> str:
         """The digest of the examples so far."""
@@ -104,6 +105,8 @@ def repeated_id(spec: str, name: str) -> DataError:
 def check_unicode(spec: str, example: Example) -> None:
     """Raise DataError where a text is not valid Unicode."""
     for text in (example.prompt, example.target):
+        if text.isascii():
+            continue
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts

@@ -152,7 +152,7 @@ def _texts(
     def read(number: int, row: Mapping[str, Any], name: str) -> Example:
         _check_columns(row, expected, TEXTS if by_name else (), number, location)
         texts = {field: _text(row[column], column, number, location) for field, column in fields.items()}
-        identity = _identity(reading, row, name, location(number))
+        identity = name if ID not in reading.columns else _identity(reading, row, name, location(number))
         prompt, target = texts.get("prompt", ""), texts["target"]
         if reading.prompts and not target.strip():
             target = prompt  # the teacher's answer replaces it
@@ -212,6 +212,8 @@ def _check_columns(
     row: Mapping[str, Any], expected: set[str], known: Sequence[str], number: int, location: RowLocation
 ) -> None:
     """Raise DataError for a row that lacks a column, or has one of `known` that the first row has not."""
+    if row.keys() == expected:
+        return
     missing = sorted(expected - row.keys())
     added = [name for name in known if name in row and name not in expected]
     if missing or added:

@@ -147,9 +147,13 @@ def _objects(file: Path, lines: Iterable[str]) -> RowTable:
 
 def json_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
     """Number of the line, from 1, and its object, for each line that is not empty; an `UnreadRow` for what is none."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield number, _row_or_error(_line, line, f"{file} line {number}")
+    number, name = 0, str(file)
+    for line in lines:
+        number += 1  # noqa: SIM113 (`enumerate` would hold the line)
+        row = None if line.isspace() else _row_or_error(_line, line, f"{name} line {number}")
+        del line  # it may be as large as the text that the row holds
+        if row is not None:
+            yield number, row
 
 
 def _line(line: str, where: str) -> Row:
@@ -191,7 +195,7 @@ def _json(file: Path) -> RowTable:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_with_each_key_once)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise DataError("not JSON", where=where, found=str(error)) from error
 
@@ -201,6 +205,9 @@ def _with_each_key_once(pairs: list[tuple[str, Any]]) -> Row:
     if len(row) < len(pairs):
         raise ValueError(f"the key {_first_repeated(key for key, _ in pairs)!r} occurs twice in an object")
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_with_each_key_once)
 
 
 def _object(value: Any, where: str) -> Row:

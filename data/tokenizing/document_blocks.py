@@ -12,7 +12,7 @@ context, with all tokens before it. A character of more tokens than the stride s
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,43 +23,35 @@ from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.text_tokens import TextTokens
 from kd.data.tokenizing.token_notes import TokenNotes
 from kd.data.tokenizing.token_rows import TokenRows
+from kd.models.tokenizer import Stretch
+
+SPARE = 64
+"""Tokens that are at hand beyond a block: more than a character has."""
 
 
 def document_blocks(
     example: Example, text: TextTokens, config: BlockConfig, notes: TokenNotes | None = None
 ) -> Iterator[TokenRows]:
     """Cut one document into blocks of at most `seq_len` tokens; none where it has no token to score."""
-    counts: Counter[str] = Counter()
-    ids, ends = text.document(example.target, counts)
     data = example.target.encode("utf-8")
-    before, after = [], []
-    if config.eos and text.eos is not None:
-        if text.ends_with_eos(example.target):
-            counts["eos_in_text"] += 1
-        else:
-            after.append(text.eos)
-    if config.bos and text.bos is not None:
-        if len(ids) and ids[0] == text.bos:
-            counts["bos_in_text"] += 1
-        else:
-            before.append(text.bos)
-    if before or after:
-        ids = np.concatenate([before, ids, after])
-        ends = np.concatenate([[0] * len(before), ends, [len(data)] * len(after)]).astype(np.int64)
-    if notes is not None:
-        notes.add(counts, example.id)
-        notes.changed |= any(counts[note] for note in ("eos_in_text", "bos_in_text", "control_tokens_as_text"))
-    ids = ids.astype(np.int32)
-    last = len(ids)
+    left = deque(_stretches(example, text, config, notes))
+    first = left.popleft()
+    ids, ends = first.ids, first.ends()  # of a long document those that the next block may need, not all
 
     def at_boundary(token: int) -> bool:  # of characters; asked of few tokens, so that a token costs nothing
         end = int(ends[token])
         return end == len(data) or data[end] & 0xC0 != 0x80
 
-    start = next((i + 1 for i in range(last) if at_boundary(i)), last)
+    start = next((i + 1 for i in range(len(ids)) if at_boundary(i)), len(ids))
     stride = config.stride or config.seq_len - 1
-    number = 0
-    while start < last:
+    number = dropped = 0
+    while start < len(ids) or left:
+        while left and len(ids) < start + config.seq_len + SPARE:
+            more, passed = left.popleft(), max(0, start - config.seq_len)
+            ids = np.concatenate([ids[passed:], more.ids])
+            ends = np.concatenate([ends[passed:], more.ends(int(ends[-1]))])
+            start, dropped = start - passed, dropped + passed
+        last = len(ids)
         context = max(0, start - (config.seq_len - stride))
         stop = min(context + config.seq_len, last)
         while stop > start and not at_boundary(stop - 1):
@@ -70,7 +62,7 @@ def document_blocks(
         if context >= start:
             raise DataError(
                 "a character does not fit into a block",
-                where=f"example {example.id} token {start}",
+                where=f"example {example.id} token {dropped + start}",
                 found=f"seq-len {config.seq_len}",
                 try_="a larger --seq-len",
             )
@@ -84,3 +76,23 @@ def document_blocks(
         )
         yield TokenRows(block, ids[context:start], ids[start:stop], ends[start:stop] - base)
         start, number = stop, number + 1
+
+
+def _stretches(example: Example, text: TextTokens, config: BlockConfig, notes: TokenNotes | None) -> list[Stretch]:
+    """The tokens of a document with BOS and EOS as the settings say, at least one stretch; `notes` receives what was found."""
+    counts: Counter[str] = Counter()
+    stretches = text.document(example.target, counts)
+    if config.eos and text.eos is not None:
+        if text.ends_with_eos(example.target):
+            counts["eos_in_text"] += 1
+        else:
+            stretches[-1] = stretches[-1].with_control(text.eos, len(stretches[-1].ids))
+    if config.bos and text.bos is not None:
+        if len(stretches[0].ids) and stretches[0].ids[0] == text.bos:
+            counts["bos_in_text"] += 1
+        else:
+            stretches[0] = stretches[0].with_control(text.bos, 0)
+    if notes is not None and counts:
+        notes.add(counts, example.id)
+        notes.changed |= any(counts[note] for note in ("eos_in_text", "bos_in_text", "control_tokens_as_text"))
+    return stretches

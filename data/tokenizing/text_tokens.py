@@ -18,7 +18,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd.models.tokenizer import WINDOW, Tokenizer, control_token_pattern, encode_many, encode_with_ends, token_bytes
+from kd.models.tokenizer import (
+    WINDOW,
+    Stretch,
+    Tokenizer,
+    control_token_pattern,
+    encode_many,
+    encode_stretches,
+    encode_with_ends,
+    stretch_of,
+    token_bytes,
+)
 
 TEXT_RULES = 2
 """Number of these rules in the identity of a cache in which an id differs from those of the first rules."""
@@ -131,18 +141,25 @@ class TextTokens:
         if known is not None:
             return known
         ids, ends = encode_with_ends(self.tokenizer, self.pieces, text, control=control)
-        if not control and self.tokenizer.unk_token_id is not None:
-            ids = np.where(np.isin(ids, self._ids), np.int32(self.tokenizer.unk_token_id), ids)
-        return ids, ends
+        return self._with_unknown(ids, control), ends
 
-    def document(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and ends of a document; `counts` receives its `control_tokens_kept` or `control_tokens_as_text`."""
-        count = len(self.spelled(text))
-        if not count:
-            return self.encode(text)
-        control = self.policy == "control" or (self.policy == "auto" and self.framed(text))
-        counts["control_tokens_kept" if control else "control_tokens_as_text"] += count
-        return self.encode(text, control=control)
+    def _with_unknown(self, ids: np.ndarray, control: bool) -> np.ndarray:
+        """The ids, without control tokens where there are to be none."""
+        if control or self.tokenizer.unk_token_id is None:
+            return ids
+        return np.where(np.isin(ids, self._ids), np.int32(self.tokenizer.unk_token_id), ids)
+
+    def document(self, text: str, counts: Counter[str]) -> list[Stretch]:
+        """The tokens of a document; `counts` receives its `control_tokens_kept` or `control_tokens_as_text`."""
+        known = self._ahead.get((text, True))
+        if known is not None:
+            return [stretch_of(*known)]
+        count, control = len(self.spelled(text)), True
+        if count:
+            control = self.policy == "control" or (self.policy == "auto" and self.framed(text))
+            counts["control_tokens_kept" if control else "control_tokens_as_text"] += count
+        stretches = encode_stretches(self.tokenizer, self.pieces, text, control=control)
+        return [Stretch(self._with_unknown(s.ids, control), s.sizes) for s in stretches]
 
     def prompt(self, text: str, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `document`, for a text that a model reads and is not scored on."""

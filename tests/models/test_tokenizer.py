@@ -234,8 +234,10 @@ def test_windows_give_the_ids_and_ends_of_the_whole(shared: Path, monkeypatch, n
     pieces = token_bytes(tokenizer)
     monkeypatch.setattr(module, "WINDOW", 600)
     monkeypatch.setattr(module, "OVERLAP", 300)
-    joined = module._encode_in_windows(tokenizer, pieces, text, control)
-    assert joined is not None
+    stretches = module._encode_in_windows(tokenizer, pieces, text, control)
+    assert stretches is not None
+    assert len(stretches) > 1
+    joined = encode_with_ends(tokenizer, pieces, text, control=control)
     for windows, whole in zip(joined, encode_at_once(tokenizer, pieces, text, control=control), strict=True):
         np.testing.assert_array_equal(windows, whole)
 

@@ -14,7 +14,7 @@ from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.build.request import BuildRequest
 from kd.cache_builder.store.cache_files import files_below
 from kd.cache_builder.tokens.token_folder import token_folder
-from kd.cache_builder.tokens.token_part import make_part
+from kd.cache_builder.tokens.token_part import write_part
 from kd.cache_builder.tokens.token_pass import Keep
 from kd.common.errors import CacheMismatchError, DataError
 from kd.data.text_rows import RowMaker
@@ -82,10 +82,10 @@ def test_another_text_is_refused_and_the_tokens_of_the_build_stay(build_request,
 
 def test_a_refused_text_leaves_no_folder(build_request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*given):
-        make_part(*given)
+        write_part(*given)
         raise DataError("refused")
 
-    monkeypatch.setattr("kd.cache_builder.tokens.token_pass.make_part", refuse)
+    monkeypatch.setattr("kd.cache_builder.tokens.token_pass.write_part", refuse)
     with pytest.raises(DataError, match="refused"):
         build_of_request(build_request(tmp_path / "cache"), RUNNING)
     assert not (tmp_path / "cache").exists()

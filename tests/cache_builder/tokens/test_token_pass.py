@@ -11,11 +11,11 @@ from slow_rows import blocks_of, same_rows
 from token_corpora import EMOJI, TEXT
 
 from kd.cache_builder.store.vocabulary import codes_by_count, codes_of_counts
-from kd.cache_builder.tokens import token_pass
+from kd.cache_builder.tokens import part_rows, token_pass
 from kd.cache_builder.tokens.token_part import part_path
 from kd.cache_builder.tokens.token_pass import COUNTS, IN_MEMORY, Keep, PartWork, tokenise
 from kd.cache_builder.tokens.tokenise_workers import processes
-from kd.cache_builder.tokens.tokenised_text import TokenisedText
+from kd.cache_builder.tokens.tokenised_text import StoredRows, TokenisedText
 from kd.common.errors import CacheError, DataError
 from kd.common.progress import final
 from kd.data.conversations.chat_settings import ChatSettings
@@ -160,3 +160,24 @@ def test_a_token_that_the_model_lacks_is_named(tokenizer, tmp_path: Path):
     with pytest.raises(DataError, match="a token that the model does not have") as caught:
         final(tokenise(text, maker, largest, COUNTS))
     assert caught.value.details["where"] == "example t.jsonl:0#0"
+
+
+def test_a_long_part_is_written_and_read_in_batches(text: Text, tokenizer, tmp_path: Path, monkeypatch):
+    maker = maker_of(text, tokenizer)
+    whole = passed(text, maker, IN_MEMORY)
+    monkeypatch.setattr(part_rows, "BATCH_TOKENS", 1)
+    for kept in (
+        passed(text, maker, Keep(tmp_path)),
+        passed(text, maker, Keep(tmp_path)),
+        passed(text, maker, IN_MEMORY),
+    ):
+        assert isinstance(kept.rows, StoredRows)
+        assert [len(batch) for batch in kept.rows.batches()] == [1] * len(whole.rows)
+        same_rows(list(kept.rows), list(whole.rows))
+        same_rows(kept.rows[3:9], whole.rows[3:9])
+        assert (kept.extremes, kept.most_targets, kept.longest) == (whole.extremes, whole.most_targets, whole.longest)
+        assert (kept.digest, kept.targets, kept.text_bytes) == (whole.digest, whole.targets, whole.text_bytes)
+        np.testing.assert_array_equal(kept.counts, whole.counts)
+    counted = passed(text, maker, COUNTS).row_lengths()
+    ours, theirs = (np.concatenate([np.stack(b) for b in t], axis=1) for t in (counted, whole.row_lengths()))
+    np.testing.assert_array_equal(ours, theirs)

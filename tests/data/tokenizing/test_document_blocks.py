@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_rows import same_rows
 from token_corpora import EMOJI, TEXT, check_spans, documents, rows_of
 
 from kd.common.errors import DataError
@@ -14,6 +15,7 @@ from kd.data.rows.example import Example
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.document_blocks import document_blocks
 from kd.data.tokenizing.text_tokens import TextTokens
+from kd.models import tokenizer as module
 from kd.models.tokenizer import encode_with_ends, token_bytes
 
 texts = st.text(alphabet=st.sampled_from("ab the.\n é€😀日\u200d"), min_size=2, max_size=80).filter(lambda t: t.strip())
@@ -151,3 +153,23 @@ def test_real_tokenizers_give_back_the_document(shared, name: str):
         assert "".join(b.example.target for b in blocks) == EMOJI + TEXT
         for block in blocks:
             check_spans(block)
+
+
+@settings(max_examples=25)
+@given(
+    words=st.lists(
+        st.sampled_from(["the", "seven", "ships,", "é€", "😀😀", "日本", "rained.\n"]), min_size=60, max_size=120
+    ),
+    seq_len=st.integers(9, 24),
+    stride=st.integers(1, 23),
+    frame=st.booleans(),
+)
+def test_a_document_read_in_windows_has_the_blocks_of_one_read_at_once(tokenizer, words, seq_len, stride, frame):
+    text, read = " ".join(words), TextTokens(tokenizer)
+    config = BlockConfig(seq_len=seq_len, stride=min(stride, seq_len - 1), bos=frame, eos=frame)
+    whole = list(document_blocks(Example("d", text), read, config))
+    with pytest.MonkeyPatch.context() as patch:  # windows that are far smaller than the document
+        patch.setattr(module, "WINDOW", 160)
+        patch.setattr(module, "OVERLAP", 110)
+        patch.setattr(module, "LONG", 8)
+        same_rows(list(document_blocks(Example("d", text), read, config)), whole)
