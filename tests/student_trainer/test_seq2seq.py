@@ -376,7 +376,7 @@ def test_the_output_loads_with_the_trained_logits_and_is_evaluated(
     assert report is not None
     assert 0.0 <= report.tasks["generation"]["exact_match"]["value"] <= 1.0
     # the last step's loss was measured before it, over one batch; the whole cache after it
-    assert report.tasks["agreement"]["kl"]["value"] < finished.records[0].kd
+    assert report.tasks["agreement"]["kl_kept"]["value"] < finished.records[0].kd
 
 
 def test_agreement_of_the_teacher_with_its_own_cache_is_zero_and_needs_the_same_layout(
