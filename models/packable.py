@@ -57,9 +57,9 @@ def require_packable(model: Model) -> None:
     difference = float((together - alone).abs().max())
     if difference > 1e-3 * float(alone.abs().max()):
         raise DataError(
-            "packed examples see each other in this model",
+            "packed examples do not score as they do alone in this model",
             where=type(model).__name__,
             found=f"largest difference {difference:.3g}",
-            expected="a model in which only attention connects tokens",
+            expected="a model in which only attention connects tokens, and whose positions start at 0",
             try_=advice,
         )

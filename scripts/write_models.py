@@ -37,7 +37,7 @@ give to them (`logit_scale`, `logits_scaling`, `lm_head_multiplier`, `final_logi
 the numbers are proven on four tokens: as they are, where the cap bends most, and amplified. They are in the cached values, in
 every loss and its gradient, and in every score of `kd eval`. Generation is the model's own. A `final_logits_bias` (BART,
 Marian, …) is added, columns that a model drops (Inkling) or masks (Chameleon) are never predicted. Layers between the body and
-the output layer (the decoders of ModernBERT and BERT) are part of the body, and learn with it.
+the output layer (the decoders of ModernBERT, BERT, RoBERTa and their kin) are part of the body, and learn with it.
 
 ## Families that work
 

@@ -35,6 +35,7 @@ FAST = (
     "prophetnet",
     "qwen3",
     "recurrent_gemma",
+    "roberta_decoder",
     "t5",
     "t5gemma",
     "xlnet",

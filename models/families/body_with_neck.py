@@ -1,15 +1,18 @@
-"""Layers between a model's body and its output layer, which the decoders of ModernBERT and BERT have: a dense layer and a norm."""
+"""A dense layer and a norm between a model's body and its output layer, as the decoders of ModernBERT, BERT and RoBERTa have."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import wraps
 from operator import attrgetter
 from typing import Any
 
 OF_MODERNBERT = {"modernbert-decoder": "lm_head"}
 """Model type -> where the layers are. A head of this name is the output layer itself in most other models."""
-OF_BERT = "cls.predictions.transform"
-"""Where BERT and its kin (MegatronBERT, ERNIE, RoFormer, BigBird) have them."""
+MODULES = ("cls.predictions.transform", "generator_predictions")
+"""Where one module has them: in BERT and its kin (MegatronBERT, ERNIE, RoFormer, BigBird), and in ELECTRA."""
+BESIDE_THE_OUTPUT_LAYER = {"lm_head": "layer_norm", "cls.predictions": "LayerNorm"}
+"""A module with the dense layer, the norm of this name and the output layer: in RoBERTa and its kin, and in RemBERT."""
 
 
 class BodyWithNeck:
@@ -34,9 +37,20 @@ class BodyWithNeck:
 
 def with_neck(model: Any, body: Any) -> Any:
     """The body of a causal model; with the layers after it where the model has some."""
-    path = OF_MODERNBERT.get(model.config.model_type, OF_BERT)
-    try:
-        neck = attrgetter(path)(model)
-    except AttributeError:
-        return body
-    return BodyWithNeck(body, neck)
+    neck = _neck(model)
+    return body if neck is None else BodyWithNeck(body, neck)
+
+
+def _neck(model: Any) -> Any | None:
+    """The layers between the body and the output layer as one module, or None."""
+    from torch import nn
+
+    of_its_type = OF_MODERNBERT.get(model.config.model_type)
+    for path in MODULES if of_its_type is None else (of_its_type,):
+        with suppress(AttributeError):
+            return attrgetter(path)(model)
+    for path, norm in BESIDE_THE_OUTPUT_LAYER.items():
+        with suppress(AttributeError):
+            holder = attrgetter(path)(model)
+            return nn.Sequential(holder.dense, getattr(holder, "activation", nn.GELU()), getattr(holder, norm))
+    return None

@@ -28,6 +28,9 @@ OWN_TOLERANCE = (0.02, 1e-4)
 float32 on both sides, so sums are rounded at the seventh digit. A bias of one nat is far above it."""
 READS_PADDING = ("cpmant",)
 """Model types whose tokens look at padding after the text, so that a batch gives other numbers than a text alone (0.2 nats)."""
+INT8_SHARE = 0.05
+"""How far states may change with the token after them in LLM.int8, as a share of the largest state. A column with one large number
+is computed in 16 bits for all tokens of a batch, so that rounding depends on later tokens: 1 % was measured in trained Llamas."""
 AMPLIFIED_TOLERANCE = (1e-6, 0.02)
 """The same where the largest logit is 1000."""
 
@@ -95,7 +98,8 @@ def require_causal(model: Any, hidden: Rows, ids: torch.Tensor) -> None:
     before, after = (hidden(text)[:-1] for text in (ids, other))
     difference, largest = float((before - after).abs().max()), float(before.abs().max())
     # the same sums over the same numbers; a mixture of experts may add them in another order
-    if difference > max(1e-3, 4 * torch.finfo(before.dtype).eps) * largest:
+    share = INT8_SHARE if getattr(model, "is_loaded_in_8bit", False) else 1e-3
+    if difference > max(share, 4 * torch.finfo(before.dtype).eps) * largest:
         raise TeacherError(
             "the model reads the tokens that it is to predict",
             where=type(model).__name__,

@@ -6,6 +6,19 @@ from typing import Any
 
 RELATIVE_POSITIONS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 """Model types with relative positions, which accept any length."""
+AFTER_PADDING = (
+    "roberta",
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "mpnet",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+"""Model types whose first position is the one after the padding token's id: RoBERTa's 514 positions read 512 tokens."""
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_encoder_position_embeddings")
 """Entries of configurations, the first that holds a number counts; `max_seq_len` is MPT's and `max_encoder_…` LED's."""
 
@@ -21,5 +34,7 @@ def max_positions(config: Any, *, decoder: bool = False) -> int | None:
     for name in ("max_decoder_position_embeddings", *NAMES) if decoder else NAMES:
         value = getattr(config, name, None)
         if isinstance(value, int):
+            if config.model_type in AFTER_PADDING:
+                return value - int(config.pad_token_id) - 1
             return value if value > 0 else None  # XLNet says -1
     return None

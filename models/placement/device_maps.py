@@ -10,7 +10,7 @@ the device that computes for every forward pass. A map says nothing of what the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def refuse_other_modules(placed: Mapping[str, Device], model: Any) -> None:
     known = {name for name, _ in model.named_modules()} | set(parameters)
     for name in placed:
         if name and name not in known:
-            raise unknown_name("module of the device map", name, sorted(known))
+            raise unknown_name("module of the device map", name, _around(name, known))
     for name, device in placed.items():
         around = _home({other: where for other, where in placed.items() if other != name}, name)
         if around not in (None, device):
@@ -215,3 +215,11 @@ def _home(placed: Mapping[str, Device], name: str) -> Device | None:
 
 def _spelled(device: Any) -> str:
     return f"cuda:{device}" if isinstance(device, int) else str(device)
+
+
+def _around(name: str, known: Collection[str]) -> list[str]:
+    """The modules and weights that lie where a name that is not among them should."""
+    above = name.rpartition(".")[0]
+    while above not in known and above:
+        above = above.rpartition(".")[0]
+    return [other for other in known if other and other.rpartition(".")[0] == above]

@@ -143,6 +143,6 @@ def test_a_model_whose_tokens_leak_past_the_mask_is_refused(monkeypatch: pytest.
         return output
 
     monkeypatch.setattr(type(model.transformer), "forward", leaking)
-    with pytest.raises(DataError, match="see each other") as caught:
+    with pytest.raises(DataError, match="do not score as they do alone") as caught:
         require_packable(model)
     assert caught.value.details["where"] == "GPT2LMHeadModel"

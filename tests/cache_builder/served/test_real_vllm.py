@@ -24,8 +24,7 @@ import pytest
 import torch
 
 from kd.cache_builder.build.build_settings import BuildSettings
-from kd.cache_builder.build.builder import build
-from kd.cache_builder.build.from_settings import build_of, plan_of
+from kd.cache_builder.build.from_settings import build_of
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records import commits
 from kd.cache_builder.store.records.manifest import load_manifest
@@ -165,9 +164,15 @@ def test_its_rows_are_those_of_transformers(server: Vllm, settings, tmp_path: Pa
 
 def build_and_kill(chosen: BuildSettings, server: Vllm) -> None:
     """Build, and kill the server when the first shard is committed."""
-    for step in build(plan_of(chosen)):
-        if step.shards_done and server.process is not None and server.process.poll() is None:
-            server.kill()
+
+    def killing(stage: str, steps: Iterator[Any]) -> Any:
+        last = None
+        for last in steps:
+            if getattr(last, "shards_done", 0) and server.process is not None and server.process.poll() is None:
+                server.kill()
+        return last
+
+    build_of(chosen, watch=killing)
 
 
 def test_killed_in_the_middle_it_is_started_again_and_nothing_differs(server: Vllm, settings, tmp_path: Path) -> None:

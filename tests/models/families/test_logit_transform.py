@@ -124,10 +124,13 @@ def test_a_model_that_does_something_else_than_it_says_is_refused(change: str, d
         split_head(model)
 
 
-@pytest.mark.parametrize("name", ["roberta_decoder", "prophetnet"])
+@pytest.mark.parametrize("name", ["llama", "prophetnet"])
 def test_what_lies_before_the_output_layer_is_told_from_what_follows_it(name: str) -> None:
+    model = ROWS[name].model()
+    if name == "llama":  # states that are changed on their way
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].tanh(),))
     with pytest.raises(TeacherError, match="given something else than the last hidden states"):
-        split_head(ROWS[name].model())
+        split_head(model)
 
 
 def chameleon() -> Any:

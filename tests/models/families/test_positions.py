@@ -7,7 +7,11 @@ import torch
 import transformers
 from tiny_families import encoder_decoder
 
-from kd.models.families.positions import max_positions
+from kd.models.families.positions import AFTER_PADDING, max_positions
+
+ENCODERS = ("ibert", "longformer", "mpnet")
+"""Model types that have no causal model: they classify."""
+LANGUAGE = {"xmod": {"languages": ["en_XX"], "default_language": "en_XX"}}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,7 @@ from kd.models.families.positions import max_positions
         ("mamba", {}, None, None),
         ("t5", {"n_positions": 64}, None, None),
         ("umt5", {}, None, None),
+        ("roberta", {"max_position_embeddings": 66, "pad_token_id": 1}, 64, 64),
     ],
 )
 def test_the_limit_of_each_side(name: str, settings: dict, limit: int | None, written: int | None) -> None:
@@ -55,3 +60,24 @@ def test_mpt_reads_no_more_than_its_limit() -> None:
         model(torch.ones(1, 16, dtype=torch.long))
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             model(torch.ones(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", [name for name in AFTER_PADDING if name not in ENCODERS])
+def test_models_that_count_from_the_padding_token_read_as_many_tokens_as_their_limit(name: str) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model(
+        name,
+        vocab_size=60,
+        max_position_embeddings=18,
+        pad_token_id=3,
+        is_decoder=True,
+        **shape,
+        **LANGUAGE.get(name, {}),
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    limit = max_positions(config)
+    assert limit == 14
+    with torch.no_grad():
+        model(torch.ones(1, limit, dtype=torch.long))
+        with pytest.raises((RuntimeError, IndexError)):
+            model(torch.ones(1, limit + 1, dtype=torch.long))

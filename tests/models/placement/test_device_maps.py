@@ -103,6 +103,12 @@ def test_a_map_of_another_model_or_machine_is_refused(placed: dict[str, Any], wo
         load_model(ModelRequest(str(model_dir), placement=Placement.of(placed)))
 
 
+def test_a_name_that_the_model_lacks_is_answered_with_its_neighbours_alone(model_dir: Path):
+    with pytest.raises(DataError) as caught:
+        load_model(ModelRequest(str(model_dir), placement=Placement.of({**WHOLE, "transformer.h.9": "cpu"})))
+    assert caught.value.details["known"] == "transformer.h.0, transformer.h.1"
+
+
 def test_limits_of_a_gpu_that_is_not_here_are_refused(model_dir: Path):
     with pytest.raises(DataError, match="GPU that this machine lacks"):
         load_model(ModelRequest(str(model_dir), placement=Placement.of("auto", {99: "1GB"})))

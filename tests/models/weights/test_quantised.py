@@ -67,6 +67,22 @@ def test_8_bits_are_counted_in_the_same_way(tmp_path: Path) -> None:
     assert type(load_model(random).transformer.h[0].mlp.c_fc).__name__ == "Linear8bitLt"
 
 
+def test_trained_weights_in_8_bits_round_by_the_tokens_beside_and_are_taken(shared: Path) -> None:
+    loaded = load_model(ModelRequest(str(shared / "weights" / "stories260K"), device="cpu", load_in_8bit=True))
+    split_head(loaded)
+    loaded.is_loaded_in_8bit = False  # as plain weights, whose states do not round like that
+    with pytest.raises(TeacherError, match="reads the tokens that it is to predict"):
+        split_head(loaded)
+
+
+def test_a_model_that_reads_ahead_is_refused_in_8_bits_too(tmp_path: Path) -> None:
+    from family_rows import ROWS
+
+    ROWS["bert_not_a_decoder"].model().save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match="reads the tokens that it is to predict"):
+        split_head(load_model(ModelRequest(str(tmp_path), device="cpu", load_in_8bit=True)))
+
+
 def test_experts_that_stay_in_16_bits_are_named_and_refused(tmp_path: Path) -> None:
     model = mixtral()
     share = planned_share(model)
