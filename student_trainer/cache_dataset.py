@@ -59,7 +59,7 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
     rank         number of this process; it gets every `world_size`-th batch, from this one on
     world_size   number of processes that share the batches
     settings     those settings of `kd.train` that decide what a batch is: loss, tail, alpha, ce_weight, temperature, beta,
-                 alignment, align_eos, ranking, prompt_loss, seq_len, target_len, separator, chat_template,
+                 merge, alignment, align_eos, ranking, prompt_loss, seq_len, target_len, separator, chat_template,
                  template_kwargs, top_k, epochs,
                  tokens_per_batch, batch_size, seed, cache_bytes
 

@@ -32,6 +32,8 @@ PARAMETERS = {  # as published; counted from the real configs
     "flan-t5-xxl": 11_135_332_352,
     # by hand: embeddings (2048 + 256) * 96; per layer 12 * 96^2 weights and 13 * 96 biases and norms; last norm 2 * 96
     "demo-student": (2048 + 256) * 96 + 3 * (12 * 96**2 + 13 * 96) + 2 * 96,
+    "demo-student-s": (2048 + 256) * 48 + 2 * (12 * 48**2 + 13 * 48) + 2 * 48,
+    "demo-student-l": (2048 + 256) * 192 + 4 * (12 * 192**2 + 13 * 192) + 2 * 192,
     # the same with 50257 + 1024 embeddings of width 128 and 4 layers
     "gpt2-mini": (50257 + 1024) * 128 + 4 * (12 * 128**2 + 13 * 128) + 2 * 128,
     # embedding and output layer 2 * 1216 * 128; attention 4 * 128^2 and gated feed-forward 3 * 128 * 256, with a norm each:
@@ -73,6 +75,8 @@ def test_an_unknown_shape_and_an_unknown_dtype_suggest_the_nearest():
 def test_positions_are_read_from_every_family():
     assert {name: max_positions(build()) for name, build in SHAPES.items()} == {
         "demo-student": 256,
+        "demo-student-s": 256,
+        "demo-student-l": 256,
         "gpt2-mini": 1024,
         "gpt2": 1024,
         "gpt2-medium": 1024,

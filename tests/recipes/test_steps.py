@@ -82,6 +82,7 @@ def test_a_step_accepts_every_option_of_its_command(name: str) -> None:
         "--json",
         "--help",
         "--estimate",
+        "--dry-run",
     }
     assert typed <= options
     assert options - {"--config"} <= typed
