@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def demo(out: Path | None, chat: bool, as_json: bool) -> None:
     """Run the whole pipeline on the embedded teachers and texts, offline, in minutes.
 
-    The demo is the experiments demo-prose and demo-instructions in one folder. With --chat it is the experiment demo-chat:
+    The demo is the experiments demo-prose and demo-text in one folder. With --chat it is the experiment demo-chat:
     conversations, a chat template, and students that learn the assistant's turns.
 
     Example: kd demo --out demo-out
@@ -52,7 +52,13 @@ def show_chat_demo(out: Path, *, as_json: bool) -> None:
 
 def show_demo(out: Path, *, as_json: bool) -> None:
     """Run the two experiments of the demo, and print what they measured."""
-    from kd.recipes.demo_outcome import demo_parts, outcome_lines, require_fresh, write_demo_outcome
+    from kd.recipes.demo_outcome import (
+        demo_parts,
+        outcome_lines,
+        reference_of_demo,
+        require_fresh,
+        write_demo_outcome,
+    )
 
     parts = demo_parts(out)
     require_fresh(out, parts)
@@ -64,22 +70,25 @@ def show_demo(out: Path, *, as_json: bool) -> None:
         raise KeyboardInterrupt(
             "interrupted", f"remove {out}, or choose another --out, to run the demo again"
         ) from None
-    outcome = write_demo_outcome(out, results, seconds=time.perf_counter() - started)
+    reference = reference_of_demo(results)
+    outcome = write_demo_outcome(out, results, reference, seconds=time.perf_counter() - started)
     if as_json:
         emit_json(outcome)
     else:
-        say("\n".join(outcome_lines(results, outcome)))
+        say("\n".join(outcome_lines(results, reference, outcome)))
 
 
 def run_part(part: DemoPart) -> PartResult:
     """Run one of the demo's experiments, and add the scores to the students' model cards."""
     from kd.cache_builder.upkeep.summary import cache_summary
+    from kd.evaluation.results import load_report
     from kd.recipes.demo_outcome import PartResult, card_scores
     from kd.student_trainer.model_card import write_card
 
     say(f"== {part.title}", err=True)
-    built = run_commands(part.steps)[0]
-    reports = part.reports
+    steps = part.steps
+    done = run_commands(steps)
+    built = done[next(n for n, step in enumerate(steps) if step.out == part.cache)]
     for run in part.experiment.runs:
-        write_card(part.out / run, card_scores(reports[run]))
-    return PartResult(part.title, cache_summary(part.cache), built.tokens_per_second, part.trainings, reports)
+        write_card(part.out / run, card_scores(load_report(part.out / run)))
+    return PartResult(part, cache_summary(part.cache), built.tokens_per_second)

@@ -46,7 +46,7 @@ def experiment(
     """Train students with and without the teacher over several seeds from one cache, score both, and test the difference.
 
     FILE is a YAML file, or the name of an experiment that comes with the package: kl-prose, bytes-prose, bytes-mini, text-prose,
-    text-kl-prose, merge-prose, answers-mini, uld-mini, kl-wikitext, uld-tasks, demo-prose, demo-instructions, demo-chat, or one of
+    text-kl-prose, merge-prose, answers-mini, uld-mini, kl-wikitext, uld-tasks, demo-prose, demo-text, demo-chat, or one of
     FLAN's ablations (flan-clusters, flan-tasks, flan-templates, flan-instructions, flan-options, flan-scale). The same command
     again continues: it skips what is finished and resumes trainings. More seeds may be added.
 
