@@ -10,12 +10,13 @@ import click
 from kd.cache_builder.exchange.import_settings import FORMAT_NAMES, ImportSettings
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say
-from kd.commands.terminal.options import FOLDER, PATH, json_option, parse_range
+from kd.commands.terminal.options import FOLDER, PATH, dry_run_option, json_option, parse_range
 from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kd.cache_builder.upkeep.derived_cache import DerivedCache
     from kd.common.progress import Progress
 
 
@@ -41,31 +42,44 @@ if TYPE_CHECKING:
     metavar="A:B",
     help="Keep the cached examples A to B - 1 (kd cache info prints their number).",
 )
+@dry_run_option
 @json_option
-def cache_slice(path: str, out: Path, as_json: bool, **options: Any) -> None:
+def cache_slice(path: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write a smaller cache from a cache, without the teacher. The same command continues a slice that was cut short.
 
     Example: kd cache slice runs/cache --top-k 16 --out runs/cache-16
     """
     from kd.cache_builder.upkeep.cache_registry import located
-    from kd.cache_builder.upkeep.slice_cache import slice_cache
+    from kd.cache_builder.upkeep.slice_cache import planned_slice, slice_cache
 
+    if dry_run:
+        _show_cost(planned_slice(located(path), **options), out, as_json, "slice")
+        return
     _derived(slice_cache(located(path), out, **options), out, as_json, "slicing")
 
 
 @click.command("merge")
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--out", required=True, type=FOLDER, help="Directory of the merged cache.")
+@dry_run_option
 @json_option
-def cache_merge(paths: tuple[str, ...], out: Path, as_json: bool) -> None:
+def cache_merge(paths: tuple[str, ...], out: Path, dry_run: bool, as_json: bool) -> None:
     """Write the examples of several caches to one cache. Their teachers and settings must be equal.
 
     Example: kd cache merge runs/one runs/two --out runs/both
     """
     from kd.cache_builder.upkeep.cache_registry import located
-    from kd.cache_builder.upkeep.merge_caches import merge_caches
+    from kd.cache_builder.upkeep.merge_caches import merge_caches, planned_merge
 
+    if dry_run:
+        _show_cost(planned_merge([located(p) for p in paths]), out, as_json, "merger")
+        return
     _derived(merge_caches([located(p) for p in paths], out), out, as_json, "merging")
+
+
+def _show_cost(planned: DerivedCache, out: Path, as_json: bool, what: str) -> None:
+    result = {"out": str(out)} | planned.cost(out)
+    emit(result, as_json, f"{out}: nothing was written. A {what} would write")
 
 
 def _derived(steps: Iterator[Progress[Path]], out: Path, as_json: bool, label: str) -> None:

@@ -44,42 +44,59 @@ class Piece:
     """One past the last."""
 
 
-def write_derived(
-    readers: Sequence[CacheReader],
-    out: Path,
-    identity: dict[str, Any],
-    config: TargetConfig,
-    shards: list[list[Piece]],
-    made_from: str,
-) -> Iterator[Progress[Path]]:
-    """Write a cache whose shards are made of pieces of other caches; yields progress in shards. The same call continues.
+@dataclass(frozen=True)
+class DerivedCache:
+    """A cache that is going to be made of pieces of other caches."""
 
-    identity    of the new cache
-    config      what is kept of each row; where it is that of the readers, rows are copied as they are stored
-    shards      the pieces of each new shard
-    made_from   recorded in the provenance
+    readers: Sequence[CacheReader]
+    identity: dict[str, Any]
+    """Of the new cache."""
+    config: TargetConfig
+    """What is kept of each row; where it is that of the readers, rows are copied as they are stored."""
+    shards: list[list[Piece]]
+    """The pieces of each new shard."""
+    made_from: str
+    """Recorded in the provenance."""
+
+    def manifest(self, out: Path) -> CacheManifest:
+        """The manifest of the cache in `out`, or that of a new one. Raises CacheMismatchError where `out` holds another cache."""
+        existing = commits.existing_cache(out)
+        if existing is not None:
+            refuse_mismatch(out, self.identity, existing)
+            return existing
+        table = _shard_table(self.readers, self.shards)
+        return CacheManifest(
+            identity=self.identity,
+            layout=max((r.manifest.layout for r in self.readers), key=lambda layout: layout.shard_rows),
+            examples=table.example_count,
+            rows=table.row_count,
+            shards=table,
+            files={},
+            provenance=_provenance(self.readers, self.made_from),
+        )
+
+    def cost(self, out: Path) -> dict[str, Any]:
+        """What would be written to `out`; bytes are those of the arrays before compression, and of the examples as they are."""
+        manifest = self.manifest(out)
+        used = {(p.source, p.shard) for pieces in self.shards for p in pieces}
+        text = sum(_example_bytes(self.readers[source], shard) for source, shard in used)
+        return {
+            "fingerprint": manifest.fingerprint,
+            "examples": manifest.examples,
+            "rows": manifest.rows,
+            "shards": len(manifest.shards),
+            "bytes_at_most": manifest.rows * sum(a.row_bytes for a in manifest.arrays) + text,
+            "committed_shards": len(commits.committed(out, len(manifest.shards))),
+        }
+
+
+def write_derived(planned: DerivedCache, out: Path) -> Iterator[Progress[Path]]:
+    """Write a cache to `out`; yields progress in shards. The same call continues.
 
     Raises CacheMismatchError where `out` holds another cache, CacheError where it cannot be written.
     """
-    layout = max((r.manifest.layout for r in readers), key=lambda layout: layout.shard_rows)
-    table = _shard_table(readers, shards)
-    left_out = joined(filter(None, (recorded(reader.manifest.provenance) for reader in readers)))
-    provenance = {**readers[0].manifest.provenance, "derived_from": public_place(made_from), "options": None}
-    provenance |= {"left_out": left_out.document(), "token_notes": joined_notes(r.manifest.provenance for r in readers)}
-    if not all("text_rules" in r.manifest.provenance for r in readers):
-        provenance.pop("text_rules", None)
-    existing = commits.existing_cache(out)
-    if existing is not None:
-        refuse_mismatch(out, identity, existing)
-    manifest = existing or CacheManifest(
-        identity=identity,
-        layout=layout,
-        examples=table.example_count,
-        rows=table.row_count,
-        shards=table,
-        files={},
-        provenance=provenance,
-    )
+    readers, shards, config = planned.readers, planned.shards, planned.config
+    manifest = planned.manifest(out)
     writer = ShardWriter(out, manifest)
     try:
         writer.sweep()
@@ -105,6 +122,22 @@ def write_derived(
     finally:
         writer.close()
     yield Progress(len(shards), len(shards), out, "complete")
+
+
+def _provenance(readers: Sequence[CacheReader], made_from: str) -> dict[str, Any]:
+    """Where the new cache comes from: what the first cache says, and what was left out of all of them."""
+    left_out = joined(filter(None, (recorded(reader.manifest.provenance) for reader in readers)))
+    provenance = {**readers[0].manifest.provenance, "derived_from": public_place(made_from), "options": None}
+    provenance |= {"left_out": left_out.document(), "token_notes": joined_notes(r.manifest.provenance for r in readers)}
+    if not all("text_rules" in r.manifest.provenance for r in readers):
+        provenance.pop("text_rules", None)
+    return provenance
+
+
+def _example_bytes(reader: CacheReader, shard: int) -> int:
+    """Bytes of the file with the examples of a shard."""
+    name = commits.shard_files(reader.manifest.arrays, shard)["examples"]
+    return int(reader.files.read_commit(reader.manifest, shard).files[name]["bytes"])
 
 
 def _shard_table(readers: Sequence[CacheReader], shards: list[list[Piece]]) -> ShardTable:

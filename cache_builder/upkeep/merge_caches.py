@@ -13,7 +13,7 @@ from typing import Any
 
 from kd.cache_builder.store.readers.mixed_reader import refuse_unlike
 from kd.cache_builder.store.readers.reader import CacheReader
-from kd.cache_builder.upkeep.derived_cache import Piece, write_derived
+from kd.cache_builder.upkeep.derived_cache import DerivedCache, Piece, write_derived
 from kd.common.errors import CacheMismatchError, DataError
 from kd.common.files import digest_of
 from kd.common.progress import Progress
@@ -22,8 +22,16 @@ from kd.common.progress import Progress
 def merge_caches(paths: Sequence[Path], out: Path) -> Iterator[Progress[Path]]:
     """Write the examples of several caches, one cache after another, to `out`.
 
-    The same call continues where an earlier one stopped. Raises CacheMismatchError, with the difference, where the caches are
-    not of one teacher, tokenizer and settings.
+    The same call continues where an earlier one stopped. Raises as `planned_merge` does, and CacheMismatchError where `out`
+    holds another cache.
+    """
+    yield from write_derived(planned_merge(paths), out)
+
+
+def planned_merge(paths: Sequence[Path]) -> DerivedCache:
+    """What `merge_caches` would write.
+
+    Raises CacheMismatchError, with the difference, where the caches are not of one teacher, tokenizer and settings.
     """
     readers = [CacheReader(path) for path in paths]
     refuse_unlike(readers, ("teacher", "tokenizer", "blocks", "targets"), "these caches cannot be merged")
@@ -39,7 +47,7 @@ def merge_caches(paths: Sequence[Path], out: Path) -> Iterator[Progress[Path]]:
         for source, r in enumerate(readers)
         for shard, (start, last, _) in enumerate(r.manifest.shards)
     ]
-    yield from write_derived(readers, out, identity, first.targets, pieces, ", ".join(map(str, paths)))
+    return DerivedCache(readers, identity, first.targets, pieces, ", ".join(map(str, paths)))
 
 
 def text_rules_of(readers: Sequence[CacheReader]) -> dict[str, Any]:

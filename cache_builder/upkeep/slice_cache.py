@@ -10,47 +10,56 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.profiles import PROFILES, Profile
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.targets import TargetConfig
-from kd.cache_builder.upkeep.derived_cache import Piece, write_derived
+from kd.cache_builder.upkeep.derived_cache import DerivedCache, Piece, write_derived
 from kd.common.errors import DataError
 from kd.common.progress import Progress
 
 
+class SliceOptions(TypedDict, total=False):
+    """What a slice keeps. An option that is left out, or None, keeps what the cache has."""
+
+    profile: str | None
+    """Keep only what this profile keeps."""
+    top_k: int | None
+    """Tokens per row."""
+    logprob_codec: str | None
+    """One of `CODECS`; None takes that of a new profile."""
+    min_probability: float | None
+    """See `TargetConfig`, for the profile adaptive; None takes that of a new profile."""
+    min_k: int | None
+    """The same."""
+    examples: tuple[int, int] | None
+    """First example and one past the last."""
+
+
 def slice_cache(
-    cache: Path | CacheFiles,
-    out: Path,
-    *,
-    profile: str | None = None,
-    top_k: int | None = None,
-    logprob_codec: str | None = None,
-    min_probability: float | None = None,
-    min_k: int | None = None,
-    examples: tuple[int, int] | None = None,
+    cache: Path | CacheFiles, out: Path, **options: Unpack[SliceOptions]
 ) -> Generator[Progress[Path], None, None]:
     """Write a smaller cache to `out`; the same call continues where an earlier one stopped.
 
-    profile         keep only what this profile keeps; None keeps the profile
-    top_k           tokens per row; None keeps all
-    logprob_codec   one of `CODECS`; None keeps the codec, or takes that of a new profile
-    min_probability, min_k   see `TargetConfig`, for the profile adaptive; None keeps them, or takes those of a new profile
-    examples        first example and one past the last; None keeps all
-
-    Raises DataError for what the cache does not hold, CacheMismatchError where `out` holds another cache.
+    Raises as `planned_slice` does, and CacheMismatchError where `out` holds another cache.
     """
+    yield from write_derived(planned_slice(cache, **options), out)
+
+
+def planned_slice(cache: Path | CacheFiles, **options: Unpack[SliceOptions]) -> DerivedCache:
+    """What `slice_cache` would write. Raises DataError for what the cache does not hold."""
     reader = CacheReader(cache)
     config = sliced_config(
         reader.config,
-        profile=profile,
-        top_k=top_k,
-        logprob_codec=logprob_codec,
-        min_probability=min_probability,
-        min_k=min_k,
+        profile=options.get("profile"),
+        top_k=options.get("top_k"),
+        logprob_codec=options.get("logprob_codec"),
+        min_probability=options.get("min_probability"),
+        min_k=options.get("min_k"),
     )
-    first, stop = examples or (0, len(reader))
+    first, stop = options.get("examples") or (0, len(reader))
     if not 0 <= first < stop <= len(reader):
         raise DataError("no such examples", found=f"--examples {first}:{stop}", expected=f"within 0:{len(reader)}")
     if config == reader.config and (first, stop) == (0, len(reader)):
@@ -63,7 +72,7 @@ def slice_cache(
         "targets": config.identity,
         "slice": {"of": reader.manifest.fingerprint, "examples": [first, stop]},
     }
-    yield from write_derived([reader], out, identity, config, list(_cut(reader, first, stop)), str(reader.root))
+    return DerivedCache([reader], identity, config, list(_cut(reader, first, stop)), str(reader.root))
 
 
 def sliced_config(

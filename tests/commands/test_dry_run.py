@@ -40,12 +40,16 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in files_of(folder))
 
 
+def data_of(cache: Path) -> int:
+    """Bytes of the arrays' chunks."""
+    return sum(path.stat().st_size for path in files_of(cache) if path.name.startswith("c."))
+
+
 def test_a_build_is_no_larger_than_said(build, cache: Path, tmp_path: Path) -> None:
     said = json.loads(kd(*build, "--out", tmp_path / "out", "--dry-run"))
     assert list(tmp_path.iterdir()) == []
     assert len(files_of(cache)) <= said["files_at_most"] < 1.5 * len(files_of(cache))
-    data = sum(path.stat().st_size for path in files_of(cache) if "/c/" in str(path))
-    assert data <= said["bytes_at_most"]
+    assert 0 < data_of(cache) <= said["bytes_at_most"]
     assert said["fingerprint"] == json.loads((cache / "manifest.json").read_text())["fingerprint"]
 
 
@@ -96,3 +100,30 @@ def test_a_training_writes_as_much_as_said(cache: Path, tmp_path: Path) -> None:
     assert len(checkpoints) <= said["checkpoints_at_once"]
     assert all(size_of(path) < 1.2 * said["checkpoint_bytes_at_most"] for path in checkpoints)
     assert "holds a run already" in run_main(*words, "--dry-run", code=1).stderr
+
+
+@pytest.mark.parametrize("command", ["slice", "merge"])
+def test_a_slice_and_a_merger_are_no_larger_than_said(build, cache: Path, tmp_path: Path, command: str) -> None:
+    if command == "slice":
+        words: tuple[object, ...] = ("cache", "slice", cache, "--top-k", "8", "--examples", "1:5")
+    else:
+        text = tmp_path / "more.txt"
+        text.write_text("A keeper of ships went down to the river.\n" * 20, encoding="utf-8")
+        kd(*build, "--data", text, "--out", tmp_path / "more")
+        words = ("cache", "merge", cache, tmp_path / "more")
+    out = tmp_path / "out"
+    said = json.loads(kd(*words, "--out", out, "--dry-run", "--json"))
+    assert not out.exists()
+    kd(*words, "--out", out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (said["fingerprint"], said["examples"], said["rows"]) == tuple(
+        manifest[name] for name in ("fingerprint", "examples", "rows")
+    )
+    assert 0 < data_of(out) <= said["bytes_at_most"]
+    assert json.loads(kd(*words, "--out", out, "--dry-run", "--json"))["committed_shards"] == said["shards"]
+
+
+def test_a_slice_that_would_be_refused_is_refused(cache: Path, tmp_path: Path) -> None:
+    done = run_main("cache", "slice", cache, "--out", tmp_path / "out", "--top-k", "999", "--dry-run", code=1)
+    assert "no more tokens per row than the cache" in done.stderr
+    assert not (tmp_path / "out").exists()
