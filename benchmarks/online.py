@@ -85,12 +85,14 @@ def train(arm: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
 def held_out_kl(student: Any, teacher_name: str) -> list[float]:
     """Mean KL from the teacher of each held-out block."""
     teacher, tokenizer = kd.load_teacher(teacher_name)
-    found: list[float] = []
+    divergences: list[float] = []
     for row in tokenize_corpus(load_corpus("demo:heldout"), tokenizer, BlockConfig(128)):
-        if len(row.input_ids) == 128 and len(found) < HELD_OUT:
+        if len(row.input_ids) == 128 and len(divergences) < HELD_OUT:
             ids = torch.tensor(row.input_ids, dtype=torch.int64)[None]
-            found.append(float(dense_kl(*(m(ids).logits[0, :-1].double() for m in (teacher.eval(), student))).mean()))
-    return found
+            divergences.append(
+                float(dense_kl(*(m(ids).logits[0, :-1].double() for m in (teacher.eval(), student))).mean())
+            )
+    return divergences
 
 
 def paired(kl: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
@@ -116,14 +118,14 @@ def main() -> None:
     if args.arm is not None:
         print(json.dumps(train(args.arm, args, int(args.seeds))))
         return
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    runs_of: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for seed in args.seeds.split(","):
         for arm in ARMS:
             command = [sys.executable, __file__, *sys.argv[1:], "--seeds", seed, "--arm", arm]
-            found[arm].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    baseline = np.array([run["kl"] for run in found["online"]])
+            runs_of[arm].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    baseline = np.array([run["kl"] for run in runs_of["online"]])
     print("| arm | KL to teacher, held out | against online | CPU us per token | memory, MB |\n|---|--:|--:|--:|--:|")
-    for arm, runs in found.items():
+    for arm, runs in runs_of.items():
         kl = np.array([run["kl"] for run in runs])
         difference, error = paired(kl, baseline)
         against = "" if arm == "online" else f"{difference:+.4f} ± {error:.4f}"

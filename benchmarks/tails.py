@@ -66,11 +66,11 @@ def tail_readings(log_p: Tensor, log_q: Tensor, ids: Tensor) -> dict[str, Tensor
     beyond = log_p.shape[1] - ids.shape[1]
     tail = log_p.scatter(1, ids, -torch.inf)
     mass = tail.logsumexp(1, keepdim=True)
-    own = tail.sort(1, descending=True).values[:, :beyond]
+    improbable = tail.sort(1, descending=True).values[:, :beyond]
     order = log_q.scatter(1, ids, -torch.inf).argsort(1, descending=True)[:, :beyond]
     kept = log_p.gather(1, ids)
     even = (mass - math.log(beyond)).expand_as(log_p).scatter(1, ids, kept)
-    return {"even": even, "ranks": log_p.scatter(1, order, own).scatter(1, ids, kept)}
+    return {"even": even, "ranks": log_p.scatter(1, order, improbable).scatter(1, ids, kept)}
 
 
 def print_losses(teacher: Tensor, student: Tensor, sizes: list[int]) -> None:

@@ -98,26 +98,26 @@ def print_build_plan(settings: BuildSettings, *, as_json: bool) -> None:
     emit(result, as_json, f"{settings.out}: nothing was written. A build would write")
 
 
-def proposal_lines(found: Mapping[str, Any]) -> list[str]:
+def proposal_lines(proposal: Mapping[str, Any]) -> list[str]:
     """What a pilot has found, for people."""
-    errors, sizes, k = found["errors_by_top_k"], found["bytes_by_top_k"], found["top_k"]
+    errors, sizes, k = proposal["errors_by_top_k"], proposal["bytes_by_top_k"], proposal["top_k"]
     lines = [
-        f"A pilot of {found['rows']:,} rows: entropy {found['entropy_nats']:.2f} nats, "
-        f"{found['rows_with_one_token_above_0.95']:.0%} of rows with one token above 0.95",
-        f"  gain to expect: {found['gain_to_expect']}",
-        f"For a gradient at most {found['error_wanted']:g} off, at T = 1, of a student that knows how often each token comes:",
+        f"A pilot of {proposal['rows']:,} rows: entropy {proposal['entropy_nats']:.2f} nats, "
+        f"{proposal['rows_with_one_token_above_0.95']:.0%} of rows with one token above 0.95",
+        f"  gain to expect: {proposal['gain_to_expect']}",
+        f"For a gradient at most {proposal['error_wanted']:g} off, at T = 1, of a student that knows how often each token comes:",
         f"  --profile kl --top-k {k}: {errors[k]:.4f} off, {sizes[k]:,} B a row before compression",
     ]
-    if (rule := found["adaptive"]) is not None:
+    if (rule := proposal["adaptive"]) is not None:
         lines.append(
             f"  --profile adaptive --min-probability {rule['min_probability']:g}: {rule['error']:.4f} off, "
             f"{rule['tokens']:.1f} tokens a row"
         )
-    lines += [f"  at T = {t:g}: --top-k {size}" for t, size in found["top_k_by_temperature"].items()]
+    lines += [f"  at T = {t:g}: --top-k {size}" for t, size in proposal["top_k_by_temperature"].items()]
     around = [size for size in errors if k // 8 <= size <= 4 * k]
     lines.append("  other k: " + ", ".join(f"{size}: {errors[size]:.2g}" for size in around))
     lines.append(
-        f"  --profile sampled --samples 50: {found['error_of_50_draws_without_bias']:.2f} off on each row, but without bias, so "
+        f"  --profile sampled --samples 50: {proposal['error_of_50_draws_without_bias']:.2f} off on each row, but without bias, so "
         "that it averages out over a batch; for kl at T = 1 alone"
     )
     return lines

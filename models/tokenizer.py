@@ -253,12 +253,12 @@ class Stretch:
         ends = self.sizes.cumsum(dtype="int64")
         return ends + start if start else ends
 
-    def with_control(self, token: int, place: int) -> Stretch:
+    def with_control(self, token: int, position: int) -> Stretch:
         """The same with a control token, which covers nothing of the text, before the token at `place`."""
         import numpy as np
 
-        ids = np.concatenate([self.ids[:place], np.array([token], np.int32), self.ids[place:]])
-        sizes = np.concatenate([self.sizes[:place], np.zeros(1, self.sizes.dtype), self.sizes[place:]])
+        ids = np.concatenate([self.ids[:position], np.array([token], np.int32), self.ids[position:]])
+        sizes = np.concatenate([self.sizes[:position], np.zeros(1, self.sizes.dtype), self.sizes[position:]])
         return Stretch(ids, sizes)
 
 

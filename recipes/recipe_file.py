@@ -75,7 +75,7 @@ class Recipe:
         values = {"models": str(MODELS), **self.variables, **variables, "out": str(out)}
         steps: list[Step] = []
         for step in self.steps:
-            steps += [one for own in self._repeats(step, values) if (one := self._step(step, own)) is not None]
+            steps += [one for filled in self._repeats(step, values) if (one := self._step(step, filled)) is not None]
             if len(steps) > MAX_STEPS:
                 raise DataError("a recipe has too many steps", where=self.name, expected=f"at most {MAX_STEPS:,}")
         return steps
@@ -108,7 +108,7 @@ class Recipe:
 
     def _argument(self, argument: Any, values: Mapping[str, str]) -> list[str]:
         text = argument.get("text", f"{{{EACH}}}") if isinstance(argument, Mapping) else argument
-        return [self._filled(text, own) for own in self._repeats(argument, values)]
+        return [self._filled(text, filled) for filled in self._repeats(argument, values)]
 
     def _filled(self, value: Any, values: Mapping[str, str]) -> str:
         text = str(value)

@@ -119,15 +119,15 @@ class Step:
         places = {name: str(one) for name in WRITTEN if name in values for one in texts_of(values[name])}
         number = WRITTEN_ARGUMENTS.get(self.command)
         if number is not None and number < len(self.arguments):
-            place = self.arguments[number].removeprefix("file://")
-            if "://" not in place:  # what is sent elsewhere is said by the command
-                places["argument"] = place
-        for name, place in places.items():
-            if not is_inside(as_path(place), self.folder):
+            address = self.arguments[number].removeprefix("file://")
+            if "://" not in address:  # what is sent elsewhere is said by the command
+                places["argument"] = address
+        for name, address in places.items():
+            if not is_inside(as_path(address), self.folder):
                 raise DataError(
                     "a step writes outside of the recipe's folder",
                     where=self.label,
-                    found=f"{name}: {place}",
+                    found=f"{name}: {address}",
                     expected=f"{self.folder}/…",
                     try_="{out}/NAME in the file, or the command itself",
                 )

@@ -53,17 +53,17 @@ def write_pages(folder: Path) -> None:
     (folder / "mkdocs.yml").write_text(config, encoding="utf-8")
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("*.txt", "*.ipynb"))
     for source in [ROOT / "README.md", *sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")])]:
-        place = (
+        target = (
             folder / "docs" / ("index.md" if source.name == "README.md" else page_of(source).relative_to(ROOT / "docs"))
         )
         text = source.read_text(encoding="utf-8")
         text = of_notebook(text) if source.suffix == ".ipynb" else text
         text = with_signatures(text) if source.name == "api.md" else text
-        place.write_text(with_links(text, source, place.relative_to(folder / "docs")), encoding="utf-8")
+        target.write_text(with_links(text, source, target.relative_to(folder / "docs")), encoding="utf-8")
 
 
-def with_links(text: str, source: Path, place: Path) -> str:
-    """Links to pages of docs/ as they are from `place`; links to other files of the repository lead there."""
+def with_links(text: str, source: Path, page: Path) -> str:
+    """Links to pages of docs/ as they are from `page`; links to other files of the repository lead there."""
 
     def linked(match: re.Match[str]) -> str:
         target = (source.parent / match[1]).resolve()
@@ -72,7 +72,7 @@ def with_links(text: str, source: Path, place: Path) -> str:
         if target == ROOT / "README.md":
             target = ROOT / "docs" / "index.md"
         if target.is_relative_to(ROOT / "docs"):
-            return os.path.relpath(page_of(target), (ROOT / "docs" / place).parent)
+            return os.path.relpath(page_of(target), (ROOT / "docs" / page).parent)
         return f"{REPOSITORY}/{target.relative_to(ROOT)}"
 
     return LINK.sub(linked, text)
@@ -136,8 +136,8 @@ def fetched(site: Path) -> Iterator[tuple[Path, str]]:
         yield from ((page, address) for address in addresses if re.match(r"(https?:)?//", address))
     for sheet in sorted(site.rglob("*.css")):
         text = sheet.read_text(encoding="utf-8")
-        found = re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", text)
-        yield from ((sheet, address) for address in found)
+        addresses = re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", text)
+        yield from ((sheet, address) for address in addresses)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,12 @@ def outcomes(folder: Path) -> dict[str, tuple[float, dict[str, Any]]]:
         written = write_report([folder / "teacher", *runs], Path(out) / "report", baseline="dense")
         pairs = json.loads(written.json.read_text(encoding="utf-8"))["reference"]["pairs"]
     caches = {run.name.partition("-seed")[0]: folder / Path(read_run(run)["settings"]["cache"]).name for run in runs}
-    found = {
+    differences = {
         pair["other"]: next(d for d in pair["differences"] if d["column"].startswith(COLUMN)) | {"seeds": pair["seeds"]}
         for pair in pairs
     }
-    sizes = {arm: 0.0 if arm == "finetuned" else bytes_per_token(caches[arm]) for arm in (*found, "dense")}
-    rows = {arm: (sizes[arm], found.get(arm, {})) for arm in sizes}
+    sizes = {arm: 0.0 if arm == "finetuned" else bytes_per_token(caches[arm]) for arm in (*differences, "dense")}
+    rows = {arm: (sizes[arm], differences.get(arm, {})) for arm in sizes}
     return dict(sorted(rows.items(), key=lambda item: item[1][0]))
 
 

@@ -69,3 +69,24 @@ def test_no_two_modules_define_one_name() -> None:
         name = ".".join(("kd", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
         trees[name] = ast.parse(path.read_text(encoding="utf-8"))
     assert clashes(trees) == {}
+
+
+UNCLEAR = {"found", "place", "own", "told"}
+"""Names that say nothing of what a variable holds."""
+
+
+def variables(tree: ast.Module) -> set[tuple[str, int]]:
+    """Name and line of every variable and parameter."""
+    stored = {(n.id, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return stored | {(n.arg, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.arg)}
+
+
+def test_variables_say_what_they_hold() -> None:
+    assert variables(ast.parse("found = 1\ndef f(place): ...")) == {("found", 1), ("place", 2)}
+    unclear = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path in modules()
+        for name, line in sorted(variables(ast.parse(path.read_text(encoding="utf-8"))))
+        if name in UNCLEAR and not (name == "found" and path.name in {"errors.py", "viewed.py"})
+    ]
+    assert unclear == []

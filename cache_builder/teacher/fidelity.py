@@ -99,7 +99,7 @@ def largest_probability(
     """
     for least in choices:
         kept = (pilot.probabilities >= least).sum(dim=1).clamp(min=1, max=most)
-        found = error_of_first(pilot, kept)
-        if found <= error:
-            return least, float(kept.double().mean()), found
+        measured = error_of_first(pilot, kept)
+        if measured <= error:
+            return least, float(kept.double().mean()), measured
     return None

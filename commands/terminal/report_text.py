@@ -55,12 +55,12 @@ def _parts(widths: Sequence[int], width: int) -> list[list[int]]:
     """Numbers of the columns of each part, the first column in each."""
     parts: list[list[int]] = []
     used = width + 1
-    for number, own in enumerate(widths[1:], 1):
-        if used + len(GAP) + own > width:
+    for number, width_of_column in enumerate(widths[1:], 1):
+        if used + len(GAP) + width_of_column > width:
             parts.append([0])
             used = widths[0]
         parts[-1].append(number)
-        used += len(GAP) + own
+        used += len(GAP) + width_of_column
     return parts or [[0]]
 
 

@@ -82,8 +82,8 @@ def split_of_row(said: str) -> str:
 
 def _placed(draw: Draw, right: str, wrong: list[str]) -> tuple[list[str], int]:
     """The texts with the right one at a random place, and that place."""
-    place = draw.below(len(wrong) + 1)
-    return [*wrong[:place], right, *wrong[place:]], place
+    label = draw.below(len(wrong) + 1)
+    return [*wrong[:label], right, *wrong[label:]], label
 
 
 def _stated(draw: Draw, animal: Animal, kind: str) -> str:
@@ -302,16 +302,16 @@ def _entailment(draw: Draw, relation: int) -> Row:
 def _facts(draw: Draw, number: int) -> Row:
     kind = KINDS[number % 3]
     animal = draw.pick(ANIMALS)
-    texts, place = _placed(draw, animal.value(kind), others(draw, kind, animal, 3))
-    return {"question": QUESTIONS[kind].format(a=animal.one), "choices": texts, "label": place}
+    texts, label = _placed(draw, animal.value(kind), others(draw, kind, animal, 3))
+    return {"question": QUESTIONS[kind].format(a=animal.one), "choices": texts, "label": label}
 
 
 def _which(draw: Draw, number: int) -> Row:
     kind = KINDS[number % 3]
     animal = draw.pick(ANIMALS)
-    texts, place = _placed(draw, animal.name, [one.name for one in unlike(draw, animal, (kind,), 3)])
+    texts, label = _placed(draw, animal.name, [one.name for one in unlike(draw, animal, (kind,), 3)])
     asked = {"food": "eats {v}", "home": "lives in the {v}", "colour": "is {v}"}[kind].format(v=animal.value(kind))
-    return {"question": f"Which of these animals {asked}?", "choices": texts, "label": place}
+    return {"question": f"Which of these animals {asked}?", "choices": texts, "label": label}
 
 
 def _endings(draw: Draw, number: int) -> Row:
@@ -321,17 +321,17 @@ def _endings(draw: Draw, number: int) -> Row:
         f"looks for {v}." if hungry else f"goes to the {v}."
         for v in (animal.value(kind), *others(draw, kind, animal, 3))
     ]
-    texts, place = _placed(draw, ends[0], ends[1:])
+    texts, label = _placed(draw, ends[0], ends[1:])
     start = f"The {animal.name} is {'hungry' if hungry else 'tired and wants to go home'}. Therefore it"
-    return {"start": start, "endings": texts, "label": place}
+    return {"start": start, "endings": texts, "label": label}
 
 
 def _guess(draw: Draw, number: int) -> Row:
     animal = draw.pick(ANIMALS)
     (other,) = unlike(draw, animal, KINDS, 1)
     clue = f"It is {animal.colour}, it lives in the {animal.home} and it eats {animal.food}."
-    texts, place = _placed(draw, animal.one, [other.one])
-    return {"clue": clue, "first": texts[0], "second": texts[1], "label": place}
+    texts, label = _placed(draw, animal.one, [other.one])
+    return {"clue": clue, "first": texts[0], "second": texts[1], "label": label}
 
 
 MAKERS: Mapping[str, Callable[[Draw, int], Row]] = {

@@ -140,7 +140,7 @@ def run_harness_task(
             chat_template_args=dict(variables or {}),
         )
         try:
-            found = lm_eval.evaluate(
+            outcome = lm_eval.evaluate(
                 lm,
                 task_dict=dict(task.loaded),
                 limit=limit,
@@ -153,32 +153,32 @@ def run_harness_task(
             raise DataError(
                 "lm-evaluation-harness cannot ask this task", where=f"lm_eval:{task.name}", found=str(error)
             ) from error
-    yield Progress(1, 1, result_of_harness(task, found))
+    yield Progress(1, 1, result_of_harness(task, outcome))
 
 
-def result_of_harness(task: HarnessTask, found: Mapping[str, Any]) -> HarnessResult:
+def result_of_harness(task: HarnessTask, outcome: Mapping[str, Any]) -> HarnessResult:
     """What the harness found, with every question's influence."""
     parts = list(task.loaded["tasks"])
-    samples = {name: sorted(found["samples"][name], key=lambda s: int(s["doc_id"])) for name in parts}
+    samples = {name: sorted(outcome["samples"][name], key=lambda s: int(s["doc_id"])) for name in parts}
     ids = [f"{name}/{i}" for name in parts for i in dict.fromkeys(s["doc_id"] for s in samples[name])]
     documents = Documents.of_examples(ids, "pairs")
     estimates, figures = dict[str, Estimate](), dict[str, HarnessFigure]()
     for part in parts:
-        for figure in figures_in(part, found):
+        for figure in figures_in(part, outcome):
             name = f"{figure.name}/{part}" if task.is_group else figure.name
             figures[figure.name] = figure
-            estimates[name] = _estimate(part, figure.key, found, samples[part], documents)
+            estimates[name] = _estimate(part, figure.key, outcome, samples[part], documents)
     if task.is_group:
-        for figure in figures_in(task.name, found):
+        for figure in figures_in(task.name, outcome):
             over = [name for name in estimates if name.startswith(f"{figure.name}/")]
             figures[figure.name] = figure
-            estimates[figure.name] = _of_group(task.name, figure.key, found, [estimates[name] for name in over])
+            estimates[figure.name] = _of_group(task.name, figure.key, outcome, [estimates[name] for name in over])
     return HarnessResult(
         estimates,
         figures,
         documents,
-        version=", ".join(f"{name} {found['versions'].get(name)}" for name in parts),
-        shots=_one({found["n-shot"].get(name) for name in parts}),
+        version=", ".join(f"{name} {outcome['versions'].get(name)}" for name in parts),
+        shots=_one({outcome["n-shot"].get(name) for name in parts}),
         rows=tuple((str(s["doc_hash"]), str(s["target_hash"])) for name in parts for s in samples[name]),
         shown=tuple(_shown(s) for name in parts for s in samples[name][:SHOWN])[:SHOWN],
     )
@@ -224,10 +224,10 @@ class HarnessResult:
     """The first questions with what was expected and what came."""
 
 
-def figures_in(name: str, found: Mapping[str, Any]) -> Iterator[HarnessFigure]:
+def figures_in(name: str, outcome: Mapping[str, Any]) -> Iterator[HarnessFigure]:
     """The figures of one task or group, errors left out."""
-    better = found["higher_is_better"].get(name, {})
-    for key, value in found["results"].get(name, {}).items():
+    better = outcome["higher_is_better"].get(name, {})
+    for key, value in outcome["results"].get(name, {}).items():
         metric, comma, chosen = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
@@ -248,11 +248,11 @@ def _measured(metric: str, value: float) -> tuple[str, str]:
 
 
 def _estimate(
-    task: str, key: str, found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], documents: Documents
+    task: str, key: str, outcome: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], documents: Documents
 ) -> Estimate:
     """The figure with every question's influence, where it is a mean, a ratio, or a perplexity of one."""
     metric, _, chosen = key.partition(",")
-    value = float(found["results"][task][key])
+    value = float(outcome["results"][task][key])
     places = {name: number for number, name in enumerate(documents.names)}
     scores = [(places[f"{task}/{s['doc_id']}"], s[metric]) for s in samples if s["filter"] == chosen and metric in s]
     pairs = [(d, *(score if isinstance(score, tuple | list) else (score, 1.0))) for d, score in scores]
@@ -266,13 +266,13 @@ def _estimate(
         for estimate in candidates:
             if math.isclose(estimate.value, value, rel_tol=1e-9, abs_tol=1e-12):
                 return documents.spread(estimate, part)
-    return _as_reported(value, found["results"][task].get(f"{metric}_stderr,{chosen}"), len(scores), documents)
+    return _as_reported(value, outcome["results"][task].get(f"{metric}_stderr,{chosen}"), len(scores), documents)
 
 
-def _of_group(name: str, key: str, found: Mapping[str, Any], parts: Sequence[Estimate]) -> Estimate:
+def _of_group(name: str, key: str, outcome: Mapping[str, Any], parts: Sequence[Estimate]) -> Estimate:
     """A group's figure: the mean over its tasks, or over their questions, whichever the group says."""
     metric, _, chosen = key.partition(",")
-    value = float(found["results"][name][key])
+    value = float(outcome["results"][name][key])
     if parts:
         counts = np.array([e.n for e in parts], dtype=np.float64)
         share = counts / counts.sum()
@@ -286,7 +286,7 @@ def _of_group(name: str, key: str, found: Mapping[str, Any], parts: Sequence[Est
                 return estimate
     size = len(parts[0].influence) if parts else 0
     return Estimate(
-        value, np.full(size, np.nan), sum(e.n for e in parts), _error(found["results"][name], metric, chosen)
+        value, np.full(size, np.nan), sum(e.n for e in parts), _error(outcome["results"][name], metric, chosen)
     )
 
 

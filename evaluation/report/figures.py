@@ -156,9 +156,9 @@ def draw_deltas(path: Path, panels: Mapping[str, Sequence[Delta]], order: Sequen
             axes.axvline(0, color="#5b6472", linewidth=1)
             alone = len(columns[number]) == 1
             for d in deltas:
-                place = pairs.index((d.other, d.baseline))
+                position = pairs.index((d.other, d.baseline))
                 row = columns[number].index(d.label)
-                height = float(place) if alone else row + (place - (len(pairs) - 1) / 2) * 0.7 / len(pairs)
+                height = float(position) if alone else row + (position - (len(pairs) - 1) / 2) * 0.7 / len(pairs)
                 colour = COLOURS[order.index(d.other) % len(COLOURS)]
                 axes.errorbar(d.gain, height, xerr=d.error, fmt="o", color=colour, markersize=6, capsize=3, zorder=3)
                 if len(d.by_seed) > 1:

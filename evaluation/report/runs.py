@@ -96,8 +96,8 @@ def collect_runs(inputs: Sequence[Path]) -> tuple[list[Run], list[Entry]]:
         if name is None:
             names[wanted] = names.get(wanted, 0) + 1
             name = wanted if names[wanted] == 1 else f"{wanted} ({names[wanted]})"
-            place = folder.resolve() if trained else None
-            texts_of[name] = _Known(wanted, reports[0].identity if reports else {}, place, set())
+            run_folder = folder.resolve() if trained else None
+            texts_of[name] = _Known(wanted, reports[0].identity if reports else {}, run_folder, set())
         texts_of[name].texts.update(text for report in reports for text in texts_read(report))
         if trained:
             runs.append(Run(name, facts, _steps(folder)))
@@ -116,11 +116,11 @@ def input_folders(inputs: Sequence[Path], also: Callable[[Path], bool] = lambda 
             return [folder]
         return numbered(folder)
 
-    found = []
+    folders = []
     for given in inputs:
         inner = sorted(path for path in given.iterdir() if path.is_dir()) if given.is_dir() else []
-        found += known(given) or [one for path in inner for one in known(path)] or [given]
-    return found
+        folders += known(given) or [one for path in inner for one in known(path)] or [given]
+    return folders
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class _Known:
     wanted: str
     identity: Mapping[str, Any]
     """Empty where it was not scored."""
-    place: Path | None
+    folder: Path | None
     """Folder of its run; None where none was given."""
     texts: set[tuple[str, ...]]
     """What it was scored on."""
@@ -144,7 +144,7 @@ def _same_model(wanted: str, reports: Sequence[EvalReport], known: Mapping[str, 
     texts = {text for report in reports for text in texts_read(report)}
     for name, one in known.items():
         same = one.identity and all(report.identity == one.identity for report in reports)
-        same = same or (one.place is not None and as_path(reports[0].model).resolve() == one.place)
+        same = same or (one.folder is not None and as_path(reports[0].model).resolve() == one.folder)
         if same and one.wanted == wanted and not texts & one.texts:
             return name
     return None
@@ -223,11 +223,11 @@ def _typed(words: Sequence[str]) -> str:
 
 def versions_of(runs: Sequence[Run], entries: Sequence[Entry]) -> str:
     """Package and version of everything that made runs and scores; several versions of one package are all named."""
-    found: dict[str, set[str]] = {}
+    numbers_of: dict[str, set[str]] = {}
     for versions in (*(entry.report.versions for entry in entries), *(run.fact("versions") or {} for run in runs)):
         for package, number in versions.items():
-            found.setdefault(package, set()).add(str(number))
-    return ", ".join(f"{package} {' and '.join(sorted(numbers))}" for package, numbers in sorted(found.items()))
+            numbers_of.setdefault(package, set()).add(str(number))
+    return ", ".join(f"{package} {' and '.join(sorted(numbers))}" for package, numbers in sorted(numbers_of.items()))
 
 
 def is_number(value: Any) -> bool:

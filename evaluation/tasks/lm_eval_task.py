@@ -105,16 +105,16 @@ class LmEvalTask(Task[LmEvalOptions, "HarnessTask"]):
             variables=reading.template_kwargs,
         )
 
-        def task_result(found: HarnessResult) -> TaskResult:
+        def task_result(outcome: HarnessResult) -> TaskResult:
             settings = {
                 "harness": version("lm_eval"),
-                "version": found.version,
-                "shots": found.shots,
+                "version": outcome.version,
+                "shots": outcome.shots,
                 "limit": limit,
-                "rows_digest": rows_digest(found.rows),
+                "rows_digest": rows_digest(outcome.rows),
                 **({"chat": chat_conditions(reading, tokenizer)} if reading.chat else {}),
             }
-            metrics = {name: Metric(f.title, f.unit, f.better, f.over) for name, f in found.figures.items()}
-            return TaskResult(found.estimates, found.documents, settings, found.shown, metrics=metrics)
+            metrics = {name: Metric(f.title, f.unit, f.better, f.over) for name, f in outcome.figures.items()}
+            return TaskResult(outcome.estimates, outcome.documents, settings, outcome.shown, metrics=metrics)
 
         return task_progress(steps, task_result)

@@ -98,5 +98,5 @@ def _outcomes(model: Any) -> dict[str, Tensor]:
             grads = torch.autograd.grad((hidden * weights).sum(), trained, allow_unused=True)
     finally:
         model.train(training)
-    found = [grad.float().flatten() for grad in grads if grad is not None]
-    return {"hidden states": hidden.detach().float()} | ({"gradients": torch.cat(found)} if found else {})
+    gradients = [grad.float().flatten() for grad in grads if grad is not None]
+    return {"hidden states": hidden.detach().float()} | ({"gradients": torch.cat(gradients)} if gradients else {})

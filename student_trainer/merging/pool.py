@@ -120,9 +120,9 @@ def _pool_of_folder(folder: Path) -> ModelPool:
     if len(set(names)) < len(names):
         raise DataError("two models have the same name", where=folder, found=", ".join(names))
     if len(starts) > 1:
-        found = ", ".join(f"{path.name} from {start}" for (start, _), path in starts.items())
+        beginnings = ", ".join(f"{path.name} from {start}" for (start, _), path in starts.items())
         raise DataError(
-            "the classifiers began with different models", where=folder, found=found, try_="a pool's YAML file"
+            "the classifiers began with different models", where=folder, found=beginnings, try_="a pool's YAML file"
         )
     ((start, revision),) = starts
     return ModelPool(folder, PoolModel(BASE, str(start), revision), models)

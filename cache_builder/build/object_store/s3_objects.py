@@ -80,11 +80,11 @@ class S3Objects:
         """How many seconds ago an object was put, by the store's own clock; None where there is none."""
         with self._asked(name):
             try:
-                found = self._call("head_object", name)
+                head = self._call("head_object", name)
             except FileNotFoundError:
                 return None
-        now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return float((now - found["LastModified"]).total_seconds())
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - head["LastModified"]).total_seconds())
 
     def exists(self, name: str) -> bool:
         """Whether there is an object of that name."""
@@ -106,7 +106,7 @@ class S3Objects:
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Name -> bytes of all objects whose names begin with `below`."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         more: dict[str, str] = {}
         while True:
             with self._asked(below):
@@ -114,9 +114,9 @@ class S3Objects:
                     "list_objects_v2", Bucket=self.bucket, Prefix=f"{self.prefix}/{below}", **more
                 )
             for entry in page.get("Contents", ()):
-                found[entry["Key"].removeprefix(f"{self.prefix}/")] = entry["Size"]
+                sizes[entry["Key"].removeprefix(f"{self.prefix}/")] = entry["Size"]
             if not page.get("IsTruncated"):
-                return found
+                return sizes
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def top_names(self) -> list[str]:

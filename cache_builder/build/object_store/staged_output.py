@@ -36,10 +36,10 @@ def staged(request: BuildRequest, *, writes: bool = True) -> Iterator[BuildReque
     objects = S3Objects(request.url)
     if writes:
         objects.refuse_unconditional()
-    place = kd_home() / "outputs" / hashlib.sha256(objects.url.encode()).hexdigest()[:16]
-    folder = place / f".staging-{process_tag()}"
+    outputs = kd_home() / "outputs" / hashlib.sha256(objects.url.encode()).hexdigest()[:16]
+    folder = outputs / f".staging-{process_tag()}"
     try:
-        sweep(place)
+        sweep(outputs)
         folder.mkdir(parents=True, exist_ok=True)
         for name in fetched_names(objects):
             data = objects.get(name)

@@ -95,11 +95,11 @@ def _refuse_silence(address: str) -> None:
         raise _no_cluster(address, f"nobody listens there: {error}") from error
 
 
-def _no_cluster(address: str, found: str) -> CacheError:
+def _no_cluster(address: str, problem: str) -> CacheError:
     return CacheError(
         "no Ray cluster can be joined",
         where=f"RAY_ADDRESS={address}",
-        found=found,
+        found=problem,
         try_="ray status there; RAY_ADDRESS=HOST:6379 of the head node; without RAY_ADDRESS, Ray runs on this machine alone",
     )
 

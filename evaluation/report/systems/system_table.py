@@ -95,9 +95,9 @@ class TableBlock:
         labels, bold = self._labels(), self._bold()
         for arm in self.reference.rows:
             rows.append(self._measured(arm, labels[arm.name], bold[arm.name]))
-            own = [r for r in left if _is_of(r, arm)]
-            rows += [self._published(r) for r in own]
-            left = [r for r in left if r not in own]
+            of_arm = [r for r in left if _is_of(r, arm)]
+            rows += [self._published(r) for r in of_arm]
+            left = [r for r in left if r not in of_arm]
         return rows + [self._published(r) for r in left]
 
     def table(self, *, published: bool) -> Table:
@@ -215,11 +215,11 @@ class TableBlock:
         """In how many columns the one is ahead of the other, the means aside."""
         labels = self._labels()
         single = [c.column for c in self.columns if c.column is not None and len(c.column.parts) == 1]
-        found = [d for column in single if (d := self.reference.difference(pair, column)) is not None]
-        ahead, behind = [d for d in found if d.gain > 0], [d for d in found if d.gain < 0]
-        sure = [sum(d.verdict == word for d in found) for word in ("better", "worse")]
+        differences = [d for column in single if (d := self.reference.difference(pair, column)) is not None]
+        ahead, behind = [d for d in differences if d.gain > 0], [d for d in differences if d.gain < 0]
+        sure = [sum(d.verdict == word for d in differences) for word in ("better", "worse")]
         return (
-            f"{labels[pair.other.name]} against {labels[pair.baseline.name]}: ahead in {len(ahead)} of {len(found)} columns "
+            f"{labels[pair.other.name]} against {labels[pair.baseline.name]}: ahead in {len(ahead)} of {len(differences)} columns "
             f"({sure[0]} beyond the error), behind in {len(behind)} ({sure[1]} beyond the error)."
         )
 

@@ -69,9 +69,9 @@ def _columns(file: TableFile, comparisons: Sequence[Comparison]) -> tuple[ShownC
     """The columns of one block, and its means."""
     shown: dict[str, ShownColumn] = {}
     for spec in file.columns:
-        found = [c for c in comparisons if spec.metric in c.metrics]
-        chosen = max(found, key=lambda c: len(c.entries), default=None)
-        others = {e.name for c in found for e in c.entries} - {e.name for e in chosen.entries} if chosen else set()
+        measured = [c for c in comparisons if spec.metric in c.metrics]
+        chosen = max(measured, key=lambda c: len(c.entries), default=None)
+        others = {e.name for c in measured for e in c.entries} - {e.name for e in chosen.entries} if chosen else set()
         column = None if chosen is None else Column(spec.title, ((chosen, spec.metric),))
         shown[spec.title] = ShownColumn(spec.title, spec.scale, spec.digits, column, tuple(sorted(others)))
     most = math.lcm(*map(len, file.tasks.values()))
