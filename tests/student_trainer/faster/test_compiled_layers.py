@@ -32,6 +32,7 @@ def test_a_compiled_student_learns_the_same_under_the_same_names(run, traced, tm
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler uses what torch deprecates
 def test_torch_s_own_compiler_gives_the_losses_of_plain_layers(run) -> None:
     plain, compiled = run("plain"), run("compiled", compile=True)
     assert [r.loss for r in compiled.records] == pytest.approx([r.loss for r in plain.records], rel=ROUNDINGS)
