@@ -42,10 +42,12 @@ def main() -> None:
     """Run `kd`. Errors that a user can cause become a few lines on stderr and an exit code; with --json, a document as well."""
     from kd.commands.terminal.console import OUTPUT, TerminalOutput
     from kd.commands.terminal.first_sign import first_sign
+    from kd.commands.terminal.own_warnings import say_own_warnings
     from kd.common.memory import share_one_heap
 
     vars(OUTPUT).update(vars(TerminalOutput()))
     share_one_heap()
+    say_own_warnings()
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm and Docker send it before they kill
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"

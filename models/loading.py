@@ -6,6 +6,7 @@ Language models are loaded here and nowhere else; loading in 4 or 8 bits is in `
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.common.disk.digests import refuse_damage
 from kd.common.errors import DataError
+from kd.common.shown_text import without_secrets
 from kd.models.families.text_model import loader_of, refuse_missing_weights
 from kd.models.model_config import (
     adapter_error,
@@ -25,7 +27,7 @@ from kd.models.model_config import (
 from kd.models.model_request import ModelRequest, resolve_device
 from kd.models.placement.device_maps import refuse_missing_gpus, refuse_other_modules
 from kd.models.placement.tensor_parallel import all_at_once, group_for, lead, sharding
-from kd.models.weights.adapters import merged
+from kd.models.weights.adapters import Adapter, merged
 from kd.models.weights.quantised import QuantisedShare, load_quantised, planned_share, refuse_mostly_unquantised
 from kd.models.weights.quantised_checkpoints import (
     cannot_run,
@@ -67,10 +69,18 @@ def load_model(request: ModelRequest) -> Model:
     else:
         model = _load_files(request, device, dtype)
     if request.adapter is not None:
+        _warn_of_another_base(request.adapter, request.name)
         model = merged(model, request.adapter)
     if request.target_lang is not None:
         model.config.decoder_start_token_id = config.decoder_start_token_id
     return model.eval()
+
+
+def _warn_of_another_base(adapter: Adapter, model: str) -> None:
+    base = adapter.other_base(model)
+    if base is not None:
+        message = f"the adapter {adapter.name} says that it was trained on {base}, and it is merged into {model}; "
+        warnings.warn(without_secrets(message + "check that these have the same weights"), stacklevel=1)
 
 
 def _load_share(request: ModelRequest, device: str, dtype: torch.dtype) -> Model:

@@ -88,6 +88,17 @@ class Adapter:
         base = _settings(self.folder(), self.name).get("base_model_name_or_path")
         return str(base) if base else None
 
+    def other_base(self, model: str) -> str | None:
+        """The model that the adapter says it was trained on, where it may be another than `model`; None where it is the same.
+
+        A copy of a model has another path and owner, so the last parts of the names are compared, and the weights where both
+        are folders.
+        """
+        base = self.base()
+        if base is None or as_path(base).name.lower() == as_path(model).name.lower():
+            return None
+        return None if _same_weights(as_path(base), as_path(model)) else base
+
 
 def merged(model: Any, adapter: Adapter) -> Any:
     """The model with the adapter merged into its weights; `model` itself is changed. Raises TeacherError."""
@@ -121,6 +132,15 @@ def merged(model: Any, adapter: Adapter) -> Any:
             trained_on=adapter.base(),
             expected="an adapter of this model, of a kind that peft can merge",
         ) from error
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold files of weights of the same names and bytes."""
+    weights = [
+        {file.name: file_sha256(file) for file in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
+        for folder in (one, other)
+    ]
+    return bool(weights[0]) and weights[0] == weights[1]
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ def test_both_digests_are_in_the_identity_and_names_are_not(base: Path, tmp_path
     assert identity("b") == one
     assert identity("c")["adapter"]["weights"] == one["adapter"]["weights"]
     assert identity("c") != one
+
+
+def test_an_adapter_of_another_model_is_said(base: Path, tmp_path: Path):
+    """Of equal shapes: nothing else would tell. A copy of the weights, and the name of a copy, are the same model."""
+    adapter_of(base, tmp_path / "a", r=4)
+    assert Adapter(str(tmp_path / "a")).base() == str(base)
+    shutil.copytree(base, tmp_path / "copy")
+    shutil.copytree(base, tmp_path / "other" / base.name.upper())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the adapter")
+        for model in (base, tmp_path / "copy", tmp_path / "other" / base.name.upper()):
+            load_model(ModelRequest(str(model), device="cpu", adapter=Adapter(str(tmp_path / "a"))))
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "owner/else"})
+    )
+    with pytest.warns(UserWarning, match="trained on owner/else, and it is merged into"):
+        load_model(ModelRequest(str(base), device="cpu", adapter=Adapter(str(tmp_path / "a"))))
 
 
 def test_a_build_with_an_adapter_is_another_cache_and_says_so(model_dir: Path, text_file: Path, tmp_path: Path):
