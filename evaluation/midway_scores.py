@@ -83,5 +83,6 @@ def headline(record: Mapping[str, Any]) -> str:
     for task, metrics in record["tasks"].items():
         for name, figure in list(metrics.items())[:2]:
             value = "not finite" if figure["value"] is None else f"{figure['value']:.4g}"
-            shown.append(f"{task} {name} {value}" + (f" ± {figure['stderr']:.2g}" if figure["stderr"] else ""))
+            label = task if name == task else f"{task} {name}"
+            shown.append(f"{label} {value}" + (f" ± {figure['stderr']:.2g}" if figure["stderr"] else ""))
     return f"step {record['step']:,}: {', '.join(shown)}"

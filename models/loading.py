@@ -69,8 +69,8 @@ def load_model(request: ModelRequest) -> Model:
     else:
         model = _load_files(request, device, dtype)
     if request.adapter is not None:
-        _warn_of_another_base(request.adapter, request.name)
         model = merged(model, request.adapter)
+        _warn_of_another_base(request.adapter, request.name)
     if request.target_lang is not None:
         model.config.decoder_start_token_id = config.decoder_start_token_id
     return model.eval()
@@ -79,7 +79,7 @@ def load_model(request: ModelRequest) -> Model:
 def _warn_of_another_base(adapter: Adapter, model: str) -> None:
     base = adapter.other_base(model)
     if base is not None:
-        message = f"the adapter {adapter.name} says that it was trained on {base}, and it is merged into {model}; "
+        message = f"the adapter {adapter.name} says that it was trained on {base}, and it was merged into {model}; "
         warnings.warn(without_secrets(message + "check that these have the same weights"), stacklevel=1)
 
 

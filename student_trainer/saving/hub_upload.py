@@ -55,9 +55,10 @@ def refused_by_hub(repository: str, advice: str) -> Iterator[None]:
         yield
     except Exception as error:  # its client, and the HTTP library below it, raise many unrelated types
         reason = (str(error).strip() or "-").splitlines()[0]
+        answered = getattr(error, "response", None) is not None
         raise DataError(
-            "the hub refused the student",
+            "the hub refused the student" if answered else "the hub cannot be reached",
             where=repository,
             found=f"{type(error).__name__}: {reason}",
-            try_=advice,
+            try_=advice if answered else f"the network, HF_ENDPOINT and HF_HUB_OFFLINE first; then {advice}",
         ) from error

@@ -108,7 +108,7 @@ def test_an_adapter_of_another_model_is_said(base: Path, tmp_path: Path):
     (tmp_path / "a" / "adapter_config.json").write_text(
         json.dumps(settings | {"base_model_name_or_path": "owner/else"})
     )
-    with pytest.warns(UserWarning, match="trained on owner/else, and it is merged into"):
+    with pytest.warns(UserWarning, match="trained on owner/else, and it was merged into"):
         load_model(ModelRequest(str(base), device="cpu", adapter=Adapter(str(tmp_path / "a"))))
 
 

@@ -10,7 +10,7 @@ import pytest
 from servers import HubServer
 
 from kd.common.errors import DataError
-from kd.student_trainer.saving.hub_upload import prepare_repository
+from kd.student_trainer.saving.hub_upload import prepare_repository, refused_by_hub
 
 
 @pytest.fixture
@@ -58,3 +58,9 @@ def test_what_is_no_repository_is_refused(name: str) -> None:
 def test_a_private_repository_without_an_upload_is_refused(run) -> None:
     with pytest.raises(DataError, match="nothing is uploaded"):
         run(hub_private=True)
+
+
+def test_a_hub_that_does_not_answer_is_not_a_hub_that_refuses() -> None:
+    with pytest.raises(DataError, match="the hub cannot be reached") as caught, refused_by_hub("us/student", "a token"):
+        raise ConnectionError("Name or service not known")
+    assert "the network" in str(caught.value)
