@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -12,10 +13,14 @@ import click
 
 from kd.commands.terminal.console import emit, outcome, say
 from kd.commands.terminal.options import FOLDER, PATH, dry_run_option, json_option, parse_range
+from kd.common.paths import as_path
 
 if TYPE_CHECKING:
     from kd.cache_builder.share.transfer import Transferred
     from kd.cache_builder.store.records.manifest import CacheManifest
+
+OWNER_AND_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""What a repository of the hub is called. It is also a path."""
 
 workers_option = click.option(
     "--workers", type=click.IntRange(1, 256), default=8, show_default=True, help="Files to transfer at the same time."
@@ -45,6 +50,8 @@ def cache_push(
     """
     from kd.cache_builder.share.push import planned_push, push
 
+    if OWNER_AND_NAME.fullmatch(url) and not as_path(url).parent.exists():
+        say(f"{url} is a folder on this machine; hf://datasets/{url} is a dataset on the hub", err=True)
     if dry_run:
         emit(asdict(planned_push(path, url)) | {"url": url}, as_json, f"{url}: nothing was written. A push would send")
         return

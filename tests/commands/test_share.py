@@ -53,6 +53,16 @@ def test_push_and_pull_print_what_was_moved(cache: Path, tmp_path: Path, tree):
     assert "a part of a cache" in kd("cache", "verify", tmp_path / "part")
 
 
+def test_what_looks_like_a_repository_of_the_hub_is_a_folder_and_says_so(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(cli, ["cache", "push", str(cache), "me/mine", "--dry-run"])
+    assert "hf://datasets/me/mine is a dataset on the hub" in said.stderr
+    (tmp_path / "me").mkdir()
+    assert not CliRunner().invoke(cli, ["cache", "push", str(cache), "me/mine", "--dry-run"]).stderr
+
+
 def test_info_and_verify_take_an_address(cache: Path, served: FileServer):
     there, here = (json.loads(kd("cache", "info", place, "--json")) for place in (served.url, cache))
     assert there["fingerprint"] == here["fingerprint"]
