@@ -1,7 +1,7 @@
 """Find what a report is made of in its input folders: training runs, evaluations, or both.
 
     run.json  metrics.jsonl      a training run (`kd train --out`); one JSON object per logged step
-    eval.json                    an evaluation (`kd eval --out`), in the folder itself or, of a run, in `eval`, `eval-2`, …
+    eval.json                    an evaluation (`kd eval --out`), in the folder itself or, of a run, in a folder in it
     0-NAME  1-NAME  …            evaluations of several models at once
     RUN  RUN  …                  runs and evaluations, each in a folder of its own
 
@@ -156,10 +156,10 @@ def _is_training(folder: Path) -> bool:
 
 
 def _evaluations(folder: Path) -> list[Path]:
-    """The folder itself, or its `eval`, `eval-2`, … in the order of their names."""
+    """The folder itself, or its `eval`, `eval-2`, …, and of a training run any folder in it, in the order of their names."""
     if (folder / EVAL).is_file():
         return [folder]
-    return sorted(path.parent for path in folder.glob(f"eval*/{EVAL}"))
+    return sorted(path.parent for path in folder.glob(f"{'*' if _is_training(folder) else 'eval*'}/{EVAL}"))
 
 
 def _training_of(report: EvalReport) -> dict[str, Any]:

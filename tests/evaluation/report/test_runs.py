@@ -50,6 +50,17 @@ def test_losses_that_are_not_finite_are_left_out_of_the_curve(tmp_path):
     assert write_report([folder], tmp_path / "out").loss_png.exists()
 
 
+def test_an_evaluation_in_the_folder_of_its_run_is_found_whatever_its_name(tmp_path):
+    folder = save_run(tmp_path / "r", kd=True)
+    evaluation("r", HARD, 8.0).save(folder / "held-out")
+    _, entries = collect_runs([folder])
+    assert [e.name for e in entries] == ["r"]
+    for name in "ab":
+        evaluation(name, HARD, 8.0).save(tmp_path / "scores" / name)
+    _, entries = collect_runs([tmp_path / "scores"])
+    assert [e.name for e in entries] == ["a", "b"], "a folder that is no run holds models, not evaluations of one"
+
+
 def test_the_folder_of_several_models_evaluations_stands_for_them_in_their_order(tmp_path):
     models = [f"m{i}" for i in range(11)]
     for model, folder in zip(models, folders_of(tmp_path, models), strict=True):
