@@ -4,7 +4,7 @@ What is run, in the page's order:
 
 - a line of an indented block that begins with `kd` or `python examples/`; `# exit code 3` behind it says how it ends (0 otherwise);
 - a block of Python, all of a page in one namespace;
-- a block of another language whose first line is `# NAME`: it is saved under that name.
+- a block of another language whose first line is `# NAME`: it is saved under that name, before anything is run.
 
 A block of text right after one command is what it prints: each line must come, in this order. `…` stands for any text, a line of it
 for any lines, and numbers may differ by a twentieth, because another machine sums in another order.
@@ -12,12 +12,13 @@ for any lines, and numbers may differ by a twentieth, because another machine su
 
 from __future__ import annotations
 
+import glob
 import io
 import re
 import runpy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,43 +75,70 @@ def as_it_is(words: list[str]) -> list[str]:
 
 
 def run_page(
-    page: Path, folder: Path, *, small: Callable[[list[str]], list[str]] = as_it_is, compare: bool = True
+    page: Path,
+    folder: Path,
+    *,
+    small: Callable[[list[str]], list[str]] = as_it_is,
+    compare: bool = True,
+    names: dict[str, object] | None = None,
+    left_out: Collection[str] = (),
 ) -> dict[str, str]:
     """Run a page in `folder`; returns command -> what it printed.
 
-    small    puts small models, or fewer steps, into a command; an empty list leaves it out
-    compare  whether commands must print what the page shows; with fewer steps they print other figures
+    small     puts small models, or fewer steps, into a command; an empty list leaves it out
+    compare   whether commands must print what the page shows; with fewer steps they print other figures
+    names     what the Python of the page has before its first block
+    left_out  beginnings of commands, or of blocks of Python, that are not run; each must be on the page once
     """
     printed: dict[str, str] = {}
-    names: dict[str, object] = {}
+    names = dict(names or {})
     last = ""
+    text = page.read_text(encoding="utf-8")
+    waiting = list(left_out)
+
+    def is_left_out(command: str) -> bool:
+        beginning = next((one for one in waiting if command.startswith(one)), None)
+        if beginning is not None:
+            waiting.remove(beginning)
+        return beginning is not None
+
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
-        for block in blocks(page.read_text(encoding="utf-8")):
+        save_files(text)
+        for block in blocks(text):
             where = f"{page.name}, line {block.line}"
             if block.language == "shell":
                 for last in commands(block):
-                    printed[last] = run_command(last, where, small)
+                    printed[last] = "" if is_left_out(last) else run_command(last, where, small)
             elif block.language == "python":
+                if is_left_out(block.text):
+                    continue
                 out = io.StringIO()
                 with redirect_stdout(out):
                     exec(compile(block.text, where, "exec"), names)
                 printed[last := block.text] = out.getvalue()
-            elif saved := re.match(r"# ([\w./-]+)", block.text):
-                Path(saved[1]).parent.mkdir(parents=True, exist_ok=True)
-                Path(saved[1]).write_text(block.text, encoding="utf-8")
             elif compare and block.language in ("", "text") and last:
                 require_printed(block.text, printed[last], where)
+    assert not waiting, f"{page.name} does not have {waiting}"
     return printed
+
+
+def save_files(text: str) -> None:
+    """Save the blocks of a page that name the file they are."""
+    for block in blocks(text):
+        saved = re.match(r"# ([\w/-]+\.\w+)$", block.text, flags=re.MULTILINE)
+        if saved is not None and block.language not in ("shell", "python"):
+            Path(saved[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(saved[1]).write_text(block.text, encoding="utf-8")
 
 
 def run_command(command: str, where: str, small: Callable[[list[str]], list[str]]) -> str:
     """What one command prints, errors and progress included."""
     typed, _, comment = command.partition(" #")
-    if not (words := small(shlex.split(typed))):
+    if not (words := small(with_files(shlex.split(typed)))):
         return ""
     program, *words = words
-    code = re.search(r"exit code (\d+)", comment)
+    code = re.match(r" exit code (\d+)", comment)
     try:
         if program == "kd":
             done = run_main(*words, code=int(code[1]) if code else 0)
@@ -122,6 +150,11 @@ def run_command(command: str, where: str, small: Callable[[list[str]], list[str]
     except BaseException as error:
         error.add_note(f"{where}: {command}")
         raise
+
+
+def with_files(words: list[str]) -> list[str]:
+    """The words as a shell gives them to a program: a pattern becomes the files that it matches."""
+    return [file for word in words for file in (sorted(glob.glob(word)) or [word])]
 
 
 def require_printed(expected: str, output: str, where: str) -> None:

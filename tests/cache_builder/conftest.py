@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from servers import FileServer, HubServer, Proxy, Server, nginx
+from servers import FileServer, Proxy, Server, nginx
 
 from kd.cache_builder.share import fetching
 from kd.cache_builder.store.records.manifest import Layout
@@ -95,21 +95,3 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     proxy.log.clear()
     yield proxy
     proxy.close()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub, spoken to by the hub's own client as it would through HF_ENDPOINT."""
-    from huggingface_hub import constants
-
-    server = HubServer()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)  # what HF_ENDPOINT sets, were it there at import
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    yield server
-    server.close()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
+from captures import packed_ids, save_capture
 
 from kd.cache_builder.exchange.distillkit_source import Bin, Codec, decoded_logprobs, unpacked
 from kd.cache_builder.exchange.import_cache import import_cache
@@ -21,53 +21,11 @@ from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import DataError
 from kd.common.progress import final
 
-RECORD: dict[str, Any] = {
-    "d": 400,
-    "k": 8,
-    "exact_k": 8,
-    "exact_dtype": "float32",
-    "polynomial_terms": None,
-    "term_dtype": "float32",
-    "residual_bins": [],
-    "delta_encoding": False,
-    "error_diffusion": False,
-    "normalize_t": False,
-}
-
-
-def packed_ids(ids: list[int], bits: int) -> list[int]:
-    """The ids as one string of binary digits, cut into bytes."""
-    digits = "".join(f"{i:0{bits}b}" for i in ids)
-    digits += "0" * (-len(digits) % 8)
-    return [int(digits[n : n + 8], 2) for n in range(0, len(digits), 8)]
-
 
 @pytest.fixture
 def capture(tmp_path: Path, original: Path) -> Callable[..., Path]:
     """`capture(pad=…, **record)`: the small cache as a capture of exact values, with a token more at the end of each sequence."""
-
-    def write(*, pad: int | None = None, **record: Any) -> Path:
-        folder = tmp_path / "capture"
-        folder.mkdir(exist_ok=True)
-        (folder / "compression_config.yaml").write_text(yaml.safe_dump(RECORD | record), encoding="utf-8")
-        columns: dict[str, list[Any]] = {"input_ids": [], "compressed_logprobs": [], "bytepacked_indices": []}
-        reader = CacheReader(original)
-        for example in reader.read(range(len(reader))):
-            targets = example.targets
-            assert targets.token_ids is not None
-            assert targets.logprobs is not None
-            more = [] if pad is None else [pad]
-            last = [-1] * len(more)
-            rows = [*range(len(targets)), *last]
-            columns["input_ids"].append([*example.context_ids[-1:].tolist(), *targets.gold_ids.tolist(), *more])
-            columns["bytepacked_indices"].append([packed_ids(targets.token_ids[r].tolist(), 9) for r in rows])
-            columns["compressed_logprobs"].append([list(struct.pack("<8f", *targets.logprobs[r])) for r in rows])
-        kinds = [("input_ids", pa.list_(pa.uint64()))]
-        kinds += [(name, pa.list_(pa.list_(pa.uint8()))) for name in columns if name != "input_ids"]
-        pq.write_table(pa.table(columns, pa.schema(kinds)), folder / "data_0.parquet")
-        return folder
-
-    return write
+    return lambda **record: save_capture(tmp_path / "capture", original, **record)
 
 
 def test_a_capture_of_exact_values_gives_the_rows_of_the_cache(capture, tmp_path, original, tokenizer_dir) -> None:
