@@ -122,6 +122,7 @@ def source_lines() -> dict[str, str]:
     about = {
         "demo": "the English of Python's standard library; offline; splits train, heldout",
         "mini": "seven small instruction tasks made up by rules; offline; splits train, heldout",
+        "mini-open": "questions with several right answers, made up by rules; offline; splits train, heldout",
         "mini-chat": "small conversations with a call of a tool, made up by rules; offline; splits train, heldout",
         "wikitext-2": f"{WIKITEXT_ID}:{WIKITEXT_CONFIG}@{WIKITEXT_REVISION[:8]}; splits train, validation, test",
     }

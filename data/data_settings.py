@@ -152,8 +152,8 @@ class DataSettings:
     """A text, where a command can do without one; `RequiredDataSettings` where it cannot."""
 
     spec: str | None = setting(None, flag="--data", metavar="SPEC", multiple=True)
-    """Text to use: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file, folder or
-    glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""
+    """Text to use: demo, mini, mini-open, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file,
+    folder or glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""
     split: str | None = None
     """Split of the text. By default train. Instruction tasks have train, dev and test. Files have none but the one that their names
     tell."""
@@ -183,5 +183,5 @@ class RequiredDataSettings(DataSettings):
     """A text that must be given."""
 
     spec: str = setting(flag="--data", metavar="SPEC", multiple=True)
-    """Text to use: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file, folder or
-    glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""
+    """Text to use: demo, mini, mini-open, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file,
+    folder or glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""

@@ -13,7 +13,7 @@ from kd.common.errors import unknown_name
 from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.corpus import Corpus
 from kd.data.data_settings import InstructionConfig
-from kd.data.demo import mini_chat, mini_mixture, stdlib_text
+from kd.data.demo import mini_chat, mini_mixture, mini_open, stdlib_text
 from kd.data.instruction_tasks.mixing.mixture_names import no_choice_of_clusters, select, select_mini
 from kd.data.instruction_tasks.mixing.mixtures import Mixed, load_mixture, mix
 from kd.data.instruction_tasks.task import SPLITS, TaskFile
@@ -25,7 +25,7 @@ from kd.data.rows.row_examples import conversation_example
 from kd.data.rows.wikitext import WIKITEXT_CONFIG, WIKITEXT_ID, WIKITEXT_REVISION, wikitext_articles
 
 HELD_OUT = {"test": "heldout", "validation": "heldout", "dev": "heldout"}
-"""Other names of the held-out split of `demo`, `mini` and `mini-chat`."""
+"""Other names of the held-out split of `demo`, `mini`, `mini-open` and `mini-chat`."""
 
 
 @lru_cache(maxsize=4)
@@ -42,6 +42,12 @@ def _demo(spec: str, split: str) -> Corpus:
 def _mini(spec: str, split: str) -> Corpus:
     split = HELD_OUT.get(split, split)
     return Corpus(spec, split, "pairs", tuple(mini_mixture.examples(split)), {"source": "mini"})
+
+
+@lru_cache(maxsize=4)
+def _mini_open(spec: str, split: str) -> Corpus:
+    split = HELD_OUT.get(split, split)
+    return Corpus(spec, split, "pairs", tuple(mini_open.open_examples(split)), {"source": "mini-open"})
 
 
 @lru_cache(maxsize=4)
@@ -93,6 +99,7 @@ def _task_split(split: str) -> str:
 SOURCES: dict[str, Callable[[str, str], Corpus]] = {
     "demo": _demo,
     "mini": _mini,
+    "mini-open": _mini_open,
     "mini-chat": _mini_chat,
     "wikitext-2": _wikitext,
 }

@@ -2,6 +2,7 @@
 
     demo[:heldout]                        the English of Python's standard library; no network
     mini[:heldout]                        seven small instruction tasks made up by rules; no network
+    mini-open[:heldout]                   questions with several right answers, made up by rules; no network
     mini-chat[:heldout]                   small conversations with a system text and a call of a tool, made up by rules; no network
     wikitext-2[:validation|test]          WikiText-2 from the hub, at a pinned revision
     FILE or FOLDER                        .txt .tokens .jsonl .json .csv .tsv .parquet, also .gz and .zst; --columns for other names

@@ -28,7 +28,7 @@ Completion of commands, options and the values of choices:
 
 `--data SPEC` is one of
 
-- `demo[:heldout]`, `mini[:heldout]`, `mini-chat[:heldout]`, `wikitext-2[:validation|test]`;
+- `demo[:heldout]`, `mini[:heldout]`, `mini-open[:heldout]`, `mini-chat[:heldout]`, `wikitext-2[:validation|test]`;
 - a local file or folder: `.txt .tokens .jsonl .csv .tsv .parquet`, with `--columns` where names differ;
 - `hub-id[:config][@revision]`;
 - instruction tasks: `flan:four`, `flan:ten`, `flan:TASK[,TASK…]`, `flan:all-but=CLUSTER`, or the path of a task's `.yaml` file

@@ -27,7 +27,7 @@ class EvalDataSettings(DataSettings):
 
     spec: str | None = setting(None, flag="--data", metavar="SPEC", multiple=True)
     """Text for perplexity, choices (examples with choices), generation (prompts and targets), and agreement with
-    --teacher: demo, mini, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file,
+    --teacher: demo, mini, mini-open, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file,
     folder or glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""
     shots: int | None = setting(None, minimum=0, metavar="N", shown="none; for lm_eval:NAME what the task says")
     """Number of examples before each question, of the same task: rows of the split train, drawn by --data-seed. A row is never

@@ -63,6 +63,20 @@ def one_alignment(parts: Sequence[Alignment]) -> Alignment:
     )
 
 
+def first_token_pairs(pairs: Alignment) -> Alignment:
+    """The first token of both sides of each group."""
+    teacher, student = (np.stack([side[:, 0], side[:, 0] + 1], axis=1) for side in (pairs.teacher, pairs.student))
+    return Alignment(teacher, student, pairs.bytes_aligned)
+
+
+def single_token_pairs(pairs: Alignment, student: Side) -> Alignment:
+    """The groups that have one token on both sides; `student` gives the bytes of their text."""
+    single = (np.diff(pairs.teacher, axis=1) == 1).all(axis=1) & (np.diff(pairs.student, axis=1) == 1).all(axis=1)
+    kept = pairs.student[single]
+    ends = np.concatenate([[student.start], student.byte_end])
+    return Alignment(pairs.teacher[single], kept, int((ends[kept[:, 1]] - ends[kept[:, 0]]).sum()))
+
+
 def align(teacher: Side, student: Side, *, mode: str = "bytes", eos: bool = True) -> Alignment:
     """Align two cuts of one text; `eos` also pairs the two EOS tokens, where both sides have one.
 

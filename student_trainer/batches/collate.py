@@ -13,6 +13,7 @@ from torch import Tensor
 from kd.cache_builder.store.readers.reading import CachedBatch, CachedExample
 from kd.cache_builder.store.soft_targets import SoftTargets, concatenate
 from kd.models.batching.packing import Size, lay_out, pack_sequences
+from kd.student_trainer.batches.alignment import Alignment, first_token_pairs, single_token_pairs
 from kd.student_trainer.batches.pieces import SharedPieces
 from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.student_text import StudentExample, StudentText
@@ -181,6 +182,7 @@ class Collator:
             student, targets = self.text[example.index], example.targets
             places, scored = self._places(student)
             pairs = self.text.aligned(example, mode=self.alignment, eos=self.align_eos)
+            pairs = _compared(pairs, self.objective.settings.merge, student)
             aligned += pairs.bytes_aligned, len(example.target.encode("utf-8"))
             groups = teacher_groups(targets, pairs.teacher, temperature, needs, merge=self.objective.settings.merge)
             if self.pieces is not None and targets.token_ids is not None:
@@ -196,6 +198,13 @@ class Collator:
         units = sum(len(w) > 0 for w in parts["weight"])
         counts = {"units": np.array(units), "aligned_bytes": aligned}
         return {f"group_{n}": np.concatenate(v) for n, v in parts.items()} | counts
+
+
+def _compared(pairs: Alignment, merge: str, student: StudentExample) -> Alignment:
+    """The part of the groups that a way of merging compares."""
+    if merge == "first":
+        return first_token_pairs(pairs)
+    return single_token_pairs(pairs, student.side) if merge == "single" else pairs
 
 
 def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample, rows: np.ndarray) -> np.ndarray:

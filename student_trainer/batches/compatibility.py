@@ -160,7 +160,7 @@ def resolve_objective(
     """
     if settings.merge != "observed" and settings.loss != "uld":
         raise DataError(
-            "uld alone merges groups exactly: it compares ranks, where other losses need to know which text each value belongs to",
+            "uld alone merges groups in several ways: other losses need to know which text each value belongs to",
             found=f"--merge {settings.merge} --loss {settings.loss}",
             try_="--loss uld, or leave --merge out",
         )

@@ -55,9 +55,10 @@ class LossSettings:
     """Temperature of both softmaxes; it must be on the cache's grid. Divergences are multiplied by its square."""
     beta: float = 0.5
     """Weight of KL(teacher || mixture) in jsd and hybrid, between 0 and 1."""
-    merge: Literal["observed", "exact"] = "observed"
+    merge: Literal["observed", "exact", "first", "single"] = "observed"
     """What uld compares of a group of several tokens: observed (the distribution at the first token, times the probability of the
-    tokens after it), or exact (the one at the last token, times the probability of the tokens before it)."""
+    tokens after it), exact (the one at the last token, times the probability of the tokens before it), first (the one at the
+    first token alone), or single (nothing: only groups of one token on both sides are compared)."""
     ranking: Literal["exact", "fast"] = "fast"
     """How uld sorts the student's probabilities: fast (in bins), or exact (full sort)."""
 

@@ -8,7 +8,8 @@ B rank bands. What stands for a group of several tokens (`GroupSettings.merge`),
     exact      p(beginning of the text) p(v | beginning): the distribution at the last token, times the chain-rule probability of
                the tokens before it. These are joint probabilities of the beginning and v (`bayesian` in TRL)
 
-With one token the factor is 1, and the loss is the plain one.
+With one token the factor is 1, and the loss is the plain one. In `first` and `single` all groups have one token on both sides,
+because batches are made so: of each group the first token, or only the groups that have no more.
 
 Add a loss: one function `(logits, groups, settings) -> [G]` and one line in `LOSSES` of
 `kd.student_trainer.losses.loss_registry`.

@@ -182,7 +182,7 @@ class Objective:
     def gradient_(self, logits: Tensor, targets: LossTargets) -> Tensor:
         """`logits [N, V]` -> the sums `[3]` of (total, kd, ce), nats; `logits` become d total / d logits."""
         kernel = LOSSES[self.loss].kernels.get(self.tail)
-        if kernel is not None and self.settings.merge == "observed":
+        if kernel is not None and self.settings.merge != "exact":
             return kernel(logits, targets, self.weights)
         return self.autograd_gradient_(logits, targets)
 

@@ -18,7 +18,8 @@ class GroupSettings:
     beta: float = 0.5
     """Weight of KL(teacher || mixture) in the generalised JSD."""
     merge: str = "observed"
-    """What stands for a group of several tokens: `observed` or `exact`, see `kd.student_trainer.losses.by_group`."""
+    """What stands for a group of several tokens: `observed`, `exact`, `first` or `single`, see
+    `kd.student_trainer.losses.by_group`."""
     overlap: float = 1.0
     """Share of the teacher's vocabulary that the student has too: the weight of the matched part in `hybrid`."""
 

@@ -19,8 +19,11 @@ from kd.student_trainer.batches.collate import Collator, loss_targets, teacher_g
 from kd.student_trainer.batches.collators import piece_paths
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.student_text import StudentText
+from kd.student_trainer.losses.by_group import uld
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
+from kd.student_trainer.losses.loss_targets import need
+from kd.student_trainer.prepare import rank_edges
 
 ALIGNED = ("uld", "hybrid", "alm")
 EVERY_RANK = {"profile": "full", "top_k": 400, "tail_bands": 1, "samples": 4, "logprob_codec": "float32"}
@@ -123,6 +126,25 @@ def test_a_group_s_log_probabilities_are_sums_over_the_teacher_s_rows(
         assert exact["log_scale"][g] == pytest.approx(before, rel=1e-3, abs=1e-12)
         row = (logits[stop - 1] / temperature).log_softmax(dim=0).sort(descending=True).values
         assert torch.allclose(torch.from_numpy(exact["logprobs"][g]).double(), row, rtol=0, atol=1e-4)
+
+
+def test_first_and_single_compare_the_groups_that_their_names_say(t5_cache) -> None:
+    """Per group, `first` has the rows of `observed` without the factor, and `single` those of its groups of one token."""
+    reader, tokenizer = CacheReader(t5_cache), load_tokenizer("demo")
+    logits = torch.randn(4000, 2048, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values, targets = {}, {}
+    for merge in ("observed", "first", "single"):
+        objective = Objective("uld", "bands", 1.0, settings=GroupSettings(edges=rank_edges(reader), merge=merge))
+        batch = Collator(objective, StudentText(reader, tokenizer, window=64))(reader.read(range(len(reader))))
+        groups = targets[merge] = need(loss_targets(batch).groups)
+        values[merge] = uld(logits[: len(batch["gold_ids"])], groups, objective.settings)
+    several = targets["observed"].stop - targets["observed"].first > 1
+    one = ~several & (targets["observed"].log_scale == 0)
+    assert 0 < one.sum() < len(one)
+    assert torch.equal(values["first"][one], values["observed"][one])
+    assert torch.equal(targets["first"].first, targets["observed"].first)
+    assert (targets["first"].log_scale == 0).all()
+    assert torch.allclose(values["single"], values["observed"][one])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.models.tokenizer import encode_with_ends, load_tokenizer, token_bytes
-from kd.student_trainer.batches.alignment import Alignment, Side, align
+from kd.student_trainer.batches.alignment import Alignment, Side, align, first_token_pairs, single_token_pairs
 
 
 def side(*ends: int, eos: bool = False, start: int = 0) -> Side:
@@ -140,6 +140,20 @@ def test_equal_cuts_pair_token_with_token(widths: list[int], eos: bool) -> None:
 
 
 # Cases worked by hand
+
+
+@given(ANY)
+def test_first_and_single_tokens_keep_one_token_of_each_side(pair: tuple[Side, Side]) -> None:
+    whole = align(*pair)
+    first, single = first_token_pairs(whole), single_token_pairs(whole, pair[1])
+    assert first.teacher.tolist() == [[start, start + 1] for start, _ in whole.teacher.tolist()]
+    assert first.student.tolist() == [[start, start + 1] for start, _ in whole.student.tolist()]
+    groups = zip(whole.teacher.tolist(), whole.student.tolist(), strict=True)
+    kept = [(a, b) for a, b in groups if a[1] - a[0] == b[1] - b[0] == 1]
+    assert list(zip(single.teacher.tolist(), single.student.tolist(), strict=True)) == kept
+    assert single.bytes_aligned == sum(end - begin for begin, end in spans(pair[1], single.student))
+    if len(kept) == len(whole):
+        assert single.bytes_aligned == whole.bytes_aligned
 
 
 def test_groups_close_where_both_cuts_end() -> None:
