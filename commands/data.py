@@ -141,6 +141,7 @@ def source_lines() -> dict[str, str]:
     lines["FILE.yaml"] = "a task of your own (docs/extending.md)"
     lines["FILE or FOLDER"] = " ".join(FILE_READERS) + f"; also {' and '.join(COMPRESSIONS)}"
     lines["'FOLDER/*.txt', FILE,FILE"] = "a glob, or several files, folders and globs"
+    lines["s3://BUCKET/PATH"] = "files in an S3 store, likewise (the extra s3)"
     lines["hub-id[:config][@revision]"] = "any data set on the hub that loads without code"
     return lines
 

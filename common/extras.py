@@ -21,7 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "quantization": ("bitsandbytes", "compressed_tensors"),
     "lora": ("peft",),
     "liger": ("liger_kernel",),
-    "s3": ("s3fs", "aiohttp", "botocore"),
+    "s3": ("s3fs", "fsspec", "aiohttp", "botocore"),
     "ray": ("ray",),
     "vllm": ("vllm",),
     "trackers": ("tensorboard", "wandb", "trackio"),

@@ -153,7 +153,8 @@ class DataSettings:
 
     spec: str | None = setting(None, flag="--data", metavar="SPEC", multiple=True)
     """Text to use: demo, mini, mini-open, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file,
-    folder or glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""
+    folder or glob, on this disk or at s3://BUCKET/PATH, several of these between commas, or hub-id[:config][@revision]. May
+    be repeated for several files."""
     split: str | None = None
     """Split of the text. By default train. Instruction tasks have train, dev and test. Files have none but the one that their names
     tell."""
@@ -184,4 +185,5 @@ class RequiredDataSettings(DataSettings):
 
     spec: str = setting(flag="--data", metavar="SPEC", multiple=True)
     """Text to use: demo, mini, mini-open, mini-chat, wikitext-2, flan[:MIXTURE], mini-flan[:MIXTURE], glue/TASK, a file,
-    folder or glob, several of these between commas, or hub-id[:config][@revision]. May be repeated for several files."""
+    folder or glob, on this disk or at s3://BUCKET/PATH, several of these between commas, or hub-id[:config][@revision]. May
+    be repeated for several files."""

@@ -8,6 +8,7 @@
     FILE or FOLDER                        .txt .tokens .jsonl .json .csv .tsv .parquet, also .gz and .zst; --columns for other names
     FOLDER                                also one that `Dataset.save_to_disk` has written
     'FOLDER/*.jsonl', FILE,FILE           a glob, or several files, folders and globs (kd.data.rows.file_list)
+    s3://BUCKET/PATH                      the same in an S3 store: an object, all below the address, a glob, several between commas
     hub-id[:config][@revision]            any data set on the hub that loads without code
     flan[:MIXTURE]                        instruction tasks: flan:four, flan:ten, flan:TASK, flan:all-but=CLUSTER
     mini-flan[:MIXTURE]                   thirty small tasks in clusters of FLAN, made up by rules; no network

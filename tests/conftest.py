@@ -72,6 +72,45 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """An S3 server."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A proxy before the S3 server, with an empty bucket `shared`, spoken to by everything that reads AWS_ENDPOINT_URL."""
+    import s3fs
+    from servers import Proxy
+
+    proxy = Proxy(moto)
+    for name, value in (
+        ("AWS_ENDPOINT_URL", proxy.url),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    if files.exists("shared"):
+        files.rm("shared", recursive=True)
+    files.mkdir("shared")
+    proxy.log.clear()
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="session")
 def load_benchmark():
     """`load_benchmark(name)`: a script of benchmarks/ as a module, always the same one."""
     folder, loaded = Path(__file__).parents[1] / "benchmarks", {}

@@ -1,8 +1,9 @@
-"""Which local files a spec names: a file, a folder, a glob, or several of them between commas.
+"""Which files a spec names: a file, a folder, a glob, or several of them between commas.
 
     texts                      every file of the folder and of the folders in it, in the order of the paths
     'texts/*.jsonl'            what the glob matches; ** stands for any number of folders
     a.jsonl,b.jsonl.gz         several files, folders or globs, in this order
+    s3://bucket/texts          the same in an S3 store (kd.data.object_texts.s3_list)
 
 Hidden files and folders (`.ipynb_checkpoints`, `._notes.txt`) are not text that somebody put there, and links to folders may lead
 in a circle. Both are passed over, as are files of other types, and all of them are counted. A file that lies there twice, plain and
@@ -16,12 +17,14 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from kd.common.errors import DataError
 from kd.common.paths import as_path
 from kd.data.left_out import LeftOut
-from kd.data.rows.compressed import COMPRESSIONS, file_type
+from kd.data.object_texts.s3_files import SCHEME, S3File, is_store
+from kd.data.object_texts.s3_list import list_objects
+from kd.data.rows.compressed import COMPRESSIONS, TextFile, file_type
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,22 @@ class FileList:
     """Files in the order in which they are read."""
 
     spec: str
-    files: tuple[Path, ...]
-    asked_for: frozenset[Path]
+    files: tuple[TextFile, ...]
+    asked_for: frozenset[TextFile]
     """Files that the spec names one by one; a fault in one of these is always an error."""
-    base: Path
+    base: PurePath
     """The folder that the names of the files begin in."""
 
-    def name(self, file: Path) -> str:
+    def name(self, file: TextFile) -> str:
         """The file's path in the base folder, which the ids of its examples begin with."""
+        if isinstance(file, S3File):
+            return file.key.removeprefix(f"{self.base}/")
         return Path(os.path.abspath(file)).relative_to(self.base).as_posix()
 
 
 def list_files(spec: str, types: Collection[str], left_out: LeftOut) -> FileList | None:
-    """The files that a spec names, with those of folders in the order of their paths. None where it names nothing on this disk.
+    """The files that a spec names, with those of folders in the order of their paths. None where it names nothing on this disk
+    or in a store.
 
     types      types of files that are read from a folder, or where a glob matches more than one
     left_out   receives what is there besides
@@ -49,11 +55,14 @@ def list_files(spec: str, types: Collection[str], left_out: LeftOut) -> FileList
     Raises DataError where some of several are there and others are not, a glob matches nothing, nothing can be read, or a file
     would be read twice.
     """
+    if is_store(spec):
+        listed = list_objects(spec, lambda file: file_type(file) in types, left_out)
+        return _checked(FileList(spec, listed.files, listed.named, PurePosixPath(*listed.base)), types, left_out)
     paths = _paths(spec)
     if paths is None:
         return None
     several = len(paths) > 1 and glob.has_magic(spec)
-    files: list[Path] = []
+    files: list[TextFile] = []
     for path in paths:
         if os.path.isdir(path):
             files += _files_in(path, types, left_out)
@@ -61,26 +70,32 @@ def list_files(spec: str, types: Collection[str], left_out: LeftOut) -> FileList
             left_out.add("other_files", path.name)
         else:
             files.append(path)
-    if not files:
+    asked_for: frozenset[TextFile] = frozenset() if several else frozenset(paths)
+    return _checked(FileList(spec, tuple(files), asked_for, _base(paths)), types, left_out)
+
+
+def _checked(listed: FileList, types: Collection[str], left_out: LeftOut) -> FileList:
+    """The list. Raises DataError where it is empty, or names a file twice."""
+    if not listed.files:
         raise DataError(
             "no readable files in the folder",
-            where=spec,
+            where=listed.spec,
             found=f"left out: {left_out}",
             expected=", ".join(types) + f", also with {' or '.join(COMPRESSIONS)} after it",
         )
-    _refuse_twice(spec, files)
-    return FileList(spec, tuple(files), frozenset() if several else frozenset(paths), _base(paths))
+    _refuse_twice(listed.spec, listed.files)
+    return listed
 
 
 def refuse_address(spec: str) -> None:
-    """Raise DataError for a text that lies at an address, such as `s3://bucket/text.jsonl`."""
+    """Raise DataError for a text that lies at an address of another kind than `s3://`, such as `https://host/text.jsonl`."""
     kind, sign, rest = spec.partition("://")
-    if sign:
+    if sign and f"{kind}{sign}" != SCHEME:
         raise DataError(
-            "text is read from this disk or from the hub, not from an address",
+            "text is read from this disk, from the hub or from an S3 store, not from this address",
             where=f"{kind}://{rest.rpartition('@')[2].partition('?')[0]}",  # neither user and password nor a signature
-            expected="a file, a folder, a glob, or a hub id like owner/name",
-            try_="download the text first (for s3: aws s3 cp), or name the address in a task file under files",
+            expected="a file, a folder, a glob, s3://BUCKET/PATH, or a hub id like owner/name",
+            try_="download the text first, or name the address in a task file under files",
         )
 
 
@@ -173,11 +188,11 @@ def _walk(folder: Path, left_out: LeftOut) -> Iterator[Path]:
         yield from (here / name for name in sorted(files))
 
 
-def _refuse_twice(spec: str, files: Sequence[Path]) -> None:
+def _refuse_twice(spec: str, files: Sequence[TextFile]) -> None:
     """Raise DataError for a file that is named twice, or lies there plain and compressed."""
-    seen: dict[str, Path] = {}
+    seen: dict[str, TextFile] = {}
     for file in files:
-        whole = os.path.abspath(file)
+        whole = os.path.abspath(file) if isinstance(file, Path) else file.key
         plain = whole.removesuffix(file.suffix) if file.suffix.lower() in COMPRESSIONS else whole
         if plain in seen:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Examples from local files: `.txt`, `.tokens`, and the tables of `kd.data.rows.tables`, also compressed.
+"""Examples from files, on this disk or in an S3 store: `.txt`, `.tokens`, and the tables of `kd.data.rows.tables`, also compressed.
 
 A `.txt` file is one document, or several separated by `<|endoftext|>`; a `.tokens` file holds WikiText's articles. Which files a
 spec names, and in which order they are read, is in `kd.data.rows.file_list`. Examples are read one after another: of a text
@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from kd.common.errors import DataError, unknown_name
 from kd.data.left_out import LeftOut, joined
-from kd.data.rows.compressed import UNREADABLE, file_type, open_text
+from kd.data.rows.compressed import UNREADABLE, TextFile, file_type, open_text
 from kd.data.rows.example import Example
 from kd.data.rows.file_list import FileList
 from kd.data.rows.row_examples import rows_to_examples
@@ -27,7 +26,7 @@ MARK = "<|endoftext|>"
 """What stands between two documents of a text file."""
 FileExamples = tuple[str, Iterator[Example]]
 """Kind of the examples (`documents`, `pairs` or `conversations`), and the examples in the file's order."""
-FileReader = Callable[[Path, str, RowReading, str, LeftOut], FileExamples]
+FileReader = Callable[[TextFile, str, RowReading, str, LeftOut], FileExamples]
 """(file, prefix of ids, how rows are read, split, record of what was left out) -> its examples."""
 
 
@@ -37,7 +36,7 @@ class NoRowsError(DataError):
 
 @dataclass(frozen=True)
 class LocalTexts:
-    """The examples of local files, which are read from the beginning each time."""
+    """The examples of files, which are read from the beginning each time."""
 
     files: FileList
     reading: RowReading
@@ -56,7 +55,7 @@ class LocalTexts:
     def kind(self) -> str:
         """The kind of all the files, of which the beginning is read. Raises DataError where they mix several, or hold nothing."""
         left_out = joined([self.listed])
-        kinds: dict[str, Path] = {}
+        kinds: dict[str, TextFile] = {}
         for file in self.files.files:
             opened = self._of_file(file, left_out)
             if opened is not None:
@@ -72,7 +71,7 @@ class LocalTexts:
             raise DataError("no file holds any text", where=self.files.spec, found=f"left out: {left_out}")
         return next(iter(kinds))
 
-    def _of_file(self, file: Path, left_out: LeftOut) -> FileExamples | None:
+    def _of_file(self, file: TextFile, left_out: LeftOut) -> FileExamples | None:
         """Kind and examples of one file; None where it holds nothing and nobody asked for it by its name."""
         name = self.files.name(file)
         try:
@@ -84,7 +83,7 @@ class LocalTexts:
             return None
 
 
-def read_examples(file: Path, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
+def read_examples(file: TextFile, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
     """The examples of one file. Raises DataError for an unknown suffix or unreadable content."""
     if file_type(file) not in FILE_READERS:
         raise unknown_name("file type", file_type(file) or file.name, FILE_READERS, where=str(file))
@@ -97,7 +96,7 @@ def read_examples(file: Path, prefix: str, reading: RowReading, split: str, left
     return kind, _readable(file, examples)
 
 
-def _readable(file: Path, examples: Iterator[Example]) -> Iterator[Example]:
+def _readable(file: TextFile, examples: Iterator[Example]) -> Iterator[Example]:
     try:
         yield from examples
     except DataError:
@@ -106,7 +105,7 @@ def _readable(file: Path, examples: Iterator[Example]) -> Iterator[Example]:
         raise unreadable(file, error) from error
 
 
-def _refuse_format(file: Path, reading: RowReading) -> None:
+def _refuse_format(file: TextFile, reading: RowReading) -> None:
     """Raise DataError where a plain text is to be read as rows."""
     if reading.chosen and reading.form != "text":
         raise DataError(
@@ -117,7 +116,7 @@ def _refuse_format(file: Path, reading: RowReading) -> None:
         )
 
 
-def _read_text(file: Path, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
+def _read_text(file: TextFile, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
     _refuse_format(file, reading)
     with open_text(file) as opened:
         if not opened.read(1):
@@ -125,7 +124,7 @@ def _read_text(file: Path, prefix: str, reading: RowReading, split: str, left_ou
     return "documents", _documents(file, prefix, split, left_out)
 
 
-def _documents(file: Path, prefix: str, split: str, left_out: LeftOut) -> Iterator[Example]:
+def _documents(file: TextFile, prefix: str, split: str, left_out: LeftOut) -> Iterator[Example]:
     """The documents of a text file. The one that is held back is named after the file alone where no other follows."""
     number, held = 0, ""
     with open_text(file) as lines:
@@ -157,7 +156,7 @@ def _between_marks(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(parts)
 
 
-def _read_tokens(file: Path, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
+def _read_tokens(file: TextFile, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
     _refuse_format(file, reading)
     with open_text(file) as opened:
         if not opened.read(1):
@@ -165,13 +164,13 @@ def _read_tokens(file: Path, prefix: str, reading: RowReading, split: str, left_
     return "documents", _articles(file, prefix, split)
 
 
-def _articles(file: Path, prefix: str, split: str) -> Iterator[Example]:
+def _articles(file: TextFile, prefix: str, split: str) -> Iterator[Example]:
     with open_text(file) as lines:
         for number, article in enumerate(wikitext_articles(lines, "wikitext", split)):
             yield Example(f"{prefix}:{number}", article.target, task=article.task, split=split)
 
 
-def _read_rows(file: Path, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
+def _read_rows(file: TextFile, prefix: str, reading: RowReading, split: str, left_out: LeftOut) -> FileExamples:
     table = open_table(file)
     try:
         return rows_to_examples(

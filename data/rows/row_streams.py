@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError
-from kd.data.rows.compressed import COMPRESSIONS, UNREADABLE, file_type, open_text
+from kd.data.rows.compressed import COMPRESSIONS, UNREADABLE, TextFile, file_type, open_text, parquet_source
 from kd.data.rows.tables import UnreadRow, json_lines, read_table, unreadable
 
 BATCH_ROWS = 1_000
@@ -35,7 +34,7 @@ def numbered_rows(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[Str
         yield StreamedRow(number, row, f"{where} row {number + 1}")
 
 
-def stream_rows(file: Path, columns: Collection[str]) -> Iterator[StreamedRow]:
+def stream_rows(file: TextFile, columns: Collection[str]) -> Iterator[StreamedRow]:
     """The rows of a table file in its order; of Parquet, `columns` alone, as far as there are any of them. Raises DataError."""
     kind = file_type(file)
     try:
@@ -54,7 +53,7 @@ def stream_rows(file: Path, columns: Collection[str]) -> Iterator[StreamedRow]:
         raise unreadable(file, error) from error
 
 
-def _json_rows(file: Path) -> Iterator[StreamedRow]:
+def _json_rows(file: TextFile) -> Iterator[StreamedRow]:
     with open_text(file) as lines:
         for number, (line, row) in enumerate(json_lines(file, lines)):
             yield StreamedRow(number, _read(row), f"{file} line {line}")
@@ -67,10 +66,10 @@ def _read(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return row
 
 
-def _parquet_rows(file: Path, columns: Collection[str]) -> Iterator[StreamedRow]:
+def _parquet_rows(file: TextFile, columns: Collection[str]) -> Iterator[StreamedRow]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file) as opened:
+    with pq.ParquetFile(parquet_source(file)) as opened:
         names = [name for name in opened.schema_arrow.names if name in columns]
         number = 0
         for batch in opened.iter_batches(BATCH_ROWS, columns=names):

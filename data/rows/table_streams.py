@@ -11,11 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from kd.common.errors import DataError
-from kd.data.rows.compressed import COMPRESSIONS, UNREADABLE, file_type, open_text
+from kd.data.rows.compressed import (
+    COMPRESSIONS,
+    UNREADABLE,
+    TextFile,
+    file_type,
+    open_text,
+    parquet_source,
+    size_of,
+)
 from kd.data.rows.tables import Row, csv_rows, empty, first_keys, json_lines, read_table, refuse_repeated, unreadable
 
 BATCH_ROWS = 256
@@ -44,7 +51,7 @@ class OpenedTable(Protocol):
 class StreamedRows:
     """Rows of a file and where the last of them was."""
 
-    def __init__(self, file: Path, read: Callable[[Path], Iterator[tuple[int, Row]]]) -> None:
+    def __init__(self, file: TextFile, read: Callable[[TextFile], Iterator[tuple[int, Row]]]) -> None:
         self._file, self._read, self.at = file, read, 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -62,7 +69,7 @@ class StreamedRows:
 class TableStream:
     """A table whose rows are read when they are asked for."""
 
-    file: Path
+    file: TextFile
     names: list[str]
     rows: StreamedRows
     counted_in: str
@@ -75,7 +82,7 @@ class TableStream:
         return f"{self.file} {self.counted_in} {self.rows.at}"
 
 
-def open_table(file: Path) -> OpenedTable:
+def open_table(file: TextFile) -> OpenedTable:
     """The table in a file. Raises DataError for content that cannot be read, and for a file that is empty."""
     kind, compressed = file_type(file), file.suffix.lower() in COMPRESSIONS
     if kind == ".json" or (kind == ".parquet" and compressed):
@@ -91,46 +98,46 @@ def open_table(file: Path) -> OpenedTable:
     return TableStream(file, names, StreamedRows(file, read), counted_in)
 
 
-def _json_names(file: Path) -> list[str]:
+def _json_names(file: TextFile) -> list[str]:
     return first_keys(file, (row for _, row in _json_rows(file)))
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, Row]]:
+def _json_rows(file: TextFile) -> Iterator[tuple[int, Row]]:
     with open_text(file) as lines:
         yield from json_lines(file, lines)
 
 
-def _csv_names(file: Path) -> list[str]:
+def _csv_names(file: TextFile) -> list[str]:
     with open_text(file, newline="") as lines:
         return csv_rows(file, lines)[0]
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
+def _csv_rows(file: TextFile) -> Iterator[tuple[int, Row]]:
     with open_text(file, newline="") as lines:
         yield from csv_rows(file, lines)[1]
 
 
-def _parquet_names(file: Path) -> list[str]:
+def _parquet_names(file: TextFile) -> list[str]:
     import pyarrow.parquet as pq
 
-    if file.stat().st_size == 0:
+    if size_of(file) == 0:
         raise empty(file)
-    names: Sequence[str] = pq.read_schema(file).names
+    names: Sequence[str] = pq.read_schema(parquet_source(file)).names
     return list(names)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(file: TextFile) -> Iterator[tuple[int, Row]]:
     import pyarrow.parquet as pq
 
     number = 0
-    with pq.ParquetFile(file) as opened:
+    with pq.ParquetFile(parquet_source(file)) as opened:
         for batch in opened.iter_batches(BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
 
 
-STREAMS: dict[str, tuple[Callable[[Path], Iterator[tuple[int, Row]]], Callable[[Path], list[str]], str]] = {
+STREAMS: dict[str, tuple[Callable[[TextFile], Iterator[tuple[int, Row]]], Callable[[TextFile], list[str]], str]] = {
     ".jsonl": (_json_rows, _json_names, "line"),
     ".csv": (_csv_rows, _csv_names, "line"),
     ".tsv": (_csv_rows, _csv_names, "line"),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.common.errors import DataError, unknown_name
-from kd.data.rows.compressed import COMPRESSIONS, UNREADABLE, file_type, open_bytes, open_text
+from kd.data.rows.compressed import COMPRESSIONS, UNREADABLE, TextFile, file_type, open_bytes, open_text, size_of
 
 Row = dict[str, Any]
 RowLocation = Callable[[int], str]
@@ -68,7 +68,7 @@ def is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def read_table(file: Path, *, keep_unread: bool = False) -> RowTable:
+def read_table(file: TextFile, *, keep_unread: bool = False) -> RowTable:
     """The rows of one file. Raises DataError for an unknown suffix, unreadable content, or a file that is empty.
 
     keep_unread   whether a row that cannot be read stays in its place, as an `UnreadRow`; else it is an error
@@ -88,7 +88,7 @@ def read_table(file: Path, *, keep_unread: bool = False) -> RowTable:
     return table
 
 
-def refuse_repeated(names: Sequence[str], file: Path) -> None:
+def refuse_repeated(names: Sequence[str], file: TextFile) -> None:
     """Raise DataError where two columns of a table have the same name."""
     repeated = _first_repeated(names)
     if repeated is not None:
@@ -107,7 +107,7 @@ def table_files(folder: Path) -> list[Path]:
     )
 
 
-def unreadable(file: Path, error: Exception) -> DataError:
+def unreadable(file: TextFile, error: Exception) -> DataError:
     """The error for a file that cannot be read as what its suffix says."""
     compressed = f", compressed as {file.suffix.lower()}" if file.suffix.lower() in COMPRESSIONS else ""
     return DataError(
@@ -118,7 +118,7 @@ def unreadable(file: Path, error: Exception) -> DataError:
     )
 
 
-def empty(file: Path) -> EmptyFileError:
+def empty(file: TextFile) -> EmptyFileError:
     """The error for a file that holds nothing."""
     return EmptyFileError("the file is empty", where=str(file), expected="at least one row")
 
@@ -133,19 +133,19 @@ def _first_repeated(names: Iterable[str]) -> str | None:
     return None
 
 
-def _jsonl(file: Path) -> RowTable:
+def _jsonl(file: TextFile) -> RowTable:
     with open_text(file) as lines:
         return _objects(file, lines)
 
 
-def _objects(file: Path, lines: Iterable[str]) -> RowTable:
+def _objects(file: TextFile, lines: Iterable[str]) -> RowTable:
     """A table of one JSON object per line."""
     numbered = list(json_lines(file, lines))
     rows = [row for _, row in numbered]
     return RowTable(str(file), first_keys(file, rows), rows, [number for number, _ in numbered])
 
 
-def json_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
+def json_lines(file: TextFile, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
     """Number of the line, from 1, and its object, for each line that is not empty; an `UnreadRow` for what is none."""
     number, name = 0, str(file)
     for line in lines:
@@ -167,7 +167,7 @@ def _row_or_error(read: Callable[[Any, str], Row], value: Any, where: str) -> Ro
         return UnreadRow(error)
 
 
-def first_keys(file: Path, rows: Iterable[Row]) -> list[str]:
+def first_keys(file: TextFile, rows: Iterable[Row]) -> list[str]:
     """The keys of the first row that could be read. Raises the first row's error where there is none."""
     unread: UnreadRow | None = None
     for row in rows:
@@ -177,7 +177,7 @@ def first_keys(file: Path, rows: Iterable[Row]) -> list[str]:
     raise empty(file) if unread is None else unread.error
 
 
-def _json(file: Path) -> RowTable:
+def _json(file: TextFile) -> RowTable:
     with open_text(file) as opened:
         text = opened.read()
     if not text.strip():
@@ -216,14 +216,14 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def _csv(file: Path) -> RowTable:
+def _csv(file: TextFile) -> RowTable:
     with open_text(file, newline="") as lines:
         names, numbered = csv_rows(file, lines)
         rows = list(numbered)
     return RowTable(str(file), names, [row for _, row in rows], [line for line, _ in rows])
 
 
-def csv_rows(file: Path, lines: Iterable[str]) -> tuple[list[str], Iterator[tuple[int, Row]]]:
+def csv_rows(file: TextFile, lines: Iterable[str]) -> tuple[list[str], Iterator[tuple[int, Row]]]:
     """The header, and the line in which each row begins with the row; an `UnreadRow` for one of another number of fields."""
     csv.field_size_limit(2**31 - 1)  # some articles are longer than the default, 128 KiB
     records = _csv_records(file, lines)
@@ -234,7 +234,7 @@ def csv_rows(file: Path, lines: Iterable[str]) -> tuple[list[str], Iterator[tupl
     return header[1], ((line, _row_or_error(read, fields, f"{file} line {line}")) for line, fields in records)
 
 
-def _csv_records(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(file: TextFile, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """The line in which each record begins, and its fields, for each that is not empty."""
     reader = csv.reader(lines, delimiter="\t" if file_type(file) == ".tsv" else ",", strict=True)
     line = 1
@@ -264,10 +264,10 @@ def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _parquet(file: Path) -> RowTable:
+def _parquet(file: TextFile) -> RowTable:
     import pyarrow.parquet as pq
 
-    if file.stat().st_size == 0:
+    if size_of(file) == 0:
         raise empty(file)
     with open_bytes(file) as opened:
         source = io.BytesIO(opened.read()) if file.suffix.lower() in COMPRESSIONS else opened
@@ -275,7 +275,7 @@ def _parquet(file: Path) -> RowTable:
     return RowTable(str(file), table.column_names, table.to_pylist())
 
 
-TABLE_READERS: dict[str, Callable[[Path], RowTable]] = {
+TABLE_READERS: dict[str, Callable[[TextFile], RowTable]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from servers import FileServer, Proxy, Server, nginx
+from servers import FileServer, Server, nginx
 
 from kd.cache_builder.share import fetching
 from kd.cache_builder.store.records.manifest import Layout
@@ -59,39 +58,3 @@ def nginx_over(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
     with ExitStack() as stack:
         (tmp_path / "nginx").mkdir()
         yield lambda folder: stack.enter_context(nginx(folder, tmp_path / "nginx"))
-
-
-@pytest.fixture(scope="session")
-def moto() -> Iterator[str]:
-    """An S3 server."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy before the S3 server, with an empty bucket `shared`, spoken to by everything that reads AWS_ENDPOINT_URL."""
-    import s3fs
-
-    proxy = Proxy(moto)
-    for name, value in (
-        ("AWS_ENDPOINT_URL", proxy.url),
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_EC2_METADATA_DISABLED", "true"),
-    ):
-        monkeypatch.setenv(name, value)
-    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    if files.exists("shared"):
-        files.rm("shared", recursive=True)
-    files.mkdir("shared")
-    proxy.log.clear()
-    yield proxy
-    proxy.close()

@@ -27,12 +27,12 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(spec: str, tmp_path: Path, m
         load_corpus(spec)
 
 
-@pytest.mark.parametrize("spec", ["s3://bucket/a.jsonl", "https://me:secret@host/glue/sst2?key=secret", "gs://b/x"])
+@pytest.mark.parametrize("spec", ["hf://bucket/a.jsonl", "https://me:secret@host/glue/sst2?key=secret", "gs://b/x"])
 def test_text_at_an_address_is_refused_without_its_secrets(spec: str):
     from kd.data.sources import load_classes
 
     for load in (load_corpus, load_classes):
-        with pytest.raises(DataError, match="not from an address") as caught:
+        with pytest.raises(DataError, match="not from this address") as caught:
             load(spec)
         assert "secret" not in str(caught.value)
         assert str(caught.value.details["where"]).startswith(spec.partition("://")[0] + "://")

@@ -96,6 +96,6 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names("~/*.txt") == names("~/a.txt,~/b.txt") == ["a.txt", "b.txt"]
 
 
-@pytest.mark.parametrize("spec", ["demo", "owner/name", "nowhere.txt", "a,b", "s3://bucket/*.txt"])
+@pytest.mark.parametrize("spec", ["demo", "owner/name", "nowhere.txt", "a,b", "gs://bucket/*.txt"])
 def test_what_is_not_on_this_disk_is_none(spec: str) -> None:
     assert list_files(spec, TYPES, LeftOut()) is None
