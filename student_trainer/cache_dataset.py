@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -277,8 +278,10 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
                 )
             reader.keep(needed_arrays(self.objective, reader.manifest))
             self._open_reader = reader
-            if self._pass is not None:  # in a process that loads batches
-                self._pass = replace(self._pass, plan=self._pass.plan.of(reader))
+            # in a process that loads batches
+            self._prepared = replace(self._prepared, sizes=self._prepared.sizes.over(reader))
+            if self._pass is not None:
+                self._pass = replace(self._pass, plan=self._pass.plan.of(reader, self._prepared.sizes))
         return self._open_reader
 
     @property
@@ -287,7 +290,8 @@ class CacheDataset(Dataset[dict[str, Tensor]]):
         reader = self._reader
         if self._pass is None or (self._pass.epoch, self._pass.step) != (self.epoch, self._step):
             plan = replace(self._prepared, reader=reader).plan(self._step, first_epoch=self.epoch)
-            own_text = None if self._prepared.collator.text is None else self._prepared.sizes.tobytes()
+            sizes = self._prepared.sizes
+            own_text = None if self._prepared.collator.text is None else sizes[np.arange(len(sizes))].tobytes()
             part = None if reader.part is None else tuple(reader.part.shards)
             known = self.fingerprint, self.objective, self._prepared.collator.start_ids, plan.settings, part, own_text
             self._next = NOT_READ

@@ -132,7 +132,7 @@ class MidwayEvaluations(TrainerCallback):  # type: ignore[misc]
         if self.trainer.is_world_process_zero():
             with undisturbed(self.model):
                 scores = self.midway.score(self._whole(), self.tokenizer)
-            epoch = self.trainer.plan.examples_before(step * self.multiple) / len(self.trainer.example_rows)
+            epoch = self.trainer.plan.examples_before(step * self.multiple) / len(self.trainer.train_dataset)
             record = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - started, **scores}
             self.trainer.run_place.write(partial(append_evaluation, record=record))
             if self.best is not None and self.best.add(record):

@@ -6,26 +6,34 @@ sequences of which length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from kd.cache_builder.opening import open_cache
+from kd.cache_builder.store.readers.example_lengths import ExampleLengths, ListedLengths
 from kd.cache_builder.store.readers.reading import Reader
 from kd.cache_builder.store.targets import band_edges
-from kd.models.families.positions import max_positions
 from kd.models.model_config import is_encoder_decoder, load_config, load_request_tokenizer
 from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer
 from kd.student_trainer.batches.batch_plan import BatchPlan, plan_batches
 from kd.student_trainer.batches.collate import Collator
-from kd.student_trainer.batches.collators import packed_capacity, reads_own_text, row_collator, text_collator
+from kd.student_trainer.batches.collators import (
+    packed_capacity,
+    reads_own_text,
+    row_collator,
+    text_collator,
+    windows_of,
+)
 from kd.student_trainer.batches.compatibility import (
     needed_arrays,
     refuse_unknown_parts,
     resolve_objective,
 )
+from kd.student_trainer.batches.example_sizes import ExampleSizes
 from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, touch_shards
 from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.trained_reading import TrainedReading, trained_reading
@@ -50,15 +58,25 @@ class Prepared:
     """Examples -> batch."""
     vocabulary_size: int
     """Number of the student's logits that count."""
-    sizes: np.ndarray
-    """[E, sides] tokens of each example, on the encoder's and the decoder's side where the student has two."""
-    rows: np.ndarray
-    """[E] scored positions of each example."""
+    sizes: ExampleSizes
+    """Tokens of each example, on the encoder's and the decoder's side where the student has two."""
 
     @property
     def objective(self) -> Objective:
         """What the student minimises."""
         return self.collator.objective
+
+    def scored(self, examples: Sequence[int]) -> int:
+        """Number of scored positions of these examples."""
+        tokens, rows = self.sizes.lengths.of(np.asarray(examples, dtype=np.int64))
+        return int((tokens - 1 if self.config.text.prompt_loss else rows).sum())
+
+    @property
+    def all_scored(self) -> int:
+        """Number of scored positions of all examples."""
+        if self.collator.text is not None:
+            return self.scored(range(len(self.sizes)))
+        return int(self.reader.manifest.shards.rows[list(self.reader.shards)].sum())
 
     @property
     def encoder_decoder(self) -> bool:
@@ -120,22 +138,25 @@ def prepare(config: TrainConfig, *, touch: bool = False, student: tuple[Any, Tok
         touch_shards(reader, reader.epoch_order(config.seed, 0)[:TOUCHED_EXAMPLES].tolist())
     request = student_request(config.model, config.seed)
     model_config, tokenizer = student or (load_config(request), load_request_tokenizer(request))
+    lengths: ExampleLengths | ListedLengths
     if reads_own_text(config, reader, objective, model_config, tokenizer):
         collator, width = text_collator(config, reader, objective, model_config, tokenizer)
+        assert collator.text is not None
+        lengths = ListedLengths(*collator.text.lengths())
     else:
-        collator, width = row_collator(config, reader, objective, model_config, tokenizer)
+        lengths = ExampleLengths(reader)
+        collator, width = row_collator(config, lengths, objective, model_config, tokenizer)
     if student is None:
         keep_template(tokenizer, reader, collator)
-    tokens, rows = reader.lengths() if collator.text is None else collator.text.lengths()
-    sizes = tokens[:, None]
-    if collator.start_ids:
-        sizes = np.stack([tokens - rows, rows + len(collator.start_ids) - 1], axis=1)
-    if config.text.prompt_loss:
-        rows = tokens - 1
+    sizes = ExampleSizes(lengths, len(collator.start_ids))
+    blocks, windows = reader.manifest.blocks, windows_of(model_config)
     if config.batches.packing:
-        capacity = packed_capacity(config.text, sizes, max_positions(model_config))
-        collator = replace(collator, capacity=capacity)
-    return Prepared(config, reader, request, model_config, tokenizer, collator, width, sizes, rows)
+        room = config.text.seq_len or windows[0] or 0  # 0: as long as the longest example
+        sizes = sizes.trusting(blocks, (room, room))
+        collator = replace(collator, capacity=packed_capacity(config.text, sizes, windows[0]))
+    else:
+        sizes = sizes.trusting(blocks, windows)
+    return Prepared(config, reader, request, model_config, tokenizer, collator, width, sizes)
 
 
 def student_request(model: StudentSettings, seed: int) -> ModelRequest:

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -25,12 +24,15 @@ from transformers import Trainer, TrainerCallback
 
 from kd.common.disk.disk_errors import WriteError, write_failure
 from kd.common.errors import DataError
+from kd.common.files import canonical_json, write_atomic
 from kd.models.batching.padded_batches import on_device
 from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches
 from kd.student_trainer.batches.read_ahead import Prefetcher
 from kd.student_trainer.head import forward_arguments
+from kd.student_trainer.prepare import Prepared
 from kd.student_trainer.run_folder import RECORDS, StepRecord, append_step, read_steps
 from kd.student_trainer.saving.checkpoints import (
+    BATCHES,
     KEPT,
     checkpoints_of,
     remove_checkpoint,
@@ -53,7 +55,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         *,
         plan: BatchPlan,
         done: int,
-        example_rows: np.ndarray,
+        prepared: Prepared,
         has_kd: bool,
         run_place: RunPlace,
         say: Callable[[str], object],
@@ -66,9 +68,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.plan = plan
         self.done = done
         """Micro-batches before the checkpoint that the run continues from."""
-        self.example_rows = example_rows
-        """[E] scored positions of each example"""
-        self.rows = int(example_rows.sum())
+        self.prepared = prepared
+        self.rows = prepared.all_scored
         """Scored positions of all examples."""
         self.has_kd = has_kd
         self.run_place = run_place
@@ -251,6 +252,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            known = self.plan.known(self.state.global_step * self.plan.multiple_of)
+            if known is not None:
+                write_atomic(checkpoint / BATCHES, canonical_json(known))
             seal_checkpoint(checkpoint, RECORDS)
             remove_old_checkpoints(checkpoint.parent)
 
@@ -298,8 +302,7 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
         lines = read_steps(self.trainer.folder)
         if lines and lines[-1].step == self.trainer.state.global_step:
             return lines[-1].tokens
-        rows = self.trainer.example_rows
-        return int(sum(rows[list(batch.examples)].sum() for batch in islice(self.trainer.plan, done)))
+        return sum(self.trainer.prepared.scored(batch.examples) for batch in islice(self.trainer.plan, done))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step >= state.max_steps or (control.should_save and args.save_strategy != "no"):

@@ -30,7 +30,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from kd.common.disk.disk_errors import clear_write_errors
-from kd.common.files import write_atomic
+from kd.common.files import read_object, write_atomic
 from kd.common.settings import flat
 from kd.student_trainer.batches.read_ahead import CachedExamples
 from kd.student_trainer.batches.trained_reading import READING
@@ -49,7 +49,7 @@ from kd.student_trainer.run_folder import (
     start_run,
     write_run,
 )
-from kd.student_trainer.saving.checkpoints import step_of
+from kd.student_trainer.saving.checkpoints import BATCHES, step_of
 from kd.student_trainer.saving.hub_upload import prepare_repository, upload_student
 from kd.student_trainer.saving.rescue import RunPlace
 from kd.student_trainer.student_model import Student, save_student, student_with_loss
@@ -194,6 +194,8 @@ def student_and_trainer(
     student = student_with_loss(prepared, say if PartialState().is_main_process else None)
     multiple = config.batches.accumulate * arguments.world_size
     plan = prepared.plan(multiple)
+    if checkpoint is not None and (checkpoint / BATCHES).is_file():
+        plan.know(read_object(checkpoint / BATCHES))
     done = 0 if checkpoint is None else step_of(checkpoint) * multiple
     read_here = islice(plan.walk(done), arguments.process_index, None, arguments.world_size)
     prepared.reader.announce(batch.examples for batch in read_here)
@@ -205,7 +207,7 @@ def student_and_trainer(
         data_collator=prepared.collator,
         plan=plan,
         done=done,
-        example_rows=prepared.rows,
+        prepared=prepared,
         has_kd=config.objective.loss != "ce",
         run_place=run_place,
         say=say,

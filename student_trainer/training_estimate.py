@@ -176,7 +176,7 @@ def planned_run(config: TrainConfig) -> dict[str, Any]:
     checkpoints = min(KEPT, -(-steps // every)) if every else 0
     return {
         "out": str(config.folder),
-        "examples": len(prepared.rows),
+        "examples": len(prepared.sizes),
         "steps": steps,
         "parameters": parameters,
         "weights_dtype": str(dtype).removeprefix("torch."),

@@ -8,7 +8,7 @@ per step alone, whether processes or accumulation make it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from itertools import islice
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, Protocol, overload
 import numpy as np
 
 from kd.cache_builder.store.readers.epoch_order import EpochOrder, ListedOrder
+from kd.common.errors import CacheMismatchError
 from kd.models.batching.packing import Size
-from kd.student_trainer.batches.epoch_cut import CutRule, EpochCut, Lengths, MicroBatch
+from kd.student_trainer.batches.epoch_cut import CutRule, EpochCut, Lengths, Mark, MicroBatch
 
 CUTS_HELD = 4
 """Epochs whose order is held at once."""
@@ -190,14 +191,46 @@ class BatchPlan(Sequence[MicroBatch]):
             pass
         return 1 - self._seen.tokens / self._seen.padded
 
+    def known(self, done: int) -> dict[str, Any] | None:
+        """What a run that goes on after `done` micro-batches need not walk along again, as JSON takes it.
+
+        None where a place in the epoch is found by arithmetic.
+        """
+        laid_out, _ = self._sizes
+        if self.rule.counted or done >= laid_out:
+            return None
+        base, epoch = self._epoch_of(done)
+        return {
+            "settings": repr(self.settings),
+            "counts": list(self._counts.items()),
+            "seen": list(self._seen),
+            "epoch": epoch,
+            "mark": list(self._cut(epoch).mark_before(done - base)),
+        }
+
+    def know(self, known: Mapping[str, Any]) -> None:
+        """Take over what `known` of the same plan gave. Raises CacheMismatchError for that of another plan."""
+        if known.get("settings") != repr(self.settings):
+            raise CacheMismatchError(
+                "the checkpoint lies in other batches",
+                found=known.get("settings"),
+                expected=repr(self.settings),
+                try_="the options that the run was begun with, or another --out",
+            )
+        self._counts |= {int(epoch): int(count) for epoch, count in known["counts"]}
+        self._seen = _Seen(*known["seen"])
+        batch, taken = known["mark"]
+        self._cut(int(known["epoch"])).add_mark(Mark(int(batch), tuple(map(int, taken))))
+
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs, which gives it a reader with `of`: the counts, so that they need not be made again."""
-        dropped: dict[str, Any] = {"_reader": None, "_cut": None, "_cursor": NOWHERE}
+        dropped: dict[str, Any] = {"_reader": None, "_lengths": None, "_cut": None, "_cursor": NOWHERE}
         return vars(self) | dropped
 
-    def of(self, reader: Ordered) -> BatchPlan:
+    def of(self, reader: Ordered, lengths: Lengths) -> BatchPlan:
         """The same plan over another reader of the same cache."""
         plan = copy(self)
+        plan._lengths = lengths
         plan._reader, plan._cut = reader, lru_cache(CUTS_HELD)(plan._make_cut)
         return plan
 

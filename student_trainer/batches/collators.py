@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
+from kd.cache_builder.store.readers.example_lengths import ExampleLengths
 from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import DataError
 from kd.models.batching.packing import Size
@@ -27,6 +26,7 @@ from kd.student_trainer.batches.compatibility import (
     refuse_without_prompts,
     same_tokenizer,
 )
+from kd.student_trainer.batches.example_sizes import ExampleSizes
 from kd.student_trainer.batches.own_text import own_text
 from kd.student_trainer.batches.pieces import shared_pieces
 from kd.student_trainer.batches.student_chat import StudentChat
@@ -90,9 +90,13 @@ def options_of_own_text(text: TextSettings) -> list[str]:
 
 
 def row_collator(
-    config: TrainConfig, reader: Reader, objective: Objective, model_config: Any, tokenizer: Tokenizer
+    config: TrainConfig, lengths: ExampleLengths, objective: Objective, model_config: Any, tokenizer: Tokenizer
 ) -> tuple[Collator, int]:
-    """Batches of the cached tokens, and how many logits count. Raises KdError for another tokenizer or layout."""
+    """Batches of the cached tokens of a reader, whose `lengths` are given, and how many logits count.
+
+    Raises KdError for another tokenizer or layout.
+    """
+    reader = lengths.reader
     loss, encoder = config.objective.loss, is_encoder_decoder(model_config)
     if config.text.seq_len is not None and not config.batches.packing:
         raise DataError(
@@ -109,10 +113,9 @@ def row_collator(
     )
     layout = encoder_layout(model_config, tokenizer)
     refuse_other_template(reader, layout, tokenizer)
-    tokens, rows = reader.lengths()
     start = start_tokens(model_config, layout)
-    longest = int((tokens - rows if encoder else tokens).max())
-    refuse_narrow_student(reader, model_config, longest, int(rows.max()) + len(start) - 1 if encoder else 0)
+    sizes = ExampleSizes(lengths, len(start)).trusting(reader.manifest.blocks, windows_of(model_config))
+    refuse_narrow_student(reader, model_config, *sizes.longest())
     return Collator(objective, start_ids=start), reader.manifest.vocabulary_size
 
 
@@ -156,12 +159,27 @@ def piece_paths(reader: Reader, text: StudentText | StudentChat, tokenizer: Toke
     """The student's tokens as paths of the teacher's pieces, cut as the teacher's rows of the first examples are."""
     teacher, student = reader.vocabulary(), token_bytes(tokenizer)[:width]
     seen: set[tuple[bytes, ...]] = set()
-    numbers = [number for number, rows in enumerate(reader.lengths()[1].tolist()) if rows][:SEEN_EXAMPLES]
-    for example in reader.read(numbers):
+    for example in reader.read(first_examples(reader)):
         pairs = text.aligned(example, mode="bytes", eos=False)
         seen |= {tuple(teacher[i] for i in example.targets.gold_ids[a:b].tolist()) for a, b in pairs.teacher.tolist()}
     ends = reader.manifest.identity["tokenizer"].get("eos_token_id"), tokenizer.eos_token_id
     return PiecePaths(teacher, student, better_cut(teacher, seen), special=tokenizer.all_special_ids, ends=ends)
+
+
+def first_examples(reader: Reader) -> list[int]:
+    """The first examples that are here, at most SEEN_EXAMPLES."""
+    numbers: list[int] = []
+    for shard in reader.shards:
+        first, stop, _ = reader.manifest.shards[shard]
+        numbers += range(first, min(stop, first + SEEN_EXAMPLES - len(numbers)))
+        if len(numbers) == SEEN_EXAMPLES:
+            break
+    return numbers
+
+
+def windows_of(model_config: Any) -> tuple[int | None, int | None]:
+    """Positions of a student, and of its decoder; None where they have no end."""
+    return max_positions(model_config), max_positions(model_config, decoder=True)
 
 
 def start_tokens(model_config: Any, layout: EncoderLayout | None) -> tuple[int, ...]:
@@ -182,13 +200,13 @@ def refuse_too_long(option: str, wanted: int | None, limit: int | None) -> None:
         )
 
 
-def packed_capacity(settings: TextSettings, sizes: np.ndarray, limit: int | None) -> Size:
+def packed_capacity(settings: TextSettings, sizes: ExampleSizes, limit: int | None) -> Size:
     """Tokens of a packed sequence on each side; a decoder's side is as long as the encoder's.
 
-    `sizes [E, sides]`, `limit` the student's positions. Raises DataError where an example does not fit.
+    `limit` the student's positions. Raises DataError where an example does not fit.
     """
     refuse_too_long("--seq-len", settings.seq_len, limit)
-    longest = sizes.max(axis=0).tolist()
+    longest = sizes.longest()
     room = settings.seq_len or limit or max(longest[0], PACKED_TOKENS)
     if longest[0] > room:
         raise DataError(

@@ -67,7 +67,7 @@ class MicroBatch(NamedTuple):
     """Tokens with padding."""
 
 
-class _Mark(NamedTuple):
+class Mark(NamedTuple):
     """A place between two rounds."""
 
     batch: int
@@ -91,7 +91,7 @@ class EpochCut:
     ) -> None:
         self.order, self.lengths, self.rule, self.epoch, self.shares = order, lengths, rule, epoch, shares
         self.size = len(order) if size is None else size
-        self._marks = [_Mark(0, (0,) * shares)]
+        self._marks = [Mark(0, (0,) * shares)]
         self._count: int | None = None
         if rule.counted:
             self._count = -(-self.size // self._per_batch)
@@ -115,24 +115,30 @@ class EpochCut:
 
     def batches(self, start: int = 0) -> Iterator[MicroBatch]:
         """The micro-batches from number `start` on."""
-        mark = self._mark_before(start)
+        mark = self.mark_before(start)
         return islice(self._from(mark), start - mark.batch, None)
 
     def examples_before(self, number: int) -> int:
         """Number of examples in the micro-batches before this one."""
         if self.rule.counted:
             return min(number * self._per_batch, self.size)
-        mark = self._mark_before(number)
+        mark = self.mark_before(number)
         later = islice(self._from(mark), number - mark.batch)
         return sum(mark.taken) + sum(len(batch.examples) for batch in later)
 
-    def _mark_before(self, number: int) -> _Mark:
+    def mark_before(self, number: int) -> Mark:
+        """The last place before this micro-batch, or at it, from which batches can be cut."""
         if self.rule.counted:
             rounds = min(number // self.shares, self.size // self.shares // self._per_batch)
-            return _Mark(rounds * self.shares, (rounds * self._per_batch,) * self.shares)
+            return Mark(rounds * self.shares, (rounds * self._per_batch,) * self.shares)
         return self._marks[bisect_right(self._marks, number, key=lambda mark: mark.batch) - 1]
 
-    def _from(self, mark: _Mark) -> Iterator[MicroBatch]:
+    def add_mark(self, mark: Mark) -> None:
+        """Know a place that an earlier process has walked to."""
+        if mark.batch > self._marks[-1].batch:
+            self._marks.append(mark)
+
+    def _from(self, mark: Mark) -> Iterator[MicroBatch]:
         """The micro-batches from a mark on; marks are left behind."""
         number, taken = mark
         streams = [_Stream(self, range(s + taken[s] * self.shares, self.size, self.shares)) for s in range(self.shares)]
@@ -148,7 +154,7 @@ class EpochCut:
             number += self.shares
             taken = tuple(n + len(batch.examples) for n, batch in zip(taken, one_round, strict=True))
             if not self.rule.counted and number >= self._marks[-1].batch + MARK_EVERY:
-                self._marks.append(_Mark(number, taken))
+                self._marks.append(Mark(number, taken))
         rest = [np.arange(s + n * self.shares, self.size, self.shares) for s, n in enumerate(taken)]
         last, left = _Stream(self, np.concatenate(rest)), []
         while (batch := last.full_batch() or last.last_batch()) is not None:

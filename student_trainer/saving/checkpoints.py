@@ -3,6 +3,7 @@
     runs/student/checkpoint-200/
         model.safetensors  optimizer.pt  …      what transformers' Trainer writes
         run.json  metrics.jsonl  …              the records of the run up to here
+        batches.json                            where in the epoch it is, where batches are cut by tokens
         digests.json                            size and SHA-256 of all of these; written last, when all are on disk
 
 A checkpoint without `digests.json` was cut short and does not count. One that differs from its digests is damaged: the run
@@ -26,6 +27,8 @@ DIGESTS_KEY = "checkpoint_digests"
 """Key of `run.json` that says that the checkpoints of this run have digests."""
 KEPT = 2
 """Number of checkpoints of a run that stay on disk."""
+BATCHES = "batches.json"
+"""What `BatchPlan.known` gives: a run that goes on need not walk along the epoch from its beginning."""
 LAST_OF_TRAINER = "trainer_state.json"
 """The file that transformers' Trainer writes last."""
 

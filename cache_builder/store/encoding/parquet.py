@@ -25,13 +25,19 @@ FEW_ROWS = 64
 
 
 def read_parquet(
-    data: bytes, schema: pa.Schema, *, rows: int | None = None, columns: Sequence[str] | None = None
+    data: bytes,
+    schema: pa.Schema,
+    *,
+    rows: int | None = None,
+    columns: Sequence[str] | None = None,
+    group: int | None = None,
 ) -> pa.Table:
     """Columns of a Parquet file, in the types of `schema`.
 
     data      bytes of the file
     rows      number of rows that the table must have; None where that is not known
     columns   names of the columns to read; None means all of `schema`
+    group     the only row group to read; None means all, and so does a file that has one
 
     Raises CacheError beyond the bounds, or what pyarrow raises for a damaged file.
     """
@@ -48,9 +54,10 @@ def read_parquet(
         thrift_string_size_limit=MAX_METADATA_BYTES,
         thrift_container_size_limit=MAX_METADATA_BYTES,
     )
+    groups = range(file.num_row_groups) if group is None or file.num_row_groups == 1 else [group]
     batches = []
     # few rows at a time: a batch may hold that many copies of the longest text before they are counted
-    for batch in _batches(data, file, selected.names):
+    for batch in _batches(data, file, selected.names, groups):
         if any(column.null_count for column in batch.columns):
             raise CacheError("a table has missing values", found="null in a column")
         size += sum(_expanded(batch.column(name)) for name in texts)
@@ -73,13 +80,16 @@ def check_table_size(table: pa.Table) -> None:
         )
 
 
-def _batches(data: bytes, file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _batches(
+    data: bytes, file: pq.ParquetFile, names: Sequence[str], groups: Sequence[int]
+) -> Iterator[pa.RecordBatch]:
     try:
-        yield from file.iter_batches(columns=names, use_threads=False)
+        yield from file.iter_batches(row_groups=groups, columns=names, use_threads=False)
     except (NotImplementedError, OSError) as error:  # texts in this encoding cannot be read as dictionaries
         if "DeltaLengthByteArrayDecoder" not in str(error):
             raise
-        yield from pq.ParquetFile(pa.BufferReader(data)).iter_batches(FEW_ROWS, columns=names, use_threads=False)
+        again = pq.ParquetFile(pa.BufferReader(data))
+        yield from again.iter_batches(FEW_ROWS, row_groups=groups, columns=names, use_threads=False)
 
 
 def _expanded(column: pa.Array) -> int:

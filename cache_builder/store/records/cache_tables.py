@@ -46,13 +46,17 @@ def sized_files(arrays: Sequence[str]) -> list[str]:
     return [*arrays, "examples", "commit"]
 
 
-def write_columns(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> None:
-    """Write numbers and digests as Parquet. The same values give the same bytes, with one version of pyarrow."""
+def write_columns(path: Path, columns: Mapping[str, Any], schema: pa.Schema, *, group_rows: int | None = None) -> None:
+    """Write numbers and digests as Parquet. The same values give the same bytes, with one version of pyarrow.
+
+    group_rows   rows of a row group, which can be decoded by itself; None = as many as pyarrow puts into one, a million
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = {field.name: "DELTA_BINARY_PACKED" for field in schema if pa.types.is_integer(field.type)}
     pq.write_table(
         pa.table(dict(columns), schema),
         path,
+        row_group_size=group_rows,
         compression="zstd",
         compression_level=9,
         use_dictionary=False,

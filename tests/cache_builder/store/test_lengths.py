@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from kd.cache_builder.store import lengths
 from kd.cache_builder.store.cache_files import LocalFiles
-from kd.cache_builder.store.lengths import LENGTH_SCHEMA, read_page, write_length_pages
+from kd.cache_builder.store.lengths import LENGTH_SCHEMA, LengthPages, read_page, write_length_pages
 from kd.cache_builder.store.records.cache_tables import write_columns
 from kd.cache_builder.store.records.commits import file_entry
 from kd.common.errors import CacheDamageError
@@ -46,3 +48,36 @@ def test_impossible_lengths_are_damage_that_names_the_page(tmp_path, tokens, row
     with pytest.raises(CacheDamageError) as error:
         read_page(LocalFiles(tmp_path), name, file_entry(tmp_path / name), count)
     assert name in str(error.value)
+
+
+def test_any_range_reads_as_the_whole_page_with_and_without_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths, "PAGE_EXAMPLES", 20)
+    rows = np.random.default_rng(0).integers(1, 9, 50)
+    tokens = rows + np.arange(50)
+    reads = []
+    for size in (8, 20):  # the latter as earlier releases wrote pages
+        monkeypatch.setattr(lengths, "GROUP_EXAMPLES", size)
+        folder = tmp_path / str(size)
+        names = write_length_pages(folder, [(tokens, rows)])
+        manifest = SimpleNamespace(examples=50, files={name: file_entry(folder / name) for name in names})
+        monkeypatch.setattr(lengths, "GROUP_EXAMPLES", 8)
+        pages = LengthPages(LocalFiles(folder), manifest)
+        for first in range(50):
+            for stop in range(first + 1, 51):
+                found = pages.read(first, stop)
+                assert found[0].tolist() == tokens[first:stop].tolist()
+                assert found[1].tolist() == rows[first:stop].tolist()
+        reads.append(pages._page.cache_info().misses)
+    assert reads == [3, 3]
+
+
+def test_a_short_range_does_not_decode_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths, "PAGE_EXAMPLES", 20)
+    monkeypatch.setattr(lengths, "GROUP_EXAMPLES", 5)
+    rows = np.arange(1, 21)
+    names = write_length_pages(tmp_path, [(rows, rows)])
+    pages = LengthPages(
+        LocalFiles(tmp_path), SimpleNamespace(examples=20, files={n: file_entry(tmp_path / n) for n in names})
+    )
+    assert pages.read(11, 14)[1].tolist() == [12, 13, 14]
+    assert pages._page.cache_info().misses == 0

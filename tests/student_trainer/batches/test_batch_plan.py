@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from kd.cache_builder.store.readers.reader import CacheReader
-from kd.student_trainer.batches.batch_plan import PlannedBatches, plan_batches
+from kd.common.errors import CacheMismatchError
+from kd.student_trainer.batches import epoch_cut
+from kd.student_trainer.batches.batch_plan import BatchPlan, PlannedBatches, plan_batches
 from kd.student_trainer.batches.epoch_cut import MicroBatch
 from kd.student_trainer.batches.read_ahead import CachedExamples
 
@@ -129,3 +132,51 @@ def test_a_data_loader_hands_out_the_plan_as_it_stands(kl_reader: CacheReader) -
     )
     assert [tuple(indices) for indices in loader] == [batch.examples for batch in plan]
     assert len(loader) == len(plan)
+
+
+@given(lengths=corpora(), budget=st.integers(1, 200), epochs=st.sampled_from([0.6, 1.0, 3.0]), data=st.data())
+def test_a_plan_that_knows_where_it_is_goes_on_as_one_that_walks_there(lengths, budget, epochs, data) -> None:
+    def fresh() -> BatchPlan:
+        return plan_batches(Order(len(lengths)), lengths, seed=0, epochs=epochs, tokens_per_batch=budget)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epoch_cut, "MARK_EVERY", 2)
+        plan = fresh()
+        batches = list(plan)
+        done = data.draw(st.integers(0, len(batches)))
+        known = plan.known(done)
+        if known is None:
+            assert done == len(batches)
+            return
+        after = fresh()
+        after.know(json.loads(json.dumps(known)))
+        assert list(after.walk(done)) == batches[done:]
+        assert (len(after), after.padding_share) == (len(plan), plan.padding_share)
+        assert after.examples_before(done) == plan.examples_before(done)
+
+
+def test_a_plan_that_knows_where_it_is_walks_no_more_than_from_the_last_mark() -> None:
+    looked_up = 0
+
+    class Counted(np.ndarray):
+        def __getitem__(self, key):  # type: ignore[no-untyped-def]
+            nonlocal looked_up
+            looked_up += np.size(key)
+            return np.asarray(self)[key]
+
+    lengths = np.random.default_rng(0).integers(1, 60, 40_000)
+    plan = plan_batches(Order(len(lengths)), lengths, seed=0, tokens_per_batch=120)
+    done = 3 * len(plan) // 4
+    known, expected = plan.known(done), plan[done]
+    after = plan_batches(Order(len(lengths)), lengths.view(Counted), seed=0, tokens_per_batch=120)
+    after.know(known)
+    assert next(after.walk(done)) == expected
+    assert (len(after), looked_up <= 3 * epoch_cut.READ_AHEAD) == (len(plan), True)
+
+
+def test_what_another_plan_knows_is_refused() -> None:
+    lengths = np.arange(1, 40)
+    known = plan_batches(Order(39), lengths, seed=0, tokens_per_batch=50).known(2)
+    with pytest.raises(CacheMismatchError, match="other batches"):
+        plan_batches(Order(39), lengths, seed=1, tokens_per_batch=50).know(known)
+    assert plan_batches(Order(39), lengths, seed=0, batch_size=4).known(2) is None
