@@ -6,10 +6,10 @@
     python benchmarks/first_batch.py small giant --tokens 4096 --steps 100000
 
 Each run is a process of its own, which trains the embedded student until its first line of the log and then stops with a
-checkpoint. Seconds are those from the call to that line, so the first step is in them and imports are not. Memory is the peak of the
-process, and what it had before the call. The run that is resumed begins in the middle of the epoch: the checkpoint is that of
-the first run under another number of steps, because nobody can train a billion examples first. Cutting batches by tokens over whole epochs
-walks along all lengths once, to count the steps; give --steps there.
+checkpoint. Seconds are those from the call to that line, so the first step is in them and imports are not. Memory is the peak of
+the process, and what it had before the call. The run that is resumed begins in the middle of the epoch: the checkpoint is that of
+the first run under another number of steps, because nobody can train a billion examples first. Cutting batches by tokens over
+whole epochs walks along all lengths once, to count the steps; give --steps there.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from typing import Any
 
 def run(args: argparse.Namespace) -> None:
     """Train until the first line of the log, and print what that took."""
-    import torch
+    import torch  # imports are not counted
 
-    import kd.student_trainer.trainer  # imports are not counted
     from kd.student_trainer.run_folder import StepRecord
     from kd.student_trainer.training import train
 
@@ -52,9 +51,9 @@ def run(args: argparse.Namespace) -> None:
     if args.steps:
         rule["max_steps"] = args.steps
     before, started, spent = peak_mb(), time.perf_counter(), time.process_time()
-    run_settings = {"cache": str(args.caches[0]), "student": "demo", "out": str(args.out), "loss": "kl", "log_every": 1}
+    rule |= {"cache": str(args.caches[0]), "student": "demo", "out": str(args.out), "loss": "kl", "log_every": 1}
     with suppress(KeyboardInterrupt):
-        train(resume=args.resume, on_step=on_step, stoppable=stoppable(), **run_settings, **rule)
+        train(resume=args.resume, on_step=on_step, stoppable=stoppable(), **rule)
     seconds, cpu, record = first[0]
     figures = {"step": record.step, "of": record.steps_total, "seconds": seconds, "cpu_seconds": cpu}
     print(json.dumps(figures | {"before_mb": before, "peak_mb": peak_mb()}))
@@ -67,9 +66,9 @@ def peak_mb() -> float:
 
 def move_checkpoint(out: Path, tokens: int | None) -> None:
     """Give the checkpoint of a run the number of steps of the middle of its epoch, as if they had been trained."""
-    from kd.common.disk.digests import write_digests
+    from kd.common.disk.digests import DIGESTS, write_digests
     from kd.student_trainer.run_folder import METRICS
-    from kd.student_trainer.saving.checkpoints import BATCHES, DIGESTS, checkpoints_of
+    from kd.student_trainer.saving.checkpoints import BATCHES, checkpoints_of
 
     (checkpoint,) = checkpoints_of(out)
     state = json.loads((checkpoint / "trainer_state.json").read_text())

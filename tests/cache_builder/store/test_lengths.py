@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_any_range_reads_as_the_whole_page_with_and_without_row_groups(tmp_path,
         monkeypatch.setattr(lengths, "GROUP_EXAMPLES", size)
         folder = tmp_path / str(size)
         names = write_length_pages(folder, [(tokens, rows)])
-        manifest = SimpleNamespace(examples=50, files={name: file_entry(folder / name) for name in names})
+        manifest: Any = SimpleNamespace(examples=50, files={name: file_entry(folder / name) for name in names})
         monkeypatch.setattr(lengths, "GROUP_EXAMPLES", 8)
         pages = LengthPages(LocalFiles(folder), manifest)
         for first in range(50):
@@ -76,8 +77,7 @@ def test_a_short_range_does_not_decode_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(lengths, "GROUP_EXAMPLES", 5)
     rows = np.arange(1, 21)
     names = write_length_pages(tmp_path, [(rows, rows)])
-    pages = LengthPages(
-        LocalFiles(tmp_path), SimpleNamespace(examples=20, files={n: file_entry(tmp_path / n) for n in names})
-    )
+    manifest: Any = SimpleNamespace(examples=20, files={n: file_entry(tmp_path / n) for n in names})
+    pages = LengthPages(LocalFiles(tmp_path), manifest)
     assert pages.read(11, 14)[1].tolist() == [12, 13, 14]
     assert pages._page.cache_info().misses == 0

@@ -169,6 +169,7 @@ def test_a_plan_that_knows_where_it_is_walks_no_more_than_from_the_last_mark() -
     done = 3 * len(plan) // 4
     known, expected = plan.known(done), plan[done]
     after = plan_batches(Order(len(lengths)), lengths.view(Counted), seed=0, tokens_per_batch=120)
+    assert known is not None
     after.know(known)
     assert next(after.walk(done)) == expected
     assert (len(after), looked_up <= 3 * epoch_cut.READ_AHEAD) == (len(plan), True)
@@ -177,6 +178,7 @@ def test_a_plan_that_knows_where_it_is_walks_no_more_than_from_the_last_mark() -
 def test_what_another_plan_knows_is_refused() -> None:
     lengths = np.arange(1, 40)
     known = plan_batches(Order(39), lengths, seed=0, tokens_per_batch=50).known(2)
+    assert known is not None
     with pytest.raises(CacheMismatchError, match="other batches"):
         plan_batches(Order(39), lengths, seed=1, tokens_per_batch=50).know(known)
     assert plan_batches(Order(39), lengths, seed=0, batch_size=4).known(2) is None

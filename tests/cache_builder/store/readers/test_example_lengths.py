@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -35,7 +37,7 @@ def small_groups(monkeypatch):
 
 @pytest.mark.parametrize(("examples", "longest"), [(7, 500), (30, 70_000), (95, 500), (95, 70_000)])
 def test_looked_up_lengths_are_those_of_all(examples, longest):
-    reader = Reader(examples, longest)
+    reader: Any = Reader(examples, longest)
     lengths, listed = ExampleLengths(reader), ListedLengths(reader.tokens, reader.rows)
     numbers = np.random.default_rng(1).integers(0, examples, 40)
     for found, expected in zip(lengths.of(numbers), listed.of(numbers), strict=True):
@@ -48,11 +50,13 @@ def test_looked_up_lengths_are_those_of_all(examples, longest):
 
 
 def test_no_examples_have_no_lengths():
-    assert [part.tolist() for part in ExampleLengths(Reader(5)).of(np.empty(0, dtype=np.int64))] == [[], []]
+    reader: Any = Reader(5)
+    assert [part.tolist() for part in ExampleLengths(reader).of(np.empty(0, dtype=np.int64))] == [[], []]
 
 
 def test_groups_of_a_small_cache_are_read_once_and_those_of_a_large_one_when_they_are_needed():
-    small, large = Reader(30), Reader(95)
+    small: Any = Reader(30)
+    large: Any = Reader(95)
     for reader in (small, large):
         lengths = ExampleLengths(reader)
         assert lengths.few == (reader is small)
