@@ -113,6 +113,12 @@ def proposal_lines(proposal: Mapping[str, Any]) -> list[str]:
             f"  --profile adaptive --min-probability {rule['min_probability']:g}: {rule['error']:.4f} off, "
             f"{rule['tokens']:.1f} tokens a row"
         )
+    if (rows := proposal["as_set"]) is not None:
+        lines.append(
+            f"  as these settings have it: {rows['error']:.4f} off, {rows['tokens']:.1f} tokens a row, "
+            f"{rows['rows_of_one_token']:.0%} of rows with one token, "
+            f"{rows['bytes_before_compression']:,} B a row before compression"
+        )
     lines += [f"  at T = {t:g}: --top-k {size}" for t, size in proposal["top_k_by_temperature"].items()]
     around = [size for size in errors if k // 8 <= size <= 4 * k]
     lines.append("  other k: " + ", ".join(f"{size}: {errors[size]:.2g}" for size in around))

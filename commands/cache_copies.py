@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     help="Least probability of a kept token, with the profile adaptive; the mass of dropped tokens goes into the tail.",
 )
 @click.option("--min-k", type=int, help="Tokens that every row keeps, however improbable, with the profile adaptive.")
+@click.option(
+    "--certain-below",
+    type=float,
+    metavar="NATS",
+    help="Rows whose entropy is surely below this keep one token, with the profile adaptive. Of the tail only the mass is known, "
+    "so the most that the entropy can be decides.",
+)
+@click.option("--tail-bands", type=int, metavar="0", help="0 leaves the rank bands out.")
 @click.option("--logprob-codec", type=click.Choice(CODEC_NAMES), help="Store log-probabilities with another codec.")
 @click.option(
     "--examples",

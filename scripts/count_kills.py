@@ -201,8 +201,10 @@ def with_other_last_bits(out: Path, text: Path) -> None:
     """Build as another processor would: the same tokens, and log-probabilities that differ a little."""
     exact = codecs.encode
 
-    def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
-        stored, quality = exact(raw, config)
+    def encode(
+        raw: RawTargets, config: TargetConfig, *, vocabulary_size: int | None = None
+    ) -> tuple[Arrays, dict[str, float]]:
+        stored, quality = exact(raw, config, vocabulary_size=vocabulary_size)
         return stored | {"gold_logprob": stored["gold_logprob"] * np.float16(1.01)}, quality
 
     codecs.encode = encode

@@ -15,7 +15,6 @@ import numpy as np
 from kd.cache_builder.opening import open_cache
 from kd.cache_builder.store.readers.example_lengths import ExampleLengths, ListedLengths
 from kd.cache_builder.store.readers.reading import Reader
-from kd.cache_builder.store.targets import band_edges
 from kd.models.model_config import is_encoder_decoder, load_config, load_request_tokenizer
 from kd.models.model_request import ModelRequest
 from kd.models.tokenizer import Tokenizer
@@ -197,12 +196,12 @@ def _reading(config: TrainConfig, reader: Reader, model_config: Any, tokenizer: 
 def rank_edges(reader: Reader) -> tuple[int, ...]:
     """Ranks between the cache's bands; none where it has none.
 
-    Of a teacher that gave log-probabilities alone, everything beyond the top-k is one band.
+    Of a teacher that gave log-probabilities alone, everything beyond the kept tokens is one band.
     """
     config, size = reader.config, reader.manifest.vocabulary_size
-    if reader.manifest.logprobs_only and config.top_k < size:
-        return config.top_k, size
-    return tuple(band_edges(config.top_k, size, config.tail_bands)) if config.tail_bands else ()
+    if reader.manifest.logprobs_only and config.shortest < size:
+        return config.shortest, size
+    return tuple(config.edges(size))
 
 
 def keep_template(tokenizer: Tokenizer, reader: Reader, collator: Collator) -> None:

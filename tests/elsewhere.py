@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,9 @@ def here(value: Any, device: torch.device) -> None:
         assert tensor is None or tensor.device == device, f"{field.name} is on {tensor.device}"
 
 
-def selection(profile: str) -> Callable[[torch.device], None]:
+def selection(profile: str, **settings: Any) -> Callable[[torch.device], None]:
     def case(device: torch.device) -> None:
-        config = TargetConfig.of_profile(profile)
+        config = TargetConfig.of_profile(profile, **settings)
         logits, gold = torch.randn(N, V + 10, device=device), torch.zeros(N, dtype=torch.int64, device=device)
         uniforms = torch.rand(N, config.samples, dtype=torch.float64, device=device) if config.samples else None
         here(Sparsifier(config, V, torch.arange(0, V, 3, device=device)).marked(logits, gold, uniforms), device)
@@ -89,7 +89,7 @@ def teacher_pass(shape: str) -> Callable[[torch.device], None]:
     return case
 
 
-def training(objective: Objective, groups_of: int) -> Callable[[torch.device], None]:
+def training(objective: Objective, groups_of: int, *, uneven: bool = False) -> Callable[[torch.device], None]:
     def case(device: torch.device) -> None:
         def number(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.ones(shape, dtype=dtype, device=device)
@@ -110,7 +110,13 @@ def training(objective: Objective, groups_of: int) -> Callable[[torch.device], N
             integer(count, K),
         )
         first = np.arange(0, N, groups_of)
-        vars(groups)["bounds"] = np.stack([first, first + groups_of])  # of a real batch asked for once a step
+        host = [first, first + groups_of]
+        if uneven:  # as many entries, one row after another
+            groups = replace(
+                groups, logprobs=number(count * K), student_ids=integer(count * K), kept=K * integer(count)
+            )
+            host.append(np.full(count, K))
+        vars(groups)["on_host"] = np.stack(host)  # of a real batch asked for once a step
         targets = LossTargets(
             gold,
             integer(N, K),
@@ -121,6 +127,10 @@ def training(objective: Objective, groups_of: int) -> Callable[[torch.device], N
             groups if objective.groups else None,
             number(),
         )
+        if uneven and not objective.groups:
+            flat = integer(N * K)
+            targets = LossTargets(gold, flat, number(N * K), number(N), kd_scale=number(), kept=K * integer(N))
+            vars(targets)["offsets"] = np.arange(N + 1) * K
         if LOSSES[objective.loss].text:
             many = LossTargets(
                 gold,
@@ -168,6 +178,7 @@ CASES |= {
     "must fail: a shape": counted,
 }
 CASES |= {f"selection {profile}": selection(profile) for profile in PROFILES}
+CASES["selection by position, with bands"] = selection("adaptive", certain_below=1.0, tail_bands=4)
 CASES |= {f"teacher pass {shape}": teacher_pass(shape) for shape in ("demo-student", "demo-t5-student")}
 for loss, kind in LOSSES.items():
     for tail in kind.variants:
@@ -178,6 +189,8 @@ for loss, kind in LOSSES.items():
                     objective = Objective(loss, tail, 0.0 if loss == "ce" else 0.6, temperature, settings=settings)
                     name = f"training {loss} {tail} {ranking} T={temperature:g} groups of {groups_of}"
                     CASES[name] = training(objective, groups_of)
+                    if kind.needs and not kind.text and tail != "sampled":
+                        CASES[f"{name}, rows that differ in length"] = training(objective, groups_of, uneven=True)
 
 
 def main() -> None:

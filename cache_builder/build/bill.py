@@ -51,6 +51,7 @@ def bill_of(settings: BillSettings) -> dict[str, Any]:
         logprob_codec=kept.logprob_codec,
         min_probability=kept.min_probability,
         min_k=kept.min_k,
+        certain_below=kept.certain_below,
     ).normalised()
     arrays = array_specs(config, settings.vocabulary, FORMAT_VERSION)
     raw = sum(array.row_bytes for array in arrays)

@@ -135,12 +135,15 @@ class TargetSettings:
     """Tokens kept per row, the most probable first; with the profile adaptive, the most that a row keeps."""
     min_probability: float | None = setting(None, shown="the profile's own number")
     """Least probability of a kept token (profile adaptive). Rows where the teacher is sure are then short."""
-    min_k: int | None = setting(None, shown="1")
-    """Tokens that every row keeps, however improbable (profile adaptive)."""
+    min_k: int | None = setting(None, shown="1; 2 with --certain-below")
+    """Tokens that every row keeps, however improbable (profile adaptive). Certain rows are an exception."""
+    certain_below: float | None = setting(None, metavar="NATS", shown="no row is certain")
+    """Entropy in nats below which a row is certain: it keeps its most probable token alone, and the tail (profile adaptive). 0.1,
+    say. The teacher alone decides, so any student can use the cache."""
     samples: int | None = setting(None, shown="the profile's own number")
     """Draws from the distribution kept per row (profiles sampled and full)."""
     tail_bands: int | None = setting(None, shown="the profile's own number")
-    """Rank bands beyond the top-k whose probability is kept (profiles uld and full)."""
+    """Rank bands beyond the kept tokens whose probability is kept (profiles uld and full; adaptive where it is given)."""
     temperatures: tuple[float, ...] | None = setting(None, shown="1,2,4; 1 for a served teacher")
     """Temperatures whose exact normaliser is stored, separated by commas; 1 must be among them."""
     band_temperatures: tuple[float, ...] | None = setting(None, shown="1")

@@ -361,7 +361,7 @@ def served_pass_of(plan: BuildPlan) -> ServedPass:
     engine = plan.request.model  # it may have written the answers
     if engine is None:
         engine = source.engine(config.top_k, plan.manifest.vocabulary_size, longest=plan.text.longest)
-    served = ServedPass(engine, config)
+    served = ServedPass(engine, config, plan.manifest.vocabulary_size)
     done = sorted(commits.committed(plan.request.out, len(plan.manifest.shards)))
     if done and plan.manifest.weights_unknown and plan.request.url is not None:
         raise DataError(

@@ -19,6 +19,7 @@ from kd.cache_builder.teacher.fidelity import (
     error_of_draws,
     error_of_first,
     largest_probability,
+    lengths_kept,
     sizes_up_to,
     smallest_k,
 )
@@ -129,6 +130,7 @@ def fidelity(plan: BuildPlan, error: float, rows: int) -> dict[str, Any]:
         "adaptive": None
         if adaptive is None
         else dict(zip(("min_probability", "tokens", "error"), adaptive, strict=True)),
+        "as_set": _as_set(plan, pilot),
         "errors_by_top_k": {
             size: error_of_first(pilot, torch.full((len(pilot.ids),), size)) for size in sizes_up_to(pilot.ids.shape[1])
         },
@@ -140,7 +142,30 @@ def fidelity(plan: BuildPlan, error: float, rows: int) -> dict[str, Any]:
     }
 
 
-PLAIN: dict[str, Any] = {"profile": "kl", "samples": 0, "tail_bands": 0, "min_probability": 0.0, "min_k": 1}
+def _as_set(plan: BuildPlan, pilot: Pilot) -> dict[str, Any] | None:
+    """What rows that differ in length would keep under the settings of the plan; None where all rows keep as many tokens."""
+    config = plan.manifest.targets
+    if not config.ragged:
+        return None
+    kept = lengths_kept(pilot, config)
+    mean = float(kept.double().mean())
+    unused = sum(np.dtype(a.dtype).itemsize * (config.top_k - mean) for a in plan.manifest.arrays if a.ragged)
+    return {
+        "tokens": mean,
+        "rows_of_one_token": float((kept == 1).double().mean()),
+        "error": error_of_first(pilot, kept),
+        "bytes_before_compression": round(plan.raw_bytes_per_token - unused),
+    }
+
+
+PLAIN: dict[str, Any] = {
+    "profile": "kl",
+    "samples": 0,
+    "tail_bands": 0,
+    "min_probability": 0.0,
+    "min_k": 1,
+    "certain_below": 0.0,
+}
 """The parts of a top-k cache besides its k."""
 
 

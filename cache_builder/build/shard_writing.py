@@ -89,7 +89,7 @@ def write_shard(
 ) -> bool:
     """Encode and commit one shard, as `commit_shard`; adds the time it took to `seconds`."""
     started = time.perf_counter()
-    stored, quality = codecs.encode(raw, plan.manifest.targets)
+    stored, quality = codecs.encode(raw, plan.manifest.targets, vocabulary_size=plan.manifest.vocabulary_size)
     seconds["encode"] += time.perf_counter() - started
     return commit_shard(writer, index, rows, stored, quality, plan, seconds, claims)
 

@@ -124,6 +124,6 @@ def _write(plan: ImportPlan, writer: ShardWriter, index: int, sequences: Sequenc
     checked = [sorted_rows(one, plan.manifest.vocabulary_size, plan.settings.tail) for one in sequences]
     gold = np.concatenate([row.target_ids for row in rows]).astype(np.int64)
     ends = np.concatenate([row.byte_end for row in rows])
-    raw = raw_targets([one.first(config.top_k) for one in checked], gold, ends, config)
+    raw = raw_targets([one.first(config.top_k) for one in checked], gold, ends, config, plan.manifest.vocabulary_size)
     stored, quality = codecs.encode(raw, config)
     writer.write(index, stored, example_rows(rows), quality)

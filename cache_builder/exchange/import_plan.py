@@ -171,11 +171,15 @@ def _targets(settings: ImportSettings, survey: Survey, size: int) -> TargetConfi
         logprob_codec=settings.logprob_codec,
         min_probability=settings.min_probability,
         min_k=settings.min_k,
+        certain_below=settings.certain_below,
         temperatures=(1.0,),
     ).normalised()
     if adaptive and config.min_k > survey.shortest:
         raise DataError(
-            "the source lists fewer tokens in a row", found=f"--min-k {config.min_k}", expected=survey.shortest
+            "the source lists fewer tokens in a row",
+            found=f"--min-k {config.min_k}",
+            expected=survey.shortest,
+            try_=f"--min-k {survey.shortest}",
         )
     refuse_beyond_logprobs(config, settings.out)
     config.check_vocabulary(size)

@@ -38,8 +38,11 @@ class ImportSettings:
     """Tokens kept per row, the most probable first. The probability of the others goes into the tail."""
     min_probability: float | None = setting(None, shown="the profile's own number")
     """Least probability of a kept token (profile adaptive)."""
-    min_k: int | None = setting(None, shown="1")
-    """Tokens that every row keeps, however improbable (profile adaptive)."""
+    min_k: int | None = setting(None, shown="1; 2 with --certain-below")
+    """Tokens that every row keeps, however improbable (profile adaptive). Certain rows are an exception."""
+    certain_below: float | None = setting(None, metavar="NATS", shown="no row is certain")
+    """Entropy in nats below which a row is certain: it keeps its most probable token alone, and the tail (profile adaptive). The
+    source tells only how large the entropy can be at most, which decides."""
     logprob_codec: str | None = setting(None, choices=CODEC_NAMES, shown="the profile's own codec")
     """Encoding of the log-probabilities, as for kd cache build."""
     shard_rows: int | None = setting(None, minimum=1, shown="32768")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.row_figures import most_entropy
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
 
 SLACK = 1e-3
@@ -108,9 +109,15 @@ def refuse_no_distribution(
 
 
 def raw_targets(
-    rows: Sequence[TokenLogprobs], gold_ids: np.ndarray, byte_end: np.ndarray, config: TargetConfig
+    rows: Sequence[TokenLogprobs],
+    gold_ids: np.ndarray,
+    byte_end: np.ndarray,
+    config: TargetConfig,
+    vocabulary_size: int,
 ) -> RawTargets:
     """The rows of several sequences, one after another, as the encoder takes them: temperature 1 alone.
+
+    Of the entropy of a row only a bound is known: the most that it can be decides whether the row is certain.
 
     Relative to the most probable token, the log-normaliser at temperature 1 is minus that token's log-probability.
     """
@@ -125,4 +132,5 @@ def raw_targets(
         byte_end=byte_end,
         token_ids=ids,
         relative=(logprobs - top).astype(np.float32),
+        entropy=most_entropy(logprobs, vocabulary_size) if config.certain_below else None,
     )

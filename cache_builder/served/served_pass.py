@@ -16,8 +16,8 @@ from kd.data.tokenizing.token_rows import TokenRows
 class ServedPass:
     """Scores shards through an engine."""
 
-    def __init__(self, engine: LogprobEngine, config: TargetConfig) -> None:
-        self.engine, self.config = engine, config
+    def __init__(self, engine: LogprobEngine, config: TargetConfig, vocabulary_size: int) -> None:
+        self.engine, self.config, self.vocabulary_size = engine, config, vocabulary_size
         self.seconds = {"forward": 0.0, "head": 0.0, "select": 0.0}
         """Time spent waiting for the engine, under the names of the other pass."""
         self.padding_share: float | None = None
@@ -43,7 +43,8 @@ class ServedPass:
         self.seconds["forward"] += time.perf_counter() - began
         gold = np.concatenate([row.target_ids for row in rows]).astype(np.int64)
         ends = np.concatenate([row.byte_end for row in rows])
-        yield done, raw_targets([one for one in scored_rows if one is not None], gold, ends, self.config)
+        answered = [one for one in scored_rows if one is not None]
+        yield done, raw_targets(answered, gold, ends, self.config, self.vocabulary_size)
 
 
 def scored_sequence(row: TokenRows) -> ScoredSequence:

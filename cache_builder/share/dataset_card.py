@@ -142,7 +142,11 @@ def _top_k(summary: dict[str, Any]) -> str:
     if not summary["min_probability"]:
         return str(summary["top_k"])
     mean = _figure(summary["tokens_kept_mean"])
-    return f"tokens of at least {summary['min_probability']:g}, at most {summary['top_k']}; {mean} per row on average"
+    said = f"tokens of at least {summary['min_probability']:g}, at most {summary['top_k']}; {mean} per row on average"
+    if summary["certain_below"]:
+        share = "" if summary["rows_of_one_token"] is None else f": {summary['rows_of_one_token']:.1%} of them"
+        said += f"; one token of rows with an entropy below {summary['certain_below']:g} nats{share}"
+    return said
 
 
 def _figure(value: float | None) -> str:

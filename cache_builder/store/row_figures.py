@@ -36,6 +36,17 @@ def entropy_bounds(targets: SoftTargets, vocabulary_size: int) -> tuple[np.ndarr
     return least, np.where(some, np.maximum(most, least), head)  # rounding of p_k may put the one above the other
 
 
+def most_entropy(logprobs: np.ndarray, vocabulary_size: int) -> np.ndarray:
+    """`[N]` float64: the most that the entropy of rows can be, of which the K most probable tokens are known, `[N, K]` nats.
+
+    As if nothing were known of the tail's ids: what the kept tokens leave of 1 is spread evenly over the vocabulary.
+    """
+    p = np.exp(logprobs.astype(np.float64))
+    tail = np.maximum(1.0 - p.sum(axis=1), 0.0)
+    head = -(p * logprobs).sum(axis=1)
+    return np.asarray(head - tail * np.log(np.where(tail > 0, tail, 1.0) / vocabulary_size))
+
+
 def _kept_part(targets: SoftTargets) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each row: the kept tokens' part of the entropy, the log-probability of the least probable of them, and their number."""
     if targets.logprobs is None:

@@ -41,6 +41,9 @@ class TargetConfig:
     tokens that have it, at least `min_k` and at most `top_k`."""
     min_k: int = 1
     """Tokens that every row keeps, however improbable; 1 where all rows keep `top_k`."""
+    certain_below: float = 0.0
+    """Entropy in nats, at temperature 1, below which a row is certain and keeps its most probable token alone; 0 where no row is
+    treated so. With a `min_k` of 2 or more, the rows of one token are the certain ones."""
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -90,6 +93,7 @@ class TargetConfig:
                 found=f"--profile {self.profile} --min-probability {self.min_probability:g}",
                 try_="--profile adaptive, with a probability above 0",
             )
+        self._check_certainty()
         if not self.ragged and self.min_k != 1:
             raise DataError(
                 "a least number of kept tokens belongs to the profile adaptive",
@@ -106,11 +110,21 @@ class TargetConfig:
             raise DataError(
                 "linear8 needs rows of one length", found="--profile adaptive --logprob-codec linear8", try_="graded"
             )
-        if self.ragged and self.tail_bands:
+
+    def _check_certainty(self) -> None:
+        """Raise DataError where rows that keep one token because they are certain contradict the other settings."""
+        if not 0.0 <= self.certain_below < math.inf:
             raise DataError(
-                "rank bands begin at one rank in all rows",
-                found=f"--profile adaptive --tail-bands {self.tail_bands}",
-                try_="--profile full or uld",
+                "the entropy of a certain row is not usable",
+                found=f"--certain-below {self.certain_below:g}",
+                expected="nats, from 0",
+                try_="--certain-below 0.1",
+            )
+        if self.certain_below and not self.ragged:
+            raise DataError(
+                "rows of one token belong to the profile adaptive",
+                found=f"--profile {self.profile} --certain-below {self.certain_below:g}",
+                try_="--profile adaptive; with --min-k and --top-k of one number, all other rows keep so many tokens",
             )
 
     @property
@@ -119,19 +133,39 @@ class TargetConfig:
         return self.min_probability > 0.0
 
     @property
+    def shortest(self) -> int:
+        """Tokens that the shortest possible row keeps: the rank at which rank bands begin."""
+        if not self.ragged:
+            return self.top_k
+        return 1 if self.certain_below else self.min_k
+
+    def edges(self, vocabulary_size: int) -> list[int]:
+        """Ranks between the rank bands, see `band_edges`; the same for all rows. Empty where there are no bands."""
+        return band_edges(self.shortest, vocabulary_size, self.tail_bands) if self.tail_bands else []
+
+    @property
     def identity(self) -> dict[str, Any]:
         """These settings as a cache's identity holds them: those that came with version 3 are named where they count."""
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         if not self.ragged:
             del values["min_probability"], values["min_k"]
+        if not self.certain_below:
+            del values["certain_below"]
         return values
 
-    def lengths(self, probabilities: np.ndarray) -> np.ndarray:
-        """`[N]` how many tokens each row keeps, from the `[N, K]` probabilities of the most probable ones, descending."""
+    def lengths(self, probabilities: np.ndarray, entropy: np.ndarray | None = None) -> np.ndarray:
+        """`[N]` how many tokens each row keeps, from the `[N, K]` probabilities of the most probable ones, descending.
+
+        entropy   `[N]` of each row in nats, or no less than it; only certain rows need it
+        """
         if not self.ragged:
             return np.full(len(probabilities), probabilities.shape[1], dtype=np.int64)
         probable = (probabilities >= self.min_probability).sum(axis=1)
-        return np.asarray(np.maximum(probable, min(self.min_k, probabilities.shape[1])), dtype=np.int64)
+        kept = np.asarray(np.maximum(probable, min(self.min_k, probabilities.shape[1])), dtype=np.int64)
+        if not self.certain_below:
+            return kept
+        assert entropy is not None
+        return np.where(entropy < self.certain_below, 1, kept)
 
     @classmethod
     def of_profile(
@@ -144,6 +178,7 @@ class TargetConfig:
         logprob_codec: str | None = None,
         min_probability: float | None = None,
         min_k: int | None = None,
+        certain_below: float | None = None,
         **rest: object,
     ) -> TargetConfig:
         """The settings of a profile, with the values given in place of its own. Raises DataError."""
@@ -163,7 +198,8 @@ class TargetConfig:
             tail_bands=kept.tail_bands if tail_bands is None else tail_bands,
             logprob_codec=logprob_codec or kept.logprob_codec,
             min_probability=kept.min_probability if min_probability is None else min_probability,
-            min_k=1 if min_k is None else min_k,
+            min_k=(2 if certain_below and top_k != 1 else 1) if min_k is None else min_k,
+            certain_below=certain_below or 0.0,
             **rest,  # type: ignore[arg-type]
         )
 
@@ -219,7 +255,9 @@ class RawTargets:
     relative: np.ndarray | None = None
     """[n, K] float32 logits minus the top logit, descending, first 0"""
     tail_bands: np.ndarray | None = None
-    """[n, bands * band temperatures] float32 log-mass"""
+    """[n, bands * band temperatures] float32 log-mass; of ranks beyond the K tokens here alone, where rows differ in length"""
+    entropy: np.ndarray | None = None
+    """[n] float32 nats at temperature 1, or no less than that; needed where certain rows keep one token"""
     sample_ids: np.ndarray | None = None
     """[n, R] int64 unique drawn ids, most drawn first; unused slots 0"""
     sample_counts: np.ndarray | None = None

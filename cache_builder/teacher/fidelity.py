@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd.cache_builder.store.targets import TargetConfig
+
 CERTAIN = 0.95
 """Probability above which a token is called certain."""
 
@@ -44,9 +46,15 @@ class Pilot:
         return (mean / len(self.ids))[self.ids]
 
     @property
+    def entropies(self) -> Tensor:
+        """`[n]` float64 entropy of each row in nats."""
+        nats: Tensor = torch.special.entr(self.probabilities).sum(dim=1)
+        return nats
+
+    @property
     def entropy(self) -> float:
         """Mean entropy of a row in nats."""
-        return float(torch.special.entr(self.probabilities).sum(dim=1).mean())
+        return float(self.entropies.mean())
 
     @property
     def certain(self) -> float:
@@ -67,6 +75,12 @@ def error_of_first(pilot: Pilot, kept: Tensor) -> float:
     mass, total = tail_p.sum(dim=1, keepdim=True), tail_q.sum(dim=1, keepdim=True)
     spread = torch.where(total > 0, mass * tail_q / total.clamp(min=1e-300), tail_q)
     return float((tail_p - spread).norm() / (q - p).norm())
+
+
+def lengths_kept(pilot: Pilot, config: TargetConfig) -> Tensor:
+    """`[n]` int64: tokens that each row keeps under these settings."""
+    most = pilot.probabilities[:, : config.top_k].numpy()
+    return torch.from_numpy(config.lengths(most, pilot.entropies.numpy()))
 
 
 def error_of_draws(pilot: Pilot, draws: int) -> float:

@@ -45,6 +45,29 @@ def log_normalisers(shifted: torch.Tensor, temperatures: Sequence[float], powers
     return torch.stack([columns[t] for t in temperatures], dim=1)
 
 
+def entropies(shifted: torch.Tensor, log_z: torch.Tensor, bound: float) -> torch.Tensor:
+    """`[n]` float32: entropy in nats at temperature 1 of rows of logits with maximum 0, `shifted [n, V]`.
+
+    It is log z - Σ p x, and no less than log z, which is the surprise of the most probable token. On a CPU rows for which that
+    already exceeds `bound` get log z itself: where the teacher is not certain, nothing else is computed.
+
+    log_z   [n]   log-normaliser of each row at temperature 1
+    """
+    if shifted.device.type != "cpu":
+        p = torch.exp(shifted)
+        return log_z - (p * shifted.clamp(min=LOWEST)).sum(dim=1) / p.sum(dim=1)
+    nats = log_z.clone()
+    for row in (log_z < bound).nonzero().squeeze(1).tolist():
+        x = shifted[row].numpy()
+        p = np.exp(x)
+        nats[row] -= float(np.sum(p * np.maximum(x, np.float32(LOWEST)))) / float(np.sum(p))
+    return nats
+
+
+LOWEST = -200.0
+"""A logit below the top one whose probability is 0 in float32; lower ones, infinity too, count as it."""
+
+
 def subtract(logits: torch.Tensor, top: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Write `logits [n, V] - top [n, 1]` into `out`, and return it."""
     if logits.device.type != "cpu":

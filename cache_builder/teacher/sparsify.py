@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from kd.cache_builder.store.encoding.rank_bands import LOG_MASS_FLOOR
 from kd.cache_builder.store.profiles import PROFILES
-from kd.cache_builder.store.targets import TargetConfig, band_edges
-from kd.cache_builder.teacher.normalisers import log_normalisers, padded_width, subtract
+from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.teacher.normalisers import entropies, log_normalisers, padded_width, subtract
 from kd.cache_builder.teacher.selection import Uniforms, count_larger, draw
 from kd.models.top_k import marks_for, top_k_at_once, top_k_by_threshold, top_k_by_topk
 
-LOG_MASS_FLOOR = -60.0
-"""Log-mass of an empty rank band: e^-60 is below anything float32 can sum."""
 BLOCK_BYTES = 5 * 2**20
 """Bytes of logits in a block on a CPU. Larger blocks leave the caches between passes; in smaller ones the calls cost too much,
 and several threads wait for the interpreter's lock between them (benchmarks/chunks.py)."""
@@ -39,6 +38,7 @@ class Chunk:
     token_ids: torch.Tensor | None = None
     relative: torch.Tensor | None = None
     tail_bands: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
     sample_ids: torch.Tensor | None = None
     sample_counts: torch.Tensor | None = None
     boundary_logprob: torch.Tensor | None = None
@@ -82,11 +82,12 @@ class Sparsifier:
         """`block_rows`: rows of a block; None = what stays in a CPU's cache, and whole chunks on other devices."""
         config.check_vocabulary(vocabulary_size)
         self.config = config
-        self.edges = band_edges(config.top_k, vocabulary_size, config.tail_bands) if config.tail_bands else []
+        # a row's bands begin beyond the tokens that it hands on, however many of these it will keep
+        self.edges = [max(edge, config.top_k) for edge in config.edges(vocabulary_size)]
         self.vocabulary_size = vocabulary_size
         self.boundary_ids = boundary_ids
         self.block_rows = block_rows
-        later = bool(self.edges or config.samples or PROFILES[config.profile].boundary)
+        later = bool(self.edges or config.samples or config.certain_below or PROFILES[config.profile].boundary)
         doubling = all(high == 2 * low for low, high in pairwise(config.temperatures))
         self._in_place = doubling and not later  # the logits are not needed again once their powers replace them
         self._scratches: list[Scratch] = []
@@ -197,6 +198,7 @@ class Sparsifier:
         elif bool(bad.any()):
             raise NonFiniteRow(int(bad.nonzero()[0]))
         bands = self._bands(shifted, log_z) if self.edges else None
+        entropy = entropies(shifted, one, config.certain_below) if config.certain_below else None
         sample_ids = counts = None
         if config.samples:
             assert uniforms is not None
@@ -212,6 +214,7 @@ class Sparsifier:
             token_ids=ids if PROFILES[config.profile].ids else None,
             relative=relative,
             tail_bands=bands,
+            entropy=entropy,
             sample_ids=sample_ids,
             sample_counts=counts,
             boundary_logprob=boundary,

@@ -1,7 +1,8 @@
 """Convert stored rows to other settings: fewer tokens, another codec, another profile. No teacher is needed.
 
 For fewer tokens or another codec, the rows are decoded and encoded again: the mass of dropped tokens goes into the tail, at
-every temperature. Rows of one length can become rows that differ in length, but not the other way.
+every temperature. Rows of one length can become rows that differ in length, but not the other way. Rank bands of rows that differ
+in length begin at the same ranks in the slice, and receive what is cut.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import numpy as np
 from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN
+from kd.cache_builder.store.encoding.rank_bands import with_cut_tokens
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.ragged import KEPT, columns_of_entries, entry_sums
+from kd.cache_builder.store.row_figures import entropy_bounds
+from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import TargetConfig
 
 
-def converted(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:
+def converted(stored: Arrays, old: TargetConfig, new: TargetConfig, vocabulary_size: int) -> Arrays:
     """Stored rows under the settings `new`, which keep no more than `old`. Equal settings return the same arrays."""
     if old == new and ("log_z" in stored) == (not new.top_k):
         return stored
@@ -32,7 +36,7 @@ def converted(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:
     if not new.top_k:
         return kept | {"log_z": codecs.decode(stored, old).log_z}
     if new.ragged:
-        return kept | _shorter_rows(stored, old, new)
+        return kept | _shorter_rows(stored, old, new, vocabulary_size)
     if PROFILES[new.profile].ids:
         kept["token_ids"] = stored["token_ids"][:, : new.top_k]
     relative = CODECS[old.logprob_codec].decode(stored)
@@ -52,16 +56,12 @@ def converted(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:
     return kept | head | {"tail_odds": odds.astype(codec.tail)}
 
 
-def _shorter_rows(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Arrays:
+def _shorter_rows(stored: Arrays, old: TargetConfig, new: TargetConfig, vocabulary_size: int) -> Arrays:
     """The head of rows that differ in length afterwards, and may have done so before."""
     have = stored[KEPT].astype(np.int64) if old.ragged else np.full(len(stored["gold_ids"]), old.top_k)
     targets = codecs.decode(stored, old)
     relative = CODECS[old.logprob_codec].decode(stored).reshape(-1)
-    want = have
-    if (new.min_probability, new.min_k) != (old.min_probability, old.min_k):  # else rounding would move tokens out
-        probable = np.exp(targets.logprobs_at(1.0)).reshape(-1) >= new.min_probability
-        want = np.maximum(entry_sums(probable.astype(np.int64), have), np.minimum(new.min_k, have))
-    want = np.minimum(want, new.top_k)
+    want = _wanted_lengths(targets, have, old, new, vocabulary_size)
     chosen = columns_of_entries(have) < np.repeat(want, have)
     codec = CODECS[new.logprob_codec]
     before = relative.astype(np.float64)
@@ -81,7 +81,50 @@ def _shorter_rows(stored: Arrays, old: TargetConfig, new: TargetConfig) -> Array
         with np.errstate(divide="ignore"):
             odds[:, t] = np.maximum(np.log(tail / entry_sums(np.exp(after / temperature), want)), FLOAT16_MIN)
     ids = stored["token_ids"].reshape(-1)[chosen]
-    return {KEPT: want, "token_ids": ids, "logprobs": head, "tail_odds": odds.astype(codec.tail)}
+    rows = {KEPT: want, "token_ids": ids, "logprobs": head, "tail_odds": odds.astype(codec.tail)}
+    if new.tail_bands:
+        rows["tail_bands"] = _wider_bands(stored["tail_bands"], targets, have, chosen, new, vocabulary_size)
+    return rows
+
+
+def _wanted_lengths(
+    targets: SoftTargets, have: np.ndarray, old: TargetConfig, new: TargetConfig, vocabulary_size: int
+) -> np.ndarray:
+    """`[N]` tokens that rows which hold `have` of them keep in the slice.
+
+    Thresholds that the cache has been built with are not applied again: decoded values lie on both sides of those of the teacher.
+    Of the entropy only a bound is known. A row is certain where the most that it can be is below the bound.
+    """
+    want = have
+    if (new.min_probability, new.min_k) != (old.min_probability, old.min_k):
+        probable = np.exp(targets.logprobs_at(1.0)).reshape(-1) >= new.min_probability
+        want = np.maximum(entry_sums(probable.astype(np.int64), have), np.minimum(new.min_k, have))
+    if new.certain_below != old.certain_below:
+        _, most = entropy_bounds(targets, vocabulary_size)
+        want = np.where(most < new.certain_below, 1, want)
+    return np.asarray(np.minimum(want, new.top_k))
+
+
+def _wider_bands(
+    bands: np.ndarray,
+    targets: SoftTargets,
+    have: np.ndarray,
+    chosen: np.ndarray,
+    new: TargetConfig,
+    vocabulary_size: int,
+) -> np.ndarray:
+    """`[N, band temperatures * bands]` bands of rows that lose the tokens which are not `chosen [E]`."""
+    rows, ranks = np.repeat(np.arange(len(have)), have)[~chosen], columns_of_entries(have)[~chosen]
+    parts = np.split(bands, len(new.band_temperatures), axis=1)
+    return np.concatenate(
+        [
+            with_cut_tokens(
+                part, new.edges(vocabulary_size), rows, ranks, targets.logprobs_at(temperature).reshape(-1)[~chosen]
+            )
+            for part, temperature in zip(parts, new.band_temperatures, strict=True)
+        ],
+        axis=1,
+    )
 
 
 def measured(stored: Arrays, config: TargetConfig) -> dict[str, float]:
@@ -95,5 +138,5 @@ def measured(stored: Arrays, config: TargetConfig) -> dict[str, float]:
     if config.top_k:
         quality["mass_kept"] = float(np.exp(targets.logprobs_at(1.0)).sum())
     if targets.kept is not None:
-        quality["tokens_kept"] = float(targets.kept.sum())
+        quality |= codecs.lengths_measured(targets.kept, config)
     return quality

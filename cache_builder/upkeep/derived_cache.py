@@ -191,7 +191,9 @@ def _taken(reader: CacheReader, piece: Piece, config: TargetConfig) -> Shard:
     table = {name: column[piece.first : piece.stop] for name, column in shard.examples.items()}
     rows = slice(table["row_start"][0], table["row_end"][-1])
     arrays = {name: shard.part(name, rows) for name in shard.arrays}
-    return replace(shard, arrays=converted(arrays, reader.config, config), examples=table)
+    return replace(
+        shard, arrays=converted(arrays, reader.config, config, reader.manifest.vocabulary_size), examples=table
+    )
 
 
 def _write(

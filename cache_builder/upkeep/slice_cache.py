@@ -34,6 +34,10 @@ class SliceOptions(TypedDict, total=False):
     """See `TargetConfig`, for the profile adaptive; None takes that of a new profile."""
     min_k: int | None
     """The same."""
+    tail_bands: int | None
+    """0 leaves the rank bands out; None keeps them where the profile does."""
+    certain_below: float | None
+    """The same; a row is certain where the most that its entropy can be, by what the cache holds, is below this."""
     examples: tuple[int, int] | None
     """First example and one past the last."""
 
@@ -58,6 +62,8 @@ def planned_slice(cache: Path | CacheFiles, **options: Unpack[SliceOptions]) -> 
         logprob_codec=options.get("logprob_codec"),
         min_probability=options.get("min_probability"),
         min_k=options.get("min_k"),
+        certain_below=options.get("certain_below"),
+        tail_bands=options.get("tail_bands"),
     )
     first, stop = options.get("examples") or (0, len(reader))
     if not 0 <= first < stop <= len(reader):
@@ -66,7 +72,7 @@ def planned_slice(cache: Path | CacheFiles, **options: Unpack[SliceOptions]) -> 
         raise DataError(
             "this slice would be the whole cache",
             cache=reader.root,
-            try_="--top-k, --profile, --logprob-codec or --examples",
+            try_="--top-k, --profile, --logprob-codec, --certain-below or --examples",
         )
     identity = reader.manifest.identity | {
         "targets": config.identity,
@@ -83,6 +89,8 @@ def sliced_config(
     logprob_codec: str | None,
     min_probability: float | None = None,
     min_k: int | None = None,
+    certain_below: float | None = None,
+    tail_bands: int | None = None,
 ) -> TargetConfig:
     """The settings of a slice. Raises DataError for what the cache does not hold."""
     have = PROFILES[config.profile]
@@ -116,25 +124,55 @@ def sliced_config(
         raise DataError(
             "a slice holds no more tokens per row than the cache", found=f"--top-k {k}", expected=f"1..{config.top_k}"
         )
-    if want.tail_bands and k != config.top_k:
-        raise DataError(
-            "rank bands begin where the stored top-k ends",
-            found=f"--top-k {k}",
-            expected=config.top_k,
-            try_="--profile kl or compact, which keep no bands",
-        )
-    codec = logprob_codec or (config.logprob_codec if profile in (None, config.profile) else want.logprob_codec)
+    same = profile in (None, config.profile)
+    codec = logprob_codec or (config.logprob_codec if same else want.logprob_codec)
     least = _least_probability(config, want, min_probability)
-    return replace(
+    certain = _certain_below(config, want, certain_below)
+    new = replace(
         config,
         min_probability=least,
-        min_k=_least_kept(config, k if least else 1, min_k),
+        min_k=_least_kept(config, k if least else 1, min_k, certain=bool(certain)),
+        certain_below=certain,
         profile=profile or config.profile,
         top_k=k if want.top_k else 0,
         logprob_codec=codec,
-        tail_bands=config.tail_bands if want.tail_bands else 0,
+        tail_bands=_bands(config, tail_bands, kept=bool(want.tail_bands) or (bool(least) and same)),
         samples=config.samples if want.samples else 0,
     ).normalised()
+    if new.tail_bands and new.shortest != config.shortest:
+        raise DataError(
+            "rank bands begin where the shortest row ends",
+            found=f"a slice whose shortest row may keep {new.shortest}",
+            expected=config.shortest,
+            try_="--tail-bands 0, or --profile kl, compact or adaptive, which need no bands",
+        )
+    return new
+
+
+def _bands(config: TargetConfig, asked: int | None, *, kept: bool) -> int:
+    """Rank bands of a slice. Raises DataError for a number that the cache does not have."""
+    if asked not in (None, 0, config.tail_bands):
+        raise DataError(
+            "the bands of a cache are kept as they are, or left out",
+            found=f"--tail-bands {asked}",
+            expected=f"0 or {config.tail_bands}" if config.tail_bands else "0",
+        )
+    return (config.tail_bands if kept else 0) if asked is None else asked
+
+
+def _certain_below(config: TargetConfig, want: Profile, asked: float | None) -> float:
+    """Entropy of certain rows in a slice. Raises DataError where the cache keeps one token of more rows."""
+    if not want.min_probability:
+        return asked or 0.0
+    if asked is None:
+        return config.certain_below
+    if asked < config.certain_below:
+        raise DataError(
+            "certain rows of this cache hold one token",
+            found=f"--certain-below {asked:g}",
+            expected=f"at least {config.certain_below:g}",
+        )
+    return asked
 
 
 def _least_probability(config: TargetConfig, want: Profile, asked: float | None) -> float:
@@ -157,10 +195,10 @@ def _least_probability(config: TargetConfig, want: Profile, asked: float | None)
     return least
 
 
-def _least_kept(config: TargetConfig, top_k: int, asked: int | None) -> int:
-    """Tokens that every row of a slice keeps. Raises DataError where rows of the cache may hold fewer."""
+def _least_kept(config: TargetConfig, top_k: int, asked: int | None, *, certain: bool) -> int:
+    """Tokens that every row of a slice keeps, but the certain ones. Raises DataError where rows of the cache may hold fewer."""
     if asked is None:
-        return min(config.min_k, top_k)
+        return min(2 if certain and not config.ragged else config.min_k, top_k)
     if config.ragged and asked > config.min_k:
         raise DataError(
             "rows of this cache may hold fewer tokens",

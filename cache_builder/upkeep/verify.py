@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from kd.cache_builder.store.records.part import PARTIAL, load_part
 from kd.cache_builder.store.records.shard_record import ShardRecord
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.vocabulary import tokens_digest
+from kd.cache_builder.upkeep.promised_lengths import broken_lengths
 from kd.common.errors import CacheDamageError, CacheError, KdError
 from kd.common.progress import Progress
 from kd.common.strangers.plain_files import read_plain
@@ -231,9 +233,11 @@ def _narrowed(root: Path, name: str, record: ShardRecord, manifest: CacheManifes
 def _check_rows(manifest: CacheManifest, shard: shard_store.Shard, commit: str) -> Iterator[Finding]:
     start = shard.index * manifest.layout.shard_rows
     targets = codecs.decode(shard.arrays, manifest.targets)
-    for problem, array, bad in broken_promises(
-        targets, manifest.vocabulary_size, normalisers_stored="log_z" in shard.arrays
-    ):
+    broken = (
+        broken_promises(targets, manifest.vocabulary_size, normalisers_stored="log_z" in shard.arrays),
+        broken_lengths(targets, manifest.targets, manifest.vocabulary_size),
+    )
+    for problem, array, bad in chain(*broken):
         bad_rows = np.flatnonzero(bad)
         if len(bad_rows):
             yield Finding(commit, problem, shard.index, array, f"{start + bad_rows[0]}:{start + bad_rows[-1] + 1}")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd.cache_builder.store.ragged import columns_of_entries
 from kd.cache_builder.store.readers.reading import CachedBatch, CachedExample
 from kd.cache_builder.store.soft_targets import SoftTargets, concatenate
 from kd.models.batching.packing import Size, lay_out, pack_sequences
@@ -208,9 +209,9 @@ def _compared(pairs: Alignment, merge: str, student: StudentExample) -> Alignmen
 
 
 def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample, rows: np.ndarray) -> np.ndarray:
-    """`[G, K]` the student's ids of the teacher's kept pieces at `rows [G]`."""
+    """`[G, K]` the student's ids of the teacher's kept pieces at `rows [G]`; `[E]` where rows differ in length."""
     assert targets.token_ids is not None
-    kept = targets.token_ids[rows]
+    kept = _of_rows(targets, targets.token_ids, rows)
     ids: np.ndarray = pieces.ids[kept]
     if len(rows) and rows[0] == 0 and student.side.start == 0 and len(student.side.byte_end):
         first = pieces.at_start(
@@ -219,7 +220,8 @@ def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample
             int(student.target_ids[0]),
             int(student.side.byte_end[0]),
         )
-        ids[0] = first[kept[0]]
+        own = 0 if targets.kept is None else slice(0, targets.kept[0])
+        ids[own] = first[kept[own]]
     return ids
 
 
@@ -240,10 +242,20 @@ def teacher_groups(
         "chunk_logprob": (totals[1][stop] - totals[1][first]).astype(np.float32),
     }
     if "logprobs" in needs:
-        arrays["logprobs"] = targets.logprobs_at(temperature)[compared].astype(np.float32)
+        arrays["logprobs"] = _of_rows(targets, targets.logprobs_at(temperature), compared).astype(np.float32)
+        if targets.kept is not None:
+            arrays["kept"] = targets.kept[compared]
     if "bands" in needs:
         arrays["bands"] = _bands(targets, temperature)[compared]
     return arrays
+
+
+def _of_rows(targets: SoftTargets, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """One value for each kept token of some rows: `[G, K]`, or `[E]` where rows differ in length."""
+    if targets.kept is None:
+        return np.asarray(values[rows])
+    kept = targets.kept[rows]
+    return np.asarray(values[np.repeat(targets.offsets[rows], kept) + columns_of_entries(kept)])
 
 
 def _bands(targets: SoftTargets, temperature: float) -> np.ndarray:
@@ -268,7 +280,7 @@ ROW_FIELDS = (
     "range_stops",
     "places",
 )
-GROUP_FIELDS = ("first", "stop", "log_scale", "chunk_logprob", "weight", "logprobs", "bands", "student_ids")
+GROUP_FIELDS = ("first", "stop", "log_scale", "chunk_logprob", "weight", "logprobs", "bands", "student_ids", "kept")
 
 
 def loss_targets(batch: dict[str, Tensor]) -> LossTargets:

@@ -307,18 +307,18 @@ def _check_holdings(config: TargetConfig, loss: str, temperature: float, logprob
     """Raise DataError when an aligned loss needs what the cache's profile left out."""
     if not LOSSES[loss].any_tokenizer:
         return
-    # the tail is one band where all rows end at one rank
-    bands = bool(config.tail_bands) or (logprobs_only and not config.min_probability)
+    bands = bool(config.tail_bands) or logprobs_only  # whose tail is one band
     held = {"ids": _has_ids(config), "logprobs": bool(config.top_k), "bands": bands}
     missing = [need for need in LOSSES[loss].needs if not held[need]]
     if missing:
         bands_and_ids = {"ids", "bands"} <= {*LOSSES[loss].needs}
         serving = "full" if bands_and_ids else "kl or full" if "ids" in LOSSES[loss].needs else "uld or full"
+        serving = "adaptive --tail-bands 16" if config.ragged else serving
         raise DataError(
             f"this cache cannot serve --loss {loss}",
             found=f"profile {config.profile} without {', '.join(missing)}",
             expected=f"profile {serving}",
-            try_=f"{_other_losses(held)}kd cache build --profile {serving.partition(' ')[0]}",
+            try_=f"{_other_losses(held)}kd cache build --profile {serving.partition(' or ')[0]}",
         )
     if "bands" in LOSSES[loss].needs and temperature not in config.band_temperatures:
         raise DataError(

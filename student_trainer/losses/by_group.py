@@ -72,7 +72,8 @@ def uld(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Tensor
     q = (z - log_z.unsqueeze(1)).exp()
     if settings.ranking == "fast":
         return _binned_uld(z, q, further, groups, settings)
-    p = sorted_row(need(groups.logprobs), groups.bands, settings.edges).to(q.dtype)
+    groups = groups.wide()
+    p = sorted_row(need(groups.logprobs), groups.bands, settings.edges, groups.kept).to(q.dtype)
     p = p * groups.log_scale.exp().unsqueeze(1)
     return sorted_distance(p, q * further.exp().unsqueeze(1))
 
@@ -109,7 +110,8 @@ def uld_bins(z: Tensor, groups: GroupTargets, settings: GroupSettings) -> tuple[
     counts.scatter_add_(1, bins, torch.ones_like(z))
     ends = counts[:, :FAST_BINS].cumsum(dim=1).add_(head)
     ranks = torch.cat([ends, torch.arange(1, head + 1, device=z.device).expand_as(ids)], dim=1)
-    curve = cumulative_curve(need(groups.logprobs), groups.bands, settings.edges)
+    groups = groups.wide()
+    curve = cumulative_curve(need(groups.logprobs), groups.bands, settings.edges, groups.kept)
     first = mass_of_first(ranks, *curve)
     tail, top_mass = first[:, :FAST_BINS], first[:, FAST_BINS:]
     p = torch.cat([torch.cat([top_mass[:, -1:], tail], dim=1).diff(dim=1), F.pad(top_mass, (1, 0)).diff(dim=1)], dim=1)
@@ -129,6 +131,7 @@ def hybrid(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Ten
     TRL's GOLD (hybrid ULD), with pieces compared as bytes and the cut tail accounted for.
     """
     z, log_z, further = _student(logits, groups, settings)
+    groups = groups.wide()
     ids, log_p = need(groups.student_ids), need(groups.logprobs)
     shared = ids >= 0
     safe = ids.clamp(min=0)
@@ -143,9 +146,9 @@ def hybrid(logits: Tensor, groups: GroupTargets, settings: GroupSettings) -> Ten
     matched = generalised_jsd(
         torch.cat([matched_p, rest_p], dim=1), torch.cat([matched_q, rest_q], dim=1), settings.beta
     )
-    head = torch.where(shared, torch.full_like(log_p, -torch.inf), log_p)
-    tail = sorted_row(log_p, groups.bands, settings.edges)[:, log_p.shape[1] :]
-    others = torch.cat([head.exp(), tail], dim=1).to(q.dtype).sort(dim=1, descending=True).values
+    others = sorted_row(log_p, groups.bands, settings.edges, groups.kept).to(q.dtype)
+    head = torch.where(shared, 0.0, others[:, : shared.shape[1]])
+    others = torch.cat([head, others[:, shared.shape[1] :]], dim=1).sort(dim=1, descending=True).values
     unmatched = sorted_distance(others * scale_p.exp(), q * keep * scale_q.exp())
     return settings.overlap * matched + (1 - settings.overlap) * unmatched
 

@@ -146,7 +146,8 @@ def exact_uld(
     u: Tensor, q: Tensor, groups: GroupTargets, further: Tensor, weight: Tensor, settings: GroupSettings
 ) -> Compared:
     """Sum over ranks of |sorted teacher - sorted student|."""
-    p = sorted_row(need(groups.logprobs), groups.bands, settings.edges).to(q.dtype)
+    groups = groups.wide()
+    p = sorted_row(need(groups.logprobs), groups.bands, settings.edges, groups.kept).to(q.dtype)
     scale = further.exp()
     value, signs, slope = rank_signs(p * groups.log_scale.exp().unsqueeze(1).to(q.dtype), q, scale)
     return value, weight * slope, signs.mul_((weight * scale).unsqueeze(1)), weight * slope
@@ -170,6 +171,7 @@ def hybrid_comparison(
     u: Tensor, q: Tensor, groups: GroupTargets, further: Tensor, weight: Tensor, settings: GroupSettings
 ) -> Compared:
     """Generalised JSD on shared pieces and everything else, sorted L1 on the rest; see `hybrid`."""
+    groups = groups.wide()
     ids, log_p = need(groups.student_ids), need(groups.logprobs)
     shared, safe = ids >= 0, ids.clamp(min=0)
     a, b = groups.log_scale.exp().unsqueeze(1).to(q.dtype), further.exp().unsqueeze(1)
@@ -182,7 +184,7 @@ def hybrid_comparison(
         right = torch.cat([torch.where(shared, q.gather(1, safe), 0.0) * b, rest], dim=1).requires_grad_()
         matched = generalised_jsd(left, right, settings.beta)
         (slopes,) = torch.autograd.grad(matched.sum(), right)
-    others = _without(sorted_row(log_p, groups.bands, settings.edges), shared).to(q.dtype)
+    others = _without(sorted_row(log_p, groups.bands, settings.edges, groups.kept), shared).to(q.dtype)
     unmatched, direction, slope = rank_signs(others * a, kept, further.exp())
     one, other = settings.overlap * weight.unsqueeze(1), (1 - settings.overlap) * weight.unsqueeze(1)
     direction.mul_(other).add_(one * slopes[:, -1:]).mul_(keep).mul_(b)

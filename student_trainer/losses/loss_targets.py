@@ -17,8 +17,8 @@ from torch import Tensor
 
 Field = TypeVar("Field")
 
-ENTRIES = ("token_ids", "logprobs", "range_starts", "range_stops")
-"""Fields of `LossTargets` that hold entries of one row after another, where rows differ in length."""
+ENTRIES = ("token_ids", "logprobs", "student_ids", "range_starts", "range_stops")
+"""Fields of `LossTargets` and `GroupTargets` that hold entries of one row after another, where rows differ in length."""
 SHARED = ("groups", "kd_scale", "places")
 """Fields of `LossTargets` that are not cut by rows."""
 
@@ -51,32 +51,75 @@ class GroupTargets:
     weight: Tensor
     """[G]: 1 / groups of the example"""
     logprobs: Tensor | None = None
-    """[G, K] teacher log-probabilities at the compared token, descending, at the loss's temperature"""
+    """[G, K] teacher log-probabilities at the compared token, descending, at the loss's temperature; or [E], one group's after
+    another's"""
     bands: Tensor | None = None
-    """[G, B] log-mass of the rank bands beyond K, at the loss's temperature"""
+    """[G, B] log-mass of the rank bands beyond the kept tokens, at the loss's temperature"""
     student_ids: Tensor | None = None
-    """[G, K] int64: the student's id of each kept piece, -1 where it has none"""
+    """[G, K] or [E] int64: the student's id of each kept piece, -1 where it has none"""
+    kept: Tensor | None = None
+    """[G] int64: tokens that the compared row of each group keeps; None where all keep K"""
 
     def __len__(self) -> int:
         return len(self.first)
 
     @cached_property
+    def on_host(self) -> np.ndarray:
+        """`[2, G]` first and stop on the host, or `[3, G]` with `kept`: one wait for a GPU, then none for all ranges of rows."""
+        columns = [self.first, self.stop] if self.kept is None else [self.first, self.stop, self.kept]
+        return torch.stack(columns).cpu().numpy()
+
+    @property
     def bounds(self) -> np.ndarray:
-        """`[2, G]` first and stop on the host: one wait for a GPU, then none for all ranges of rows."""
-        return torch.stack([self.first, self.stop]).cpu().numpy()
+        """`[2, G]` first and stop on the host."""
+        return self.on_host[:2]
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """`[G + 1]` where the entries of each group begin, on the host, where rows differ in length."""
+        return np.pad(self.on_host[2].cumsum(), (1, 0))
 
     def __getitem__(self, groups: slice) -> GroupTargets:
         """A range of groups; rows stay as they are."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
-        return replace(self, **{name: v[groups] for name, v in values.items() if v is not None})
+        part = replace(self, **self._cut(groups))
+        vars(part)["on_host"] = self.on_host[:, groups]
+        return part
 
     def within(self, rows: slice, groups: slice) -> GroupTargets:
         """A range of groups, whose rows are all in `rows`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
-        cut = {name: v[groups] for name, v in values.items() if v is not None}
+        cut = self._cut(groups)
         cut["first"], cut["stop"] = cut["first"] - rows.start, cut["stop"] - rows.start
         part = replace(self, gold_ids=self.gold_ids[rows], **cut)
-        vars(part)["bounds"] = self.bounds[:, groups] - rows.start
+        host = self.on_host[:, groups].copy()
+        host[:2] -= rows.start
+        vars(part)["on_host"] = host
+        return part
+
+    def _cut(self, groups: slice) -> dict[str, Tensor]:
+        """A range of groups of every field but `gold_ids`."""
+        groups = slice(*groups.indices(len(self))[:2])
+        entries = groups if self.kept is None else slice(self.offsets[groups.start], self.offsets[groups.stop])
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gold_ids"}
+        return {name: v[entries if name in ENTRIES else groups] for name, v in values.items() if v is not None}
+
+    def wide(self) -> GroupTargets:
+        """The same with `[G, K]` entries, as many as the longest row has: for the few groups whose logits are at hand.
+
+        Unused places hold a log-probability of minus infinity, and no student's id.
+        """
+        if self.kept is None:
+            return self
+        count, longest = int(self.offsets[-1]), int(self.on_host[2].max(initial=1))
+        group = torch.arange(len(self), device=self.kept.device).repeat_interleave(self.kept, output_size=count)
+        place = torch.arange(count, device=group.device) - (self.kept.cumsum(0) - self.kept)[group]
+        wide = {}
+        for name, filling in (("logprobs", -torch.inf), ("student_ids", -1)):
+            values = getattr(self, name)
+            if values is not None:
+                wide[name] = values.new_full((len(self), longest), filling)
+                wide[name][group, place] = values
+        part = replace(self, **wide)
+        vars(part)["on_host"] = self.on_host
         return part
 
 

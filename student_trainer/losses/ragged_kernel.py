@@ -65,7 +65,7 @@ def ragged_outcomes_(
     kept = (entries.rows, entries.ids)
     chosen = logits.gather(1, gold_ids.unsqueeze(1)).squeeze(1)
     head = logits[kept]
-    logits.index_put_(kept, logits.new_tensor(-torch.inf))
+    logits.index_put_(kept, logits.new_full((), -torch.inf))
     top = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
     total = logits.sub_(top).exp_().sum(dim=1)
     rest = top.squeeze(1) + total.log()

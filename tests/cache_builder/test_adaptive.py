@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -288,7 +289,9 @@ def test_lengths_that_no_row_can_have_are_refused(adaptive: Path, tmp_path: Path
         ("adaptive", {"min_probability": 1.0}),
         ("adaptive", {"min_k": 0}),
         ("adaptive", {"min_k": 129}),
-        ("adaptive", {"tail_bands": 4}),
+        ("kl", {"certain_below": 0.1}),
+        ("adaptive", {"certain_below": -0.1}),
+        ("adaptive", {"certain_below": math.inf}),
         ("adaptive", {"logprob_codec": "linear8"}),
     ],
 )

@@ -30,8 +30,8 @@ def with_other_last_bits(request: BuildRequest) -> None:
     """Build as another processor would: the same tokens, and log-probabilities that differ a little."""
     exact = codecs.encode
 
-    def encode(raw, config):
-        stored, quality = exact(raw, config)
+    def encode(raw, config, *, vocabulary_size=None):
+        stored, quality = exact(raw, config, vocabulary_size=vocabulary_size)
         return stored | {"gold_logprob": stored["gold_logprob"] + np.float16(2**-6)}, quality
 
     codecs.encode = encode

@@ -8,7 +8,7 @@ the tail's mass is right with every codec; and a row without a tail is decoded w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
+from kd.cache_builder.store.encoding.rank_bands import with_cut_tokens
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.ragged import ENTRY_ARRAYS, KEPT, columns_of_entries
 from kd.cache_builder.store.soft_targets import SoftTargets
-from kd.cache_builder.store.targets import RawTargets, TargetConfig, band_edges
+from kd.cache_builder.store.targets import RawTargets, TargetConfig
 
 
 def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 3) -> list[ArraySpec]:
@@ -75,8 +76,12 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 3) ->
         specs += CODECS[config.logprob_codec].arrays(config.top_k)
     if config.ragged:
         count = "uint8" if config.top_k < 256 else "uint16"
-        specs.append(ArraySpec(KEPT, count, None, {"quantity": "number of tokens that the row keeps"}))
+        quantity = "number of tokens that the row keeps"
+        if config.certain_below:
+            quantity += f"; 1 where the entropy is below {config.certain_below:g} nats"
+        specs.append(ArraySpec(KEPT, count, None, {"quantity": quantity}))
     if config.tail_bands:
+        beyond = {"rows": "of the ranks of a band, those beyond the tokens that the row keeps"} if config.ragged else {}
         specs.append(
             ArraySpec(
                 "tail_bands",
@@ -84,9 +89,10 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 3) ->
                 config.tail_bands * len(config.band_temperatures),
                 {
                     "quantity": "log mass of rank band b at a temperature, nats; columns are [temperature, band]",
-                    "edges": band_edges(config.top_k, vocabulary_size, config.tail_bands),
+                    "edges": config.edges(vocabulary_size),
                     "temperatures": list(config.band_temperatures),
-                },
+                }
+                | beyond,
             )
         )
     if config.samples:
@@ -119,17 +125,21 @@ def _of_entries(spec: ArraySpec) -> ArraySpec:
     return replace(spec, ragged=True, by_column=False, attributes={**spec.attributes, "rows": rule})
 
 
-def encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
+def encode(
+    raw: RawTargets, config: TargetConfig, *, vocabulary_size: int | None = None
+) -> tuple[Arrays, dict[str, float]]:
     """Quantise n rows. Returns the stored arrays and the sums of the quality figures over the rows.
+
+    vocabulary_size   number of the teacher's ids; needed for rank bands of rows that differ in length
 
     Few rows are encoded at a time: in float64, the head of a shard would be larger than everything else a build holds.
 
     Quality: `mass_kept` = Σ p over the kept tokens at T=1; `head_kl` = KL(teacher || decoded) in nats over the
     kept tokens and the rest as one outcome; `gold_nll` in nats; `top1` = how often the gold token ranks first;
-    `tokens_kept` = how many each row keeps, where rows differ in length.
+    `tokens_kept` = how many each row keeps, where rows differ in length; `one_token` = rows that keep one, where some are certain.
     """
     parts = [
-        _encode(_rows(raw, slice(first, first + ENCODED_ROWS)), config)
+        _encode(_rows(raw, slice(first, first + ENCODED_ROWS)), config, vocabulary_size)
         for first in range(0, max(len(raw.gold_ids), 1), ENCODED_ROWS)
     ]
     stored = {name: np.concatenate([arrays[name] for arrays, _ in parts]) for name in parts[0][0]}
@@ -145,7 +155,7 @@ def _rows(raw: RawTargets, part: slice) -> RawTargets:
     return RawTargets(**taken)
 
 
-def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, float]]:
+def _encode(raw: RawTargets, config: TargetConfig, vocabulary_size: int | None) -> tuple[Arrays, dict[str, float]]:
     log_z = raw.log_z.astype(np.float64)
     one = config.temperatures.index(1.0)
     stored: Arrays = {
@@ -163,9 +173,14 @@ def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, fl
         codec = CODECS[config.logprob_codec]
         exact, head = raw.relative.astype(np.float64), codec.encode(raw.relative)
         decoded = codec.decode(head).astype(np.float64)
+        bands = raw.tail_bands
         if config.ragged:
-            lengths = config.lengths(np.exp(exact - log_z[:, [one]]))
+            lengths = config.lengths(np.exp(exact - log_z[:, [one]]), raw.entropy)
             beyond = np.arange(exact.shape[1]) >= lengths[:, None]
+            if bands is not None:
+                assert vocabulary_size is not None
+                cut = np.where(beyond, exact, -np.inf)
+                bands = _bands_beyond(bands, config, config.edges(vocabulary_size), cut, log_z)
             exact[beyond] = decoded[beyond] = -np.inf  # of no mass: what is cut belongs to the tail
         odds, adjusted = np.empty_like(log_z), np.empty_like(log_z)
         for t, temperature in enumerate(config.temperatures):
@@ -185,14 +200,39 @@ def _encode(raw: RawTargets, config: TargetConfig) -> tuple[Arrays, dict[str, fl
             stored["token_ids"] = raw.token_ids
         if config.ragged:
             stored |= {name: stored[name][~beyond] for name in ENTRY_ARRAYS} | {KEPT: lengths}
-            quality["tokens_kept"] = float(lengths.sum())
+            quality |= lengths_measured(lengths, config)
+        if bands is not None:
+            stored["tail_bands"] = bands
     else:
         stored["log_z"] = log_z
-    for name in ("tail_bands", "sample_ids", "sample_counts", "boundary_logprob"):
+    for name in ("sample_ids", "sample_counts", "boundary_logprob"):
         value = getattr(raw, name)
         if value is not None:
             stored[name] = value
     return stored, quality
+
+
+def lengths_measured(kept: np.ndarray, config: TargetConfig) -> dict[str, float]:
+    """The quality figures that follow from lengths: kept tokens, and rows of one token where some rows are certain."""
+    certain = {"one_token": float((kept == 1).sum())} if config.certain_below else {}
+    return {"tokens_kept": float(kept.sum())} | certain
+
+
+def _bands_beyond(
+    bands: np.ndarray, config: TargetConfig, edges: Sequence[int], log_p: np.ndarray, log_z: np.ndarray
+) -> np.ndarray:
+    """`[n, band temperatures * bands]` log-masses: those beyond the K tokens, and the cut ones among these K.
+
+    log_p  [n, K]  relative log-probabilities at temperature 1 of cut tokens; minus infinity in place of the kept ones
+    """
+    rows, ranks = np.nonzero(log_p > -np.inf)
+    parts = []
+    for part, temperature in zip(
+        np.split(bands, len(config.band_temperatures), axis=1), config.band_temperatures, strict=True
+    ):
+        cut = log_p[rows, ranks] / temperature - log_z[rows, config.temperatures.index(temperature)]
+        parts.append(with_cut_tokens(part, edges, rows, ranks, cut))
+    return np.concatenate(parts, axis=1)
 
 
 def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | None = None) -> SoftTargets:

@@ -19,6 +19,7 @@ def facts(manifest: CacheManifest, size: int, top_k: int | None = None) -> Facts
     targets, provenance = manifest.targets, manifest.provenance
     at_most = " at most" if targets.ragged else ""
     kept = f", top-k{at_most} {top_k or targets.top_k}" if targets.top_k else ""
+    one = f", one token below {targets.certain_below:g} nats" if targets.certain_below else ""
     of = f" of {targets.top_k}" if top_k is not None and top_k < targets.top_k else ""
     return {
         "teacher": str(provenance.get("teacher")),
@@ -26,7 +27,7 @@ def facts(manifest: CacheManifest, size: int, top_k: int | None = None) -> Facts
         "examples": manifest.examples,
         "rows": manifest.rows,
         "bytes": size,
-        "profile": f"{targets.profile}{kept}{of}",
+        "profile": f"{targets.profile}{kept}{of}{one}",
         "fingerprint": manifest.fingerprint[:12],
     }
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from kd.cache_builder.store.encoding.rank_bands import LOG_MASS_FLOOR
 from kd.cache_builder.store.targets import TargetConfig, band_edges
 from kd.cache_builder.teacher.selection import draw
 from kd.cache_builder.teacher.sparsify import (
-    LOG_MASS_FLOOR,
     NOT_FINITE,
     TIED,
     Chunk,

@@ -9,4 +9,4 @@ from kd.cache_builder.upkeep.conversion import converted
 def test_the_same_settings_are_the_same_arrays(kl):
     reader = CacheReader(kl)
     stored = reader.shard(0).arrays
-    assert converted(stored, reader.config, reader.config) is stored
+    assert converted(stored, reader.config, reader.config, reader.manifest.vocabulary_size) is stored

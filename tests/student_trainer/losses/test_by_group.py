@@ -562,3 +562,75 @@ def test_alm_multiplies_over_a_group_s_tokens_and_has_the_gradient_of_finite_dif
             float(alm(*single, GroupSettings())), abs=1e-12
         )
     assert torch.autograd.gradcheck(lambda z: alm(z, groups, GroupSettings()), (student.requires_grad_(),))
+
+
+# rows that differ in length
+
+
+def uneven_targets(temperature: float) -> tuple[GroupTargets, tuple[int, ...]]:
+    """Groups whose compared rows keep 2 to 20 tokens; the bands begin at rank 2, and some pieces are the student's too."""
+    kept = torch.tensor([2, 20, 5, 11, 2, 9])
+    log_p, ids = (logits_of(1, TEACHER_V) / temperature).log_softmax(1).sort(dim=1, descending=True)
+    edges = tuple(band_edges(2, TEACHER_V, 6))
+    beyond = log_p.masked_fill(torch.arange(TEACHER_V) < kept[:, None], -torch.inf)
+    mass = [beyond[:, low:high].logsumexp(dim=1).clamp(min=-60) for low, high in itertools.pairwise(edges)]
+    inside = torch.arange(TEACHER_V) < kept[:, None]
+    student_ids = torch.where(ids < V - 3, ids, -1)
+    groups, _ = targets_of(
+        logits_of(1, TEACHER_V),
+        logprobs=log_p[inside],
+        student_ids=student_ids[inside],
+        kept=kept,
+        log_scale=-torch.linspace(0.0, 1.0, N, dtype=torch.float64),
+    )
+    return replace(groups, bands=torch.stack(mass, dim=1)), edges
+
+
+def one_group(groups: GroupTargets, n: int) -> GroupTargets:
+    """Group n by itself, as of a cache whose fixed k is its row's length."""
+    assert groups.kept is not None
+    part = groups[n : n + 1]
+    length = int(groups.kept[n])
+    wide = {name: getattr(part, name).reshape(1, length) for name in ("logprobs", "student_ids")}
+    return replace(
+        part, gold_ids=groups.gold_ids[n : n + 1], first=torch.tensor([0]), stop=torch.tensor([1]), kept=None, **wide
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("loss", "ranking"), [(uld, "exact"), (uld, "fast"), (hybrid, "exact")])
+def test_a_row_of_any_length_has_the_loss_of_a_cache_with_this_k(loss, ranking: str, temperature: float) -> None:
+    groups, edges = uneven_targets(temperature)
+    assert groups.kept is not None
+    settings = GroupSettings(temperature, edges, ranking, overlap=0.4)
+    student = logits_of(2)
+    found = loss(student, groups, settings)
+    for n, length in enumerate(groups.kept.tolist()):
+        clipped = replace(settings, edges=tuple(max(edge, length) for edge in edges))
+        # exact but for rounding; the fast mode has one knot per rank up to the longest row, and steps in the twin
+        bound = 1e-10 if ranking == "exact" else 1e-2
+        assert float(found[n]) == pytest.approx(
+            float(loss(student[n : n + 1], one_group(groups, n), clipped)), abs=bound
+        )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("name", "ranking"), [("uld", "exact"), ("uld", "fast"), ("hybrid", "exact")])
+def test_kernels_of_rows_that_differ_in_length_equal_autograd(name: str, ranking: str, temperature: float) -> None:
+    groups, edges = uneven_targets(temperature)
+    objective = Objective(name, "bands", 0.6, temperature, settings=GroupSettings(1.0, edges, ranking, overlap=0.4))
+    targets, logits = LossTargets(groups.gold_ids, groups=groups), logits_of(2)
+    expected, found = logits.clone(), logits.clone()
+    sums = objective.autograd_gradient_(expected, targets)
+    torch.testing.assert_close(objective.gradient_(found, targets), sums, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_groups_of_rows_that_differ_in_length_are_cut_by_rows() -> None:
+    groups, edges = uneven_targets(1.0)
+    objective = Objective("uld", "bands", 1.0, settings=GroupSettings(1.0, edges, "exact"))
+    targets, student = LossTargets(groups.gold_ids, groups=groups), logits_of(2)
+    whole = objective(student, targets)[0].sum()
+    parts = [objective(student[rows], targets[rows])[0].sum() for rows in targets.pieces(2)]
+    assert len(parts) == 3
+    torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=1e-12, atol=0)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kd.cache_builder.store.encoding.rank_bands import LOG_MASS_FLOOR
 from kd.cache_builder.store.targets import band_edges
-from kd.cache_builder.teacher.sparsify import LOG_MASS_FLOOR
 from kd.student_trainer.losses.ranks import cumulative_curve, mass_of_first, sorted_row
 
 SHAPES = [(4, 40, 5), (1, 40, 3), (16, 512, 16), (8, 13, 16), (6, 40, 1), (39, 40, 4), (16, 2048, 8)]
@@ -128,3 +128,78 @@ def test_a_certain_teacher_leaves_a_tail_of_nothing() -> None:
     assert float(found[0, 0]) == 1.0
     assert float(found[0, 1:].sum()) < 1e-20
     assert cumulative_curve(head, bands, edges)[1].isfinite().all()
+
+
+# rows that differ in length: the bands begin at the same ranks, and hold what a row does not keep
+
+LENGTHS = [
+    (1, 12, 40, 5),
+    (2, 30, 512, 16),
+    (4, 13, 13, 16),
+    (1, 40, 40, 4),
+    (6, 6, 40, 3),
+    (1, 60, 61, 1),
+    (3, 3, 3, 2),
+]
+"""(shortest, longest, V, B); in some, rows keep every rank, and bands run out of ranks."""
+
+
+def uneven(
+    shortest: int, longest: int, v: int, b: int, rows: int = 9
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...], Tensor]:
+    """Sorted rows `[rows, v]`, and what a cache keeps: heads padded with minus infinity, bands, edges, lengths."""
+    row, head, _, _ = stored(rows, longest, v, b)
+    kept = torch.randint(shortest, longest + 1, (rows,), generator=torch.Generator().manual_seed(1))
+    kept[0], kept[1] = shortest, longest
+    edges = tuple(band_edges(shortest, v, b))
+    beyond = row.masked_fill(torch.arange(v) < kept[:, None], 0.0)
+    bands = torch.stack([beyond[:, low:high].sum(1) for low, high in itertools.pairwise(edges)], dim=1)
+    head = head.masked_fill(torch.arange(longest) >= kept[:, None], -torch.inf)
+    return row, head, bands.log().clamp(min=LOG_MASS_FLOOR), edges, kept
+
+
+def alone(head: Tensor, bands: Tensor, edges: tuple[int, ...], kept: Tensor, n: int) -> Tensor:
+    """The slow twin: row n by itself, as a row of a cache whose fixed k is that row's length."""
+    length = int(kept[n])
+    return sorted_row(head[n : n + 1, :length], bands[n : n + 1], tuple(max(edge, length) for edge in edges))
+
+
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_a_row_of_any_length_is_that_of_a_cache_with_this_k(shape: tuple[int, int, int, int]) -> None:
+    _, head, bands, edges, kept = uneven(*shape)
+    found = sorted_row(head, bands, edges, kept)
+    for n in range(len(kept)):
+        # float64; a line through two points is worked out in two ways, and logarithms of e^-60 have a size of 60
+        torch.testing.assert_close(found[n : n + 1], alone(head, bands, edges, kept, n), rtol=1e-10, atol=1e-24)
+
+
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_rows_of_any_length_keep_their_heads_and_the_mass_of_every_band(shape: tuple[int, int, int, int]) -> None:
+    row, head, bands, edges, kept = uneven(*shape)
+    found = sorted_row(head, bands, edges, kept)
+    assert found.shape == row.shape
+    for n, length in enumerate(kept.tolist()):
+        torch.testing.assert_close(found[n, :length], row[n, :length], rtol=1e-12, atol=0)
+        for low, high in itertools.pairwise(edges):
+            torch.testing.assert_close(found[n, low:high].sum(), row[n, low:high].sum(), rtol=1e-12, atol=1e-24)
+
+
+@pytest.mark.parametrize("shape", LENGTHS)
+def test_the_curve_of_rows_of_any_length_is_their_running_sum(shape: tuple[int, int, int, int]) -> None:
+    _, head, bands, edges, kept = uneven(*shape)
+    total = torch.nn.functional.pad(sorted_row(head, bands, edges, kept).cumsum(dim=1), (1, 0))
+    knots, curve = cumulative_curve(head, bands, edges, kept)
+    assert knots.tolist()[: shape[1] + 1] == list(range(shape[1] + 1))  # every rank of the longest head
+    assert int(knots[-1]) == shape[2]
+    assert (knots.diff() > 0).all()
+    exact = [i for i, knot in enumerate(knots.tolist()) if knot <= shape[1] or knot in edges]
+    # the band in which the last single rank lies goes on in steps, whose shares of its mass are not quite those of its ranks
+    assert (curve[:, exact] - total[:, knots[exact]]).abs().max() < 1e-3
+    ends = [i for i, knot in enumerate(knots.tolist()) if knot in edges]
+    torch.testing.assert_close(curve[:, ends], total[:, knots[ends]], rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_one_length_are_what_they_are_without_lengths() -> None:
+    _, head, bands, edges = stored(7, 16, 512, 16)
+    kept = torch.full((7,), 16)
+    torch.testing.assert_close(sorted_row(head, bands, edges, kept), sorted_row(head, bands, edges), rtol=1e-11, atol=0)
