@@ -220,8 +220,8 @@ def _matched(pieces: SharedPieces, targets: SoftTargets, student: StudentExample
             int(student.target_ids[0]),
             int(student.side.byte_end[0]),
         )
-        own = 0 if targets.kept is None else slice(0, targets.kept[0])
-        ids[own] = first[kept[own]]
+        its_entries = 0 if targets.kept is None else slice(0, targets.kept[0])
+        ids[its_entries] = first[kept[its_entries]]
     return ids
 
 

@@ -111,13 +111,13 @@ class GroupTargets:
             return self
         count, longest = int(self.offsets[-1]), int(self.on_host[2].max(initial=1))
         group = torch.arange(len(self), device=self.kept.device).repeat_interleave(self.kept, output_size=count)
-        place = torch.arange(count, device=group.device) - (self.kept.cumsum(0) - self.kept)[group]
+        column = torch.arange(count, device=group.device) - (self.kept.cumsum(0) - self.kept)[group]
         wide = {}
         for name, filling in (("logprobs", -torch.inf), ("student_ids", -1)):
             values = getattr(self, name)
             if values is not None:
                 wide[name] = values.new_full((len(self), longest), filling)
-                wide[name][group, place] = values
+                wide[name][group, column] = values
         part = replace(self, **wide)
         vars(part)["on_host"] = self.on_host
         return part

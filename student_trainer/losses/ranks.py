@@ -207,9 +207,9 @@ def _density_beyond(logprobs: Tensor, kept: Tensor, bands: Tensor, edges: tuple[
     piece = torch.bucketize(at, shared_x).clamp(1, len(shared_x) - 1) - 1
     at = at.to(bands.dtype)
     line = slope.index_select(1, piece).mul_(at).add_(start.index_select(1, piece))
-    own = (~inside).sum(dim=1, keepdim=True).clamp(max=len(filled) - 1)
-    until = x.gather(1, own + 1).to(bands.dtype)
-    line = torch.where(at <= until, slope.gather(1, own) * at + start.gather(1, own), line)
+    partial = (~inside).sum(dim=1, keepdim=True).clamp(max=len(filled) - 1)
+    until = x.gather(1, partial + 1).to(bands.dtype)
+    line = torch.where(at <= until, slope.gather(1, partial) * at + start.gather(1, partial), line)
     return line.exp_().masked_fill_(ranks < kept.unsqueeze(1), 0.0)
 
 

@@ -216,7 +216,7 @@ def test_slices_that_the_cache_does_not_hold_are_refused(by_position: Path, tmp_
 
 def test_bands_keep_their_ranks_or_are_left_out(cache: Path, tmp_path: Path):
     """A cache of eight tokens and bands beyond them cannot tell the ranks from one to eight."""
-    wanted = {"profile": "adaptive", "min_probability": LEAST}
+    wanted: dict[str, Any] = {"profile": "adaptive", "min_probability": LEAST}
     with pytest.raises(DataError, match="rank bands begin where the shortest row ends"):
         list(slice_cache(cache, tmp_path / "never", tail_bands=4, **wanted))
     list(slice_cache(cache, tmp_path / "same", tail_bands=4, min_k=8, **wanted))  # then every row keeps eight
