@@ -2,7 +2,8 @@
 
 RUNS holds a folder per experiment, by the experiment's name, as `kd experiment NAME --out RUNS/NAME` leaves it; the tables are
 those of its `report/report.json` and report.md, the pictures go to docs/figures. What is written by hand are the words in
-READING: what to look at, no number. Experiments that are not there are left out.
+READING: what to look at, no number. Experiments that are not in RUNS keep their part of the page; without one, the page says how
+to make it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 
 from PIL import Image
 
+from kd.recipes.experiment_file import load_experiment
+
 COMMANDS = {
+    "answers-mini": "kd experiment answers-mini",
     "kl-prose": "kd experiment kl-prose",
     "text-kl-prose": "kd experiment text-kl-prose",
     "text-prose": "kd experiment text-prose",
@@ -25,6 +29,11 @@ COMMANDS = {
     "    kd experiment uld-tasks --set task-root=tasks",
 }
 READING = {
+    "answers-mini": "The practical case: few labels, and a teacher that answers questions without labels. Its answers are worth "
+    "as much as as many labels. A few dozen labels do not say what the questions are about, however long one trains. The teacher's "
+    "predictions (`text-kl`) add to its answers, over another tokenizer, in every seed: one answer names one right animal, and the "
+    "predictions name all of them. Perplexity does not gain from them. Every pair here is against the fewest labels; "
+    "`kd report RUNS/answers-mini/{answers,text-kl}-seed* --baseline answers` compares the last two.",
     "kl-prose": "The teacher has read this text, and is unsure enough to say more than the text does. The larger the share of KL "
     "in the loss, the better. Cross-entropy on the one token that came (`kl-half`) adds noise to what the teacher already says.",
     "text-kl-prose": "The student's tokenizer is a small Unigram model, and the teacher's a byte-level BPE. Every seed of "
@@ -53,12 +62,13 @@ HEAD = """# Results
 experiment NAME` runs an experiment. Its file is in `recipes/experiments/`, and [Experiments and
 reports](experiments.md) explains how to write another.
 
-All students of an experiment read one cache, begin alike seed by seed, and take the same number of steps. The
-teachers are tiny and were made on a CPU, so the page shows the method and not the state of the art. ± beside a
-difference is one standard error of the paired difference, over seeds and documents together. `p` is that of the
-paired t test over seeds, then of the exact permutation test, which cannot fall below 2/2^seeds. A student is `better`
-or `worse` where the 95 % interval of the difference leaves zero after Holm's correction over all differences of its
-experiment; only then is a figure bold. A difference that only exceeds its standard error `leans` to one side.
+All students of an experiment begin alike seed by seed, and take the same number of steps. They read one cache, but in
+`answers-mini`, where the arms differ in it. The teachers are tiny and were made on a CPU, so the page shows the
+method and not the state of the art. ± beside a difference is one standard error of the paired difference, over seeds
+and documents together. `p` is that of the paired t test over seeds, then of the exact permutation test, which cannot
+fall below 2/2^seeds. A student is `better` or `worse` where the 95 % interval of the difference leaves zero after
+Holm's correction over all differences of its experiment; only then is a figure bold. A difference that only exceeds
+its standard error `leans` to one side.
 
 [Seven small classifiers, merged](results-merging.md) has classifiers on GLUE, merged seven ways with both sweeps, and
 distilled through a cache.
@@ -79,27 +89,47 @@ def table(name: str, text: str) -> list[str]:
     return rows
 
 
-def summary(documents: dict[str, dict[str, Any]]) -> list[str]:
-    """One line per experiment and pair: its chief figure, the mean where there is one, else the first column."""
-    lines = [
-        "| experiment | pair | figure | difference | seeds better | p (t / permutation) | verdict |",
-        "|---|---|---|--:|--:|--:|---|",
-    ]
-    for name, document in documents.items():
-        for pair in document["reference"]["pairs"]:
-            means = [d for d in pair["differences"] if d["column"].startswith("mean of")]
-            d = (means or pair["differences"])[0]
-            p = [("–" if x is None else "< 0.001" if x < 0.001 else f"{x:.3f}") for x in (d["p_t"], d["p_permutation"])]
-            error = "unknown" if d["error"] is None else f"{d['error']:.2g}"
-            shown = [
-                f"[{name}](#{name})",
-                f"{pair['other']} against {pair['baseline']}",
-                d["column"],
-                f"{d['difference']:+.3g} ± {error}",
-            ]
-            shown += [f"{d['seeds_better']} of {len(pair['seeds'])}", " / ".join(p), d["verdict"]]
-            lines.append(f"| {' | '.join(shown)} |")
+SUMMARY = [
+    "| experiment | pair | figure | difference | seeds better | p (t / permutation) | verdict |",
+    "|---|---|---|--:|--:|--:|---|",
+]
+
+
+def summary(name: str, document: dict[str, Any]) -> list[str]:
+    """One line per pair of an experiment: its chief figure, the mean where there is one, else the first column."""
+    lines = []
+    for pair in document["reference"]["pairs"]:
+        means = [d for d in pair["differences"] if d["column"].startswith("mean of")]
+        d = (means or pair["differences"])[0]
+        p = [("–" if x is None else "< 0.001" if x < 0.001 else f"{x:.3f}") for x in (d["p_t"], d["p_permutation"])]
+        error = "unknown" if d["error"] is None else f"{d['error']:.2g}"
+        shown = [
+            f"[{name}](#{name})",
+            f"{pair['other']} against {pair['baseline']}",
+            d["column"],
+            f"{d['difference']:+.3g} ± {error}",
+        ]
+        shown += [f"{d['seeds_better']} of {len(pair['seeds'])}", " / ".join(p), d["verdict"]]
+        lines.append(f"| {' | '.join(shown)} |")
     return lines
+
+
+def missing(name: str) -> list[str]:
+    """The section of an experiment that has no outcome here."""
+    about = load_experiment(name).about
+    words = f"No table of it is here now. The command makes it, in `runs/{name}/report`."
+    return [f"## {name}", "", f"{about}.", "", f"    {COMMANDS[name]}", "", words, ""]
+
+
+def kept(name: str, page: str) -> tuple[list[str], list[str]]:
+    """The lines of the summary and the section that a page has of an experiment already; empty where it has none."""
+    lines = page.split("\n")
+    rows = [line for line in lines if line.startswith(f"| [{name}](#{name})")]
+    if f"## {name}" not in lines:
+        return [], []
+    start = lines.index(f"## {name}")
+    end = next((n for n in range(start + 1, len(lines)) if lines[n].startswith("## ")), len(lines))
+    return rows, lines[start:end]
 
 
 def experiment(name: str, folder: Path, figures: Path) -> list[str]:
@@ -148,18 +178,25 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("docs", type=Path)
     args = parser.parse_args()
-    there = [name for name in COMMANDS if (args.runs / name / "report" / "report.json").exists()]
-    documents = {
-        name: json.loads((args.runs / name / "report" / "report.json").read_text(encoding="utf-8")) for name in there
-    }
+    path = args.docs / "results.md"
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
     (args.docs / "figures").mkdir(parents=True, exist_ok=True)
-    parts = [*summary(documents), ""]
-    for name in there:
-        parts += experiment(name, args.runs / name, args.docs / "figures")
+    written, rows, parts = [], list(SUMMARY), list[str]()
+    for name in COMMANDS:
+        folder = args.runs / name
+        if not (folder / "report" / "report.json").exists():
+            of_summary, section = kept(name, page)
+            section = section or missing(name)
+        else:
+            document = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+            of_summary, section = summary(name, document), experiment(name, folder, args.docs / "figures")
+            written.append(name)
+        rows += of_summary
+        parts += section
     if (args.runs / "samples" / "report" / "report.md").exists():
         parts += side_by_side((args.runs / "samples" / "report" / "report.md").read_text(encoding="utf-8"))
-    (args.docs / "results.md").write_text(HEAD + "\n".join(parts).rstrip() + "\n", encoding="utf-8")
-    print(f"{args.docs / 'results.md'}: {', '.join(there)}")
+    path.write_text(HEAD + "\n".join([*rows, "", *parts]).rstrip() + "\n", encoding="utf-8")
+    print(f"{path}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

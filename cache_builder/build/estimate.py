@@ -95,9 +95,9 @@ SURE, UNSURE = 0.1, 1.0
 """Nats of mean entropy below which a teacher says hardly more than the text, and above which it says much more."""
 GAIN = {
     "sure": "next to nothing. The teacher is nearly certain of every token, so its soft targets are the text. With 0.012 nats "
-    "(uld-mini in docs/results.md) nothing was gained beyond the error",
+    "(kd experiment uld-mini) nothing was gained beyond the error",
     "between": "little. Compare with --loss ce over several seeds (kd experiment) before you pay for the whole text",
-    "unsure": "something. The teacher says more than the text does. With 2.0 nats on prose (kl-prose in docs/results.md) the "
+    "unsure": "something. The teacher says more than the text does. With 2.0 nats on prose (docs/demo.md) the "
     "student's perplexity fell by a fifth, against cross-entropy at equal steps",
 }
 """What the teacher's entropy means for the gain to expect; measured with small models."""

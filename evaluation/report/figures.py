@@ -29,6 +29,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":", "-.")
 HALF_LIFE = 0.01
 """Half-life of the smoothing to either side, as a share of the run's records."""
+BESIDE = 24
+"""Letters of the longest name, up to which a legend above curves has two names in a line."""
 TITLE = 56
 """Letters of a line of a panel's title."""
 DPI, WIDTH = 200, 5.5
@@ -80,7 +82,7 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Seque
 
     def draw(figure: Any) -> None:
         drawn = zip(panels_of(figure, len(panels)), panels.items(), strict=True)
-        for number, (axes, (title, series)) in enumerate(drawn):
+        for axes, (title, series) in drawn:
             for one in series:
                 index = order.index(one.label)
                 look = {
@@ -96,10 +98,14 @@ def draw_losses(path: Path, panels: Mapping[str, Sequence[Series]], order: Seque
             axes.set_xlabel("optimiser step")
             axes.set_ylabel(for_figure(title))
             axes.set_ylim(*_limits([smooth(s.values) for s in series]))
-            if number == 0 or {s.label for s in series} != {s.label for s in next(iter(panels.values()))}:
-                axes.legend(loc="upper right", frameon=False)
+        entries = {
+            label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(entries.values(), entries, loc="outside upper left", ncols=beside, frameon=False)
 
-    return save_figure(path, draw, 3.2 * len(panels))
+    names = {for_figure(s.label) for series in panels.values() for s in series}
+    beside = 2 if max(map(len, names), default=0) <= BESIDE else 1
+    return save_figure(path, draw, 3.1 * len(panels) + 0.25 * -(-len(names) // beside))
 
 
 def draw_bars(
