@@ -84,13 +84,15 @@ def print_build_plan(settings: BuildSettings, *, as_json: bool) -> None:
     quiet_libraries()
     from kd.cache_builder.build.estimate import estimate
     from kd.cache_builder.build.from_settings import plan_of
+    from kd.cache_builder.build.object_store.s3_traces import existing_in_store
     from kd.cache_builder.store.records.cache_identity import refuse_mismatch
     from kd.cache_builder.store.records.commits import existing_cache
 
     plan = plan_of(settings, watch=follow)
-    existing = None if isinstance(settings.out, StoreAddress) else existing_cache(Path(settings.out))
+    out = settings.out
+    existing = existing_in_store(out) if isinstance(out, StoreAddress) else existing_cache(out)
     if existing is not None and plan.targets_known:
-        refuse_mismatch(Path(settings.out), plan.manifest.identity, existing)
+        refuse_mismatch(settings.out, plan.manifest.identity, existing)
     cost = estimate(plan)
     shards, arrays = len(plan.manifest.shards), len(plan.manifest.arrays)
     files = shards * (arrays + 3) + arrays + FILES_OF_A_CACHE  # a shard has its examples, its commit and lengths too

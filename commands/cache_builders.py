@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from kd.commands.terminal.console import emit_json, say
-from kd.commands.terminal.options import PATH, json_option
+from kd.commands.terminal.options import PLACE, json_option
+from kd.common.paths import StoreAddress
 
 if TYPE_CHECKING:
     from kd.cache_builder.store.writers.claims import Claim
@@ -25,22 +26,21 @@ STATES = {
 
 
 @click.command("status")
-@click.argument("path", type=PATH)
+@click.argument("path", type=PLACE, metavar="FOLDER|s3://BUCKET/PATH")
 @click.option(
     "--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Show it again so often while it runs."
 )
 @json_option
-def cache_status(path: Path, watch: float | None, as_json: bool) -> None:
+def cache_status(path: Path | StoreAddress, watch: float | None, as_json: bool) -> None:
     """Show how far a build is: rows, speed, who holds which shard since when, and the expected end.
 
-    It reads the folder alone, so it can be run on any machine that sees it, also for a build that is finished or stopped.
+    It reads the folder or the store alone, so it can be run on any machine that sees it, also for a build that is finished or
+    stopped.
 
     Example: kd cache status runs/cache
     """
-    from kd.cache_builder.upkeep.build_status import build_status
-
     while True:
-        status = build_status(path)
+        status = status_at(path)
         if as_json:
             emit_json({"path": str(path)} | asdict(status))
         else:
@@ -51,7 +51,18 @@ def cache_status(path: Path, watch: float | None, as_json: bool) -> None:
         time.sleep(watch)
 
 
-def status_lines(path: Path, status: BuildStatus, now: datetime) -> list[str]:
+def status_at(path: Path | StoreAddress) -> BuildStatus:
+    """The status of the build in a folder or an object store."""
+    if isinstance(path, StoreAddress):
+        from kd.cache_builder.build.object_store.s3_traces import s3_build_status
+
+        return s3_build_status(path)
+    from kd.cache_builder.upkeep.build_status import build_status
+
+    return build_status(path)
+
+
+def status_lines(path: Path | StoreAddress, status: BuildStatus, now: datetime) -> list[str]:
     """The status for people. `now` is the time at which it was taken."""
     share = 100 * (status.rows + status.rows_under_way) / max(status.rows_total, 1)
     under_way = f" and {status.rows_under_way:,} under way" if status.rows_under_way else ""
@@ -93,16 +104,31 @@ def span(seconds: float) -> str:
 
 
 @click.command("unlock")
-@click.argument("path", type=PATH)
+@click.argument("path", type=PLACE, metavar="FOLDER|s3://BUCKET/PATH")
 @click.option("--force", is_flag=True, help="Remove the claims of builders too that may still be at work.")
 @json_option
-def cache_unlock(path: Path, force: bool, as_json: bool) -> None:
+def cache_unlock(path: Path | StoreAddress, force: bool, as_json: bool) -> None:
     """Show the claims of builders on a cache's shards, and remove those that nobody holds any more.
 
     A builder that has lost its claim publishes nothing, so --force costs at most the work on these shards.
 
     Example: kd cache unlock runs/cache
     """
+    claims, removed = remove_claims_at(path, force=force)
+    if as_json:
+        emit_json({"path": str(path), "claims": [asdict(c) | {"removed": c in removed} for c in claims]})
+        return
+    for claim in claims:
+        say(claim_line(claim, claim in removed))
+    say(f"{path}: {len(claims)} claims, {len(removed)} removed")
+
+
+def remove_claims_at(path: Path | StoreAddress, *, force: bool) -> tuple[list[Claim], list[Claim]]:
+    """The claims of builders in a folder or an object store, and those that were removed."""
+    if isinstance(path, StoreAddress):
+        from kd.cache_builder.build.object_store.s3_traces import remove_s3_claims
+
+        return remove_s3_claims(path, force=force)
     from kd.cache_builder.store.records.manifest import load_manifest
     from kd.cache_builder.store.writers.claims import all_claims, claim_path
 
@@ -111,12 +137,7 @@ def cache_unlock(path: Path, force: bool, as_json: bool) -> None:
     removed = [claim for claim in claims if force or claim.void is not None]
     for claim in removed:
         claim_path(path / "commits", claim.shard).unlink(missing_ok=True)
-    if as_json:
-        emit_json({"path": str(path), "claims": [asdict(c) | {"removed": c in removed} for c in claims]})
-        return
-    for claim in claims:
-        say(claim_line(claim, claim in removed))
-    say(f"{path}: {len(claims)} claims, {len(removed)} removed")
+    return claims, removed
 
 
 def claim_line(claim: Claim, removed: bool) -> str:

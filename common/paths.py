@@ -39,10 +39,16 @@ class StoreAddress(str):
     """The address of a folder in an object store, `s3://BUCKET/PATH`, where a cache can be built."""
 
 
+def store_address(text: str) -> StoreAddress | None:
+    """The address in an object store that a text is; None for any other text."""
+    return StoreAddress(text.rstrip("/")) if re.fullmatch(r"s3://[^/]+/[^/](?:/?[^/])*/?", text) else None
+
+
 def build_output(text: str) -> Path | StoreAddress:
     """Where a cache is to be built: a folder, or an address in an object store. Raises DataError for any other address."""
-    if re.fullmatch(r"s3://[^/]+/[^/].*", text) and "//" not in text[5:]:
-        return StoreAddress(text.rstrip("/"))
+    address = store_address(text)
+    if address is not None:
+        return address
     if ADDRESS.match(text):
         raise DataError(
             "a cache cannot be built at this address",

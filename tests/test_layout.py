@@ -31,7 +31,7 @@ CACHE_ROOMS = {
     "teacher": {"store"},
     "served": {"store"},
     "tokens": {"store"},
-    "build": {"store", "upkeep", "teacher", "served", "tokens"},
+    "build": {"store", "upkeep", "teacher", "served", "tokens", "opening"},
     "exchange": {"store", "upkeep", "served", "build", "opening"},
 }
 """Room of cache_builder -> the rooms it may import."""

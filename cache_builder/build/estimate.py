@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from kd.cache_builder.build.builder import loaded_teacher
+from kd.cache_builder.build.object_store.s3_objects import S3Objects
+from kd.cache_builder.build.object_store.s3_writer import committed_objects
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.records.commits import committed
@@ -85,8 +87,16 @@ def estimate(plan: BuildPlan) -> dict[str, Any]:
         **more,
         "left_out": plan.left_out.document(),
         "token_notes": plan.notes.document(),
-        "committed_shards": len(committed(plan.request.out, len(plan.manifest.shards))),
+        "committed_shards": _committed(plan),
     }
+
+
+def _committed(plan: BuildPlan) -> int:
+    """Shards that are committed where the cache is built."""
+    shards = len(plan.manifest.shards)
+    if plan.request.url is None:
+        return len(committed(plan.request.out, shards))
+    return len(committed_objects(S3Objects(plan.request.url), shards))
 
 
 LEASTS = (0.05, 0.02, 0.01, 0.005, 0.003, 0.002, 0.0015, 0.001, 0.0005, 0.0002, 0.0001)

@@ -30,10 +30,11 @@ from kd.cache_builder.build.from_settings import (
     request_of,
 )
 from kd.cache_builder.build.request import BuildRequest, GivenTeacher
+from kd.cache_builder.opening import open_files
 from kd.cache_builder.served.served_settings import ServedSettings
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import DataError, KdError
-from kd.common.paths import as_path
+from kd.common.paths import StoreAddress, build_output
 from kd.common.progress import AnyStep, ProgressRecord
 from kd.common.setting_fields import settings_of
 from kd.common.setting_values import as_text
@@ -81,7 +82,7 @@ def build_cache(
     on_progress: Callable[[ProgressRecord], object] | None = None,
     **settings: Any,
 ) -> CacheReader:
-    """Score texts with a teacher, write the soft targets to the folder `out`, and open the cache.
+    """Score texts with a teacher, write the soft targets to `out`, and open the cache.
 
     model        a transformers model, causal or encoder-decoder, with or without adapters, which is scored in evaluation mode and
                  left as it was; or the name of a teacher, as `kd cache build --teacher` takes it
@@ -89,7 +90,7 @@ def build_cache(
     texts        documents, (prompt, target) pairs, mappings with `text`, `prompt` and `target`, or `messages`: in a list, or from a
                  generator; or a `datasets.Dataset` or `datasets.IterableDataset`. What is no list is never held in memory. Beside
                  the name of a teacher, `data="wikitext-2"` or the like may stand in their place
-    out          folder of the cache; the same call again continues, or finds that the cache is complete
+    out          folder of the cache, or s3://BUCKET/PATH; the same call again continues, or finds that the cache is complete
     on_progress  called with every progress record, which has `done`, `total` and `note`
     settings     settings of `kd cache build` by their names in Python: top_k, profile, seq_len, columns, limit, …; beside a
                  name all of them, among them device_map, load_in_8bit, teacher_adapter, teacher_url and tensor_parallel
@@ -111,7 +112,9 @@ def build_cache(
     True
     """
     if isinstance(model, str | os.PathLike):
-        return _of_named_teacher(os.fspath(model), tokenizer, texts, as_path(out), on_progress, settings)
+        return _of_named_teacher(
+            os.fspath(model), tokenizer, texts, build_output(os.fspath(out)), on_progress, settings
+        )
     require_objects(model, tokenizer)
     if texts is None:
         raise DataError("a model in memory needs texts", expected="build_cache(model, tokenizer, texts, out=…)")
@@ -127,21 +130,21 @@ def build_cache(
             try_="build_cache(NAME, …), which loads the teacher by name",
         )
     name = type(model).__name__
-    chosen = make(BuildSettings, {**given, "teacher": name, "spec": SOURCE, "out": as_path(out)})
+    chosen = make(BuildSettings, {**given, "teacher": name, "spec": SOURCE, "out": build_output(os.fspath(out))})
     request = assembled(chosen, ModelRequest(name), text_config(model.config), lambda: corpus_of_texts(chosen, texts))
     with evaluating(model):
         unpack(model)
         teacher = GivenTeacher(model, tokenizer, parameters_digest(model))
         last = build_request(replace(request, given=teacher), chosen.running, watch=_watching(on_progress))
     require_finished(last, chosen.out)
-    return CacheReader(chosen.out)
+    return _opened(chosen.out)
 
 
 def _of_named_teacher(
     name: str,
     tokenizer: Tokenizer | str | None,
     texts: Iterable[Text] | None,
-    out: Path,
+    out: Path | StoreAddress,
     on_progress: Callable[[ProgressRecord], object] | None,
     settings: Mapping[str, Any],
 ) -> CacheReader:
@@ -155,16 +158,20 @@ def _of_named_teacher(
         request = replace(request, options=recorded if texts is None else None)
         last = build_request(request, builder_settings.running, watch=_watching(on_progress if first else None))
         require_finished(last, builder_settings.out)
-        return CacheReader(builder_settings.out)
+        return _opened(builder_settings.out)
 
     if chosen.served.processes == 1:
         return build(chosen, True)
     led = build_in_groups(chosen, build)
-    return _after_the_leader(Path(chosen.out)) if led is None else led
+    return _after_the_leader(chosen.out) if led is None else led
 
 
 def _named_settings(
-    name: str, tokenizer: Tokenizer | str | None, texts: Iterable[Text] | None, out: Path, settings: Mapping[str, Any]
+    name: str,
+    tokenizer: Tokenizer | str | None,
+    texts: Iterable[Text] | None,
+    out: Path | StoreAddress,
+    settings: Mapping[str, Any],
 ) -> BuildSettings:
     """The settings of a build with a teacher by name. Raises DataError."""
     given = flattened(BuildSettings, settings)
@@ -198,10 +205,15 @@ def request_of_texts(settings: BuildSettings, texts: Iterable[Text]) -> BuildReq
     return assembled(settings, teacher, config, lambda: corpus_of_texts(settings, texts))
 
 
-def _after_the_leader(out: Path) -> CacheReader:
+def _opened(out: Path | StoreAddress) -> CacheReader:
+    """The finished cache, in its folder or through the mirror of its address."""
+    return CacheReader(open_files(out) if isinstance(out, StoreAddress) else out)
+
+
+def _after_the_leader(out: Path | StoreAddress) -> CacheReader:
     """The cache that this process's leader has built. Raises CacheError where it has stopped before the end."""
     try:
-        return CacheReader(out)
+        return _opened(out)
     except KdError:
         time.sleep(SECONDS_FOR_THE_LEADER)
         raise

@@ -234,10 +234,9 @@ def chat_settings_of(settings: BuildSettings) -> ChatSettings:
 
 def plan_of(settings: BuildSettings, *, watch: Watch = in_silence) -> BuildPlan:
     """The plan of a build; an upper bound where the teacher is to write the targets and has not. Nothing is written."""
-    request = request_of(settings)
-    if request.generation is not None and answered(request):
-        request = with_answers(request, watch)
-    with staged(request, writes=False) as here:
+    with staged(request_of(settings), writes=False) as here:
+        if here.generation is not None and answered(here):
+            here = with_answers(here, watch)
         return planned(here, COUNTS, watch)
 
 
@@ -277,9 +276,9 @@ def build_request(
         refuse_unusable_map(request.teacher)
     if running.engine == "ray":
         request = for_cluster(request)
-    if request.generation is not None and request.url is None:  # in a store `staged` refuses it
-        request = with_answers(request, watch)
     with staged(request) as here, no_tokens_of_refused(here.out):
+        if here.generation is not None:
+            here = with_answers(here, watch)
         plan = planned(here, Keep(token_folder(here.out)), watch)
         if running.reuse and here.extend is None and existing_cache(here.out) is None:
             plan = with_shards_of_an_equal_cache(plan, say)

@@ -3,9 +3,9 @@
     for step in generate(request): ...      # the last record's result is the new request
     plan = plan_build(step.result)
 
-Answers are written to `generated/NNNNN.parquet`, BLOCK examples each, before the plan is made, because shards depend on their
-lengths. `generated/request.json` beside them says what they were made from. The teacher takes the most probable token, or
-samples from the whole distribution with a seed. Batches are the same every time, so a resumed build has the same answers.
+Answers are written to `generated/NNNNN.parquet` (`AnswerFolder`), BLOCK examples each, before the plan is made, because shards
+depend on their lengths. `generated/request.json` beside them says what they were made from. The teacher takes the most probable
+token, or samples from the whole distribution with a seed. Batches are the same every time, so a resumed build has the same answers.
 
 Conversations are asked with the chat template and its generation prompt (`kd.data.chat_answers`). The answer becomes the last
 turn of the assistant, and the conversation is then rendered and scored as any other. An answer ends at the token that closes
@@ -16,21 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kd.cache_builder.build.asked_prompts import AskedPrompt, asked_prompts, is_chat, template_of
+from kd.cache_builder.build.object_store.s3_answers import S3AnswerFolder
+from kd.cache_builder.build.object_store.s3_objects import S3Objects
 from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.served.served_teacher import ServedTeacher
 from kd.cache_builder.served.server_dialects import Writing
 from kd.cache_builder.served.serving import LogprobEngine
-from kd.cache_builder.store.records.cache_identity import identity_difference
 from kd.cache_builder.store.records.manifest import ANSWERS
-from kd.cache_builder.store.writers.answers_table import read_answers, write_answers
-from kd.common.errors import CacheMismatchError
-from kd.common.files import canonical_json, process_tag, publish_first, read_json, sweep, write_error, write_first
+from kd.cache_builder.store.writers.answer_folder import ANSWERS_REQUEST, AnswerFolder, answers_file
+from kd.cache_builder.store.writers.answers_table import read_answers
+from kd.common.files import read_json, sweep, write_error
 from kd.common.progress import Progress
 from kd.data.chat_answers import AnswerReader
 from kd.data.chat_rows import chat_identity, conversation_rows
@@ -71,7 +71,7 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     prompts = list(asked_prompts(request, tokenizer, generation, left_out))
     ends = ending_ids(*template_of(request, tokenizer)) if is_chat(request) else ()
     rules = {"text_rules": TEXT_RULES} if any(prompt.changed for prompt in prompts) else {}
-    folder = request.out / ANSWERS
+    folder = answer_folder(request)
     identity = {
         "teacher": request.source.identity(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -83,24 +83,22 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
         **({"chat": {**chat_identity(tokenizer, request.chat), "ends": list(ends)}} if is_chat(request) else {}),
     }
     try:
-        _claim(folder, identity)
-        sweep(folder)
+        folder.claim(identity)
+        sweep(folder.path)
         answers: list[tuple[str, bool]] = []
         model = request.model
         for number, start in enumerate(range(0, len(prompts), BLOCK)):
             block = prompts[start : start + BLOCK]
-            path = folder / f"{number:05d}.parquet"
-            if not path.exists():
+            ids, path = [prompt.example.id for prompt in block], folder.path / answers_file(number)
+            if not folder.holds(number):
                 if request.serving is not None:
                     model = answering_engine(request, tokenizer) if model is None else model
                     texts = _served_block(model, tokenizer, block, generation, number, ends)
                 else:
                     model = request.source.load() if model is None else model
                     texts = _answer_block(model, tokenizer, block, generation, number, blocks.forced, ends)
-                temporary = folder / f".staging-{process_tag()}.{number}"
-                write_answers(temporary, [prompt.example.id for prompt in block], texts)
-                publish_first(temporary, path)  # another builder may have been faster; its answers are the ones
-            answers += read_answers(path, [prompt.example.id for prompt in block])
+                folder.publish(number, ids, texts)
+            answers += read_answers(path, ids)
             yield Progress(len(answers), len(prompts), note=f"{len(answers):,} of {len(prompts):,} answers")
     except OSError as error:
         raise write_error(request.out, error) from error
@@ -146,27 +144,19 @@ def _answered_examples(
 
 def answered(request: BuildRequest) -> bool:
     """Whether the answers of a build are complete in `request.out`."""
-    folder = request.out / ANSWERS
-    if not (folder / "request.json").exists():
+    folder = answer_folder(request)
+    if not folder.begun():
         return False
-    answers = int(read_json(folder / "request.json").get("answers", 0))  # fewer than examples where some were dropped
-    return all((folder / f"{n:05d}.parquet").exists() for n in range(-(-answers // BLOCK)))
+    answers = int(
+        read_json(folder.path / ANSWERS_REQUEST).get("answers", 0)
+    )  # fewer than examples where some were dropped
+    return all(folder.holds(number) for number in range(-(-answers // BLOCK)))
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Record what the answers are made from, or raise CacheMismatchError where the folder holds answers to something else."""
-    path = folder / "request.json"
-    if not path.exists() and write_first(path, canonical_json(identity)):
-        return
-    differences = identity_difference(identity, read_json(path))
-    if differences:
-        details = {f"differs {key}": f"asked for {a}, the directory has {b}" for key, a, b in differences[:8]}
-        raise CacheMismatchError(
-            "the directory holds answers to something else",
-            cache=folder.parent,
-            **details,
-            try_="another --out, or the options of that build",
-        )
+def answer_folder(request: BuildRequest) -> AnswerFolder:
+    """Where the answers of a build are kept: its folder, and its object store where it has one."""
+    folder = request.out / ANSWERS
+    return AnswerFolder(folder) if request.url is None else S3AnswerFolder(folder, S3Objects(request.url))
 
 
 def _answer_block(

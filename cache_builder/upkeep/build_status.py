@@ -2,8 +2,8 @@
 
     status = build_status(Path("runs/cache"))
 
-Nothing but the files of the cache is asked: commits with their times, and claims. So it works for builders on any machine that
-share the folder, and for a build that nobody continues.
+Nothing but the files of the cache is asked: commits with their times, and claims (`BuildTraces`). So it works for builders on any
+machine that share the folder, and for a build that nobody continues. Of a build in an object store the traces come from there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kd.cache_builder.store.cache_files import bytes_below
 from kd.cache_builder.store.records.commits import commit_path, committed
-from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.records.manifest import CacheManifest, load_manifest
 from kd.cache_builder.store.writers.claims import STALE_SECONDS, Claim, all_claims, clock_of
 
 RECENT_COMMITS = 64
@@ -71,19 +71,41 @@ class BuildStatus:
     """Who holds which shard."""
 
 
+@dataclass(frozen=True)
+class BuildTraces:
+    """What builders leave where they write."""
+
+    manifest: CacheManifest
+    done: Sequence[int]
+    """The committed shards."""
+    times: dict[int, float]
+    """When shards were committed, by the clock of the place."""
+    claims: Sequence[Claim]
+    """Claims on shards of a cache that is not finished."""
+    now: float | None
+    """The time by the clock of the place; None where nothing is built."""
+    bytes: int
+    """Bytes of all files."""
+
+
 def build_status(root: Path) -> BuildStatus:
     """The status of the build in a folder. Raises CacheError where no cache was begun there."""
     manifest = load_manifest(root)
-    sizes: list[int] = manifest.shards.rows.tolist()
-    claims = [] if manifest.complete else [claim for claim in all_claims(root) if claim.shard < len(sizes)]
+    done = committed(root, len(manifest.shards))
     now = clock_of(root / "commits") if (root / "commits").is_dir() and not manifest.complete else None
-    done = committed(root, len(sizes))
-    times = commit_times(root, done)
+    claims = [] if manifest.complete else all_claims(root)
+    return status_of(BuildTraces(manifest, done, commit_times(root, done), claims, now, bytes_below(root)))
+
+
+def status_of(traces: BuildTraces) -> BuildStatus:
+    """The status of the build that left these traces."""
+    manifest, done, times, now, size = traces.manifest, traces.done, traces.times, traces.now, traces.bytes
+    sizes: list[int] = manifest.shards.rows.tolist()
+    claims = [claim for claim in traces.claims if claim.shard < len(sizes)]
     holders = tuple(_holder(claim, sizes[claim.shard], now) for claim in claims if claim.shard not in times)
     live = [holder for holder in holders if holder.void is None]
     rows, under_way = sum(sizes[i] for i in done), sum(holder.rows for holder in live)
     speed, seconds = _speed(sizes, times, live, now) if live and now is not None else (None, None)
-    size = bytes_below(root)
     return BuildStatus(
         state="finished" if manifest.complete else "running" if live else "stopped",
         rows=rows,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kd.common.paths import output_folder, path_of
+from kd.common.paths import StoreAddress, output_folder, path_of, store_address
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -26,7 +26,18 @@ class LocalPath(click.ParamType[Path]):
         return output_folder(value) if self.folder else path_of(value)
 
 
-PATH, FOLDER = LocalPath(), LocalPath(folder=True)
+class BuildPlace(click.ParamType[Path | StoreAddress]):
+    """Where a cache is built: a path on this machine, or an address in an object store."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | StoreAddress:
+        """Called by click. Raises DataError."""
+        address = store_address(str(value))
+        return path_of(value) if address is None else address
+
+
+PATH, FOLDER, PLACE = LocalPath(), LocalPath(folder=True), BuildPlace()
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ AT_ONCE = 8
 CREDENTIALS = "AWS_PROFILE or AWS_ACCESS_KEY_ID; AWS_ENDPOINT_URL for a store that is not Amazon's"
 TRIAL = ".trial-"
 """Beginning of the names of objects by which a store is tried; a killed builder may leave one."""
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """An object as a listing shows it."""
+
+    bytes: int
+    put_at: float
+    """When it was put, by the store's clock."""
 
 
 class S3Objects:
@@ -106,7 +116,20 @@ class S3Objects:
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Name -> bytes of all objects whose names begin with `below`."""
-        sizes: dict[str, int] = {}
+        return {name: entry.bytes for name, entry in self.entries(below).items()}
+
+    def clock(self, name: str) -> float | None:
+        """The time by the store's own clock, asked at an object; None where there is none of that name."""
+        with self._asked(name):
+            try:
+                head = self._call("head_object", name)
+            except FileNotFoundError:
+                return None
+        return parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+
+    def entries(self, below: str = "") -> dict[str, StoreEntry]:
+        """Name -> what a listing says, of all objects whose names begin with `below`."""
+        entries: dict[str, StoreEntry] = {}
         more: dict[str, str] = {}
         while True:
             with self._asked(below):
@@ -114,9 +137,10 @@ class S3Objects:
                     "list_objects_v2", Bucket=self.bucket, Prefix=f"{self.prefix}/{below}", **more
                 )
             for entry in page.get("Contents", ()):
-                sizes[entry["Key"].removeprefix(f"{self.prefix}/")] = entry["Size"]
+                name = entry["Key"].removeprefix(f"{self.prefix}/")
+                entries[name] = StoreEntry(entry["Size"], entry["LastModified"].timestamp())
             if not page.get("IsTruncated"):
-                return sizes
+                return entries
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def top_names(self) -> list[str]:

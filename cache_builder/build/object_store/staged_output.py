@@ -12,7 +12,6 @@ from pathlib import Path
 from kd.cache_builder.build.object_store.s3_objects import S3Objects
 from kd.cache_builder.build.request import BuildRequest
 from kd.common.disk.home import kd_home
-from kd.common.errors import DataError
 from kd.common.files import process_tag, sweep, unfinished, write_error
 
 
@@ -27,12 +26,6 @@ def staged(request: BuildRequest, *, writes: bool = True) -> Iterator[BuildReque
     if request.url is None:
         yield request
         return
-    if request.generation is not None:
-        raise DataError(
-            "answers of the teacher are kept in the folder of the build",
-            found=f"--targets teacher with --out {request.url}",
-            try_="build into a folder, then kd cache push",
-        )
     objects = S3Objects(request.url)
     if writes:
         objects.refuse_unconditional()

@@ -12,7 +12,7 @@ TEXT_RULES_NAMES = ("text_rules", "control_tokens")
 """Entries of an identity's `tokenizer` that say how texts became ids."""
 
 
-def refuse_mismatch(root: Path, wanted: dict[str, Any], existing: CacheManifest) -> None:
+def refuse_mismatch(root: Path | str, wanted: dict[str, Any], existing: CacheManifest) -> None:
     """Raise CacheMismatchError with the difference, unless `existing` was made from exactly `wanted`."""
     if existing.format_version < OLDEST_CONTINUED:
         raise CacheMismatchError(
