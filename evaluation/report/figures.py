@@ -31,7 +31,7 @@ HALF_LIFE = 0.01
 """Half-life of the smoothing to either side, as a share of the run's records."""
 BESIDE = 24
 """Letters of the longest name, up to which a legend above curves has two names in a line."""
-TITLE = 56
+TITLE = 46
 """Letters of a line of a panel's title."""
 DPI, WIDTH = 200, 5.5
 """Dots per inch, inches: letters of 10 points are still 8 pixels high where a phone shrinks the picture to its width."""
