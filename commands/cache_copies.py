@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     "so the most that the entropy can be decides.",
 )
 @click.option("--tail-bands", type=int, metavar="0", help="0 leaves the rank bands out.")
+@click.option(
+    "--tail-samples",
+    type=int,
+    help="Fewer draws from the tail; 0 for none. Where the tail grows, its draws are drawn again from the stored row.",
+)
 @click.option("--logprob-codec", type=click.Choice(CODEC_NAMES), help="Store log-probabilities with another codec.")
 @click.option(
     "--examples",

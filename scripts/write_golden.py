@@ -38,7 +38,7 @@ TEMPLATE = (
 )
 FIELDS = (
     *("gold_ids", "gold_logprob", "gold_rank", "byte_end", "log_z", "kept", "token_ids", "logprobs"),
-    *("tail_bands", "sample_ids", "sample_counts", "boundary_logprob"),
+    *("tail_bands", "sample_ids", "sample_counts", "tail_ids", "tail_draws", "boundary_logprob"),
 )
 
 
@@ -46,7 +46,9 @@ def main(golden: Path) -> None:
     """Write every store that is not there."""
     full = TargetConfig.of_profile("full", top_k=4, samples=3, tail_bands=3)
     adaptive = TargetConfig.of_profile("adaptive", top_k=12, min_probability=0.02, min_k=2)
+    tails = TargetConfig.of_profile("adaptive", top_k=12, min_probability=0.05, tail_samples=20)
     stores = {"v3": (full, False), "v3-adaptive": (adaptive, False), "v3-conversations": (full, True)}
+    stores |= {"v3-tails": (tails, False)}
     for name, (targets, chat) in stores.items():
         if not (golden / name).exists():
             with tempfile.TemporaryDirectory() as folder:

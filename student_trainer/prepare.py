@@ -28,6 +28,7 @@ from kd.student_trainer.batches.collators import (
     windows_of,
 )
 from kd.student_trainer.batches.compatibility import (
+    as_read,
     needed_arrays,
     refuse_unknown_parts,
     resolve_objective,
@@ -129,7 +130,10 @@ def prepare(config: TrainConfig, *, touch: bool = False, student: tuple[Any, Tok
     reader = open_cache(config.data.cache, top_k=config.data.top_k, cache_bytes=config.data.cache_bytes)
     manifest = reader.manifest
     objective = resolve_objective(
-        reader.config, config.objective, edges=rank_edges(reader), logprobs_only=manifest.logprobs_only
+        as_read(reader.config, config.data.top_k),
+        config.objective,
+        edges=rank_edges(reader),
+        logprobs_only=manifest.logprobs_only,
     )
     refuse_unknown_parts(manifest, objective)
     reader.keep(needed_arrays(objective, manifest))

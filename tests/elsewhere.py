@@ -52,7 +52,7 @@ def selection(profile: str, **settings: Any) -> Callable[[torch.device], None]:
     def case(device: torch.device) -> None:
         config = TargetConfig.of_profile(profile, **settings)
         logits, gold = torch.randn(N, V + 10, device=device), torch.zeros(N, dtype=torch.int64, device=device)
-        uniforms = torch.rand(N, config.samples, dtype=torch.float64, device=device) if config.samples else None
+        uniforms = torch.rand(N, config.uniforms, dtype=torch.float64, device=device) if config.uniforms else None
         here(Sparsifier(config, V, torch.arange(0, V, 3, device=device)).marked(logits, gold, uniforms), device)
 
     return case
@@ -179,6 +179,8 @@ CASES |= {
 }
 CASES |= {f"selection {profile}": selection(profile) for profile in PROFILES}
 CASES["selection by position, with bands"] = selection("adaptive", certain_below=1.0, tail_bands=4)
+CASES |= {f"selection {profile} with draws": selection(profile, tail_samples=40) for profile in ("kl", "adaptive")}
+CASES["selection by position, with draws"] = selection("adaptive", certain_below=1.0, tail_samples=40)
 CASES |= {f"teacher pass {shape}": teacher_pass(shape) for shape in ("demo-student", "demo-t5-student")}
 for loss, kind in LOSSES.items():
     for tail in kind.variants:

@@ -142,6 +142,9 @@ class TargetSettings:
     say. The teacher alone decides, so any student can use the cache."""
     samples: int | None = setting(None, shown="the profile's own number")
     """Draws from the distribution kept per row (profiles sampled and full)."""
+    tail_samples: int | None = setting(None, shown="none")
+    """Draws from what lies beyond the kept tokens, so that kl at temperature 1 has the gradient of the whole distribution on
+    average. A row whose tail has the probability m draws this number times m, rounded up (profiles kl, compact and adaptive)."""
     tail_bands: int | None = setting(None, shown="the profile's own number")
     """Rank bands beyond the kept tokens whose probability is kept (profiles uld and full; adaptive where it is given)."""
     temperatures: tuple[float, ...] | None = setting(None, shown="1,2,4; 1 for a served teacher")

@@ -175,6 +175,7 @@ PLAIN: dict[str, Any] = {
     "min_probability": 0.0,
     "min_k": 1,
     "certain_below": 0.0,
+    "tail_samples": 0,
 }
 """The parts of a top-k cache besides its k."""
 

@@ -112,7 +112,7 @@ def class_count(request: BuildRequest, labels: Sequence[str], config: Any) -> in
     if request.generation is not None:
         raise DataError("a classifier writes no text", where=request.teacher.name, found="--targets teacher")
     targets = request.targets
-    if targets.profile != "kl" or targets.top_k != classes or targets.samples or targets.tail_bands:
+    if targets.profile != "kl" or targets.top_k != classes or targets.uniforms or targets.tail_bands:
         raise DataError(
             "a cache of classes keeps all of them",
             where=request.teacher.name,

@@ -166,6 +166,12 @@ def _of_row(targets: SoftTargets, values: np.ndarray, row: int) -> np.ndarray:
 
 
 def _draws(targets: SoftTargets, row: int, vocabulary: Sequence[bytes]) -> list[Candidate]:
+    if targets.tail_ids is not None and targets.tail_draws is not None:
+        drawn_ids, counts = np.unique(targets.tail_ids[row, : targets.tail_draws[row]], return_counts=True)
+        return [
+            Candidate(int(i), piece_text(vocabulary, int(i)), None, int(n))
+            for i, n in zip(drawn_ids, counts, strict=True)
+        ]
     if targets.sample_ids is None or targets.sample_counts is None:
         return []
     drawn = [

@@ -74,7 +74,7 @@ def dataset_card(root: Path, url: str, license: str | None = None, *, picture: b
         ("tokens per block", summary["seq_len"]),
         ("profile", summary["profile"]),
         ("top-k", _top_k(summary)),
-        ("draws per token", summary["samples"]),
+        ("draws per token", _draws(summary)),
         ("rank bands", summary["tail_bands"]),
         ("temperatures", ", ".join(f"{t:g}" for t in summary["temperatures"]) + _only_one(summary)),
         ("bytes", f"{summary['bytes']:,}"),
@@ -147,6 +147,12 @@ def _top_k(summary: dict[str, Any]) -> str:
         share = "" if summary["rows_of_one_token"] is None else f": {summary['rows_of_one_token']:.1%} of them"
         said += f"; one token of rows with an entropy below {summary['certain_below']:g} nats{share}"
     return said
+
+
+def _draws(summary: dict[str, Any]) -> str:
+    if not summary["tail_samples"]:
+        return str(summary["samples"])
+    return f"{_figure(summary['tail_draws_mean'])} from the tail, each of at most 1/{summary['tail_samples']} of the probability"
 
 
 def _figure(value: float | None) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from numcodecs import blosc
 
 from kd.cache_builder.store.encoding.arrays import ArraySpec
-from kd.cache_builder.store.ragged import gathered
+from kd.cache_builder.store.ragged import KEPT, gathered
 from kd.cache_builder.store.records.manifest import Layout
 from kd.common.errors import CacheError
 
@@ -88,9 +88,10 @@ def decode_entries(data: bytes, spec: ArraySpec, layout: Layout, kept: np.ndarra
     Raises CacheError where the bytes are not such a shard, or a row is longer than the array allows.
     """
     columns = spec.columns or 1
-    if len(kept) and not 1 <= kept.min() <= kept.max() <= columns:
+    least = int(spec.counts == KEPT)  # a row without a tail has no draws from it
+    if len(kept) and not least <= kept.min() <= kept.max() <= columns:
         lengths = f"{int(kept.min())}..{int(kept.max())} entries"
-        raise CacheError("a row's length is out of bounds", found=lengths, expected=f"1..{columns}")
+        raise CacheError("a row's length is out of bounds", found=lengths, expected=f"{least}..{columns}")
     room = Layout(layout.shard_rows * columns, layout.chunk_rows * columns)
     chunks = -(-len(kept) // layout.chunk_rows)
     flat = decode_shard(data, replace(spec, columns=None, ragged=False), room, chunks * room.chunk_rows)

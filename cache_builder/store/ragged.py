@@ -13,6 +13,8 @@ import numpy as np
 
 KEPT = "kept"
 """Name of the array with the number of entries of each row."""
+TAIL_DRAWS = "tail_draws"
+"""Name of the array with the number of draws from each row's tail, which are entries in the file and `[N, D]` in memory."""
 ENTRY_ARRAYS = ("token_ids", "logprobs")
 """Arrays of entries, where a cache has `kept`; all others have one value or one row of values for each row."""
 
@@ -61,6 +63,8 @@ def gathered(filled: np.ndarray, kept: np.ndarray, chunk_rows: int) -> np.ndarra
 
 def row_totals(steps: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """`[E]` the sum of each entry and those before it in its row, in the dtype of `steps`, which wraps around."""
+    if not len(steps):
+        return steps
     totals = np.cumsum(steps, dtype=steps.dtype)
     starts = offsets_of(kept)[:-1]
     before = totals[starts - 1]
@@ -72,6 +76,19 @@ def row_steps(totals: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """The inverse of `row_totals`."""
     steps = totals.copy()
     steps[1:] -= totals[:-1]
-    starts = offsets_of(kept)[:-1]
+    starts = offsets_of(kept)[:-1][kept > 0]
     steps[starts] = totals[starts]
     return steps
+
+
+def sorted_entries(table: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`[E]` the first `counts` values of each row of `table [N, D]`, ascending, one row after another."""
+    inside = np.arange(table.shape[1]) < counts[:, None]
+    return np.asarray(np.sort(np.where(inside, table, np.iinfo(table.dtype).max), axis=1)[inside])
+
+
+def as_table(entries: np.ndarray, counts: np.ndarray, columns: int) -> np.ndarray:
+    """`[N, columns]`: entries `[E]` of rows, of which row i has `counts[i]`, and zeros behind."""
+    table = np.zeros((len(counts), columns), dtype=entries.dtype)
+    table[np.arange(columns) < counts[:, None]] = entries
+    return table

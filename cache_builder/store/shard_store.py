@@ -76,7 +76,7 @@ def decode_files(files: CacheFiles, manifest: CacheManifest, record: ShardRecord
         starts = np.array(examples["row_start"], dtype=np.int64)
         even, uneven = ([a for a in specs if a.ragged == ragged] for ragged in (False, True))
         stored = {a.name: decode_shard(data[a.name], a, manifest.layout, record.rows) for a in even}
-        stored |= {a.name: decode_entries(data[a.name], a, manifest.layout, stored[KEPT]) for a in uneven}
+        stored |= {a.name: decode_entries(data[a.name], a, manifest.layout, stored[a.counts]) for a in uneven}
         arrays = unpack_rows(stored, specs, starts, ids)
     except Exception as error:  # the bytes are as committed, so this library version cannot read them
         raise CacheDamageError(

@@ -53,6 +53,10 @@ class SoftTargets:
     """[N, R] int64"""
     sample_counts: np.ndarray | None = None
     """[N, R] int64, 0 in unused slots"""
+    tail_ids: np.ndarray | None = None
+    """[N, D] int32 tokens drawn from beyond the kept ones at temperature 1, each as often as it was drawn; 0 in unused slots"""
+    tail_draws: np.ndarray | None = None
+    """[N] int64: slots of `tail_ids` that are used; each stands for the tail's mass over this number"""
     boundary_logprob: np.ndarray | None = None
     """[N] float32"""
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
 from kd.common.errors import DataError, unknown_name
+
+Rows = TypeVar("Rows")
+"""Arrays of numpy, or tensors of torch."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class TargetConfig:
     certain_below: float = 0.0
     """Entropy in nats, at temperature 1, below which a row is certain and keeps its most probable token alone; 0 where no row is
     treated so. With a `min_k` of 2 or more, the rows of one token are the certain ones."""
+    tail_samples: int = 0
+    """Draws from what lies beyond the kept tokens, at temperature 1: a row whose tail has the mass m draws `tail_samples` times m
+    tokens, rounded up, so each stands for at most 1 / `tail_samples`; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -58,6 +64,7 @@ class TargetConfig:
         for name, value, most in (
             ("samples", self.samples, 2**16 - 1),
             ("tail-bands", self.tail_bands, 2**10),
+            ("tail-samples", self.tail_samples, 2**10),
             ("seed", self.seed, 2**63),
         ):
             if not 0 <= value <= most:  # draws are counted in at most 16 bits; Philox takes unsigned keys
@@ -71,6 +78,7 @@ class TargetConfig:
                 try_="--temperatures 1,2,4",
             )
         self._check_lengths()
+        self._check_tail_samples()
         if not set(self.band_temperatures) <= set(grid):
             raise DataError(
                 "rank bands can only be stored at temperatures of the grid",
@@ -127,6 +135,29 @@ class TargetConfig:
                 try_="--profile adaptive; with --min-k and --top-k of one number, all other rows keep so many tokens",
             )
 
+    def _check_tail_samples(self) -> None:
+        """Raise DataError where there is no head with ids beside which a tail could be drawn, or where the whole row is drawn."""
+        if not self.tail_samples:
+            return
+        kept = PROFILES[self.profile]
+        if not (kept.ids and self.top_k):
+            raise DataError(
+                "draws from the tail need kept tokens with their ids",
+                found=f"--profile {self.profile} --tail-samples {self.tail_samples}",
+                expected="profile kl, compact, adaptive or full",
+            )
+        if self.samples:
+            raise DataError(
+                "a cache draws from whole rows or from their tails",
+                found=f"--samples {self.samples} --tail-samples {self.tail_samples}",
+                try_="--samples 0, or leave --tail-samples out",
+            )
+
+    @property
+    def uniforms(self) -> int:
+        """Random numbers that each row is drawn with: one for every draw from a whole row, and one for all draws of a tail."""
+        return self.samples or min(self.tail_samples, 1)
+
     @property
     def ragged(self) -> bool:
         """Whether rows differ in length."""
@@ -151,21 +182,26 @@ class TargetConfig:
             del values["min_probability"], values["min_k"]
         if not self.certain_below:
             del values["certain_below"]
+        if not self.tail_samples:
+            del values["tail_samples"]
         return values
 
-    def lengths(self, probabilities: np.ndarray, entropy: np.ndarray | None = None) -> np.ndarray:
+    def lengths(self, probabilities: Rows, entropy: Rows | None = None) -> Rows:
         """`[N]` how many tokens each row keeps, from the `[N, K]` probabilities of the most probable ones, descending.
 
         entropy   `[N]` of each row in nats, or no less than it; only certain rows need it
+
+        Nothing waits for rows that are on a GPU.
         """
-        if not self.ragged:
-            return np.full(len(probabilities), probabilities.shape[1], dtype=np.int64)
-        probable = (probabilities >= self.min_probability).sum(axis=1)
-        kept = np.asarray(np.maximum(probable, min(self.min_k, probabilities.shape[1])), dtype=np.int64)
-        if not self.certain_below:
-            return kept
-        assert entropy is not None
-        return np.where(entropy < self.certain_below, 1, kept)
+        values: Any = probabilities
+        probable: Any = (values >= self.min_probability).sum(1)  # all of them, where all rows keep K
+        kept: Any = probable.clip(min=min(self.min_k, values.shape[1]))
+        if self.certain_below:
+            assert entropy is not None
+            nats: Any = entropy
+            kept = kept - (kept - 1) * (nats < self.certain_below)
+        lengths: Rows = kept
+        return lengths
 
     @classmethod
     def of_profile(
@@ -179,6 +215,7 @@ class TargetConfig:
         min_probability: float | None = None,
         min_k: int | None = None,
         certain_below: float | None = None,
+        tail_samples: int | None = None,
         **rest: object,
     ) -> TargetConfig:
         """The settings of a profile, with the values given in place of its own. Raises DataError."""
@@ -200,6 +237,7 @@ class TargetConfig:
             min_probability=kept.min_probability if min_probability is None else min_probability,
             min_k=(2 if certain_below and top_k != 1 else 1) if min_k is None else min_k,
             certain_below=certain_below or 0.0,
+            tail_samples=tail_samples or 0,
             **rest,  # type: ignore[arg-type]
         )
 
@@ -207,7 +245,7 @@ class TargetConfig:
         """These settings, with each one that changes no stored value set to its default."""
         return replace(
             self,
-            seed=self.seed if self.samples else 0,
+            seed=self.seed if self.uniforms else 0,
             band_temperatures=self.band_temperatures if self.tail_bands else (1.0,),
             logprob_codec=self.logprob_codec if self.top_k else PROFILES[self.profile].logprob_codec,
         )
@@ -262,5 +300,11 @@ class RawTargets:
     """[n, R] int64 unique drawn ids, most drawn first; unused slots 0"""
     sample_counts: np.ndarray | None = None
     """[n, R] int64; unused slots 0; rows sum to R"""
+    kept: np.ndarray | None = None
+    """[n] int64 tokens that each row keeps, where its tail was drawn beside them; None: as `TargetConfig.lengths` says"""
+    tail_ids: np.ndarray | None = None
+    """[n, D] int32 tokens drawn from the tail, each as often as it was drawn; unused slots 0"""
+    tail_draws: np.ndarray | None = None
+    """[n] int64 slots that are used"""
     boundary_logprob: np.ndarray | None = None
     """[n] float32"""

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.parquet import read_parquet
-from kd.cache_builder.store.ragged import KEPT, row_steps, row_totals
+from kd.cache_builder.store.ragged import KEPT, as_table, row_steps, row_totals, sorted_entries
 from kd.cache_builder.store.records.manifest import VOCABULARY, CacheManifest
 from kd.common.errors import CacheDamageError
 from kd.models.batching.gaps import NO_GAPS, Gaps
@@ -106,8 +106,10 @@ def pack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, c
     """Rows of whole examples, which begin at `starts [E]`, in the form in which they are stored."""
     packed = {a.name: codes[stored[a.name]] if a.ids else stored[a.name] for a in arrays if a.name in stored}
     for spec in arrays:
+        if spec.ragged and spec.counts != KEPT and spec.name in packed:  # a table in memory
+            packed[spec.name] = sorted_entries(packed[spec.name], stored[spec.counts])
         if spec.ragged and spec.steps and spec.name in packed:
-            packed[spec.name] = row_steps(packed[spec.name], stored[KEPT])
+            packed[spec.name] = row_steps(packed[spec.name], stored[spec.counts])
         elif spec.steps and spec.name in packed:
             indices = packed[spec.name]
             packed[spec.name] = indices.copy(order="K")
@@ -121,15 +123,19 @@ def pack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, c
 
 def unpack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
     """The inverse of `pack_rows`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
-    unpacked = {a.name: _take(ids, stored[a.name]) if a.ids and ids is not None else stored[a.name] for a in arrays}
+    unpacked = {a.name: stored[a.name] for a in arrays}
     for spec in arrays:
         if spec.ragged and spec.steps:
-            unpacked[spec.name] = row_totals(unpacked[spec.name], stored[KEPT])
+            unpacked[spec.name] = row_totals(unpacked[spec.name], stored[spec.counts])
         elif spec.steps:
             columns = np.array(unpacked[spec.name].T, order="C")
             for above, below in pairwise(columns):  # whole columns at once
                 np.add(below, above, out=below)
             unpacked[spec.name] = np.ascontiguousarray(columns.T)
+        if spec.ids and ids is not None:
+            unpacked[spec.name] = _take(ids, unpacked[spec.name])
+        if spec.ragged and spec.counts != KEPT:
+            unpacked[spec.name] = as_table(unpacked[spec.name], stored[spec.counts], spec.columns or 1)
     if "byte_length" in unpacked:
         ends = np.cumsum(unpacked.pop("byte_length"), dtype=np.uint32)
         before = ends[starts - 1]

@@ -21,6 +21,7 @@ from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.teacher.normalisers import entropies, log_normalisers, padded_width, subtract
 from kd.cache_builder.teacher.selection import Uniforms, count_larger, draw
+from kd.cache_builder.teacher.tail_draws import draw_tail
 from kd.models.top_k import marks_for, top_k_at_once, top_k_by_threshold, top_k_by_topk
 
 BLOCK_BYTES = 5 * 2**20
@@ -41,6 +42,9 @@ class Chunk:
     entropy: torch.Tensor | None = None
     sample_ids: torch.Tensor | None = None
     sample_counts: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    tail_ids: torch.Tensor | None = None
+    tail_draws: torch.Tensor | None = None
     boundary_logprob: torch.Tensor | None = None
     doubt: torch.Tensor | None = None
     """[n] uint8: 0, TIED or NOT_FINITE. Set only by `Sparsifier.marked`."""
@@ -89,7 +93,9 @@ class Sparsifier:
         self.block_rows = block_rows
         later = bool(self.edges or config.samples or config.certain_below or PROFILES[config.profile].boundary)
         doubling = all(high == 2 * low for low, high in pairwise(config.temperatures))
-        self._in_place = doubling and not later  # the logits are not needed again once their powers replace them
+        self._own_threads = doubling and not later  # else torch's own threads sort and sum
+        # the logits are not needed again once their powers replace them
+        self._in_place = self._own_threads and not config.tail_samples
         self._scratches: list[Scratch] = []
         self._pool: ThreadPoolExecutor | None = None
 
@@ -115,8 +121,7 @@ class Sparsifier:
         """`logits [n, V]` (any float dtype; columns beyond the vocabulary are ignored), `gold_ids [n]`,
         `uniforms [n, R]` in [0, 1) for the draws. Raises NonFiniteRow."""
         logits = logits[:, : self.vocabulary_size]
-        # where bands or draws follow, torch's own threads sort and sum
-        workers = torch.get_num_threads() if logits.device.type == "cpu" and self._in_place else 1
+        workers = torch.get_num_threads() if logits.device.type == "cpu" and self._own_threads else 1
         step = self.block_rows or max(1, len(logits))
         if self.block_rows is None and logits.device.type == "cpu":
             count = -(-4 * self.vocabulary_size * len(logits) // BLOCK_BYTES)
@@ -203,6 +208,12 @@ class Sparsifier:
         if config.samples:
             assert uniforms is not None
             sample_ids, counts = draw(shifted, uniforms)
+        lengths = tail_ids = tail_draws = None
+        if config.tail_samples and ids is not None and relative is not None:
+            assert uniforms is not None
+            lengths = config.lengths((relative.double() - one.double().unsqueeze(1)).exp(), entropy)
+            powers = scratch.powers[-1, : len(logits)]
+            tail_ids, tail_draws = draw_tail(shifted, one, ids, lengths, config.tail_samples, uniforms, powers)
         boundary = None
         if PROFILES[config.profile].boundary and self.boundary_ids is not None:
             boundary = shifted.index_select(1, self.boundary_ids).logsumexp(dim=1) - one
@@ -217,6 +228,9 @@ class Sparsifier:
             entropy=entropy,
             sample_ids=sample_ids,
             sample_counts=counts,
+            kept=lengths,
+            tail_ids=tail_ids,
+            tail_draws=tail_draws,
             boundary_logprob=boundary,
             doubt=doubt,
         )

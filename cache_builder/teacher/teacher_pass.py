@@ -192,11 +192,11 @@ class Teacher:
         return Scored(chunks, laps)
 
     def _uniforms(self, config: TargetConfig, rows: Sequence[TokenRows], examples: Sequence[int]) -> Tensor | None:
-        """`[rows of the batch, samples]` numbers to draw with; None where nothing is drawn."""
-        if not config.samples:
+        """`[rows of the batch, uniforms]` numbers to draw with; None where nothing is drawn."""
+        if not config.uniforms:
             return None
         draws = [
-            uniforms_for(config.seed, example, len(row.target_ids), config.samples)
+            uniforms_for(config.seed, example, len(row.target_ids), config.uniforms)
             for row, example in zip(rows, examples, strict=True)
         ]
         return on_device(torch.from_numpy(np.concatenate(draws)), self.device)

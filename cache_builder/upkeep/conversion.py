@@ -14,16 +14,57 @@ from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN
 from kd.cache_builder.store.encoding.rank_bands import with_cut_tokens
 from kd.cache_builder.store.profiles import PROFILES
-from kd.cache_builder.store.ragged import KEPT, columns_of_entries, entry_sums
+from kd.cache_builder.store.ragged import KEPT, TAIL_DRAWS, columns_of_entries, entry_sums
 from kd.cache_builder.store.row_figures import entropy_bounds
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.upkeep.redrawn_tails import StoredTail, redrawn
 
 
-def converted(stored: Arrays, old: TargetConfig, new: TargetConfig, vocabulary_size: int) -> Arrays:
-    """Stored rows under the settings `new`, which keep no more than `old`. Equal settings return the same arrays."""
+def converted(
+    stored: Arrays, old: TargetConfig, new: TargetConfig, vocabulary_size: int, uniforms: np.ndarray | None = None
+) -> Arrays:
+    """Stored rows under the settings `new`, which keep no more than `old`. Equal settings return the same arrays.
+
+    uniforms   [N] in [0, 1), with which draws from a tail are drawn again where the tail has grown
+    """
     if old == new and ("log_z" in stored) == (not new.top_k):
         return stored
+    rows = _converted(stored, old, new, vocabulary_size)
+    if new.tail_samples:
+        assert uniforms is not None
+        rows |= _drawn_tails(stored, rows, old, new, uniforms)
+    return rows
+
+
+def _drawn_tails(stored: Arrays, rows: Arrays, old: TargetConfig, new: TargetConfig, uniforms: np.ndarray) -> Arrays:
+    """The draws of the converted `rows`: as they were where the head kept its tokens, and drawn again where it did not."""
+    targets = codecs.decode(stored, old)
+    assert targets.token_ids is not None
+    assert targets.tail_ids is not None
+    assert targets.tail_draws is not None
+    have = np.full(len(targets), old.top_k) if targets.kept is None else targets.kept
+    want = rows[KEPT] if new.ragged else np.full(len(targets), new.top_k)
+    cut = np.arange(int(have.max(initial=1))) >= want[:, None]
+    if not cut.any() and old.tail_samples == new.tail_samples:
+        return {"tail_ids": stored["tail_ids"], TAIL_DRAWS: stored[TAIL_DRAWS]}
+    kept = np.where(cut, targets.padded(np.exp(targets.logprobs_at(1.0)), 0.0), 0.0)
+    used = np.arange(targets.tail_ids.shape[1]) < targets.tail_draws[:, None]
+    share = targets.tail_mass_at(1.0) / np.maximum(targets.tail_draws, 1)
+    tail = StoredTail(
+        np.concatenate([targets.padded(targets.token_ids, 0.0), targets.tail_ids], axis=1).astype(
+            stored["tail_ids"].dtype
+        ),
+        np.concatenate([kept, np.where(used, share[:, None], 0.0)], axis=1),
+    )
+    ids, counts = redrawn(tail, new.tail_samples, uniforms)
+    same = (want == have) & (old.tail_samples == new.tail_samples)
+    ids[same], counts[same] = stored["tail_ids"][same, : ids.shape[1]], stored[TAIL_DRAWS][same]
+    return {"tail_ids": ids, TAIL_DRAWS: counts}
+
+
+def _converted(stored: Arrays, old: TargetConfig, new: TargetConfig, vocabulary_size: int) -> Arrays:
+    """All but the draws from tails."""
     kept = {name: stored[name] for name in ("gold_ids", "gold_logprob", "gold_rank", "byte_end")}
     for name, wanted in (
         ("tail_bands", new.tail_bands),
@@ -139,4 +180,6 @@ def measured(stored: Arrays, config: TargetConfig) -> dict[str, float]:
         quality["mass_kept"] = float(np.exp(targets.logprobs_at(1.0)).sum())
     if targets.kept is not None:
         quality |= codecs.lengths_measured(targets.kept, config)
+    if targets.tail_draws is not None:
+        quality["tail_draws"] = float(targets.tail_draws.sum())
     return quality

@@ -24,6 +24,7 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.store.vocabulary import codes_by_count
 from kd.cache_builder.store.writers.shard_writer import ShardWriter
 from kd.cache_builder.upkeep.conversion import converted, measured
+from kd.cache_builder.upkeep.redrawn_tails import row_uniforms
 from kd.common.files import write_error
 from kd.common.progress import Progress
 from kd.common.shown_text import public_place
@@ -191,9 +192,11 @@ def _taken(reader: CacheReader, piece: Piece, config: TargetConfig) -> Shard:
     table = {name: column[piece.first : piece.stop] for name, column in shard.examples.items()}
     rows = slice(table["row_start"][0], table["row_end"][-1])
     arrays = {name: shard.part(name, rows) for name in shard.arrays}
-    return replace(
-        shard, arrays=converted(arrays, reader.config, config, reader.manifest.vocabulary_size), examples=table
-    )
+    manifest, uniforms = reader.manifest, None
+    if config.tail_samples:
+        uniforms = row_uniforms(manifest.fingerprint, piece.shard, rows.start, rows.stop)
+    new = converted(arrays, reader.config, config, manifest.vocabulary_size, uniforms)
+    return replace(shard, arrays=new, examples=table)
 
 
 def _write(

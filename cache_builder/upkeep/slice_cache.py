@@ -38,6 +38,8 @@ class SliceOptions(TypedDict, total=False):
     """0 leaves the rank bands out; None keeps them where the profile does."""
     certain_below: float | None
     """The same; a row is certain where the most that its entropy can be, by what the cache holds, is below this."""
+    tail_samples: int | None
+    """Draws from what lies beyond the kept tokens; 0 for none. They are drawn again from the stored row where its tail grows."""
     examples: tuple[int, int] | None
     """First example and one past the last."""
 
@@ -64,6 +66,7 @@ def planned_slice(cache: Path | CacheFiles, **options: Unpack[SliceOptions]) -> 
         min_k=options.get("min_k"),
         certain_below=options.get("certain_below"),
         tail_bands=options.get("tail_bands"),
+        tail_samples=options.get("tail_samples"),
     )
     first, stop = options.get("examples") or (0, len(reader))
     if not 0 <= first < stop <= len(reader):
@@ -91,6 +94,7 @@ def sliced_config(
     min_k: int | None = None,
     certain_below: float | None = None,
     tail_bands: int | None = None,
+    tail_samples: int | None = None,
 ) -> TargetConfig:
     """The settings of a slice. Raises DataError for what the cache does not hold."""
     have = PROFILES[config.profile]
@@ -138,6 +142,7 @@ def sliced_config(
         logprob_codec=codec,
         tail_bands=_bands(config, tail_bands, kept=bool(want.tail_bands) or (bool(least) and same)),
         samples=config.samples if want.samples else 0,
+        tail_samples=_tail_samples(config, want, tail_samples),
     ).normalised()
     if new.tail_bands and new.shortest != config.shortest:
         raise DataError(
@@ -193,6 +198,20 @@ def _least_probability(config: TargetConfig, want: Profile, asked: float | None)
             expected=f"at least {config.min_probability:g}",
         )
     return least
+
+
+def _tail_samples(config: TargetConfig, want: Profile, asked: int | None) -> int:
+    """Draws from the tails of a slice. Raises DataError where the cache has fewer."""
+    if asked is None:
+        return config.tail_samples if want.ids and want.top_k else 0
+    if asked > config.tail_samples:
+        raise DataError(
+            "a slice holds no more draws than the cache",
+            found=f"--tail-samples {asked}",
+            expected=f"0..{config.tail_samples}",
+            try_="kd cache build --tail-samples",
+        )
+    return asked
 
 
 def _least_kept(config: TargetConfig, top_k: int, asked: int | None, *, certain: bool) -> int:

@@ -52,6 +52,8 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "min_k": targets.min_k,
         "certain_below": targets.certain_below,
         "samples": targets.samples,
+        "tail_samples": targets.tail_samples,
+        "tail_draws_mean": means.get("tail_draws"),
         "tail_bands": targets.tail_bands,
         "temperatures": list(targets.temperatures),
         "logprob_codec": targets.logprob_codec,

@@ -292,6 +292,30 @@ def broken_promises(
     if targets.sample_counts is not None:
         drawn = targets.sample_counts.sum(axis=1)
         yield "a number of draws that differs between rows", "sample_counts", drawn != targets.sample_counts.shape[1]
+    if targets.tail_ids is not None:
+        yield from _broken_tails(targets, vocabulary_size)
+
+
+def _broken_tails(targets: SoftTargets, vocabulary_size: int) -> Iterator[tuple[str, str, np.ndarray]]:
+    """The same for what draws from a tail promise beside its mass."""
+    assert targets.tail_ids is not None
+    assert targets.tail_draws is not None
+    used = np.arange(targets.tail_ids.shape[1]) < targets.tail_draws[:, None]
+    yield "an id beyond the vocabulary", "tail_ids", _any(used & (targets.tail_ids >= vocabulary_size))
+    if targets.token_ids is None:
+        return
+    kept = targets.padded(targets.token_ids.astype(np.int64), -1.0)
+    offset = np.arange(len(targets))[:, None] * (vocabulary_size + 1)
+    twice = used & np.isin(targets.tail_ids + offset, (kept + offset)[kept >= 0])
+    yield "a kept token that was drawn from the tail", "tail_ids", _any(twice)
+    if targets.logprobs is not None:
+        # masses of up to 1e-6 are what rounding leaves of a tail
+        yield "a tail without a draw", "tail_draws", (targets.tail_mass_at(1.0) > 1e-6) & ~_any(used)
+
+
+def _any(marks: np.ndarray) -> np.ndarray:
+    """`[N]` whether a column of a row is marked."""
+    return np.asarray(marks.any(axis=1))
 
 
 def _rows_with(targets: SoftTargets, marks: np.ndarray) -> np.ndarray:

@@ -114,7 +114,7 @@ class Collator:
         batch: dict[str, np.ndarray] = {}
         # rows that were decoded together lie one after another already: not taken apart and joined again
         rows = examples.rows if isinstance(examples, CachedBatch) else concatenate([e.targets for e in examples])
-        if kind in ("ghost", "renorm"):
+        if kind in ("ghost", "renorm") or (kind == "sampled" and rows.sample_ids is None):
             assert rows.token_ids is not None
             batch["token_ids"] = rows.token_ids
             logprobs = rows.logprobs if temperature == 1.0 else rows.logprobs_at(temperature)
@@ -123,7 +123,12 @@ class Collator:
             batch["tail_mass"] = rows.tail_mass_at(temperature).astype(np.float32)
             if rows.kept is not None:
                 batch["kept"] = rows.kept
-        if kind == "sampled":
+        if kind == "sampled" and rows.sample_ids is None:
+            assert rows.tail_ids is not None
+            assert rows.tail_draws is not None
+            most = max(int(rows.tail_draws.max(initial=0)), 1)
+            batch["tail_ids"], batch["tail_draws"] = rows.tail_ids[:, :most], rows.tail_draws
+        elif kind == "sampled":
             assert rows.sample_ids is not None
             assert rows.sample_counts is not None
             batch["sample_ids"], batch["sample_counts"] = rows.sample_ids, rows.sample_counts
@@ -276,6 +281,8 @@ ROW_FIELDS = (
     "tail_mass",
     "sample_ids",
     "sample_counts",
+    "tail_ids",
+    "tail_draws",
     "range_starts",
     "range_stops",
     "places",
@@ -291,4 +298,6 @@ def loss_targets(batch: dict[str, Tensor]) -> LossTargets:
         rows["groups"] = GroupTargets(gold_ids=batch["gold_ids"], **groups)
     if "token_ids" in rows:
         rows["token_ids"] = rows["token_ids"].long()  # widened on the model's device: half the bytes to copy
+    if "tail_ids" in rows:
+        rows["tail_ids"] = rows["tail_ids"].long()
     return LossTargets(kd_scale=batch.get("kd_scale"), **rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kd.cache_builder.store.profiles import PROFILES
@@ -156,7 +157,8 @@ def resolve_objective(
     edges           ranks between the cache's bands, where it has any
     logprobs_only   whether the teacher gave log-probabilities at temperature 1 and no logits; the tail is then one band
 
-    Tail: ghost where top-k ids are stored, sampled where only draws are. Weights: those of the loss. Raises DataError.
+    Tail: ghost where top-k ids are stored, and sampled where only draws are, or where kl at temperature 1 finds draws from the
+    tail. Weights: those of the loss. Raises DataError.
     """
     if settings.merge != "observed" and settings.loss != "uld":
         raise DataError(
@@ -168,7 +170,7 @@ def resolve_objective(
         refuse_teacher_settings(settings)
         return Objective("ce", "none", 0.0, 1.0)
     alpha, ce_weight = _weights(settings)
-    tail = _tail(config, settings.loss, settings.tail)
+    tail = _tail(config, settings.loss, settings.tail, settings.temperature)
     if logprobs_only and settings.temperature != 1.0:
         raise DataError(
             "this cache can only be used at temperature 1",
@@ -190,7 +192,7 @@ def resolve_objective(
             "sampled targets can only be used at temperature 1",
             found=f"--temperature {settings.temperature:g}",
             expected="1",
-            try_="--tail ghost with a cache of profile kl",
+            try_="--tail ghost with a cache of profile kl, compact or adaptive",
         )
     groups = GroupSettings(edges=edges, ranking=settings.ranking, beta=settings.beta, merge=settings.merge)
     return Objective(settings.loss, tail, alpha, settings.temperature, ce_weight, groups)
@@ -268,33 +270,43 @@ def _other_losses(held: Mapping[str, bool]) -> str:
 
 def needed_arrays(objective: Objective, manifest: CacheManifest) -> tuple[str, ...]:
     """Stored arrays that training with this objective reads, in the manifest's order."""
-    loss = LOSSES[objective.loss]
+    loss, config = LOSSES[objective.loss], manifest.targets
     wanted = {"logprobs"} if loss.groups else set()  # groups need normalisers, which follow from the top-k
     if "ids" in loss.needs:
-        wanted |= {"sample_ids"} if objective.tail == "sampled" else {"token_ids", "logprobs"}
+        wanted |= {"token_ids", "logprobs"} if _has_ids(config) else set()
+        if objective.tail == "sampled":
+            wanted = {"sample_ids"} if config.samples else wanted | {"tail_ids"}
     if "bands" in loss.needs:
         wanted |= {"tail_bands"}
     return part_of(manifest, arrays=wanted & {a.name for a in manifest.arrays}).arrays
 
 
-def _tail(config: TargetConfig, loss: str, tail: str) -> str:
+def as_read(config: TargetConfig, top_k: int | None) -> TargetConfig:
+    """What a reader hands out that reads `top_k` tokens of each row: the draws from a tail are of none but the stored one."""
+    fewer = top_k is not None and top_k < config.top_k
+    return replace(config, tail_samples=0).normalised() if fewer and config.tail_samples else config
+
+
+def _tail(config: TargetConfig, loss: str, tail: str, temperature: float) -> str:
     """The tail mode of a loss, `auto` filled in; DataError where the cache cannot serve it."""
     variants = LOSSES[loss].variants
     if "ghost" not in variants:
         if tail not in ("auto", *variants):
             raise unknown_name(f"tail mode of {loss}", tail, variants)
         return next(iter(variants))
-    has_top_k, has_samples = _has_ids(config), bool(config.samples)
+    has_top_k, has_samples = _has_ids(config), bool(config.uniforms)
     if tail == "auto":
-        tail = "ghost" if has_top_k or not has_samples or "sampled" not in variants else "sampled"
+        drawn = bool(config.tail_samples) and temperature == 1.0
+        tail = "sampled" if "sampled" in variants and (drawn or (has_samples and not has_top_k)) else "ghost"
     if tail not in variants:
         raise unknown_name(f"tail mode of {loss}", tail, variants)
     if (tail == "sampled" and not has_samples) or (tail != "sampled" and not has_top_k):
         raise DataError(
             f"this cache cannot serve --loss {loss} --tail {tail}",
             found=f"profile {config.profile}",
-            expected="profile kl, compact, adaptive or full for ghost and renorm; sampled or full for sampled",
-            try_="kd cache build --profile kl",
+            expected="profile kl, compact, adaptive or full for ghost and renorm; sampled, full, or draws from the tail and all "
+            "kept tokens for sampled",
+            try_="kd cache build --profile kl, with --tail-samples 50 for sampled",
         )
     return tail
 

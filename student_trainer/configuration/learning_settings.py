@@ -45,8 +45,8 @@ class LossSettings:
     """Loss to minimise. With the teacher's tokenizer: kl, reverse-kl, jsd. With any tokenizer: text-kl, alm, hybrid, uld. ce
     fine-tunes on the same text, as the baseline."""
     tail: TailName = "auto"
-    """How kl treats the probability outside the top-k: ghost (one extra outcome), sampled, or renorm. auto is ghost, or
-    sampled where the cache holds draws alone."""
+    """How kl treats the probability outside the top-k: ghost (one extra outcome), sampled (draws), or renorm. auto is ghost, or
+    sampled where the cache holds draws alone, or draws from the tail and the temperature is 1."""
     alpha: float | None = setting(None, shown="1; 0.5 for text-kl, uld and hybrid")
     """Weight of the distillation loss."""
     ce_weight: float | None = setting(None, shown="1 - alpha; 1 beside alm without --alpha")

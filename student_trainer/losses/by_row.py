@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.student_trainer.losses.by_group import generalised_jsd
-from kd.student_trainer.losses.loss_targets import TAIL_FLOOR, LossTargets, need
+from kd.student_trainer.losses.loss_targets import TAIL_FLOOR, LossTargets, drawn_tail, need
 
 
 def cross_entropy(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0) -> Tensor:
@@ -78,9 +78,11 @@ def kl_renorm(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0)
 def kl_sampled(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0) -> Tensor:
     """KL(drawn frequencies || student) per position, nats; its expected gradient is the dense KL's.
 
-    Σ_i (c_i / R) (log(c_i / R) - log q_i) over the ids drawn from p at temperature 1. The value is above the dense
-    KL by the entropy the draws lack; gradients are unbiased. Only at temperature 1: draws at T=1 say next to
-    nothing about T >= 2 (docs/log.md).
+    Σ_i (c_i / R) (log(c_i / R) - log q_i) over the ids drawn from p at temperature 1. Where kept tokens have draws from their
+    tail beside them, Σ_i p̂_i (log p̂_i - log q_i) with p̂_i = p_i for kept ids and m c_i / n for ids drawn c_i times of n, m the
+    tail's mass: there is no outcome for the rest, because the draws stand for it. The value is above the dense KL by the
+    entropy the draws lack; gradients are unbiased. Only at temperature 1: draws at T=1 say next to nothing about T >= 2
+    (docs/log.md).
 
     logits   [N, V]  unnormalised
     returns  [N]
@@ -89,10 +91,21 @@ def kl_sampled(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0
     """
     if temperature != 1.0:
         raise ValueError(f"draws were made at temperature 1, not {temperature}")
+    if targets.tail_ids is not None:
+        return _kl_with_drawn_tail(logits, targets)
     ids, counts = need(targets.sample_ids), need(targets.sample_counts).to(logits.dtype)
     share = counts / counts.sum(dim=1, keepdim=True)
     log_q = logits.gather(1, ids) - logits.logsumexp(dim=1, keepdim=True)
     return (torch.xlogy(share, share) - share * log_q).sum(dim=1)
+
+
+def _kl_with_drawn_tail(logits: Tensor, targets: LossTargets) -> Tensor:
+    """`kl_sampled` of rows that keep `token_ids [N, K]` and have draws from their tail."""
+    ids, tail_ids, share, times = need(targets.token_ids), *drawn_tail(targets)
+    p = torch.cat([need(targets.logprobs).exp(), share], dim=1)
+    log_p = torch.cat([need(targets.logprobs), (share * times).clamp(min=1e-30).log()], dim=1)
+    log_q = logits.gather(1, torch.cat([ids, tail_ids], dim=1)) - logits.logsumexp(dim=1, keepdim=True)
+    return (p * (log_p - log_q)).sum(dim=1)
 
 
 def kl_reverse(logits: Tensor, targets: LossTargets, *, temperature: float = 1.0) -> Tensor:

@@ -33,6 +33,16 @@ def need(field: Field | None) -> Field:
     return field
 
 
+def drawn_tail(targets: LossTargets) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws from the tails of N rows: their ids `[N, D]`, the probability that each stands for (0 in unused slots), and how often
+    each id was drawn in its row."""
+    ids, draws, mass = need(targets.tail_ids), need(targets.tail_draws), need(targets.tail_mass)
+    used = torch.arange(ids.shape[1], device=ids.device) < draws.unsqueeze(1)
+    ordered = torch.where(used, ids, -1).sort(dim=1).values
+    times = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    return ids, used * (mass / draws.clamp(min=1)).unsqueeze(1), times
+
+
 @dataclass(frozen=True)
 class GroupTargets:
     """The teacher's side of G groups, and which rows of logits are the student's side."""
@@ -151,6 +161,10 @@ class LossTargets:
     """[E] one past where they end"""
     places: Tensor | None = None
     """[V] where each of the student's ids is, in the order in which ranges count"""
+    tail_ids: Tensor | None = None
+    """[N, D] ids drawn from outside the kept ids, each as often as it was drawn"""
+    tail_draws: Tensor | None = None
+    """[N] slots of `tail_ids` that are used"""
 
     def __getitem__(self, rows: slice) -> LossTargets:
         """A range of rows of every field; only groups that lie in it as a whole stay (see `pieces`)."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kd.student_trainer.losses.loss_settings import LossWeights
-from kd.student_trainer.losses.loss_targets import TAIL_FLOOR, LossTargets, need
+from kd.student_trainer.losses.loss_targets import TAIL_FLOOR, LossTargets, drawn_tail, need
 from kd.student_trainer.losses.ragged_kernel import entries_of, ragged_outcomes_
 
 Kernel = Callable[[Tensor, LossTargets, LossWeights], Tensor]
@@ -222,21 +222,61 @@ def sums_of(weighted: Tensor, ce_weight: float, kd: Tensor, ce: Tensor) -> Tenso
 
 
 def sampled_kernel(logits: Tensor, targets: LossTargets, weights: LossWeights) -> Tensor:
-    """KL from the frequencies of draws: the gradient is q minus the frequencies."""
+    """KL from draws, or from kept tokens and draws from the tail: the gradient is q minus the estimate of p."""
     if weights.temperature != 1.0:
         raise ValueError(f"draws were made at temperature 1, not {weights.temperature}")
     sums = logits.new_zeros(3)
     for rows in tiles(logits):
         z, part = logits[rows], targets[rows]
-        ids, counts = need(part.sample_ids), need(part.sample_counts).to(z.dtype)
-        share = counts / counts.sum(dim=1, keepdim=True)
-        drawn = z.gather(1, ids)
+        estimates = _estimates(part, z.dtype)
+        heads = [z[estimate.places] for estimate in estimates]
         chosen = z.gather(1, part.gold_ids.unsqueeze(1)).squeeze(1)
         log_z = softmax_(z)
-        subtract_(z.mul_(weights.kd + weights.ce).scatter_add_(1, ids, -weights.kd * share), part.gold_ids, weights.ce)
-        kd = (torch.xlogy(share, share) - share * (drawn - log_z.unsqueeze(1))).sum()
+        mass = torch.stack([estimate.mass for estimate in estimates]).sum(dim=0)
+        z.mul_((mass * weights.kd + weights.ce).unsqueeze(1))
+        kd = z.new_zeros(())
+        for estimate, head in zip(estimates, heads, strict=True):
+            z.index_put_(estimate.places, -weights.kd * estimate.p, accumulate=True)
+            kd += (estimate.p * (estimate.log_p - head + log_z[estimate.places[0]])).sum()
+        subtract_(z, part.gold_ids, weights.ce)
         sums += sums_of(weights.kd * kd, weights.ce, kd, (log_z - chosen).sum())
     return sums
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A part of an estimate of the teacher's probabilities: E entries of n rows."""
+
+    places: tuple[Tensor, Tensor]
+    """[E] row and id of each"""
+    p: Tensor
+    """[E]"""
+    log_p: Tensor
+    """[E] logarithm of what the id has in all, where it is there more than once; anything where it has nothing"""
+    mass: Tensor
+    """[n] sum of each row's"""
+
+
+def _estimates(targets: LossTargets, dtype: torch.dtype) -> list[_Estimate]:
+    if targets.tail_ids is None:
+        ids, counts = need(targets.sample_ids), need(targets.sample_counts).to(dtype)
+        share = counts / counts.sum(dim=1, keepdim=True)
+        return [_of_table(ids, share, share)]
+    tail_ids, share, times = drawn_tail(targets)
+    share = share.to(dtype)
+    drawn = _of_table(tail_ids, share, share * times)
+    ids, logprobs = need(targets.token_ids), need(targets.logprobs).to(dtype)
+    if targets.kept is None:
+        return [_of_table(ids, logprobs.exp(), logprobs.exp(), logprobs), drawn]
+    entries, p = entries_of(ids, targets.kept), logprobs.exp()
+    return [_Estimate((entries.rows, entries.ids), p, logprobs, entries.sums(p)), drawn]
+
+
+def _of_table(ids: Tensor, p: Tensor, whole: Tensor, log_p: Tensor | None = None) -> _Estimate:
+    """The entries of `ids [n, R]`; `whole` is what each id has in all."""
+    rows = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
+    log_p = whole.clamp(min=1e-30).log() if log_p is None else log_p
+    return _Estimate((rows.flatten(), ids.flatten()), p.flatten(), log_p.flatten(), p.sum(dim=1))
 
 
 def cross_entropy_kernel(logits: Tensor, targets: LossTargets, weights: LossWeights) -> Tensor:

@@ -25,7 +25,7 @@ from kd.common.errors import CacheMismatchError
 from kd.common.progress import final
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-STORES = ("v1", "v2", "v3", "v3-adaptive", "v3-conversations")
+STORES = ("v1", "v2", "v3", "v3-adaptive", "v3-conversations", "v3-tails")
 READ_INDEPENDENTLY = STORES[1:]
 
 
@@ -92,6 +92,19 @@ def heads_of(root: Path, manifest: dict[str, Any], stored: dict[str, np.ndarray]
     return np.array(places), kept
 
 
+def tails_of(root: Path, manifest: dict[str, Any], stored: dict[str, np.ndarray], id_of: np.ndarray) -> np.ndarray:
+    """Ids drawn from the tail of every row, and zeros in the slots that are not used."""
+    spec = next(a for a in manifest["arrays"] if a["name"] == "tail_ids")
+    width, chunk_rows = spec["columns"], manifest["layout"]["chunk_rows"]
+    draws = stored[spec["counts"]].astype(np.int64)
+    tails = np.zeros((len(draws), width), dtype=np.int64)
+    for row, count in enumerate(draws):
+        chunk = row // chunk_rows
+        first = chunk_rows * width * chunk + int(draws[chunk * chunk_rows : row].sum())
+        tails[row, :count] = id_of[np.cumsum(stored["tail_ids"][first : first + count].astype(np.int64))]
+    return tails
+
+
 def read_independently(root: Path) -> list[dict[str, Any]]:
     """Examples of a cache of version 2 or 3 as docs/cache-format.md tells how to read them."""
     manifest = json.loads((root / "manifest.json").read_text())
@@ -112,6 +125,7 @@ def read_independently(root: Path) -> list[dict[str, Any]]:
         sums = np.array([[np.log(np.exp(row / t).sum()) for t in temperatures] for row in relative])
     log_z = sums + np.log1p(np.exp(odds))
     one = temperatures.index(1.0)
+    tails = tails_of(root, manifest, stored, id_of) if "tail_ids" in names else np.empty(0)
     examples = []
     for row, rows in examples_independently(root, manifest):
         heads = slice(ends[rows.start] - kept[rows.start], ends[rows.stop - 1])
@@ -131,6 +145,8 @@ def read_independently(root: Path) -> list[dict[str, Any]]:
         if "sample_ids" in names:
             found |= {"sample_ids": ids["sample_ids"][rows]}
             found |= {name: stored[name][rows] for name in ("sample_counts", "boundary_logprob")}
+        if "tail_ids" in names:
+            found |= {"tail_draws": stored["tail_draws"][rows], "tail_ids": tails[rows]}
         examples.append(found | {"input_ids": in_order(row, ids["gold_ids"][rows])})
     return examples
 

@@ -75,7 +75,8 @@ def test_the_experiments_of_the_package_load_and_their_settings_are_valid(name: 
     assert chosen.about
     assert len(chosen.seeds) >= (1 if name in (*NAMES, "demo-chat") else 3)  # demos show one run of each student
     assert chosen.is_sweep or {**chosen.arms[chosen.baseline], "cache": ""} == {"loss": "ce", "cache": ""}
-    known = {"student", "cache"} if chosen.is_sweep else {"loss", "alpha", "ce-weight", "temperature", "cache", "merge"}
+    known = {"loss", "alpha", "ce-weight", "temperature", "cache", "merge", "tail"}
+    known = {"student", "cache"} if chosen.is_sweep else known
     for (
         arm,
         options,

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kd.cache_builder.store.ragged import KEPT
+
 Arrays = dict[str, np.ndarray]
 """Stored arrays of some rows, by name."""
 
@@ -32,6 +34,8 @@ class ArraySpec:
     ragged: bool = False
     """True if rows differ in length: `columns` is then the most entries of a row. In the file, the array has one dimension, and
     each chunk of rows holds their entries one after another, with zeros behind. See `ragged`."""
+    counts: str = KEPT
+    """Name of the array with each row's number of entries, where rows differ in length."""
 
     separator: Literal["/", "."] = "/"
     """Between the numbers in the name of a shard's file. With a slash, each shard of an array with columns has its own folder."""
@@ -40,7 +44,8 @@ class ArraySpec:
     def document(self) -> dict[str, Any]:
         """How the manifest lists the array."""
         listed = {"name": self.name, "dtype": self.dtype, "columns": self.columns}
-        return listed | {"ragged": True} if self.ragged else listed
+        listed |= {"ragged": True} if self.ragged else {}
+        return listed | ({"counts": self.counts} if self.counts != KEPT else {})
 
     @property
     def row_bytes(self) -> int:

@@ -18,7 +18,7 @@ from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
 from kd.cache_builder.store.encoding.rank_bands import with_cut_tokens
 from kd.cache_builder.store.profiles import PROFILES
-from kd.cache_builder.store.ragged import ENTRY_ARRAYS, KEPT, columns_of_entries
+from kd.cache_builder.store.ragged import ENTRY_ARRAYS, KEPT, TAIL_DRAWS, columns_of_entries
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
 
@@ -99,6 +99,16 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 3) ->
         counts = "uint8" if config.samples < 256 else "uint16"
         specs.append(of_ids("sample_ids", config.samples, "distinct ids drawn from p"))
         specs.append(ArraySpec("sample_counts", counts, config.samples, {"quantity": "draws of each id; 0 = unused"}))
+    if config.tail_samples:
+        count = "uint8" if config.tail_samples < 256 else "uint16"
+        specs.append(
+            ArraySpec(TAIL_DRAWS, count, None, {"quantity": "number of tokens drawn from beyond the kept ones"})
+        )
+        drawn = of_ids("tail_ids", config.tail_samples, "ids drawn from p at temperature 1 beyond the kept tokens")
+        rule = f"code j of a row is tail_ids[0] + ... + tail_ids[j]; {drawn.attributes['decode']}; each draw stands for the mass "
+        rule += "beyond the kept tokens over the row's `tail_draws`"
+        attributes = {**drawn.attributes, "decode": rule}
+        specs.append(replace(drawn, steps=True, ragged=True, counts=TAIL_DRAWS, attributes=attributes))
     if kept.boundary:
         specs.append(
             ArraySpec(
@@ -115,13 +125,15 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 3) ->
     specs = [replace(s, by_column=True) if s.name in by_column else replace(s, shuffle="shuffle") for s in specs]
     if version > 2:
         specs = [replace(s, separator=".") for s in specs]
-    return [_of_entries(s) if config.ragged and s.name in ENTRY_ARRAYS else s for s in specs]
+    return [_of_entries(s) if s.ragged or (config.ragged and s.name in ENTRY_ARRAYS) else s for s in specs]
 
 
 def _of_entries(spec: ArraySpec) -> ArraySpec:
     """The same array with rows that differ in length."""
-    rule = "chunk c holds the tokens of its rows, row after row, `kept` of each, and then zeros; where `decode` speaks of a row, "
-    rule += "its tokens alone are meant"
+    rule = (
+        f"chunk c holds the tokens of its rows, row after row, `{spec.counts}` of each, and then zeros; where `decode` "
+    )
+    rule += "speaks of a row, its tokens alone are meant"
     return replace(spec, ragged=True, by_column=False, attributes={**spec.attributes, "rows": rule})
 
 
@@ -175,7 +187,8 @@ def _encode(raw: RawTargets, config: TargetConfig, vocabulary_size: int | None) 
         decoded = codec.decode(head).astype(np.float64)
         bands = raw.tail_bands
         if config.ragged:
-            lengths = config.lengths(np.exp(exact - log_z[:, [one]]), raw.entropy)
+            values = np.exp(exact - log_z[:, [one]])
+            lengths = config.lengths(values, raw.entropy) if raw.kept is None else raw.kept
             beyond = np.arange(exact.shape[1]) >= lengths[:, None]
             if bands is not None:
                 assert vocabulary_size is not None
@@ -205,7 +218,9 @@ def _encode(raw: RawTargets, config: TargetConfig, vocabulary_size: int | None) 
             stored["tail_bands"] = bands
     else:
         stored["log_z"] = log_z
-    for name in ("sample_ids", "sample_counts", "boundary_logprob"):
+    if raw.tail_draws is not None:
+        quality["tail_draws"] = float(raw.tail_draws.sum())
+    for name in ("sample_ids", "sample_counts", "tail_ids", TAIL_DRAWS, "boundary_logprob"):
         value = getattr(raw, name)
         if value is not None:
             stored[name] = value
@@ -263,6 +278,9 @@ def decode(stored: Mapping[str, np.ndarray], config: TargetConfig, top_k: int | 
     if "sample_ids" in stored:
         optional["sample_ids"] = stored["sample_ids"].astype(np.int64, order="C")
         optional["sample_counts"] = stored["sample_counts"].astype(np.int64, order="C")
+    if "tail_ids" in stored and top_k in (None, config.top_k):  # the tail of fewer tokens is another one
+        optional["tail_ids"] = stored["tail_ids"].astype(np.int32, copy=False)
+        optional["tail_draws"] = stored[TAIL_DRAWS].astype(np.int64)
     if "boundary_logprob" in stored:
         optional["boundary_logprob"] = stored["boundary_logprob"].astype(np.float32)
     return SoftTargets(

@@ -55,6 +55,7 @@ def refuse_beyond_logprobs(config: TargetConfig, where: object) -> None:
         "--temperatures " + ",".join(f"{t:g}" for t in config.temperatures): config.temperatures != (1.0,),
         f"--tail-bands {config.tail_bands}": config.tail_bands > 0,
         f"--samples {config.samples}": config.samples > 0,
+        f"--tail-samples {config.tail_samples}": config.tail_samples > 0,
         f"--profile {config.profile}": PROFILES[config.profile].boundary or not config.top_k,
     }
     if any(beyond_logprobs.values()):

@@ -15,7 +15,7 @@ from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec
 from kd.cache_builder.store.encoding.parquet import check_table_size
 from kd.cache_builder.store.example_table import table_of_examples
-from kd.cache_builder.store.ragged import KEPT, spread
+from kd.cache_builder.store.ragged import spread
 from kd.cache_builder.store.records.commits import shard_files
 from kd.cache_builder.store.records.manifest import TARGETS, CacheManifest, Layout
 from kd.cache_builder.store.vocabulary import code_table, pack_rows
@@ -82,7 +82,7 @@ def stage_rows(
         first = start
         shape: tuple[int, ...] = (rows,) if spec.columns is None else (rows, spec.columns)
         if spec.ragged and spec.columns:
-            kept, first = stored[KEPT], start * spec.columns
+            kept, first = stored[spec.counts], start * spec.columns
             values, shape = spread(values, kept, manifest.layout.chunk_rows, spec.columns), (-1,)
         if shape not in ((-1,), values.shape):
             raise AssertionError(f"{spec.name}: {values.shape} for {rows} rows")

@@ -25,6 +25,13 @@ from kd.cache_builder.teacher.sparsify import (
 V, N = 200, 24
 GRIDS = [(1.0, 2.0, 4.0), (1.0, 1.5, 3.0), (0.5, 1.0), (1.0,), (0.25, 0.5, 1.0, 2.0, 8.0)]
 
+CONFIGS = [
+    TargetConfig(profile="full", top_k=10, samples=6, tail_bands=5),
+    TargetConfig(top_k=10),
+    TargetConfig.of_profile("sampled", samples=4),
+    TargetConfig(top_k=10, tail_samples=30),
+]
+
 # float32 logits of size 10 carry 1e-6; sums of 200 terms and exp add a few of those
 TOLERANCE = 1e-5
 
@@ -77,14 +84,14 @@ def test_the_top_k_are_the_most_probable_tokens_in_order():
     assert (chunk.relative.numpy()[:, 0] == 0).all()
 
 
-@pytest.mark.parametrize("config", [full(), TargetConfig(top_k=10), TargetConfig.of_profile("sampled", samples=4)])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_marked_rows_are_those_that_need_a_wait_and_all_others_are_the_same(config: TargetConfig):
     logits, gold = logits_of(v=999), np.arange(N) * 40
     logits[3, 500], logits[8] = math.nan, -math.inf
     logits[11, gold[11]] = -math.inf
     logits[5, :30], logits[6, :10] = 50.0, 50.0  # too many equal at the k-th place; equal in front of it
     logits[7, :9], logits[7, [100, 200, 300]] = 60.0, 50.0  # three equal at the tenth
-    uniforms = uniforms_for(0, 0, N, config.samples) if config.samples else None
+    uniforms = uniforms_for(0, 0, N, config.uniforms) if config.uniforms else None
     sparsifier = Sparsifier(config, 999)
     got = sparsifier.marked(torch.from_numpy(logits), torch.from_numpy(gold), uniforms)
     doubt = got.doubt.tolist()
@@ -99,7 +106,16 @@ def test_marked_rows_are_those_that_need_a_wait_and_all_others_are_the_same(conf
                 sparsifier(*one, part)
         elif not doubt[row]:
             alone = sparsifier(*one, part)
-            for name in ("log_z", "gold_rank", "token_ids", "relative", "tail_bands", "sample_ids", "sample_counts"):
+            for name in (
+                "log_z",
+                "gold_rank",
+                "token_ids",
+                "relative",
+                "tail_bands",
+                "sample_ids",
+                "sample_counts",
+                "tail_draws",
+            ):
                 x, y = getattr(got, name), getattr(alone, name)
                 assert (x is None) == (y is None)
                 if x is not None:  # sums over a row taken in another order for another shape
@@ -107,10 +123,10 @@ def test_marked_rows_are_those_that_need_a_wait_and_all_others_are_the_same(conf
 
 
 @pytest.mark.parametrize("block_rows", [1, 5, N])
-@pytest.mark.parametrize("config", [full(), TargetConfig(top_k=10), TargetConfig.of_profile("sampled", samples=4)])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_the_blocks_of_rows_change_nothing(config: TargetConfig, block_rows: int):
     logits = torch.from_numpy(np.round(logits_of(v=999)))  # ties in every row
-    gold, uniforms = torch.arange(N) * 40, uniforms_for(0, 0, N, config.samples)
+    gold, uniforms = torch.arange(N) * 40, uniforms_for(0, 0, N, config.uniforms)
     a = Sparsifier(config, 999)(logits, gold, uniforms)
     b = Sparsifier(config, 999, block_rows=block_rows)(logits, gold, uniforms)
     for name in Chunk.__dataclass_fields__:
@@ -129,9 +145,13 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("config", [full(), TargetConfig(top_k=10), TargetConfig.of_profile("sampled", samples=4)])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_the_number_of_threads_changes_no_bit(config: TargetConfig, three_threads):
-    logits, gold, uniforms = torch.from_numpy(logits_of(v=999)), torch.arange(N) * 40, uniforms_for(0, 0, N, 6)
+    logits, gold, uniforms = (
+        torch.from_numpy(logits_of(v=999)),
+        torch.arange(N) * 40,
+        uniforms_for(0, 0, N, config.uniforms),
+    )
     many = Sparsifier(config, 999, block_rows=5)(logits, gold, uniforms)
     torch.set_num_threads(1)
     one = Sparsifier(config, 999, block_rows=5)(logits, gold, uniforms)

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.teacher.selection import draw
+from kd.cache_builder.teacher.sparsify import Sparsifier
 from kd.student_trainer.losses.by_row import cross_entropy, jsd, kl_ghost, kl_renorm, kl_reverse, kl_sampled
 from kd.student_trainer.losses.loss_registry import LOSSES, TAILS
-from kd.student_trainer.losses.loss_targets import LossTargets
+from kd.student_trainer.losses.loss_targets import LossTargets, need
 
 N, V, K, R = 7, 40, 6, 12
 GRID = (1.0, 2.0, 4.0)
@@ -344,6 +346,57 @@ def test_draws_as_frequent_as_the_student_says_give_zero() -> None:
     logits[0, 0] = -800.0  # an unused slot names id 0; e^-800 is 0, its logarithm is not infinite
     targets = LossTargets(torch.zeros(1, dtype=torch.long), sample_ids=ids, sample_counts=counts)
     assert kl_sampled(logits, targets).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["top-k", "adaptive"])
+def test_kept_tokens_and_draws_from_their_tail_have_the_dense_gradient_on_average(adaptive: bool) -> None:
+    """Over all values of the random number: the estimate is a step function of it, so that m evenly spaced ones miss at most one of
+    its steps per id, which is 1 / (draws m)."""
+    count, m = 20, 4000
+    rule = {"top_k": V, "min_probability": 0.05} if adaptive else {"top_k": 3}
+    config = TargetConfig.of_profile("adaptive" if adaptive else "kl", tail_samples=count, **rule)  # type: ignore[arg-type]
+    teacher, student = random_logits(2, 1.5, rows=1).float(), random_logits(1, 1.5, rows=1)
+    uniforms = (np.arange(m)[:, None] + 0.5) / m
+    rows = Sparsifier(config, V)(teacher.expand(m, V), torch.zeros(m, dtype=torch.long), uniforms)
+    assert rows.kept is not None
+    assert rows.relative is not None
+    kept = int(rows.kept[0])
+    log_p = rows.relative[:, :kept].double() - rows.log_z[:, :1].double()
+    targets = LossTargets(
+        gold_ids=torch.zeros(m, dtype=torch.long),
+        token_ids=need(rows.token_ids)[:, :kept],
+        logprobs=log_p,
+        tail_mass=1 - log_p.exp().sum(1),
+        tail_ids=need(rows.tail_ids).long(),
+        tail_draws=rows.tail_draws,
+    )
+    gradients = gradient(kl_sampled, student.expand(m, V), targets)
+    leaf = student.clone().requires_grad_()
+    (dense,) = torch.autograd.grad(dense_kl(teacher, leaf).sum(), leaf)
+    assert (gradients.mean(dim=0) - dense[0]).abs().max() < 2 / (count * m) + 1e-6  # log_z is in float32
+    spread = (gradients - dense).square().sum(1).mean()
+    p = teacher.double().softmax(1)[0]
+    assert spread < 0.5 * (p * (1 - p)).sum() / need(rows.tail_draws)[0].add(
+        kept
+    )  # of as many draws from the whole row
+
+
+def test_a_tail_that_is_drawn_as_it_is_gives_the_dense_kl() -> None:
+    """Four tokens of equal probability beyond the head, each drawn twice: nothing is left to chance."""
+    logits = torch.full((1, V), -torch.inf, dtype=torch.float64)
+    logits[0, :6] = torch.tensor([0.5, 0.3, 0.05, 0.05, 0.05, 0.05], dtype=torch.float64).log()
+    student = random_logits(1, rows=1)
+    targets = LossTargets(
+        torch.zeros(1, dtype=torch.long),
+        torch.tensor([[0, 1]]),
+        torch.tensor([[0.5, 0.3]], dtype=torch.float64).log(),
+        torch.tensor([0.2], dtype=torch.float64),
+        tail_ids=torch.tensor([[2, 2, 3, 3, 4, 4, 5, 5, 9]]),
+        tail_draws=torch.tensor([8]),
+    )
+    p = logits.exp()
+    dense = (torch.xlogy(p, p) - p * student.log_softmax(1)).sum(1)
+    assert torch.allclose(kl_sampled(student, targets), dense, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [2.0, 4.0])

@@ -20,7 +20,7 @@ CASES = [
     for name, tail in (("kl", "ghost"), ("kl", "renorm"), ("reverse-kl", "ghost"), ("jsd", "ghost"))
     for temperature in (1.0, 2.0)
     for alpha in (1.0, 0.6)
-]
+] + [("kl", "sampled", 1.0, alpha) for alpha in (1.0, 0.6)]
 LOSS_CASE = pytest.mark.parametrize(("loss", "tail", "temperature", "alpha"), CASES)
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-12}
 """float64: sums of forty terms of a few nats, in another order"""
@@ -39,7 +39,12 @@ def targets_of(temperature: float, kept: Tensor | None = None) -> LossTargets:
     inside = torch.arange(V) < kept[:, None]
     tail = torch.where(inside, 0.0, log_p.exp()).sum(1)
     gold = torch.arange(N) % V
-    return LossTargets(gold, ids[inside], log_p[inside], tail, kept=kept)
+    # some are drawn twice, and a row that keeps all draws nothing
+    places = torch.minimum(kept.unsqueeze(1) + torch.tensor([0, 2, 2, 5]), torch.tensor(V - 1))
+    draws = torch.where(kept < V, 1 + torch.arange(N) % 4, 0)
+    return LossTargets(
+        gold, ids[inside], log_p[inside], tail, kept=kept, tail_ids=ids.gather(1, places), tail_draws=draws
+    )
 
 
 def gradient(objective: Objective, targets: LossTargets) -> tuple[Tensor, Tensor]:
@@ -69,6 +74,8 @@ def test_the_definition_is_each_row_alone(loss: str, tail: str, temperature: flo
             need(targets.token_ids)[entries][None],
             need(targets.logprobs)[entries][None],
             need(targets.tail_mass)[row : row + 1],
+            tail_ids=need(targets.tail_ids)[row : row + 1],
+            tail_draws=need(targets.tail_draws)[row : row + 1],
         )
         expected = LOSSES[loss].variants[tail](logits[row : row + 1], alone, temperature=temperature)
         torch.testing.assert_close(found[row : row + 1], expected, **EXACT)
