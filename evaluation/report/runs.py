@@ -192,11 +192,29 @@ def _commands_of_experiment(state: Mapping[str, Any]) -> list[str]:
         f"# kd experiment {state.get('name')}" + (f" --seeds {','.join(seeds)}; seed {seeds[0]}:" if seeds else ":")
     ]
     steps = state.get("steps")
+    shown = {}
     for folder, words in steps.items() if isinstance(steps, dict) else ():
         seed = re.search(r"-seed(\d+)(/|$)", folder)
         if seed is None or not seeds or seed[1] == seeds[0]:
-            lines.append(_typed(["kd", *map(str, words)]))
-    return lines
+            shown[folder] = list(map(str, words))
+    return lines + [_typed(["kd", *words]) for words in _in_order(shown)]
+
+
+def _in_order(steps: Mapping[str, list[str]]) -> list[list[str]]:
+    """The commands of steps, each after those whose folders it reads; else by name, as they are given."""
+    left, ordered = {folder: _out_of(words) for folder, words in steps.items()}, []
+    while left:
+        waiting = set(left.values()) - {None}
+        ready = (f for f, out in left.items() if not waiting.intersection(steps[f]) - {out})
+        folder = next(ready, next(iter(left)))
+        ordered.append(steps[folder])
+        del left[folder]
+    return ordered
+
+
+def _out_of(words: Sequence[str]) -> str | None:
+    """The folder that a command writes."""
+    return words[words.index("--out") + 1] if "--out" in words[:-1] else None
 
 
 def _training_command(run: Run) -> str | None:

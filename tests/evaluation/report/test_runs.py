@@ -156,8 +156,11 @@ def test_the_commands_behind_a_report_name_no_folder_of_the_machine(tmp_path):
     (run,), _ = collect_runs([folder])
     assert commands_of([run], [folder]) == ["kd train --cache …/cache --student demo --packing --lr 0.001"]
     assert versions_of([run, run], []) == "torch 2.1"
-    steps = {
-        "cache": ["cache", "build", "--out", str(tmp_path / "cache")],
+    cache, first = str(tmp_path / "cache"), str(tmp_path / "a-seed0")
+    steps = {  # by name, as the file has them
+        "a-seed0": ["train", "--cache", cache, "--out", first],
+        "a-seed0/eval": ["eval", first, "--out", f"{first}/eval"],
+        "cache": ["cache", "build", "--out", cache],
         "kl-seed0": ["train", "--seed", "0"],
         "kl-seed1/eval": ["eval", "x"],
     }
@@ -165,5 +168,7 @@ def test_the_commands_behind_a_report_name_no_folder_of_the_machine(tmp_path):
     assert commands_of([run], [folder]) == [
         "# kd experiment mine --seeds 0,1; seed 0:",
         "kd cache build --out …/cache",
+        "kd train --cache …/cache --out …/a-seed0",
+        "kd eval …/a-seed0 --out …/eval",
         "kd train --seed 0",
     ]
