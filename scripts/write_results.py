@@ -35,10 +35,10 @@ READING = {
     "predictions (`text-kl`) add to its answers, over another tokenizer, in every seed: one answer names one right animal, and the "
     "predictions name all of them. Perplexity does not gain from them. Every pair here is against the fewest labels; "
     "`kd report RUNS/answers-mini/{answers,text-kl}-seed* --baseline answers` compares the last two.",
-    "reader-prose": "The student has read prose before, in its own tokenizer, so its probabilities mean something from the first step. "
-    "Nothing that compares by rank gains from that: `uld` does harm, more at the weight of its paper (`uld-paper`) than at half. "
-    "`hybrid` and `alm` do a little harm. Only `text-kl`, which keeps the names, leans to better, in every seed. The student has met "
-    "much of this prose before, so no arm moves far.",
+    "reader-prose": "The student has read prose before, in its own tokenizer, so its probabilities mean something from the first "
+    "step. Nothing that compares by rank gains from that: `uld` does harm, more at the weight of its paper (`uld- "
+    "paper`) than at half. `hybrid` and `alm` do a little harm. Only `text-kl`, which keeps the names, leans to "
+    "better, in every seed. The student has met much of this prose before, so no arm moves far.",
     "kl-prose": "The teacher has read this text, and is unsure enough to say more than the text does. The larger the share of KL "
     "in the loss, the better. Cross-entropy on the one token that came (`kl-half`) adds noise to what the teacher already says.",
     "text-kl-prose": "The student's tokenizer is a small Unigram model, and the teacher's a byte-level BPE. Every seed of "
