@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 EXTRAS = train,eval,quantization,lora,s3,ray,dev,docs
 
-.PHONY: demo test test-slow fuzz lint typecheck docs bench clean
+.PHONY: demo test test-slow test-kernels fuzz lint typecheck docs bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,13 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m slow
+
+# Triton comes with torch for CUDA. Without a GPU its interpreter runs the kernels of student_trainer/faster, and its compiler makes
+# machine code of them.
+test-kernels: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[triton]'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "slow or not slow" \
+	  tests/student_trainer/faster/test_triton_kernels.py
 
 FUZZ_SECONDS ?= 900
 FUZZ_TARGETS = manifest commit shard table task recipe experiment pool config rows talk template

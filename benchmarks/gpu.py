@@ -13,6 +13,8 @@
                student's vocabulary
     head       GPT-2's output layer on one chunk of rows, in parts: products that end in float32 or bfloat16, each kernel as
                it is and through torch.compile, with the largest difference of the two gradients
+    kernels    the fused Triton kernel on as many rows of bfloat16 products as training takes at once, in blocks of several
+               sizes, beside torch's kernels on them and Liger's kernel for cross-entropy; and what of the HBM's speed that is
 
 Per teacher: tokens/s and model FLOP utilisation (2 x weights of the linear layers x tokens that go through them / seconds, of
 --peak-tflops) of the bare forward that materialises its logits, and of the build's own teacher pass on the same batches
@@ -45,12 +47,14 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_steps import METHODS, Case, Method
-from heads import Compiled, made_up
+from heads import Compiled, made_up, shorter
+from traffic import HBM_BYTES_PER_SECOND, kernel_bytes
 
 from kd.cache_builder.store.encoding import codecs
 from kd.cache_builder.store.targets import TargetConfig, band_edges
@@ -59,10 +63,14 @@ from kd.cache_builder.teacher.teacher_pass import Teacher, collect
 from kd.data.rows.example import Example
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.batching.padded_batches import batches_by_length, head_rows, on_device
+from kd.models.families.logit_transform import PLAIN
 from kd.models.heads import EncoderDecoderHead, LanguageModelHead, split_head
 from kd.models.loading import load_model, random_model
 from kd.models.model_request import ModelRequest
 from kd.models.shapes import SHAPES
+from kd.student_trainer.faster import triton_launch
+from kd.student_trainer.faster.fused_loss import torch_gradient_, triton_gradient_
+from kd.student_trainer.head import ALIGNED
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
 
@@ -294,7 +302,7 @@ def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: i
             torch.arange(n, device=device)[:, None] * (seq_len + 1) + torch.arange(seq_len, device=device)
         ).reshape(-1),
     }
-    k, bands = (64, 0) if loss == "kl" else (16, 16)
+    k, bands = (16, 16) if loss == "uld" else (64, 0)
     edges = band_edges(k, vocabulary, bands) if bands else [k, vocabulary]
     pieces: dict[str, list[torch.Tensor]] = {"ids": [], "logprobs": [], "bands": []}
     for start in range(0, rows, 512):
@@ -305,12 +313,14 @@ def batch_of(loss: str, positions: int, vocabulary: int, device: str, seq_len: i
         pieces["logprobs"].append(values[:, :k])
         pieces["bands"].append(torch.stack([values[:, a:b].logsumexp(dim=1) for a, b in pairwise(edges)], dim=1))
     targets_of = {name: torch.cat(parts) for name, parts in pieces.items()}
+    ids, logprobs = targets_of["ids"], targets_of["logprobs"]
     if loss == "kl":
-        return batch | {
-            "token_ids": targets_of["ids"],
-            "logprobs": targets_of["logprobs"],
-            "tail_mass": 1 - targets_of["logprobs"].exp().sum(dim=1),
-        }
+        return batch | {"token_ids": ids, "logprobs": logprobs, "tail_mass": 1 - logprobs.exp().sum(dim=1)}
+    if loss == "kl_ragged":
+        kept = torch.randint(1, k + 1, (rows,), generator=generator, device=device)
+        inside = torch.arange(k, device=device) < kept[:, None]
+        tail = 1 - torch.where(inside, logprobs.exp(), 0.0).sum(dim=1)
+        return batch | {"token_ids": ids[inside], "logprobs": logprobs[inside], "tail_mass": tail, "kept": kept}
     first = torch.arange(rows, device=device)
     zeros = torch.zeros(rows, device=device)
     return batch | {
@@ -423,6 +433,54 @@ def head_case(args: argparse.Namespace) -> Result:
     return figures
 
 
+def kernels_case(args: argparse.Namespace) -> Result:
+    """Seconds of the losses' kernels alone, over products in rows that begin at a multiple of 64 columns, as in training."""
+    vocabulary = 2048 + 13 if args.tiny else 50257
+    device, dtype = torch.device(args.device), torch.bfloat16
+    kl, ce = Objective(), Objective("ce", "none", 0.0)
+    count = 32 if args.tiny else 2 * head_rows(vocabulary, device.type, training=True)
+    torch.manual_seed(0)
+    by_row, _ = made_up(count, vocabulary, tuple(band_edges(16, vocabulary, 16)))
+    targets = {"kl": by_row, "kl_ragged": shorter(by_row)["kl ragged"], "ce": by_row}
+    products = torch.empty(count, -(-vocabulary // ALIGNED) * ALIGNED, dtype=dtype, device=device)[:, :vocabulary]
+    source = torch.randn_like(products)
+    figures: Result = {"rows": count}
+
+    def timed(name: str, part: Callable[[], object], bytes_moved: int) -> None:
+        try:
+            seconds = seconds_of(partial(lambda written, run: run(), products, part), source, args)
+        except Exception as error:
+            figures[f"{name} left out"] = reason(error)
+            return
+        figures[f"{name}_seconds"] = seconds
+        figures[f"{name}_share_of_hbm"] = bytes_moved / seconds / HBM_BYTES_PER_SECOND
+
+    for name, own_targets in targets.items():
+        objective, part = ce if name == "ce" else kl, moved(own_targets, device)
+        traffic = kernel_bytes(products, part, objective.loss)
+        timed(f"{name}_torch", partial(torch_gradient_, objective, products, None, PLAIN, part), traffic)
+        for block, warps in ((2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32)):
+            run = partial(blocks, block, warps, triton_gradient_, objective, products, None, PLAIN, part)
+            timed(f"{name}_triton_{block}_{warps}", run, traffic)
+    gold = by_row.gold_ids.to(device)
+    timed("ce_liger", lambda: liger_cross_entropy(products, gold), kernel_bytes(products, by_row, "ce"))
+    return figures
+
+
+def blocks(block: int, warps: int, run: Callable[..., object], *arguments: Any) -> None:
+    """Run with another size of blocks than the kernel's own."""
+    with patch.object(triton_launch, "BLOCK", block), patch.object(triton_launch, "WARPS", warps):
+        run(*arguments)
+
+
+def liger_cross_entropy(products: torch.Tensor, gold: torch.Tensor) -> None:
+    """Liger's kernel over the same products; it writes the gradient over them too."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    LigerCrossEntropyLoss()(products.requires_grad_(), gold)
+    products.requires_grad_(False)
+
+
 def moved(targets: Any, device: torch.device) -> Any:
     """A dataclass of tensors (and of such) on a device."""
     values = {f.name: getattr(targets, f.name) for f in fields(targets)}
@@ -450,7 +508,7 @@ def seconds_of(part: Callable[[], object], logits: torch.Tensor, args: argparse.
 
 
 def main() -> None:
-    known = [*TEACHERS, *STUDENTS, "head"]
+    known = [*TEACHERS, *STUDENTS, "head", "kernels"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cases", help="comma-separated; default all of " + ", ".join(known))
@@ -490,7 +548,8 @@ def main() -> None:
                 show(f"{name}, {positions} positions", results[f"{name} {positions}"])
             continue
         try:
-            results[name] = head_case(args) if name == "head" else teacher_case(case_of(name, tiny=args.tiny), args)
+            alone = {"head": head_case, "kernels": kernels_case}.get(name)
+            results[name] = alone(args) if alone else teacher_case(case_of(name, tiny=args.tiny), args)
         except Exception as error:  # no bitsandbytes, no memory, …
             results[name] = {"left out": reason(error)}
         show(name, results[name])

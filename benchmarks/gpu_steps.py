@@ -1,7 +1,9 @@
 """Ways to train a student on one batch, for `gpu.py`: ours, plain fine-tuning, and others'.
 
     plain                      transformers' own cross-entropy
-    ce, kl, uld, uld_exact     ours, as `kd train` runs them (k=64; k=16 and 16 bands, ranks by bins or by sorting)
+    ce, kl, kl_ragged          ours, as `kd train` runs them: by the fused Triton kernel (k=64; rows of 1 to 64 ids)
+    ce_torch, kl_torch, kl_ragged_torch   the same with `--kernels torch`
+    uld, uld_exact             ours, as `kd train` runs them (k=16 and 16 bands, ranks by bins or by sorting)
     kl_compiled, uld_compiled  the same with the loss's kernel through torch.compile
     sparse_kl                  KL over the kept ids by autograd on materialised logits, as DistillKit's
     liger_ce, liger_jsd        Liger-Kernel's fused output layer with cross-entropy; with forward KL, teacher in memory
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from heads import Compiled
 from torch import Tensor
 
+from kd.student_trainer.faster.fused_loss import with_kernels
 from kd.student_trainer.head import attach_loss
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
@@ -47,12 +50,12 @@ class Case:
 class Method:
     make: Callable[[Case], Step]
     targets: str = "kl"
-    """What the batch holds: `kl` or `uld`"""
+    """What the batch holds: `kl`, `kl_ragged` or `uld`"""
     teacher: bool = False
     """Is a teacher in memory?"""
 
 
-def ours(loss: str, *, compiled: bool = False, **settings: Any) -> Callable[[Case], Step]:
+def ours(loss: str, *, compiled: bool = False, kernels: str = "auto", **settings: Any) -> Callable[[Case], Step]:
     def make(case: Case) -> Step:
         objective = {
             "ce": Objective("ce", "none", 0.0),
@@ -60,10 +63,17 @@ def ours(loss: str, *, compiled: bool = False, **settings: Any) -> Callable[[Cas
             "uld": Objective("uld", "bands", 0.5, settings=GroupSettings(edges=case.edges, ranking="fast")),
         }[loss]
         objective = replace(objective, settings=replace(objective.settings, **settings))
-        attach_loss(case.model, Compiled(objective) if compiled else objective, case.vocabulary)
+        device = next(case.model.parameters()).device.type
+        chosen = Compiled(objective) if compiled else with_kernels(objective, kernels, device, refuse)
+        attach_loss(case.model, chosen, case.vocabulary)
         return lambda batch: case.model(**batch)["loss"] / len(batch["gold_ids"])
 
     return make
+
+
+def refuse(sentence: str) -> None:
+    """Figures of torch's kernels must not go by the name of Triton's."""
+    raise RuntimeError(sentence)
 
 
 def plain(case: Case) -> Step:
@@ -175,6 +185,10 @@ METHODS: dict[str, Method] = {
     "ce": Method(ours("ce")),
     "kl": Method(ours("kl")),
     "kl_compiled": Method(ours("kl", compiled=True)),
+    "kl_ragged": Method(ours("kl"), "kl_ragged"),
+    "ce_torch": Method(ours("ce", kernels="torch")),
+    "kl_torch": Method(ours("kl", kernels="torch")),
+    "kl_ragged_torch": Method(ours("kl", kernels="torch"), "kl_ragged"),
     "uld": Method(ours("uld"), "uld"),
     "uld_compiled": Method(ours("uld", compiled=True), "uld"),
     "uld_exact": Method(ours("uld", ranking="exact"), "uld"),

@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "quantization": ("bitsandbytes", "compressed_tensors"),
     "lora": ("peft",),
     "liger": ("liger_kernel",),
+    "triton": ("triton",),
     "s3": ("s3fs", "fsspec", "aiohttp", "botocore"),
     "ray": ("ray",),
     "vllm": ("vllm",),

@@ -4,7 +4,10 @@
 Here each chunk of rows computes its logits, its loss and, at once, its gradient, which is folded into the
 gradients of hidden states and weight; nothing of size V outlives its chunk. One matrix product forward and two
 backward, as in plain training, with no recomputation. Idea: Liger-Kernel's fused linear losses, arXiv:2410.10989.
-How many rows: `kd.models.batching.padded_batches.head_rows`.
+How many rows: `rows_at_once`.
+
+A `FusedLoss` writes its gradient over the products in their own type, by a Triton kernel. Its chunks have as many bytes as others
+and so more rows, and each row begins at a multiple of 64 columns, so that rows are read 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ from kd.models.families.logit_transform import PLAIN, LogitTransform
 from kd.models.families.output_columns import counted_columns, with_final_bias
 from kd.models.heads import split_head
 from kd.student_trainer.batches.collate import loss_targets
+from kd.student_trainer.faster.fused_loss import FusedLoss
 from kd.student_trainer.losses.loss_targets import LossTargets
+
+ALIGNED = 64
+"""Columns: rows of products for a fused loss begin at a multiple of them."""
 
 
 class ChunkLoss(Protocol):
@@ -68,8 +75,7 @@ class _ChunkedHead(torch.autograd.Function):
         chunk: int,
         transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        device, dtype = hidden.device.type, product_type(weight)
         w = weight.detach()[:vocabulary_size].to(dtype)
         # gradients of the parameters are summed in at least float32, whatever the products are computed in
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -84,21 +90,29 @@ class _ChunkedHead(torch.autograd.Function):
         sums = torch.zeros(3, dtype=wide, device=hidden.device)
         pieces = targets.pieces(chunk)
         buffer = None  # one for all chunks: fresh pages of this size cost more than the arithmetic in them
-        if dtype == wide:
-            buffer = w.new_empty(max((p.stop - p.start for p in pieces), default=0), vocabulary_size)
-        slopes = None if buffer is None or transform.cap is None else torch.empty_like(buffer)
+        fused = loss if isinstance(loss, FusedLoss) else None
+        if dtype == wide or fused is not None:
+            most = max((p.stop - p.start for p in pieces), default=0)
+            width = vocabulary_size if fused is None else -(-vocabulary_size // ALIGNED) * ALIGNED
+            buffer = w.new_empty(most, width)[:, :vocabulary_size]
+        slopes = None if buffer is None or transform.cap is None or fused is not None else torch.empty_like(buffer)
         with torch.autocast(device, enabled=False):
             for rows in pieces:
-                h = hidden.detach()[rows].to(dtype)
-                if buffer is None:
+                h, slope = hidden.detach()[rows].to(dtype), None
+                if fused is not None and buffer is not None:
+                    grad = torch.mm(h, w.T, out=buffer[: len(h)])
+                    grad = grad if grad_bias is None else grad.to(wide)  # a bias's gradient is a sum of unrounded ones
+                    sums += fused.product_gradient_(grad, b, transform, targets[rows])
+                elif buffer is None:
                     grad = F.linear(h, w).to(wide)
                     grad = grad if b is None else grad.add_(b)
                 else:
                     grad = buffer[: len(h)]
                     torch.mm(h, w.T, out=grad) if b is None else torch.addmm(b, h, w.T, out=grad)
-                slope = transform.slope(transform.apply_(grad), slopes)
-                sums += loss.gradient_(grad, targets[rows]).to(wide)
-                transform.chain_(grad, slope)
+                if fused is None:
+                    slope = transform.slope(transform.apply_(grad), slopes)
+                    sums += loss.gradient_(grad, targets[rows]).to(wide)
+                    transform.chain_(grad, slope)
                 narrow = grad.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (narrow @ w).to(hidden.dtype)
@@ -124,6 +138,19 @@ class _ChunkedHead(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
+def product_type(weight: Tensor) -> torch.dtype:
+    """The type in which hidden states are multiplied with the output layer's weight: that of autocast, or the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def rows_at_once(weight: Tensor, bias: Tensor | None, loss: ChunkLoss, vocabulary_size: int) -> int:
+    """Rows per chunk that suit the vocabulary and the device; more where a fused loss makes no float32 copy of narrow products."""
+    rows = head_rows(vocabulary_size, weight.device.type, training=True)
+    widened = not isinstance(loss, FusedLoss) or (bias is not None and bias.requires_grad)
+    return rows if widened else rows * max(1, 4 // product_type(weight).itemsize)
+
+
 class Unrounded:
     """Float targets of a batch on their way into `forward`.
 
@@ -144,20 +171,22 @@ def forward_arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
 def attach_loss(model: Any, loss: ChunkLoss, vocabulary_size: int, chunk: int | None = None) -> tuple[Any, ...]:
     """Replace `model.forward` by one that returns loss sums of a collated batch instead of logits; see `forward_arguments`.
 
-    `chunk` rows of the output layer at once; None = `head_rows`. Returns the modules that compute the hidden states.
+    `chunk` rows of the output layer at once; None = `rows_at_once`. Returns the modules that compute the hidden states.
     """
     parts = split_head(model)
 
     def forward(self: Any, positions: Tensor, unrounded: Unrounded | None = None, **batch: Any) -> dict[str, Tensor]:
         batch |= {} if unrounded is None else unrounded.tensors
         rows = parts.batch_hidden(batch).flatten(0, 1).index_select(0, positions)
+        weight, bias = output_layer(model)
         total, kd, ce = chunked_head_loss(
             rows,
-            *output_layer(model),
+            weight,
+            bias,
             loss,
             loss_targets(batch),
             vocabulary_size=vocabulary_size,
-            chunk=chunk or head_rows(vocabulary_size, rows.device.type, training=True),
+            chunk=chunk or rows_at_once(weight, bias, loss, vocabulary_size),
             transform=parts.transform,
         )
         return {"loss": total, "kd": kd, "ce": ce}

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kd.models.batching.padded_batches import head_rows
 from kd.models.families.logit_transform import PLAIN, LogitTransform
 from kd.models.heads import proven_transform
 from kd.student_trainer.batches.collate import loss_targets
-from kd.student_trainer.head import chunked_head_loss, layer_parameters
+from kd.student_trainer.faster.fused_loss import shared_with_kernels
+from kd.student_trainer.head import chunked_head_loss, layer_parameters, rows_at_once
 from kd.student_trainer.head import output_layer as output_layer_of
 from kd.student_trainer.losses.loss_registry import Objective
 from kd.student_trainer.losses.loss_targets import LossTargets
@@ -93,6 +93,7 @@ def chunked_distillation_loss(
     *,
     vocabulary_size: int | None = None,
     chunk: int | None = None,
+    kernels: str = "auto",
     step_positions: Tensor | float | None = None,
     step_units: Tensor | float | None = None,
 ) -> LossParts:
@@ -104,6 +105,7 @@ def chunked_distillation_loss(
                       Give the model where it changes its logits: a bias (BART, Marian), a scale (Cohere, Granite) or a soft
                       cap (Gemma)
     chunk             rows of logits at once; None = as many as suit the vocabulary and the device
+    kernels           `auto`, `torch` or `triton`, as `--kernels` of `kd train`
 
     The other arguments are those of `distillation_loss`, and so is the result. Gradients are computed with the loss, so
     `loss.backward()` costs next to nothing. Where a model scales its hidden states (T5 with tied embeddings), scale them before
@@ -125,14 +127,15 @@ def chunked_distillation_loss(
     weight, bias, transform = _output(output_layer)
     width = vocabulary_size or weight.shape[0]
     counts = _counts(batch, step_positions, step_units)
+    loss = shared_with_kernels(objective, kernels, rows.device.type)
     sums = chunked_head_loss(
         rows,
         weight,
         bias,
-        objective,
+        loss,
         _targets(batch, rows.device, counts),
         vocabulary_size=width,
-        chunk=chunk or head_rows(width, rows.device.type, training=True),
+        chunk=chunk or rows_at_once(weight, bias, loss, width),
         transform=transform,
     )
     return _means(*sums, counts)

@@ -19,8 +19,9 @@ from kd.models.weights.finite_weights import refuse_weights_without_value
 from kd.models.weights.quantised import keep_trainable
 from kd.student_trainer.configuration.model_settings import StudentSettings
 from kd.student_trainer.faster.compiled_layers import compile_layers
+from kd.student_trainer.faster.fused_loss import FusedLoss, with_kernels
 from kd.student_trainer.faster.liger_kernels import use_liger_kernels
-from kd.student_trainer.head import attach_loss, detach_loss
+from kd.student_trainer.head import ChunkLoss, attach_loss, detach_loss
 from kd.student_trainer.lora import with_adapters
 from kd.student_trainer.losses.tail_advice import AdvisedLoss
 from kd.student_trainer.prepare import Prepared, student_request
@@ -63,9 +64,14 @@ def load_student(
 def student_with_loss(prepared: Prepared, say: Callable[[str], object] | None = None) -> Student:
     """Load the student with its loss, adapters and checkpointing, as the run's settings say. Raises KdError.
 
-    say   receives a sentence where the cache keeps too little of the teacher for the loss (`tail_advice`); None asks for none
+    say   receives a sentence where the cache keeps too little of the teacher for the loss (`tail_advice`), and where Triton's
+          kernels are not used on a GPU; None asks for none
     """
     config = prepared.config
+    device = resolve_device(config.model.device)
+    loss: ChunkLoss = with_kernels(prepared.objective, config.model.kernels, device, say or _silent)
+    if not isinstance(loss, FusedLoss) and say is not None:
+        loss = AdvisedLoss(prepared.objective, say)
     set_seed(config.seed)
     model = load_model(_as_trained(prepared))
     if config.model.load_in_4bit:
@@ -79,8 +85,7 @@ def student_with_loss(prepared: Prepared, say: Callable[[str], object] | None = 
         model.generation_config.decoder_start_token_id = start[0]
         model.generation_config.forced_bos_token_id = start[1]
     if config.model.liger:
-        use_liger_kernels(model, device=resolve_device(config.model.device))
-    loss = prepared.objective if say is None else AdvisedLoss(prepared.objective, say)
+        use_liger_kernels(model, device=device)
     bodies = attach_loss(model, loss, prepared.vocabulary_size, config.model.head_chunk)
     if config.model.gradient_checkpointing:
         # transformers 5.23 warns about the name that 5.0 has
@@ -93,6 +98,10 @@ def student_with_loss(prepared: Prepared, say: Callable[[str], object] | None = 
     if config.model.compile:
         compile_layers(bodies)
     return Student(model, trained, parameters)
+
+
+def _silent(sentence: str) -> None:
+    """Takes the place of `say` where nothing is to be said."""
 
 
 def _as_trained(prepared: Prepared) -> ModelRequest:

@@ -128,9 +128,9 @@ def test_the_table_of_extras_is_that_of_the_project() -> None:
 
 
 def test_all_holds_every_extra_of_a_user() -> None:
-    """vLLM pins releases of torch and transformers that the other extras do not; Liger runs on a GPU alone and brings Triton."""
+    """vLLM pins releases of torch and transformers that the other extras do not; Liger and Triton run on a GPU alone."""
     (requirement,) = PROJECT["optional-dependencies"]["all"]
-    assert Requirement(requirement).extras == set(EXTRAS) - {"vllm", "liger"}
+    assert Requirement(requirement).extras == set(EXTRAS) - {"vllm", "liger", "triton"}
 
 
 def test_extras_that_need_models_bring_the_packages_of_training() -> None:

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from kd.models.model_config import load_request_tokenizer
 from kd.models.model_request import ModelRequest
 from kd.models.placement.device_maps import Placement
 from kd.models.weights.adapters import Adapter
+from kd.student_trainer.faster.fused_loss import with_kernels
 from kd.student_trainer.head import chunked_head_loss
 from kd.student_trainer.losses.loss_registry import LOSSES, Objective
 from kd.student_trainer.losses.loss_settings import GroupSettings
-from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets
+from kd.student_trainer.losses.loss_targets import GroupTargets, LossTargets, need
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU here")
@@ -162,6 +164,60 @@ def test_a_step_of_a_loss_over_rows_waits_for_nothing() -> None:
         chunked_head_loss(hidden, weight, None, Objective(), replace(data, groups=None), vocabulary_size=V, chunk=10)[
             0
         ].backward()
+
+
+TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton here")
+
+
+def fused_case(loss: str, *, ragged: bool, dtype: torch.dtype) -> tuple[Objective, LossTargets, list[torch.Tensor]]:
+    """An objective, targets and leaves on the GPU: GPT-2's vocabulary, 300 rows."""
+    generator = torch.Generator().manual_seed(5)
+    count, width, size = 300, 64, 50257
+    log_p, ids = (2 * torch.randn(count, size, generator=generator)).log_softmax(1).topk(64, dim=1)
+    gold = torch.randint(size, (count,), generator=generator)
+    data = LossTargets(gold, ids, log_p, 1 - log_p.exp().sum(1))
+    if ragged:
+        kept = torch.randint(1, 65, (count,), generator=generator)
+        inside = torch.arange(64) < kept[:, None]
+        tail = 1 - torch.where(inside, log_p.exp(), 0.0).sum(1)
+        data = LossTargets(gold, ids[inside], log_p[inside], tail, kept=kept)
+    objective = Objective("ce", "none", 0.0) if loss == "ce" else Objective(alpha=0.6, temperature=2.0)
+    leaves = [
+        torch.randn(s, generator=generator).to(DEVICE, dtype) for s in ((count, width), (size + 3, width), (size + 3,))
+    ]
+    return objective, moved(data), [leaf.requires_grad_() for leaf in leaves]
+
+
+@TRITON
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("loss", "ragged"), [("kl", False), ("kl", True), ("ce", False)])
+def test_the_fused_kernel_trains_as_torch_s_kernels_do(loss: str, ragged: bool, dtype: torch.dtype, bias: bool) -> None:
+    """`FusedLoss` compares rows itself, and raises where they differ; here the whole layer."""
+    objective, data, leaves = fused_case(loss, ragged=ragged, dtype=dtype)
+    outcomes = []
+    for kernels in ("torch", "triton"):
+        chosen = with_kernels(objective, kernels, DEVICE, pytest.fail)
+        layer = (leaves[1], leaves[2] if bias else None)
+        total, kd, ce = chunked_head_loss(leaves[0], *layer, chosen, data, vocabulary_size=50257, chunk=128)
+        gradients = torch.autograd.grad(total, leaves if bias else leaves[:2])
+        outcomes.append([total.detach(), kd, ce, *gradients])
+    tolerance = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps  # of the whole gradient's length
+    for one, other in zip(*outcomes, strict=True):
+        assert float((one.float() - other.float()).norm()) <= tolerance * float(one.float().norm())
+
+
+@TRITON
+def test_a_step_with_the_fused_kernel_waits_for_nothing_once_it_is_proven() -> None:
+    for loss, ragged in (("kl", False), ("kl", True), ("ce", False)):
+        objective, data, leaves = fused_case(loss, ragged=ragged, dtype=torch.bfloat16)
+        chosen = with_kernels(objective, "triton", DEVICE, pytest.fail)
+        for waiting in (nullcontext(), no_waits()):
+            if ragged:
+                assert data.offsets[-1] == len(need(data.token_ids))  # the one wait of a micro-batch
+            with waiting:
+                hidden, weight, bias = leaves
+                chunked_head_loss(hidden, weight, bias, chosen, data, vocabulary_size=50257, chunk=128)[0].backward()
 
 
 SEVERAL = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")

@@ -23,6 +23,7 @@ USES = {
     "quantization": "models in 4 and 8 bits",
     "lora": "adapters",
     "liger": "kd train --liger, on a GPU",
+    "triton": "kd train --kernels triton, on a GPU; torch for CUDA brings it",
     "s3": "s3:// addresses",
     "ray": "builds on a Ray cluster",
     "vllm": "--backend vllm; it wants an environment of its own",

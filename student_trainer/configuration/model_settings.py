@@ -18,6 +18,7 @@ LORA_TARGETS = {
 """Model type -> modules that LoRA adapts."""
 
 PrecisionName = Literal["fp32", "bf16"]
+KernelsName = Literal["auto", "torch", "triton"]
 LoraSaveName = Literal["merged", "adapter", "both"]
 SaveTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 ONE_DEVICE = "CUDA_VISIBLE_DEVICES=N chooses one device, torchrun or accelerate launch uses several"
@@ -54,6 +55,9 @@ class StudentSettings:
     liger: bool = False
     """Use Liger's Triton kernels for the norms, rotary positions and feed-forward layers of the student (extra liger, on a GPU).
     Before the first step they are compared with the student's own layers."""
+    kernels: KernelsName = "auto"
+    """Kernels of the losses kl and ce: torch, triton (one fused kernel, on a GPU), or auto (triton where it runs). Before the first
+    step Triton's are compared with torch's. The losses are the same up to roundings."""
     load_in_4bit: bool = False
     """Load the student's weights in 4 bits (nf4, bitsandbytes) and train LoRA adapters on them: QLoRA. It needs --lora."""
 

@@ -84,6 +84,7 @@ FREE = (
     "rescue_dir",
     "report_to",
     "device",
+    "kernels",
     "lora_save",
     "save_dtype",
     "push_to_hub",
