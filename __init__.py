@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kd.cache_builder.build.estimate import plan_cache
     from kd.cache_builder.build.from_model import build_cache
     from kd.cache_builder.exchange.export_cache import export_cache
     from kd.cache_builder.exchange.import_cache import import_cache
@@ -77,6 +78,7 @@ __all__ = [
     "load_teacher",
     "make_report",
     "open_cache",
+    "plan_cache",
     "plot_cache",
     "search_caches",
     "show_cache",
@@ -84,6 +86,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "kd.cache_builder.build.estimate": ["plan_cache"],
     "kd.cache_builder.build.from_model": ["build_cache"],
     "kd.cache_builder.exchange.export_cache": ["export_cache"],
     "kd.cache_builder.exchange.import_cache": ["import_cache"],

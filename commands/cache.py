@@ -56,24 +56,27 @@ def cache_plan(settings: PlanSettings, profile_build: bool, as_json: bool) -> No
     With --fidelity ERROR some hundred rows pass through the teacher, and a profile and a k are proposed for that error of the
     gradient, with what the teacher's entropy means for the gain to expect.
 
+    With --plan-sample N the text is read whole and N of its examples are tokenised: rows, bytes and time are estimates.
+
     With --targets teacher the numbers are an upper bound, from the longest possible answers, until the teacher has
     answered.
 
     Example: kd cache plan --teacher demo --data demo --out runs/cache
     """
     quiet_libraries()
-    from kd.cache_builder.build.estimate import estimate, fidelity
-    from kd.cache_builder.build.from_settings import pilot_plan_of, plan_of
+    from kd.cache_builder.build.estimate import planned_cost
 
-    cost = estimate(plan_of(settings.build, watch=follow))
-    error = settings.pilot.fidelity
-    proposal = None
-    if error is not None:
-        proposal = fidelity(pilot_plan_of(settings.build), error, settings.pilot.fidelity_rows)
+    cost = planned_cost(settings, follow)
     if as_json:
-        emit_json(cost | ({} if proposal is None else {"fidelity": proposal}))
+        emit_json(cost)
         return
+    proposal = cost.pop("fidelity", None)
     bound = "" if cost["targets_known"] else " at most (the teacher has not answered yet: this is an upper bound)"
+    if settings.plan_sample is not None:
+        bound = (
+            f", judged by {cost['sampled_examples']:,} of {cost['text_examples']:,} examples.\nAll of them were read and counted; "
+            "the others were not tokenised. An error is half of a 95 % interval"
+        )
     emit(cost, as_json, f"This build would make{bound}")
     if proposal is not None:
         say("\n".join(proposal_lines(proposal)))

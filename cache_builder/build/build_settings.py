@@ -305,3 +305,9 @@ class PlanSettings:
 
     build: BuildSettings
     pilot: FidelitySettings = field(default_factory=FidelitySettings)
+    plan_sample: int | None = setting(None, metavar="N", minimum=30, shown="tokenise the whole text")
+    """Tokenise only N examples of the text, drawn with --seed, and estimate rows, bytes and time from them. The text is still read
+    once, which counts its examples and characters. Each estimate has its error: half of its 95 % interval."""
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar
 
 from kd.cache_builder.build.build_settings import BuildSettings, RunningSettings
@@ -28,16 +29,20 @@ from kd.cache_builder.served.serving import Serving
 from kd.cache_builder.store.records.commits import existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
+from kd.cache_builder.tokens.text_sample import TextSample, draw_sample
 from kd.cache_builder.tokens.token_folder import no_tokens_of_refused, token_folder
 from kd.cache_builder.tokens.token_pass import COUNTS, IN_MEMORY, Keep
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
+from kd.common.errors import DataError
 from kd.common.paths import StoreAddress
 from kd.common.progress import AnyStep
 from kd.common.settings import changed
 from kd.data.conversations.chat_settings import ChatSettings
+from kd.data.instruction_tasks.glue import CLASSES
+from kd.data.left_out import LeftOut
 from kd.data.rows.row_reading import AUTO
 from kd.data.sources import load_classes, stream_text
-from kd.data.text_stream import Text
+from kd.data.text_stream import Text, without_examples
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.models.families.positions import max_positions
 from kd.models.loading import load_model, refuse_unusable_map
@@ -239,6 +244,26 @@ def plan_of(settings: BuildSettings, *, watch: Watch = in_silence) -> BuildPlan:
         if here.generation is not None and answered(here):
             here = with_answers(here, watch)
         return planned(here, COUNTS, watch)
+
+
+def sampled_plan_of(settings: BuildSettings, count: int) -> tuple[BuildPlan, TextSample, LeftOut]:
+    """The plan of a cache of `count` examples drawn from the text, the sample, and what reading the text left out.
+
+    Nothing is written, and what lies in the folder of the build is not looked at. Raises DataError where the text is not read for
+    its tokens.
+    """
+    request, left_out = request_of(settings), LeftOut()
+    if request.generation is not None or request.corpus.kind == CLASSES:
+        raise DataError(
+            "only a text that is tokenised can be sampled",
+            found="--targets teacher" if request.generation is not None else "texts to classify",
+            try_="leave --plan-sample out",
+        )
+    sample = draw_sample(request.corpus.reading(left_out), count, seed=settings.seed)
+    corpus = replace(without_examples(request.corpus), examples=sample.drawn)
+    with TemporaryDirectory(prefix="kd-plan-") as folder:
+        drawn = replace(request, corpus=corpus, out=Path(folder), url=None)
+        return planned(drawn, IN_MEMORY, in_silence), sample, left_out
 
 
 def pilot_plan_of(settings: BuildSettings) -> BuildPlan:

@@ -120,12 +120,16 @@ def say_bold(lines: Iterable[Sequence[tuple[str, bool]]]) -> None:
         console.print(Text.assemble(*pieces))
 
 
+RECORDS = ("left_out", "token_notes", "left_out_of_sample", "token_notes_of_sample")
+"""Entries of results that are records of `kd.data.left_out`."""
+
+
 def emit(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     """Print one result: a JSON document, or aligned lines. The records of what was left out and found are lines of words."""
     if as_json:
         emit_json(result)
         return
-    result = {**result, **{name: said(result[name]) for name in ("left_out", "token_notes") if name in result}}
+    result = {**result, **{name: said(result[name]) for name in RECORDS if name in result}}
     if title:
         say(title)
     width = max((len(k) for k in result), default=0) + 2
