@@ -80,7 +80,7 @@ def draw_sample(examples: Iterable[Example], count: int, *, seed: int) -> TextSa
         targets += len(example.target)
         if number < count:
             drawn.append((number, example))
-        elif (place := int(generator.random() * (number + 1))) < count:
-            drawn[place] = number, example
+        elif (drop := int(generator.random() * (number + 1))) < count:
+            drawn[drop] = number, example
     kept = tuple(example for _, example in sorted(drawn, key=lambda one: one[0]))
     return TextSample(kept, number + 1, prompts, targets)

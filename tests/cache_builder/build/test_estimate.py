@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import run_main
 
 import kd
 from kd.common.errors import DataError
-from tests.terminal import run_main
 
 COUNTED = ("rows", "examples", "shards", "teacher_tokens", "bytes_at_most")
 
