@@ -5,7 +5,8 @@
 
 `plain` is `F.cross_entropy(F.linear(h, w), gold)` and its backward pass; the others are `chunked_head_loss` on the same hidden
 states. Targets are made up: k=64 values and 64 draws for losses by row, 16 values and 16 bands for losses over groups, every
-group one token. `kl ragged` has rows of 1 to 64 values, 32.5 on average, and `kl k=32` has 32 in every row. All cases take turns;
+group one token. `kl ragged` has rows of 1 to 64 values, 32.5 on average, `kl certain` the same mean with one value in a third of
+the rows, and `kl k=32` has 32 in every row. All cases take turns;
 a line shows the least time of the loss with its kernel and its ratio to `plain`, then the same without the kernel, then what the
 kernel saves of that. The first turn of compiled kernels compiles them (a minute or two each).
 """
@@ -75,14 +76,19 @@ def made_up(rows: int, vocabulary: int, edges: tuple[int, ...]) -> tuple[LossTar
 
 
 def shorter(targets: LossTargets) -> dict[str, LossTargets]:
-    """The same rows with 32 tokens each, and with 1 to 64."""
+    """The same rows with 32 tokens each, with 1 to 64, and with one token in a third of them."""
     ids, values, rows = need(targets.token_ids), need(targets.logprobs), len(targets.gold_ids)
-    kept = torch.randint(1, 65, (rows,))
-    inside = torch.arange(64) < kept[:, None]
-    masses = [1 - torch.where(part, values.exp(), 0.0).sum(1) for part in (torch.arange(64) < 32, inside)]
+
+    def of_lengths(kept: Tensor) -> LossTargets:
+        inside = torch.arange(64) < kept[:, None]
+        mass = 1 - torch.where(inside, values.exp(), 0.0).sum(1)
+        return replace(targets, token_ids=ids[inside], logprobs=values[inside], tail_mass=mass, kept=kept)
+
+    first = values[:, :32]
     return {
-        "kl k=32": replace(targets, token_ids=ids[:, :32], logprobs=values[:, :32], tail_mass=masses[0]),
-        "kl ragged": replace(targets, token_ids=ids[inside], logprobs=values[inside], tail_mass=masses[1], kept=kept),
+        "kl k=32": replace(targets, token_ids=ids[:, :32], logprobs=first, tail_mass=1 - first.exp().sum(1)),
+        "kl ragged": of_lengths(torch.randint(1, 65, (rows,))),
+        "kl certain": of_lengths(torch.where(torch.rand(rows) < 1 / 3, 1, torch.randint(33, 65, (rows,)))),
     }
 
 
@@ -111,6 +117,7 @@ def objectives(edges: tuple[int, ...]) -> dict[str, Objective]:
         "kl": Objective(),
         "kl k=32": Objective(),
         "kl ragged": Objective(),
+        "kl certain": Objective(),
         "kl T=2 + CE": Objective(alpha=0.5, temperature=2.0),
         "kl renorm": Objective(tail="renorm"),
         "kl sampled": Objective(tail="sampled"),

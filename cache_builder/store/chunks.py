@@ -11,14 +11,14 @@ compare every array with what zarr-python reads.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from itertools import pairwise
 
 import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
 from kd.cache_builder.store.encoding.arrays import ArraySpec
-from kd.cache_builder.store.ragged import KEPT, gathered
+from kd.cache_builder.store.ragged import KEPT, offsets_of
 from kd.cache_builder.store.records.manifest import Layout
 from kd.common.errors import CacheError
 
@@ -28,6 +28,8 @@ CHECKSUM = 4
 """Size of a crc32c in bytes."""
 HEADER = 16
 """Size of a blosc header in bytes; it holds the size of the decompressed data."""
+AS_IT_IS = 2
+"""Bit of the flags in a blosc header: the data is not compressed and has no table of blocks."""
 
 
 def read_index(data: bytes, layout: Layout) -> np.ndarray:
@@ -67,12 +69,7 @@ def decode_shard(data: bytes, spec: ArraySpec, layout: Layout, rows: int) -> np.
         n = min(layout.chunk_rows, rows - first)
         # a whole chunk of rows lies in `out` as it lies in the file
         into = out[first : first + n] if n == layout.chunk_rows and not spec.by_column else whole
-        if offset == length == MISSING:
-            into[...] = 0
-        elif length < CHECKSUM + HEADER or offset + length > len(data) - CHECKSUM - 16 * len(index):
-            raise CacheError("a shard's index points outside the file", found=f"{length} bytes from {offset}")
-        else:
-            _decompress(view[offset : offset + length - CHECKSUM], into)
+        _read_chunk(view, len(index), offset, length, into)
         if spec.by_column:
             out[:, first : first + n] = whole[:, :n]
         elif into is whole:
@@ -87,19 +84,43 @@ def decode_entries(data: bytes, spec: ArraySpec, layout: Layout, kept: np.ndarra
 
     Raises CacheError where the bytes are not such a shard, or a row is longer than the array allows.
     """
-    columns = spec.columns or 1
+    columns, dtype = spec.columns or 1, np.dtype(spec.dtype).newbyteorder("<")
     least = int(spec.counts == KEPT)  # a row without a tail has no draws from it
     if len(kept) and not least <= kept.min() <= kept.max() <= columns:
         lengths = f"{int(kept.min())}..{int(kept.max())} entries"
         raise CacheError("a row's length is out of bounds", found=lengths, expected=f"{least}..{columns}")
-    room = Layout(layout.shard_rows * columns, layout.chunk_rows * columns)
-    chunks = -(-len(kept) // layout.chunk_rows)
-    flat = decode_shard(data, replace(spec, columns=None, ragged=False), room, chunks * room.chunk_rows)
-    return gathered(flat.reshape(chunks, room.chunk_rows), kept, layout.chunk_rows)
+    index, view = read_index(data, layout), memoryview(data)
+    offsets = offsets_of(kept)[[*range(0, len(kept), layout.chunk_rows), len(kept)]].tolist()
+    entries = np.empty(offsets[-1], dtype=dtype)
+    whole = np.empty(layout.chunk_rows * columns, dtype=dtype)  # for one chunk after another: most of it is zeros
+    for (first, stop), (offset, length) in zip(pairwise(offsets), index.tolist(), strict=False):
+        _read_chunk(view, len(index), offset, length, whole, stop - first)
+        entries[first:stop] = whole[: stop - first]
+    return entries
 
 
-def _decompress(chunk: memoryview, into: np.ndarray) -> None:
-    """Decompress one chunk. Raises CacheError unless its header matches its bytes: c-blosc trusts the header."""
+def _read_chunk(
+    data: memoryview, chunks: int, offset: int, length: int, into: np.ndarray, wanted: int | None = None
+) -> None:
+    """Decompress a chunk of a shard's file, or fill in zeros where it was never written. Raises CacheError.
+
+    wanted   values at the beginning of the chunk that must be right; None = all of them
+    """
+    if offset == length == MISSING:
+        into[...] = 0
+    elif length < CHECKSUM + HEADER or offset + length > len(data) - CHECKSUM - 16 * chunks:
+        raise CacheError("a shard's index points outside the file", found=f"{length} bytes from {offset}")
+    else:
+        _decompress(
+            data[offset : offset + length - CHECKSUM], into, into.nbytes if wanted is None else wanted * into.itemsize
+        )
+
+
+def _decompress(chunk: memoryview, into: np.ndarray, wanted: int) -> None:
+    """Decompress one chunk, its first `wanted` bytes at least.
+
+    Raises CacheError unless its header matches its bytes: c-blosc trusts the header.
+    """
     size, block, compressed = (int.from_bytes(chunk[i : i + 4], "little") for i in (4, 8, 12))
     if len(chunk) < HEADER or size != into.nbytes:
         raise CacheError(
@@ -113,4 +134,20 @@ def _decompress(chunk: memoryview, into: np.ndarray) -> None:
             found=f"{compressed} bytes in blocks of {block}",
             expected=f"{len(chunk)} bytes",
         )
-    blosc.decompress(chunk, into)
+    blocks, needed = -(-size // block), max(-(-wanted // block), 1)
+    if needed < blocks and not chunk[2] & AS_IT_IS:
+        blosc.decompress(_first_blocks(chunk, blocks, needed), into.reshape(-1).view(np.uint8)[: needed * block])
+    else:
+        blosc.decompress(chunk, into)
+
+
+def _first_blocks(chunk: memoryview, blocks: int, needed: int) -> bytes:
+    """The first of a chunk's blocks as a chunk of their own: blosc compresses each by itself, and a table says where it begins.
+
+    Where rows differ in length most of a chunk is zeros, and putting their bytes into order takes longer than reading the rest.
+    """
+    block = int.from_bytes(chunk[8:12], "little")
+    starts = np.frombuffer(chunk, dtype="<i4", count=needed, offset=HEADER) - 4 * (blocks - needed)
+    rest = chunk[HEADER + 4 * blocks :]
+    sizes = np.array([needed * block, block, HEADER + 4 * needed + len(rest)], dtype="<u4")
+    return b"".join([chunk[:4], sizes.tobytes(), starts.astype("<i4").tobytes(), rest])

@@ -53,14 +53,6 @@ def spread(values: np.ndarray, kept: np.ndarray, chunk_rows: int, columns: int) 
     return filled.reshape(-1)
 
 
-def gathered(filled: np.ndarray, kept: np.ndarray, chunk_rows: int) -> np.ndarray:
-    """The inverse of `spread`, of `filled [chunks, chunk_rows * columns]`. Raises ValueError where a chunk has no such room."""
-    counts = np.add.reduceat(kept.astype(np.int64), np.arange(0, len(kept), chunk_rows)) if len(kept) else kept[:0]
-    if (counts > filled.shape[1]).any():
-        raise ValueError("rows are longer than their chunk")
-    return np.concatenate([chunk[:count] for chunk, count in zip(filled, counts, strict=True)])
-
-
 def row_totals(steps: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """`[E]` the sum of each entry and those before it in its row, in the dtype of `steps`, which wraps around."""
     if not len(steps):
