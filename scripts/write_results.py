@@ -19,6 +19,7 @@ from kd.recipes.experiment_file import load_experiment
 
 COMMANDS = {
     "answers-mini": "kd experiment answers-mini",
+    "unsure-mini": "kd experiment unsure-mini --seeds 0,1,2,3",
     "reader-prose": "kd experiment reader-prose --seeds 0,1,2",
     "kl-prose": "kd experiment kl-prose",
     "text-kl-prose": "kd experiment text-kl-prose",
@@ -35,6 +36,11 @@ READING = {
     "predictions (`text-kl`) add to its answers, over another tokenizer, in every seed: one answer names one right animal, and the "
     "predictions name all of them. Perplexity does not gain from them. Every pair here is against the fewest labels; "
     "`kd report RUNS/answers-mini/{answers,text-kl}-seed* --baseline answers` compares the last two.",
+    "unsure-mini": "Here the teacher is unsure with good reason: several answers are right, and it knows all of them. `text-kl` "
+    "gives more right answers than fine-tuning on the same text, in every seed, because one answer names one right "
+    "animal and the predictions name all. Perplexity leans the other way. `uld` gives fewer right answers in every "
+    "seed, and far fewer at the weight of its paper: sorted probabilities say how many answers are right, but not "
+    "which, so a student is rewarded for being as unsure about wrong ones.",
     "reader-prose": "The student has read prose before, in its own tokenizer, so its probabilities mean something from the first "
     "step. Nothing that compares by rank gains from that: `uld` does harm, more at the weight of its paper (`uld- "
     "paper`) than at half. `hybrid` and `alm` do a little harm. Only `text-kl`, which keeps the names, leans to "
