@@ -25,6 +25,7 @@ from sizes import kept_by, plan_of, plan_with, read_rate, score, write
 from torch import Tensor
 
 from kd.cache_builder.build.plan import BuildPlan
+from kd.cache_builder.store.profiles import ID_CODECS
 from kd.cache_builder.store.readers.reader import CacheReader, quality_means
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.soft_targets import SoftTargets
@@ -42,12 +43,14 @@ FIXED = (8, 16, 32, 64, 128)
 LEAST = (0.01, 0.005, 0.003, 0.002, 0.0015, 0.001)
 
 
-def configs(codecs: tuple[str, ...]) -> Iterator[tuple[str, TargetConfig]]:
-    for k in FIXED:
-        yield f"k = {k}", TargetConfig(top_k=k)
+def configs(codecs: tuple[str, ...], ids: str, fixed: tuple[int, ...]) -> Iterator[tuple[str, TargetConfig]]:
+    for k in fixed:
+        yield f"k = {k}", TargetConfig(top_k=k, id_codec=ids)
     for codec in codecs:
         for least in LEAST:
-            config = TargetConfig.of_profile("adaptive", top_k=WIDEST, min_probability=least, logprob_codec=codec)
+            config = TargetConfig.of_profile(
+                "adaptive", top_k=WIDEST, min_probability=least, logprob_codec=codec, id_codec=ids
+            )
             yield f"p >= {least:g}, {codec}", config
 
 
@@ -110,7 +113,7 @@ def weights(root: Path) -> dict[str, float]:
     for path in (p for p in root.rglob("*") if p.is_file()):
         name, size = path.relative_to(root).parts, path.stat().st_size
         if name[0] == "targets.zarr" and path.name != "zarr.json":
-            kind = {"token_ids": "ids", "logprobs": "values"}.get(name[1], "rest")
+            kind = {"token_ids": "ids", "followers": "ids", "logprobs": "values"}.get(name[1], "rest")
             parts[kind] += size / rows
         elif name[0] in ("examples", "commits"):
             parts["text" if name[0] == "examples" else "rest"] += size / rows
@@ -128,7 +131,10 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--positions", type=int, default=2048)
     parser.add_argument("--codecs", default="graded,graded-coarse", help="of the adaptive rows")
+    parser.add_argument("--id-codec", default="frequency", choices=ID_CODECS)
+    parser.add_argument("--fixed", default=",".join(map(str, FIXED)), help="k of the rows of one length")
     args = parser.parse_args()
+    fixed = tuple(int(k) for k in args.fixed.split(",") if k)
     with tempfile.TemporaryDirectory() as folder:
         args.work = folder
         plan = plan_of(args, TargetConfig(top_k=WIDEST))
@@ -137,7 +143,7 @@ def main() -> None:
         print(f"{plan.manifest.rows:,} rows; errors over {len(teacher):,}\n")
         print("| rule | tokens | ids | values | rest | text | all, B/token | error, T = 1 | T = 2 | read, k/s |")
         print("|---|---|---|---|---|---|---|---|---|---|")
-        for name, config in configs(tuple(args.codecs.split(","))):
+        for name, config in configs(tuple(args.codecs.split(",")), args.id_codec, fixed):
             root = Path(folder) / "cache"
             write(plan_with(plan, config), [kept_by(first_tokens(raw, config.top_k), config) for raw in shards], root)
             reader, sizes = CacheReader(root), weights(root)

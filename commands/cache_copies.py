@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.cache_builder.exchange.import_settings import FORMAT_NAMES, ImportSettings
-from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
+from kd.cache_builder.store.profiles import CODEC_NAMES, ID_CODECS, PROFILES
 from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say
 from kd.commands.terminal.options import FOLDER, PATH, dry_run_option, json_option, parse_range
 from kd.commands.terminal.settings_options import SettingsCommand, settings_options
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     help="Fewer draws from the tail; 0 for none. Where the tail grows, its draws are drawn again from the stored row.",
 )
 @click.option("--logprob-codec", type=click.Choice(CODEC_NAMES), help="Store log-probabilities with another codec.")
+@click.option("--id-codec", type=click.Choice(ID_CODECS), help="Store ids in another way; followers takes fewer bytes.")
 @click.option(
     "--examples",
     callback=parse_range,

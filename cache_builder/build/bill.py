@@ -53,6 +53,7 @@ def bill_of(settings: BillSettings) -> dict[str, Any]:
         min_k=kept.min_k,
         certain_below=kept.certain_below,
         tail_samples=kept.tail_samples,
+        id_codec=kept.id_codec,
     ).normalised()
     arrays = array_specs(config, settings.vocabulary, FORMAT_VERSION)
     raw = sum(array.row_bytes for array in arrays)

@@ -165,6 +165,7 @@ def target_config(settings: BuildSettings, config: Any) -> TargetConfig:
         min_k=kept.min_k,
         certain_below=kept.certain_below,
         tail_samples=kept.tail_samples,
+        id_codec=kept.id_codec,
         temperatures=kept.temperatures or ((1.0,) if settings.served.served else (1.0, 2.0, 4.0)),
         band_temperatures=kept.band_temperatures or (1.0,),
         logprob_codec=kept.logprob_codec or ("float32" if classes else None),

@@ -172,6 +172,7 @@ def _targets(settings: ImportSettings, survey: Survey, size: int) -> TargetConfi
         min_probability=settings.min_probability,
         min_k=settings.min_k,
         certain_below=settings.certain_below,
+        id_codec=settings.id_codec,
         temperatures=(1.0,),
     ).normalised()
     if adaptive and config.min_k > survey.shortest:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kd.cache_builder.store.profiles import CODEC_NAMES
+from kd.cache_builder.store.profiles import CODEC_NAMES, ID_CODECS
 from kd.common.settings import check, setting
 
 FORMAT_NAMES = ("npz", "jsonl", "parquet", "distillkit")
@@ -45,6 +45,8 @@ class ImportSettings:
     source tells only how large the entropy can be at most, which decides."""
     logprob_codec: str | None = setting(None, choices=CODEC_NAMES, shown="the profile's own codec")
     """Encoding of the log-probabilities, as for kd cache build."""
+    id_codec: str | None = setting(None, choices=ID_CODECS, shown="frequency")
+    """Encoding of the kept tokens' ids, as for kd cache build."""
     shard_rows: int | None = setting(None, minimum=1, shown="32768")
     """Rows per shard. A shard is the unit of writing and of resuming."""
     check_source: bool = True

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 CODEC_NAMES = ("graded", "graded-fine", "graded-coarse", "linear8", "float16", "float32")
 """Names of the codecs of log-probabilities, the keys of `encoding.logprob_codecs.CODECS`."""
 
+ID_CODECS = ("frequency", "followers")
+"""How the ids of kept tokens are stored: as codes by frequency, or as places in lists of what follows (`store.followers`)."""
+
 
 @dataclass(frozen=True)
 class Profile:

@@ -17,6 +17,7 @@ from kd.cache_builder.store.chunks import decode_entries, decode_shard
 from kd.cache_builder.store.encoding.arrays import Arrays
 from kd.cache_builder.store.encoding.parquet import read_parquet
 from kd.cache_builder.store.example_table import example_columns, example_schema
+from kd.cache_builder.store.followers import FOLLOWERS
 from kd.cache_builder.store.ragged import KEPT, is_flat, offsets_of
 from kd.cache_builder.store.records.commits import shard_files
 from kd.cache_builder.store.records.manifest import CacheManifest
@@ -58,6 +59,8 @@ def read_shard(files: CacheFiles, manifest: CacheManifest, index: int, names: Se
         names = [a.name for a in manifest.arrays] if part is None else part.arrays
     elif part is not None:
         part.require(names, files.root)
+    if "token_ids" in names and any(a.name == FOLLOWERS for a in manifest.arrays):
+        names = [*names, FOLLOWERS]
     paths = shard_files([a for a in manifest.arrays if a.name in names], index)
     data = {
         name: files.verified_bytes(path, record.files[path], shard=index, array=name) for name, path in paths.items()

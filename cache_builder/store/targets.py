@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kd.cache_builder.store.profiles import CODEC_NAMES, PROFILES
+from kd.cache_builder.store.profiles import CODEC_NAMES, ID_CODECS, PROFILES
 from kd.common.errors import DataError, unknown_name
 
 Rows = TypeVar("Rows")
@@ -50,13 +50,23 @@ class TargetConfig:
     tail_samples: int = 0
     """Draws from what lies beyond the kept tokens, at temperature 1: a row whose tail has the mass m draws `tail_samples` times m
     tokens, rounded up, so each stands for at most 1 / `tail_samples`; 0 for none."""
+    id_codec: str = "frequency"
+    """How the ids of the kept tokens are stored, one of `ID_CODECS`."""
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise unknown_name("profile", self.profile, PROFILES)
         if self.logprob_codec not in CODEC_NAMES:
             raise unknown_name("logprob codec", self.logprob_codec, CODEC_NAMES)
+        if self.id_codec not in ID_CODECS:
+            raise unknown_name("id codec", self.id_codec, ID_CODECS)
         kept = PROFILES[self.profile]
+        if self.id_codec != "frequency" and not (kept.ids and self.top_k):
+            raise DataError(
+                "this profile keeps no most probable tokens whose ids could be stored in fewer bytes",
+                found=f"--profile {self.profile} --id-codec {self.id_codec}",
+                try_="--profile kl, compact, adaptive or full; or --id-codec left out",
+            )
         if kept.top_k and self.top_k < 1:
             raise DataError("top-k is too small", found=self.top_k, expected=f"at least 1 for profile {self.profile}")
         if self.profile == "sampled" and self.samples < 1:
@@ -184,7 +194,13 @@ class TargetConfig:
             del values["certain_below"]
         if not self.tail_samples:
             del values["tail_samples"]
+        if self.id_codec == "frequency":
+            del values["id_codec"]
         return values
+
+    def keeps_as(self, other: TargetConfig) -> bool:
+        """Whether every row holds the same values under both settings, which may store ids in different ways."""
+        return replace(self, id_codec="frequency") == replace(other, id_codec="frequency")
 
     def lengths(self, probabilities: Rows, entropy: Rows | None = None) -> Rows:
         """`[N]` how many tokens each row keeps, from the `[N, K]` probabilities of the most probable ones, descending.
@@ -216,6 +232,7 @@ class TargetConfig:
         min_k: int | None = None,
         certain_below: float | None = None,
         tail_samples: int | None = None,
+        id_codec: str | None = None,
         **rest: object,
     ) -> TargetConfig:
         """The settings of a profile, with the values given in place of its own. Raises DataError."""
@@ -238,6 +255,7 @@ class TargetConfig:
             min_k=(2 if certain_below and top_k != 1 else 1) if min_k is None else min_k,
             certain_below=certain_below or 0.0,
             tail_samples=tail_samples or 0,
+            id_codec=id_codec or "frequency",
             **rest,  # type: ignore[arg-type]
         )
 

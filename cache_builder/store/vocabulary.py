@@ -20,6 +20,14 @@ import pyarrow.parquet as pq
 from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.parquet import read_parquet
+from kd.cache_builder.store.followers import (
+    FOLLOWERS,
+    follower_pairs,
+    from_places,
+    keys_of,
+    per_entry,
+    to_places,
+)
 from kd.cache_builder.store.ragged import KEPT, as_table, row_steps, row_totals, sorted_entries
 from kd.cache_builder.store.records.manifest import VOCABULARY, CacheManifest
 from kd.common.errors import CacheDamageError
@@ -105,6 +113,11 @@ def _code_table(files: CacheFiles, size: int, sha256: str, vocabulary_size: int)
 def pack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, codes: np.ndarray) -> Arrays:
     """Rows of whole examples, which begin at `starts [E]`, in the form in which they are stored."""
     packed = {a.name: codes[stored[a.name]] if a.ids else stored[a.name] for a in arrays if a.name in stored}
+    if any(a.name == FOLLOWERS for a in arrays):
+        ids, rows = packed["token_ids"].astype(np.int64), len(packed["gold_ids"])
+        keys = per_entry(keys_of(packed["gold_ids"]), ids, stored.get(KEPT) if ids.ndim == 1 else None)
+        packed[FOLLOWERS] = follower_pairs(keys, ids, rows)
+        packed["token_ids"] = to_places(keys, ids, packed[FOLLOWERS])
     for spec in arrays:
         if spec.ragged and spec.counts != KEPT and spec.name in packed:  # a table in memory
             packed[spec.name] = sorted_entries(packed[spec.name], stored[spec.counts])
@@ -123,8 +136,9 @@ def pack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, c
 
 def unpack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray, ids: np.ndarray | None) -> Arrays:
     """The inverse of `pack_rows`; `ids [V]` is the id of every code. Raises IndexError for a code beyond the table."""
-    unpacked = {a.name: stored[a.name] for a in arrays}
-    for spec in arrays:
+    apart = {"token_ids", FOLLOWERS} if FOLLOWERS in stored else set()
+    unpacked = {a.name: stored[a.name] for a in arrays if a.name not in apart}
+    for spec in (a for a in arrays if a.name not in apart):
         if spec.ragged and spec.steps:
             unpacked[spec.name] = row_totals(unpacked[spec.name], stored[spec.counts])
         elif spec.steps:
@@ -136,6 +150,10 @@ def unpack_rows(stored: Arrays, arrays: Sequence[ArraySpec], starts: np.ndarray,
             unpacked[spec.name] = _take(ids, unpacked[spec.name])
         if spec.ragged and spec.counts != KEPT:
             unpacked[spec.name] = as_table(unpacked[spec.name], stored[spec.counts], spec.columns or 1)
+    if apart and ids is not None:
+        places, keys = stored["token_ids"], keys_of(stored["gold_ids"])
+        kept = stored[KEPT] if places.ndim == 1 else None
+        unpacked["token_ids"] = from_places(places, keys, stored[FOLLOWERS], ids, kept)
     if "byte_length" in unpacked:
         ends = np.cumsum(unpacked.pop("byte_length"), dtype=np.uint32)
         before = ends[starts - 1]

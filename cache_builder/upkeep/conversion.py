@@ -24,11 +24,12 @@ from kd.cache_builder.upkeep.redrawn_tails import StoredTail, redrawn
 def converted(
     stored: Arrays, old: TargetConfig, new: TargetConfig, vocabulary_size: int, uniforms: np.ndarray | None = None
 ) -> Arrays:
-    """Stored rows under the settings `new`, which keep no more than `old`. Equal settings return the same arrays.
+    """Stored rows under the settings `new`, which keep no more than `old`. The same arrays come back where
+    no row changes.
 
     uniforms   [N] in [0, 1), with which draws from a tail are drawn again where the tail has grown
     """
-    if old == new and ("log_z" in stored) == (not new.top_k):
+    if old.keeps_as(new) and ("log_z" in stored) == (not new.top_k):
         return stored
     rows = _converted(stored, old, new, vocabulary_size)
     if new.tail_samples:

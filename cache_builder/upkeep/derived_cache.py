@@ -110,7 +110,7 @@ def write_derived(planned: DerivedCache, out: Path) -> Iterator[Progress[Path]]:
         commits.check_sizes(out, manifest, present)
         for index, pieces in enumerate(shards):
             if index not in present:
-                whole = all(_is_whole(readers[p.source], p) for p in pieces) and config == readers[0].config
+                whole = all(_is_whole(readers[p.source], p) for p in pieces) and config.keeps_as(readers[0].config)
                 quality = _summed(readers, pieces) if whole else None
                 _write(writer, index, [_taken(readers[p.source], p, config) for p in pieces], config, quality)
             yield Progress(index + 1, len(shards), note=f"shard {index + 1}/{len(shards)}")

@@ -30,6 +30,8 @@ class SliceOptions(TypedDict, total=False):
     """Tokens per row."""
     logprob_codec: str | None
     """One of `CODECS`; None takes that of a new profile."""
+    id_codec: str | None
+    """One of `ID_CODECS`."""
     min_probability: float | None
     """See `TargetConfig`, for the profile adaptive; None takes that of a new profile."""
     min_k: int | None
@@ -67,6 +69,7 @@ def planned_slice(cache: Path | CacheFiles, **options: Unpack[SliceOptions]) -> 
         certain_below=options.get("certain_below"),
         tail_bands=options.get("tail_bands"),
         tail_samples=options.get("tail_samples"),
+        id_codec=options.get("id_codec"),
     )
     first, stop = options.get("examples") or (0, len(reader))
     if not 0 <= first < stop <= len(reader):
@@ -75,7 +78,7 @@ def planned_slice(cache: Path | CacheFiles, **options: Unpack[SliceOptions]) -> 
         raise DataError(
             "this slice would be the whole cache",
             cache=reader.root,
-            try_="--top-k, --profile, --logprob-codec, --certain-below or --examples",
+            try_="--top-k, --profile, --logprob-codec, --id-codec, --certain-below or --examples",
         )
     identity = reader.manifest.identity | {
         "targets": config.identity,
@@ -95,6 +98,7 @@ def sliced_config(
     certain_below: float | None = None,
     tail_bands: int | None = None,
     tail_samples: int | None = None,
+    id_codec: str | None = None,
 ) -> TargetConfig:
     """The settings of a slice. Raises DataError for what the cache does not hold."""
     have = PROFILES[config.profile]
@@ -141,6 +145,7 @@ def sliced_config(
         top_k=k if want.top_k else 0,
         logprob_codec=codec,
         tail_bands=_bands(config, tail_bands, kept=bool(want.tail_bands) or (bool(least) and same)),
+        id_codec=id_codec or (config.id_codec if want.ids and want.top_k else "frequency"),
         samples=config.samples if want.samples else 0,
         tail_samples=_tail_samples(config, want, tail_samples),
     ).normalised()

@@ -57,6 +57,7 @@ def cache_summary(cache: Path | CacheFiles) -> dict[str, Any]:
         "tail_bands": targets.tail_bands,
         "temperatures": list(targets.temperatures),
         "logprob_codec": targets.logprob_codec,
+        "id_codec": targets.id_codec,
         "teacher": manifest.provenance.get("teacher"),
         "teacher_class": manifest.identity["teacher"].get("model_class"),
         "dtype": manifest.identity["teacher"].get("dtype"),

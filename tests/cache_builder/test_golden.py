@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorstore
 
+from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records.cache_identity import refuse_mismatch
 from kd.cache_builder.store.records.manifest import RELEASED_VERSIONS
@@ -105,6 +106,25 @@ def tails_of(root: Path, manifest: dict[str, Any], stored: dict[str, np.ndarray]
     return tails
 
 
+def codes_of(
+    manifest: dict[str, Any], stored: dict[str, np.ndarray], places: np.ndarray, kept: np.ndarray
+) -> np.ndarray:
+    """Codes `[E]` of the kept tokens: as they are stored, or looked up in the lists of the shard."""
+    values = stored["token_ids"].reshape(-1)[places].astype(np.int64)
+    if "followers" not in stored:
+        return values
+    codes, number, shard_rows = np.empty_like(values), 0, manifest["layout"]["shard_rows"]
+    for row, count in enumerate(kept):
+        start = row - row % shard_rows
+        before = 0 if row == start else stored["gold_ids"][row - 1]
+        pairs = stored["followers"][start : start + shard_rows]
+        first = next((i for i, pair in enumerate(pairs) if pair[0] == before), 0)
+        for value in values[number : number + count]:
+            codes[number] = value - 256 if value >= 256 else pairs[first + value][1]
+            number += 1
+    return codes
+
+
 def read_independently(root: Path) -> list[dict[str, Any]]:
     """Examples of a cache of version 2 or 3 as docs/cache-format.md tells how to read them."""
     manifest = json.loads((root / "manifest.json").read_text())
@@ -113,8 +133,9 @@ def read_independently(root: Path) -> list[dict[str, Any]]:
     id_of[vocabulary["code"]] = vocabulary["id"]
     names = {a["name"] for a in manifest["arrays"]}
     stored = {name: array(root, name) for name in names}
-    ids = {name: id_of[stored[name]] for name in ("gold_ids", "token_ids", "sample_ids") if name in names}
     places, kept = heads_of(root, manifest, stored)
+    ids = {name: id_of[stored[name]] for name in ("gold_ids", "sample_ids") if name in names}
+    ids["token_ids"] = id_of[codes_of(manifest, stored, places, kept)]
     ends = np.cumsum(kept)
     scale = np.array(attributes(root, "logprobs")["scale"])
     steps = stored["logprobs"].reshape(-1)[places].astype(np.int64)
@@ -135,7 +156,7 @@ def read_independently(root: Path) -> list[dict[str, Any]]:
             "target": row["target"],
             "context_ids": row["context_ids"],
             "gold_ids": ids["gold_ids"][rows],
-            "token_ids": ids["token_ids"].reshape(-1)[places][heads],
+            "token_ids": ids["token_ids"][heads],
             "gold_rank": stored["gold_rank"][rows],
             "gold_logprob": stored["gold_logprob"][rows],
             "byte_end": np.cumsum(stored["byte_length"][rows]),
@@ -184,9 +205,13 @@ def in_order(row: dict[str, Any], targets: np.ndarray) -> list[int]:
     return read
 
 
-@pytest.mark.parametrize("which", [*READ_INDEPENDENTLY, "built"])
-def test_a_reader_without_our_code_agrees(which: str, cache: Path):
+@pytest.mark.parametrize("which", [*READ_INDEPENDENTLY, "built", "kl", "adaptive"])
+def test_a_reader_without_our_code_agrees(which: str, cache: Path, tmp_path: Path, build_request, run_build):
     root = cache if which == "built" else GOLDEN / which
+    if which in PROFILES:  # with ids as places in lists
+        root = tmp_path / which
+        settings = {"min_probability": 0.004, "top_k": 40} if which == "adaptive" else {}
+        run_build(build_request(root, profile=which, id_codec="followers", **settings))
     reader = CacheReader(root)
     found = read_independently(root)
     assert len(found) == len(reader)

@@ -17,6 +17,7 @@ import numpy as np
 from kd.cache_builder.store.encoding.arrays import Arrays, ArraySpec, id_dtype
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS, FLOAT16_MIN, power_sums
 from kd.cache_builder.store.encoding.rank_bands import with_cut_tokens
+from kd.cache_builder.store.followers import FOLLOWERS, LISTED
 from kd.cache_builder.store.profiles import PROFILES
 from kd.cache_builder.store.ragged import ENTRY_ARRAYS, KEPT, TAIL_DRAWS, columns_of_entries
 from kd.cache_builder.store.soft_targets import SoftTargets
@@ -73,6 +74,8 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 3) ->
     if config.top_k:
         if kept.ids:
             specs.append(of_ids("token_ids", config.top_k, "ids, most probable first"))
+        if config.id_codec == "followers":
+            specs[-1:] = _in_lists(specs[-1], vocabulary_size)
         specs += CODECS[config.logprob_codec].arrays(config.top_k)
     if config.ragged:
         count = "uint8" if config.top_k < 256 else "uint16"
@@ -121,11 +124,24 @@ def array_specs(config: TargetConfig, vocabulary_size: int, version: int = 3) ->
     if not coded:
         return specs
     # Measured (docs/log.md): small numbers want their bits by column; in rows of ids zstd finds what occurred before
-    by_column = ("logprobs", "tail_odds", "sample_counts")
+    by_column = ("logprobs", "tail_odds", "sample_counts", FOLLOWERS)
     specs = [replace(s, by_column=True) if s.name in by_column else replace(s, shuffle="shuffle") for s in specs]
     if version > 2:
         specs = [replace(s, separator=".") for s in specs]
     return [_of_entries(s) if s.ragged or (config.ragged and s.name in ENTRY_ARRAYS) else s for s in specs]
+
+
+def _in_lists(token_ids: ArraySpec, vocabulary_size: int) -> list[ArraySpec]:
+    """The array of ids as places in lists of followers, and the array with these lists."""
+    rule = f"a value of {LISTED} or more is {LISTED} more than the code of the id; a lower value v is the code in row i + v of "
+    rule += f"`{FOLLOWERS}`, where i is the first row of the shard whose first column is the value of `gold_ids` in the row before "
+    rule += "this one (0 in the first row of a shard); for codes, see `gold_ids`"
+    dtype, pair = (
+        id_dtype(vocabulary_size + LISTED),
+        "codes of a token and of one that the teacher often expects after it",
+    )
+    places = replace(token_ids, dtype=dtype, attributes={**token_ids.attributes, "decode": rule})
+    return [places, ArraySpec(FOLLOWERS, token_ids.dtype, 2, {"quantity": pair})]
 
 
 def _of_entries(spec: ArraySpec) -> ArraySpec:

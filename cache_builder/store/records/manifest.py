@@ -219,11 +219,13 @@ class CacheManifest:
         write_atomic(root / name, self.to_json())
 
 
+NEWS = {"min_probability", "tail_samples", "id_codec"}
+"""Settings of targets that came with version 3: rows that differ in length, draws from tails, ids as places in lists."""
+
+
 def needs_third(identity: dict[str, Any]) -> bool:
-    """Whether version 3 was the first that could hold a cache of this identity: conversations, rows that differ in length, and
-    draws from tails."""
-    news = {"min_probability", "tail_samples"}
-    return identity["corpus"]["kind"] == CONVERSATIONS or not news.isdisjoint(identity["targets"])
+    """Whether version 3 was the first that could hold a cache of this identity: conversations, and targets with `NEWS`."""
+    return identity["corpus"]["kind"] == CONVERSATIONS or not NEWS.isdisjoint(identity["targets"])
 
 
 def fingerprint_of(identity: dict[str, Any], version: int = FORMAT_VERSION) -> str:
@@ -383,7 +385,7 @@ def _check(manifest: CacheManifest, document: dict[str, Any]) -> None:
             "fingerprint does not match the identity", found=document["fingerprint"], expected=manifest.fingerprint
         )
     if manifest.format_version < 3 and needs_third(manifest.identity):
-        raise CacheError("conversations, rows that differ in length, and draws from tails have format version 3")
+        raise CacheError("what this cache holds came with format version 3")
     if not 1 <= manifest.vocabulary_size <= 2**31:
         raise CacheError("vocabulary size out of bounds", found=manifest.vocabulary_size)
     if manifest.targets.logprob_codec not in CODECS:

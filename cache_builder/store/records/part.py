@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store.encoding.logprob_codecs import CODECS
+from kd.cache_builder.store.followers import FOLLOWERS
 from kd.cache_builder.store.ragged import KEPT, TAIL_DRAWS
 from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.common.errors import CacheDamageError, CacheError, unknown_name
@@ -106,7 +107,8 @@ def _indivisible(manifest: CacheManifest) -> list[set[str]]:
     """Groups of arrays that can only be decoded together."""
     targets = manifest.targets
     head = {a.name for a in CODECS[targets.logprob_codec].arrays(targets.top_k)} if targets.top_k else set()
-    return [head | {"tail_odds"}, {"sample_ids", "sample_counts"}, {"tail_ids", TAIL_DRAWS}]
+    drawn = [{"sample_ids", "sample_counts"}, {"tail_ids", TAIL_DRAWS}]
+    return [head | {"tail_odds"}, *drawn, {"token_ids", FOLLOWERS}]
 
 
 def load_part(root: Path, manifest: CacheManifest) -> Part | None:
