@@ -116,7 +116,7 @@ def test_the_groups_that_the_page_draws_are_those_of_the_alignment() -> None:
         ("another-tokenizer", 6),
         ("several-gpus", 2),
         ("from-hugging-face-to-gguf", 3),
-        ("choose-k-and-profile", 7),
+        ("choose-k-and-profile", 9),
         pytest.param("own-training-loop", 5, marks=NOT_OURS),
     ],
 )

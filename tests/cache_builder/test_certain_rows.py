@@ -15,10 +15,11 @@ import torch
 
 from kd.cache_builder.served.logprob_rows import TokenLogprobs, raw_targets
 from kd.cache_builder.share.dataset_card import dataset_card
+from kd.cache_builder.share.pull import pull
 from kd.cache_builder.store.encoding.codecs import array_specs, decode, encode
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.row_figures import entropy_bounds, most_entropy
-from kd.cache_builder.store.soft_targets import SoftTargets
+from kd.cache_builder.store.soft_targets import SoftTargets, take_rows
 from kd.cache_builder.store.targets import TargetConfig, band_edges
 from kd.cache_builder.upkeep.merge_caches import merge_caches
 from kd.cache_builder.upkeep.promised_lengths import broken_lengths
@@ -26,8 +27,11 @@ from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import DataError
+from kd.common.progress import final
 from kd.student_trainer.batches.collate import loss_targets
+from kd.student_trainer.batches.compatibility import resolve_objective
 from kd.student_trainer.cache_dataset import CacheDataset
+from kd.student_trainer.configuration.learning_settings import LossSettings
 from kd.student_trainer.losses.loss_registry import LOSSES
 
 LEAST = 0.01
@@ -304,6 +308,29 @@ def test_every_loss_takes_them_in_any_order_and_any_number(by_position: Path, mo
 def test_without_bands_a_loss_over_ranks_says_how_to_get_them(adaptive_rows: Path, model_dir: Path, loss: str):
     with pytest.raises(DataError, match="kd cache build --profile adaptive --tail-bands 16"):
         CacheDataset(adaptive_rows, str(model_dir), loss=loss)
+
+
+def test_a_served_teacher_s_rows_have_one_band_each():
+    """Everything beyond what a row keeps is one band, which begins at that row's end."""
+    config = TargetConfig.of_profile("adaptive", temperatures=(1.0,), certain_below=0.1)
+    found = resolve_objective(config, LossSettings(loss="uld"), edges=(1, VOCABULARY), logprobs_only=True)
+    assert found.settings.edges == (1, VOCABULARY)
+    with pytest.raises(DataError, match="cannot serve --loss uld"):
+        resolve_objective(config, LossSettings(loss="uld"))
+
+
+def test_a_copy_of_a_part_has_its_rows(by_position: Path, tmp_path: Path):
+    """Lengths go with every copy; ids may stay away, as ranks do without them."""
+    copy = tmp_path / "copy"
+    final(pull(str(by_position), copy, examples=(2, 4), arrays=lambda manifest: ["logprobs", "tail_bands"]))
+    *_, last = verify(copy)
+    assert last.result == ()
+    part, whole = (CacheReader(root).read_rows([2, 3]) for root in (copy, by_position))
+    assert part.token_ids is None
+    for name in ("kept", "logprobs", "tail_bands", "log_z"):
+        assert np.array_equal(getattr(part, name), getattr(whole, name))
+    nothing = take_rows(part, slice(3, 3))
+    assert (len(nothing), nothing.kept.tolist(), nothing.logprobs.tolist()) == (0, [], [])  # type: ignore[union-attr]
 
 
 def test_a_copy_of_it_without_its_lengths_is_refused(by_position: Path, tmp_path: Path):
