@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -103,6 +104,40 @@ def test_a_shell_completes_commands_and_values(line: str, expected: str) -> None
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | shell, check=False
     )
     assert f"plain,{expected}" in done.stdout.split()
+
+
+@pytest.fixture
+def shell_words(tmp_path: Path) -> dict[str, str]:
+    """An environment in which a shell finds this interpreter's `kd`."""
+    program = tmp_path / "kd"
+    program.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[0] = 'kd'\nfrom kd.cli import main\nmain()\n")
+    program.chmod(0o755)
+    return os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "TERM": "xterm"}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed (Debian: apt-get install fish)")
+def test_fish_completes_commands_options_and_values(shell_words: dict[str, str]) -> None:
+    asked = "; ".join(f"complete -C '{line}'" for line in ("kd tra", "kd train --lora-a", "kd train --loss text"))
+    script = f"_KD_COMPLETE=fish_source kd | source; {asked}"
+    done = subprocess.run(["fish", "-c", script], capture_output=True, text=True, env=shell_words, check=True)
+    assert [line.partition("\t")[0] for line in done.stdout.splitlines()] == ["train", "--lora-alpha", "text-kl"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed (Debian: apt-get install zsh)")
+def test_zsh_completes_a_value_where_one_types(shell_words: dict[str, str]) -> None:
+    """In an interactive zsh: the completion is defined, and the Tab key writes the rest of the word."""
+    script = """
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell 'autoload -Uz compinit; compinit -u -D; eval "$(_KD_COMPLETE=zsh_source kd)"; print REA""DY'
+zpty -r shell seen '*READY*'
+zpty -w -n shell $'kd train --loss text\t'
+zpty -r shell seen '*text-kl*' && print -r -- completed
+zpty -d shell
+"""
+    done = subprocess.run(["zsh", "-f", "-c", script], capture_output=True, text=True, env=shell_words, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["completed"], done.stdout + done.stderr
 
 
 def test_long_help_is_grouped_by_what_options_belong_to() -> None:
