@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from kd.student_trainer.losses.loss_registry import Objective
     from kd.student_trainer.student_model import load_student
     from kd.student_trainer.training import TrainResult, train
-    from kd.student_trainer.training_estimate import TrainEstimate, estimate_training
+    from kd.student_trainer.training_estimate import TrainEstimate, estimate_training, plan_training
 
     __version__: str
 
@@ -79,6 +79,7 @@ __all__ = [
     "make_report",
     "open_cache",
     "plan_cache",
+    "plan_training",
     "plot_cache",
     "search_caches",
     "show_cache",
@@ -109,7 +110,7 @@ _HOMES = {
     "kd.student_trainer.losses.loss_registry": ["Objective"],
     "kd.student_trainer.student_model": ["load_student"],
     "kd.student_trainer.training": ["TrainResult", "train"],
-    "kd.student_trainer.training_estimate": ["TrainEstimate", "estimate_training"],
+    "kd.student_trainer.training_estimate": ["TrainEstimate", "estimate_training", "plan_training"],
 }
 """Module -> the public names that are defined there. A type checker reads the imports above instead; a test compares both."""
 

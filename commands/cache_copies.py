@@ -109,8 +109,9 @@ def _derived(steps: Iterator[Progress[Path]], out: Path, as_json: bool, label: s
 @click.argument("format", type=click.Choice(FORMAT_NAMES))
 @click.argument("source", type=PATH)
 @settings_options(ImportSettings)
+@dry_run_option
 @json_option
-def cache_import(format: str, source: Path, settings: ImportSettings, as_json: bool) -> None:
+def cache_import(format: str, source: Path, settings: ImportSettings, dry_run: bool, as_json: bool) -> None:
     """Write a cache from log-probabilities that others have computed. The same command again continues.
 
     Every row is read and checked before the first one is written. docs/how-to/caches-from-elsewhere.md describes the formats.
@@ -118,9 +119,13 @@ def cache_import(format: str, source: Path, settings: ImportSettings, as_json: b
     Example: kd cache import npz rows.npz --tokenizer demo --out runs/imported
     """
     quiet_libraries()
-    from kd.cache_builder.exchange.import_cache import import_steps
+    from kd.cache_builder.exchange.import_cache import import_cost, import_steps
     from kd.cache_builder.upkeep.summary import cache_summary
 
+    if dry_run:
+        cost = {"out": str(settings.out)} | import_cost(format, source, settings)
+        emit(cost, as_json, f"{settings.out}: nothing was written. An import would write")
+        return
     outcome("importing", import_steps(format, source, settings))
     emit(cache_summary(settings.out), as_json, f"{settings.out}: complete")
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kd.commands.terminal.console import emit_json, outcome, quiet_libraries, say
-from kd.commands.terminal.options import json_option
+from kd.commands.terminal.console import emit, emit_json, outcome, quiet_libraries, say
+from kd.commands.terminal.options import dry_run_option, json_option
 from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.evaluation.merged.merged_settings import MergeRun
 
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 
 @click.command(cls=SettingsCommand)
 @settings_options(MergeRun)
+@dry_run_option
 @json_option
-def merge(settings: MergeRun, as_json: bool) -> None:
+def merge(settings: MergeRun, dry_run: bool, as_json: bool) -> None:
     """Merge models of one architecture: classifiers keep a head per task, language models are merged whole.
 
     Example: kd merge --method task-arithmetic --pool pool.yaml --sweep 0:1:0.1 --select-on dev-half --out runs/merged
     """
     quiet_libraries()
-    from kd.evaluation.merged.merge_run import run_merge
+    from kd.evaluation.merged.merge_run import merge_cost, run_merge
 
+    if dry_run:
+        emit(merge_cost(settings), as_json, f"{settings.out}: nothing was written. A merge would write")
+        return
     steps = run_merge(settings)
     result = outcome(f"merging ({settings.merge.method})", steps)
     if as_json:

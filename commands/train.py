@@ -65,9 +65,9 @@ def train(settings: TrainCommand, resume: bool, estimate: bool, dry_run: bool, a
 def print_planned_run(config: TrainConfig, *, as_json: bool) -> None:
     """Print what a training would write."""
     quiet_libraries()
-    from kd.student_trainer.training_estimate import planned_run
+    from kd.student_trainer.training_estimate import plan_training
 
-    emit(planned_run(config), as_json, f"{config.out}: nothing was written. A training would write")
+    emit(plan_training(config), as_json, f"{config.out}: nothing was written. A training would write")
 
 
 def print_estimate(config: TrainConfig, *, as_json: bool) -> None:

@@ -160,11 +160,22 @@ def peak_memory() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def planned_run(config: TrainConfig) -> dict[str, Any]:
-    """Where a training would write, and how much. Nothing is written.
+def plan_training(config: TrainConfig | None = None, **settings: Any) -> dict[str, Any]:
+    """What `kd.train` with the same settings would write, and how large it is: the dry run of a training. Nothing is written.
 
-    Raises KdError where the training would refuse to start: cache and student do not belong together, or `out` is used.
+    config     settings as an object; None = they are given by name
+    settings   those of `kd.train`
+
+    Returns examples, steps, parameters and bytes: what `kd train --dry-run --json` prints. No weights are loaded. Raises KdError
+    where the training would refuse to start: cache and student do not belong together, or `out` is used.
+
+    >>> import kd
+    >>> plan = kd.plan_training(cache="cache", student="demo", out="planned", max_steps=2)
+    >>> plan["steps"], plan["weights_bytes"]
+    (2, 2227584)
     """
+    if config is None or settings:
+        config = config_from({**({} if config is None else flat(config)), **settings})
     resume_point(config.folder, {}, resume=False)
     prepared = prepare(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -84,6 +84,24 @@ def import_steps(
     yield Progress(plan.manifest.rows, plan.manifest.rows, settings.out, "complete")
 
 
+def import_cost(format: str, source: str | os.PathLike[str], settings: ImportSettings) -> dict[str, Any]:
+    """What an import would write; every row of the source is read and checked. Raises KdError as the import does.
+
+    Bytes are those of the arrays before compression, and of the text.
+    """
+    plan = plan_import(format, os.fspath(source), settings, path_of(source))
+    manifest = plan.manifest
+    text = sum(len(row.example.prompt.encode()) + len(row.example.target.encode()) for row in plan.survey.rows)
+    return {
+        "fingerprint": manifest.fingerprint,
+        "examples": manifest.examples,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "bytes_at_most": manifest.rows * sum(array.row_bytes for array in manifest.arrays) + text,
+        "committed_shards": len(commits.committed(settings.out, len(manifest.shards))),
+    }
+
+
 def _written(plan: ImportPlan) -> Generator[Progress[Path], None, None]:
     """Write the shards that are not committed, and finish the cache."""
     out, shards = plan.settings.out, len(plan.manifest.shards)

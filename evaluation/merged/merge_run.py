@@ -44,7 +44,7 @@ from kd.student_trainer.merging.merge_statistics import LoadRows
 from kd.student_trainer.merging.merger import Merger, prepared_merger
 from kd.student_trainer.merging.method_registry import MergeMethod, merge_method, scaled_methods
 from kd.student_trainer.merging.pool import ModelPool, read_pool
-from kd.student_trainer.merging.stored_weights import skeleton
+from kd.student_trainer.merging.stored_weights import StoredPool, skeleton
 from kd.student_trainer.merging.training_rows import RowSampler, is_classifier_pool
 from kd.student_trainer.saving.whole_models import write_model
 
@@ -90,6 +90,32 @@ def run_merge(run: MergeRun) -> Iterator[Progress[MergeResult]]:
     classifiers = is_classifier_pool(pool)
     heads = load_heads(pool, run.rows) if classifiers and run.score else []
     yield from merge_pool(pool, run, heads=heads, load_rows=row_sampler(run, classifiers=classifiers))
+
+
+def merge_cost(run: MergeRun) -> dict[str, Any]:
+    """What a merge would write, and how large it is. Nothing is written, and no weights are read.
+
+    Raises KdError where the merge would refuse to start: models that do not fit together, rows that are not there, settings that
+    contradict each other.
+    """
+    method, pool = merge_method(run.merge), read_pool(run.pool)
+    job = _MergeJob(pool, run, tuple(load_heads(pool, run.rows)) if is_classifier_pool(pool) and run.score else ())
+    job.check()
+    model = skeleton(pool)
+    stored = StoredPool.of(pool, model, with_base=method.needs_base or bool(run.merge.exclude))
+    tensors = model.state_dict()
+    size = 0 if method.live else sum(tensors[name].numel() * tensors[name].element_size() for name in stored.names)
+    return {
+        "out": str(run.out),
+        "method": run.merge.method,
+        "models": pool.names,
+        "parameters": None if method.live else int(model.num_parameters()),
+        "weights_bytes": size,
+        # each has a head too, which is small beside its backbone
+        "classifiers_bytes": size * len(pool.models) if run.classifiers else 0,
+        "scalings": len(job.scalings),
+        "scored_tasks": [head.task.name for head in job.heads],
+    }
 
 
 def row_sampler(run: MergeRun, *, classifiers: bool) -> RowSampler | None:

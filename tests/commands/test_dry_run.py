@@ -10,6 +10,7 @@ from terminal import kd, run_main
 
 from kd.cache_builder.share.push import planned_push
 from kd.common.errors import CacheError, CacheMismatchError
+from kd.student_trainer.training_estimate import plan_training
 
 TEXT = (
     "Once upon a time there was a fox. It ran to the river and looked at the fish.\n\nThe keeper counted seven ships.\n"
@@ -102,10 +103,13 @@ def test_a_training_writes_as_much_as_said(cache: Path, tmp_path: Path) -> None:
     assert "holds a run already" in run_main(*words, "--dry-run", code=1).stderr
 
 
-@pytest.mark.parametrize("command", ["slice", "merge"])
-def test_a_slice_and_a_merger_are_no_larger_than_said(build, cache: Path, tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize("command", ["slice", "merge", "import"])
+def test_what_is_made_of_other_caches_is_no_larger_than_said(build, cache: Path, tmp_path: Path, command: str) -> None:
     if command == "slice":
         words: tuple[object, ...] = ("cache", "slice", cache, "--top-k", "8", "--examples", "1:5")
+    elif command == "import":
+        kd("cache", "export", "npz", cache, "--out", tmp_path / "arrays")
+        words = ("cache", "import", "npz", tmp_path / "arrays", "--tokenizer", "demo")
     else:
         text = tmp_path / "more.txt"
         text.write_text("A keeper of ships went down to the river.\n" * 20, encoding="utf-8")
@@ -127,3 +131,22 @@ def test_a_slice_that_would_be_refused_is_refused(cache: Path, tmp_path: Path) -
     done = run_main("cache", "slice", cache, "--out", tmp_path / "out", "--top-k", "999", "--dry-run", code=1)
     assert "no more tokens per row than the cache" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_is_as_large_as_said(gpt2_pool, tmp_path: Path) -> None:
+    pool = Path(gpt2_pool.models[0].path).parent / "pool.yaml"
+    words = ("merge", "--method", "task-arithmetic", "--pool", pool, "--no-score", "--json", "--out", tmp_path / "out")
+    said = json.loads(kd(*words, "--dry-run"))
+    assert list(tmp_path.iterdir()) == []
+    done = json.loads(kd(*words))
+    assert (said["models"], said["parameters"]) == (done["models"], done["parameters"])
+    weights = tmp_path / "out" / "model.safetensors"
+    assert said["weights_bytes"] <= weights.stat().st_size < said["weights_bytes"] + 10_000  # the header
+    assert "not empty" in run_main(*words, "--dry-run", code=1).stderr
+
+
+def test_python_plans_the_training_that_the_command_plans(cache: Path, tmp_path: Path) -> None:
+    words = ("train", "--cache", cache, "--student", "demo", "--batch-size", "4", "--out", tmp_path / "run")
+    said = json.loads(kd(*words, "--dry-run", "--json"))
+    assert plan_training(cache=cache, student="demo", batch_size=4, out=tmp_path / "run") == said
+    assert list(tmp_path.iterdir()) == []
