@@ -184,8 +184,10 @@ def test_choosing_what_to_keep(place) -> None:
     text = text_of("choosing.md")
     rows = re.findall(r"^\| `([\w-]+)` \| ([\d.,]+) \| ([+-][\d.]+)?(?: ± ([\d.]+))?", text, flags=re.MULTILINE)
     assert {arm for arm, *_ in rows} == set(arms)
-    assert all(f"/{arm}-seed4" in next(iter(printed.values())) for arm in arms)
-    for mean, error in re.findall(r"(\d\.\d+) ± (\d\.\d+)", text.partition("<!-- end of table -->")[2]):
+    steps = next(iter(printed.values()))
+    assert all(f"/{arm}-seed4" in steps for arm in arms)
+    words = text.partition("<!-- end of table -->")[2].partition("\n## ")[0]
+    for mean, error in re.findall(r"(\d\.\d+) ± (\d\.\d+)", words):
         assert (f"+{mean}", error) in {row[2:] for row in rows}, "a figure in words is one of the table"
 
 
