@@ -12,6 +12,12 @@ A second table has the losses that depend on more of the tail, `reverse-kl` and 
 the same loss, with the masses that explain the error. Two other readings of the tail are compared there with one outcome
 (`ghost`): every token beyond the top-k has the same probability (`even`), or the teacher's own probabilities in the order of
 the student's (`ranks`: what rank bands, as fine as one rank, could tell). Neither knows which token has which probability.
+
+A third table asks whether draws from the tail (`--tail-samples`) help these losses at T = 1. For kl they are what training
+uses. The other two need the drawn tokens' own log-probabilities too, which a cache does not hold; here they are known. A
+divergence Σ_v p_v f(q_v / p_v) is then estimated by its kept tokens, and by each draw's share w of the tail as w f(q_v / p_v). For
+jsd, the part of f that grows as q_v is worked out exactly from the student's rest, so what is drawn is bounded. For reverse-kl
+nothing bounds it.
 """
 
 from __future__ import annotations
@@ -22,7 +28,9 @@ import math
 import torch
 from torch import Tensor
 
+from kd.cache_builder.teacher.normalisers import padded_width
 from kd.cache_builder.teacher.selection import draw
+from kd.cache_builder.teacher.tail_draws import draw_tail
 from kd.data.sources import load_corpus
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.corpus_rows import tokenize_corpus
@@ -101,6 +109,49 @@ def print_losses(teacher: Tensor, student: Tensor, sizes: list[int]) -> None:
             )
 
 
+def drawn_shares(log_p: Tensor, ids: Tensor, most: int) -> Tensor:
+    """`[N, V]`: the probability that the draws from each row's tail give to every token; see `tail_draws`."""
+    count, size = log_p.shape
+    shifted = (log_p - log_p.amax(1, keepdim=True)).float()
+    uniforms = torch.rand(count, 1, dtype=torch.float64)
+    kept = torch.full((count,), ids.shape[1])
+    powers = torch.zeros(count, padded_width(size, "cpu"))
+    drawn, draws = draw_tail(shifted, shifted.logsumexp(1), ids, kept, most, uniforms, powers)
+    mass = 1 - log_p.gather(1, ids).exp().sum(1, keepdim=True)
+    share = mass / draws.unsqueeze(1) * (torch.arange(most) < draws.unsqueeze(1))
+    return torch.zeros_like(log_p).scatter_add_(1, drawn.long(), share)
+
+
+def from_draws(loss: str, log_p: Tensor, log_q: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+    """`[N]` nats: a divergence from the kept `ids` and from draws whose log-probabilities are known."""
+    p, q = log_p.exp(), log_q.exp()
+    weight = shares / p  # of what each drawn token adds; 1 for a kept one
+    weight = weight.scatter(1, ids, 1.0)
+    if loss == "kl":
+        return (weight * p * (log_p - log_q)).sum(1)
+    if loss == "reverse-kl":
+        return (q * log_q - weight * q * log_p).sum(1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    bounded = 0.5 * (p * (log_p - log_m) + q * (log_q - log_m - math.log(2)))
+    return (weight * bounded).sum(1) + 0.5 * math.log(2) * q.sum(1)
+
+
+def print_draws(teacher: Tensor, student: Tensor) -> None:
+    """One line for each loss, k and number of draws: without and with draws, over rows and of the sum."""
+    print("\n| loss | k | `--tail-samples` | one outcome | of the sum | draws | of the sum |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    log_p = teacher.log_softmax(1)
+    for loss, ghost in (("kl", kl_ghost), ("jsd", jsd), ("reverse-kl", kl_reverse)):
+        for k, most in ((16, 50), (16, 200), (64, 50)):
+            values, ids = log_p.topk(k)
+            targets = LossTargets(torch.zeros(len(ids), dtype=torch.long), ids, values, 1 - values.exp().sum(1))
+            dense = gradient(divergence(loss, log_p, student.log_softmax(1)), student)
+            plain = errors(gradient(ghost(student, targets), student), dense)
+            shares = drawn_shares(log_p, ids, most)
+            drawn = errors(gradient(from_draws(loss, log_p, student.log_softmax(1), ids, shares), student), dense)
+            print(f"| {loss} | {k} | {most} | {plain} | {drawn} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True)
@@ -148,6 +199,7 @@ def main() -> None:
         print(f"{name:<24}" + "".join(f"{c:>18}" for c in cells))
     print(f"{'tail mass true / rule':<24}" + "".join(f"{c:>18}" for c in masses))
     print_losses(teacher, student, [int(k) for k in args.sizes.split(",")])
+    print_draws(teacher, student)
 
 
 if __name__ == "__main__":

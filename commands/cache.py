@@ -118,6 +118,13 @@ def proposal_lines(proposal: Mapping[str, Any]) -> list[str]:
             f"  --profile adaptive --min-probability {rule['min_probability']:g}: {rule['error']:.4f} off, "
             f"{rule['tokens']:.1f} tokens a row"
         )
+    if (drawn := proposal["tail_samples"]) is not None:
+        rule = f"--min-probability {drawn['min_probability']:g} --tail-samples {drawn['tail_samples']}"
+        lines.append(
+            f"  --profile adaptive {rule}: {drawn['tokens']:.1f} tokens and {drawn['draws']:.1f} draws a row; "
+            f"{drawn['error_without_bias']:.2f} off on each row, but without bias, so that it averages out over a batch; for kl at "
+            "T = 1 (all else reads the tokens alone)"
+        )
     if (rows := proposal["as_set"]) is not None:
         lines.append(
             f"  as these settings have it: {rows['error']:.4f} off, {rows['tokens']:.1f} tokens a row, "
@@ -128,8 +135,8 @@ def proposal_lines(proposal: Mapping[str, Any]) -> list[str]:
     around = [size for size in errors if k // 8 <= size <= 4 * k]
     lines.append("  other k: " + ", ".join(f"{size}: {errors[size]:.2g}" for size in around))
     lines.append(
-        f"  --profile sampled --samples 50: {proposal['error_of_50_draws_without_bias']:.2f} off on each row, but without bias, so "
-        "that it averages out over a batch; for kl at T = 1 alone"
+        f"  --profile sampled --samples 50: {proposal['error_of_50_draws_without_bias']:.2f} off on each row without "
+        "bias; for kl at T = 1 alone"
     )
     return lines
 

@@ -1,4 +1,7 @@
-"""Write table and figure of docs/choosing.md from a finished experiment: `python scripts/write_choice.py RUNS/bytes-prose docs`.
+"""Write a table of docs/choosing.md from a finished experiment: `python scripts/write_choice.py RUNS/bytes-prose docs`.
+
+The page has a table for each experiment that it names in a comment, `<!-- table NAME -->`. The first one, of bytes-prose, has a
+figure too.
 
 The differences are those of `kd report` with the arm `dense` as the baseline: the same rows of the same teacher, kept whole. Bytes
 count every file of a cache.
@@ -18,6 +21,9 @@ from kd.evaluation.report.writing import write_report
 from kd.student_trainer.run_folder import read_run
 
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+OTHERS = "<!-- table {} -->\n"
+"""Before the table of an experiment that is not `FIRST`."""
+FIRST = "bytes-prose"
 COLUMN = "bits per byte"
 BESIDE = {"adaptive": ((4, 22), "left"), "compact": ((11, -12), "left")}
 """Arm -> where its name stands beside its point, in points, and on which side, where the usual place is taken."""
@@ -30,7 +36,7 @@ def bytes_per_token(cache: Path) -> float:
 
 def outcomes(folder: Path) -> dict[str, tuple[float, dict[str, Any]]]:
     """Arm -> bytes per token of its cache, and its difference from `dense` in bits per byte."""
-    runs = sorted(folder.glob("*-seed*"))
+    runs = sorted(run for run in folder.glob("*-seed*") if (run / "eval").is_dir())
     with tempfile.TemporaryDirectory() as out:
         written = write_report([folder / "teacher", *runs], Path(out) / "report", baseline="dense")
         pairs = json.loads(written.json.read_text(encoding="utf-8"))["reference"]["pairs"]
@@ -90,9 +96,14 @@ def main() -> None:
     args = parser.parse_args()
     rows = outcomes(args.experiment)
     page = args.docs / "choosing.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    page.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
-    draw(rows, args.docs / "figures" / "choice.png")
+    name = args.experiment.name
+    begin = BEGIN if name == FIRST else OTHERS.format(name)
+    before, there, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not there:
+        raise SystemExit(f"{page} has no table of {name}: a line {begin.strip()}")
+    page.write_text(before + begin + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
+    if name == FIRST:
+        draw(rows, args.docs / "figures" / "choice.png")
 
 
 if __name__ == "__main__":

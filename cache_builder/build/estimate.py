@@ -17,11 +17,13 @@ from kd.cache_builder.build.object_store.s3_objects import S3Objects
 from kd.cache_builder.build.object_store.s3_writer import committed_objects
 from kd.cache_builder.build.plan import BuildPlan
 from kd.cache_builder.store.profiles import PROFILES
+from kd.cache_builder.store.ragged import KEPT
 from kd.cache_builder.store.records.commits import committed
 from kd.cache_builder.store.records.manifest import Layout
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.teacher.fidelity import (
     Pilot,
+    error_of_drawn_tails,
     error_of_draws,
     error_of_first,
     largest_probability,
@@ -192,6 +194,8 @@ def planned_cost(settings: PlanSettings, watch: Watch = in_silence) -> dict[str,
 
 LEASTS = (0.05, 0.02, 0.01, 0.005, 0.003, 0.002, 0.0015, 0.001, 0.0005, 0.0002, 0.0001)
 """Least probabilities that a proposal for the profile adaptive chooses from."""
+TAIL_SAMPLES = 50
+"""Draws that a proposal of draws from the tail has: docs/choosing.md has what students gain from them."""
 SURE, UNSURE = 0.1, 1.0
 """Nats of mean entropy below which a teacher says hardly more than the text, and above which it says much more."""
 GAIN = {
@@ -231,6 +235,7 @@ def fidelity(plan: BuildPlan, error: float, rows: int) -> dict[str, Any]:
         "adaptive": None
         if adaptive is None
         else dict(zip(("min_probability", "tokens", "error"), adaptive, strict=True)),
+        "tail_samples": _drawn_tails(pilot, k),
         "as_set": _as_set(plan, pilot),
         "errors_by_top_k": {
             size: error_of_first(pilot, torch.full((len(pilot.ids),), size)) for size in sizes_up_to(pilot.ids.shape[1])
@@ -243,6 +248,22 @@ def fidelity(plan: BuildPlan, error: float, rows: int) -> dict[str, Any]:
     }
 
 
+def _drawn_tails(pilot: Pilot, k: int) -> dict[str, Any] | None:
+    """What a row keeps of tokens above 1 / `TAIL_SAMPLES` and of draws from the rest; None where `k` tokens are no more."""
+    kept = (pilot.probabilities >= 1 / TAIL_SAMPLES).sum(dim=1).clamp(min=1, max=PROFILES["adaptive"].top_k)
+    tokens = float(kept.double().mean())
+    draws, error = error_of_drawn_tails(pilot, kept, TAIL_SAMPLES)
+    if tokens + draws >= k:
+        return None
+    return {
+        "min_probability": 1 / TAIL_SAMPLES,
+        "tail_samples": TAIL_SAMPLES,
+        "tokens": tokens,
+        "draws": draws,
+        "error_without_bias": error,
+    }
+
+
 def _as_set(plan: BuildPlan, pilot: Pilot) -> dict[str, Any] | None:
     """What rows that differ in length would keep under the settings of the plan; None where all rows keep as many tokens."""
     config = plan.manifest.targets
@@ -250,7 +271,11 @@ def _as_set(plan: BuildPlan, pilot: Pilot) -> dict[str, Any] | None:
         return None
     kept = lengths_kept(pilot, config)
     mean = float(kept.double().mean())
-    unused = sum(np.dtype(a.dtype).itemsize * (config.top_k - mean) for a in plan.manifest.arrays if a.ragged)
+    unused = sum(
+        np.dtype(a.dtype).itemsize * (config.top_k - mean)
+        for a in plan.manifest.arrays
+        if a.ragged and a.counts == KEPT
+    )
     return {
         "tokens": mean,
         "rows_of_one_token": float((kept == 1).double().mean()),

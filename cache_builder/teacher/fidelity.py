@@ -89,6 +89,22 @@ def error_of_draws(pilot: Pilot, draws: int) -> float:
     return float(((p * (1 - p)).sum() / draws).sqrt() / (q - p).norm())
 
 
+def error_of_drawn_tails(pilot: Pilot, kept: Tensor, most: int) -> tuple[float, float]:
+    """(draws per row, error) of kept tokens with draws from their tails, as `kd.cache_builder.teacher.tail_draws` makes them.
+
+    An id whose expected number of draws is x is drawn floor(x) or floor(x) + 1 times: with f the part of x beyond the whole
+    number, the variance is f (1 - f). The mean of what the gradient differs by is zero.
+    """
+    p, q = pilot.probabilities, pilot.usual_student
+    tail = p * (torch.arange(p.shape[1]) >= kept.unsqueeze(1))
+    mass = tail.sum(dim=1, keepdim=True)
+    draws = (most * mass).ceil().clamp(min=1) * (mass > 0)
+    share = torch.where(mass > 0, mass / draws.clamp(min=1), 1.0)
+    part = (tail / share).frac()
+    variance = (part * (1 - part) * share.square()).sum()
+    return float(draws.mean()), float(variance.sqrt() / (q - p).norm())
+
+
 def smallest_k(pilot: Pilot, error: float) -> int:
     """The smallest power of two, or the whole vocabulary, whose gradient is at most so far off."""
     size = pilot.ids.shape[1]

@@ -11,12 +11,14 @@ from terminal import run_kd
 
 from kd.cache_builder.teacher.fidelity import (
     Pilot,
+    error_of_drawn_tails,
     error_of_draws,
     error_of_first,
     largest_probability,
     sizes_up_to,
     smallest_k,
 )
+from kd.cache_builder.teacher.tail_draws import draw_tail
 from kd.student_trainer.losses.by_row import kl_ghost
 from kd.student_trainer.losses.loss_targets import LossTargets
 
@@ -69,6 +71,33 @@ def test_the_error_of_draws_is_their_spread(pilot: Pilot) -> None:
     assert error_of_draws(pilot, 100) == pytest.approx(error_of_draws(pilot, 1) / 10, rel=1e-12)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_error_of_drawn_tails_is_their_spread(pilot: Pilot, adaptive: bool) -> None:
+    """Over evenly spaced random numbers, of the draws that a build makes."""
+    m, most = 400, 30
+    kept = (pilot.probabilities >= 0.03).sum(1).clamp(min=1) if adaptive else torch.full((N,), 4)
+    p, q = pilot.probabilities, pilot.usual_student
+    uniforms = ((torch.arange(m) + 0.5) / m).unsqueeze(1)
+    draws, spread = 0.0, 0.0
+    for n in range(N):
+        z = p[n].log().float().expand(m, V)
+        shifted, log_z = z - z[:, :1], -z[:, 0]
+        ids, powers = torch.arange(V).expand(m, V), torch.zeros(m, 512)
+        drawn, counts = draw_tail(shifted, log_z, ids, kept[n].expand(m), most, uniforms, powers)
+        draws += float(counts[0]) / N
+        tail = p[n] * (torch.arange(V) >= kept[n])
+        used = torch.arange(most) < counts.unsqueeze(1)
+        found = torch.zeros(m, V, dtype=torch.float64).scatter_add_(
+            1, drawn.long(), tail.sum() / counts.unsqueeze(1) * used
+        )
+        spread += float((found - tail).square().sum(1).mean())
+    measured = error_of_drawn_tails(pilot, kept, most)
+    assert measured[0] == pytest.approx(draws)
+    assert measured[1] == pytest.approx(
+        (spread / float((q - p).square().sum())) ** 0.5, rel=0.02
+    )  # 1 in 400 of each step
+
+
 def test_the_plan_proposes_and_writes_nothing(tmp_path: Path) -> None:
     words = ("cache", "plan", "--teacher", "demo", "--data", "demo", "--limit", "3", "--seq-len", "64")
     out = ("--out", str(tmp_path / "cache"))
@@ -78,6 +107,9 @@ def test_the_plan_proposes_and_writes_nothing(tmp_path: Path) -> None:
     assert found["rows"] == 150
     assert found["errors_by_top_k"][str(found["top_k"])] <= 0.05
     assert 1.0 < found["entropy_nats"] < 4.0
+    drawn = found["tail_samples"]
+    assert drawn["tokens"] + drawn["draws"] < found["top_k"]
+    assert found["adaptive"]["error"] < drawn["error_without_bias"] < found["error_of_50_draws_without_bias"]
     assert found["gain_to_expect"].startswith("something")
     assert found["bytes_by_top_k"]["4"] < found["bytes_by_top_k"]["64"]
     shown = run_kd(*words, *out, "--fidelity", "0.05", "--fidelity-rows", "150").stdout
