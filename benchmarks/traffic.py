@@ -34,7 +34,7 @@ BF16_FLOPS = 989e12
 """H200, dense (NVIDIA's data sheet)."""
 SPARSE = ("gather", "scatter", "index", "take")
 """Operations that touch as many elements as they have indices."""
-NOTHING = ("empty", "detach", "alias", "_to_copy_view")
+NOTHING = ("empty", "new_empty", "detach", "alias")
 """Operations that move no bytes."""
 
 
@@ -79,8 +79,8 @@ def traffic_of(name: str, args: Any, kwargs: dict[str, Any], result: Any) -> int
     results = [r for r in (result if isinstance(result, list | tuple) else [result]) if isinstance(r, Tensor)]
     if name == "copy_" and inputs[0].data_ptr() == inputs[1].data_ptr() and inputs[0].dtype == inputs[1].dtype:
         return 0  # `a[rows] += b` assigns a view to itself
-    if name in ("copy_", "fill_", "zero_"):
-        inputs = inputs[1:]
+    if name in ("copy_", "fill_", "zero_") or name.startswith("new_") or name.endswith("_like"):
+        inputs = inputs[1:]  # the first one is written, or only gives its type
     return sum(size(t) for t in (*inputs, *results))
 
 
