@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,9 @@ class CacheManifest:
         """True where nobody knows the probability beyond the kept tokens; theirs sum to 1."""
         return tail_unknown(self.identity["teacher"])
 
-    @property
+    @cached_property
     def arrays(self) -> list[ArraySpec]:
-        """Every array of `targets.zarr`."""
+        """Every array of `targets.zarr`; kept, because every commit and every file of a cache is compared with it."""
         return array_specs(self.targets, self.vocabulary_size, self.format_version)
 
     def to_json(self) -> str:
