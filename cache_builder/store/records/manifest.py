@@ -51,6 +51,7 @@ from kd.cache_builder.store.targets import TargetConfig
 from kd.common.errors import CacheDamageError, CacheError, CacheMismatchError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
 from kd.common.paths import as_path
+from kd.common.synonyms import nearest_name
 from kd.data.conversations.conversation import CONVERSATIONS
 from kd.data.tokenizing.block_config import BlockConfig
 from kd.data.tokenizing.text_tokens import CONTROL_TOKENS
@@ -292,8 +293,22 @@ def _manifest_path(root: Path) -> Path:
         )
     problem = "no such directory" if not os.path.exists(root) else f"no {MANIFEST} in it"
     raise CacheError(
-        "this is not a cache", where=root, found=problem, try_="kd cache build --teacher … --data … --out DIR"
+        "this is not a cache",
+        where=root,
+        did_you_mean=_cache_beside(root),
+        found=problem,
+        try_="kd cache build --teacher … --data … --out DIR",
     )
+
+
+def _cache_beside(root: Path) -> Path | None:
+    """The cache in the same folder whose name is spelled most like that of `root`; None where none is near."""
+    try:
+        names = [path.parent.name for path in root.parent.glob(f"*/{MANIFEST}")]
+    except OSError:
+        return None
+    name = nearest_name(root.name, names)
+    return None if name is None else root.parent / name
 
 
 def _check_header(document: dict[str, Any], checksum: str | None, path: Path) -> None:

@@ -239,3 +239,13 @@ def test_shards_hold_whole_chunks(rows: tuple[int, int]):
 )
 def test_shards_grow_where_there_would_be_too_many(rows: int, shard_rows: int):
     assert Layout.for_rows(rows) == Layout(shard_rows)
+
+
+def test_a_misspelled_cache_is_named_with_the_one_beside_it(cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "wiki-top64")
+    with pytest.raises(CacheError, match="not a cache") as near:
+        load_manifest(tmp_path / "wiki-tpo64")
+    assert near.value.details["did you mean"] == tmp_path / "wiki-top64"
+    with pytest.raises(CacheError, match="not a cache") as far:
+        load_manifest(tmp_path / "something-else")
+    assert "did you mean" not in far.value.details
