@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kd.cache_builder.store import shard_store
+from kd.cache_builder.store.cache_files import CacheFiles
 from kd.cache_builder.store.readers.example_lengths import ExampleLengths
 from kd.cache_builder.store.readers.reader import CacheReader
+from kd.cache_builder.store.records.manifest import CacheManifest
 from kd.student_trainer.batches.batch_plan import plan_batches
 from kd.student_trainer.batches.example_sizes import ExampleSizes
 
@@ -23,9 +26,11 @@ def loads(cache: Path, processes: int, **rule: Any) -> Counter[tuple[int, int]]:
     """(process, shard) -> how often it was loaded."""
     counted, current, read_shard = Counter[tuple[int, int]](), 0, shard_store.read_shard
 
-    def counting(files: Any, manifest: Any, index: int, **rest: Any) -> shard_store.Shard:
+    def counting(
+        files: CacheFiles, manifest: CacheManifest, index: int, names: Sequence[str] | None = None
+    ) -> shard_store.Shard:
         counted[current, index] += 1
-        return read_shard(files, manifest, index, **rest)
+        return read_shard(files, manifest, index, names)
 
     shard_store.read_shard = counting
     try:
