@@ -38,7 +38,7 @@ from kd.data.left_out import LeftOut, joined
 from kd.data.rows.example import Example
 from kd.data.rows.row_examples import conversation_example
 from kd.data.text_stream import in_memory
-from kd.data.tokenizing.text_tokens import TEXT_RULES
+from kd.data.tokenizing.text_tokens import PROMPT_RULES
 from kd.models.answering import answer_batch, answer_text, end_ids, until_eos, unused_ids
 from kd.models.chat.chat_prompt import ending_ids
 from kd.models.chat.reasoning import split_reasoning
@@ -70,7 +70,7 @@ def generate(request: BuildRequest) -> Generator[Progress[BuildRequest], None, N
     left_out = joined([corpus.left_out])
     prompts = list(asked_prompts(request, tokenizer, generation, left_out))
     ends = ending_ids(*template_of(request, tokenizer)) if is_chat(request) else ()
-    rules = {"text_rules": TEXT_RULES} if any(prompt.changed for prompt in prompts) else {}
+    rules = {"text_rules": PROMPT_RULES} if any(prompt.changed for prompt in prompts) else {}
     folder = answer_folder(request)
     identity = {
         "teacher": request.source.identity(),

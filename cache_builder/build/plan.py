@@ -260,8 +260,8 @@ def _identity(request: BuildRequest, tokenizer: Tokenizer, size: int, text: Toke
         "entries": vocabulary_size(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
     }
-    if text.notes.changed:
-        words["text_rules"] = TEXT_RULES
+    if text.notes.rules is not None:
+        words["text_rules"] = text.notes.rules
         if request.blocks.control_tokens != "auto":
             words["control_tokens"] = request.blocks.control_tokens
     if classes:

@@ -53,17 +53,21 @@ def planned_merge(paths: Sequence[Path]) -> DerivedCache:
 def text_rules_of(readers: Sequence[CacheReader]) -> dict[str, Any]:
     """The entry `tokenizer` of a merger's identity, with the rules by which its texts became ids.
 
-    A cache that names no rules has rows that are the same by all of them, unless it is older than the rules. Raises
-    CacheMismatchError for such a cache beside one that names them.
+    A cache that names earlier rules, or none, has rows that are the same by all later ones, unless it is older than they are.
+    Raises CacheMismatchError for such a cache beside one that names them.
     """
-    named = [r for r in readers if "text_rules" in r.manifest.identity["tokenizer"]]
-    older = [r for r in readers if r not in named and "text_rules" not in r.manifest.provenance]
-    if named and older:
+    latest = max(readers, key=_named_rules)
+    older = [r for r in readers if max(_named_rules(r), r.manifest.provenance.get("text_rules", 1)) < _named_rules(latest)]
+    if older:
         raise CacheMismatchError(
             "these caches cannot be merged",
-            first=named[0].root,
+            first=latest.root,
             other=older[0].root,
-            found="prompt and target as one text, and an older cache that may have them tokenised apart",
+            found="rows by newer rules of tokenising pairs, and an older cache that may have other rows by them",
             try_="the older cache built again",
         )
-    return dict((named or readers)[0].manifest.identity["tokenizer"])
+    return dict(latest.manifest.identity["tokenizer"])
+
+
+def _named_rules(reader: CacheReader) -> int:
+    return int(reader.manifest.identity["tokenizer"].get("text_rules", 1))

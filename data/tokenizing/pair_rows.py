@@ -17,7 +17,7 @@ import numpy as np
 from kd.common.errors import DataError
 from kd.data.rows.example import Example
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.data.tokenizing.text_tokens import TextTokens
+from kd.data.tokenizing.text_tokens import FREQUENT, TextTokens
 from kd.data.tokenizing.token_notes import TokenNotes
 from kd.data.tokenizing.token_rows import TokenRows
 from kd.models.families.encoder_layout import EncoderLayout
@@ -97,7 +97,8 @@ def _joint_pair(
     joint = text.joint(prompt + between, example.target, counts)
     before, moved = joint.split(counts, movable=not config.separator)
     if prompt and not before and not (config.bos and text.bos is not None):  # one token holds the whole prompt
-        counts["border_scored"], counts["border_cut"] = 0, 1
+        counts["border_scored"] = counts["space_scored"] = 0
+        counts["border_cut"] = 1
         alone = Counter[str]()  # their control tokens are counted
         return example, text.prompt(prompt + between, alone)[0], *text.target(example.target, alone)
     if moved:
@@ -128,7 +129,7 @@ def tokenize_prompt(example: Example, text: TextTokens, config: BlockConfig) -> 
     asked = example.prompt + text.separator(example.prompt, config.separator)
     if config.encoder or not asked or not asked[-1].isspace():
         return row.context_ids, ""
-    joint = text.joint(asked, "the", Counter())
+    joint = text.joint(asked, FREQUENT, Counter())
     context = with_bos(joint.ids[: joint.before], text, config, Counter())
     if not len(context) or (joint.crossing and not joint.crossing.isspace()):
         return row.context_ids, ""

@@ -8,13 +8,16 @@ many there were.
 A prompt and its target are one text: `prompt + separator + target` is tokenised once, and the ids are split at the byte where
 the target begins (the *border*). Tokenised apart, a target of a sentencepiece tokenizer began with a word mark that the text
 does not have, and ` Because` after the separator ` ` became ` ` and `Because`.
+
+White space of the prompt that is a token of its own only because of the target (` ` before `7`, where ` the` is one token) is
+scored with the target. Whoever answers the prompt is asked without that token, and has to write it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,8 +33,12 @@ from kd.models.tokenizer import (
     token_bytes,
 )
 
-TEXT_RULES = 2
-"""Number of these rules in the identity of a cache in which an id differs from those of the first rules."""
+TEXT_RULES = 3
+"""Number of these rules. The identity of a cache has that of the earliest rules that give its rows (`TokenNotes.rules`)."""
+PROMPT_RULES = 2
+"""Number of the rules for the ids of a prompt that is still to be answered."""
+FREQUENT = "the"
+"""A word that most tokenizers write with the space before it as one token."""
 CONTROL_TOKENS = ("auto", "control", "text")
 """Ways to read a control token that is spelled in a text."""
 
@@ -50,11 +57,23 @@ class JointText:
     """Byte of `data` where the target begins."""
     pieces: list[bytes]
     """The bytes of every id."""
+    space_scored: bool = False
+    """Whether the last token before the border is white space that is scored with the target."""
 
     @property
     def before(self) -> int:
-        """Number of tokens that end at or before the border."""
+        """Number of tokens that end at or before the border, without white space that is scored."""
+        return self._ended - self.space_scored
+
+    @property
+    def _ended(self) -> int:
         return int(np.searchsorted(self.ends, self.border, side="right")) if self.border else 0
+
+    @property
+    def ends_with_space(self) -> bool:
+        """Whether the last token before the border is white space alone and ends there."""
+        last = self._ended - 1
+        return last >= 0 and int(self.ends[last]) == self.border and self.pieces[self.ids[last]].isspace()
 
     @property
     def crossing(self) -> str:
@@ -85,7 +104,7 @@ class JointText:
         if movable and not crossing.isspace() and rest and rest[0] & 0xC0 != 0x80:
             counts["border_in_context"] += 1
             return before + 1, end - self.border
-        counts["border_scored"] += 1
+        counts["space_scored" if self.space_scored else "border_scored"] += 1
         return before, 0
 
 
@@ -101,6 +120,8 @@ class TextTokens:
         self._pattern = control_token_pattern(tokenizer)
         self._lengths = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
         self._ahead: dict[tuple[str, bool], tuple[np.ndarray, np.ndarray]] = {}
+        self._spaces: dict[str, bool] = {}
+        """End of a prompt -> whether its white space is a token of its own before a frequent word."""
 
     def spelled(self, text: str) -> list[str]:
         """The control tokens that are spelled in a text, in their order."""
@@ -178,7 +199,20 @@ class TextTokens:
             ids, ends = self._mixed(prompt, target)
         else:
             ids, ends = self.encode(text, control=in_prompt and in_target)
-        return JointText(text.encode("utf-8"), ids, ends, len(prompt.encode("utf-8")), self.pieces)
+        joint = JointText(text.encode("utf-8"), ids, ends, len(prompt.encode("utf-8")), self.pieces)
+        scored = bool(target) and joint.ends_with_space and not self._space_stands_alone(prompt)
+        return replace(joint, space_scored=True) if scored else joint
+
+    def _space_stands_alone(self, prompt: str) -> bool:
+        """Whether the white space at the end of a prompt ends a token before a frequent word too.
+
+        One character before the white space is looked at, which is as far as tokenizers look.
+        """
+        tail = prompt[max(0, len(prompt.rstrip()) - 1) :]
+        if tail not in self._spaces:
+            _, ends = self.encode(tail + FREQUENT)
+            self._spaces[tail] = len(tail.encode("utf-8")) in ends.tolist()
+        return self._spaces[tail]
 
     def separator(self, prompt: str, separator: str) -> str:
         """What stands between a prompt and its target.

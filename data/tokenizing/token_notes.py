@@ -22,6 +22,7 @@ Note = Literal[
     "eos_in_text",
     "separator_in_prompt",
     "border_scored",
+    "space_scored",
     "border_in_context",
     "border_cut",
     "reasoning_not_shown",
@@ -35,6 +36,7 @@ Note = Literal[
     eos_in_text             texts that end with the end token themselves; they got no second one
     separator_in_prompt     prompts of a chat template, after which no separator was put
     border_scored           pairs and turns in which a token has text of the prompt and of the target; it is scored
+    space_scored            pairs whose prompt ends with white space that is a token of its own only before this target; it is scored
     border_in_context       such pairs and turns in which it is context, and the target is scored from the token after it
     border_cut              such pairs whose prompt and target were tokenised apart, because no other token was context
     reasoning_not_shown     scored turns whose reasoning the chat template does not write
@@ -51,6 +53,13 @@ class TokenNotes:
     first: dict[str, str] = field(default_factory=dict)
     changed: bool = False
     """Whether a row has other ids than the first rules give it (`kd.data.tokenizing.pair_rows.first_rules`)."""
+
+    @property
+    def rules(self) -> int | None:
+        """Number of the earliest rules of texts that give these rows; None for the first."""
+        if self.counts["space_scored"]:
+            return 3
+        return 2 if self.changed else None
 
     def add(self, counts: Mapping[str, int], name: str) -> None:
         """Count what was found in the example `name`."""

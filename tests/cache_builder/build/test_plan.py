@@ -51,6 +51,9 @@ def test_rules_that_change_no_id_are_not_part_of_the_fingerprint(pairs_request, 
 def test_rules_that_change_an_id_are_part_of_the_fingerprint(pairs_request):
     plan = plan_build(pairs_request("a", separator=" "))
     assert rules(plan) == {"text_rules": 2}
+    spaced = plan_build(pairs_request("b", [*PAIRS, ("How many?", "7")], separator=" "))
+    assert rules(spaced) == {"text_rules": 3}
+    assert spaced.notes.document()["space_scored"] == {"count": 1, "first": "b.jsonl:2"}
     identity = plan.manifest.identity
     old = {**identity, "tokenizer": {k: v for k, v in identity["tokenizer"].items() if k != "text_rules"}}
     assert plan.manifest.fingerprint != fingerprint_of(old)
@@ -113,6 +116,16 @@ def test_caches_of_all_rules_merge_unless_an_older_one_may_have_other_ids(pairs_
     assert both.provenance["token_notes"] == {"eos_in_text": {"count": 1, "first": "changed.jsonl:0"}}
     list(slice_cache(tmp_path / "both", tmp_path / "part", top_k=4))
     assert rules(load_manifest(tmp_path / "part")) == {"text_rules": 2}
+    spaced = pairs_request("spaced", [("How many?", "7")], separator=" ")
+    run_build(spaced)
+    second = pairs_request("second", separator=" ")
+    run_build(second)
+    list(merge_caches([second.out, spaced.out], tmp_path / "third"))
+    assert rules(load_manifest(tmp_path / "third")) == {"text_rules": 3}
+    manifest = load_manifest(second.out)
+    dataclasses.replace(manifest, provenance=manifest.provenance | {"text_rules": 2}).save(second.out, "manifest.json")
+    with pytest.raises(CacheMismatchError, match="cannot be merged"):
+        list(merge_caches([second.out, spaced.out], tmp_path / "fourth"))
     older(plain.out)
     assert load_manifest(plain.out).blocks.control_tokens == "control"
     with pytest.raises(CacheMismatchError, match="cannot be merged"):

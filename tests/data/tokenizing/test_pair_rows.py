@@ -6,6 +6,11 @@ import pytest
 from token_corpora import check_spans, documents, pairs, rows_of
 
 from kd.common.errors import DataError
+from kd.data.rows.example import Example
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.data.tokenizing.pair_rows import tokenize_pair, tokenize_prompt
+from kd.data.tokenizing.text_tokens import TextTokens
+from kd.data.tokenizing.token_notes import TokenNotes
 from kd.models.tokenizer import encode_with_ends, token_bytes
 
 
@@ -21,8 +26,24 @@ def test_a_pair_is_prompt_then_target_then_eos(tokenizer):
 
 
 def test_the_separator_belongs_to_the_prompt(tokenizer):
-    (row,) = rows_of(pairs(("Q", "A")), tokenizer, separator=" => ")
-    assert b"".join(token_bytes(tokenizer)[i] for i in row.context_ids[1:]) == b"Q => "
+    (row,) = rows_of(pairs(("Q", "A")), tokenizer, separator=" =>\n")
+    assert b"".join(token_bytes(tokenizer)[i] for i in row.context_ids[1:]) == b"Q =>\n"
+
+
+@pytest.mark.parametrize("separator", ["\n", " ", " => ", "\n\n", ":  "])
+def test_a_prompt_that_is_to_be_answered_is_the_context_of_every_answer(tokenizer, separator: str):
+    """Else a model never learns to write what stands between them, and is told which answers need it."""
+    text, config = TextTokens(tokenizer), BlockConfig(separator=separator)
+    notes = TokenNotes()
+    asked, _ = tokenize_prompt(Example("p", "", prompt="What is it?"), text, config)
+    for target in ("the", "A", "7", "fox", "(a)", "Zebra", "x = 3"):
+        row = tokenize_pair(Example("p", target, prompt="What is it?"), text, config, notes)
+        whole = text.tokenizer("What is it?" + separator + target, add_special_tokens=False)["input_ids"]
+        assert row.input_ids.tolist() == [text.bos, *whole, text.eos]
+        if separator != ":  ":  # two spaces are one token or two
+            assert row.context_ids.tolist() == asked.tolist()
+    assert (notes.rules == 3) == bool(notes.counts["space_scored"])
+    assert bool(notes.counts["space_scored"]) == separator.endswith(" ")
 
 
 def test_an_empty_prompt_is_bos_alone_and_an_error_without_bos(tokenizer):

@@ -57,7 +57,10 @@ def names(text: TextTokens, ids) -> list[str]:
 
 
 def slow_pair(tokenizer, prompt: str, separator: str, target: str) -> tuple[list[int], list[int]]:
-    """A slow twin of the split: tokens are added to the context as long as they decode to nothing of the target."""
+    """A slow twin of the split: tokens are added to the context as long as they decode to nothing of the target.
+
+    A last one that is white space goes to the target where no token ends at the border before another word.
+    """
     text = prompt + separator + target
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, border = encoding["input_ids"], len(prompt + separator)
@@ -66,6 +69,10 @@ def slow_pair(tokenizer, prompt: str, separator: str, target: str) -> tuple[list
         if end > border:
             break
         context.append(token)
+    start, end = encoding["offset_mapping"][len(context) - 1]
+    other = tokenizer(prompt + separator + "the", add_special_tokens=False, return_offsets_mapping=True)
+    if end == border and text[start:end].isspace() and border not in [end for _, end in other["offset_mapping"]]:
+        context.pop()
     return context, ids[len(context) :]
 
 
