@@ -57,7 +57,9 @@ def text_rules_of(readers: Sequence[CacheReader]) -> dict[str, Any]:
     Raises CacheMismatchError for such a cache beside one that names them.
     """
     latest = max(readers, key=_named_rules)
-    older = [r for r in readers if max(_named_rules(r), r.manifest.provenance.get("text_rules", 1)) < _named_rules(latest)]
+    older = [
+        r for r in readers if max(_named_rules(r), r.manifest.provenance.get("text_rules", 1)) < _named_rules(latest)
+    ]
     if older:
         raise CacheMismatchError(
             "these caches cannot be merged",

@@ -36,7 +36,7 @@ Note = Literal[
     eos_in_text             texts that end with the end token themselves; they got no second one
     separator_in_prompt     prompts of a chat template, after which no separator was put
     border_scored           pairs and turns in which a token has text of the prompt and of the target; it is scored
-    space_scored            pairs whose prompt ends with white space that is a token of its own only before this target; it is scored
+    space_scored            pairs whose prompt ends with white space that is a token of its own only before this target: scored
     border_in_context       such pairs and turns in which it is context, and the target is scored from the token after it
     border_cut              such pairs whose prompt and target were tokenised apart, because no other token was context
     reasoning_not_shown     scored turns whose reasoning the chat template does not write
