@@ -162,7 +162,7 @@ def sampled_estimate(settings: BuildSettings, count: int) -> dict[str, Any]:
     }
 
 
-def plan_cache(teacher: str, *, out: str | os.PathLike[str] = "cache", **settings: Any) -> dict[str, Any]:
+def plan_cache(teacher: str, *, out: str | os.PathLike[str], **settings: Any) -> dict[str, Any]:
     """What a build would cost, as `kd cache plan --json` says it. Writes nothing, and loads no weights without `fidelity`.
 
     teacher    name of the teacher, as `kd cache build --teacher` takes it
@@ -172,7 +172,7 @@ def plan_cache(teacher: str, *, out: str | os.PathLike[str] = "cache", **setting
     Raises KdError for what could not be built.
 
     >>> import kd
-    >>> whole, sampled = (kd.plan_cache("demo", data="demo", plan_sample=n) for n in (None, 100))
+    >>> whole, sampled = (kd.plan_cache("demo", data="demo", out="runs/new", plan_sample=n) for n in (None, 100))
     >>> sampled["text_examples"], sampled["sampled_examples"], abs(sampled["rows"] - whole["rows"]) < 2 * sampled["rows_error"]
     (438, 100, True)
     """
