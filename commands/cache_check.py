@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd.commands.terminal.console import emit_json, follow, outcome, say
-from kd.commands.terminal.options import PATH, json_option
+from kd.commands.terminal.options import CACHE, PATH, json_option
 
 if TYPE_CHECKING:
     from kd.cache_builder.store.cache_files import CacheFiles
@@ -82,7 +82,7 @@ def cache_verify(path: str, checksums: bool, workers: int | None, as_json: bool)
 
 
 @click.command("repair")
-@click.argument("path", type=PATH)
+@click.argument("path", type=CACHE)
 @click.option(
     "--from",
     "source",

@@ -35,6 +35,17 @@ def path_of(text: str | os.PathLike[str]) -> Path:
     return as_path(text)
 
 
+def cache_folder(text: str | os.PathLike[str]) -> Path:
+    """The path of a cache that must be on this machine. Raises DataError for an address, which says how to fetch the cache."""
+    if ADDRESS.match(os.fspath(text)):
+        raise DataError(
+            "this is an address, and the folder of a cache is wanted",
+            found=os.fspath(text),
+            try_=f"kd cache pull {os.fspath(text)} FOLDER, then this command with FOLDER",
+        )
+    return as_path(text)
+
+
 class StoreAddress(str):
     """The address of a folder in an object store, `s3://BUCKET/PATH`, where a cache can be built."""
 

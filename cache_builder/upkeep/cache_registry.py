@@ -20,7 +20,7 @@ from kd.cache_builder.store.records.part import load_part
 from kd.common.disk.home import kd_home
 from kd.common.errors import CacheError, KdError
 from kd.common.files import canonical_json, digest_of, read_json, write_atomic
-from kd.common.paths import as_path
+from kd.common.paths import cache_folder
 from kd.common.shown_text import public_place
 
 PREFIX = re.compile(r"[0-9a-f]{8,64}")
@@ -107,9 +107,10 @@ def caches_with(fingerprint: str) -> list[Path]:
 
 
 def located(cache: str | Path) -> Path:
-    """The folder of a cache that is named by its path, or by the beginning of its fingerprint. Raises CacheError."""
-    if os.path.exists(as_path(cache)) or not PREFIX.fullmatch(str(cache)):
-        return as_path(cache)
+    """The folder of a cache that is named by its path, or by the beginning of its fingerprint. Raises CacheError or DataError."""
+    folder = cache_folder(cache)
+    if os.path.exists(folder) or not PREFIX.fullmatch(str(cache)):
+        return folder
     paths = caches_with(str(cache))
     if len({load_manifest(p).fingerprint for p in paths}) > 1:
         raise CacheError(

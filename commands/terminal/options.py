@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kd.common.paths import StoreAddress, output_folder, path_of, store_address
+from kd.common.paths import StoreAddress, cache_folder, output_folder, path_of, store_address
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -26,6 +26,16 @@ class LocalPath(click.ParamType[Path]):
         return output_folder(value) if self.folder else path_of(value)
 
 
+class CachePath(click.ParamType[Path]):
+    """The path of a cache that must be on this machine."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Called by click. Raises DataError."""
+        return cache_folder(value)
+
+
 class BuildPlace(click.ParamType[Path | StoreAddress]):
     """Where a cache is built: a path on this machine, or an address in an object store."""
 
@@ -37,7 +47,7 @@ class BuildPlace(click.ParamType[Path | StoreAddress]):
         return path_of(value) if address is None else address
 
 
-PATH, FOLDER, PLACE = LocalPath(), LocalPath(folder=True), BuildPlace()
+PATH, FOLDER, PLACE, CACHE = LocalPath(), LocalPath(folder=True), BuildPlace(), CachePath()
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from terminal import run_main
 
 from kd.cli import cli
 from kd.common.errors import KdError
@@ -63,3 +64,15 @@ def test_what_cannot_be_a_folder_is_refused_before_any_work(name: str, tmp_path:
         assert error.exit_code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "nowhere"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words", [("slice", "{}", "--out", "out"), ("merge", "{}", "{}", "--out", "out"), ("repair", "{}")]
+)
+def test_a_cache_at_an_address_is_refused_with_the_command_that_fetches_it(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = run_main("cache", *(word.format("s3://bucket/key") for word in words), code=1)
+    assert "kd cache pull s3://bucket/key FOLDER" in done.stderr
+    assert list(tmp_path.iterdir()) == []

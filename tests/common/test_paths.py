@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from kd.commands.terminal.options import PATH
 from kd.commands.terminal.settings_options import settings_options
 from kd.common.errors import DataError
-from kd.common.paths import as_path, output_folder, path_of
+from kd.common.paths import as_path, cache_folder, output_folder, path_of
 from kd.common.settings import make
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,6 +30,13 @@ def test_the_home_folder_is_spelled_out(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_an_address_is_no_path(text: str | Path) -> None:
     with pytest.raises(DataError, match="this is an address"):
         path_of(text)
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/key", "https://host/x", "hf://datasets/a/b"])
+def test_a_cache_at_an_address_is_to_be_pulled_first(text: str) -> None:
+    with pytest.raises(DataError, match="the folder of a cache is wanted") as caught:
+        cache_folder(text)
+    assert caught.value.details["try"] == f"kd cache pull {text} FOLDER, then this command with FOLDER"
 
 
 def test_names_with_colons_are_paths() -> None:
