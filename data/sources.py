@@ -35,7 +35,7 @@ from kd.common.errors import DataError, unknown_name
 from kd.common.paths import as_path
 from kd.data.corpus import Corpus, usable_corpus
 from kd.data.data_settings import InstructionConfig, RowSettings
-from kd.data.instruction_tasks.glue import CLASSES, glue_tasks, is_glue, load_glue
+from kd.data.instruction_tasks.glue import CLASSES, glue_tasks, is_glue, load_glue, refuse_other_tasks
 from kd.data.instruction_tasks.mixing.rendered_mixture import USED, columns_read, rendered_mixture
 from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.left_out import LeftOut
@@ -131,6 +131,7 @@ def load_classes(
             where=spec,
             found=", ".join(unused) + " given",
         )
+    refuse_other_tasks(spec)
     if not is_glue(spec):
         raise DataError(
             "a classifier needs labelled rows",
@@ -202,6 +203,7 @@ def _text_of(
     files = list_files(spec, FILE_READERS, left_out)
     if files is not None:
         return _local(files, split or "train", reading, left_out)
+    refuse_other_tasks(spec)
     if _is_hub_id(spec):
         return _hub(spec, split or "train", reading, streaming)
     names = (*SOURCES, *TASK_SOURCES)

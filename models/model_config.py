@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kd.common.errors import DataError, TeacherError
 from kd.common.files import read_object
 from kd.common.paths import as_path
+from kd.common.strangers.hub_cache import nearest_cached
 from kd.common.strangers.plain_files import refuse_special_files
 from kd.common.synonyms import nearest_name
 from kd.models.families.encoder_layout import set_languages, start_language
@@ -160,10 +161,10 @@ def cannot_load(request: ModelRequest, error: Exception) -> TeacherError:
 
 
 def nearest_model(name: str) -> str | None:
-    """The embedded model, or the model folder beside the place that `name` names, that is spelled most like it."""
+    """What is spelled most like `name`: the embedded model, a model folder beside it, or a model of the hub that was fetched."""
     parent = as_path(name).parent
     try:
         beside = [str(path.parent) for path in parent.glob("*/config.json")]
     except OSError:
         beside = []
-    return nearest_name(name, ["demo", "demo-t5", *beside])
+    return nearest_cached("models", name) or nearest_name(name, ["demo", "demo-t5", *beside])

@@ -128,6 +128,14 @@ def is_glue(spec: str) -> bool:
     return path.parent.name == "glue" and path.name in glue_tasks()
 
 
+def refuse_other_tasks(spec: str) -> None:
+    """Raise DataError for a spec glue/NAME where GLUE has no such task here, and this machine no such folder."""
+    name = spec.removeprefix("glue/")
+    if spec != name and name not in glue_tasks() and not as_path(spec).exists() and re.fullmatch(r"[\w-]+", name):
+        advice = f"for rows of the hub that are no task here, {GLUE_ID}:CONFIG with --columns"
+        raise unknown_name("GLUE task", name, glue_tasks(), where=spec, try_=advice)
+
+
 def load_glue(
     spec: str | None = None,
     *,

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlparse
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.extras import needed
+from kd.common.strangers.hub_cache import nearest_cached
 from kd.common.strangers.web import refuse_private_redirect
 from kd.data.rows.compressed import file_type
 from kd.data.rows.tables import TABLE_READERS, RowTable, read_table
@@ -63,6 +64,7 @@ def load_hub(
             f"{name} config {config or 'default'} revision {revision or 'main'} split {split}",
             error,
             "check the id, the split and the network, or give a local file (.jsonl, .parquet, …)",
+            nearest_cached("datasets", name),
         ) from error
 
 
@@ -79,7 +81,8 @@ def stream_hub(name: str, config: str | None, revision: str | None, split: str) 
             yield from datasets.load_dataset(name, config, revision=commit, split=split, streaming=True)
         except Exception as error:  # as in load_hub
             advice = "check the id, the split and the network, or give a local file (.jsonl, .parquet, …)"
-            raise _unreachable("cannot load the data set from the hub", where, error, advice) from error
+            near = nearest_cached("datasets", name)
+            raise _unreachable("cannot load the data set from the hub", where, error, advice, near) from error
 
     return rows(), commit or "main"
 
@@ -155,6 +158,6 @@ def load_url(url: str) -> RowTable:
         return replace(read_table(named), file=url)
 
 
-def _unreachable(what: str, where: str, error: Exception, advice: str) -> DataError:
+def _unreachable(what: str, where: str, error: Exception, advice: str, near: str | None = None) -> DataError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DataError(what, where=where, found=f"{type(error).__name__}: {reason}", try_=advice)
+    return DataError(what, where=where, did_you_mean=near, found=f"{type(error).__name__}: {reason}", try_=advice)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd.common.errors import DataError
-from kd.data.sources import load_corpus
+from kd.data.sources import load_classes, load_corpus
 
 
 @pytest.mark.parametrize(("typo", "meant"), [("wikitext2", "wikitext-2"), ("demmo", "demo")])
@@ -29,8 +29,6 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(spec: str, tmp_path: Path, m
 
 @pytest.mark.parametrize("spec", ["hf://bucket/a.jsonl", "https://me:secret@host/glue/sst2?key=secret", "gs://b/x"])
 def test_text_at_an_address_is_refused_without_its_secrets(spec: str):
-    from kd.data.sources import load_classes
-
     for load in (load_corpus, load_classes):
         with pytest.raises(DataError, match="not from this address") as caught:
             load(spec)
@@ -44,3 +42,23 @@ def test_text_at_an_address_is_refused_without_its_secrets(spec: str):
 def test_a_spec_longer_than_a_file_name_is_an_error_in_words(spec: str) -> None:
     with pytest.raises(DataError):
         load_corpus(spec)
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("glue/sts2", "sst2"), ("glue/mrcp", "mrpc")])
+def test_an_unknown_glue_task_suggests_the_nearest_and_asks_no_hub(
+    typo: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kd.data.sources.load_hub", lambda *a, **o: pytest.fail("asked the hub"))
+    for load in (load_corpus, load_classes):
+        with pytest.raises(DataError, match="unknown GLUE task") as caught:
+            load(typo)
+        assert caught.value.details["did you mean"] == meant
+        assert caught.value.details["where"] == typo
+
+
+def test_a_folder_below_glue_is_read_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glue" / "sts2").mkdir(parents=True)
+    (tmp_path / "glue" / "sts2" / "one.txt").write_text("A fox ran.\n", encoding="utf-8")
+    assert [e.target.strip() for e in load_corpus("glue/sts2").examples] == ["A fox ran."]
