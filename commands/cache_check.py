@@ -100,6 +100,7 @@ def cache_verify(path: str, checksums: bool, workers: int | None, as_json: bool)
 def cache_repair(path: Path, source: str | None, as_json: bool, **moved: Any) -> None:
     """Repair a damaged cache: from a second copy, or else by building the damaged shards again. Sound files are not touched.
 
+    kd cache verify says what would be repaired, and writes nothing.
     Without --from, the teacher runs over the damaged shards with the options of the build, which the cache has recorded.
     Exit code 3 when damage is left.
 

@@ -134,14 +134,19 @@ def cache_import(format: str, source: Path, settings: ImportSettings, dry_run: b
 @click.argument("format", type=click.Choice(("npz", "parquet")))
 @click.argument("path", metavar="PATH_OR_URL")
 @click.option("--out", required=True, type=FOLDER, help="New folder for the files, one for each shard.")
+@dry_run_option
 @json_option
-def cache_export(format: str, path: str, out: Path, as_json: bool) -> None:
+def cache_export(format: str, path: str, out: Path, dry_run: bool, as_json: bool) -> None:
     """Write a cache's ids and log-probabilities as files that other programs read.
 
     Example: kd cache export parquet runs/cache --out runs/rows
     """
-    from kd.cache_builder.exchange.export_cache import export_steps
+    from kd.cache_builder.exchange.export_cache import export_cost, export_steps
 
+    if dry_run:
+        cost = {"out": str(out)} | export_cost(format, path, out)
+        emit(cost, as_json, f"{out}: nothing was written. An export would write")
+        return
     names = outcome("exporting", export_steps(format, path, out))
     if as_json:
         emit_json({"out": str(out), "files": names})

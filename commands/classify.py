@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kd.commands.terminal.console import emit, emit_json, outcome, progress_bar, quiet_libraries, say
-from kd.commands.terminal.options import json_option
+from kd.commands.terminal.options import dry_run_option, json_option
 from kd.commands.terminal.settings_options import SettingsCommand, settings_options
 from kd.evaluation.merged.merged_settings import ClassifierEvaluation, MatrixSettings
 from kd.student_trainer.classify.classify_settings import ClassifyConfig
@@ -21,8 +21,9 @@ def classify() -> None:
 
 @classify.command("train", cls=SettingsCommand)
 @settings_options(ClassifyConfig)
+@dry_run_option
 @json_option
-def classify_train(settings: ClassifyConfig, as_json: bool) -> None:
+def classify_train(settings: ClassifyConfig, dry_run: bool, as_json: bool) -> None:
     """Train a classifier of one task from a language model: GPT-2, GPT-NeoX, Llama and other decoder-only layouts.
 
     It learns from labels, or from the answers of another classifier: kd cache build --teacher runs/sst2 --data glue/sst2
@@ -31,9 +32,12 @@ def classify_train(settings: ClassifyConfig, as_json: bool) -> None:
     Example: kd classify train --task sst2 --model openai-community/gpt2 --out runs/sst2
     """
     quiet_libraries()
-    from kd.student_trainer.classify.classifier_training import train_classifier
+    from kd.student_trainer.classify.classifier_training import plan_classifier, train_classifier
     from kd.student_trainer.saving.rescue import refuse_moved_run
 
+    if dry_run:
+        emit(plan_classifier(settings), as_json, f"{settings.out}: nothing was written. A training would write")
+        return
     rows = settings.rows
     with progress_bar(f"training ({rows.task or rows.data or rows.cache})") as advance:
         result = train_classifier(settings, on_step=lambda s: advance(s.step, s.steps_total, f"loss {s.loss:.4f}"))

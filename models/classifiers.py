@@ -44,8 +44,7 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
     from transformers import AutoModelForSequenceClassification as Auto
 
     refuse_damaged_model(request)
-    config = load_config(request)
-    trained = is_classifier(config)
+    config = labelled_config(request, labels)
     if request.bits is not None:
         raise DataError(
             f"classifiers cannot be loaded in {request.bits} bits",
@@ -53,19 +52,6 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
             found=f"{request.bits} bits",
             try_="--dtype bfloat16",
         )
-    if labels is None and not trained:
-        raise DataError(
-            "the model is not a classifier",
-            where=request.name,
-            found=", ".join(config.architectures or ()),
-            expected="…ForSequenceClassification",
-            try_="kd classify train, which makes one",
-        )
-    if trained and labels is not None:
-        refuse_other_classes(request, config, labels)
-    if labels is not None:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {word: number for number, word in enumerate(labels)}
     config.pad_token_id = pad_id
     dtype, device = resolve_dtype(request), resolve_device(request.device)
     try:
@@ -83,8 +69,39 @@ def load_classifier(request: ModelRequest, labels: Sequence[str] | None = None, 
     return model.to(device).eval()
 
 
+def labelled_config(request: ModelRequest, labels: Sequence[str] | None) -> Any:
+    """The configuration of a classifier, with `labels` as its classes. Raises DataError as `load_classifier`."""
+    config = load_config(request)
+    trained = is_classifier(config)
+    if labels is None and not trained:
+        raise DataError(
+            "the model is not a classifier",
+            where=request.name,
+            found=", ".join(config.architectures or ()),
+            expected="…ForSequenceClassification",
+            try_="kd classify train, which makes one",
+        )
+    if trained and labels is not None:
+        refuse_other_classes(request, config, labels)
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {word: number for number, word in enumerate(labels)}
+    return config
+
+
+def classifier_parameters(request: ModelRequest, labels: Sequence[str]) -> int:
+    """Number of parameters of the classifier that `load_classifier` would load, without its weights. Raises as it does."""
+    model = _on_meta(request, labelled_config(request, labels))
+    return sum(p.numel() for p in model.parameters())
+
+
 def refuse_other_heads(request: ModelRequest, config: Any) -> None:
-    """Raise DataError where the classifier that a configuration describes has a head of another kind, as encoders have.
+    """Raise DataError where the classifier that a configuration describes has a head of another kind, as encoders have."""
+    _on_meta(request, config)
+
+
+def _on_meta(request: ModelRequest, config: Any) -> Any:
+    """The classifier that a configuration describes. Raises DataError for a head of another kind.
 
     Only transformers' classes define the head, so the model is created on the meta device, without weights or memory.
     """
@@ -97,6 +114,7 @@ def refuse_other_heads(request: ModelRequest, config: Any) -> None:
     except Exception as error:
         raise cannot_load(request, error) from error
     _require_head(request, model)
+    return model
 
 
 def _require_head(request: ModelRequest, model: Any) -> None:

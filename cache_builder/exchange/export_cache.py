@@ -40,6 +40,9 @@ PARQUET_SCHEMA = pa.schema(
 )
 """Columns of an exported sequence. The lists of rows belong to the last tokens of `input_ids`, one each."""
 
+OTHER_BYTES = 32
+"""Most bytes of a row besides its kept tokens: the border of its text, how many tokens it keeps, and the text's own token."""
+
 
 def export_cache(format: str, cache: str | os.PathLike[str], *, out: str | os.PathLike[str]) -> list[str]:
     """Write a cache as files that other programs read; returns their names.
@@ -60,12 +63,7 @@ def export_cache(format: str, cache: str | os.PathLike[str], *, out: str | os.Pa
 
 def export_steps(format: str, cache: str | os.PathLike[str], out: Path) -> Iterator[Progress[list[str]]]:
     """Export a cache; yields progress in rows, at last with the names of the files. Raises KdError."""
-    if format not in EXPORTS:
-        raise unknown_name("format to export", format, EXPORTS)
-    reader = CacheReader(open_files(cache))
-    _refuse_unlike(reader)
-    if out.exists() and any(out.iterdir()):
-        raise DataError("the folder is not empty", where=out, try_="another --out")
+    reader = _checked_reader(format, cache, out)
     suffix, write = EXPORTS[format]
     names, done = list[str](), 0
     try:
@@ -85,6 +83,36 @@ def export_steps(format: str, cache: str | os.PathLike[str], out: Path) -> Itera
     except OSError as error:
         raise write_error(out, error) from error
     yield Progress(done, reader.manifest.rows, names, "complete")
+
+
+def export_cost(format: str, cache: str | os.PathLike[str], out: Path) -> dict[str, Any]:
+    """What an export would write. Raises KdError as the export does.
+
+    Bytes are those of ids, log-probabilities and texts before compression; texts as four bytes a character, which npz takes.
+    """
+    reader = _checked_reader(format, cache, out)
+    tokens, rows = reader.lengths()
+    widths = {array.name: array.columns or 1 for array in reader.manifest.arrays}
+    each_row = 8 * widths["token_ids"] + OTHER_BYTES
+    tables = (reader.example_table(shard, ("id", "prompt", "target")) for shard in reader.shards)
+    characters = sum(len(text or "") for table in tables for column in table.values() for text in column)
+    return {
+        "examples": len(tokens),
+        "rows": int(rows.sum()),
+        "files": len(reader.shards),
+        "bytes_at_most": int(rows.sum()) * each_row + 4 * int(tokens.sum()) + 4 * characters,
+    }
+
+
+def _checked_reader(format: str, cache: str | os.PathLike[str], out: Path) -> CacheReader:
+    """The reader of a cache that can be exported to this folder. Raises KdError for any other."""
+    if format not in EXPORTS:
+        raise unknown_name("format to export", format, EXPORTS)
+    reader = CacheReader(open_files(cache))
+    _refuse_unlike(reader)
+    if out.exists() and any(out.iterdir()):
+        raise DataError("the folder is not empty", where=out, try_="another --out")
+    return reader
 
 
 def _refuse_unlike(reader: CacheReader) -> None:

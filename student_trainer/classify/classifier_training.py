@@ -13,6 +13,7 @@ Runs take minutes, so there is no resume.
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from kd.common.errors import DataError
 from kd.common.paths import as_path
 from kd.common.settings import saved
 from kd.data.instruction_tasks.glue import LabelledRows, glue_task, load_glue
-from kd.models.classifiers import HEAD, load_classifier
+from kd.models.classifiers import HEAD, classifier_parameters, load_classifier
 from kd.models.families.positions import max_positions
 from kd.models.model_config import load_config, load_request_tokenizer
 from kd.models.model_request import ModelRequest, resolve_device
@@ -84,16 +85,9 @@ def train_classifier(
     config: ClassifyConfig, *, on_step: Callable[[ClassifyRecord], None] | None = None
 ) -> ClassifyResult:
     """Run the training that `config` describes. Raises KdError before the first step for anything unusable."""
-    out = as_path(config.out)
-    if out.exists() and any(out.iterdir()):
-        raise DataError("the output folder is not empty", where=out, try_="another --out")
-    source = load_source(config)
-    request = _request(config)
-    tokenizer = load_request_tokenizer(request)
-    pad_id = _checked_pad_id(tokenizer, load_config(request), config.inputs.max_length)
-    encoded = encode_rows(tokenizer, source.labelled.rows, max_length=config.inputs.max_length)
-    texts = ((f"row {number}", np.array(ids)) for number, ids in enumerate(encoded.ids))
-    refuse_unknown_ids(texts, int(load_config(request).get_text_config().vocab_size))
+    out, request = as_path(config.out), _request(config)
+    source, tokenizer, encoded = _checked_rows(config, request)
+    pad_id = encoded.pad_id
     model = load_classifier(request, source.labelled.task.labels, pad_id=pad_id)
     refuse_weights_without_value(model, config.model)
     set_seed(config.seed)
@@ -143,6 +137,41 @@ def train_classifier(
     return run_place.write(write) if trainer.is_world_process_zero() else result
 
 
+def plan_classifier(config: ClassifyConfig) -> dict[str, Any]:
+    """What `train_classifier` would write: the dry run of `kd classify train`. No weights are loaded, and nothing is written.
+
+    Raises KdError where the training would refuse to start.
+    """
+    request = _request(config)
+    source, _, encoded = _checked_rows(config, request)
+    labels, steps = source.labelled.task.labels, config.steps
+    batches = -(-len(encoded) // (steps.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    parameters = classifier_parameters(request, labels)
+    only_adapter = bool(config.adapters.lora) and config.adapters.lora_save == "adapter"
+    return {
+        "out": config.out,
+        "task": source.labelled.task.name,
+        "rows": len(encoded),
+        "classes": len(labels),
+        "steps": steps.max_steps or math.ceil(steps.epochs * -(-batches // steps.accumulate)),
+        "parameters": parameters,
+        "weights_bytes": None if only_adapter else 4 * parameters,  # float32
+    }
+
+
+def _checked_rows(config: ClassifyConfig, request: ModelRequest) -> tuple[ClassifierSource, Tokenizer, EncodedRows]:
+    """What is learned, the tokenizer, and the rows in its tokens. Raises KdError for a filled folder and anything unusable."""
+    out = as_path(config.out)
+    if out.exists() and any(out.iterdir()):
+        raise DataError("the output folder is not empty", where=out, try_="another --out")
+    source, tokenizer, model_config = load_source(config), load_request_tokenizer(request), load_config(request)
+    _check_tokenizer(tokenizer, model_config, config.inputs.max_length)
+    encoded = encode_rows(tokenizer, source.labelled.rows, max_length=config.inputs.max_length)
+    texts = ((f"row {number}", np.array(ids)) for number, ids in enumerate(encoded.ids))
+    refuse_unknown_ids(texts, int(model_config.get_text_config().vocab_size))
+    return source, tokenizer, encoded
+
+
 def load_source(config: ClassifyConfig) -> ClassifierSource:
     """The rows of a task, or those of a cache with its answers. Raises KdError where they do not fit the settings."""
     rows = config.rows
@@ -182,8 +211,8 @@ def _parameter_counts(model: Any) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def _checked_pad_id(tokenizer: Tokenizer, config: Any, max_length: int) -> int:
-    """The pad token. Raises DataError for a tokenizer with more entries than the model, or too few positions."""
+def _check_tokenizer(tokenizer: Tokenizer, config: Any, max_length: int) -> None:
+    """Raise DataError for a tokenizer with more entries than the model, or too few positions."""
     width = int(config.get_text_config().vocab_size)
     usable_ids(tokenizer, width, what="the model")
     refuse_unknown_ids([("the tokenizer's padding token", np.array([pad_token_id(tokenizer)]))], width)
@@ -195,7 +224,6 @@ def _checked_pad_id(tokenizer: Tokenizer, config: Any, max_length: int) -> int:
             expected=f"at most {limit}",
             try_=f"--max-length {limit}",
         )
-    return pad_token_id(tokenizer)
 
 
 def _trainer(

@@ -150,3 +150,35 @@ def test_python_plans_the_training_that_the_command_plans(cache: Path, tmp_path:
     said = json.loads(kd(*words, "--dry-run", "--json"))
     assert plan_training(cache=cache, student="demo", batch_size=4, out=tmp_path / "run") == said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["npz", "parquet"])
+def test_an_export_is_no_larger_than_said(cache: Path, tmp_path: Path, format: str) -> None:
+    words = ("cache", "export", format, cache, "--out", tmp_path / "out")
+    said = json.loads(kd(*words, "--dry-run", "--json"))
+    assert list(tmp_path.iterdir()) == []
+    assert json.loads(kd(*words, "--json"))["files"] == sorted(path.name for path in files_of(tmp_path / "out"))
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert (said["examples"], said["rows"]) == (manifest["examples"], manifest["rows"])
+    assert said["files"] == len(files_of(tmp_path / "out"))
+    assert (
+        said["bytes_at_most"] / 4 < size_of(tmp_path / "out") <= said["bytes_at_most"] + 10_000 * said["files"]
+    )  # heads
+    assert "not empty" in run_main(*words, "--dry-run", code=1).stderr
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_classifier_is_as_large_as_said(
+    layouts: dict[str, Path], glue_root: Path, tmp_path: Path, accumulate: int
+) -> None:
+    rows = ("--data", glue_root / "mnli", "--limit", "20", "--max-length", "64", "--device", "cpu", "--json")
+    steps = ("--batch-size", "3", "--accumulate", accumulate, "--epochs", "1.5", "--out", tmp_path / "run")
+    words = ("classify", "train", "--model", layouts["llama"], *rows, *steps)
+    said = json.loads(kd(*words, "--dry-run"))
+    assert list(tmp_path.iterdir()) == []
+    done = json.loads(kd(*words))
+    for name in ("task", "rows", "classes", "steps", "parameters", "out"):
+        assert said[name] == done[name], name
+    weights = (tmp_path / "run" / "model.safetensors").stat().st_size
+    assert said["weights_bytes"] <= weights < said["weights_bytes"] + 10_000  # the header
+    assert "not empty" in run_main(*words, "--dry-run", code=1).stderr
