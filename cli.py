@@ -32,9 +32,10 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 def _fail(error: KdError) -> NoReturn:
     """Print an error, in which the page of its kind is the last detail, and end."""
     from kd.commands.terminal.console import fail
+    from kd.common.errors import page_of
 
     details = {name: str(value) for name, value in error.details.items()}
-    error.details["see"] = page = f"{PAGES}/{error.page}"
+    error.details["see"] = page = f"{PAGES}/{page_of(error)}"
     fail(f"{type(error).__name__}: {error}", type(error).__name__, error.headline, error.exit_code, details, page)
 
 

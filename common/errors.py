@@ -145,6 +145,41 @@ class TeacherError(KdError):
     page = "docs/models.md"
 
 
+PARTS = {
+    "data": "docs/building.md",
+    "data.instruction_tasks": "docs/how-to/flan.md",
+    "models": "docs/models.md",
+    "cache_builder": "docs/building.md",
+    "cache_builder.exchange": "docs/how-to/caches-from-elsewhere.md",
+    "cache_builder.look": "docs/how-to/look-into-a-cache.md",
+    "cache_builder.served": "docs/how-to/served-teacher.md",
+    "cache_builder.share": "docs/sharing.md",
+    "student_trainer": "docs/training.md",
+    "student_trainer.merging": "docs/merging.md",
+    "evaluation": "docs/evaluation.md",
+    "evaluation.merged": "docs/merging.md",
+    "recipes": "docs/experiments.md",
+}
+"""Part of kd -> the page of its faults, for the kinds that every part raises: `DataError` and `CacheError`.
+
+No page has an anchor, because the fragments of addresses are not shown."""
+
+
+def page_of(error: KdError) -> str:
+    """The page that explains an error: of its kind, or of the part that raised it where its kind is that of every part."""
+    if type(error) not in (DataError, CacheError):
+        return error.page
+    raised, trace = [], error.__traceback__
+    while trace is not None:
+        raised.append(str(trace.tb_frame.f_globals.get("__name__", "")).removeprefix("kd."))
+        trace = trace.tb_next
+    for module in reversed(raised):  # what is raised in `common` is the fault of what called it
+        parts = [part for part in PARTS if f"{module}.".startswith(f"{part}.")]
+        if parts:
+            return PARTS[max(parts, key=len)]
+    return error.page
+
+
 def unknown_name(kind: str, name: str, choices: Iterable[str], **details: object) -> DataError:
     """The error for a name that no registry holds: lists all names and suggests the one that is meant, or the nearest."""
     names = sorted(choices)

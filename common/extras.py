@@ -39,7 +39,7 @@ class MissingPackageError(KdError):
     True
     """
 
-    page = "README.md#install"
+    page = "README.md"
 
 
 @contextmanager
