@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,3 +77,12 @@ def test_a_cache_at_an_address_is_refused_with_the_command_that_fetches_it(
     done = run_main("cache", *(word.format("s3://bucket/key") for word in words), code=1)
     assert "kd cache pull s3://bucket/key FOLDER" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [words for words, _ in leaves(cli)], ids=" ".join)
+def test_wrong_usage_of_every_command_is_a_document_with_json(words: tuple[str, ...]):
+    done = run_main(*words, "--no-such-option", "--json", code=2)
+    error = json.loads(done.stdout)["error"]
+    assert set(error) == {"kind", "headline", "details", "exit_code"}
+    assert error["exit_code"] == 2
+    assert "no-such-option" in error["headline"]
