@@ -31,6 +31,14 @@ R = 30
 KINDS: dict[str, dict[str, Any]] = {
     "kl": {"profile": "kl", "top_k": 6},
     "adaptive": {"profile": "adaptive", "top_k": 40, "min_probability": 0.02},
+    "certain, in lists": {
+        "profile": "adaptive",
+        "top_k": 40,
+        "min_probability": 0.02,
+        "certain_below": 2.0,
+        "min_k": 2,
+        "id_codec": "followers",
+    },
 }
 
 
@@ -50,6 +58,11 @@ def drawn(
     run_build(build_request(out, text=few, tail_samples=R, **KINDS[request.param]))
     assert len(CacheReader(out).shards) == 2, "two builders need two"
     return out
+
+
+def kind_of(root: Path) -> dict[str, Any]:
+    config = CacheReader(root).config
+    return KINDS["certain, in lists" if config.certain_below else config.profile]
 
 
 def all_rows(root: Path, **options: Any) -> SoftTargets:
@@ -76,6 +89,12 @@ def sound(root: Path) -> bool:
     return final(verify(root)) == ()
 
 
+def test_rows_of_one_token_are_there_where_rows_may_be_certain(drawn: Path):
+    kept = all_rows(drawn).kept
+    single = kept is not None and bool((kept == 1).any())
+    assert single == bool(CacheReader(drawn).config.certain_below)
+
+
 def test_a_row_draws_as_many_tokens_as_its_tail_asks_for(drawn: Path):
     reader, targets = CacheReader(drawn), all_rows(drawn)
     assert targets.tail_draws is not None
@@ -90,7 +109,7 @@ def test_a_row_draws_as_many_tokens_as_its_tail_asks_for(drawn: Path):
 
 
 def test_the_head_is_that_of_a_cache_without_draws(drawn: Path, tmp_path: Path, few: Path, build_request, run_build):
-    kind = KINDS["kl" if CacheReader(drawn).config.profile == "kl" else "adaptive"]
+    kind = kind_of(drawn)
     run_build(build_request(tmp_path / "plain", text=few, **kind))
     run_build(build_request(tmp_path / "none", text=few, tail_samples=0, **kind))
     for name in ("token_ids", "logprobs", "tail_odds", "gold_rank", "gold_logprob"):
@@ -105,7 +124,7 @@ def test_the_head_is_that_of_a_cache_without_draws(drawn: Path, tmp_path: Path, 
 def test_two_builders_and_one_give_the_same_bytes(
     drawn: Path, tmp_path: Path, few: Path, build_request, run_build, tree
 ):
-    kind = KINDS["kl" if CacheReader(drawn).config.profile == "kl" else "adaptive"]
+    kind = kind_of(drawn)
     for part in ((2, 2), (1, 2)):
         run_build(build_request(tmp_path / "c", text=few, tail_samples=R, shard=part, tokens_per_batch=128, **kind))
     assert tree(tmp_path / "c") == tree(drawn)
