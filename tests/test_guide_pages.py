@@ -180,15 +180,18 @@ def test_experiments_and_their_reports(place) -> None:
 
 def test_choosing_what_to_keep(place) -> None:
     printed = run_page(DOCS / "choosing.md", place(), small=planned)
-    arms = load_experiment("bytes-prose").arms
-    text = text_of("choosing.md")
-    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.,]+) \| ([+-][\d.]+)?(?: ± ([\d.]+))?", text, flags=re.MULTILINE)
-    assert {arm for arm, *_ in rows} == set(arms)
-    steps = next(iter(printed.values()))
-    assert all(f"/{arm}-seed4" in steps for arm in arms)
-    words = text.partition("<!-- end of table -->")[2].partition("\n## ")[0]
-    for mean, error in re.findall(r"(\d\.\d+) ± (\d\.\d+)", words):
-        assert (f"+{mean}", error) in {row[2:] for row in rows}, "a figure in words is one of the table"
+    for name, begin in (("bytes-prose", "<!-- table -->"), ("tails-prose", "<!-- table tails-prose -->")):
+        arms = load_experiment(name).arms
+        table, _, after = text_of("choosing.md").partition(begin)[2].partition("<!-- end of table -->")
+        form = r"^\| `([\w-]+)` \| ([\d.,]+) \| ([+-][\d.]+)?(?: ± ([\d.]+))?"
+        rows = re.findall(form, table, flags=re.MULTILINE)
+        assert {arm for arm, *_ in rows} == set(arms)
+        steps = next(text for command, text in printed.items() if name in command)
+        assert all(f"/{arm}-seed4" in steps for arm in arms)
+        for mean, error in re.findall(r"([+-]?\d\.\d+) ± (\d\.\d+)", after.partition("\n## ")[0]):
+            assert (mean if mean[0] in "+-" else f"+{mean}", error) in {row[2:] for row in rows}, (
+                "words say the table's figures"
+            )
 
 
 def test_sharing_a_cache(place, hub) -> None:
