@@ -31,20 +31,24 @@ COMMANDS = {
     "    kd experiment uld-tasks --set task-root=tasks",
 }
 READING = {
-    "answers-mini": "The practical case: few labels, and a teacher that answers questions without labels. Its answers are worth "
-    "as much as as many labels. A few dozen labels do not say what the questions are about, however long one trains. The teacher's "
-    "predictions (`text-kl`) add to its answers, over another tokenizer, in every seed: one answer names one right animal, and the "
-    "predictions name all of them. Perplexity does not gain from them. Every pair here is against the fewest labels; "
-    "`kd report RUNS/answers-mini/{answers,text-kl}-seed* --baseline answers` compares the last two.",
-    "unsure-mini": "Here the teacher is unsure with good reason: several answers are right, and it knows all of them. `text-kl` "
-    "gives more right answers than fine-tuning on the same text, in every seed, because one answer names one right "
-    "animal and the predictions name all. Perplexity leans the other way. `uld` gives fewer right answers in every "
-    "seed, and far fewer at the weight of its paper: sorted probabilities say how many answers are right, but not "
-    "which, so a student is rewarded for being as unsure about wrong ones.",
-    "reader-prose": "The student has read prose before, in its own tokenizer, so its probabilities mean something from the first "
-    "step. Nothing that compares by rank gains from that: `uld` does harm, more at the weight of its paper (`uld- "
-    "paper`) than at half. `hybrid` and `alm` do a little harm. Only `text-kl`, which keeps the names, leans to "
-    "better, in every seed. The student has met much of this prose before, so no arm moves far.",
+    "answers-mini": "This is the practical case: few labels, and a teacher that answers questions without labels. A "
+    "thousand of its answers are worth about as much as a thousand labels. A few dozen labels do not say "
+    "what the questions are about, however long one trains. The teacher's predictions (`text-kl`) add to "
+    "its answers in every seed, over another tokenizer. One answer names one right animal, and the "
+    "predictions name all of them. Perplexity does not gain from them. Every pair here is against the "
+    "fewest labels. `kd report RUNS/answers-mini/{answers,text-kl}-seed* --baseline answers` compares "
+    "the last two.",
+    "unsure-mini": "Here the teacher is unsure with good reason: several answers are right, and it knows all of them. "
+    "`text-kl` gives more right answers than fine-tuning on the same text, in every seed. One answer "
+    "names one right animal, and the predictions name all. Perplexity leans the other way. `uld` gives "
+    "fewer right answers in every seed, and far fewer at the weight of its paper. Sorted probabilities "
+    "say how many answers are right, but not which. So a student is rewarded for being as unsure about "
+    "wrong ones.",
+    "reader-prose": "The student has read prose before, in its own tokenizer, so its probabilities mean something from "
+    "the first step. Nothing that compares by rank gains from that. `uld` does harm, more at the weight "
+    "of its paper (`uld-paper`) than at half. `hybrid` and `alm` do a little harm. Only `text-kl`, which "
+    "keeps the names, leans to better, in every seed. The student has met much of this prose before, so "
+    "no arm moves far.",
     "kl-prose": "The teacher has read this text, and is unsure enough to say more than the text does. The larger the share of KL "
     "in the loss, the better. Cross-entropy on the one token that came (`kl-half`) adds noise to what the teacher already says.",
     "text-kl-prose": "The student's tokenizer is a small Unigram model, and the teacher's a byte-level BPE. Every seed of "
