@@ -46,10 +46,10 @@ def experiment(
     """Train students with and without the teacher over several seeds from one cache, score both, and test the difference.
 
     FILE is a YAML file, or the name of an experiment that comes with the package: kl-prose, bytes-prose, tails-prose,
-    certain-prose, bytes-mini, text-prose, text-kl-prose, reader-prose, merge-prose, answers-mini, unsure-mini, uld-mini,
-    kl-wikitext, uld-tasks, demo-prose, demo-text, demo-chat, or one of FLAN's ablations (flan-clusters, flan-tasks,
-    flan-templates, flan-instructions, flan-options, flan-scale). The same command again continues: it skips what is finished
-    and resumes trainings. More seeds may be added.
+    certain-prose, bytes-mini, text-prose, text-kl-prose, conditions-prose, curves-prose, reader-prose, merge-prose,
+    answers-mini, unsure-mini, uld-mini, kl-wikitext, uld-tasks, demo-prose, demo-text, demo-chat, or one of FLAN's ablations
+    (flan-clusters, flan-tasks, flan-templates, flan-instructions, flan-options, flan-scale). The same command again
+    continues: it skips what is finished and resumes trainings. More seeds may be added.
 
     Example: kd experiment kl-prose --seeds 0,1 --out runs/kl-prose
     """
