@@ -3,13 +3,13 @@
     kd cache build --teacher demo --data lines.jsonl --seq-len 64 --shard-rows 32768 --top-k 8 --out small
     python benchmarks/forged_cache.py small giant --shards 240000 --files
     python benchmarks/first_batch.py small giant                     # 16 examples a micro-batch, a whole epoch
+    python benchmarks/first_batch.py small giant --tokens 4096       # the steps are counted first
     python benchmarks/first_batch.py small giant --tokens 4096 --steps 100000
 
 Each run is a process of its own, which trains the embedded student until its first line of the log and then stops with a
 checkpoint. Seconds are those from the call to that line, so the first step is in them and imports are not. Memory is the peak of
 the process, and what it had before the call. The run that is resumed begins in the middle of the epoch: the checkpoint is that of
-the first run under another number of steps, because nobody can train a billion examples first. Cutting batches by tokens over
-whole epochs walks along all lengths once, to count the steps; give --steps there.
+the first run under another number of steps, because nobody can train a billion examples first.
 """
 
 from __future__ import annotations

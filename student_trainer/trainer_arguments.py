@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from kd.common.errors import DataError, unknown_name
 from kd.common.extras import EXTRAS, MissingPackageError, require_package
 from kd.models.model_request import resolve_device
+from kd.student_trainer.batches.batch_plan import BatchPlan
 from kd.student_trainer.configuration.step_settings import OPTIMIZERS, SCHEDULES, OptimizerSettings
 from kd.student_trainer.configuration.train_config import TrainConfig
 
@@ -20,6 +24,9 @@ ASKED = (
     ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", "is_deepspeed_enabled"),
 )
 """Way of sharing a model, the variable that `accelerate launch` sets for it, and the Trainer's word on whether it happens."""
+
+MANY_EXAMPLES = 50_000_000
+"""Examples whose counting takes so long that it is said."""
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -56,6 +63,19 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     if arguments.n_gpu > 1:  # one process uses one device: DataParallel would split positions apart from their rows
         arguments._n_gpu = 1
     return arguments
+
+
+def count_steps(plan: BatchPlan, say: Callable[[str], object]) -> None:
+    """Count the micro-batches of a run that no setting gives, on the main process for all: the learning rate needs it."""
+    if not plan.to_count:
+        return
+    state = PartialState()
+    if state.is_main_process and plan.to_count > MANY_EXAMPLES:
+        say(f"counting the steps of {plan.to_count:,} examples, some 0.1 s a million; --max-steps begins at once")
+    counts = [plan.count_batches() if state.is_main_process else {}]
+    if state.num_processes > 1:
+        broadcast_object_list(counts)
+        plan.know_counts(counts[0])
 
 
 def set_steps(arguments: TrainingArguments, settings: OptimizerSettings, steps: int) -> None:

@@ -54,7 +54,7 @@ from kd.student_trainer.saving.hub_upload import prepare_repository, upload_stud
 from kd.student_trainer.saving.rescue import RunPlace
 from kd.student_trainer.student_model import Student, save_student, student_with_loss
 from kd.student_trainer.trainer import DistillationTrainer, StopWithCheckpoint
-from kd.student_trainer.trainer_arguments import refuse_other_wrapping, set_steps, training_arguments
+from kd.student_trainer.trainer_arguments import count_steps, refuse_other_wrapping, set_steps, training_arguments
 
 Stoppable = AbstractContextManager[threading.Event]
 
@@ -196,6 +196,7 @@ def student_and_trainer(
     plan = prepared.plan(multiple)
     if checkpoint is not None and (checkpoint / BATCHES).is_file():
         plan.know(read_object(checkpoint / BATCHES))
+    count_steps(plan, say)
     done = 0 if checkpoint is None else step_of(checkpoint) * multiple
     read_here = islice(plan.walk(done), arguments.process_index, None, arguments.world_size)
     prepared.reader.announce(batch.examples for batch in read_here)

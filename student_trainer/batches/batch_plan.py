@@ -8,6 +8,7 @@ per step alone, whether processes or accumulation make it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
@@ -68,6 +69,7 @@ class BatchPlan(Sequence[MicroBatch]):
         """Micro-batches of epochs, where they are known."""
         self._whole: tuple[int, int] | None = None
         self._cursor: tuple[int, Iterator[MicroBatch]] = NOWHERE
+        self._cursor_lock = threading.Lock()
         self._seen = _Seen()
 
     def __len__(self) -> int:
@@ -111,11 +113,12 @@ class BatchPlan(Sequence[MicroBatch]):
         if isinstance(places, range):
             between = list(islice(self.walk(min(places, default=0)), len(places) and max(places) - min(places) + 1))
             return between[:: places.step]
-        at, batches = self._cursor
-        if not at <= places < at + FORWARD:
-            at, batches = places, self.walk(places)
-        batch = next(islice(batches, places - at, None))
-        self._cursor = places + 1, batches
+        with self._cursor_lock:  # two threads that go on with one walk would each miss what the other took
+            at, batches = self._cursor
+            if not at <= places < at + FORWARD:
+                at, batches = places, self.walk(places)
+            batch = next(islice(batches, places - at, None))
+            self._cursor = places + 1, batches
         return batch
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -159,12 +162,24 @@ class BatchPlan(Sequence[MicroBatch]):
         order = self._reader.epoch_order(self.seed, self.first_epoch + epoch)
         if not isinstance(order, EpochOrder):
             order = ListedOrder(np.asarray(order))
-        size = len(order)
-        if self.exactly is None:
-            part = max(0.0, min(1.0, self.epochs - epoch))
-            size = max(round(size * part), 0 if epoch else 1)
+        size = self._examples_of(epoch, len(order))
         shares = gcd(order.lanes, self.multiple_of)
-        return EpochCut(order, self._lengths, self.rule, epoch=self.first_epoch + epoch, shares=shares, size=size)
+        return EpochCut(
+            order,
+            self._lengths,
+            self.rule,
+            epoch=self.first_epoch + epoch,
+            shares=shares,
+            size=size,
+            count=self._counts.get(epoch),
+        )
+
+    def _examples_of(self, epoch: int, examples: int) -> int:
+        """How many of a cache's examples this epoch of the run has."""
+        if self.exactly is not None:
+            return examples
+        part = max(0.0, min(1.0, self.epochs - epoch))
+        return max(round(examples * part), 0 if epoch else 1)
 
     def epoch_ends(self) -> Iterator[int]:
         """Number of micro-batches after which each epoch ends, but the last."""
@@ -190,6 +205,25 @@ class BatchPlan(Sequence[MicroBatch]):
         for _ in self.walk(self._seen.batches):
             pass
         return 1 - self._seen.tokens / self._seen.padded
+
+    @property
+    def to_count(self) -> int:
+        """Number of examples that are looked at before the number of micro-batches is known; 0 where it is, or is given."""
+        if self.rule.counted or self.exactly is not None or self._whole is not None:
+            return 0
+        examples = len(self._cut(0).order)
+        epochs = range(ceil(self.epochs))
+        return sum(self._examples_of(epoch, examples) for epoch in epochs if epoch not in self._counts)
+
+    def count_batches(self) -> dict[int, int]:
+        """The number of micro-batches of each epoch that had to be counted."""
+        _ = self._sizes
+        return dict(self._counts)
+
+    def know_counts(self, counts: Mapping[int, int]) -> None:
+        """Take over what `count_batches` of the same plan gave."""
+        self._counts |= counts
+        self._cut.cache_clear()
 
     def known(self, done: int) -> dict[str, Any] | None:
         """What a run that goes on after `done` micro-batches need not walk along again, as JSON takes it.
@@ -217,7 +251,7 @@ class BatchPlan(Sequence[MicroBatch]):
                 expected=repr(self.settings),
                 try_="the options that the run was begun with, or another --out",
             )
-        self._counts |= {int(epoch): int(count) for epoch, count in known["counts"]}
+        self.know_counts({int(epoch): int(count) for epoch, count in known["counts"]})
         self._seen = _Seen(*known["seen"])
         batch, taken = known["mark"]
         self._cut(int(known["epoch"])).add_mark(Mark(int(batch), tuple(map(int, taken))))
@@ -225,12 +259,12 @@ class BatchPlan(Sequence[MicroBatch]):
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs, which gives it a reader with `of`: the counts, so that they need not be made again."""
         dropped: dict[str, Any] = {"_reader": None, "_lengths": None, "_cut": None, "_cursor": NOWHERE}
-        return vars(self) | dropped
+        return vars(self) | dropped | {"_cursor_lock": None}
 
     def of(self, reader: Ordered, lengths: Lengths) -> BatchPlan:
         """The same plan over another reader of the same cache."""
         plan = copy(self)
-        plan._lengths = lengths
+        plan._lengths, plan._cursor_lock = lengths, threading.Lock()
         plan._reader, plan._cut = reader, lru_cache(CUTS_HELD)(plan._make_cut)
         return plan
 

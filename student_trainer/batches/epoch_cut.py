@@ -6,7 +6,8 @@ share, and dealt out in as many blocks. Shares lie in lanes of their own (`kd.ca
 processes that take micro-batches in turn read different shards. With one share, the order is cut from its beginning to its end.
 
 Micro-batches of a fixed number of examples are found by arithmetic. Others are found by walking along the lengths, about half a
-microsecond an example, from the last mark that an earlier walk left behind.
+microsecond an example, from the last mark that was left behind: by an earlier walk, or by `fast_marks` when batches of so many
+tokens are counted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from kd.cache_builder.store.readers.epoch_order import EpochOrder
 from kd.models.batching.packing import Packer, Size
+from kd.student_trainer.counting.fast_marks import marks_of_shares
 
 READ_AHEAD = 4096
 """Positions of a share that are worked out at once."""
@@ -88,11 +90,13 @@ class EpochCut:
         epoch: int,
         shares: int = 1,
         size: int | None = None,
+        count: int | None = None,
     ) -> None:
+        """`count` is the number of micro-batches, where it is known already."""
         self.order, self.lengths, self.rule, self.epoch, self.shares = order, lengths, rule, epoch, shares
         self.size = len(order) if size is None else size
         self._marks = [Mark(0, (0,) * shares)]
-        self._count: int | None = None
+        self._count = count
         if rule.counted:
             self._count = -(-self.size // self._per_batch)
 
@@ -103,9 +107,19 @@ class EpochCut:
 
     def __len__(self) -> int:
         if self._count is None:
+            self._leave_marks()
             mark = self._marks[-1]  # walking on leaves others
             self._count = mark.batch + sum(1 for _ in self._from(mark))
         return self._count
+
+    def _leave_marks(self) -> None:
+        """Leave the marks of the whole epoch where that is faster than walking."""
+        if self.rule.tokens is None or self.rule.capacity is not None:
+            return
+        number, taken = self._marks[-1]
+        rounds = -(-MARK_EVERY // self.shares)
+        marks = marks_of_shares(self.order, self.lengths, self.rule.tokens, taken=taken, size=self.size, every=rounds)
+        self._marks += [Mark(number + n * rounds * self.shares, counts) for n, counts in enumerate(marks, 1)]
 
     def holds(self, number: int) -> bool:
         """Whether there is a micro-batch of this number. Nothing beyond it is looked at."""
@@ -207,10 +221,11 @@ class _Stream:
     def _more(self) -> bool:
         """Work out more positions, at least as many as wait in the buffer."""
         count = max(READ_AHEAD, len(self._sizes) - self._at)
-        positions = np.asarray(self.positions[self._read : self._read + count])
+        positions = self.positions[self._read : self._read + count]
         if not len(positions):
             return False
-        examples = self.cut.order.at(positions)
+        order = self.cut.order
+        examples = order.stretch(positions) if isinstance(positions, range) else order.at(positions)
         sizes = self.cut.lengths[examples].reshape(len(examples), -1)
         self._examples = self._examples[self._at :] + examples.tolist()
         self._sizes = self._sizes[self._at :] + list(map(tuple, sizes.tolist()))

@@ -5,7 +5,8 @@ A causal student has one side. An encoder reads the context, and a decoder the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from kd.cache_builder.store.readers.example_lengths import ExampleLengths, Liste
 from kd.cache_builder.store.readers.reading import Reader
 from kd.common.errors import CacheDamageError
 from kd.data.tokenizing.block_config import BlockConfig
+from kd.student_trainer.counting.sizes_on_disk import SizesOnDisk, sizes_on_disk
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,27 @@ class ExampleSizes:
     def __getitem__(self, examples: np.ndarray) -> np.ndarray:
         """`[n, sides]` tokens of the examples `[n]`. Raises CacheDamageError for one that the cache's settings do not allow."""
         sizes = self._sides(self.lengths.of(examples))
+        self._check(sizes, examples)
+        return sizes
+
+    @contextmanager
+    def held(self, threads: int) -> Iterator[np.ndarray | SizesOnDisk]:
+        """The same for whoever asks for all examples: `[E, sides]`, or what is indexed as that; read on so many threads."""
+        if self.lengths.few:
+            yield np.concatenate([self._sides(lengths).astype(np.uint32) for lengths in self.lengths.batches()])
+            return
+
+        def read(first: int, stop: int) -> np.ndarray:
+            sizes = self._sides(self.lengths.between(first, stop))
+            self._check(sizes, np.arange(first, stop))
+            return sizes
+
+        sides = 2 if self.start else 1
+        with sizes_on_disk(read, len(self), self.at_most or (None,) * sides, threads) as sizes:
+            yield sizes
+
+    def _check(self, sizes: np.ndarray, examples: np.ndarray) -> None:
+        """Raise CacheDamageError where one of the examples is longer than the cache's settings allow."""
         for side, most in enumerate(self.at_most):
             if most is not None and sizes[:, side].max(initial=0) > most:
                 raise CacheDamageError(
@@ -43,7 +66,6 @@ class ExampleSizes:
                     expected=f"at most {most}",
                     try_="kd cache verify",
                 )
-        return sizes
 
     def _sides(self, lengths: Lengths) -> np.ndarray:
         tokens, rows = (values.astype(np.int64, copy=False) for values in lengths)

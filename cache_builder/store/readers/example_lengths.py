@@ -59,6 +59,10 @@ class ExampleLengths:
         for first in range(0, len(self), PAGE_EXAMPLES):
             yield self.reader.lengths(first, min(first + PAGE_EXAMPLES, len(self)))
 
+    def between(self, first: int, stop: int) -> Lengths:
+        """Tokens and rows of the examples `[first, stop)`, of which nothing is kept."""
+        return self.reader.lengths(first, stop)
+
     def over(self, reader: Reader) -> ExampleLengths:
         """The lengths of another reader of the same cache."""
         return ExampleLengths(reader)
@@ -91,6 +95,10 @@ class ListedLengths:
     def batches(self) -> Iterator[Lengths]:
         """As `ExampleLengths.batches`."""
         yield self.tokens, self.rows
+
+    def between(self, first: int, stop: int) -> Lengths:
+        """As `ExampleLengths.between`."""
+        return self.tokens[first:stop], self.rows[first:stop]
 
     def over(self, reader: Reader) -> ListedLengths:
         """The same."""

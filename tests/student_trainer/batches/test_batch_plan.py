@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -173,6 +175,20 @@ def test_a_plan_that_knows_where_it_is_walks_no_more_than_from_the_last_mark() -
     after.know(known)
     assert next(after.walk(done)) == expected
     assert (len(after), looked_up <= 3 * epoch_cut.READ_AHEAD) == (len(plan), True)
+
+
+def test_threads_that_ask_for_micro_batches_in_turn_get_their_own() -> None:
+    class Slow(np.ndarray):
+        def __getitem__(self, key):  # type: ignore[no-untyped-def]
+            time.sleep(1e-4)
+            return np.asarray(self)[key]
+
+    lengths = np.random.default_rng(0).integers(1, 60, 200).view(Slow)
+    plan = plan_batches(Order(len(lengths)), lengths, seed=0, tokens_per_batch=120)
+    batches = list(plan)
+    with ThreadPoolExecutor(4) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epoch_cut, "READ_AHEAD", 5)
+        assert list(pool.map(plan.__getitem__, range(len(plan)))) == batches
 
 
 def test_what_another_plan_knows_is_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kd.cache_builder.store.readers import epoch_order as epoch_order_module
 from kd.cache_builder.store.readers.epoch_order import EpochOrder, LaneOrder, ListedOrder, epoch_order
 
 LANES = 16
@@ -62,6 +63,31 @@ def test_lanes_are_walked_as_written(counts, lanes) -> None:
     assert order.tolist() == [spans[p % lanes][p // lanes] for p in range(len(row))]
     shards = np.searchsorted(np.cumsum(counts), row, side="right")
     assert (np.diff(shards) != 0).sum() == len(counts) - 1  # a shard lies in one piece in the row
+
+
+@given(lanes=st.sampled_from([1, 4, 6, 16]), step=st.integers(1, 17), seed=st.integers(0, 99), data=st.data())
+def test_a_long_stretch_is_what_its_positions_are(lanes, step, seed, data) -> None:
+    order = order_of(sizes(60, seed), seed, lanes=lanes)
+    start = data.draw(st.integers(0, len(order)))
+    positions = range(start, data.draw(st.integers(start, len(order))), step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epoch_order_module, "LONG", data.draw(st.sampled_from([1, 5, 64])))
+        assert order.stretch(positions).tolist() == order.at(np.array(positions, dtype=np.int64)).tolist()
+
+
+def test_equal_random_numbers_leave_examples_in_their_order(monkeypatch) -> None:
+    order = order_of(np.full(9, 4), lanes=1)
+    assert isinstance(order, LaneOrder)
+
+    class Dice:
+        def __init__(self, *_: object) -> None: ...
+
+        def random(self, count: int) -> np.ndarray:
+            return np.tile([0.5, 0.25], count)[:count]
+
+    monkeypatch.setattr(np.random, "Generator", Dice)
+    examples, _ = order._shuffled_block(0)
+    assert (examples.reshape(-1, 4) % 4).tolist() == [[1, 3, 0, 2]] * 8
 
 
 def test_a_cache_of_one_window_keeps_the_order_of_the_first_release() -> None:

@@ -1,0 +1,1 @@
+"""How many micro-batches an epoch has, without walking along it."""
