@@ -2,10 +2,14 @@
 
     python benchmarks/corpora.py --out corpora                       all cases; the teacher is tiny and never run
     python benchmarks/corpora.py --out corpora --case 64MB --workers 2
+    git worktree add --detach ../before 88e6467 && ln -s .. ../before/.typing/kd
+    python benchmarks/corpora.py --out corpora --case few-lines --kept counts --before ../before
 
 Each case is a process of its own. It plans a build (the text in tokens, its shards, its identity) with the tokens on the disk, as
 `kd cache build` does, then reads every shard of rows as a builder does, and says its peak memory: of this process, and of those
-that tokenise beside it. `--kept counts` is what `kd cache plan` does. Texts are made from WikiText in KD_SHARED's folder.
+that tokenise beside it. `--kept counts` is what `kd cache plan` does. Imports are not measured. Texts are made from WikiText in
+KD_SHARED's folder. `--before` plans the same text by the code of 88e6467, the last version that held texts in memory, and compares
+the CPU time per token and the fingerprints.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import Process
 from pathlib import Path
+from typing import Any
 
 CASES = {
     "16MB": (16 << 20, 4_000),
@@ -28,6 +34,7 @@ CASES = {
     "256MB": (256 << 20, 4_000),
     "one-document": (50 << 20, 50 << 20),
     "lines": (64 << 20, 64),
+    "few-lines": (8 << 20, 64),
 }
 """Case -> (characters in all, characters of a document)."""
 
@@ -53,7 +60,14 @@ def write_text(file: Path, size: int, each: int) -> None:
         lines.writelines(json.dumps({"text": text}) + "\n" for text in text_of(size, each))
 
 
-def measured(folder: Path, file: Path, args: argparse.Namespace) -> dict[str, float]:
+def short_text(file: Path) -> Path:
+    """A text of one document beside a text: who plans it first has imported everything."""
+    short = file.with_name("short.jsonl")
+    short.write_text('{"text": "a short text"}\n', encoding="utf-8")
+    return short
+
+
+def measured(folder: Path, file: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Plan one build and read the rows of its shards; called in a process of its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from kd.cache_builder.build.plan import plan_build
@@ -70,11 +84,13 @@ def measured(folder: Path, file: Path, args: argparse.Namespace) -> dict[str, fl
     request = BuildRequest(
         out,
         ModelRequest(str(args.teacher), device="cpu"),
-        stream_text(str(file)),
+        stream_text(str(short_text(file))),
         BlockConfig(256),
         TargetConfig.of_profile("kl", top_k=8),
         tokenize_workers=args.workers,
     )
+    plan_build(request, COUNTS)  # which imports everything
+    request = replace(request, corpus=stream_text(str(file)))
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     spent = time.process_time()
     plan = plan_build(request, COUNTS if args.kept == "counts" else Keep(token_folder(out)))
@@ -87,6 +103,7 @@ def measured(folder: Path, file: Path, args: argparse.Namespace) -> dict[str, fl
     shutil.rmtree(out, ignore_errors=True)
     tokens = plan.tokens
     return {
+        "fingerprint": plan.manifest.fingerprint,
         "examples": plan.text.examples,
         "tokens": tokens,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -98,6 +115,39 @@ def measured(folder: Path, file: Path, args: argparse.Namespace) -> dict[str, fl
     }
 
 
+BEFORE = """
+import json, sys, time
+from pathlib import Path
+from kd.cache_builder.build.plan import plan_build
+from kd.cache_builder.build.request import BuildRequest
+from kd.cache_builder.store.targets import TargetConfig
+from kd.data.sources import load_corpus
+from kd.data.tokenizing.block_config import BlockConfig
+from kd.models.loading import ModelRequest
+
+def planned(file):
+    model, blocks, targets = ModelRequest(sys.argv[2], device="cpu"), BlockConfig(256), TargetConfig.of_profile("kl", top_k=8)
+    return plan_build(BuildRequest(Path("none"), model, load_corpus(file), blocks, targets))
+
+planned(sys.argv[3])
+spent = time.process_time()
+plan = planned(sys.argv[1])
+spent = time.process_time() - spent
+tokens = sum(len(row.input_ids) for row in plan.rows)
+print(json.dumps({"us_per_token_cpu": 1e6 * spent / tokens, "fingerprint": plan.manifest.fingerprint}))
+"""
+"""Plans a text by the code of 88e6467, after a short one: `python -c BEFORE FILE TEACHER SHORT`."""
+
+
+def planned_before(checkout: Path, file: Path, teacher: str) -> dict[str, Any]:
+    """CPU time per token of that version, and the fingerprint of the cache that it would build."""
+    environment = os.environ | {"PYTHONPATH": str(checkout / ".typing")}
+    command = [sys.executable, "-c", BEFORE, str(file), teacher, str(short_text(file))]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+    figures: dict[str, Any] = json.loads(printed)
+    return figures
+
+
 def main() -> None:
     """Make each text, measure it in a process of its own, and print a line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -106,6 +156,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--kept", choices=("files", "counts"), default="files")
     parser.add_argument("--teacher", default="demo", help="folder of a teacher, whose tokenizer is used")
+    parser.add_argument("--before", type=Path, help="a checkout of 88e6467, whose time is measured beside")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
@@ -121,7 +172,13 @@ def main() -> None:
         command = [sys.executable, __file__, "--out", str(args.out), "--one", str(file), "--workers", str(args.workers)]
         command += ["--kept", args.kept, "--teacher", str(args.teacher)]
         figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        fingerprint = figures.pop("fingerprint")
         print(case, {name: round(value, 3) for name, value in figures.items()}, flush=True)
+        if args.before is not None:
+            old = planned_before(args.before, file, args.teacher)
+            share = figures["us_per_token_cpu"] / old["us_per_token_cpu"]
+            same = "the same fingerprint" if old["fingerprint"] == fingerprint else "ANOTHER FINGERPRINT"
+            print(f"  before {old['us_per_token_cpu']:.3f} us_per_token_cpu, now {share:.1%} of it, {same}", flush=True)
         file.unlink()
 
 

@@ -324,7 +324,8 @@ def encode_many(
     starts = np.cumsum([0, *map(len, data)])
     as_long = np.array_equal(ends[stops], starts) and all(numbers)
     if as_long and b"".join(map(pieces.__getitem__, chain.from_iterable(numbers))) == b"".join(data):  # as a rule
-        return [(ids[a:b], ends[a + 1 : b + 1] - ends[a]) for a, b in bounds]
+        within = ends[1:] - np.repeat(starts[:-1], np.diff(stops))  # ends in the text of each
+        return [(ids[a:b], within[a:b]) for a, b in bounds]
     encoded = []
     for text, bytes_of_text, of_text, (a, b) in zip(texts, data, numbers, bounds, strict=True):
         joined = b"".join(map(pieces.__getitem__, of_text))

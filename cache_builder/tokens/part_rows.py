@@ -44,19 +44,32 @@ SCHEMA = pa.schema(
 
 BATCH_TOKENS = 1 << 20
 """Tokens after which columns end: a document of any length is never held as rows."""
+HELD_ROWS = 2048
+"""Rows that are objects of Python at a time. Of more, Python's search for cycles takes a tenth of the pass."""
 
 
 def batches_of_rows(rows: Iterable[TokenRows]) -> Iterator[pa.RecordBatch]:
     """The rows as columns, about BATCH_TOKENS tokens at a time."""
-    held, size = list[TokenRows](), 0
+    columns, held, size = list[pa.RecordBatch](), list[TokenRows](), 0
     for row in rows:
         held.append(row)
         size += len(row.target_ids) + row.read_only
         if size >= BATCH_TOKENS:
-            yield columns_of_rows(held)
-            held, size = [], 0
-    if held:
-        yield columns_of_rows(held)
+            yield joined_columns([*columns, columns_of_rows(held)])
+            columns, held, size = [], [], 0
+        elif len(held) == HELD_ROWS:
+            columns.append(columns_of_rows(held))
+            held = []
+    if held or columns:
+        yield joined_columns([*columns, columns_of_rows(held)] if held else columns)
+
+
+def joined_columns(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """Rows that come one after another, as columns."""
+    if len(batches) == 1:
+        return batches[0]
+    columns = [pa.concat_arrays([batch.column(name) for batch in batches]) for name in SCHEMA.names]
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def columns_of_rows(rows: Sequence[TokenRows]) -> pa.RecordBatch:

@@ -94,8 +94,8 @@ def part_key(maker: str, examples: Sequence[Example]) -> str:
     digest = hashlib.blake2b(f"{FORMAT} {maker}".encode(), digest_size=32)
     for e in examples:
         talk = "" if e.conversation is None else e.conversation.to_json()
-        fields = (e.id, e.task, e.split, e.prompt, e.target, talk)
-        head = f"{[len(f) for f in fields]}{e.complete}{e.id}{e.task}{e.split}{e.prompt}{talk}"
+        sizes = f"[{len(e.id)}, {len(e.task)}, {len(e.split)}, {len(e.prompt)}, {len(e.target)}, {len(talk)}]"
+        head = f"{sizes}{e.complete}{e.id}{e.task}{e.split}{e.prompt}{talk}"
         digest.update(head.encode("utf-8", "surrogatepass"))
         digest.update(e.target.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

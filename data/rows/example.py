@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from kd.data.conversations.conversation import Conversation
 
 IN_TEMPLATE = " in template "
 """What stands in the id of an example between its row and the number of its template, where a row is asked in several."""
+
+_SIZE = struct.Struct("<Q").pack
 
 
 def row_and_template(identity: str) -> tuple[str, int | None]:
@@ -71,7 +74,8 @@ class TextDigest:
         parts = list[bytes]()
         for field in _digested(example):
             data = field.encode("utf-8", "surrogatepass")
-            parts += len(data).to_bytes(8, "little"), data
+            parts.append(_SIZE(len(data)))
+            parts.append(data)
         self._digest.update(b"".join(parts))
 
     def hexdigest(self) -> str:

@@ -19,7 +19,7 @@ from kd.data.instruction_tasks.glue import CLASSES, PAIR
 from kd.data.left_out import LeftOut
 from kd.data.rows.example import Example
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.data.tokenizing.document_blocks import document_blocks
+from kd.data.tokenizing.document_blocks import document_blocks, whole_document
 from kd.data.tokenizing.pair_rows import fit_pair, texts_of_pair, tokenize_pair
 from kd.data.tokenizing.text_tokens import TextTokens
 from kd.data.tokenizing.token_notes import TokenNotes
@@ -78,6 +78,10 @@ def document_rows(
     for group in groups_of_text(examples):
         text.encode_ahead(example.target for example in group)
         for example in group:
+            whole = whole_document(example, text, config)
+            if whole is not None:
+                yield whole
+                continue
             blocks = 0
             for row in document_blocks(example, text, config, notes):
                 blocks += 1

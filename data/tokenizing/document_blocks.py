@@ -67,15 +67,43 @@ def document_blocks(
                 try_="a larger --seq-len",
             )
         base = int(ends[start - 1])
-        block = Example(
-            id=f"{example.id}#{number}",
-            prompt=data[int(ends[context - 1]) if context else 0 : base].decode("utf-8", "ignore"),
-            target=data[base : int(ends[stop - 1])].decode("utf-8"),
-            task=example.task,
-            split=example.split,
-        )
+        prompt = data[int(ends[context - 1]) if context else 0 : base].decode("utf-8", "ignore")
+        block = _block(example, number, prompt, data[base : int(ends[stop - 1])].decode("utf-8"))
         yield TokenRows(block, ids[context:start], ids[start:stop], ends[start:stop] - base)
         start, number = stop, number + 1
+
+
+def whole_document(example: Example, text: TextTokens, config: BlockConfig) -> TokenRows | None:
+    """The one block of a document that was tokenised ahead and is not longer: what `document_blocks` gives, in a fifth of its time.
+
+    None for every other document, and for one of which something is to be noted.
+    """
+    known = text.ahead(example.target)
+    if known is None:
+        return None
+    (ids, ends), target = known, example.target
+    bos, eos = (text.bos if config.bos else None), (text.eos if config.eos else None)
+    length = len(ids) + (bos is not None) + (eos is not None)
+    if not 1 < length <= config.seq_len or ids[0] == bos or (eos is not None and text.ends_with_eos(target)):
+        return None
+    data = b"" if target.isascii() else target.encode("utf-8")
+    size = len(data) or len(target)
+    if ends[-1] != size:
+        return None
+    if eos is not None:
+        ids, ends = np.append(ids, np.int32(eos)), np.append(ends, size)
+    if bos is not None:
+        return TokenRows(_block(example, 0, "", target), text.bos_alone, ids, ends)
+    base = int(ends[0])
+    if data and base < size and data[base] & 0xC0 == 0x80:  # the first character has more tokens
+        return None
+    data = data or target.encode("utf-8")
+    block = _block(example, 0, data[:base].decode("utf-8"), data[base:].decode("utf-8"))
+    return TokenRows(block, ids[:1], ids[1:], ends[1:] - base)
+
+
+def _block(example: Example, number: int, prompt: str, target: str) -> Example:
+    return Example(id=f"{example.id}#{number}", target=target, prompt=prompt, task=example.task, split=example.split)
 
 
 def _stretches(example: Example, text: TextTokens, config: BlockConfig, notes: TokenNotes | None) -> list[Stretch]:

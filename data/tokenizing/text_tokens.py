@@ -116,6 +116,8 @@ class TextTokens:
         self.tokenizer, self.pieces, self.policy = tokenizer, token_bytes(tokenizer), control_tokens
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
+        self.bos_alone = np.array([] if self.bos is None else [self.bos], dtype=np.int32)
+        """The token that opens texts, as ids."""
         self._ids = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._pattern = control_token_pattern(tokenizer)
         self._lengths = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
@@ -156,6 +158,10 @@ class TextTokens:
         encoded = encode_many(self.tokenizer, self.pieces, self._lengths, short)
         self._ahead = {(text, True): one for text, one in zip(short, encoded, strict=True)}
 
+    def ahead(self, text: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Ids and ends of a text that `encode_ahead` has tokenised; None where it has not."""
+        return self._ahead.get((text, True))
+
     def encode(self, text: str, *, control: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """`encode_with_ends`, also where the tokenizer's own vocabulary spells a control token (T5's `</s>`)."""
         known = self._ahead.get((text, control))
@@ -172,7 +178,7 @@ class TextTokens:
 
     def document(self, text: str, counts: Counter[str]) -> list[Stretch]:
         """The tokens of a document; `counts` receives its `control_tokens_kept` or `control_tokens_as_text`."""
-        known = self._ahead.get((text, True))
+        known = self.ahead(text)
         if known is not None:
             return [stretch_of(*known)]
         count, control = len(self.spelled(text)), True

@@ -162,6 +162,22 @@ def test_a_token_that_the_model_lacks_is_named(tokenizer, tmp_path: Path):
     assert caught.value.details["where"] == "example t.jsonl:0#0"
 
 
+def test_rows_that_become_columns_a_few_at_a_time_make_the_same_files(
+    text: Text, tokenizer, tmp_path: Path, monkeypatch
+):
+    maker = maker_of(text, tokenizer)
+    monkeypatch.setattr(token_pass, "PART_CHARACTERS", 2000)
+    for name, rows, tokens in (("few", 1, 90), ("some", 3, 90), ("all", 10**6, 90)):
+        monkeypatch.setattr(part_rows, "HELD_ROWS", rows)
+        monkeypatch.setattr(part_rows, "BATCH_TOKENS", tokens)
+        passed(text, maker, Keep(tmp_path / name))
+    files = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert len(files) > 1
+    for file in files:
+        one, other, whole = ((tmp_path / name / file).read_bytes() for name in ("few", "some", "all"))
+        assert one == other == whole
+
+
 def test_a_long_part_is_written_and_read_in_batches(text: Text, tokenizer, tmp_path: Path, monkeypatch):
     maker = maker_of(text, tokenizer)
     whole = passed(text, maker, IN_MEMORY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -13,10 +14,11 @@ from token_corpora import EMOJI, TEXT, check_spans, documents, rows_of
 from kd.common.errors import DataError
 from kd.data.rows.example import Example
 from kd.data.tokenizing.block_config import BlockConfig
-from kd.data.tokenizing.document_blocks import document_blocks
+from kd.data.tokenizing.document_blocks import document_blocks, whole_document
 from kd.data.tokenizing.text_tokens import TextTokens
+from kd.data.tokenizing.token_notes import TokenNotes
 from kd.models import tokenizer as module
-from kd.models.tokenizer import encode_with_ends, token_bytes
+from kd.models.tokenizer import encode_with_ends, load_tokenizer, token_bytes
 
 texts = st.text(alphabet=st.sampled_from("ab the.\n é€😀日\u200d"), min_size=2, max_size=80).filter(lambda t: t.strip())
 
@@ -173,3 +175,43 @@ def test_a_document_read_in_windows_has_the_blocks_of_one_read_at_once(tokenizer
         patch.setattr(module, "OVERLAP", 110)
         patch.setattr(module, "LONG", 8)
         same_rows(list(document_blocks(Example("d", text), read, config)), whole)
+
+
+SHORT = st.text(alphabet=st.sampled_from("ab the.\n é€😀日\u200d"), min_size=1, max_size=20).filter(lambda t: t.strip())
+
+
+@settings(max_examples=200)
+@given(
+    parts=st.lists(st.one_of(SHORT, st.just("<|endoftext|>"), st.just("</s>")), min_size=1, max_size=3),
+    seq_len=st.integers(5, 40),
+    stride=st.one_of(st.none(), st.integers(1, 39)),
+    bos=st.booleans(),
+    eos=st.booleans(),
+)
+@pytest.mark.parametrize("name", ["tokenizer", "unigram"])
+def test_a_whole_document_is_its_one_block(tokenizer, t5_dir, name, parts, seq_len, stride, bos, eos):
+    used = tokenizer if name == "tokenizer" else _unigram(str(t5_dir))
+    example = Example("d", "".join(parts), task="a task", split="a split")
+    config = BlockConfig(seq_len=seq_len, stride=stride and min(stride, seq_len - 1), bos=bos, eos=eos)
+    words, notes = TextTokens(used), TokenNotes()
+    words.encode_ahead([example.target])
+    whole = whole_document(example, words, config)
+    try:
+        blocks = list(document_blocks(example, TextTokens(used), config, notes))
+    except DataError:  # a character does not fit
+        assert whole is None
+        return
+    if whole is not None:
+        assert not notes.counts
+        same_rows([whole], blocks)
+    elif example.target.isascii() and len(blocks) == 1 and name == "tokenizer":
+        assert notes.counts  # nothing else is left to the slow way here
+
+
+@cache
+def _unigram(folder: str):
+    return load_tokenizer(folder)
+
+
+def test_a_text_that_was_not_tokenised_ahead_is_no_whole_document(tokenizer):
+    assert whole_document(Example("d", "a"), TextTokens(tokenizer), BlockConfig(seq_len=9)) is None
