@@ -6,6 +6,7 @@ sequences of which length.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +35,7 @@ from kd.student_trainer.batches.compatibility import (
     resolve_objective,
 )
 from kd.student_trainer.batches.example_sizes import ExampleSizes
-from kd.student_trainer.batches.read_ahead import TOUCHED_EXAMPLES, touch_shards
+from kd.student_trainer.batches.read_ahead import touch_shards, touched_examples
 from kd.student_trainer.batches.student_chat import StudentChat
 from kd.student_trainer.batches.trained_reading import TrainedReading, trained_reading
 from kd.student_trainer.configuration.model_settings import StudentSettings
@@ -138,7 +139,8 @@ def prepare(config: TrainConfig, *, touch: bool = False, student: tuple[Any, Tok
     refuse_unknown_parts(manifest, objective)
     reader.keep(needed_arrays(objective, manifest))
     if touch:
-        touch_shards(reader, reader.epoch_order(config.seed, 0)[:TOUCHED_EXAMPLES].tolist())
+        rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        touch_shards(reader, touched_examples(reader.epoch_order(config.seed, 0), rank, processes))
     request = student_request(config.model, config.seed)
     model_config, tokenizer = student or (load_config(request), load_request_tokenizer(request))
     lengths: ExampleLengths | ListedLengths

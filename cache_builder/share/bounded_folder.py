@@ -12,10 +12,11 @@ The files are counted again after an eighth of the bound was fetched, and whenev
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ from kd.common.files import write_error
 
 COUNTS_PER_BOUND = 8
 """The folder is counted again after the bound, divided by this, was fetched."""
+EXPECTED_SECONDS = 6 * 3600.0
+"""A file that was fetched ahead counts as used so much later than it was, until it is read. So the time of a file says to all
+processes whether it may go, and what a killed one had fetched goes some hours later."""
 POLL = 0.01
 """Seconds between two attempts to take a lock that another holds, or to find room that others have reserved."""
 LEDGER = "bound.json"
@@ -64,8 +68,23 @@ class BoundedFolder:
                 self._in_use(path.name.removeprefix("mirror-"))
             self._count(ledger)
 
-    def reserve(self, size: int, last: Collection[str] = ()) -> None:
-        """Make room for a file of `size` bytes: remove the files that were used longest ago, those in `last` after the others.
+    def mirrors(self) -> int:
+        """Number of mirrors that fill the folder, with those that ended a moment ago."""
+        return max(1, sum(1 for _ in self.locks.glob("mirror-*")))
+
+    def expected(self, path: Path) -> None:
+        """Say that a file is going to be read soon: it is removed after all that were used. All mirrors of the folder see that."""
+        later = time.time() + EXPECTED_SECONDS
+        with suppress(OSError):  # it is not here, or has just been removed
+            os.utime(path, (later, later))
+
+    def used(self, path: Path) -> None:
+        """Say that a file was used now."""
+        with suppress(OSError):
+            os.utime(path)
+
+    def reserve(self, size: int) -> None:
+        """Make room for a file of `size` bytes: remove the files that were used longest ago, expected ones after the others.
 
         Waits for what others are fetching, where that fills the bound. Every call is followed by one of `release`. Raises
         CacheError for a file that is larger than the bound.
@@ -77,13 +96,13 @@ class BoundedFolder:
                 expected=f"several times {size}",
                 try_="a larger --cache-bytes, or kd cache pull",
             )
-        while size and not self._reserved(size, last):
+        while size and not self._reserved(size):
             time.sleep(POLL)
 
-    def _reserved(self, size: int, last: Collection[str]) -> bool:
+    def _reserved(self, size: int) -> bool:
         with self._ledger() as ledger:
             if ledger.total + size > self.limit or ledger.fetched > self.limit / COUNTS_PER_BOUND:
-                self._evict(ledger, size, last)
+                self._evict(ledger, size)
             if ledger.total + size > self.limit:
                 return False
             ledger.reserved[self._name] = ledger.reserved.get(self._name, 0) + size
@@ -123,10 +142,10 @@ class BoundedFolder:
         ledger.reserved = {name: size for name, size in ledger.reserved.items() if self._in_use(name)}
         return files
 
-    def _evict(self, ledger: _Ledger, size: int, last: Collection[str]) -> None:
+    def _evict(self, ledger: _Ledger, size: int) -> None:
         """Count the files, and remove some while they, the reserved bytes and `size` are over the bound."""
         files = self._count(ledger)
-        for _, stored, path in sorted(files, key=lambda f: (f[2].relative_to(self.root).as_posix() in last, *f)):
+        for _, stored, path in sorted(files):
             if ledger.total + size <= self.limit:
                 break
             with suppress(OSError):

@@ -98,6 +98,8 @@ class Mirror:
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._space = BoundedFolder(self.root, limit, self.root / STAGING)
+        self._early_limit = limit / 2
+        """Bytes of announced files that may be here before they are read."""
         self._early: dict[str, tuple[int, int]] = {}
         """Announced files that are here and were not read yet -> shard and size in bytes."""
         self._queue: deque[tuple[int, str | None]] = deque()
@@ -163,7 +165,7 @@ class Mirror:
         try:
             data = read_plain(path, int(entry["bytes"]), inside=self.root)
             if len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"]:
-                os.utime(path)
+                self._space.used(path)
                 return data
         except FileNotFoundError:  # never fetched, or another process has just evicted it
             return None
@@ -176,11 +178,19 @@ class Mirror:
         return None
 
     def expect(self, shards: Sequence[int], arrays: Iterable[str] | None = None) -> None:
-        """As `CacheFiles.expect`: fetched on threads, up to half the bound. A new call replaces the one before."""
+        """As `CacheFiles.expect`: fetched on threads, up to half the bound. A new call replaces the one before.
+
+        Processes that read through one mirror share that half: what one fetches early must not push out what another did.
+        """
+        early_limit = self.limit / 2 / self._space.mirrors()
         with self._wake:
+            self._early_limit = early_limit
             self._arrays = {*self.part.arrays, "examples"} if arrays is None else set(arrays)
             self._queue = deque((i, None) for i in shards if i in self.part.shards)
-            self._early = {name: kept for name, kept in self._early.items() if kept[0] in shards}
+            dropped = [name for name, (index, _) in self._early.items() if index not in shards]
+            for name in dropped:
+                del self._early[name]
+                self._space.used(self.root / name)
             if not self._threads:
                 self._threads = [
                     threading.Thread(target=self._work, name="kd-mirror", daemon=True) for _ in range(AHEAD)
@@ -214,14 +224,14 @@ class Mirror:
         name = commits.shard_files(self.manifest.arrays, index)[array]
         entry = self.read_commit(self.manifest, index).files[name]
         with self._lock:
-            if sum(size for _, size in self._early.values()) + entry["bytes"] > self.limit / 2:
-                self._queue.clear()  # half the bound is used; the reader will announce more
+            if sum(size for _, size in self._early.values()) + entry["bytes"] > self._early_limit:
+                self._queue.clear()  # that much is used; the reader will announce more
                 return
             self._early[name] = (index, int(entry["bytes"]))
-        with suppress(OSError):  # a file that is here already and read soon must not be evicted first
-            os.utime(self.root / name)
         try:
+            self._space.expected(self.root / name)  # where it is here already
             self._there(name, entry)
+            self._space.expected(self.root / name)
         except BaseException:
             with self._lock:
                 self._early.pop(name, None)
@@ -236,9 +246,7 @@ class Mirror:
             if path.exists():
                 return
             size, arrived = 0 if metadata else int(entry["bytes"]), False
-            with self._lock:
-                early = set(self._early)
-            self._space.reserve(size, last=early)
+            self._space.reserve(size)
             try:
                 fetch(self.remote, name, self.root / STAGING / name, entry)
                 publish(self.root / STAGING / name, path)

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from math import gcd
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from kd.cache_builder.store.readers.epoch_order import EpochOrder
 from kd.cache_builder.store.readers.reading import CachedExample, Reader
 
 PREFETCHED_BATCHES = 4
@@ -20,6 +22,15 @@ TOUCHED_EXAMPLES = 256
 """Number of first examples whose shards are loaded early: enough to touch nearly every shard of a window of 16."""
 TOUCHING_THREADS = 4
 """Threads that load those shards."""
+
+
+def touched_examples(order: EpochOrder, rank: int = 0, processes: int = 1) -> list[int]:
+    """TOUCHED_EXAMPLES of the first examples that a process of a job is going to read.
+
+    Where the number of processes and that of lanes have a divisor in common, other lanes are those of other processes.
+    """
+    step = gcd(order.lanes, processes)
+    return order[rank % step : TOUCHED_EXAMPLES * step : step].tolist()  # type: ignore[no-any-return]
 
 
 def touch_shards(reader: Reader, examples: Sequence[int]) -> list[threading.Thread]:

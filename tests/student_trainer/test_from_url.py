@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from servers import FileServer
 
 from kd.cache_builder.share.mirror import mirrors
 from kd.cache_builder.share.pull import pull
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records import commits
+from kd.cache_builder.store.records.manifest import Layout
 from kd.common.errors import CacheError, CacheMismatchError
 from kd.common.settings import make
+from kd.student_trainer.batches import read_ahead
 from kd.student_trainer.batches.compatibility import needed_arrays, resolve_objective
 from kd.student_trainer.configuration.learning_settings import LossSettings
+from kd.student_trainer.training import train
 
 
 @pytest.fixture
@@ -82,3 +90,51 @@ def test_a_part_trains_on_the_examples_it_holds_and_is_not_mistaken_for_the_whol
         "text", cache=str(tmp_path / "some"), loss="ce", prompt_loss=True, epochs=1.0, max_steps=None, batch_size=1
     )
     assert text.result.steps == stop - first  # the student's own tokens, of the texts that are here
+
+
+def stored(root: Path) -> int:
+    """Bytes of shards that lie in a mirror now."""
+    total = 0
+    for path in [*(root / "targets.zarr").glob("*/c.*"), *(root / "examples").glob("*")]:
+        with suppress(OSError):  # evicted while we look
+            total += path.stat().st_size
+    return total
+
+
+def test_two_ranks_of_a_host_share_a_mirror_and_its_bound_and_fetch_each_file_once(
+    build_request, run_build, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KD_HOME", str(tmp_path / "home"))
+    defaults = CacheReader.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "window", 4)  # else the bound would have to hold 16 shards
+    monkeypatch.setattr(read_ahead, "TOUCHED_EXAMPLES", 4)  # the shards have two examples each
+    cache = tmp_path / "cache"
+    run_build(build_request(cache, layout=Layout(32, 32)))
+    reader = CacheReader(cache)
+    sizes = [commits.read_commit(cache, reader.manifest, i).bytes for i in reader.shards]
+    limit = sum(sizes) // 2
+    assert len(sizes) > reader.window  # lanes: each rank reads shards of its own, and both read those at a seam
+    server, high, over = FileServer(cache), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            high[0] = max(high[0], sum(stored(root) for root in mirrors().glob("*") if root.is_dir()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    settings: dict[str, Any] = {
+        "cache": server.url,
+        "student": str(student_dir),
+        "out": str(tmp_path / "two"),
+        "device": "cpu",
+    }
+    try:
+        run_ranks(lambda: train(**settings, cache_bytes=limit, batch_size=4, epochs=1.0, head_chunk=64))
+    finally:
+        over.set()
+        watcher.join()
+        server.close()
+    fetched = Counter(path for path in server.gets("/targets.zarr") if "/c." in path)
+    assert {*fetched.values()} == {1}
+    assert limit / 2 < high[0] <= limit  # which is less than the cache

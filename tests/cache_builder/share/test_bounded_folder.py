@@ -1,4 +1,4 @@
-"""A mirror's shards stay within their bound: the file used longest ago goes first, announced files go last."""
+"""A mirror's shards stay within their bound: the file used longest ago goes first, files that are read soon go last."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from kd.cache_builder.share.bounded_folder import BoundedFolder
 from kd.common.errors import CacheError
 
 
-def arrive(space: BoundedFolder, name: str, size: int, used: int, last: tuple[str, ...] = ()) -> None:
+def arrive(space: BoundedFolder, name: str, size: int, used: int) -> None:
     """Fetch a file of `size` bytes that was used at time `used`."""
-    space.reserve(size, last)
+    space.reserve(size)
     path = space.root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(size))
@@ -44,12 +45,20 @@ def test_the_file_used_longest_ago_makes_room(tmp_path: Path):
     assert held(tmp_path) == {"a", "c", "d"}
 
 
-def test_announced_files_are_removed_after_all_others(tmp_path: Path):
-    space = bounded(tmp_path, 30)
+def test_expected_files_are_removed_after_all_others_by_any_mirror_until_they_are_read(tmp_path: Path):
+    space, other = bounded(tmp_path, 30), bounded(tmp_path, 30)
+    assert space.mirrors() == 2
     for name, used in (("a", 2), ("b", 1), ("c", 3)):
         arrive(space, f"examples/{name}", 10, used)
-    arrive(space, "examples/d", 20, 4, last=("examples/b",))
+    space.expected(tmp_path / "examples/b")
+    space.used(tmp_path / "examples/c")
+    arrive(other, "examples/d", 20, int(time.time()))
     assert held(tmp_path) == {"b", "d"}
+    space.used(tmp_path / "examples/b")
+    other.expected(tmp_path / "examples/d")
+    arrive(space, "examples/e", 10, int(time.time()) + 1)
+    assert held(tmp_path) == {"d", "e"}
+    space.expected(tmp_path / "examples/none")  # which was removed meanwhile
 
 
 def test_metadata_is_neither_counted_nor_removed(tmp_path: Path):

@@ -9,12 +9,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kd.cache_builder.store import shard_store
+from kd.cache_builder.store.readers.epoch_order import epoch_order
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.common.errors import CacheDamageError
-from kd.student_trainer.batches.read_ahead import PREFETCHED_BATCHES, TOUCHING_THREADS, Prefetcher, touch_shards
+from kd.student_trainer.batches.read_ahead import (
+    PREFETCHED_BATCHES,
+    TOUCHED_EXAMPLES,
+    TOUCHING_THREADS,
+    Prefetcher,
+    touch_shards,
+    touched_examples,
+)
 
 
 def test_touched_shards_are_in_memory_when_they_are_read(kl_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,3 +141,16 @@ def test_time_spent_waiting_for_the_source_is_counted() -> None:
     prefetcher = Prefetcher(slow())
     next(prefetcher)
     assert 0.05 < prefetcher.waited < 5.0  # 0.1 s, on a machine that may be busy
+
+
+def test_processes_load_the_first_shards_of_their_own_lanes_alone() -> None:
+    counts = np.full(40, 1000)
+    order = epoch_order(0, 0, np.cumsum(counts) - counts, counts, 16)
+    shards = [len({e // 1000 for e in touched_examples(order, rank, 8)}) for rank in range(8)]
+    assert max(shards) <= 4  # two lanes, each in one shard or at the end of one
+    assert len({e // 1000 for e in touched_examples(order)}) >= 14  # one process reads all lanes
+    whole = order.tolist()
+    for processes in (1, 2, 3, 8, 12):
+        step = {1: 1, 2: 2, 3: 1, 8: 8, 12: 4}[processes]
+        for rank in range(processes):
+            assert touched_examples(order, rank, processes) == whole[rank % step :: step][:TOUCHED_EXAMPLES]
