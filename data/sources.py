@@ -41,7 +41,7 @@ from kd.data.instruction_tasks.task_rows import SAME
 from kd.data.left_out import LeftOut
 from kd.data.named_sources import SOURCES, TASK_SOURCES, own_task
 from kd.data.rows.compressed import COMPRESSIONS
-from kd.data.rows.file_list import FileList, list_files, refuse_address, refuse_split
+from kd.data.rows.file_list import FileList, list_files, no_such_path, refuse_address, refuse_split
 from kd.data.rows.hub import is_saved, load_hub, load_saved, stream_hub
 from kd.data.rows.local_files import FILE_READERS, LocalTexts
 from kd.data.rows.row_examples import DatasetTexts
@@ -208,7 +208,7 @@ def _text_of(
         return _hub(spec, split or "train", reading, streaming)
     names = (*SOURCES, *TASK_SOURCES)
     if "/" in spec or path.suffix:
-        raise DataError("no such file or folder", where=spec, expected=f"a path, {', '.join(names)}, or a hub id")
+        raise no_such_path(spec, f"a path, {', '.join(names)}, or a hub id")
     raise unknown_name("data source", spec, names, try_="a local file or folder, or a hub id like owner/name")
 
 
@@ -288,7 +288,7 @@ def _streams(
         refuse_split(files, split, SAME if split in SAME else (split,))
         return {files.name(file): stream_rows(file, columns) for file in files.files}, {"source": "local"}
     if not _is_hub_id(spec):
-        raise DataError("no such file or folder", where=spec, expected="a path, or a hub id")
+        raise no_such_path(spec, "a path, or a hub id")
     name, _, revision = spec.partition("@")
     name, _, config = name.partition(":")
     streams, commit = stream_hub(name, config or None, revision or None, split)

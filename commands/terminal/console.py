@@ -2,7 +2,7 @@
 
 A result is one JSON document with --json. Otherwise it is aligned lines under a title, with thousands separators, four
 significant digits, yes and no, and "-" for unknown values. On a terminal, progress is a bar; elsewhere it is a plain line
-about every ten per cent, without control characters. rich is imported when a bar is drawn.
+about every ten per cent, or every 20 seconds, without control characters. rich is imported when a bar is drawn.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class TerminalOutput:
 
 
 OUTPUT = TerminalOutput()
+
+UNKNOWN_SECONDS = 20.0
+"""Seconds between two lines of work of which nobody knows how much there is."""
 
 
 def say(text: object = "", *, err: bool = False, error: bool = False) -> None:
@@ -182,18 +185,24 @@ def readable(value: Any) -> str:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A function `(done, total, note)` that draws a bar on a terminal, and elsewhere prints a line every ten per cent."""
+    """A function `(done, total, note)` that draws a bar on a terminal, and elsewhere prints a line every ten per cent.
+
+    Where nobody knows the total (0), the bar moves without a share, and elsewhere a line comes every UNKNOWN_SECONDS.
+    """
     from rich import progress as rich_progress
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal or OUTPUT.quiet:
-        shown = -1
+        shown, said_at = -1, time.monotonic()
 
         def plain(done: int, total: int, note: str) -> None:
-            nonlocal shown
-            if not total:  # nobody knows how much there is
+            nonlocal shown, said_at
+            if not total:
+                if time.monotonic() - said_at >= UNKNOWN_SECONDS:
+                    said_at = time.monotonic()
+                    say(f"{label}  {note}", err=True)
                 return
             tenth = 10 * done // max(total, 1)
             if tenth > shown:
@@ -205,17 +214,18 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[share]}"),
         TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
     OUTPUT.has_printed = True
     with rich_progress.Progress(*columns, console=console) as bar:
-        task, logged = bar.add_task(label, total=None, note=""), -1
+        task, logged = bar.add_task(label, total=None, note="", share=""), -1
 
         def draw(done: int, total: int, note: str) -> None:
             nonlocal logged
-            bar.update(task, completed=done, total=total or None, note=for_terminal(note))
+            share = f"{100 * done / total:>3.0f}%" if total else ""
+            bar.update(task, completed=done, total=total or None, note=for_terminal(note), share=share)
             tenth = 10 * done // total if total else -1
             if tenth > logged:
                 logged = tenth

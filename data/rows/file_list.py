@@ -12,10 +12,12 @@ compressed, is an error, because one of the two is a copy.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -99,6 +101,19 @@ def refuse_address(spec: str) -> None:
         )
 
 
+def no_such_path(spec: str, expected: str) -> DataError:
+    """The error for a path at which nothing is; it names what lies there under nearly the same name."""
+    meant, path = None, as_path(spec)
+    if spec.startswith("s3:"):
+        meant = SCHEME + spec.removeprefix("s3:").lstrip("/")
+    elif not glob.has_magic(spec):
+        with suppress(OSError):
+            beside = [entry.name for entry in os.scandir(path.parent) if not entry.name.startswith(".")]
+            close = difflib.get_close_matches(path.name, sorted(beside), n=1, cutoff=0.8)
+            meant = str(path.parent / close[0]) if close else None
+    return DataError("no such file or folder", where=spec, did_you_mean=meant, expected=expected)
+
+
 def refuse_split(files: FileList, split: str, names: Collection[str]) -> None:
     """Raise DataError for a split that the files' names do not tell: all of it would be read, and dev would be train.
 
@@ -148,7 +163,7 @@ def _matched(part: str) -> list[Path]:
     else:
         paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not paths:
-        raise DataError("no such file or folder", where=part, expected="a path, or a glob that matches one")
+        raise no_such_path(part, "a path, or a glob that matches one")
     return paths
 
 

@@ -7,32 +7,40 @@ bytes for each example and side, and next to nothing of it is in memory.
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kd.cache_builder.store.records.manifest_checks import PAGE_EXAMPLES
 from kd.common.disk.disk_errors import clear_write_errors
 
+GROUP = 2**12
+"""Examples that are read at once: about as many as a shard has."""
+
 
 class SizesOnDisk:
-    """`[E, sides]` tokens of examples, in a file that is mapped into memory."""
+    """`[E, sides]` tokens of examples, in a file of which GROUP consecutive ones are read at a time."""
 
-    def __init__(self, mapped: mmap.mmap, sizes: np.ndarray) -> None:
-        self._mapped, self._sizes = mapped, sizes
+    def __init__(self, file: int, count: int, sides: int, dtype: np.dtype[Any]) -> None:
+        self._file, self._sides, self._dtype, self._groups = file, sides, dtype, -(-count // GROUP)
 
     def __getitem__(self, examples: np.ndarray) -> np.ndarray:
         """`[n, sides]` tokens of the examples `[n]`."""
-        sizes: np.ndarray = self._sizes[examples]
-        if hasattr(mmap, "MADV_DONTNEED"):  # the pages stay in the system's cache, and leave this process
-            self._mapped.madvise(mmap.MADV_DONTNEED)
-        return sizes
+        groups = examples // GROUP
+        wanted = np.zeros(self._groups, dtype=bool)
+        wanted[groups] = True
+        numbers = np.flatnonzero(wanted).tolist()
+        sizes = np.zeros((len(numbers), GROUP, self._sides), dtype=self._dtype)
+        for group, number in zip(sizes, numbers, strict=True):
+            os.preadv(self._file, [group], number * group.nbytes)
+        of_examples: np.ndarray = sizes[(np.cumsum(wanted) - 1)[groups], examples % GROUP]
+        return of_examples
 
 
 @contextmanager
@@ -60,5 +68,4 @@ def sizes_on_disk(
         with clear_write_errors(Path(tempfile.gettempdir()), advice), ThreadPoolExecutor(threads, "kd-sizes") as pool:
             for _ in pool.map(write, range(0, count, PAGE_EXAMPLES)):
                 pass
-        mapped = mmap.mmap(file.fileno(), count * width, access=mmap.ACCESS_READ)
-        yield SizesOnDisk(mapped, np.ndarray((count, len(longest)), dtype=dtype, buffer=mapped))
+        yield SizesOnDisk(file.fileno(), count, len(longest), dtype)

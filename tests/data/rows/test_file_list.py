@@ -9,7 +9,7 @@ import pytest
 
 from kd.common.errors import DataError
 from kd.data.left_out import LeftOut
-from kd.data.rows.file_list import FileList, list_files
+from kd.data.rows.file_list import FileList, list_files, no_such_path
 
 TYPES = (".txt", ".jsonl", ".json")
 
@@ -75,6 +75,21 @@ def test_several_files_are_read_in_the_order_given(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder") as caught:
         found(f"{tmp_path}/a/x.txt,{tmp_path}/a/y.txt")
     assert caught.value.details["where"] == f"{tmp_path}/a/y.txt"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("texts.json", "texts.jsonl"), ("text.jsonl", "texts.jsonl"), ("pairs.jsonl", None), ("no/texts.jsonl", None)],
+)
+def test_a_path_at_which_nothing_is_names_its_neighbour(tmp_path: Path, typed: str, meant: str | None) -> None:
+    put(tmp_path, "texts.jsonl", "other.csv")
+    error = no_such_path(str(tmp_path / typed), "a path")
+    assert error.details.get("did you mean") == (None if meant is None else str(tmp_path / meant))
+    assert error.details["where"] == str(tmp_path / typed)
+
+
+def test_an_address_in_a_store_with_one_slash_is_named_with_two() -> None:
+    assert no_such_path("s3:/bucket/x.jsonl", "a path").details["did you mean"] == "s3://bucket/x.jsonl"
 
 
 def test_a_name_with_the_characters_of_a_glob_is_a_name(tmp_path: Path) -> None:
