@@ -26,13 +26,14 @@ from kd.cache_builder.build.request import BuildRequest, GenerationConfig
 from kd.cache_builder.build.together.engines import build_together
 from kd.cache_builder.build.together.ray_cluster import for_cluster
 from kd.cache_builder.served.serving import Serving
-from kd.cache_builder.store.records.commits import existing_cache
+from kd.cache_builder.store.records.commits import committed, existing_cache
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.cache_builder.store.targets import TargetConfig
 from kd.cache_builder.tokens.text_sample import TextSample, draw_sample
 from kd.cache_builder.tokens.token_folder import no_tokens_of_refused, token_folder
 from kd.cache_builder.tokens.token_pass import COUNTS, IN_MEMORY, Keep
 from kd.cache_builder.upkeep.cache_registry import caches_with, remember
+from kd.common.disk.disk_errors import free_bytes
 from kd.common.errors import DataError
 from kd.common.paths import StoreAddress
 from kd.common.progress import AnyStep
@@ -309,6 +310,7 @@ def build_request(
         plan = planned(here, Keep(token_folder(here.out)), watch)
         if running.reuse and here.extend is None and existing_cache(here.out) is None:
             plan = with_shards_of_an_equal_cache(plan, say)
+        say_where_room_is_short(plan, say)
         last = watch("building", builders(plan, running, say))
     if last.complete and request.url is None:
         remember(request.out, request.options)
@@ -356,6 +358,20 @@ def with_shards_of_an_equal_cache(plan: BuildPlan, say: Callable[[str], object])
             say(f"the same cache was built at {path}: its shards are copied")
             return extended(plan, path)
     return plan
+
+
+def say_where_room_is_short(plan: BuildPlan, say: Callable[[str], object]) -> None:
+    """Say beforehand that the disk may not hold what is left of a cache. Its compressed size is known only afterwards."""
+    request, shards = plan.request, plan.manifest.shards
+    if request.url is not None:
+        return
+    left = plan.manifest.rows * (1 - len(committed(request.out, len(shards))) / len(shards))
+    most, free = left * plan.raw_bytes_per_token, free_bytes(request.out)
+    if free < most:
+        say(
+            f"the disk has {free / 1e9:.1f} GB free, and what is left of this cache takes up to {most / 1e9:.1f} GB before "
+            "compression; a build that finds the disk full stops, and continues when there is room"
+        )
 
 
 def builders(plan: BuildPlan, running: RunningSettings, say: Callable[[str], object]) -> Iterator[BuildProgress]:

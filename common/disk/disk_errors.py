@@ -81,6 +81,11 @@ def _number(error: BaseException) -> int | None:
     return None
 
 
-def _is_full(path: Path) -> bool:
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that a path is on, or would be on."""
     existing = next((path for path in (path, *path.parents) if path.exists()), Path("/"))
-    return shutil.disk_usage(existing).free < 2**20
+    return shutil.disk_usage(existing).free
+
+
+def _is_full(path: Path) -> bool:
+    return free_bytes(path) < 2**20

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from kd.cache_builder.build import from_settings
 from kd.cache_builder.build.build_settings import BuildSettings
 from kd.cache_builder.build.from_settings import build_of, plan_of, request_of
+from kd.cache_builder.build.plan import plan_build
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records.manifest import Layout, load_manifest
 from kd.common.errors import CacheMismatchError, DataError
@@ -106,3 +108,17 @@ def test_unknown_settings_are_refused_with_the_nearest_name():
     with pytest.raises(DataError, match="unknown setting") as error:
         make(BuildSettings, {"teacher": "demo", "spec": "demo", "out": "x", "topk": 4})
     assert "top" in str(error.value)
+
+
+def test_a_build_says_beforehand_that_its_disk_may_be_too_small(tmp_path, build_request, monkeypatch) -> None:
+    plan, said = plan_build(build_request(tmp_path / "c")), list[str]()
+    most = plan.manifest.rows * plan.raw_bytes_per_token
+    for free in (most, most - 1):
+        monkeypatch.setattr(from_settings, "free_bytes", lambda path, free=free: free)
+        from_settings.say_where_room_is_short(plan, said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"the disk has {(most - 1) / 1e9:.1f} GB free")
+    from_settings.say_where_room_is_short(
+        dataclasses.replace(plan, request=dataclasses.replace(plan.request, url="s3://b/c")), said.append
+    )
+    assert len(said) == 1
