@@ -76,6 +76,6 @@ def test_a_long_count_is_said_and_none_is_made_where_the_steps_are_given(monkeyp
     plan = plan_over(lengths)
     for _ in range(2):  # the second time it is known
         count_steps(plan, said.append)
-    assert said == ["counting the steps of 1,000 examples, some 0.1 s a million; --max-steps begins at once"]
+    assert said == ["counting the steps of 1,000 examples, some 0.15 s a million; --max-steps begins at once"]
     plan = plan_batches(plan._reader, lengths, seed=0, count=10, tokens_per_batch=90)
     assert plan.to_count == plan_batches(plan._reader, lengths, seed=0, batch_size=3).to_count == 0
