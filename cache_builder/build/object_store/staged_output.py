@@ -12,6 +12,7 @@ from pathlib import Path
 from kd.cache_builder.build.object_store.s3_objects import S3Objects
 from kd.cache_builder.build.request import BuildRequest
 from kd.common.disk.home import kd_home
+from kd.common.errors import CacheMismatchError
 from kd.common.files import process_tag, sweep, unfinished, write_error
 
 
@@ -42,6 +43,9 @@ def staged(request: BuildRequest, *, writes: bool = True) -> Iterator[BuildReque
         raise write_error(folder, error) from error
     try:
         yield replace(request, out=folder)
+    except CacheMismatchError as error:  # it is about what lies in the store; a full disk is about this folder
+        error.details = {name: request.url if value == folder else value for name, value in error.details.items()}
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

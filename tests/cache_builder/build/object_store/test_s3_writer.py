@@ -159,8 +159,9 @@ def test_another_text_in_the_same_place_is_refused(
     build_of_request(request_, ALONE)
     (tmp_path / "other.txt").write_text(text_file.read_text()[:2000])
     other = replace(build_request(tmp_path / "unused", text=tmp_path / "other.txt"), url=URL)
-    with pytest.raises(CacheMismatchError, match="made from something else"):
+    with pytest.raises(CacheMismatchError, match="made from something else") as caught:
         build_of_request(other, ALONE)
+    assert caught.value.details["cache"] == URL  # and not the folder that the build goes through
 
 
 def test_a_store_that_ignores_the_condition_is_refused(objects, request_, monkeypatch) -> None:
