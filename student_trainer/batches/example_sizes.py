@@ -48,14 +48,14 @@ class ExampleSizes:
 
         def read(first: int, stop: int) -> np.ndarray:
             sizes = self._sides(self.lengths.between(first, stop))
-            self._check(sizes, np.arange(first, stop))
+            self._check(sizes, range(first, stop))
             return sizes
 
         sides = 2 if self.start else 1
         with sizes_on_disk(read, len(self), self.at_most or (None,) * sides, threads) as sizes:
             yield sizes
 
-    def _check(self, sizes: np.ndarray, examples: np.ndarray) -> None:
+    def _check(self, sizes: np.ndarray, examples: np.ndarray | range) -> None:
         """Raise CacheDamageError where one of the examples is longer than the cache's settings allow."""
         for side, most in enumerate(self.at_most):
             if most is not None and sizes[:, side].max(initial=0) > most:

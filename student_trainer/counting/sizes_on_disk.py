@@ -23,6 +23,9 @@ from kd.common.disk.disk_errors import clear_write_errors
 GROUP = 2**12
 """Examples that are read at once: about as many as a shard has."""
 
+READERS = 4
+"""Threads that read files of lengths, at most: each holds about 30 MB meanwhile."""
+
 
 class SizesOnDisk:
     """`[E, sides]` tokens of examples, in a file of which GROUP consecutive ones are read at a time."""
@@ -65,7 +68,10 @@ def sizes_on_disk(
                 data, start = data[written:], start + written
 
         advice = f"TMPDIR=DIR with {count * width / 1e9:.1f} GB, or --max-steps"
-        with clear_write_errors(Path(tempfile.gettempdir()), advice), ThreadPoolExecutor(threads, "kd-sizes") as pool:
+        with (
+            clear_write_errors(Path(tempfile.gettempdir()), advice),
+            ThreadPoolExecutor(min(threads, READERS), "kd-sizes") as pool,
+        ):
             for _ in pool.map(write, range(0, count, PAGE_EXAMPLES)):
                 pass
         yield SizesOnDisk(file.fileno(), count, len(longest), dtype)
