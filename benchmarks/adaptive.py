@@ -10,11 +10,15 @@ respect to the student's logits from the *decoded* cache is compared with that o
 RMS(difference) / RMS(dense), at temperatures 1 and 2. Beside it, at T = 1, stands the same of the gradient summed over all
 positions: a bias stays there, and what draws scatter averages out. `--rules tails` are heads with draws from their tails
 (`--tail-samples`), which train `kl` at T = 1.
+
+    python benchmarks/adaptive.py --teacher demo --data demo --limit 20 --seq-len 128 --positions 1500 --rules certain
+
+makes the table of certain rows in docs/how-to/choose-k-and-profile.md, without a cache or a student: `usual_student` of
+`kd.cache_builder.teacher.fidelity` stands for one.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sizes import kept_by, plan_of, plan_with, read_rate, score, write
+from sizes import kept_by, parser_of, plan_of, plan_with, read_rate, score, write
 from torch import Tensor
 
 from kd.cache_builder.build.plan import BuildPlan
@@ -32,6 +36,7 @@ from kd.cache_builder.store.readers.reader import CacheReader, quality_means
 from kd.cache_builder.store.records.manifest import load_manifest
 from kd.cache_builder.store.soft_targets import SoftTargets
 from kd.cache_builder.store.targets import RawTargets, TargetConfig
+from kd.cache_builder.teacher.fidelity import Pilot, error_of_first, lengths_kept
 from kd.models.loading import load_model
 from kd.models.model_request import ModelRequest
 from kd.student_trainer.losses.loss_registry import Objective
@@ -41,6 +46,8 @@ WIDEST = 256
 """Tokens per row that are scored, the most that an adaptive row may keep."""
 ROWS = 1_000_000
 """Rows over which the files are spread that a cache has once."""
+CERTAIN = (0.0, 0.1, 0.3, 0.5, 1.0)
+"""Nats below which a row is certain."""
 DRAWN = ("tail_ids", "tail_draws", "sample_ids", "sample_counts")
 FIXED = (8, 16, 32, 64, 128)
 LEAST = (0.01, 0.005, 0.003, 0.002, 0.0015, 0.001)
@@ -103,6 +110,21 @@ def dense_logits(name: str, plan: BuildPlan, positions: int) -> Tensor:
     return torch.cat(parts)[:positions].double()
 
 
+def print_certain(logits: Tensor) -> None:
+    """The table of rows that are called certain: their share, tokens kept per row, and the error for `usual_student`."""
+    p, ids = logits.softmax(dim=1).sort(dim=1, descending=True)
+    pilot = Pilot(p, ids)
+    print(f"{len(p):,} rows, {pilot.entropy:.2f} nats\n\n| rows | bound | certain rows, tokens, error |\n|---|--:|---|")
+    for name, most, rule in (("k = 16", 16, {"min_k": 16}), ("p >= 0.002", WIDEST, {"min_probability": 0.002})):
+        for bound in CERTAIN:
+            config = TargetConfig.of_profile("adaptive", top_k=most, certain_below=bound, **rule)
+            kept = lengths_kept(pilot, config)
+            share = f"{float((pilot.entropies < bound).double().mean()):.0%}" if bound else "none"
+            print(
+                f"| {name} | {bound or 'none'} | {share}, {float(kept.double().mean()):.1f}, {error_of_first(pilot, kept):.3f} |"
+            )
+
+
 def gradient(objective: Objective, student: Tensor, targets: LossTargets) -> Tensor:
     logits = student.clone()
     objective.gradient_(logits, targets)
@@ -163,12 +185,8 @@ def weights(root: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--student", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--limit", type=int, help="documents; all by default")
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser = parser_of(__doc__)
+    parser.add_argument("--student", help="not needed for --rules certain")
     parser.add_argument("--positions", type=int, default=2048)
     parser.add_argument("--rules", default="fixed,adaptive,draws,tails")
     parser.add_argument("--codecs", default="graded,graded-coarse", help="of the adaptive rows")
@@ -179,6 +197,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.work = folder
         plan = plan_of(args, TargetConfig(top_k=WIDEST))
+        if args.rules == "certain":
+            print_certain(dense_logits(args.teacher, plan, args.positions))
+            return
+        if args.student is None:
+            parser.error("errors of these rules need a --student")
         shards = score(plan)
         teacher, student = (dense_logits(name, plan, args.positions) for name in (args.teacher, args.student))
         print(f"{plan.manifest.rows:,} rows; errors over {len(teacher):,}\n")

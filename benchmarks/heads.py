@@ -8,20 +8,26 @@ states. Targets are made up: k=64 values and 64 draws for losses by row, 16 valu
 group one token. `kl ragged` has rows of 1 to 64 values, 32.5 on average, `kl certain` the same mean with one value in a third of
 the rows, and `kl k=32` has 32 in every row. All cases take turns;
 a line shows the least time of the loss with its kernel and its ratio to `plain`, then the same without the kernel, then what the
-kernel saves of that. The first turn of compiled kernels compiles them (a minute or two each).
+kernel saves of that. The first turn of compiled kernels compiles them (a minute or two each). The last column is the most memory
+that a step with its kernel takes above what is there before it, gradients included, in MB (2^20 bytes): one step in a process of
+its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from workload import status_mb
 
 from kd.cache_builder.store.targets import band_edges
 from kd.student_trainer.head import ChunkLoss, chunked_head_loss
@@ -131,6 +137,25 @@ def objectives(edges: tuple[int, ...]) -> dict[str, Objective]:
     }
 
 
+def peak_mb(step: Callable[[], None]) -> float:
+    """MB that a step takes at most, in a copy of this process that ends with it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory counts as none
+            Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what is there now
+            before = status_mb("VmRSS")
+            step()
+            os.write(writing, f"{status_mb('VmHWM') - before:.1f}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        return float(pipe.read())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024)
@@ -179,12 +204,13 @@ def main() -> None:
             started = time.process_time()
             case()
             seconds[key] = min(seconds[key], time.process_time() - started)
+    hidden.grad = weight.grad = None
     base = seconds["plain", False]
-    print(f"{'plain':<12}{base:8.2f} s    1.00")
+    print(f"{'plain':<12}{base:8.2f} s    1.00{peak_mb(plain):36.0f} MB")
     for name in names:
         kernel, without = seconds[name, True], seconds[name, False]
         ratios = f"{kernel:8.2f} s{kernel / base:8.2f}{without:10.2f} s{without / base:8.2f}"
-        print(f"{name:<12}{ratios}{1 - kernel / without:10.0%}")
+        print(f"{name:<12}{ratios}{1 - kernel / without:10.0%}{peak_mb(cases[name, True]):8.0f} MB")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ RMS(p - p decoded) / RMS(p - q), with q the mean of the rows: about the gradient
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from math import lgamma, log
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from numcodecs import blosc
-from sizes import plan_of, score
+from sizes import parser_of, plan_of, score
 
 from kd.cache_builder.store.encoding.logprob_codecs import Graded
 from kd.cache_builder.store.followers import follower_pairs, keys_of, to_places
@@ -142,11 +141,7 @@ def lines(raw: dict[str, Any], rule: float) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--limit", type=int, help="documents; all by default")
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser = parser_of(__doc__)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as args.work:
         plan = plan_of(args, TargetConfig(top_k=WIDEST))

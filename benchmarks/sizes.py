@@ -55,6 +55,16 @@ CACHES = (
 )
 
 
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The options that say which teacher scores which text."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--limit", type=int, help="documents; all by default")
+    parser.add_argument("--seq-len", type=int, default=256)
+    return parser
+
+
 def plan_of(args: argparse.Namespace, config: TargetConfig) -> BuildPlan:
     corpus = load_corpus(args.data, limit=args.limit)
     request = BuildRequest(
@@ -170,11 +180,7 @@ def references(plan: BuildPlan, shards: list[RawTargets]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--limit", type=int, help="documents; all by default")
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser = parser_of(__doc__)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args.work = folder

@@ -28,8 +28,9 @@ CHECKSUM = 4
 """Size of a crc32c in bytes."""
 HEADER = 16
 """Size of a blosc header in bytes; it holds the size of the decompressed data."""
-AS_IT_IS = 2
-"""Bit of the flags in a blosc header: the data is not compressed and has no table of blocks."""
+AS_IT_IS, BITS, ONE_STREAM = 2, 4, 16
+"""Flags in a blosc header: the data is not compressed and has no table of blocks; its single bits are in another order; a block is
+one stream, and not one for each byte of a value."""
 
 
 def read_index(data: bytes, layout: Layout) -> np.ndarray:
@@ -135,10 +136,14 @@ def _decompress(chunk: memoryview, into: np.ndarray, wanted: int) -> None:
             expected=f"{len(chunk)} bytes",
         )
     blocks, needed = -(-size // block), max(-(-wanted // block), 1)
-    if needed < blocks and not chunk[2] & AS_IT_IS:
-        blosc.decompress(_first_blocks(chunk, blocks, needed), into.reshape(-1).view(np.uint8)[: needed * block])
-    else:
+    if chunk[2] & AS_IT_IS or (needed == blocks and (blocks > 1 or 2 * wanted > block)):
         blosc.decompress(chunk, into)
+        return
+    first, values = _first_blocks(chunk, blocks, needed), into.reshape(-1).view(np.uint8)
+    if needed == 1 and chunk[2] & BITS and 2 * wanted <= block and block % (8 * chunk[3]) == 0:
+        _first_bits(first, values, wanted)
+    else:
+        blosc.decompress(first, values[: needed * block])
 
 
 def _first_blocks(chunk: memoryview, blocks: int, needed: int) -> bytes:
@@ -151,3 +156,20 @@ def _first_blocks(chunk: memoryview, blocks: int, needed: int) -> bytes:
     rest = chunk[HEADER + 4 * blocks :]
     sizes = np.array([needed * block, block, HEADER + 4 * needed + len(rest)], dtype="<u4")
     return b"".join([chunk[:4], sizes.tobytes(), starts.astype("<i4").tobytes(), rest])
+
+
+def _first_bits(chunk: bytes, into: np.ndarray, wanted: int) -> None:
+    """Decompress the first `wanted` bytes of a chunk of one block whose bits are in another order.
+
+    The block holds the first bit of each value, then the second of each, and so on. Where most values are zeros, that order
+    takes longer to undo than everything else. So blosc decompresses the bits as they lie, and is then given the first of
+    each kind as a block that is not compressed.
+    """
+    width, block = chunk[3], int.from_bytes(chunk[8:12], "little")
+    bits = np.empty(block, dtype=np.uint8)
+    blosc.decompress(b"".join([chunk[:2], bytes([chunk[2] & ~BITS]), chunk[3:]]), bits)
+    kinds = bits.reshape(8 * width, -1)
+    part = kinds[:, : -(-wanted // kinds.shape[0])]
+    sizes = np.array([part.size, part.size, HEADER + 8 + part.size, HEADER + 4, part.size], dtype="<u4")
+    head = chunk[:2] + bytes([chunk[2] | ONE_STREAM, width])
+    blosc.decompress(b"".join([head, sizes.tobytes(), part.tobytes()]), into[: part.size])

@@ -132,16 +132,15 @@ class SoftTargets:
     @property
     def most_probable(self) -> np.ndarray:
         """Places `[N]` in the flattened `token_ids` and `logprobs` of each row's most probable token."""
-        if self.kept is not None:
-            return self.offsets[:-1]
-        columns = next((values.shape[1] for values in (self.logprobs, self.token_ids) if values is not None), 0)
-        return np.arange(len(self)) * columns
+        return self.offsets[:-1]
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """Where the kept tokens of each row begin `[N + 1]`, where rows differ in length."""
-        assert self.kept is not None
-        return offsets_of(self.kept)
+        """Where the kept tokens of each row begin in the flattened `token_ids` and `logprobs`, and how many there are `[N + 1]`."""
+        if self.kept is not None:
+            return offsets_of(self.kept)
+        columns = next((values.shape[1] for values in (self.logprobs, self.token_ids) if values is not None), 0)
+        return np.arange(len(self) + 1) * columns
 
 
 def take_rows(targets: SoftTargets, rows: slice) -> SoftTargets:

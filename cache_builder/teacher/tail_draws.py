@@ -6,9 +6,11 @@ the cumulated probabilities. So an id is drawn n p_v / m times, rounded up or do
 (independent draws vary 1.0 to 1.8 times as much on the embedded teacher). They are without replacement where n p_v <= m.
 
 A row draws R m tokens, rounded up. For a given number of draws over all rows, the variance, a sum of m^2 / n, is then least. Every
-draw stands for at most 1 / R. With a head of all tokens above 1 / R this is nearly VarOpt sampling (Cohen et al. 2009,
-arXiv:0803.0473): of all unbiased estimates from so many tokens, the one of least variance. Sparse Logit Sampling
-(arXiv:2503.16870) draws independently, from whole rows.
+draw stands for at most 1 / R. With a head of all tokens above 1 / R the chances are nearly those of VarOpt sampling (Cohen et al.
+2009, arXiv:0803.0473). Of all unbiased estimates from so many tokens, it has the least variance on average over the sums of
+any number of tokens, and so has systematic sampling with its chances (Szegedy and Thorup 2007, On the variance of subset sum
+estimation). What VarOpt has besides, that no two estimates are positively correlated, systematic draws do not have. Sparse Logit
+Sampling (arXiv:2503.16870) draws independently, from whole rows.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ from kd.cache_builder.share.push import push
 from kd.cache_builder.store.cache_files import LocalFiles
 from kd.cache_builder.store.readers.reader import CacheReader
 from kd.cache_builder.store.records import commits
-from kd.cache_builder.store.records.manifest import load_manifest
+from kd.cache_builder.store.records.manifest import Layout, load_manifest
+from kd.cache_builder.upkeep.merge_caches import merge_caches
+from kd.cache_builder.upkeep.slice_cache import slice_cache
 from kd.cache_builder.upkeep.summary import cache_summary
 from kd.cache_builder.upkeep.verify import verify
 from kd.common.errors import CacheDamageError, CacheError
@@ -226,6 +228,49 @@ def test_a_part_is_mirrored_as_a_part(cache: Path, tmp_path: Path, serve):
     same(reader, CacheReader(cache), [0])
     with pytest.raises(CacheError, match="does not hold that shard"):
         reader[len(reader) - 1]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory, build_request, run_build) -> Path:
+    """Rows that differ in length, certain ones of one token, rank bands, and ids in lists."""
+    out = tmp_path_factory.mktemp("uneven") / "cache"
+    rule = {"min_probability": 0.004, "certain_below": 3.0, "tail_bands": 4, "id_codec": "followers"}
+    run_build(build_request(out, profile="adaptive", top_k=40, layout=Layout(256, 64), **rule))
+    kept = CacheReader(out).read_rows([0, 1, 2]).kept
+    assert kept is not None
+    assert 1 == kept.min() < kept.max()
+    return out
+
+
+def rows_of(reader: CacheReader) -> dict[str, np.ndarray]:
+    rows = vars(reader.read_rows(range(len(reader))))
+    return {name: values for name, values in rows.items() if isinstance(values, np.ndarray) and name != "offsets"}
+
+
+def equal_rows(one: CacheReader, other: CacheReader) -> None:
+    rows, expected = rows_of(one), rows_of(other)
+    assert {"kept", "tail_bands", "token_ids"} <= rows.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(rows[name], values, err_msg=name)
+
+
+def test_uneven_rows_with_lists_come_through_an_object_store(uneven: Path, s3: Proxy):
+    list(push(uneven, "s3://shared/uneven"))
+    equal_rows(CacheReader(open_files("s3://shared/uneven")), CacheReader(uneven))
+
+
+def test_uneven_rows_with_lists_come_through_a_url_a_part_a_slice_and_a_merger(uneven: Path, tmp_path: Path, serve):
+    files, whole = open_files(serve(uneven).url), CacheReader(uneven)
+    equal_rows(CacheReader(files), whole)
+    list(pull(serve(uneven).url, tmp_path / "part", examples=(0, 1)))
+    part, first_one = CacheReader(tmp_path / "part")[0].targets, whole[0].targets
+    for name in ("kept", "token_ids", "tail_bands"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(first_one, name))
+    for first, stop in ((0, 3), (3, len(whole))):
+        list(slice_cache(files, tmp_path / f"slice{first}", examples=(first, stop)))
+    list(merge_caches([tmp_path / "slice0", tmp_path / "slice3"], tmp_path / "both"))
+    assert final(verify(tmp_path / "both")) == ()
+    equal_rows(CacheReader(tmp_path / "both"), whole)
 
 
 def test_a_bound_below_one_file_is_refused(cache: Path, serve):

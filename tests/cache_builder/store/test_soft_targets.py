@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ def worked_by_hand(keep: int = 2) -> SoftTargets:
         byte_end=zeros,
         logprobs=(relative[:, :keep] - log_z[:, :1]).astype(np.float32),
     )
+
+
+def test_rows_of_one_length_begin_where_those_of_any_length_do():
+    two = concatenate([worked_by_hand(3), worked_by_hand(3)])
+    flat = replace(two, logprobs=two.logprobs.reshape(-1), kept=np.array([3, 3]))
+    assert two.offsets.tolist() == flat.offsets.tolist() == [0, 3, 6]
+    assert two.most_probable.tolist() == flat.most_probable.tolist() == [0, 3]
+    assert replace(two, logprobs=None).offsets.tolist() == [0, 0, 0]
 
 
 def test_logprobs_and_tail_at_each_temperature_are_those_worked_by_hand():
