@@ -326,8 +326,8 @@ def case_loop(work: Path, tokens: int) -> dict[str, float]:
         return rates | {"peak_mb": memory.stop() - size}
 
 
-def make_read_cache(work: Path) -> None:
-    """`work/read`: the embedded text with made-up heads, written without a teacher."""
+def make_read_cache(work: Path, rows: int = READ_ROWS) -> None:
+    """`work/read`: about `rows` rows of the embedded text with made-up heads, written without a teacher."""
     import numpy as np
 
     from kd.cache_builder.build.shard_writing import lengths_of, write_shard
@@ -335,26 +335,26 @@ def make_read_cache(work: Path) -> None:
     from kd.cache_builder.store.writers.claims import Claims
     from kd.cache_builder.store.writers.shard_writer import ShardWriter
 
-    plan, _ = build_cache(work, work / "read", READ_ROWS)
+    plan, _ = build_cache(work, work / "read", rows)
     writer, rng = ShardWriter(work / "read", plan.manifest), np.random.default_rng(0)
     writer.create(plan.vocabulary, plan.codes, lengths_of(plan.rows))
     seconds, claims = {"encode": 0.0, "write": 0.0}, Claims(work / "read")
     for index, (first, stop, n) in enumerate(plan.manifest.shards):
-        rows = plan.rows[first:stop]
+        examples = plan.rows[first:stop]
         gaps = rng.exponential(1 / np.arange(1, 65), (n, 64))
         relative = np.cumsum(gaps, axis=1) - gaps[:, :1]
         log_z = np.stack([np.log(np.exp(-relative / t).sum(1)) + 0.3 for t in (1, 2, 4)], axis=1)
         raw = RawTargets(
-            gold_ids=np.concatenate([r.target_ids for r in rows]),
+            gold_ids=np.concatenate([r.target_ids for r in examples]),
             log_z=log_z.astype(np.float32),
             gold_logprob=-rng.exponential(3, n).astype(np.float32),
             gold_rank=rng.zipf(1.5, n) % VOCABULARY,
-            byte_end=np.concatenate([r.byte_end for r in rows]),
+            byte_end=np.concatenate([r.byte_end for r in examples]),
             token_ids=rng.zipf(1.1, (n, 64)) % VOCABULARY,
             relative=-relative.astype(np.float32),
         )
         claims.take(index)
-        write_shard(writer, index, rows, raw, plan, seconds, claims)
+        write_shard(writer, index, examples, raw, plan, seconds, claims)
     writer.finish()
 
 

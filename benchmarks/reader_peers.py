@@ -69,23 +69,23 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_kd(work: Path) -> None:
+def write_kd(work: Path, rows: int) -> None:
     """The cache, and its rows as plain arrays for the others."""
     from bench import make_model, make_read_cache
 
     from kd.cache_builder.store.readers.reader import CacheReader
 
     make_model(work / "model", "small")
-    make_read_cache(work)
+    make_read_cache(work, rows)
     (work / "read").rename(work / "kd")
     reader = CacheReader(work / "kd")
-    rows = [e.targets for e in reader.read(range(len(reader)))]
+    targets = [e.targets for e in reader.read(range(len(reader)))]
     np.savez(
         work / "rows.npz",
-        lengths=np.array([len(r) for r in rows]),
-        gold=np.concatenate([r.gold_ids for r in rows]).astype(np.uint16),
-        ids=np.concatenate([r.token_ids for r in rows if r.token_ids is not None]).astype(np.uint16),
-        logprobs=np.concatenate([r.logprobs for r in rows if r.logprobs is not None]).astype(np.float16),
+        lengths=np.array([len(t) for t in targets]),
+        gold=np.concatenate([t.gold_ids for t in targets]).astype(np.uint16),
+        ids=np.concatenate([t.token_ids for t in targets if t.token_ids is not None]).astype(np.uint16),
+        logprobs=np.concatenate([t.logprobs for t in targets if t.logprobs is not None]).astype(np.float16),
     )
 
 
@@ -193,7 +193,6 @@ LOADERS: dict[str, Callable[[Path, int], Any]] = {
     "parquet": loader_parquet,
 }
 WRITERS: dict[str, Callable[[Path], None]] = {
-    "kd": write_kd,
     "streaming": lambda work: write_mds(work, "streaming", bits=16),
     "streaming8": lambda work: write_mds(work, "streaming8", bits=8),
     "mds-zstd": lambda work: write_mds(work, "mds-zstd", bits=8, compression="zstd"),
@@ -262,9 +261,12 @@ def child(python: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def case(name: str, work: Path, what: str) -> dict[str, float]:
+def case(name: str, work: Path, what: str, rows: int) -> dict[str, float]:
     if what == "write":
-        WRITERS[name](work)
+        if name == "kd":
+            write_kd(work, rows)
+        else:
+            WRITERS[name](work)
         return {}
     return least(work) if what == "least" else read(name, work, int(what))
 
@@ -287,16 +289,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers-python", metavar="PATH", help="interpreter that has mosaicml-streaming and datasets")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--rows", type=int, default=830_000, help="about so many rows; what two workers need to share shards"
+    )
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(case(args.case[0], Path(args.case[1]), args.case[2])))
+        print(json.dumps(case(args.case[0], Path(args.case[1]), args.case[2], args.rows)))
         return
     pythons = {name: sys.executable if name == "kd" else args.peers_python for name in READERS}
     names = [name for name, python in pythons.items() if python]
     with tempfile.TemporaryDirectory() as work:
         for name in names:
-            child(pythons[name], "--case", name, work, "write")
+            child(pythons[name], "--case", name, work, "write", "--rows", str(args.rows))
         results: dict[tuple[str, str, int], list[dict[str, float]]] = {}
         for turn in range(args.repeats):
             for workers, files, name in product(WORKERS, ("cold", "warm"), names):
