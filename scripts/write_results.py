@@ -56,8 +56,8 @@ READING = {
     "text-kl-prose": "The student's tokenizer is a small Unigram model, and the teacher's a byte-level BPE. Every seed of "
     "`text-kl` gains on cross-entropy. With one tokenizer KL gains more (`kl-prose`): a set of tokens says less than a token, "
     "and tokens that begin inside a token of the teacher learn from the text alone.",
-    "conditions-prose": "Nothing makes `uld` pay here. A temperature of 2 takes off a third of its harm. More tokens or more rank bands "
-    "do not matter. Fewer groups (`uld-first`, `uld-single`) make it worse. Added with a small weight to a whole "
+    "conditions-prose": "Nothing makes `uld` pay here. A temperature of 2 takes off a third of its harm. More tokens or "
+    "more rank bands do not matter. Fewer groups (`uld-first`, `uld-single`) make it worse. Added with a small weight to a whole "
     "cross-entropy, it changes nothing. `text-kl` gains at T = 1 whether it takes half of the cross-entropy's place "
     "or is added, and from 16 tokens as well. At T = 2 it does harm: the softened teacher is another distribution "
     "than the one that perplexity asks for.",
