@@ -173,7 +173,7 @@ def experiment(name: str, folder: Path, figures: Path) -> list[str]:
     lines += [*table("Models and metrics", text), ""]
     for pair in document["reference"]["pairs"]:
         lines += [*table(f"{pair['other']} against {pair['baseline']}", text), ""]
-    for picture in ("deltas", "loss"):
+    for picture in ("deltas", "loss", "progress"):
         if (report / f"{picture}.png").exists():
             shrink(report / f"{picture}.png", figures / f"results-{name}-{picture}.png")
             lines += [f"![{name}: {picture}](figures/results-{name}-{picture}.png)", ""]

@@ -273,7 +273,10 @@ class Curve:
 
 
 def draw_progress(path: Path, panels: Mapping[str, Sequence[Curve]]) -> Path:
-    """Write one panel per metric: a curve per run with its errors, its baseline as a dashed line. Returns `path`."""
+    """Write one panel per metric: a curve per run with its errors, its baseline as a dashed line. Returns `path`.
+
+    A panel whose largest value is over ten times its smallest has a logarithmic axis, or what follows the first step is a line.
+    """
     order = list(dict.fromkeys(c.label for curves in panels.values() for c in curves))
 
     def draw(figure: Any) -> None:
@@ -300,7 +303,11 @@ def draw_progress(path: Path, panels: Mapping[str, Sequence[Curve]]) -> Path:
                     axes.axhline(curve.baseline, color=colour, linestyle=(0, (4, 4)), linewidth=1.0, alpha=0.7)
             axes.set_xlabel("optimiser step")
             axes.set_title(for_figure(title), loc="left", fontsize="medium")
+            values = np.concatenate([c.values for c in curves])
+            if np.nanmin(values) > 0 and np.nanmax(values) > 10 * np.nanmin(values):
+                axes.set_yscale("log")
             if number == 0 or {c.label for c in curves} != {c.label for c in next(iter(panels.values()))}:
-                axes.legend(loc="best", frameon=False)
+                beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(curves) > 6 else {"loc": "best"}
+                axes.legend(frameon=False, **beside)
 
     return save_figure(path, draw, 3.0 * len(panels))

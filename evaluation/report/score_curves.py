@@ -7,6 +7,7 @@ along a curve are more certain than its bars suggest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,15 @@ SHOWN = (
 """Metrics that get a panel."""
 NOTE = (
     "Scores while the students learn; the dashed line is the score before the first step. Bars are one standard error; "
-    "every step is asked the same examples."
+    "every step is asked the same examples. Students over several seeds are one curve: their mean, and its error over seeds."
 )
+SEED = re.compile(r"[-_. ]?s(eed)?[-_ ]?\d+$")
+"""The end of a name that says its seed."""
 
 
 def progress_sections(folders: Sequence[Path], out: Path) -> list[Section]:
     """The section of a report on runs that were scored while they learned; none where no run was."""
-    panels = curves_of(folders)
+    panels = {title: over_seeds(curves) for title, curves in curves_of(folders).items()}
     return [Section("Progress", image=draw_progress(out / PICTURE, panels), note=NOTE)] if panels else []
 
 
@@ -71,6 +74,20 @@ def curves_of(folders: Sequence[Path]) -> dict[str, list[Curve]]:
             title = f"{task}: {about['title']} [{about['unit']}]"
             panels.setdefault(title, []).append(Curve(name, steps, values, errors))
     return panels
+
+
+def over_seeds(curves: Sequence[Curve]) -> list[Curve]:
+    """Curves of names that differ in the seed alone, and of the same steps, as their mean with its standard error over seeds."""
+    groups: dict[tuple[str, tuple[float, ...]], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault((SEED.sub("", curve.label), tuple(curve.steps.tolist())), []).append(curve)
+    return [group[0] if len(group) == 1 else _mean(name, group) for (name, _), group in groups.items()]
+
+
+def _mean(name: str, group: Sequence[Curve]) -> Curve:
+    values = np.stack([curve.values for curve in group])
+    errors = values.std(axis=0, ddof=1) / len(group) ** 0.5
+    return Curve(name or group[0].label, group[0].steps, values.mean(axis=0), errors)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

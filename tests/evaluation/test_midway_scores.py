@@ -14,7 +14,7 @@ from kd import cli
 from kd.common.errors import DataError
 from kd.evaluation.midway_scores import headline, plan_scores
 from kd.evaluation.report.figures import Curve, draw_progress
-from kd.evaluation.report.score_curves import curves_of, progress_sections
+from kd.evaluation.report.score_curves import curves_of, over_seeds, progress_sections
 from kd.models.model_request import ModelRequest
 from kd.student_trainer.run_folder import EVALUATIONS, read_evaluations
 
@@ -144,6 +144,19 @@ def test_the_baseline_is_drawn_as_a_line_over_the_whole_width(tmp_path, monkeypa
     late = Curve("b", np.array([5.0]), np.array([0.5]), np.array([0.1]))  # its start was not scored
     assert draw_progress(tmp_path / "p.png", {"m": [known, late]}).read_bytes().startswith(b"\x89PNG")
     assert drawn == [0.25]
+
+
+def test_students_over_several_seeds_are_one_curve():
+    steps = np.array([0.0, 5.0])
+    seeds = [
+        Curve(f"kl-seed{n}", steps, np.array([4.0, v]), np.array([0.1, 0.1])) for n, v in enumerate((1.0, 2.0, 3.0))
+    ]
+    other = Curve("kl-seed3", steps[1:], np.array([9.0]), np.array([0.1]))  # it has other steps, so it stays alone
+    mean, alone = over_seeds([*seeds, other])
+    assert mean.label == "kl"
+    assert mean.values.tolist() == [4.0, 2.0]
+    assert mean.errors == pytest.approx([0.0, 1 / 3**0.5])
+    assert alone is other
 
 
 def test_runs_that_were_not_scored_make_no_section_and_a_torn_line_no_trouble(tmp_path, trained):
