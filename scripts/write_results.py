@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from PIL import Image
@@ -177,9 +178,17 @@ def experiment(name: str, folder: Path, figures: Path) -> list[str]:
         if (report / f"{picture}.png").exists():
             shrink(report / f"{picture}.png", figures / f"results-{name}-{picture}.png")
             lines += [f"![{name}: {picture}](figures/results-{name}-{picture}.png)", ""]
+    for line in text.split("\n"):
+        if line.startswith("## Progress, "):
+            lines += [
+                f"Scores by step, {line.removeprefix('## Progress, ')}:",
+                "",
+                *table(line.removeprefix("## "), text),
+                "",
+            ]
     if "## What the cache holds" in text:
         lines += [*table("What the cache holds", text), ""]
-    return [*lines, READING[name], ""]
+    return [*lines, *wrap(READING[name], 120), ""]
 
 
 def side_by_side(text: str) -> list[str]:

@@ -7,7 +7,6 @@ along a curve are more certain than its bars suggest.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from kd.common.errors import DataError
+from kd.evaluation.report.comparison import value_with_error
 from kd.evaluation.report.figures import Curve, draw_progress
-from kd.evaluation.report.page import Section
+from kd.evaluation.report.page import Section, Table
+from kd.evaluation.report.pairs import Arm
 from kd.evaluation.tasks.agreement_task import figures_now
 from kd.student_trainer.run_folder import EVALUATIONS, is_run, read_evaluations, read_run
 
@@ -40,14 +41,15 @@ NOTE = (
     "Scores while the students learn; the dashed line is the score before the first step. Bars are one standard error; "
     "every step is asked the same examples. Students over several seeds are one curve: their mean, and its error over seeds."
 )
-SEED = re.compile(r"[-_. ]?s(eed)?[-_ ]?\d+$")
-"""The end of a name that says its seed."""
 
 
-def progress_sections(folders: Sequence[Path], out: Path) -> list[Section]:
-    """The section of a report on runs that were scored while they learned; none where no run was."""
-    panels = {title: over_seeds(curves) for title, curves in curves_of(folders).items()}
-    return [Section("Progress", image=draw_progress(out / PICTURE, panels), note=NOTE)] if panels else []
+def progress_sections(folders: Sequence[Path], arms: Sequence[Arm], out: Path) -> list[Section]:
+    """The sections of a report on runs that were scored while they learned, picture and figures; none where no run was."""
+    panels = {title: over_seeds(curves, arms) for title, curves in curves_of(folders).items()}
+    if not panels:
+        return []
+    picture = Section("Progress", image=draw_progress(out / PICTURE, panels), note=NOTE)
+    return [picture, *(Section(f"Progress, {title}", table=_table(c), folded=True) for title, c in panels.items())]
 
 
 def curves_of(folders: Sequence[Path]) -> dict[str, list[Curve]]:
@@ -76,18 +78,35 @@ def curves_of(folders: Sequence[Path]) -> dict[str, list[Curve]]:
     return panels
 
 
-def over_seeds(curves: Sequence[Curve]) -> list[Curve]:
-    """Curves of names that differ in the seed alone, and of the same steps, as their mean with its standard error over seeds."""
-    groups: dict[tuple[str, tuple[float, ...]], list[Curve]] = {}
+def over_seeds(curves: Sequence[Curve], arms: Sequence[Arm]) -> list[Curve]:
+    """One curve per arm where its seeds were scored at the same steps, their mean with its standard error; else one per run."""
+    arm_of = {model: arm.name for arm in arms for model in arm.models.values() if len(arm.models) > 1}
+    groups: dict[str, list[Curve]] = {}
     for curve in curves:
-        groups.setdefault((SEED.sub("", curve.label), tuple(curve.steps.tolist())), []).append(curve)
-    return [group[0] if len(group) == 1 else _mean(name, group) for (name, _), group in groups.items()]
+        groups.setdefault(arm_of.get(curve.label, curve.label), []).append(curve)
+    drawn: list[Curve] = []
+    for name, group in groups.items():
+        if len(group) > 1 and all(np.array_equal(curve.steps, group[0].steps) for curve in group):
+            values = np.stack([curve.values for curve in group])
+            errors = values.std(axis=0, ddof=1) / len(group) ** 0.5
+            drawn.append(Curve(name, group[0].steps, values.mean(axis=0), errors))
+        else:
+            drawn += group
+    return drawn
 
 
-def _mean(name: str, group: Sequence[Curve]) -> Curve:
-    values = np.stack([curve.values for curve in group])
-    errors = values.std(axis=0, ddof=1) / len(group) ** 0.5
-    return Curve(name or group[0].label, group[0].steps, values.mean(axis=0), errors)
+def _table(curves: Sequence[Curve]) -> Table:
+    """Scores by step, a column per curve; an empty cell where a run was not scored at a step."""
+    of_curves = [
+        {
+            int(step): "not finite" if np.isnan(value) else value_with_error(value, None if np.isnan(error) else error)
+            for step, value, error in zip(curve.steps, curve.values, curve.errors, strict=True)
+        }
+        for curve in curves
+    ]
+    steps = sorted({step for cells in of_curves for step in cells})
+    rows = [[f"{step:,}", *(cells.get(step, "") for cells in of_curves)] for step in steps]
+    return Table(["step", *(curve.label for curve in curves)], rows)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

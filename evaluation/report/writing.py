@@ -152,7 +152,7 @@ def _written(
         note = "Faint: every logged step; solid: two-sided exponential mean, half-life 1 % of the run. Students over "
         note += "several seeds: their mean, and the range of the seeds."
         sections.append(Section("Loss curves", image=files.loss_png, note=note))
-    sections += progress_sections(inputs, out)
+    sections += progress_sections(inputs, arms, out)
     sections += _how_made(runs, entries, inputs)
     models = len({e.name for e in entries})
     intro = [

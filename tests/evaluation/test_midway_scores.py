@@ -14,6 +14,7 @@ from kd import cli
 from kd.common.errors import DataError
 from kd.evaluation.midway_scores import headline, plan_scores
 from kd.evaluation.report.figures import Curve, draw_progress
+from kd.evaluation.report.pairs import Arm
 from kd.evaluation.report.score_curves import curves_of, over_seeds, progress_sections
 from kd.models.model_request import ModelRequest
 from kd.student_trainer.run_folder import EVALUATIONS, read_evaluations
@@ -131,7 +132,16 @@ def test_the_report_draws_the_scores_with_their_baseline(trained, tmp_path):
     done = CliRunner().invoke(cli.cli, ["report", str(out), "--out", str(tmp_path / "report")], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "report" / "progress.png").read_bytes().startswith(b"\x89PNG")
-    assert "before the first step" in (tmp_path / "report" / "report.md").read_text("utf-8")
+    page = (tmp_path / "report" / "report.md").read_text("utf-8")
+    assert "before the first step" in page
+    table = page.partition("## Progress, agreement: top-1 agreement")[2].partition("## ")[0]
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")] == [
+        "step",
+        ":--",
+        "0",
+        "2",
+        "3",
+    ]
 
 
 def test_the_baseline_is_drawn_as_a_line_over_the_whole_width(tmp_path, monkeypatch):
@@ -148,19 +158,25 @@ def test_the_baseline_is_drawn_as_a_line_over_the_whole_width(tmp_path, monkeypa
 
 def test_students_over_several_seeds_are_one_curve():
     steps = np.array([0.0, 5.0])
+    names = ["kl-seed0", "kl-seed1", "kl-seed2"]
     seeds = [
-        Curve(f"kl-seed{n}", steps, np.array([4.0, v]), np.array([0.1, 0.1])) for n, v in enumerate((1.0, 2.0, 3.0))
+        Curve(n, steps, np.array([4.0, v]), np.array([0.1, 0.1])) for n, v in zip(names, (1.0, 2.0, 3.0), strict=True)
     ]
-    other = Curve("kl-seed3", steps[1:], np.array([9.0]), np.array([0.1]))  # it has other steps, so it stays alone
-    mean, alone = over_seeds([*seeds, other])
+    arm = Arm("kl", dict(enumerate(names)), 0, {})
+    alike = [
+        Curve(n, steps, np.array([4.0, v]), np.array([0.1, 0.1])) for n, v in (("steps100", 1.0), ("steps200", 2.0))
+    ]
+    mean, *alone = over_seeds([*seeds, *alike], [arm])
     assert mean.label == "kl"
     assert mean.values.tolist() == [4.0, 2.0]
     assert mean.errors == pytest.approx([0.0, 1 / 3**0.5])
-    assert alone is other
+    assert alone == alike, "names that end alike are not seeds"
+    late = Curve("kl-seed2", steps[1:], np.array([9.0]), np.array([0.1]))
+    assert over_seeds([*seeds[:2], late], [arm]) == [*seeds[:2], late], "they were scored at different steps"
 
 
 def test_runs_that_were_not_scored_make_no_section_and_a_torn_line_no_trouble(tmp_path, trained):
-    assert progress_sections([tmp_path], tmp_path / "out") == []
+    assert progress_sections([tmp_path], [], tmp_path / "out") == []
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / EVALUATIONS).write_text((trained[0] / EVALUATIONS).read_text() + '{"step": 9')
