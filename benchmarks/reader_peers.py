@@ -192,11 +192,12 @@ LOADERS: dict[str, Callable[[Path, int], Any]] = {
     **{name: partial(lambda name, work, workers: loader_mds(work, name, workers), name) for name in READERS[1:4]},
     "parquet": loader_parquet,
 }
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "streaming": lambda work: write_mds(work, "streaming", bits=16),
-    "streaming8": lambda work: write_mds(work, "streaming8", bits=8),
-    "mds-zstd": lambda work: write_mds(work, "mds-zstd", bits=8, compression="zstd"),
-    "parquet": write_parquet,
+WRITERS: dict[str, Callable[[Path, int], None]] = {
+    "kd": write_kd,
+    "streaming": lambda work, _: write_mds(work, "streaming", bits=16),
+    "streaming8": lambda work, _: write_mds(work, "streaming8", bits=8),
+    "mds-zstd": lambda work, _: write_mds(work, "mds-zstd", bits=8, compression="zstd"),
+    "parquet": lambda work, _: write_parquet(work),
 }
 
 
@@ -263,10 +264,7 @@ def child(python: str, *arguments: str) -> Any:
 
 def case(name: str, work: Path, what: str, rows: int) -> dict[str, float]:
     if what == "write":
-        if name == "kd":
-            write_kd(work, rows)
-        else:
-            WRITERS[name](work)
+        WRITERS[name](work, rows)
         return {}
     return least(work) if what == "least" else read(name, work, int(what))
 
